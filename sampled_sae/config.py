@@ -1,0 +1,112 @@
+"""What an SAE computes, as one frozen dataclass that checks itself and travels as JSON."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .validate import SCORES, check_budget, check_choice, check_integer, check_number
+
+POOLS = ("top", "sample")
+SELECTS = ("batch", "token")
+IMPLS = ("auto", "triton", "torch", "reference")
+
+
+def pool_size(k: float, l: float | None, d_sae: int) -> int:
+    """P = min(F, ceil(k*l)); the whole dictionary for l=None. Decimal noise (0.1 * 30) does not add one."""
+    return d_sae if l is None else min(d_sae, math.ceil(round(k * l, 9)))
+
+
+def batch_budget(n_tokens: int, k: float) -> int:
+    """n = round(B*k): how many entries a batch of B tokens keeps at most."""
+    return round(n_tokens * k)
+
+
+@dataclass(frozen=True)
+class SampledSAEConfig:
+    """A Sampled-SAE's shape and rule.
+
+    Args:
+        d_in: width of the activations, d.
+        d_sae: number of features, F.
+        k: average number of active features a token, 0 < k <= d_sae; a whole number for `select="token"`.
+        l: pool multiplier >= 1; the candidate pool holds ceil(k*l) features. None: the whole dictionary.
+        score: "l2", "l2_squared", "entropy" or "uniform": what ranks the columns of the batch.
+        pool: "top" takes the highest scores, "sample" draws in proportion to the score.
+        select: "batch" keeps round(B*k) entries of the pool in a batch, "token" k in each token.
+        apply_b_dec_to_input: subtract b_dec from the activations before encoding.
+        aux_coefficient: weight of the dead-feature loss; 0 switches it off.
+        k_aux: features a token that reconstruct the residual in that loss; None means d_in // 2.
+        aux_pool: at most so many dead features take part, those of highest score; None means all.
+        dead_after: tokens without being selected after which a feature counts as dead.
+        threshold_decay: decay of the running mean behind the inference threshold.
+        row_grads: `loss.backward()` leaves the gradients of the touched features in `sae.row_grads`, for
+            `sampled_sae.optim.RowAdam`, in place of dense ones in `W_enc.grad`, `b_enc.grad`, `W_dec.grad`.
+        impl: "auto", "triton", "torch" or "reference".
+        seed: seed of the initial weights and of `pool="sample"`.
+
+    l=None with select="batch" is BatchTopK, with select="token" TopK.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and what is allowed.
+    """
+
+    d_in: int
+    d_sae: int
+    k: float
+    l: float | None = 4.0
+    score: str = "l2"
+    pool: str = "top"
+    select: str = "batch"
+    apply_b_dec_to_input: bool = True
+    aux_coefficient: float = 1 / 32
+    k_aux: int | None = None
+    aux_pool: int | None = 1024
+    dead_after: int = 10_000_000
+    threshold_decay: float = 0.999
+    row_grads: bool = False
+    impl: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer("d_in", self.d_in, 1)
+        check_integer("d_sae", self.d_sae, 1)
+        check_choice("score", self.score, SCORES)
+        check_choice("pool", self.pool, POOLS)
+        check_choice("select", self.select, SELECTS)
+        check_choice("impl", self.impl, IMPLS)
+        check_budget(self.k, self.l, self.d_sae, self.select)
+        check_number("aux_coefficient", self.aux_coefficient, 0, None)
+        check_number("threshold_decay", self.threshold_decay, 0, 1)
+        check_integer("dead_after", self.dead_after, 1)
+        check_integer("seed", self.seed, 0)
+        for name in ("k_aux", "aux_pool"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
+
+    @property
+    def pool_size(self) -> int:
+        """P, the number of candidate features of a batch."""
+        return pool_size(self.k, self.l, self.d_sae)
+
+    @property
+    def aux_features(self) -> int:
+        """k_aux with its default filled in."""
+        return self.k_aux if self.k_aux is not None else max(1, self.d_in // 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SampledSAEConfig:
+        """The inverse of `to_dict`; an unknown or missing name is an error, not a silent default."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        missing = sorted({"d_in", "d_sae", "k"} - set(values))
+        if unknown or missing:
+            raise ValueError(
+                f"config: unknown fields {unknown}, missing fields {missing}; known: {sorted(known)}"
+            )
+        return cls(**values)

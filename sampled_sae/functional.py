@@ -1,0 +1,182 @@
+"""The layer as functions: column scores, candidate pool, sampled top-k, decode.
+
+`impl` is "auto", "triton", "torch" or "reference". "auto" takes Triton for CUDA tensors where the operation
+has a Triton form, torch elsewhere; `resolve_impl` says which. Asking for a form that does not exist raises.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .codes import SparseCodes
+from .config import IMPLS, POOLS, SELECTS
+from .ranking import candidate_pool as _candidate_pool
+from .torch_impl import layer
+from .torch_impl.scores import column_statistics, finish_scores
+from .validate import (
+    SCORES,
+    check_budget,
+    check_choice,
+    check_encoder,
+    check_integer,
+    check_same,
+    describe,
+)
+
+TRITON_OPS: frozenset[str] = frozenset()
+
+
+def resolve_impl(impl: str, device: torch.device | str, op: str = "sampled_topk") -> str:
+    """The implementation that `impl` stands for on `device`: "triton", "torch" or "reference"."""
+    check_choice("impl", impl, IMPLS)
+    if impl == "auto":
+        return "triton" if torch.device(device).type == "cuda" and op in TRITON_OPS else "torch"
+    if impl == "triton" and op not in TRITON_OPS:
+        raise ValueError(f"impl='triton': {op} has no Triton form in this version; use 'auto' or 'torch'")
+    return impl
+
+
+def column_scores(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    score: str = "l2",
+    scale: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """One score a feature over the batch; no gradient.
+
+    Args:
+        x: [..., d], the encoder's input, centred by the caller.
+        W_enc, b_enc: [d, F], [F].
+        score: with a = relu(x W_enc + b_enc) * scale, "l2": sqrt(sum_i a_ij^2), "l2_squared": its square,
+            "entropy": -sum_i p_ij ln p_ij with p_ij = a_ij / sum_i a_ij, in nats, "uniform": 1 where any
+            a_ij > 0.
+        scale: [F] > 0 or None.
+
+    Returns:
+        [F] float32 (float64 for float64 inputs). For "l2" equivalent to
+        `(torch.relu(x @ W_enc + b_enc) * scale).norm(dim=0)`.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Source: arXiv 2508.21324; the entropy in this form is METHOD.md's.
+    """
+    check_choice("score", score, SCORES)
+    check_encoder(x, W_enc, b_enc, scale)
+    impl = resolve_impl(impl, x.device, "column_scores")
+    x = x.detach().reshape(-1, x.shape[-1])
+    if impl == "reference":
+        return reference.column_scores(reference.encode(x, W_enc, b_enc, scale), score)
+    x = layer.centre(x, None)
+    b = b_enc.detach().to(x.dtype)
+    scale = None if scale is None else scale.detach().to(x.dtype)
+    return finish_scores(column_statistics(x, W_enc.detach().t(), b, score, scale), score)
+
+
+def candidate_pool(
+    scores: Tensor, size: int, how: str = "top", generator: torch.Generator | None = None
+) -> Tensor:
+    """The candidate features: int64 [min(size, F)], ascending.
+
+    Args:
+        scores: [F], >= 0.
+        size: P >= 1.
+        how: "top": highest scores, ties to the lower index; equivalent to
+            `scores.sort(descending=True, stable=True).indices[:size].sort().values`. "sample": without
+            replacement with probability proportional to the score (Gumbel top-k); a feature of score 0 only
+            after all others.
+        generator: source of randomness for "sample".
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    check_choice("how", how, POOLS)
+    check_integer("size", size, 1)
+    if not isinstance(scores, Tensor) or scores.dim() != 1 or scores.numel() == 0:
+        raise ValueError(f"scores={describe(scores)}: must be a tensor of shape [F]")
+    if not bool((scores >= 0).all()):
+        raise ValueError("scores: every value must be a number >= 0")
+    return _candidate_pool(scores, size, how, generator)
+
+
+def sampled_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: float = 32,
+    l: float | None = 4.0,
+    score: str = "l2",
+    pool: str = "top",
+    select: str = "batch",
+    scale: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    impl: str = "auto",
+) -> SparseCodes:
+    """The kept activations of a batch: steps 1 to 4 of METHOD.md.
+
+    Args:
+        x: [..., d], centred by the caller; leading dimensions are flattened to B tokens.
+        W_enc, b_enc: [d, F], [F].
+        k: average (select="token": exact, whole) number of entries a token, in (0, F].
+        l: pool multiplier >= 1, None for the whole dictionary (BatchTopK; TopK with select="token").
+        score, pool: how the ceil(k*l) candidates are found; see `column_scores`, `candidate_pool`.
+        select: "batch" keeps the round(B*k) largest positive entries inside the pool, "token" the k largest
+            of each token. Ties go to the lower token, then the lower feature.
+        scale: [F] > 0, multiplies the activations; no gradient.
+
+    Returns:
+        SparseCodes [B, F], differentiable in x, W_enc and b_enc through the kept entries; values in float32
+        for 16-bit inputs. For l=None, select="batch" equivalent to
+        `a = relu(x @ W_enc + b_enc); a * (a >= a.flatten().topk(round(B * k)).values[-1])`, ties aside.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and what is allowed; NaN or inf in x.
+
+    Source: arXiv 2508.21324 (pool), 2412.06410 (batch top-k), 2406.04093 (top-k).
+    """
+    for name, value, allowed in (
+        ("score", score, SCORES),
+        ("pool", pool, POOLS),
+        ("select", select, SELECTS),
+    ):
+        check_choice(name, value, allowed)
+    check_encoder(x, W_enc, b_enc, scale)
+    check_budget(k, l, W_enc.shape[1], select)
+    impl = resolve_impl(impl, x.device)
+    x = x.reshape(-1, x.shape[-1])
+    rule = {"k": k, "l": l, "score": score, "pool": pool, "select": select}
+    if impl == "reference":
+        dense = reference.sampled_topk(x, W_enc, b_enc, scale=scale, generator=generator, **rule)
+        return SparseCodes.from_dense(dense)
+    return layer.sampled_topk(x, None, W_enc.t(), b_enc, scale=scale, generator=generator, **rule)[0]
+
+
+def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, impl: str = "auto") -> Tensor:
+    """x_hat = c W_dec + b_dec.
+
+    Args:
+        codes: [B, F].
+        W_dec, b_dec: [F, d], [d] or None.
+
+    Returns:
+        [B, d] in W_dec's dtype, differentiable in the codes' values, W_dec and b_dec; equivalent to
+        `codes.to_dense() @ W_dec + b_dec`.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    if not isinstance(codes, SparseCodes):
+        raise TypeError(f"codes={type(codes).__name__}: must be SparseCodes")
+    if not isinstance(W_dec, Tensor) or W_dec.dim() != 2 or W_dec.shape[0] != codes.shape[1]:
+        raise ValueError(f"W_dec={describe(W_dec)}: must be a tensor of shape [{codes.shape[1]}, d_in]")
+    if b_dec is not None:
+        if not isinstance(b_dec, Tensor) or b_dec.shape != W_dec.shape[1:]:
+            raise ValueError(f"b_dec={describe(b_dec)}: must be a tensor of shape [{W_dec.shape[1]}]")
+        check_same(W_dec=W_dec, b_dec=b_dec)
+    if resolve_impl(impl, W_dec.device, "decode") == "reference":
+        return reference.decode(codes.to_dense(), W_dec, b_dec).to(W_dec.dtype)
+    return layer.decode(codes, W_dec, b_dec).to(W_dec.dtype)

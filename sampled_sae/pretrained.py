@@ -1,0 +1,62 @@
+"""The saved form of an SAE: `config.json` and `sae.safetensors`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .files import read_json, write_atomically, write_json
+
+if TYPE_CHECKING:
+    from .sae import SampledSAE
+
+FORMAT = "sampled-sae"
+VERSION = 1
+WEIGHTS = "sae.safetensors"
+CONFIG = "config.json"
+TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "threshold_steps", "tokens_since_active")
+
+
+def save_pretrained(sae: SampledSAE, folder: Path) -> None:
+    """W_enc is written as [d_in, d_sae], row-major, as SAELens and SAEBench have it."""
+    tensors = {name: getattr(sae, name).detach().cpu().contiguous() for name in TENSORS}
+    metadata = {"format": FORMAT, "version": str(VERSION)}
+    write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
+    write_json(folder / CONFIG, {"format": FORMAT, "version": VERSION, "sae": sae.cfg.to_dict()})
+
+
+def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config fields, tensors), checked against each other.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
+    config = read_json(folder / CONFIG)
+    if config.get("format") != FORMAT or "sae" not in config:
+        raise ValueError(f"{folder / CONFIG}: format={config.get('format')!r}: must be {FORMAT!r}")
+    if config.get("version") != VERSION:
+        raise ValueError(
+            f"{folder / CONFIG}: version={config.get('version')!r}: this package reads {VERSION}"
+        )
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
+    fields = config["sae"]
+    d_in, d_sae = fields.get("d_in"), fields.get("d_sae")
+    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    for name in TENSORS:
+        if name not in tensors:
+            raise ValueError(f"{path}: tensor {name!r} is missing; it holds {sorted(tensors)}")
+        if name in shapes and tuple(tensors[name].shape) != shapes[name]:
+            raise ValueError(
+                f"{path}: {name} is {tuple(tensors[name].shape)}, config.json says {shapes[name]}"
+            )
+    return fields, {name: tensors[name] for name in TENSORS}

@@ -1,0 +1,141 @@
+"""The specification: METHOD.md in plain dense PyTorch.
+
+Every other path computes this function. B tokens, d = d_in, F = d_sae; x [B, d], W_enc [d, F], b_enc [F],
+W_dec [F, d], b_dec [d]. Any float dtype; 16-bit inputs are computed in float32. Gradients by autograd. It
+stores [B, F] several times and is meant to be read and compared with, not to be used for training.
+
+Sources: scores, pool and selection from arXiv 2508.21324, BatchTopK from arXiv 2412.06410, TopK and the
+dead-feature loss from arXiv 2406.04093; the readings that are ours are listed in the README.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+
+def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None = None) -> Tensor:
+    """a = relu(x W_enc + b_enc) * scale, [B, F]."""
+    dtype = compute_dtype(x)
+    a = torch.relu(x.to(dtype) @ W_enc.to(dtype) + b_enc.to(dtype))
+    return a if scale is None else a * scale.to(dtype)
+
+
+def column_scores(a: Tensor, score: str = "l2") -> Tensor:
+    """s_j of column j of a [B, F]: one score a feature, [F]."""
+    a = a.detach()
+    if score == "l2":
+        return a.square().sum(0).sqrt()
+    if score == "l2_squared":
+        return a.square().sum(0)
+    if score == "entropy":
+        total = a.sum(0)
+        p = a / torch.where(total > 0, total, 1)
+        entropy = -torch.special.xlogy(p, p).sum(0)
+        # A column that fires ranks above one that never does, even with all its mass on one token.
+        return torch.where(total > 0, entropy.clamp_min(torch.finfo(a.dtype).tiny), 0)
+    if score == "uniform":
+        return (a > 0).any(0).to(a.dtype)
+    raise ValueError(f"score={score!r}")
+
+
+def candidate_pool(
+    scores: Tensor, size: int, how: str = "top", generator: torch.Generator | None = None
+) -> Tensor:
+    """C: `size` features, int64 ascending. Ties go to the lower index."""
+    if how == "sample":
+        device = None if generator is None else generator.device
+        u = torch.rand(scores.shape, dtype=torch.float64, generator=generator, device=device)
+        scores = scores.double().log() - (-u.to(scores.device).log()).log()
+    order = torch.sort(scores, descending=True, stable=True).indices
+    return order[:size].sort().values
+
+
+def select_batch(a: Tensor, n: int) -> Tensor:
+    """Mask [B, F] of the n largest strictly positive entries; ties to the lower token, then feature."""
+    order = torch.sort(a.detach().flatten(), descending=True, stable=True).indices[:n]
+    mask = torch.zeros(a.numel(), dtype=torch.bool, device=a.device)
+    mask[order] = True
+    return mask.view(a.shape) & (a > 0)
+
+
+def select_token(a: Tensor, k: int) -> Tensor:
+    """Mask [B, F] of the k largest strictly positive entries of each token; ties to the lower feature."""
+    order = torch.sort(a.detach(), dim=1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(a, dtype=torch.bool).scatter(1, order, True) & (a > 0)
+
+
+def sampled_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    *,
+    k: float,
+    l: float | None,
+    score: str = "l2",
+    pool: str = "top",
+    select: str = "batch",
+    scale: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Steps 1 to 4: dense codes c, [B, F]."""
+    a = encode(x, W_enc, b_enc, scale)
+    n_tokens, n_features = a.shape
+    inside = torch.ones(n_features, dtype=torch.bool, device=a.device)
+    if l is not None:
+        size = min(n_features, math.ceil(round(k * l, 9)))
+        members = candidate_pool(column_scores(a, score), size, pool, generator)
+        inside = torch.zeros_like(inside).index_fill(0, members, True)
+    candidates = torch.where(inside, a.detach(), 0)
+    if select == "batch":
+        mask = select_batch(candidates, round(n_tokens * k))
+    else:
+        mask = select_token(candidates, int(k))
+    return torch.where(mask, a, 0)
+
+
+def decode(c: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+    """x_hat = c W_dec + b_dec, [B, d]."""
+    x_hat = c @ W_dec.to(c.dtype)
+    return x_hat if b_dec is None else x_hat + b_dec.to(c.dtype)
+
+
+def reconstruction_loss(x: Tensor, x_hat: Tensor) -> Tensor:
+    """Mean over tokens of ||x - x_hat||^2, summed over d."""
+    return (x - x_hat).square().sum(-1).mean()
+
+
+def aux_loss(
+    x: Tensor,
+    x_hat: Tensor,
+    x_in: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    dead: Tensor,
+    *,
+    k_aux: int,
+    aux_pool: int | None = None,
+    scores: Tensor | None = None,
+) -> Tensor:
+    """Dead features (bool [F]) reconstruct the residual; 0 with none dead or a zero denominator.
+
+    x_in [B, d] is the encoder's input (x - b_dec, or x). Gradient reaches W_enc, b_enc and W_dec alone.
+    """
+    residual = (x - x_hat).detach()
+    members = dead.nonzero().squeeze(1)
+    denominator = (residual - residual.mean(0)).square().sum(-1).mean()
+    if len(members) == 0 or denominator == 0:
+        return residual.new_zeros(())
+    if aux_pool is not None and len(members) > aux_pool:
+        assert scores is not None
+        members = members[candidate_pool(scores[members], aux_pool)]
+    a = encode(x_in.detach(), W_enc[:, members], b_enc[members])
+    c = torch.where(select_token(a, k_aux), a, 0)
+    return reconstruction_loss(residual, decode(c, W_dec[members])) / denominator

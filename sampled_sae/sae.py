@@ -1,0 +1,313 @@
+"""`SampledSAE`: the layer as a module."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional, reference
+from .aux_loss import aux_loss
+from .codes import SparseCodes
+from .config import SampledSAEConfig
+from .init import geometric_median
+from .pretrained import load_pretrained, save_pretrained
+from .torch_impl import layer
+from .torch_impl.rows import RowGradient, RowSource
+from .torch_impl.stream import stream_above, stream_batch
+from .validate import check_activations, check_finite, check_number, check_same
+
+
+@dataclass
+class SampledSAEOutput:
+    """What a forward pass gives.
+
+    Attributes:
+        loss: mse + aux_coefficient * aux, 0-dim.
+        mse: mean over tokens of ||x - x_hat||^2, summed over d_in.
+        aux: the dead-feature loss before its coefficient; 0 when no feature is dead and in evaluation.
+        x_hat: reconstruction, the shape and dtype of x.
+        codes: kept activations, [B, F] with the leading dimensions of x flattened.
+    """
+
+    loss: Tensor
+    mse: Tensor
+    aux: Tensor
+    x_hat: Tensor
+    codes: SparseCodes
+
+
+class SampledSAE(nn.Module):
+    """Sparse autoencoder that keeps the B*k largest activations inside a pool of k*l scored features.
+
+    Parameters `W_enc` [d_in, d_sae] (each feature's weights contiguous: its memory is that of [d_sae, d_in]),
+    `b_enc` [d_sae], `W_dec` [d_sae, d_in], `b_dec` [d_in]. Buffers: `threshold` (0-dim, inference),
+    `threshold_steps`, `tokens_since_active` int64 [d_sae].
+
+    In training mode the codes are chosen by the batch, the threshold and the dead-feature counts move. In
+    evaluation mode a feature is active where its activation is above `threshold`, whatever else is in the
+    batch. Trained from scratch, decoder rows are kept at unit norm by `sampled_sae.optim.RowAdam`, or by
+    calling `normalize_decoder()` after another optimizer's step.
+
+    Equivalent, in training mode with l=None, to BatchTopK (arXiv 2412.06410); the pool is
+    arXiv 2508.21324's, read as METHOD in the README says.
+
+    Args:
+        cfg: a `SampledSAEConfig`.
+        device, dtype: of the parameters; float32 by default.
+    """
+
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+    threshold: Tensor
+    threshold_steps: Tensor
+    tokens_since_active: Tensor
+
+    def __init__(
+        self,
+        cfg: SampledSAEConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if not isinstance(cfg, SampledSAEConfig):
+            raise TypeError(f"cfg={cfg!r}: must be a SampledSAEConfig")
+        self.cfg = cfg
+        generator = torch.Generator().manual_seed(cfg.seed)
+        rows = torch.randn(cfg.d_sae, cfg.d_in, generator=generator)
+        rows = nn.functional.normalize(rows, dim=1).to(device=device, dtype=dtype)
+        self.W_dec = nn.Parameter(rows)
+        self.W_enc = nn.Parameter(rows.clone().t())
+        self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, device=device, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(cfg.d_in, device=device, dtype=dtype))
+        self.register_buffer("threshold", torch.zeros((), device=device))
+        self.register_buffer("threshold_steps", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("tokens_since_active", torch.zeros(cfg.d_sae, dtype=torch.int64, device=device))
+        self.row_grads: list[RowGradient] = []
+        self.generator = torch.Generator().manual_seed(cfg.seed)
+        self._hint: float | None = None
+
+    @property
+    def impl_in_use(self) -> str:
+        """The implementation that `cfg.impl` stands for on this device."""
+        return functional.resolve_impl(self.cfg.impl, self.W_enc.device)
+
+    @property
+    def dead(self) -> Tensor:
+        """bool [d_sae]: not selected for `cfg.dead_after` tokens."""
+        return self.tokens_since_active >= self.cfg.dead_after
+
+    def forward(self, x: Tensor) -> SampledSAEOutput:
+        """x [..., d_in] to a `SampledSAEOutput`; in training mode moves threshold and dead-feature counts.
+
+        Raises:
+            ValueError, TypeError: wrong shape, dtype or device, an empty batch, NaN or inf.
+        """
+        flat = self._flatten(x)
+        if not self.training:
+            return self._evaluate(x, flat)
+        out, scores = self._train_codes(flat)
+        codes, x_hat, rows = out
+        mse = (flat.to(x_hat.dtype) - x_hat).square().sum(-1).mean()
+        aux = mse.new_zeros(())
+        dead = self.dead
+        if self.cfg.aux_coefficient > 0 and bool(dead.any()):
+            aux = self._aux(flat, x_hat, dead, scores, rows)
+        self.row_grads += rows.gradients
+        self._count(codes)
+        loss = mse + self.cfg.aux_coefficient * aux
+        return SampledSAEOutput(loss, mse, aux, x_hat.to(x.dtype).view(x.shape), codes)
+
+    def encode_sparse(self, x: Tensor) -> SparseCodes:
+        """Codes of x [..., d_in]: by the batch in training mode, by the threshold in evaluation mode."""
+        flat = self._flatten(x)
+        if self.training:
+            codes = self._encode_batch(flat, RowSource())[0]
+            return codes
+        return self._encode_threshold(flat)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """`encode_sparse` as a dense tensor [..., d_sae]; equivalent in evaluation mode to
+        `a = relu((x - b_dec) @ W_enc + b_enc); a * (a > threshold)`."""
+        return self.encode_sparse(x).to_dense().to(x.dtype).view(*x.shape[:-1], self.cfg.d_sae)
+
+    def decode(self, codes: SparseCodes | Tensor) -> Tensor:
+        """Reconstruction [..., d_in] of SparseCodes [B, d_sae] or a dense tensor [..., d_sae]."""
+        if isinstance(codes, SparseCodes):
+            return functional.decode(codes, self.W_dec, self.b_dec, self.cfg.impl)
+        if codes.shape[-1] != self.cfg.d_sae:
+            raise ValueError(f"codes.shape={tuple(codes.shape)}: the last dimension must be {self.cfg.d_sae}")
+        return codes.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor, l0: float | None = None) -> float:
+        """Sets the threshold to the value that gives mean L0 = l0 (default k) on x, and returns it.
+
+        Args:
+            x: [..., d_in], activations of the kind the SAE will see; tens of thousands of tokens are enough.
+            l0: target, in (0, d_sae].
+        """
+        flat = self._flatten(x)
+        target = self.cfg.k if l0 is None else l0
+        check_number("l0", target, 0, self.cfg.d_sae)
+        n = round(len(flat) * target)
+        centred = layer.centre(flat, self._input_bias())
+        W, b = self.W_enc.t(), self.b_enc.to(centred.dtype)
+        values = stream_batch(centred, W, b, None, None, min(n + 1, len(flat) * self.cfg.d_sae))[0]
+        self.threshold.fill_(float(values.min()) if len(values) > n else 0.0)
+        self.threshold_steps.fill_(max(1, int(self.threshold_steps)))
+        return float(self.threshold)
+
+    @torch.no_grad()
+    def init_b_dec(self, x: Tensor) -> None:
+        """Sets b_dec to the geometric median of activations x [..., d_in], as before a training's first step."""
+        self.b_dec.copy_(geometric_median(self._flatten(x)).to(self.b_dec.dtype))
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Unit decoder rows; equivalent to `W_dec /= W_dec.norm(dim=1, keepdim=True)`."""
+        self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min_(1e-12))
+
+    @torch.no_grad()
+    def project_decoder_grad(self) -> None:
+        """Removes from W_dec.grad the part parallel to each decoder row; for optimizers other than RowAdam."""
+        if self.W_dec.grad is not None:
+            W = nn.functional.normalize(self.W_dec, dim=1)
+            self.W_dec.grad.sub_((self.W_dec.grad * W).sum(1, keepdim=True) * W)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `config.json` and `sae.safetensors`, each to a temporary name that is then renamed."""
+        save_pretrained(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], device: torch.device | str | None = None
+    ) -> SampledSAE:
+        """Reads what `save_pretrained` wrote.
+
+        Raises:
+            ValueError: a missing, truncated or foreign file, with its name and what is wrong with it.
+        """
+        cfg, tensors = load_pretrained(Path(folder))
+        sae = cls(SampledSAEConfig.from_dict(cfg), device=device, dtype=tensors["W_enc"].dtype)
+        sae.load_state_dict(tensors)
+        return sae
+
+    def extra_repr(self) -> str:
+        c = self.cfg
+        return (
+            f"d_in={c.d_in}, d_sae={c.d_sae}, k={c.k}, l={c.l}, score={c.score!r}, impl={self.impl_in_use!r}"
+        )
+
+    def _flatten(self, x: Tensor) -> Tensor:
+        check_activations(x, self.cfg.d_in)
+        check_same(x=x, W_enc=self.W_enc)
+        check_finite(x)
+        return x.reshape(-1, self.cfg.d_in)
+
+    def _input_bias(self) -> Tensor | None:
+        return self.b_dec if self.cfg.apply_b_dec_to_input else None
+
+    def _encode_batch(self, flat: Tensor, rows: RowSource) -> tuple[SparseCodes, Tensor | None]:
+        c = self.cfg
+        rule: dict[str, Any] = {"k": c.k, "l": c.l, "score": c.score, "pool": c.pool, "select": c.select}
+        if self.impl_in_use == "reference":
+            bias = self._input_bias()
+            dense = reference.sampled_topk(
+                flat if bias is None else flat - bias,
+                self.W_enc,
+                self.b_enc,
+                generator=self.generator,
+                **rule,
+            )
+            return SparseCodes.from_dense(dense), None
+        return layer.sampled_topk(
+            flat,
+            self._input_bias(),
+            self.W_enc.t(),
+            self.b_enc,
+            generator=self.generator,
+            hint=self._hint,
+            rows=rows,
+            **rule,
+        )
+
+    def _train_codes(self, flat: Tensor) -> tuple[tuple[SparseCodes, Tensor, RowSource], Tensor | None]:
+        rows = RowSource(keep=self.cfg.row_grads)
+        codes, scores = self._encode_batch(flat, rows)
+        if self.impl_in_use == "reference":
+            x_hat = reference.decode(codes.to_dense(), self.W_dec, self.b_dec)
+        else:
+            x_hat = layer.decode(codes, self.W_dec, self.b_dec, rows)
+        return (codes, x_hat, rows), scores
+
+    def _aux(
+        self, flat: Tensor, x_hat: Tensor, dead: Tensor, scores: Tensor | None, rows: RowSource
+    ) -> Tensor:
+        c = self.cfg
+        centred = layer.centre(flat, self._input_bias())
+        if self.impl_in_use == "reference":
+            a = reference.encode(centred, self.W_enc, self.b_enc)
+            return reference.aux_loss(
+                flat.to(x_hat.dtype),
+                x_hat,
+                centred,
+                self.W_enc,
+                self.b_enc,
+                self.W_dec,
+                dead,
+                k_aux=c.aux_features,
+                aux_pool=c.aux_pool,
+                scores=reference.column_scores(a, c.score),
+            )
+        return aux_loss(
+            (flat.to(x_hat.dtype) - x_hat).detach(),
+            centred,
+            self.W_enc.t(),
+            self.b_enc,
+            self.W_dec,
+            dead.nonzero().squeeze(1),
+            k_aux=c.aux_features,
+            aux_pool=c.aux_pool,
+            score=c.score,
+            scores=scores,
+            rows=rows,
+        )
+
+    def _encode_threshold(self, flat: Tensor) -> SparseCodes:
+        centred = layer.centre(flat, self._input_bias())
+        # A feature is active strictly above the threshold.
+        above = torch.nextafter(self.threshold.float(), torch.tensor(torch.inf, device=self.threshold.device))
+        found = stream_above(
+            centred, self.W_enc.detach().t(), self.b_enc.detach().to(centred.dtype), None, None, float(above)
+        )
+        return layer.entry_codes(
+            flat, self._input_bias(), self.W_enc.t(), self.b_enc, centred, None, found, RowSource()
+        )
+
+    def _evaluate(self, x: Tensor, flat: Tensor) -> SampledSAEOutput:
+        codes = self._encode_threshold(flat)
+        x_hat = layer.decode(codes, self.W_dec, self.b_dec)
+        mse = (flat.to(x_hat.dtype) - x_hat).square().sum(-1).mean()
+        return SampledSAEOutput(mse, mse, mse.new_zeros(()), x_hat.to(x.dtype).view(x.shape), codes)
+
+    @torch.no_grad()
+    def _count(self, codes: SparseCodes) -> None:
+        """Threshold (a running mean that starts at its first value), dead counts, next batch's hint."""
+        self.tokens_since_active += codes.shape[0]
+        self.tokens_since_active[codes.active_features()] = 0
+        smallest = codes.smallest()
+        if smallest is None:
+            return
+        if int(self.threshold_steps) == 0:
+            self.threshold.fill_(smallest)
+        else:
+            self.threshold.lerp_(torch.full_like(self.threshold, smallest), 1 - self.cfg.threshold_decay)
+        self.threshold_steps += 1
+        self._hint = 0.9 * smallest

@@ -1,0 +1,168 @@
+"""Steps 1 to 5 of METHOD.md put together from scores, block, stream and entries.
+
+A small pool is computed as one block [B, P] with dense products; a large one is streamed and handled entry by
+entry. Dense wins while P is a few dozen times k (measured: benchmarks/README.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..codes import SparseCodes
+from ..config import batch_budget, pool_size
+from ..ranking import candidate_pool, largest_mask
+from .entries import DecodeEntries, EncodeEntries, EntryIndex
+from .rows import RowSource
+from .scores import column_statistics, finish_scores
+from .stream import Entries, stream_batch, stream_token
+
+BLOCK_PER_K = 32
+BLOCK_SHARE = 8
+
+
+def use_block(pool: int, k: float, n_features: int) -> bool:
+    """Whether [B, P] is both the faster form and a small share of [B, F]."""
+    return pool <= BLOCK_PER_K * k and pool * BLOCK_SHARE <= n_features
+
+
+class EncodeBlock(torch.autograd.Function):
+    """(x - b_dec) rows^T + b_rows, [B, P], from x - b_dec as given in `centred`.
+
+    The gradient of b_dec comes from that of b_rows, so that x needs none when it asks for none.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, b_dec: Tensor | None, rows: Tensor, b_rows: Tensor, centred: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(rows, centred)
+        ctx.dtypes = x.dtype, None if b_dec is None else b_dec.dtype
+        return torch.addmm(b_rows, centred, rows.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, centred = ctx.saved_tensors
+        dx = db_dec = d_rows = None
+        db_rows = grad.sum(0)
+        if ctx.needs_input_grad[0]:
+            dx = (grad @ rows).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            db_dec = -(db_rows @ rows).to(ctx.dtypes[1])
+        if ctx.needs_input_grad[2]:
+            d_rows = grad.t() @ centred
+        return dx, db_dec, d_rows, db_rows, None
+
+
+def centre(x: Tensor, b_dec: Tensor | None) -> Tensor:
+    """x - b_dec without a gradient, in the dtype to compute in: float32 for 16-bit inputs."""
+    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    centred = x.detach().to(dtype)
+    return centred if b_dec is None else centred - b_dec.detach().to(dtype)
+
+
+def sampled_topk(
+    x: Tensor,
+    b_dec: Tensor | None,
+    W: Tensor,
+    b: Tensor,
+    *,
+    k: float,
+    l: float | None,
+    score: str = "l2",
+    pool: str = "top",
+    select: str = "batch",
+    scale: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    hint: float | None = None,
+    rows: RowSource | None = None,
+) -> tuple[SparseCodes, Tensor | None]:
+    """Codes of x [B, d] under W [F, d], b [F], and the column scores where a pool needed them."""
+    rows = rows if rows is not None else RowSource()
+    centred = centre(x, b_dec)
+    weights, bias = W.detach(), b.detach().to(centred.dtype)
+    scale = None if scale is None else scale.detach().to(centred.dtype)
+    n_features = W.shape[0]
+    size = pool_size(k, l, n_features)
+    scores = members = None
+    if size < n_features:
+        scores = finish_scores(column_statistics(centred, weights, bias, score, scale), score)
+        members = candidate_pool(scores, size, pool, generator)
+    if members is not None and use_block(size, k, n_features):
+        taken = rows.gather("W_enc", W, members, centred.dtype)
+        b_taken = rows.gather("b_enc", b, members, centred.dtype)
+        block = EncodeBlock.apply(x, b_dec, taken, b_taken, centred)
+        if scale is not None:
+            block = block * scale[members]
+        mask = block_mask(block.detach(), k, select)
+        return SparseCodes.from_block(torch.where(mask, block, 0), members, n_features), scores
+    if select == "batch":
+        budget = batch_budget(x.shape[0], k)
+        found = stream_batch(centred, weights, bias, scale, members, budget, hint)
+    else:
+        found = stream_token(centred, weights, bias, scale, members, int(k))
+    return entry_codes(x, b_dec, W, b, centred, scale, found, rows), scores
+
+
+def entry_codes(
+    x: Tensor,
+    b_dec: Tensor | None,
+    W: Tensor,
+    b: Tensor,
+    centred: Tensor,
+    scale: Tensor | None,
+    found: Entries,
+    rows: RowSource,
+) -> SparseCodes:
+    """Selected entries with their gradient attached."""
+    values, tokens, features = found
+    codes = SparseCodes(values, tokens, features, (x.shape[0], W.shape[0]))
+    index = entry_index(codes)
+    if torch.is_grad_enabled():
+        W_rows = rows.slot("W_enc", W, index.touched, centred.dtype)
+        b_rows = rows.slot("b_enc", b, index.touched, centred.dtype)
+        values = EncodeEntries.apply(x, b_dec, W_rows, b_rows, values, centred, W.detach(), scale, index)
+        codes = SparseCodes(values, tokens, features, codes.shape)
+        codes.index = index
+    return codes
+
+
+def entry_index(codes: SparseCodes) -> EntryIndex:
+    """The codes' index, made once."""
+    if codes.index is None:
+        codes.index = EntryIndex(codes.tokens, codes.features, *codes.shape)
+    return codes.index
+
+
+def block_mask(a: Tensor, k: float, select: str) -> Tensor:
+    """Kept entries of a [B, P]: strictly positive, within the budget, ties to the lower index."""
+    positive = a > 0
+    if select == "batch":
+        budget = batch_budget(a.shape[0], k)
+        if int(positive.count_nonzero()) <= budget:
+            return positive
+        return largest_mask(a.flatten(), budget).view(a.shape) & positive
+    if k >= a.shape[1]:
+        return positive
+    cut = a.topk(int(k), dim=1).values[:, -1:]
+    above = a > cut
+    tied = a == cut
+    room = int(k) - above.sum(1, keepdim=True)
+    return (above | (tied & (tied.cumsum(1) <= room))) & positive
+
+
+def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, rows: RowSource | None = None) -> Tensor:
+    """[B, d] in the codes' dtype: a dense product on a block, gathered rows on entries."""
+    rows = rows if rows is not None else RowSource()
+    if codes.block is not None:
+        assert codes.pool is not None
+        x_hat = codes.block @ rows.gather("W_dec", W_dec, codes.pool, codes.block.dtype)
+    else:
+        index = entry_index(codes)
+        slot = rows.slot("W_dec", W_dec, index.touched, codes.values.dtype)
+        x_hat = DecodeEntries.apply(codes.values, slot, W_dec.detach(), index)
+    return x_hat if b_dec is None else x_hat + b_dec.to(x_hat.dtype)

@@ -1,0 +1,105 @@
+"""Gradient rows: the touched features' part of a [F, d] gradient, dense only where the caller needs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def large_zeros(like: Tensor, *shape: int) -> Tensor:
+    """`like.new_zeros(shape)` backed by huge pages where the system grants them.
+
+    numpy asks the kernel for them and torch does not: at 200 MB a fresh torch tensor costs five times as much
+    in page faults as in writing.
+    """
+    dtypes = {torch.float32: np.float32, torch.float64: np.float64}
+    if like.device.type != "cpu" or like.dtype not in dtypes:
+        return like.new_zeros(shape)
+    return torch.from_numpy(np.zeros(shape, dtypes[like.dtype]))
+
+
+class GatherRows(torch.autograd.Function):
+    """rows = W[features]; the gradient of W is zero outside them."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(features)
+        ctx.W_like = W.new_empty(0), W.shape
+        return W.index_select(0, features).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return scatter_rows(*ctx.W_like, ctx.saved_tensors[0], grad), None, None
+
+
+class RowSlot(torch.autograd.Function):
+    """A slot of shape W[features] and no memory, to receive their gradient; its values must not be read."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(features)
+        ctx.W_like = W.new_empty(0), W.shape
+        return empty_slot(W, features, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return scatter_rows(*ctx.W_like, ctx.saved_tensors[0], grad), None, None
+
+
+def empty_slot(W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
+    return W.new_zeros((), dtype=dtype).expand(len(features), *W.shape[1:])
+
+
+def scatter_rows(like: Tensor, shape: torch.Size, features: Tensor, grad: Tensor) -> Tensor:
+    return large_zeros(like, *shape).index_copy_(0, features, grad.to(like.dtype))
+
+
+@dataclass
+class RowGradient:
+    """The gradient of some rows of one parameter, after `backward`.
+
+    Attributes:
+        name: "W_enc", "b_enc" or "W_dec"; the rows of W_enc are those of W_enc.T.
+        features: int64 [T], ascending.
+        rows: the [T, d] or [T] leaf whose `.grad` is the gradient.
+    """
+
+    name: str
+    features: Tensor
+    rows: Tensor
+
+
+class RowSource:
+    """Hands out rows of a parameter to compute with, and decides where their gradients go.
+
+    keep=False: to `parameter.grad`, dense, as autograd users expect. keep=True: to `self.gradients`, rows only.
+    """
+
+    def __init__(self, keep: bool = False) -> None:
+        self.keep = keep
+        self.gradients: list[RowGradient] = []
+
+    def gather(self, name: str, W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
+        """W[features] in `dtype`."""
+        if not self.keep:
+            return GatherRows.apply(W, features, dtype)
+        return self._leaf(name, W, features, W.detach().index_select(0, features).to(dtype))
+
+    def slot(self, name: str, W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
+        """A place of the shape of W[features] for the gradient alone; it holds no values."""
+        if not self.keep:
+            return RowSlot.apply(W, features, dtype)
+        return self._leaf(name, W, features, empty_slot(W, features, dtype))
+
+    def _leaf(self, name: str, W: Tensor, features: Tensor, rows: Tensor) -> Tensor:
+        if W.requires_grad and torch.is_grad_enabled():
+            rows.requires_grad_()
+            self.gradients.append(RowGradient(name, features, rows))
+        return rows

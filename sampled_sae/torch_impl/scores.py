@@ -1,0 +1,64 @@
+"""Column scores of relu(x W^T + b), chunk of features by chunk of features.
+
+2BdF FLOP in products; the activations of a chunk (about 8 MB) never leave the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 21
+
+
+def chunk_features(n_tokens: int) -> int:
+    """Features a chunk: a multiple of 64 that keeps [B, C] near 2M elements."""
+    return max(64, CHUNK_ELEMENTS // n_tokens // 64 * 64)
+
+
+def column_statistics(x: Tensor, W: Tensor, b: Tensor, score: str, scale: Tensor | None = None) -> Tensor:
+    """Sums over the tokens from which the score follows; adding those of two batches gives those of both.
+
+    Args:
+        x: [B, d] float32 or float64, centred.
+        W, b, scale: [F, d], [F], [F] or None.
+
+    Returns:
+        [S, F] float: sum a^2 for l2 and l2_squared; sum a and sum a ln a for entropy; the number of
+        positive entries for uniform. To be reduced across processes, then given to `finish_scores`.
+    """
+    n_tokens, n_features = x.shape[0], W.shape[0]
+    stats = x.new_empty(2 if score == "entropy" else 1, n_features)
+    step = chunk_features(n_tokens)
+    buffer = x.new_empty(min(step, n_features), n_tokens)
+    for start in range(0, n_features, step):
+        stop = min(start + step, n_features)
+        a = buffer[: stop - start]  # [C, B]
+        torch.addmm(b[start:stop, None], W[start:stop].to(x.dtype), x.t(), out=a).relu_()
+        if scale is not None:
+            a.mul_(scale[start:stop, None])
+        if score == "entropy":
+            torch.sum(a, 1, out=stats[0, start:stop])
+            torch.sum(torch.special.entr(a), 1, out=stats[1, start:stop]).neg_()
+        elif score == "uniform":
+            stats[0, start:stop] = torch.count_nonzero(a, 1)
+        else:
+            torch.linalg.vector_norm(a, dim=1, out=stats[0, start:stop]).square_()
+    return stats
+
+
+def finish_scores(stats: Tensor, score: str) -> Tensor:
+    """[S, F] statistics to [F] scores."""
+    if score == "l2":
+        return stats[0].sqrt()
+    if score == "l2_squared":
+        return stats[0]
+    if score == "uniform":
+        return (stats[0] > 0).to(stats.dtype)
+    fires = stats[0] > 0
+    log_total = torch.where(fires, stats[0], 1).log()
+    entropy = log_total - stats[1] / torch.where(fires, stats[0], 1)
+    # One token alone has entropy 0, here up to rounding; above a column that never fires all the same.
+    limits = torch.finfo(stats.dtype)
+    entropy = torch.where(entropy > 4 * limits.eps * (1 + log_total.abs()), entropy, limits.tiny)
+    return torch.where(fires, entropy, 0)

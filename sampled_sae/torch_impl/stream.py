@@ -1,0 +1,171 @@
+"""Exact selection over many features without [B, F]: chunks of the encoder product through a filter.
+
+A chunk [B, C] is filtered in cache: maxima of blocks of 64 features tell which blocks hold an entry at or
+above the running threshold tau, and only those blocks are looked at again. tau starts low and rises: whenever
+the candidates number twice the budget they are cut to the exact best so far, whose last member is the new
+tau. So the result is exact, whatever the first tau; one that was too high is seen by the count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..ranking import nth_largest
+from .scores import chunk_features
+
+BLOCK = 64
+FIRST_CHUNK = 128
+
+Entries = tuple[Tensor, Tensor, Tensor]
+
+
+def stream_above(
+    x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None, members: Tensor | None, tau: float
+) -> Entries:
+    """Every entry > 0 and >= tau: (values, tokens, features), sorted by token, then feature."""
+    floor = x.new_full((1,), tau)
+    found = [filter_chunk(a, base, floor) for base, a in activation_chunks(x, W, b, scale, members)]
+    return sort_entries(join(found), members)
+
+
+def stream_batch(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    scale: Tensor | None,
+    members: Tensor | None,
+    n: int,
+    hint: float | None = None,
+) -> Entries:
+    """The n largest strictly positive entries of the batch, ties to the lower token, then feature.
+
+    Args:
+        x, W, b, scale: [B, d], [F, d], [F], [F] or None.
+        members: int64 [P] ascending, the features to look at; None for all.
+        hint: a guess of the n-th largest; a bad one costs time, never exactness.
+    """
+    floor = x.new_full((1,), 0.0 if hint is None else hint)
+    kept: list[Entries] = []
+    count = 0
+    for base, a in activation_chunks(x, W, b, scale, members):
+        kept.append(filter_chunk(a, base, floor))
+        count += len(kept[-1][0])
+        if count >= 2 * n and n > 0:
+            kept = [keep_best(join(kept), n, W.shape[0])]
+            floor.fill_(kept[0][0].min())
+            count = n
+    if count < n and hint is not None:
+        return stream_batch(x, W, b, scale, members, n)
+    return sort_entries(keep_best(join(kept), n, W.shape[0]), members)
+
+
+def stream_token(
+    x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None, members: Tensor | None, k: int
+) -> Entries:
+    """The k largest strictly positive entries of each token, ties to the lower feature."""
+    floor = x.new_zeros(x.shape[0])
+    kept: list[Entries] = []
+    count = 0
+    limit = 2 * k * x.shape[0]
+    for base, a in activation_chunks(x, W, b, scale, members):
+        kept.append(filter_chunk(a, base, floor))
+        count += len(kept[-1][0])
+        if count >= limit:
+            best, floor = keep_best_of_tokens(join(kept), k, x.shape[0])
+            kept, count = [best], len(best[0])
+    return sort_entries(keep_best_of_tokens(join(kept), k, x.shape[0])[0], members)
+
+
+def activation_chunks(
+    x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None, members: Tensor | None
+) -> Iterator[tuple[int, Tensor]]:
+    """(first column, x W^T + b before the relu [B, C]), C a multiple of BLOCK, padded with -inf.
+
+    Chunks start small, so that the first cut of the candidates comes early. One buffer serves all of them.
+    """
+    n_features = W.shape[0] if members is None else len(members)
+    largest = chunk_features(x.shape[0])
+    memory = x.new_empty(x.shape[0] * min(largest, -(-n_features // BLOCK) * BLOCK))
+    start, width = 0, min(FIRST_CHUNK, largest)
+    while start < n_features:
+        stop = min(start + width, n_features)
+        at = slice(start, stop) if members is None else members[start:stop]
+        padded = -(-(stop - start) // BLOCK) * BLOCK
+        a = memory[: x.shape[0] * padded].view(x.shape[0], padded)
+        inner = a[:, : stop - start]
+        if padded > stop - start:
+            a[:, stop - start :] = -torch.inf
+        torch.addmm(b[at], x, W[at].to(x.dtype).t(), out=inner)
+        if scale is not None:
+            inner.mul_(scale[at])
+        yield start, a
+        start, width = stop, min(2 * width, largest)
+
+
+def filter_chunk(a: Tensor, base: int, floor: Tensor) -> Entries:
+    """Entries > 0 and >= floor ([1] or [B]) of a chunk [B, C], sorted by token, then column."""
+    n_blocks = a.shape[1] // BLOCK
+    top = a.view(-1, BLOCK).amax(1).view(-1, n_blocks)  # [B, C / BLOCK]
+    hits = ((top >= floor[:, None]) & (top > 0)).flatten().nonzero().squeeze(1)
+    tokens = hits // n_blocks
+    inside = a.view(-1, BLOCK)[hits]  # [H, BLOCK]
+    least = floor[tokens] if len(floor) > 1 else floor
+    row, column = ((inside >= least[:, None]) & (inside > 0)).nonzero(as_tuple=True)
+    return inside[row, column], tokens[row], (hits % n_blocks)[row] * BLOCK + column + base
+
+
+def keep_best(entries: Entries, n: int, n_features: int) -> Entries:
+    """The n largest; ties to the lower token, then feature."""
+    values, tokens, features = entries
+    if len(values) <= n:
+        return entries
+    if n == 0:
+        return values[:0], tokens[:0], features[:0]
+    cut = nth_largest(values, n)
+    mask = values > cut
+    ties = (values == cut).nonzero().squeeze(1)
+    missing = n - int(mask.sum())
+    if len(ties) > missing:
+        ties = ties[torch.argsort(tokens[ties] * n_features + features[ties])[:missing]]
+    mask[ties] = True
+    at = mask.nonzero().squeeze(1)
+    return values[at], tokens[at], features[at]
+
+
+def keep_best_of_tokens(entries: Entries, k: int, n_tokens: int) -> tuple[Entries, Tensor]:
+    """The k largest of each token, and the smallest of them [B] (0 where a token has fewer than k).
+
+    Entries come in order of features within a token, so that a stable sort by token keeps the tie rule.
+    """
+    order = torch.argsort(entries[1], stable=True)
+    values, tokens, features = (e[order] for e in entries)
+    counts = torch.bincount(tokens, minlength=n_tokens)
+    first = counts.cumsum(0) - counts
+    width = max(int(counts.max()), k)
+    table = values.new_zeros(n_tokens, width)
+    table[tokens, torch.arange(len(tokens), device=tokens.device) - first[tokens]] = values
+    cut = table.topk(k, dim=1, sorted=True).values[:, -1]  # [B]
+    above = values > cut[tokens]
+    tied = values == cut[tokens]
+    rank = tied.cumsum(0)
+    before = torch.cat((rank.new_zeros(1), rank))[first]
+    room = k - torch.zeros_like(counts).index_add_(0, tokens, above.long())
+    at = (above | (tied & (rank - before[tokens] <= room[tokens]))).nonzero().squeeze(1)
+    return (values[at], tokens[at], features[at]), cut
+
+
+def join(parts: list[Entries]) -> Entries:
+    values, tokens, features = (torch.cat(column) for column in zip(*parts))
+    return values, tokens, features
+
+
+def sort_entries(entries: Entries, members: Tensor | None) -> Entries:
+    """By token, then feature; columns of the pool become features of the dictionary."""
+    values, tokens, features = entries
+    if members is not None:
+        features = members[features]
+    order = torch.argsort(tokens * (int(features.max()) + 1 if len(features) else 1) + features)
+    return values[order], tokens[order], features[order]

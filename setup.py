@@ -1,0 +1,12 @@
+"""Packages by hand: `kernels/` stands at the top of the tree and is imported as `sampled_sae.kernels`.
+
+A top-level package named `kernels` would overwrite Hugging Face's package of that name.
+"""
+
+from setuptools import setup
+
+setup(
+    packages=["sampled_sae", "sampled_sae.lm", "sampled_sae.torch_impl", "sampled_sae.kernels"],
+    package_dir={"sampled_sae": "sampled_sae", "sampled_sae.kernels": "kernels"},
+    package_data={"sampled_sae": ["py.typed"]},
+)
