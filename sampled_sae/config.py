@@ -106,7 +106,5 @@ class SampledSAEConfig:
         unknown = sorted(set(values) - known)
         missing = sorted({"d_in", "d_sae", "k"} - set(values))
         if unknown or missing:
-            raise ValueError(
-                f"config: unknown fields {unknown}, missing fields {missing}; known: {sorted(known)}"
-            )
+            raise ValueError(f"config: unknown fields {unknown}, missing fields {missing}; known: {sorted(known)}")
         return cls(**values)

@@ -6,6 +6,8 @@ has a Triton form, torch elsewhere; `resolve_impl` says which. Asking for a form
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -77,9 +79,7 @@ def column_scores(
     return finish_scores(column_statistics(x, W_enc.detach().t(), b, score, scale), score)
 
 
-def candidate_pool(
-    scores: Tensor, size: int, how: str = "top", generator: torch.Generator | None = None
-) -> Tensor:
+def candidate_pool(scores: Tensor, size: int, how: str = "top", generator: torch.Generator | None = None) -> Tensor:
     """The candidate features: int64 [min(size, F)], ascending.
 
     Args:
@@ -148,7 +148,7 @@ def sampled_topk(
     check_budget(k, l, W_enc.shape[1], select)
     impl = resolve_impl(impl, x.device)
     x = x.reshape(-1, x.shape[-1])
-    rule = {"k": k, "l": l, "score": score, "pool": pool, "select": select}
+    rule: dict[str, Any] = {"k": k, "l": l, "score": score, "pool": pool, "select": select}
     if impl == "reference":
         dense = reference.sampled_topk(x, W_enc, b_enc, scale=scale, generator=generator, **rule)
         return SparseCodes.from_dense(dense)

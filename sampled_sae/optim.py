@@ -10,14 +10,17 @@ renormalisation finds its rows in cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .torch_impl.rows import large_zeros
+from .torch_impl.rows import large_empty
 from .validate import check_number
+
+if TYPE_CHECKING:
+    from .sae import SampledSAE
 
 CHUNK_ELEMENTS = 1 << 18
 
@@ -46,19 +49,7 @@ class RowGrads:
         if len(self.parts) > 1:
             features, inverse = torch.unique(torch.cat([f for f, _ in self.parts]), return_inverse=True)
             values = torch.cat([rows for _, rows in self.parts])
-            self.parts = [
-                (features, values.new_zeros(len(features), *values.shape[1:]).index_add_(0, inverse, values))
-            ]
-
-    def project(self) -> None:
-        """Removes the part parallel to each decoder row, which has unit norm."""
-        for features, rows in self.parts:
-            W = self.weight[features].to(rows.dtype)
-            rows.sub_((rows * W).sum(1, keepdim=True) * W)
-        if self.dense is not None:
-            step = max(1, CHUNK_ELEMENTS // self.dense.shape[1])
-            for grad, W in zip(self.dense.split(step), self.weight.split(step)):
-                grad.sub_((grad * W).sum(1, keepdim=True) * W)
+            self.parts = [(features, values.new_zeros(len(features), *values.shape[1:]).index_add_(0, inverse, values))]
 
 
 class RowAdam(Optimizer):
@@ -80,7 +71,7 @@ class RowAdam(Optimizer):
 
     def __init__(
         self,
-        sae: nn.Module,
+        sae: SampledSAE,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -105,19 +96,17 @@ class RowAdam(Optimizer):
         self.sae.row_grads = []
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         grads = self._collect()
-        self._clip(g for grad in grads.values() for g in grad.tensors())
+        factor = self._clip_factor([g for grad in grads.values() for g in grad.tensors()])
         for group in self.param_groups:
             grad = grads[group["name"]]
-            if group["name"] == "W_dec":
-                grad.project()
             if grad.parts or grad.dense is not None:
-                self._adam(group, grad)
+                self._adam(group, grad, factor)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -137,26 +126,27 @@ class RowAdam(Optimizer):
             grad.merge()
         return grads
 
-    def _clip(self, tensors: Iterable[Tensor]) -> None:
-        tensors = list(tensors)
+    def _clip_factor(self, tensors: list[Tensor]) -> float:
+        """What the gradients are multiplied by, so that their global norm is at most `clip`."""
         if not tensors:
-            return
+            return 1.0
         norms = [torch.linalg.vector_norm(t).float() for t in tensors]
         self.grad_norm = torch.linalg.vector_norm(torch.stack(norms))
-        if self.clip is not None and self.grad_norm > self.clip:
-            torch._foreach_mul_(tensors, float(self.clip / (self.grad_norm + 1e-6)))
+        if self.clip is None:
+            return 1.0
+        return min(1.0, self.clip / (float(self.grad_norm) + 1e-6))
 
-    def _adam(self, group: dict[str, Any], grad: RowGrads) -> None:
+    def _adam(self, group: dict[str, Any], grad: RowGrads, factor: float) -> None:
         parameter = group["params"][0]
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             for name in ("exp_avg", "exp_avg_sq"):
-                zeros = large_zeros(grad.weight, *grad.weight.shape)
+                zeros = large_empty(grad.weight, *grad.weight.shape).zero_()
                 state[name] = zeros.t() if grad.name == "W_enc" else zeros
         state["step"] += 1
         moments = [state[n].t() if grad.name == "W_enc" else state[n] for n in ("exp_avg", "exp_avg_sq")]
-        for rows, slope in walk(grad):
+        for rows, slope in walk(grad, factor):
             weight = grad.weight[rows]
             torch._fused_adam_(
                 [weight],
@@ -177,24 +167,33 @@ class RowAdam(Optimizer):
                 weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min_(1e-12))
 
 
-def walk(grad: RowGrads) -> Iterable[tuple[slice, Tensor]]:
-    """(rows, their gradient) chunk by chunk; untouched rows have gradient zero."""
+def walk(grad: RowGrads, factor: float) -> Iterable[tuple[slice, Tensor]]:
+    """(rows, their gradient times `factor`, projected for W_dec) chunk by chunk; zero in untouched rows."""
     weight = grad.weight
     width = weight.shape[1] if weight.dim() > 1 else 1
     step = max(1, CHUNK_ELEMENTS // width)
     starts = range(0, weight.shape[0], step)
     if grad.dense is not None:
         for start in starts:
-            yield slice(start, start + step), grad.dense[start : start + step]
+            rows = slice(start, start + step)
+            yield rows, prepared(grad.name, grad.dense[rows] * factor, weight[rows])
         return
     (features, values), *_ = grad.parts
-    edges = torch.searchsorted(
-        features, torch.tensor([*starts, weight.shape[0]], device=features.device)
-    ).tolist()
+    edges = torch.searchsorted(features, torch.tensor([*starts, weight.shape[0]], device=features.device)).tolist()
     buffer = weight.new_zeros(min(step, weight.shape[0]), *weight.shape[1:])
     for start, first, last in zip(starts, edges, edges[1:]):
+        here = buffer[: min(step, weight.shape[0] - start)]
+        rows = slice(start, start + len(here))
         touched = features[first:last] - start
-        slope = buffer[: min(step, weight.shape[0] - start)]
-        slope[touched] = values[first:last].to(weight.dtype)
-        yield slice(start, start + step), slope
-        slope[touched] = 0
+        slope = prepared(grad.name, values[first:last] * factor, weight[rows].index_select(0, touched))
+        here.index_copy_(0, touched, slope.to(weight.dtype))
+        yield rows, here
+        here.index_fill_(0, touched, 0)
+
+
+def prepared(name: str, slope: Tensor, weight: Tensor) -> Tensor:
+    """For W_dec the part of each row orthogonal to the unit decoder row, otherwise `slope` itself."""
+    if name != "W_dec":
+        return slope
+    W = weight.to(slope.dtype)
+    return slope.sub_((slope * W).sum(1, keepdim=True) * W)

@@ -39,9 +39,7 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if config.get("format") != FORMAT or "sae" not in config:
         raise ValueError(f"{folder / CONFIG}: format={config.get('format')!r}: must be {FORMAT!r}")
     if config.get("version") != VERSION:
-        raise ValueError(
-            f"{folder / CONFIG}: version={config.get('version')!r}: this package reads {VERSION}"
-        )
+        raise ValueError(f"{folder / CONFIG}: version={config.get('version')!r}: this package reads {VERSION}")
     path = folder / WEIGHTS
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -56,7 +54,5 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if name not in tensors:
             raise ValueError(f"{path}: tensor {name!r} is missing; it holds {sorted(tensors)}")
         if name in shapes and tuple(tensors[name].shape) != shapes[name]:
-            raise ValueError(
-                f"{path}: {name} is {tuple(tensors[name].shape)}, config.json says {shapes[name]}"
-            )
+            raise ValueError(f"{path}: {name} is {tuple(tensors[name].shape)}, config.json says {shapes[name]}")
     return fields, {name: tensors[name] for name in TENSORS}

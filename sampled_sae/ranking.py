@@ -31,9 +31,7 @@ def largest_mask(values: Tensor, n: int) -> Tensor:
     return mask
 
 
-def candidate_pool(
-    scores: Tensor, size: int, how: str = "top", generator: torch.Generator | None = None
-) -> Tensor:
+def candidate_pool(scores: Tensor, size: int, how: str = "top", generator: torch.Generator | None = None) -> Tensor:
     """The `size` features of highest score, or a draw in proportion to the score.
 
     Args:

@@ -45,9 +45,7 @@ def column_scores(a: Tensor, score: str = "l2") -> Tensor:
     raise ValueError(f"score={score!r}")
 
 
-def candidate_pool(
-    scores: Tensor, size: int, how: str = "top", generator: torch.Generator | None = None
-) -> Tensor:
+def candidate_pool(scores: Tensor, size: int, how: str = "top", generator: torch.Generator | None = None) -> Tensor:
     """C: `size` features, int64 ascending. Ties go to the lower index."""
     if how == "sample":
         device = None if generator is None else generator.device

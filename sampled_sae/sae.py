@@ -186,9 +186,7 @@ class SampledSAE(nn.Module):
         save_pretrained(self, Path(folder))
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | os.PathLike[str], device: torch.device | str | None = None
-    ) -> SampledSAE:
+    def from_pretrained(cls, folder: str | os.PathLike[str], device: torch.device | str | None = None) -> SampledSAE:
         """Reads what `save_pretrained` wrote.
 
         Raises:
@@ -201,9 +199,7 @@ class SampledSAE(nn.Module):
 
     def extra_repr(self) -> str:
         c = self.cfg
-        return (
-            f"d_in={c.d_in}, d_sae={c.d_sae}, k={c.k}, l={c.l}, score={c.score!r}, impl={self.impl_in_use!r}"
-        )
+        return f"d_in={c.d_in}, d_sae={c.d_sae}, k={c.k}, l={c.l}, score={c.score!r}, impl={self.impl_in_use!r}"
 
     def _flatten(self, x: Tensor) -> Tensor:
         check_activations(x, self.cfg.d_in)
@@ -247,9 +243,7 @@ class SampledSAE(nn.Module):
             x_hat = layer.decode(codes, self.W_dec, self.b_dec, rows)
         return (codes, x_hat, rows), scores
 
-    def _aux(
-        self, flat: Tensor, x_hat: Tensor, dead: Tensor, scores: Tensor | None, rows: RowSource
-    ) -> Tensor:
+    def _aux(self, flat: Tensor, x_hat: Tensor, dead: Tensor, scores: Tensor | None, rows: RowSource) -> Tensor:
         c = self.cfg
         centred = layer.centre(flat, self._input_bias())
         if self.impl_in_use == "reference":

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-from .rows import large_zeros
+from .rows import large_empty
 
-SLICE_ELEMENTS = 1 << 22
+SLICE_ELEMENTS = 1 << 19
 # Said once a process by torch for every CSR tensor; the operations used here are covered by our tests.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
@@ -60,11 +60,12 @@ class EntryIndex:
         """sum_i weights_ij source_i for each touched feature, [T, d]."""
         order, touched, ends = self.by_feature
         tokens, weights = self.tokens[order], weights[order]
-        out = large_zeros(source, len(touched), source.shape[1])
+        out = large_empty(source, len(touched), source.shape[1])
         step = max(1, SLICE_ELEMENTS // source.shape[1])
-        for first in range(0, len(touched), step):
+        bounds = ends[::step].tolist() + ends[-1:].tolist()
+        for part, first in enumerate(range(0, len(touched), step)):
             last = min(first + step, len(touched))
-            start, stop = int(ends[first]), int(ends[last])
+            start, stop = bounds[part], bounds[part + 1]
             out[first:last] = embedding_bag(
                 tokens[start:stop],
                 source,

@@ -36,9 +36,7 @@ class EncodeBlock(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, b_dec: Tensor | None, rows: Tensor, b_rows: Tensor, centred: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, b_dec: Tensor | None, rows: Tensor, b_rows: Tensor, centred: Tensor) -> Tensor:
         ctx.save_for_backward(rows, centred)
         ctx.dtypes = x.dtype, None if b_dec is None else b_dec.dtype
         return torch.addmm(b_rows, centred, rows.t())

@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def large_zeros(like: Tensor, *shape: int) -> Tensor:
-    """`like.new_zeros(shape)` backed by huge pages where the system grants them.
+def large_empty(like: Tensor, *shape: int) -> Tensor:
+    """`like.new_empty(shape)` backed by huge pages where the system grants them.
 
     numpy asks the kernel for them and torch does not: at 200 MB a fresh torch tensor costs five times as much
     in page faults as in writing.
     """
     dtypes = {torch.float32: np.float32, torch.float64: np.float64}
     if like.device.type != "cpu" or like.dtype not in dtypes:
-        return like.new_zeros(shape)
-    return torch.from_numpy(np.zeros(shape, dtypes[like.dtype]))
+        return like.new_empty(shape)
+    return torch.from_numpy(np.empty(shape, dtypes[like.dtype]))
 
 
 class GatherRows(torch.autograd.Function):
@@ -29,13 +29,13 @@ class GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(features)
-        ctx.W_like = W.new_empty(0), W.shape
+        ctx.like, ctx.shape = W.new_empty(0), W.shape
         return W.index_select(0, features).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return scatter_rows(*ctx.W_like, ctx.saved_tensors[0], grad), None, None
+        return scatter_rows(ctx.like, ctx.shape, ctx.saved_tensors[0], grad), None, None
 
 
 class RowSlot(torch.autograd.Function):
@@ -44,13 +44,13 @@ class RowSlot(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(features)
-        ctx.W_like = W.new_empty(0), W.shape
+        ctx.like, ctx.shape = W.new_empty(0), W.shape
         return empty_slot(W, features, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return scatter_rows(*ctx.W_like, ctx.saved_tensors[0], grad), None, None
+        return scatter_rows(ctx.like, ctx.shape, ctx.saved_tensors[0], grad), None, None
 
 
 def empty_slot(W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,7 +58,7 @@ def empty_slot(W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scatter_rows(like: Tensor, shape: torch.Size, features: Tensor, grad: Tensor) -> Tensor:
-    return large_zeros(like, *shape).index_copy_(0, features, grad.to(like.dtype))
+    return large_empty(like, *shape).zero_().index_copy_(0, features, grad.to(like.dtype))
 
 
 @dataclass

@@ -22,9 +22,7 @@ FIRST_CHUNK = 128
 Entries = tuple[Tensor, Tensor, Tensor]
 
 
-def stream_above(
-    x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None, members: Tensor | None, tau: float
-) -> Entries:
+def stream_above(x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None, members: Tensor | None, tau: float) -> Entries:
     """Every entry > 0 and >= tau: (values, tokens, features), sorted by token, then feature."""
     floor = x.new_full((1,), tau)
     found = [filter_chunk(a, base, floor) for base, a in activation_chunks(x, W, b, scale, members)]
@@ -62,9 +60,7 @@ def stream_batch(
     return sort_entries(keep_best(join(kept), n, W.shape[0]), members)
 
 
-def stream_token(
-    x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None, members: Tensor | None, k: int
-) -> Entries:
+def stream_token(x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None, members: Tensor | None, k: int) -> Entries:
     """The k largest strictly positive entries of each token, ties to the lower feature."""
     floor = x.new_zeros(x.shape[0])
     kept: list[Entries] = []

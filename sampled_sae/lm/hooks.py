@@ -1,0 +1,96 @@
+"""Read or replace the residual stream of a causal language model after one block.
+
+Convention: layer i is the residual stream AFTER block i, counted from 0. That is `hidden_states[i + 1]` of
+Hugging Face's `output_hidden_states=True`, except at the last block, where Hugging Face's entry has passed
+the final norm and ours has not. "The sixth layer" of a paper is layer 5.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from sampled_sae.lm.models import check_layer
+
+
+class _LayerReached(Exception):
+    """Ends a forward pass whose remaining blocks nobody needs."""
+
+
+class Captured:
+    """Holds the residual stream [B, T, d] of the last forward pass in `value`."""
+
+    def __init__(self) -> None:
+        self._value: Tensor | None = None
+
+    @property
+    def value(self) -> Tensor:
+        if self._value is None:
+            raise RuntimeError("nothing captured: no forward pass of the model has reached the layer")
+        return self._value
+
+
+def _residual_of(output: Any) -> Tensor:
+    """The residual stream in what a block returns: the tensor itself, or the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def capture(model: nn.Module, layer: int) -> Iterator[Captured]:
+    """Capture the residual stream after block `layer` and stop the forward pass there.
+
+    The forward pass ends the `with` block too, so make it the last statement:
+
+        with capture(model, 5) as captured:
+            model(input_ids=rows, use_cache=False)
+        x = captured.value  # [B, T, d]
+
+    Raises:
+        ValueError: if the model has no such layer.
+    """
+    block = check_layer(model, layer)
+    captured = Captured()
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        captured._value = _residual_of(output)
+        raise _LayerReached
+
+    handle = block.register_forward_hook(stop)
+    try:
+        yield captured
+    except _LayerReached:
+        pass
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def replace(model: nn.Module, layer: int, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the context, every forward pass continues from `fn(x)` after block `layer`.
+
+    Args:
+        model: a causal language model.
+        layer: index of the block, from 0.
+        fn: takes the residual stream [B, T, d] and returns its replacement, same shape, dtype and device.
+
+    Raises:
+        ValueError: if the model has no such layer, or (in the forward pass) if `fn` changes shape or dtype.
+    """
+    block = check_layer(model, layer)
+
+    def substitute(module: nn.Module, args: Any, output: Any) -> Any:
+        before = _residual_of(output)
+        after = fn(before)
+        if after.shape != before.shape or after.dtype != before.dtype:
+            raise ValueError(
+                f"fn returned {after.dtype} {list(after.shape)} for a residual stream of "
+                f"{before.dtype} {list(before.shape)}"
+            )
+        return (after, *output[1:]) if isinstance(output, tuple) else after
+
+    handle = block.register_forward_hook(substitute)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,226 @@
+"""What a reconstruction costs the language model: cross-entropy with the residual stream replaced by it."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from sampled_sae.lm.hooks import replace
+from sampled_sae.lm.models import check_layer, check_rows, decoder_layers
+
+Reconstruct = Callable[[Tensor], Tensor]
+_LOGIT_BYTES = 1 << 28  # float32 logits held at a time
+
+
+def spliced_cross_entropy(
+    model: Any,
+    rows: Tensor,
+    layer: int,
+    reconstruct: Reconstruct,
+    *,
+    scale: float,
+    max_norm: float = math.inf,
+    batch_size: int = 4,
+) -> dict[str, float]:
+    """`SpliceEvaluator(model, rows, layer, ...).evaluate(reconstruct)`, for a single reconstruction."""
+    evaluator = SpliceEvaluator(model, rows, layer, scale=scale, max_norm=max_norm, batch_size=batch_size)
+    return evaluator.evaluate(reconstruct)
+
+
+class SpliceEvaluator:
+    """Runs the clean and the ablated model once, then only the blocks after `layer` for each reconstruction.
+
+    A spliced run replaces the residual stream after block `layer`, except at position 0 and at vectors whose
+    norm exceeds `max_norm`: those the harvest drops too.
+
+    Args:
+        model: causal language model; put in eval mode.
+        rows: int64 [N, context] token ids.
+        layer: index of the block, from 0.
+        scale: factor of the normalisation, the manifest's `scale`.
+        max_norm: largest norm of a raw vector that is replaced, the manifest's `max_norm`.
+        batch_size: rows a forward pass, at most; fewer where their logits would take more than 256 MiB.
+        mean: float [d], raw, for the mean ablation; default the mean of the replaced vectors of these rows.
+
+    Attributes:
+        ce_clean, ce_zero, ce_mean: cross-entropy of the next token in nats a token, of the model as it is and
+            with the replaced vectors all zero, or all their mean.
+        spliced_tokens: how many vectors are replaced.
+
+    Raises:
+        ValueError: for bad arguments, or rows of which nothing would be replaced.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        rows: Tensor,
+        layer: int,
+        *,
+        scale: float,
+        max_norm: float = math.inf,
+        batch_size: int = 4,
+        mean: Tensor | None = None,
+    ) -> None:
+        check_layer(model, layer)
+        check_rows(model, rows)
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale={scale} must be a finite number above 0")
+        if not max_norm > 0:
+            raise ValueError(f"max_norm={max_norm} must be above 0")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        model.eval()
+        self._model, self._layer, self._scale = model, layer, scale
+        vocabulary = model.config.get_text_config().vocab_size
+        size = min(batch_size, max(1, _LOGIT_BYTES // (4 * rows.shape[1] * vocabulary)))
+        self._batches = list(rows.to(model.device).split(size))
+        self._residuals: list[Tensor] = []  # [b, T, d] each
+        self._replaced: list[Tensor] = []  # bool [b, T] each
+        self._tuple_sizes: list[int] = []  # of what blocks 0 to layer return; 0: a bare tensor
+        self.ce_clean = self._run_clean(max_norm)
+        self.spliced_tokens = sum(int(replaced.sum()) for replaced in self._replaced)
+        if self.spliced_tokens == 0:
+            raise ValueError(f"no token would be replaced: all norms exceed max_norm={max_norm}")
+        self._skips_prefix = self._suffix_equals_whole_model()
+        self.ce_zero = self._run_spliced(torch.zeros_like)
+        ablation = self._mean() if mean is None else mean.to(model.device, torch.float32)
+        self.ce_mean = self._run_spliced(lambda x: ablation.expand_as(x))
+
+    def evaluate(self, reconstruct: Reconstruct) -> dict[str, float]:
+        """Splice one reconstruction in.
+
+        Args:
+            reconstruct: takes float32 [n, d] normalised activations (x * scale) and returns the same shape.
+
+        Returns:
+            ce_clean, ce_spliced, ce_zero, ce_mean in nats a token; loss_recovered_zero and
+            loss_recovered_mean, (ce_ablated - ce_spliced) / (ce_ablated - ce_clean): 1 for a perfect
+            reconstruction, 0 for one no better than the ablation, NaN where the ablation changes nothing;
+            tokens predicted, and spliced_tokens replaced.
+
+        Raises:
+            ValueError: if `reconstruct` returns another shape or values that are not finite.
+        """
+        ce = self._run_spliced(lambda x: _checked(reconstruct(x * self._scale), x) / self._scale)
+        return {
+            "ce_clean": self.ce_clean,
+            "ce_spliced": ce,
+            "ce_zero": self.ce_zero,
+            "ce_mean": self.ce_mean,
+            "loss_recovered_zero": _recovered(self.ce_zero, ce, self.ce_clean),
+            "loss_recovered_mean": _recovered(self.ce_mean, ce, self.ce_clean),
+            "tokens": sum(batch[:, 1:].numel() for batch in self._batches),
+            "spliced_tokens": self.spliced_tokens,
+        }
+
+    def _run_clean(self, max_norm: float) -> float:
+        def record(x: Tensor) -> Tensor:
+            replaced = x.float().norm(dim=-1) <= max_norm
+            replaced[:, 0] = False
+            self._residuals.append(x)
+            self._replaced.append(replaced)
+            return x
+
+        with self._recorded_structure(), replace(self._model, self._layer, record):
+            return self._cross_entropy(iter(self._batches))
+
+    def _run_spliced(self, fn: Reconstruct) -> float:
+        """Cross-entropy with fn of the raw float32 vectors [n, d] in their place."""
+        return self._cross_entropy(iter(self._batches), (self._spliced(i, fn) for i in range(len(self._batches))))
+
+    @torch.no_grad()
+    def _spliced(self, index: int, fn: Reconstruct) -> Tensor:
+        x, replaced = self._residuals[index].clone(), self._replaced[index]
+        x[replaced] = fn(x[replaced].float()).to(x.dtype)
+        return x
+
+    @torch.no_grad()
+    def _cross_entropy(self, batches: Iterator[Tensor], residuals: Iterator[Tensor] | None = None) -> float:
+        """Mean over all predicted tokens, in nats; from the given residual streams where there are any."""
+        total, tokens = 0.0, 0
+        for batch in batches:
+            logits = self._logits(batch, None if residuals is None else next(residuals))
+            for row, row_logits in zip(batch, logits, strict=True):  # row by row: the softmax is another copy
+                total += float(nnf.cross_entropy(row_logits[:-1].float(), row[1:], reduction="sum"))
+                tokens += len(row) - 1
+        return total / tokens
+
+    def _logits(self, batch: Tensor, residual: Tensor | None) -> Tensor:
+        """Logits [b, T, V] of the model, which continues from `residual` after the layer if there is one."""
+        if residual is None:
+            return self._model(input_ids=batch, use_cache=False).logits
+        whole = replace(self._model, self._layer, lambda x: residual)
+        with self._without_prefix(residual) if self._skips_prefix else whole:
+            return self._model(input_ids=batch, use_cache=False).logits
+
+    @torch.no_grad()
+    def _suffix_equals_whole_model(self) -> bool:
+        """Whether the first row gives the same logits when blocks 0 to layer are skipped.
+
+        A model whose later blocks use more of the earlier ones than the residual stream (shared keys and
+        values, say) fails this, and then runs whole.
+        """
+        row, residual = self._batches[0][:1], self._residuals[0][:1]
+        self._skips_prefix = False
+        whole = self._logits(row, residual)
+        self._skips_prefix = True
+        try:
+            return torch.equal(self._logits(row, residual), whole)
+        except (TypeError, AttributeError, RuntimeError, ValueError):
+            return False
+
+    @contextmanager
+    def _recorded_structure(self) -> Iterator[None]:
+        def note(module: Any, args: Any, output: Any) -> None:
+            if len(self._tuple_sizes) <= self._layer:
+                self._tuple_sizes.append(len(output) if isinstance(output, tuple) else 0)
+
+        handles = [block.register_forward_hook(note) for block in self._prefix()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _without_prefix(self, residual: Tensor) -> Iterator[None]:
+        """Blocks 0 to layer return `residual` at once, in the structure of their real output."""
+        saved = [(block, block.__dict__.get("forward")) for block in self._prefix()]
+        for (block, _), size in zip(saved, self._tuple_sizes, strict=True):
+            output = (residual, *[None] * (size - 1)) if size else residual
+            block.forward = lambda *args, _output=output, **kwargs: _output
+        try:
+            yield
+        finally:
+            for block, forward in saved:
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
+
+    def _prefix(self) -> list[Any]:
+        return list(decoder_layers(self._model))[: self._layer + 1]
+
+    def _mean(self) -> Tensor:
+        pairs = zip(self._residuals, self._replaced, strict=True)
+        total = torch.stack([x[where].double().sum(dim=0) for x, where in pairs]).sum(dim=0)
+        return (total / self.spliced_tokens).float()
+
+
+def _checked(x_hat: Tensor, x: Tensor) -> Tensor:
+    if x_hat.shape != x.shape:
+        raise ValueError(f"reconstruct returned {list(x_hat.shape)} for activations {list(x.shape)}")
+    if not x_hat.isfinite().all():
+        raise ValueError("reconstruct returned values that are not finite (NaN or inf)")
+    return x_hat
+
+
+def _recovered(ce_ablated: float, ce_spliced: float, ce_clean: float) -> float:
+    if ce_ablated == ce_clean:
+        return math.nan
+    return (ce_ablated - ce_spliced) / (ce_ablated - ce_clean)

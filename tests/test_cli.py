@@ -1,0 +1,111 @@
+"""The command line, end to end, on a tiny language model made here."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from sampled_sae.cli import build_parser, main
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+WORDS = [f"w{i}" for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """(folder of a Llama with its tokenizer, file of texts)."""
+    folder = tmp_path_factory.mktemp("tiny")
+    vocabulary = {"<|endoftext|>": 0, "<unk>": 1} | {w: i + 2 for i, w in enumerate(WORDS)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>")
+    tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        eos_token_id=0,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+    draw = torch.Generator().manual_seed(1)
+    lines = [" ".join(WORDS[i] for i in torch.randint(0, 40, (30,), generator=draw).tolist()) for _ in range(60)]
+    texts = folder / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return folder / "model", texts
+
+
+@pytest.fixture(scope="module")
+def harvested(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("harvest") / "activations"
+    model, texts = tiny
+    command = ["harvest", str(out), "--model", str(model), "--layer", "1", "--texts", str(texts)]
+    assert main([*command, "--context", "16", "--holdout-rows", "10", "--quiet"]) == 0
+    return out
+
+
+TRAINING = ["--features", "64", "--k", "3", "--steps", "20", "--batch-size", "128", "--quiet"]
+
+
+def test_train_then_evaluate(tiny, harvested, tmp_path, capsys):
+    out = tmp_path / "sae"
+    assert main(["train", str(harvested), str(out), *TRAINING, "--l", "2", "--score", "entropy"]) == 0
+    assert {"checkpoint.pt", "metrics.jsonl", "config.json", "sae.safetensors", "run.json"} <= {
+        p.name for p in out.iterdir()
+    }
+    capsys.readouterr()
+    assert main(["evaluate", str(out), str(harvested), "--model", str(tiny[0]), "--splice-rows", "4"]) == 0
+    result = json.loads((out / "evaluation.json").read_text())
+    assert 0 < result["fvu"] < 1
+    assert result["ce_clean"] <= result["ce_zero"] * 1.5
+    assert "loss_recovered_zero" in capsys.readouterr().out
+    assert main(["train", str(harvested), str(out), *TRAINING, "--l", "2", "--score", "entropy"]) == 0
+    assert "Resumes at step 20" in capsys.readouterr().out
+
+
+def test_sweep_writes_table_report_and_plots(tiny, harvested, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "sweep"
+    command = ["sweep", str(harvested), str(out), *TRAINING, "--ls", "1,4,none", "--scores", "l2,uniform"]
+    command += ["--model", str(tiny[0]), "--splice-rows", "3"]
+    assert main(command) == 0
+    with open(out / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["l1_l2", "l1_uniform", "l4_l2", "l4_uniform", "batchtopk", "topk"]
+    assert all(float(row["fvu"]) > 0 and row["loss_recovered_zero"] for row in rows)
+    report = (out / "report.md").read_text()
+    for name in ("quality.png", "training.png", "frequency.png"):
+        assert f"![]({name})" in report
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert str(out / "report.md") in capsys.readouterr().out
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("already evaluated") == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "{missing}", "{out}"], "manifest.json: no such file"),
+        (["train", "{store}", "{out}", "--k", "0"], "k=0.0: must be in (0, 8192]"),
+        (["train", "{store}", "{out}", "--l", "0.5"], "l=0.5: must be a finite number >= 1"),
+        (["train", "{store}", "{out}", "--steps", "0"], "steps=0"),
+        (["evaluate", "{missing}", "{store}"], "config.json: no such file"),
+    ],
+)
+def test_errors_say_what_is_wrong_and_exit_with_1(harvested, tmp_path, capsys, arguments, message):
+    places = {"missing": tmp_path / "missing", "store": harvested, "out": tmp_path / "out"}
+    assert main([argument.format(**places) for argument in arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_every_option_has_help():
+    commands = build_parser()._subparsers._group_actions[0].choices
+    assert set(commands) == {"harvest", "train", "evaluate", "sweep"}
+    for sub in commands.values():
+        assert all(action.help for action in sub._actions)

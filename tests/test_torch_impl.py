@@ -1,0 +1,402 @@
+"""impl="torch" against the specification."""
+
+import pytest
+import torch
+from makers import NAMES, assert_same_entries, integers, leaves, problem, run, separated
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sampled_sae import SparseCodes, reference
+from sampled_sae import functional as F
+from sampled_sae.config import pool_size
+from sampled_sae.torch_impl import stream
+from sampled_sae.torch_impl.layer import use_block
+from sampled_sae.torch_impl.rows import RowSource
+from sampled_sae.torch_impl.scores import column_statistics, finish_scores
+from sampled_sae.validate import SCORES
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+# (B, d, F, k): one token; primes; a few blocks of 64 and a rest; a dictionary large enough for the block path.
+SHAPES = [(1, 3, 5, 2), (7, 5, 37, 3), (33, 17, 252, 20), (50, 8, 1000, 3)]
+BLOCK = (50, 8, 1000, 3)
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def assert_same_step(tensors, generator_seed=None, scale=None, **rule):
+    codes, x_hat, loss, grads = run(tensors, "torch", generator_seed, scale, **rule)
+    codes_r, x_hat_r, loss_r, grads_r = run(tensors, "reference", generator_seed, scale, **rule)
+    assert_same_entries(codes, codes_r)
+    torch.testing.assert_close(codes.values, codes_r.values, **TOLERANCE)
+    torch.testing.assert_close(x_hat, x_hat_r, **TOLERANCE)
+    torch.testing.assert_close(loss, loss_r, **TOLERANCE)
+    for name in NAMES:
+        torch.testing.assert_close(grads[name], grads_r[name], **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
+    return codes, grads
+
+
+def test_the_grid_takes_both_paths():
+    taken = {use_block(pool_size(k, l, n), k, n) for _, _, n, k in SHAPES for l in (1, 1.5, 4)}
+    assert taken == {True, False}
+    assert use_block(pool_size(3, 4, 1000), 3, 1000)
+    assert not use_block(pool_size(20, 4, 252), 20, 252)
+
+
+@pytest.mark.parametrize("select", ["batch", "token"])
+@pytest.mark.parametrize("pool", ["top", "sample"])
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_step_equals_the_reference(shape, score, pool, select):
+    B, d, n_features, k = shape
+    for l in (1, 1.5, 4, None):
+        codes, _ = assert_same_step(
+            problem(B, d, n_features), generator_seed=4, k=k, l=l, score=score, pool=pool, select=select
+        )
+        assert codes.count() > 0
+
+
+@pytest.mark.parametrize("l", [1, 4, None])
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_fractional_budget(shape, l):
+    B, d, n_features, k = shape
+    codes, _ = assert_same_step(problem(B, d, n_features), k=k - 0.4, l=l)
+    assert 0 < codes.count() <= round(B * (k - 0.4))
+
+
+@pytest.mark.parametrize("k", [0.01, 0.04])
+@pytest.mark.parametrize("l", [4, None])
+def test_budget_of_none_or_one(k, l):
+    codes, _ = assert_same_step(problem(20, 4, 600), k=k, l=l)
+    assert codes.count() == round(20 * k)
+
+
+@pytest.mark.parametrize("select", ["batch", "token"])
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("l", [4, 50, None])
+def test_scale(score, select, l):
+    scale = torch.rand(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+    scaled, _ = assert_same_step(problem(*BLOCK[:3]), scale=scale, k=3, l=l, score=score, select=select)
+    plain = run(problem(*BLOCK[:3]), "torch", k=3, l=l, score=score, select=select)[0]
+    assert not torch.equal(scaled.to_dense(), plain.to_dense())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("select", ["batch", "token"])
+@pytest.mark.parametrize("score", ["l2", "l2_squared", "uniform"])
+@pytest.mark.parametrize("shape", [(9, 4, 70, 5), (40, 6, 300, 2), (64, 5, 1000, 4)], ids=str)
+def test_exact_ties_on_whole_numbers(shape, score, select, dtype):
+    B, d, n_features, k = shape
+    tensors = integers(B, d, n_features, dtype)
+    for l in (1, 2, 3.5, 20, None):
+        rule = {"k": k, "l": l, "score": score, "select": select}
+        ours, theirs = (run(tensors, impl, **rule)[0] for impl in ("torch", "reference"))
+        assert_same_entries(ours, theirs)
+        assert torch.equal(ours.values, theirs.values)
+    assert len(ours.values.unique()) <= 12
+
+
+@pytest.mark.parametrize("select", ["batch", "token"])
+@pytest.mark.parametrize("shape", [(9, 4, 70, 5), (64, 5, 1000, 4)], ids=str)
+def test_entropy_pool_on_whole_numbers_up_to_rounding(shape, select):
+    B, d, n_features, k = shape
+    t = integers(B, d, n_features, torch.float64)
+    a = reference.encode(t["x"], t["W_enc"], t["b_enc"])
+    scores = reference.column_scores(a, "entropy")
+    codes = F.sampled_topk(t["x"], t["W_enc"], t["b_enc"], k=k, l=2, score="entropy", select=select)
+    assert scores[codes.active_features()].min() >= scores.sort(descending=True).values[2 * k - 1] - 1e-12
+    torch.testing.assert_close(
+        F.column_scores(t["x"], t["W_enc"], t["b_enc"], "entropy"), scores, **TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("select", ["batch", "token"])
+@pytest.mark.parametrize("l", [1, 4, 60, None])
+def test_silent_columns_and_fewer_positives_than_the_budget(score, select, l):
+    tensors = problem(30, 6, 900)
+    tensors["b_enc"][torch.arange(900) % 100 != 7] = -100.0  # nine features can fire
+    tensors["b_enc"][7::100] -= 0.8
+    codes, grads = assert_same_step(tensors, k=4, l=l, score=score, select=select)
+    assert 0 < codes.count() < 30 * 4
+    assert (codes.features % 100 == 7).all()
+    assert not grads["b_enc"][torch.arange(900) % 100 != 7].any()
+
+
+@pytest.mark.parametrize("select", ["batch", "token"])
+@pytest.mark.parametrize("l", [1, 4, 60, None])
+@pytest.mark.parametrize("score", SCORES)
+def test_nothing_fires(score, select, l):
+    tensors = problem(6, 4, 500)
+    tensors["b_enc"].fill_(-100.0)
+    codes, grads = assert_same_step(tensors, k=2, l=l, score=score, select=select)
+    assert codes.count() == 0
+    assert codes.smallest() is None
+    assert not any(grads[name].any() for name in ("W_enc", "b_enc", "W_dec"))
+
+
+@pytest.mark.parametrize("select", ["batch", "token"])
+@pytest.mark.parametrize("l", [12, 12.4, 1e9])
+def test_a_pool_of_everything_is_the_plain_selection_bit_for_bit(select, l):
+    tensors = problem(21, 9, 60, torch.float32)
+    with_pool, _, loss, grads = run(tensors, "torch", k=5, l=l, select=select)
+    plain, _, plain_loss, plain_grads = run(tensors, "torch", k=5, l=None, select=select)
+    assert_same_entries(with_pool, plain)
+    assert torch.equal(with_pool.values, plain.values)
+    assert torch.equal(loss, plain_loss)
+    assert all(torch.equal(grads[name], plain_grads[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+@pytest.mark.parametrize("score", SCORES)
+def test_at_l_1_every_positive_of_the_pool_is_kept(shape, score):
+    B, d, n_features, k = shape
+    t = problem(B, d, n_features)
+    codes = F.sampled_topk(t["x"], t["W_enc"], t["b_enc"], k=k, l=1, score=score)
+    a = reference.encode(t["x"], t["W_enc"], t["b_enc"])
+    members = F.candidate_pool(reference.column_scores(a, score), k)
+    expected = torch.zeros_like(a).index_copy_(1, members, a[:, members])
+    torch.testing.assert_close(codes.to_dense(), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("select", ["batch", "token"])
+@pytest.mark.parametrize("l", [2, 50, None])
+@pytest.mark.parametrize("score", SCORES)
+def test_order_of_the_tokens_does_not_matter(score, select, l):
+    t = problem(40, 7, 800)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(2))
+    rule = {"k": 3, "l": l, "score": score, "select": select}
+    codes = F.sampled_topk(t["x"], t["W_enc"], t["b_enc"], **rule).to_dense()
+    permuted = F.sampled_topk(t["x"][order], t["W_enc"], t["b_enc"], **rule).to_dense()
+    assert torch.equal(permuted != 0, codes[order] != 0)
+    torch.testing.assert_close(permuted, codes[order], **TOLERANCE)
+
+
+@pytest.mark.parametrize("select", ["batch", "token"])
+@pytest.mark.parametrize("l", [2, 50, None])
+def test_memory_layout_does_not_matter(l, select):
+    plain = problem(18, 6, 700)
+    strided = {
+        "x": plain["x"].t().contiguous().t(),
+        "W_enc": plain["W_enc"].t().contiguous().t(),
+        "b_enc": plain["b_enc"].repeat_interleave(2)[::2],
+        "W_dec": plain["W_dec"].t().contiguous().t(),
+        "b_dec": plain["b_dec"].repeat_interleave(3)[::3],
+    }
+    assert not strided["b_enc"].is_contiguous()
+    _, x_hat, loss, grads = run(plain, "torch", k=3, l=l, select=select)
+    t = {name: tensor.detach().requires_grad_() for name, tensor in strided.items()}
+    codes = F.sampled_topk(t["x"] - t["b_dec"], t["W_enc"], t["b_enc"], k=3, l=l, select=select)
+    other = F.decode(codes, t["W_dec"], t["b_dec"])
+    torch.testing.assert_close(other, x_hat, **TOLERANCE)
+    reference.reconstruction_loss(t["x"], other).backward()
+    for name in NAMES:
+        torch.testing.assert_close(t[name].grad, grads[name], **TOLERANCE)
+    assert loss > 0
+
+
+def test_leading_dimensions_are_flattened():
+    t = problem(24, 6, 50)
+    flat = F.sampled_topk(t["x"], t["W_enc"], t["b_enc"], k=3)
+    folded = F.sampled_topk(t["x"].view(2, 3, 4, 6), t["W_enc"], t["b_enc"], k=3)
+    single = F.sampled_topk(t["x"][0], t["W_enc"], t["b_enc"], k=3)
+    assert torch.equal(flat.to_dense(), folded.to_dense())
+    assert single.shape == (1, 50)
+
+
+@pytest.mark.parametrize("wanted", [*[(name,) for name in NAMES], ("x", "W_dec"), ("W_enc", "b_dec")])
+@pytest.mark.parametrize("l", [4, 60, None])
+def test_partial_gradients(wanted, l):
+    tensors = problem(*BLOCK[:3])
+    full = run(tensors, "torch", k=3, l=l)[3]
+    t = {name: tensor.clone().requires_grad_(name in wanted) for name, tensor in tensors.items()}
+    codes = F.sampled_topk(t["x"] - t["b_dec"], t["W_enc"], t["b_enc"], k=3, l=l)
+    reference.reconstruction_loss(t["x"], F.decode(codes, t["W_dec"], t["b_dec"])).backward()
+    for name in NAMES:
+        if name in wanted:
+            torch.testing.assert_close(t[name].grad, full[name], **TOLERANCE)
+        else:
+            assert t[name].grad is None
+
+
+@pytest.mark.parametrize("select", ["batch", "token"])
+@pytest.mark.parametrize("l", [4, 60, None])
+def test_gradient_is_exactly_zero_outside_the_touched_features(l, select):
+    codes, _, _, grads = run(problem(*BLOCK[:3], torch.float32), "torch", k=3, l=l, select=select)
+    touched = torch.zeros(1000, dtype=torch.bool).index_fill(0, codes.active_features(), True)
+    assert 0 < touched.sum() < 1000
+    for rows in (grads["W_enc"].t(), grads["b_enc"][:, None], grads["W_dec"]):
+        assert torch.equal(rows.any(1), touched)
+
+
+@pytest.mark.parametrize("l", [2, 50, None])
+def test_gradcheck(l):
+    tensors = list(leaves(problem(4, 3, 400 if l == 2 else 150, seed=3)).values())
+    scale = torch.linspace(0.5, 2, tensors[2].numel(), dtype=torch.float64)
+
+    def step(x, W_enc, b_enc, W_dec, b_dec):
+        codes = F.sampled_topk(x - b_dec, W_enc, b_enc, k=2, l=l, scale=scale, impl="torch")
+        return codes.values, F.decode(codes, W_dec, b_dec, impl="torch")
+
+    assert torch.autograd.gradcheck(step, tensors, fast_mode=True)
+
+
+def relative_error(value, exact):
+    return float(((value.double() - exact).norm() / exact.norm()).detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("select", ["batch", "token"])
+@pytest.mark.parametrize(("l", "score"), [(2, "l2"), (2, "entropy"), (30, "l2"), (None, "l2")])
+def test_no_worse_than_eager_pytorch(dtype, select, l, score):
+    rule = {"k": 2, "l": l, "score": score, "select": select}
+    tensors = separated(12, 16, 300, dtype, rule)
+    exact = run({n: t.double() for n, t in tensors.items()}, "reference", **rule)
+    # x - b_dec is rounded in 16 bits by the caller, for both alike: compare after it.
+    shifted = {**tensors, "x": tensors["x"] - tensors["b_dec"], "b_dec": torch.zeros_like(tensors["b_dec"])}
+    if dtype != torch.float32:
+        exact = run({n: t.double() for n, t in shifted.items()}, "reference", **rule)
+        tensors = shifted
+    ours, theirs = (run(tensors, impl, **rule) for impl in ("torch", "reference"))
+    assert ours[0].values.dtype == torch.float32
+    assert ours[1].dtype == dtype
+    assert_same_entries(ours[0], exact[0])
+    band = 4 * torch.finfo(torch.float32).eps
+    assert relative_error(ours[0].values, exact[0].values) <= (
+        2 * relative_error(theirs[0].values, exact[0].values) + band
+    )
+    band = max(band, torch.finfo(dtype).eps) if dtype != torch.float32 else band
+    assert relative_error(ours[1], exact[1]) <= 2 * relative_error(theirs[1], exact[1]) + band
+    for name in NAMES:
+        assert ours[3][name].dtype == dtype
+        allowed = 2 * relative_error(theirs[3][name], exact[3][name]) + band
+        assert relative_error(ours[3][name], exact[3][name]) <= allowed, name
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_statistics_of_two_batches_add_up(score):
+    t = problem(30, 5, 200)
+    W, b = t["W_enc"].t(), t["b_enc"]
+    parts = [column_statistics(x, W, b, score) for x in t["x"].split([11, 19])]
+    whole = reference.column_scores(reference.encode(t["x"], t["W_enc"], b), score)
+    torch.testing.assert_close(finish_scores(parts[0] + parts[1], score), whole, **TOLERANCE)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_column_scores(score, dtype):
+    t = problem(70, 24, 500, dtype)
+    exact = reference.column_scores(
+        reference.encode(t["x"].double(), t["W_enc"].double(), t["b_enc"].double()), score
+    )
+    ours, eager = (F.column_scores(t["x"], t["W_enc"], t["b_enc"], score, impl=i) for i in ("torch", "reference"))
+    assert ours.dtype == torch.float32
+    assert not ours.requires_grad
+    assert relative_error(ours, exact) <= 2 * relative_error(eager, exact) + 1e-6
+
+
+def dense_entries(dense):
+    codes = SparseCodes.from_dense(dense)
+    return codes.values, codes.tokens, codes.features
+
+
+@pytest.mark.parametrize("members", [None, torch.arange(3, 1000, 7)], ids=["all", "pool"])
+@pytest.mark.parametrize("n", [0, 1, 100, 4000, 10**6])
+@pytest.mark.parametrize("hint", ["exact", 0.0, -1.0, 1e-30, 1.0, 3.0, 1e30, float("inf"), float("nan"), None])
+def test_batch_stream_is_exact_whatever_the_hint(hint, n, members):
+    t = integers(40, 5, 1000)
+    x, W, b = t["x"], t["W_enc"].t(), t["b_enc"]
+    a = reference.encode(x, t["W_enc"], b)
+    if members is not None:
+        a = torch.zeros_like(a).index_copy_(1, members, a[:, members])
+    expected = dense_entries(torch.where(reference.select_batch(a, n), a, 0))
+    if hint == "exact":
+        hint = float(expected[0].min()) if len(expected[0]) else 0.0
+    for ours, theirs in zip(stream.stream_batch(x, W, b, None, members, n, hint), expected):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("members", [None, torch.arange(3, 1000, 7)], ids=["all", "pool"])
+@pytest.mark.parametrize("k", [1, 3, 40, 143])
+def test_token_stream(k, members):
+    t = integers(40, 5, 1000)
+    x, b = t["x"], t["b_enc"]
+    x[5] *= 50  # a token that fires far above the others
+    x[6] = 0
+    a = reference.encode(x, t["W_enc"], b)
+    if members is not None:
+        a = torch.zeros_like(a).index_copy_(1, members, a[:, members])
+    expected = dense_entries(torch.where(reference.select_token(a, k), a, 0))
+    for ours, theirs in zip(stream.stream_token(x, t["W_enc"].t(), b, None, members, k), expected):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("tau", [0.0, 2.0, 100.0])
+def test_stream_above(tau):
+    t = integers(40, 5, 1000)
+    a = reference.encode(t["x"], t["W_enc"], t["b_enc"])
+    expected = dense_entries(torch.where((a > 0) & (a >= tau), a, 0))
+    for ours, theirs in zip(stream.stream_above(t["x"], t["W_enc"].t(), t["b_enc"], None, None, tau), expected):
+        assert torch.equal(ours, theirs)
+
+
+def test_row_source_keeps_rows_in_place_of_dense_gradients():
+    W = problem(1, 3, 8)["W_dec"].requires_grad_()
+    features = torch.tensor([1, 4])
+    rows = RowSource(keep=True)
+    taken = rows.gather("W_dec", W, features, W.dtype)
+    (taken * 2).sum().backward()
+    assert W.grad is None
+    assert [(g.name, g.features.tolist(), g.rows.grad.tolist()) for g in rows.gradients] == [
+        ("W_dec", [1, 4], [[2.0] * 3] * 2)
+    ]
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements that any operation's result holds (for sparse ones: stored elements)."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(t, torch.Tensor):
+                stored = t._nnz() if t.layout == torch.sparse_csr else t.untyped_storage().nbytes() // t.itemsize
+                self.largest = max(self.largest, stored)
+        return result
+
+
+def spread(t):
+    """All tokens alike."""
+
+
+def one_loud_token(t):
+    """One token fires everywhere, the others in few places: no block may be sized by the loudest token."""
+    t["b_enc"] -= 4
+    t["x"][:, 0] = t["b_dec"][0]
+    t["x"][3, 0] += 1000.0
+    t["W_enc"][0] = t["W_enc"][0].abs() + 0.1
+
+
+@pytest.mark.parametrize("tokens", [spread, one_loud_token])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"l": 4.0},
+        {"l": 4.0, "score": "entropy"},
+        {"l": 4.0, "pool": "sample"},
+        {"l": 4.0, "select": "token"},
+        {"l": 200.0},
+        {"l": None},
+        {"l": None, "select": "token"},
+    ],
+    ids=str,
+)
+def test_no_full_matrix_is_ever_allocated(rule, tokens):
+    B, d, n_features = 1024, 8, 8192
+    tensors = problem(B, d, n_features, torch.float32)
+    tokens(tensors)
+    with LargestTensor() as seen:
+        run(tensors, "torch", generator_seed=0, k=8, **rule)
+    assert B * d < seen.largest <= B * n_features // 3
+    with LargestTensor() as seen:
+        run(tensors, "reference", generator_seed=0, k=8, **rule)
+    assert seen.largest >= B * n_features

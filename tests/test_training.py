@@ -1,0 +1,278 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sampled_sae import SampledSAE, SampledSAEConfig
+from sampled_sae.data import ActivationStore, ShuffledStream
+from sampled_sae.evaluate import evaluate_activations, features_for_share
+from sampled_sae.files import write_json
+from sampled_sae.sweep import run_sweep, variants
+from sampled_sae.train import CHECKPOINT, METRICS, TrainConfig, Trainer
+
+D = 12
+SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0, dead_after=300, aux_pool=16)
+TRAIN = TrainConfig(steps=24, batch_size=64, checkpoint_every=6, log_every=2, lr=3e-3)
+
+
+def write_store(folder, n=(200, 130, 170), n_holdout=150, **changes):
+    """A store of correlated activations, written as the harvest does."""
+    generator = torch.Generator().manual_seed(5)
+    mixing = torch.randn(40, D, generator=generator)
+
+    def draw(count):
+        hidden = torch.rand(count, 40, generator=generator).pow(8)
+        return hidden @ mixing + 0.3
+
+    folder.mkdir(parents=True)
+    files = {f"shard_{i:05d}.safetensors": {"activations": draw(c)} for i, c in enumerate(n)}
+    files["holdout.safetensors"] = {"activations": draw(n_holdout), "rows": torch.zeros(3, 8, dtype=torch.int64)}
+    entries = []
+    for name, tensors in files.items():
+        save_file(tensors, folder / name)
+        entries.append({"file": name, "tokens": len(tensors["activations"]), "bytes": (folder / name).stat().st_size})
+    manifest = {
+        "format": "sampled-sae activations",
+        "version": 1,
+        "model": "made",
+        "layer": 0,
+        "context": 8,
+        "d_in": D,
+        "dtype": "float32",
+        "scale": 0.5,
+        "max_norm": 1e9,
+        "source": "made",
+        "shards": entries[:-1],
+        "holdout": {**entries[-1], "rows": 3},
+        "complete": True,
+        "settings": {},
+        "versions": {},
+        **changes,
+    }
+    write_json(folder / "manifest.json", manifest)
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path):
+    return ActivationStore.open(write_store(tmp_path / "activations"))
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+class Killed(Exception):
+    pass
+
+
+def train_killed_at(step, store, folder, config=SAE, train=TRAIN):
+    """Trains as a process would that dies right before `step`."""
+    trainer = Trainer(config, train, store, folder)
+    whole = trainer.stream.batch
+
+    def batch(t):
+        if t == step:
+            raise Killed
+        return whole(t)
+
+    trainer.stream.batch = batch
+    with pytest.raises(Killed):
+        trainer.run(progress=False)
+
+
+def test_stream_visits_every_token_once_an_epoch(store):
+    stream = ShuffledStream(store, 50, seed=1)
+    assert stream.batches_per_epoch(0) == 10
+    epoch = torch.cat([stream.batch(t) for t in range(10)])
+    everything = torch.cat([store.shard(i) for i in range(3)])
+    assert torch.equal(epoch.sort(0).values, everything.sort(0).values)
+    assert not torch.equal(epoch, everything)
+    assert not torch.equal(stream.batch(10), stream.batch(0)), "the second epoch has another order"
+
+
+def test_stream_is_addressed_by_batch_number(store, monkeypatch):
+    monkeypatch.setattr("sampled_sae.data.GROUP_BYTES", 4 * D * 250)
+    one, other = (ShuffledStream(store, 30, seed=2) for _ in range(2))
+    assert len(one._plan(0)) > 1, "the test needs several groups"
+    forward = [one.batch(t) for t in range(25)]
+    for t in reversed(range(25)):
+        assert torch.equal(other.batch(t), forward[t])
+    assert not torch.equal(ShuffledStream(store, 30, seed=3).batch(0), forward[0])
+
+
+@pytest.mark.parametrize(
+    ("config", "train"),
+    [
+        (SAE, TRAIN),
+        (replace(SAE, l=None), TRAIN),
+        (replace(SAE, l=None, select="token"), replace(TRAIN, seed=4)),
+        (replace(SAE, pool="sample", score="entropy"), TRAIN),
+    ],
+)
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(store, tmp_path, config, train):
+    whole = Trainer(config, train, store, tmp_path / "whole").run(progress=False)
+    train_killed_at(15, store, tmp_path / "killed", config, train)
+    resumed = Trainer(config, train, store, tmp_path / "killed")
+    assert resumed.step == 12, "at most the steps since the last checkpoint are lost"
+    assert same_weights(resumed.run(progress=False), whole)
+    assert (tmp_path / "killed" / METRICS).read_bytes() == (tmp_path / "whole" / METRICS).read_bytes()
+
+
+def test_training_lowers_fvu_and_saves_a_loadable_sae(store, tmp_path):
+    sae = Trainer(SAE, replace(TRAIN, steps=300, lr=1e-2), store, tmp_path / "run").run(progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
+    assert lines[-1]["fvu"] < 0.5 * lines[0]["fvu"]
+    assert {"step", "loss", "l0", "fvu", "dead_share"} <= set(lines[-1])
+    assert lines[-1]["step"] == 300
+    loaded = SampledSAE.from_pretrained(tmp_path / "run").eval()
+    x = store.holdout()[0]
+    assert torch.equal(loaded.encode(x), sae.encode(x))
+    norms = torch.linalg.vector_norm(loaded.W_dec, dim=1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
+def test_learning_rate_rises_holds_and_falls():
+    config = TrainConfig(steps=100, lr=1.0, warmup=0.1, decay=0.2)
+    assert [config.lr_at(s) for s in (0, 4, 9, 50, 80)] == [0.1, 0.5, 1.0, 1.0, 1.0]
+    assert config.lr_at(99) == pytest.approx(0.05)
+
+
+def test_checkpoint_of_other_settings_is_refused(store, tmp_path):
+    train_killed_at(8, store, tmp_path)
+    with pytest.raises(ValueError, match=r"other settings \(train: lr\)"):
+        Trainer(SAE, replace(TRAIN, lr=1.0), store, tmp_path)
+    with pytest.raises(ValueError, match=r"other settings \(sae: k\)"):
+        Trainer(replace(SAE, k=2), TRAIN, store, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_truncated_or_foreign_checkpoint_is_refused(store, tmp_path, content):
+    train_killed_at(8, store, tmp_path)
+    path = tmp_path / CHECKPOINT
+    path.write_bytes(path.read_bytes()[:1000] if content is None else content)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: truncated or not a checkpoint"):
+        Trainer(SAE, TRAIN, store, tmp_path)
+
+
+def test_nan_in_the_activations_is_reported_with_the_step_and_nothing_is_lost(store, tmp_path):
+    train_killed_at(10, store, tmp_path / "run")
+    before = (tmp_path / "run" / CHECKPOINT).read_bytes()
+    trainer = Trainer(SAE, TRAIN, store, tmp_path / "run")
+    trainer.stream._group(0, 0)[6 * 64 + 3, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"activations at step 6: 1 of 768 values are NaN or inf, .* \(3, 5\)"):
+        trainer.run(progress=False)
+    assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "bits", "shape", "unfinished", "foreign"])
+def test_damaged_activations_name_the_file(tmp_path, damage):
+    folder = write_store(tmp_path / "a", **({"complete": False} if damage == "unfinished" else {}))
+    shard = folder / "shard_00001.safetensors"
+    raw = shard.read_bytes()
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "truncated":
+        shard.write_bytes(raw[:-100])
+    elif damage == "bits":
+        shard.write_bytes(b"\xff" * 20 + raw[20:])
+    elif damage == "shape":
+        save_file({"activations": torch.zeros(130 * D)}, shard)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["shards"][1]["bytes"] = shard.stat().st_size
+        write_json(folder / "manifest.json", manifest)
+    elif damage == "foreign":
+        write_json(folder / "manifest.json", {"format": "something else"})
+    expected = "manifest.json" if damage in ("unfinished", "foreign") else "shard_00001.safetensors"
+    with pytest.raises(ValueError, match=expected):
+        ShuffledStream(ActivationStore.open(folder), 32).batch(0)
+
+
+def test_widths_and_sizes_that_do_not_fit(store, tmp_path):
+    with pytest.raises(ValueError, match="d_in=13"):
+        Trainer(replace(SAE, d_in=13), TRAIN, store, tmp_path)
+    with pytest.raises(ValueError, match="batch_size=501"):
+        ShuffledStream(store, 501)
+    with pytest.raises(ValueError, match="lr=-1"):
+        TrainConfig(lr=-1)
+
+
+def test_a_killed_process_leaves_a_checkpoint_from_which_the_run_is_completed(tmp_path):
+    folder = write_store(tmp_path / "activations")
+    out = tmp_path / "run"
+    steps = 800
+    command = [
+        *[sys.executable, "-m", "sampled_sae", "train", str(folder), str(out), "--features", "96", "--k", "3"],
+        *["--l", "2", "--steps", str(steps), "--batch-size", "64", "--checkpoint-every", "20", "--quiet"],
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / CHECKPOINT).exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    config = SampledSAEConfig(d_in=D, d_sae=96, k=3.0, l=2.0)
+    train = TrainConfig(steps=steps, batch_size=64, checkpoint_every=20)
+    store = ActivationStore.open(folder)
+    resumed = Trainer(config, train, store, out)
+    assert resumed.step >= 20
+    assert resumed.step % 20 == 0
+    whole = Trainer(config, train, store, tmp_path / "whole").run(progress=False)
+    assert same_weights(resumed.run(progress=False), whole)
+
+
+def test_evaluation_metrics_by_hand():
+    sae = SampledSAE(SampledSAEConfig(d_in=2, d_sae=3, k=1, l=None)).eval()
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.tensor([[1.0, 0, 0], [0, 1, 0]]))
+        sae.W_dec.copy_(torch.tensor([[1.0, 0], [0, 1], [1, 0]]))
+        sae.threshold.fill_(0.5)
+    x = torch.tensor([[2.0, 0.0], [0.0, 4.0], [0.4, 2.0], [0.0, 2.0]])
+    result = evaluate_activations(sae, x, batch_size=2)
+    assert result["l0"] == 1.0
+    assert result["fvu"] == pytest.approx(0.16 / (x - x.mean(0)).square().sum())
+    assert result["never_active"] == 1
+    assert result["dead_share"] == pytest.approx(1 / 3)
+    assert result["jaccard"] == pytest.approx(0.5)
+    assert result["features_for_90"] == 2
+    assert sum(result["frequency_histogram"]) == 2
+    assert float(sae.threshold) == 0.5, "evaluation leaves the SAE as it was"
+    assert not sae.training
+
+
+def test_features_for_share():
+    assert features_for_share(torch.tensor([1, 90, 9, 0]), 0.9) == 1
+    assert features_for_share(torch.tensor([1, 89, 10, 0]), 0.9) == 2
+    assert features_for_share(torch.zeros(3, dtype=torch.int64), 0.9) == 0
+
+
+def test_sweep_evaluates_at_equal_l0_and_does_not_redo_what_is_done(store, tmp_path):
+    configs = variants(SAE, [1.0, 2.0, None], ["l2", "entropy"], [0], topk=True)
+    assert list(configs) == ["l1_l2", "l1_entropy", "l2_l2", "l2_entropy", "batchtopk", "topk"]
+    said = []
+    rows = run_sweep(configs, TRAIN, store, tmp_path / "s", progress=False, say=said.append)
+    assert all("already" not in line for line in said)
+    table = (tmp_path / "s" / "results.md").read_text()
+    assert all(name in table for name in configs)
+    calibrated = torch.cat([ShuffledStream(store, 64).batch(t) for t in range(7)])
+    sae = SampledSAE.from_pretrained(tmp_path / "s" / "l2_l2").eval()
+    assert sae.encode_sparse(calibrated).l0() == pytest.approx(3.0, rel=0.15)
+    again = run_sweep(configs, TRAIN, store, tmp_path / "s", progress=False, say=said.append)
+    assert again == rows
+    assert sum("already" in line for line in said) == 6
+    with pytest.raises(ValueError, match="other settings"):
+        run_sweep(configs, replace(TRAIN, lr=1.0), store, tmp_path / "s", progress=False)
+
+
+def test_stored_shards_load_normalised(store):
+    raw = load_file(store.folder / "shard_00000.safetensors")["activations"]
+    torch.testing.assert_close(store.shard(0), raw * 0.5)
