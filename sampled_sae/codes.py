@@ -67,6 +67,10 @@ class SparseCodes:
     def features(self) -> Tensor:
         return self.entries()[2]
 
+    @property
+    def device(self) -> torch.device:
+        return (self.values if self.block is None else self.block).device
+
     def count(self) -> int:
         """Number of kept entries."""
         return int(self.block.count_nonzero()) if self.block is not None else len(self.values)

@@ -173,6 +173,8 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, impl:
         raise TypeError(f"codes={type(codes).__name__}: must be SparseCodes")
     if not isinstance(W_dec, Tensor) or W_dec.dim() != 2 or W_dec.shape[0] != codes.shape[1]:
         raise ValueError(f"W_dec={describe(W_dec)}: must be a tensor of shape [{codes.shape[1]}, d_in]")
+    if codes.device != W_dec.device:
+        raise ValueError(f"mixed devices: codes {codes.device}, W_dec {W_dec.device}; all must share one device")
     if b_dec is not None:
         if not isinstance(b_dec, Tensor) or b_dec.shape != W_dec.shape[1:]:
             raise ValueError(f"b_dec={describe(b_dec)}: must be a tensor of shape [{W_dec.shape[1]}]")

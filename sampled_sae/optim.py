@@ -34,7 +34,7 @@ class RowGrads:
         self.parts: list[tuple[Tensor, Tensor]] = []
         self.dense: Tensor | None = None
         if parameter.grad is not None:
-            self.dense = parameter.grad.t() if name == "W_enc" else parameter.grad
+            self.dense = (parameter.grad.t() if name == "W_enc" else parameter.grad).contiguous()
 
     def tensors(self) -> list[Tensor]:
         """Whatever holds gradient values, each once."""
@@ -83,6 +83,8 @@ class RowAdam(Optimizer):
         check_number("weight_decay", weight_decay, 0, None)
         for i, beta in enumerate(betas):
             check_number(f"betas[{i}]", beta, 0, 1)
+            if beta == 1:
+                raise ValueError(f"betas[{i}]={beta!r}: must be below 1")
         if clip is not None:
             check_number("clip", clip, 0, None)
         groups = [{"params": [p], "name": name} for name, p in sae.named_parameters()]
@@ -112,10 +114,12 @@ class RowAdam(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, whatever memory layout the moments were saved in."""
         super().load_state_dict(state_dict)
-        for p, state in self.state.items():
+        for group in self.param_groups:
+            state = self.state.get(group["params"][0], {})
             for name in ("exp_avg", "exp_avg_sq"):
-                if state[name].stride() != p.stride():
-                    state[name] = torch.empty_like(p).copy_(state[name])
+                if name in state:
+                    moment = state[name].t() if group["name"] == "W_enc" else state[name]
+                    state[name] = moment.contiguous().t() if group["name"] == "W_enc" else moment.contiguous()
 
     def _collect(self) -> dict[str, RowGrads]:
         grads = {g["name"]: RowGrads(g["name"], g["params"][0]) for g in self.param_groups}
@@ -130,7 +134,7 @@ class RowAdam(Optimizer):
         """What the gradients are multiplied by, so that their global norm is at most `clip`."""
         if not tensors:
             return 1.0
-        norms = [torch.linalg.vector_norm(t).float() for t in tensors]
+        norms = [torch.linalg.vector_norm(t).to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
         self.grad_norm = torch.linalg.vector_norm(torch.stack(norms))
         if self.clip is None:
             return 1.0
@@ -146,8 +150,10 @@ class RowAdam(Optimizer):
                 state[name] = zeros.t() if grad.name == "W_enc" else zeros
         state["step"] += 1
         moments = [state[n].t() if grad.name == "W_enc" else state[n] for n in ("exp_avg", "exp_avg_sq")]
+        # The fused kernel goes through memory in order: a weight of another layout is worked on as a copy.
+        weights = grad.weight.contiguous()
         for rows, slope in walk(grad, factor):
-            weight = grad.weight[rows]
+            weight = weights[rows]
             torch._fused_adam_(
                 [weight],
                 [slope],
@@ -165,6 +171,8 @@ class RowAdam(Optimizer):
             )
             if grad.name == "W_dec":
                 weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min_(1e-12))
+        if weights is not grad.weight:
+            grad.weight.copy_(weights)
 
 
 def walk(grad: RowGrads, factor: float) -> Iterable[tuple[slice, Tensor]]:

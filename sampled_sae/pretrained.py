@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .files import read_json, write_atomically, write_json
+from .validate import FLOATS
 
 if TYPE_CHECKING:
     from .sae import SampledSAE
@@ -18,13 +19,15 @@ FORMAT = "sampled-sae"
 VERSION = 1
 WEIGHTS = "sae.safetensors"
 CONFIG = "config.json"
-TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "threshold_steps", "tokens_since_active")
+WEIGHT_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+TENSORS = (*WEIGHT_NAMES, "threshold", "threshold_steps", "tokens_since_active")
 
 
 def save_pretrained(sae: SampledSAE, folder: Path) -> None:
     """W_enc is written as [d_in, d_sae], row-major, as SAELens and SAEBench have it."""
     tensors = {name: getattr(sae, name).detach().cpu().contiguous() for name in TENSORS}
-    metadata = {"format": FORMAT, "version": str(VERSION)}
+    # One entry: safetensors writes several in a random order, and the same SAE should give the same bytes.
+    metadata = {"format": f"{FORMAT} {VERSION}"}
     write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
     write_json(folder / CONFIG, {"format": FORMAT, "version": VERSION, "sae": sae.cfg.to_dict()})
 
@@ -48,11 +51,16 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
     fields = config["sae"]
+    if not isinstance(fields, dict):
+        raise ValueError(f"{folder / CONFIG}: sae={fields!r}: must be the fields of a SampledSAEConfig")
     d_in, d_sae = fields.get("d_in"), fields.get("d_sae")
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    shapes |= {"threshold": (), "threshold_steps": (), "tokens_since_active": (d_sae,)}
     for name in TENSORS:
         if name not in tensors:
             raise ValueError(f"{path}: tensor {name!r} is missing; it holds {sorted(tensors)}")
-        if name in shapes and tuple(tensors[name].shape) != shapes[name]:
+        if tuple(tensors[name].shape) != shapes[name]:
             raise ValueError(f"{path}: {name} is {tuple(tensors[name].shape)}, config.json says {shapes[name]}")
+        if name in WEIGHT_NAMES and tensors[name].dtype not in FLOATS:
+            raise ValueError(f"{path}: {name} is {tensors[name].dtype}, must be one of {', '.join(map(str, FLOATS))}")
     return fields, {name: tensors[name] for name in TENSORS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,8 @@ class SampledSAE(nn.Module):
         self.W_enc = nn.Parameter(rows.clone().t())
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, device=device, dtype=dtype))
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in, device=device, dtype=dtype))
-        self.register_buffer("threshold", torch.zeros((), device=device))
+        exact = torch.promote_types(dtype, torch.float32)
+        self.register_buffer("threshold", torch.zeros((), dtype=exact, device=device))
         self.register_buffer("threshold_steps", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("tokens_since_active", torch.zeros(cfg.d_sae, dtype=torch.int64, device=device))
         self.row_grads: list[RowGradient] = []
@@ -141,6 +143,8 @@ class SampledSAE(nn.Module):
         """Reconstruction [..., d_in] of SparseCodes [B, d_sae] or a dense tensor [..., d_sae]."""
         if isinstance(codes, SparseCodes):
             return functional.decode(codes, self.W_dec, self.b_dec, self.cfg.impl)
+        if not isinstance(codes, Tensor):
+            raise TypeError(f"codes={type(codes).__name__}: must be SparseCodes or a torch.Tensor")
         if codes.shape[-1] != self.cfg.d_sae:
             raise ValueError(f"codes.shape={tuple(codes.shape)}: the last dimension must be {self.cfg.d_sae}")
         return codes.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
@@ -156,6 +160,8 @@ class SampledSAE(nn.Module):
         flat = self._flatten(x)
         target = self.cfg.k if l0 is None else l0
         check_number("l0", target, 0, self.cfg.d_sae)
+        if target == 0:
+            raise ValueError(f"l0={target!r}: must be in (0, {self.cfg.d_sae}]")
         n = round(len(flat) * target)
         centred = layer.centre(flat, self._input_bias())
         W, b = self.W_enc.t(), self.b_enc.to(centred.dtype)
@@ -201,6 +207,14 @@ class SampledSAE(nn.Module):
         c = self.cfg
         return f"d_in={c.d_in}, d_sae={c.d_sae}, k={c.k}, l={c.l}, score={c.score!r}, impl={self.impl_in_use!r}"
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SampledSAE:
+        """`.to(bfloat16)` and the like leave the threshold in float32: rounded, it would miss its L0."""
+        threshold = self.threshold
+        super()._apply(fn, recurse)
+        if self.threshold.dtype in (torch.float16, torch.bfloat16):
+            self.threshold = threshold.to(self.threshold.device, torch.float32)
+        return self
+
     def _flatten(self, x: Tensor) -> Tensor:
         check_activations(x, self.cfg.d_in)
         check_same(x=x, W_enc=self.W_enc)
@@ -214,9 +228,8 @@ class SampledSAE(nn.Module):
         c = self.cfg
         rule: dict[str, Any] = {"k": c.k, "l": c.l, "score": c.score, "pool": c.pool, "select": c.select}
         if self.impl_in_use == "reference":
-            bias = self._input_bias()
             dense = reference.sampled_topk(
-                flat if bias is None else flat - bias,
+                self._centred_for_reference(flat),
                 self.W_enc,
                 self.b_enc,
                 generator=self.generator,
@@ -233,6 +246,11 @@ class SampledSAE(nn.Module):
             rows=rows,
             **rule,
         )
+
+    def _centred_for_reference(self, flat: Tensor) -> Tensor:
+        """x - b_dec with gradient, in the dtype to compute in."""
+        dtype, bias = reference.compute_dtype(flat), self._input_bias()
+        return flat.to(dtype) if bias is None else flat.to(dtype) - bias.to(dtype)
 
     def _train_codes(self, flat: Tensor) -> tuple[tuple[SparseCodes, Tensor, RowSource], Tensor | None]:
         rows = RowSource(keep=self.cfg.row_grads)
@@ -277,7 +295,8 @@ class SampledSAE(nn.Module):
     def _encode_threshold(self, flat: Tensor) -> SparseCodes:
         centred = layer.centre(flat, self._input_bias())
         # A feature is active strictly above the threshold.
-        above = torch.nextafter(self.threshold.float(), torch.tensor(torch.inf, device=self.threshold.device))
+        threshold = self.threshold.to(centred.dtype)
+        above = torch.nextafter(threshold, torch.full_like(threshold, torch.inf))
         found = stream_above(
             centred, self.W_enc.detach().t(), self.b_enc.detach().to(centred.dtype), None, None, float(above)
         )

@@ -148,9 +148,7 @@ def test_sampled_pool_follows_the_scores(size):
                 pair = tuple(sorted((first, second)))
                 expected[pair] = expected.get(pair, 0) + p[first] * p[second] / (1 - p[first])
     generator, draws = torch.Generator().manual_seed(0), 4000
-    seen = Counter(
-        tuple(F.candidate_pool(scores, size, "sample", generator).tolist()) for _ in range(draws)
-    )
+    seen = Counter(tuple(F.candidate_pool(scores, size, "sample", generator).tolist()) for _ in range(draws))
     for members, probability in expected.items():
         spread = 4 * math.sqrt(probability * (1 - probability) / draws)
         assert abs(seen[members] / draws - probability) <= spread

@@ -1,6 +1,6 @@
 """Exact selection over many features without [B, F]: chunks of the encoder product through a filter.
 
-A chunk [B, C] is filtered in cache: maxima of blocks of 64 features tell which blocks hold an entry at or
+A chunk [B, C] is filtered in cache: maxima of blocks of 32 features tell which blocks hold an entry at or
 above the running threshold tau, and only those blocks are looked at again. tau starts low and rises: whenever
 the candidates number twice the budget they are cut to the exact best so far, whose last member is the new
 tau. So the result is exact, whatever the first tau; one that was too high is seen by the count.
@@ -16,8 +16,9 @@ from torch import Tensor
 from ..ranking import nth_largest
 from .scores import chunk_features
 
-BLOCK = 64
+BLOCK = 32
 FIRST_CHUNK = 128
+WIDEST_TABLE = 16
 
 Entries = tuple[Tensor, Tensor, Tensor]
 
@@ -65,7 +66,7 @@ def stream_token(x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None, members:
     floor = x.new_zeros(x.shape[0])
     kept: list[Entries] = []
     count = 0
-    limit = 2 * k * x.shape[0]
+    limit = 4 * k * x.shape[0]
     for base, a in activation_chunks(x, W, b, scale, members):
         kept.append(filter_chunk(a, base, floor))
         count += len(kept[-1][0])
@@ -104,13 +105,18 @@ def activation_chunks(
 def filter_chunk(a: Tensor, base: int, floor: Tensor) -> Entries:
     """Entries > 0 and >= floor ([1] or [B]) of a chunk [B, C], sorted by token, then column."""
     n_blocks = a.shape[1] // BLOCK
+    floor = floor.clamp_min(smallest_positive(a.dtype))
     top = a.view(-1, BLOCK).amax(1).view(-1, n_blocks)  # [B, C / BLOCK]
-    hits = ((top >= floor[:, None]) & (top > 0)).flatten().nonzero().squeeze(1)
-    tokens = hits // n_blocks
-    inside = a.view(-1, BLOCK)[hits]  # [H, BLOCK]
-    least = floor[tokens] if len(floor) > 1 else floor
-    row, column = ((inside >= least[:, None]) & (inside > 0)).nonzero(as_tuple=True)
-    return inside[row, column], tokens[row], (hits % n_blocks)[row] * BLOCK + column + base
+    hits = (top >= floor[:, None]).flatten().nonzero().squeeze(1)
+    inside = a.view(-1, BLOCK).index_select(0, hits)  # [H, BLOCK]
+    least = floor.index_select(0, hits // n_blocks) if len(floor) > 1 else floor
+    at = (inside >= least[:, None]).flatten().nonzero().squeeze(1)
+    place = hits.index_select(0, at // BLOCK) * BLOCK + at % BLOCK  # in the flat chunk
+    return inside.flatten().index_select(0, at), place // a.shape[1], place % a.shape[1] + base
+
+
+def smallest_positive(dtype: torch.dtype) -> float:
+    return float(torch.nextafter(torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)))
 
 
 def keep_best(entries: Entries, n: int, n_features: int) -> Entries:
@@ -134,13 +140,23 @@ def keep_best(entries: Entries, n: int, n_features: int) -> Entries:
 def keep_best_of_tokens(entries: Entries, k: int, n_tokens: int) -> tuple[Entries, Tensor]:
     """The k largest of each token, and the smallest of them [B] (0 where a token has fewer than k).
 
-    Entries come in order of features within a token, so that a stable sort by token keeps the tie rule.
+    Entries come in order of features within a token, so that a stable sort by token keeps the tie rule. A
+    table [B, width] is fastest; where one token has far more entries than k it would be large, and a sort it is.
     """
     order = torch.argsort(entries[1], stable=True)
     values, tokens, features = (e[order] for e in entries)
     counts = torch.bincount(tokens, minlength=n_tokens)
     first = counts.cumsum(0) - counts
     width = max(int(counts.max()), k)
+    if width > WIDEST_TABLE * k:
+        by_value = torch.argsort(values, descending=True, stable=True)
+        by_value = by_value[torch.argsort(tokens[by_value], stable=True)]
+        rank = torch.arange(len(tokens), device=tokens.device) - first[tokens]
+        cut = values.new_zeros(n_tokens)
+        last = by_value[rank == k - 1]
+        cut[tokens[last]] = values[last]
+        at = by_value[rank < k].sort().values
+        return (values[at], tokens[at], features[at]), cut
     table = values.new_zeros(n_tokens, width)
     table[tokens, torch.arange(len(tokens), device=tokens.device) - first[tokens]] = values
     cut = table.topk(k, dim=1, sorted=True).values[:, -1]  # [B]

@@ -142,12 +142,13 @@ def test_products_use_matrix_units(case, compiled):
 
 
 def test_small_d_leaves_room_for_two_blocks(compiled):
-    """What the table promises: one block's products hide the other's epilogue."""
+    """What the table promises on NVIDIA: one block's products hide the other's epilogue."""
     arch, found = compiled
+    if arch == "gfx942":
+        pytest.skip("not promised on AMD")
     usage = found["bf16 small d"]
-    assert 2 * (usage["shared"] + (arch != "gfx942") * KB) <= SHARED[arch][1]
-    if arch != "gfx942":
-        assert 2 * usage["registers"] * usage["threads"] <= SM_REGISTERS
+    assert 2 * (usage["shared"] + KB) <= SHARED[arch][1]
+    assert 2 * usage["registers"] * usage["threads"] <= SM_REGISTERS
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""The module under torch.compile and DistributedDataParallel."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from makers import gradients, make_sae, tokens
+from torch import multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+RULES = [{"d_sae": 128, "l": 4.0}, {"l": None}]
+WORLD = 2
+
+
+@pytest.mark.parametrize("rule", [*RULES, {"l": 4.0, "select": "token", "score": "entropy"}], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_step_equals_eager(backend, rule):
+    sae = make_sae(aux_coefficient=1.0, dead_after=20, **rule)
+    twin = copy.deepcopy(sae)
+    torch._dynamo.reset()
+    compiled = torch.compile(twin, backend=backend)
+    for seed in range(3):  # the third step has dead features
+        x = tokens(12, 12, seed=seed)
+        expected, found = sae(x), compiled(x)
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-12, atol=0)
+        torch.testing.assert_close(found.x_hat, expected.x_hat)
+        assert torch.equal(found.codes.features, expected.codes.features)
+        for module, out in ((sae, expected), (twin, found)):
+            module.zero_grad()
+            out.loss.backward()
+        for name, gradient in gradients(sae).items():
+            torch.testing.assert_close(twin.get_parameter(name).grad, gradient, rtol=1e-9, atol=1e-12)
+    assert expected.aux > 0
+    assert torch.equal(sae.tokens_since_active, twin.tokens_since_active)
+    sae.eval()
+    twin.eval()
+    torch.testing.assert_close(compiled(x).x_hat, sae(x).x_hat)
+
+
+def ddp_worker(rank, folder):
+    """Gradients of a rank's own batch, averaged by DDP; two steps, so that the second finds its buckets set."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    for i, rule in enumerate(RULES):
+        sae = make_sae(**rule)
+        ddp = DistributedDataParallel(sae)
+        for step in range(2):
+            sae.zero_grad()
+            ddp(tokens(10, 12, seed=10 * rank + step)).loss.backward()
+        result = {"grads": gradients(sae), "strides": {n: p.grad.stride() for n, p in sae.named_parameters()}}
+        torch.save(result, f"{folder}/{i}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ddp_averages_the_gradients(tmp_path):
+    multiprocessing.spawn(ddp_worker, args=(str(tmp_path),), nprocs=WORLD)
+    for i, rule in enumerate(RULES):
+        alone = []
+        for rank in range(WORLD):
+            sae = make_sae(**rule)
+            sae(tokens(10, 12, seed=10 * rank + 1)).loss.backward()
+            alone.append(gradients(sae))
+        for rank in range(WORLD):
+            found = torch.load(tmp_path / f"{i}-{rank}.pt")
+            assert found["strides"]["W_enc"] == (1, 12)
+            for name, gradient in found["grads"].items():
+                torch.testing.assert_close(gradient, (alone[0][name] + alone[1][name]) / WORLD)
+                assert not torch.allclose(gradient, alone[rank][name])

@@ -1,0 +1,378 @@
+"""`SampledSAE` as a module: training, evaluation, calibration, dead features, copies, files' neighbours."""
+
+import copy
+import io
+
+import pytest
+import torch
+from makers import NAMES, gradients, make_sae, tokens
+
+from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig, SparseCodes
+from sampled_sae.init import geometric_median
+
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
+RULES = [
+    {"d_sae": 128, "l": 4.0},
+    {"l": 4.0},
+    {"l": 4.0, "score": "entropy", "pool": "sample"},
+    {"l": 2.0, "select": "token"},
+    {"l": None},
+    {"l": None, "select": "token"},
+    {"l": None, "apply_b_dec_to_input": False},
+    {"d_sae": 128, "l": 2.0, "apply_b_dec_to_input": False},
+]
+
+
+def dense_codes(sae, x, above):
+    """Evaluation as its docstring has it."""
+    x = x - sae.b_dec if sae.cfg.apply_b_dec_to_input else x
+    a = torch.relu(x @ sae.W_enc + sae.b_enc)
+    return a * (a > above)
+
+
+def test_parameters_and_initial_values():
+    sae = SampledSAE(SampledSAEConfig(d_in=12, d_sae=96, k=4, seed=5))
+    assert {n: tuple(p.shape) for n, p in sae.named_parameters()} == {
+        "W_enc": (12, 96),
+        "b_enc": (96,),
+        "W_dec": (96, 12),
+        "b_dec": (12,),
+    }
+    assert torch.equal(sae.W_enc, sae.W_dec.t())
+    assert sae.W_enc.data_ptr() != sae.W_dec.data_ptr()
+    assert sae.W_enc.t().is_contiguous()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(96))
+    assert not sae.b_enc.any()
+    assert not sae.b_dec.any()
+    assert sae.impl_in_use == "torch"
+    assert "d_sae=96" in repr(sae)
+    same = SampledSAE(SampledSAEConfig(d_in=12, d_sae=96, k=4, seed=5))
+    other = SampledSAE(SampledSAEConfig(d_in=12, d_sae=96, k=4, seed=6))
+    assert torch.equal(sae.W_dec, same.W_dec)
+    assert not torch.equal(sae.W_dec, other.W_dec)
+
+
+@pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 3, 12), (1, 1, 1, 12)], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_shapes(shape, training):
+    sae = make_sae().train(training)
+    x = tokens(*shape)
+    out = sae(x)
+    assert out.x_hat.shape == x.shape
+    assert out.codes.shape == (x.numel() // 12, 96)
+    assert out.loss.shape == out.mse.shape == out.aux.shape == ()
+    assert sae.encode(x).shape == (*shape[:-1], 96)
+    assert sae.decode(sae.encode(x)).shape == x.shape
+    assert isinstance(sae.encode_sparse(x), SparseCodes)
+    torch.testing.assert_close(sae.decode(out.codes).view(shape), out.x_hat)
+    torch.testing.assert_close(sae.decode(sae.encode(x)), out.x_hat)
+    torch.testing.assert_close(out.mse, (x - out.x_hat).square().sum(-1).mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_training_step_equals_the_reference(rule, dtype):
+    x = tokens(20, 12, dtype=dtype)
+    outs, grads = [], []
+    for impl in ("torch", "reference"):
+        sae = make_sae(dtype, impl=impl, **rule)
+        leaf = x.clone().requires_grad_()
+        out = sae(leaf)
+        out.loss.backward()
+        outs.append(out)
+        grads.append({**gradients(sae), "x": leaf.grad})
+        assert out.x_hat.dtype == dtype
+        assert set(grads[-1]) == set(NAMES)
+    ours, theirs = outs
+    tolerance = TOLERANCE if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    assert torch.equal(ours.codes.to_dense() > 0, theirs.codes.to_dense() > 0)
+    torch.testing.assert_close(ours.loss, theirs.loss, **tolerance)
+    if dtype == torch.bfloat16:
+        tolerance = {"rtol": 2**-6, "atol": 2**-7}
+    for name in NAMES:
+        torch.testing.assert_close(grads[0][name], grads[1][name], **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("aux_pool", [None, 7, 1000])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("row_grads", [False, True])
+def test_aux_loss_equals_the_reference(rule, aux_pool, row_grads):
+    x, settings = tokens(20, 12), {"aux_coefficient": 0.5, "dead_after": 100, "aux_pool": aux_pool, **rule}
+    found = {}
+    for impl in ("torch", "reference"):
+        sae = make_sae(impl=impl, row_grads=row_grads and impl == "torch", **settings)
+        sae.tokens_since_active[::3] = 100
+        dead = sae.dead
+        out = sae(x)
+        torch.testing.assert_close(out.loss, out.mse + 0.5 * out.aux)
+        out.loss.backward()
+        for part in sae.row_grads:
+            p = getattr(sae, part.name)
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            (p.grad.t() if part.name == "W_enc" else p.grad).index_add_(0, part.features, part.rows.grad)
+        found[impl] = out.aux.detach(), gradients(sae), out.codes.active_features()
+    assert found["torch"][0] > 0
+    torch.testing.assert_close(found["torch"][0], found["reference"][0], **TOLERANCE)
+    for name in NAMES[1:]:
+        torch.testing.assert_close(found["torch"][1][name], found["reference"][1][name], **TOLERANCE)
+    unselected = dead.index_fill(0, found["torch"][2], False)
+    reached = found["torch"][1]["W_enc"][:, unselected].any(0)
+    if aux_pool == 7:
+        assert reached.sum() <= 7
+    else:
+        assert reached.any()
+        assert torch.equal(reached, (found["reference"][1]["b_enc"] != 0)[unselected])
+
+
+def test_aux_is_off_without_dead_features_and_in_evaluation():
+    sae = make_sae(aux_coefficient=1.0, dead_after=5)
+    assert sae(tokens(3, 12)).aux == 0
+    sae.tokens_since_active.fill_(5)
+    assert sae(tokens(3, 12)).aux > 0
+    sae.tokens_since_active.fill_(5)
+    assert sae.eval()(tokens(3, 12)).aux == 0
+    assert (sae.tokens_since_active == 5).all()
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_row_gradients_equal_dense_gradients(rule):
+    x, saes = tokens(20, 12), [make_sae(row_grads=row_grads, **rule) for row_grads in (True, False)]
+    for sae in saes:
+        sae(x).loss.backward()
+    rows, dense = saes[0], saes[1]
+    assert [getattr(rows, name).grad for name in ("W_enc", "b_enc", "W_dec")] == [None] * 3
+    assert dense.row_grads == []
+    torch.testing.assert_close(rows.b_dec.grad, dense.b_dec.grad)
+    for part in rows.row_grads:
+        full = getattr(dense, part.name).grad
+        full = full.t() if part.name == "W_enc" else full
+        torch.testing.assert_close(part.rows.grad, full[part.features], **TOLERANCE)
+        outside = torch.ones(len(full), dtype=torch.bool).index_fill(0, part.features, False)
+        assert not full[outside].any()
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_evaluation_is_by_the_threshold_alone(rule, dtype):
+    sae = make_sae(dtype, **rule).eval()
+    x = tokens(30, 12, dtype=dtype)
+    for threshold in (0.0, 0.7, 1.3):
+        sae.threshold.fill_(threshold)
+        expected = dense_codes(sae, x, sae.threshold)
+        assert expected.any()
+        torch.testing.assert_close(sae.encode(x), expected)
+        together, alone = sae.encode(x), torch.cat([sae.encode(row[None]) for row in x])
+        torch.testing.assert_close(together, alone)
+        torch.testing.assert_close(sae(x).x_hat, sae.decode(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_active_means_strictly_above_the_threshold(dtype):
+    sae = make_sae(dtype).eval()
+    x = tokens(8, 12, dtype=dtype)
+    sae.threshold.zero_()
+    a = sae.encode(x)
+    for value in a[a > 0].sort().values[[0, 20, -2, -1]]:
+        sae.threshold = value.detach().clone()
+        assert sae.encode_sparse(x).count() == (a > value).sum()
+        assert not (sae.encode(x) == value).any()
+
+
+@pytest.mark.parametrize("l0", [None, 0.5, 1, 7.25, 20])
+@pytest.mark.parametrize("convert", [None, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_calibration_gives_the_mean_l0_exactly(dtype, l0, convert):
+    sae = make_sae(dtype).eval()
+    if convert is not None:
+        sae.to(convert)
+    x = tokens(64, 12, dtype=convert or dtype)
+    threshold = sae.calibrate(x, l0)
+    assert threshold == float(sae.threshold) > 0
+    assert sae.encode_sparse(x).count() == round(64 * (4 if l0 is None else l0))
+
+
+def test_calibration_with_too_few_positives_keeps_them_all():
+    sae = make_sae().eval()
+    with torch.no_grad():
+        sae.b_enc[5:] = -1000
+    assert sae.calibrate(tokens(64, 12), 90) == 0
+    assert sae.encode_sparse(tokens(64, 12)).count() == dense_codes(sae, tokens(64, 12), 0).count_nonzero()
+
+
+def test_calibration_does_not_move_the_rest():
+    sae = make_sae()
+    before = copy.deepcopy(sae.state_dict())
+    sae.calibrate(tokens(64, 12))
+    assert sae.training
+    for name, value in sae.state_dict().items():
+        if not name.startswith("threshold"):
+            assert torch.equal(value, before[name])
+    assert sae.threshold_steps == 1
+
+
+def test_threshold_is_the_running_mean_of_the_smallest_kept_activation():
+    sae, expected = make_sae(threshold_decay=0.75), None
+    for seed in range(4):
+        smallest = sae(tokens(16, 12, seed=seed)).codes.values.min().item()
+        expected = smallest if expected is None else 0.75 * expected + 0.25 * smallest
+        assert float(sae.threshold) == pytest.approx(expected, rel=1e-6)
+        assert sae.threshold_steps == seed + 1
+    with torch.no_grad():
+        sae.b_enc.fill_(-1000)
+    assert sae(tokens(16, 12)).codes.count() == 0
+    assert float(sae.threshold) == pytest.approx(expected, rel=1e-6)
+    assert sae.threshold_steps == 4
+
+
+def test_dead_features_are_counted_in_tokens():
+    sae, since = make_sae(dead_after=40), torch.zeros(96, dtype=torch.int64)
+    for seed in range(4):
+        active = sae(tokens(3, 5, 12, seed=seed)).codes.active_features()
+        since = (since + 15).index_fill(0, active, 0)
+        assert torch.equal(sae.tokens_since_active, since)
+        assert torch.equal(sae.dead, since >= 40)
+    assert 0 < sae.dead.sum() < 96
+    state = copy.deepcopy(sae.state_dict())
+    sae.eval()(tokens(3, 12))
+    assert all(torch.equal(value, state[name]) for name, value in sae.state_dict().items())
+
+
+@pytest.mark.parametrize("rule", [{"l": None}, {"l": 20.0, "k": 2}])
+def test_the_hint_of_the_last_batch_changes_nothing(rule):
+    sae = make_sae(**rule)
+    fresh = [make_sae(**rule)(tokens(16, 12, seed=seed) * size) for seed, size in ((0, 1.0), (1, 9.0), (2, 0.01))]
+    for seed, (size, expected) in enumerate(zip((1.0, 9.0, 0.01), fresh)):
+        out = sae(tokens(16, 12, seed=seed) * size)
+        assert torch.equal(out.loss, expected.loss)
+        assert torch.equal(out.codes.features, expected.codes.features)
+
+
+def test_no_grad_leaves_nothing_behind():
+    sae = make_sae(row_grads=True)
+    with torch.no_grad():
+        out = sae(tokens(4, 12))
+    assert not out.loss.requires_grad
+    assert sae.row_grads == []
+
+
+def test_normalise_and_project():
+    sae = make_sae()
+    with torch.no_grad():
+        sae.W_dec.mul_(3)
+    sae.W_dec.grad = tokens(96, 12)
+    sae.project_decoder_grad()
+    torch.testing.assert_close((sae.W_dec.grad * sae.W_dec).sum(1), torch.zeros(96).double())
+    assert sae.W_dec.grad.norm() > 1
+    sae.normalize_decoder()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(96).double())
+
+
+def test_initial_b_dec_is_the_geometric_median():
+    corners = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]).double()
+    outlier = torch.tensor([[0.0, 0.0], [1e6, 1e6]]).double()
+    torch.testing.assert_close(geometric_median(corners + 5), torch.tensor([5.0, 5.0]).double(), rtol=0, atol=1e-5)
+    assert geometric_median(torch.cat((corners, outlier))).norm() < 1
+    x = tokens(200, 12) + 3
+    sae = make_sae()
+    sae.init_b_dec(x.view(10, 20, 12))
+
+    def distance(point):
+        return (x - point).norm(dim=1).sum()
+
+    found = sae.b_dec.detach()
+    assert distance(found) < distance(x.mean(0))
+    for step in 0.01 * torch.eye(12, dtype=torch.float64):
+        assert distance(found) <= min(distance(found + step), distance(found - step))
+
+
+def assert_same_module(a, b):
+    assert a.cfg == b.cfg
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for name, value in a.state_dict().items():
+        other = b.state_dict()[name]
+        assert torch.equal(value, other)
+        assert value.dtype == other.dtype
+    assert a.W_enc.stride() == b.W_enc.stride() == (1, a.cfg.d_in)
+
+
+def torch_save(sae):
+    file = io.BytesIO()
+    torch.save(sae, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def state_dict(sae):
+    file = io.BytesIO()
+    torch.save(sae.state_dict(), file)
+    file.seek(0)
+    fresh = SampledSAE(sae.cfg, dtype=sae.W_enc.dtype)
+    fresh.load_state_dict(torch.load(file))
+    return fresh
+
+
+@pytest.mark.parametrize("row_grads", [True, False])
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, torch_save, state_dict], ids=lambda f: f.__name__)
+def test_copies(make_copy, row_grads):
+    sae = make_sae(torch.float32, row_grads=row_grads, pool="sample" if make_copy is not state_dict else "top")
+    sae(tokens(9, 12, dtype=torch.float32)).loss.backward()
+    twin = make_copy(sae)
+    assert_same_module(sae, twin)
+    x = tokens(9, 12, dtype=torch.float32, seed=4)
+    assert torch.equal(sae(x).loss, twin(x).loss)
+    assert torch.equal(sae.eval().encode(x), twin.eval().encode(x))
+    with torch.no_grad():
+        twin.W_enc.zero_()
+    assert sae.W_enc.any()
+
+
+def test_conversion_of_dtype_keeps_the_layout():
+    sae = make_sae(torch.float32).to(torch.float64)
+    assert sae.W_enc.t().is_contiguous()
+    out = sae(tokens(5, 12))
+    out.loss.backward()
+    assert out.loss.dtype == sae.W_enc.grad.dtype == torch.float64
+    assert sae.W_enc.grad.stride() == sae.W_enc.stride()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda sae: RowAdam(sae),
+        lambda sae: torch.optim.Adam(sae.parameters()),
+        lambda sae: torch.optim.Adam(sae.parameters(), fused=True),
+        lambda sae: torch.optim.AdamW(sae.parameters(), foreach=True),
+        lambda sae: torch.optim.SGD(sae.parameters(), momentum=0.9, lr=0.01),
+    ],
+    ids=["RowAdam", "Adam", "fused", "foreach", "SGD"],
+)
+def test_memory_layout_survives_an_optimizer(make):
+    sae = make_sae(torch.float32)
+    optimizer = make(sae)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = sae(tokens(40, 12, dtype=torch.float32)).loss
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    assert sae.W_enc.t().is_contiguous()
+    for value in optimizer.state[sae.W_enc].values():
+        if isinstance(value, torch.Tensor) and value.dim() == 2:
+            assert value.stride() == sae.W_enc.stride()
+
+
+def test_reference_and_torch_train_alike():
+    saes = [make_sae(impl=impl, aux_coefficient=1 / 32, dead_after=60) for impl in ("torch", "reference")]
+    optimizers = [RowAdam(sae, lr=0.01) for sae in saes]
+    for step in range(12):
+        losses = []
+        for sae, optimizer in zip(saes, optimizers):
+            optimizer.zero_grad()
+            losses.append(sae(tokens(20, 12, seed=step)).loss)
+            losses[-1].backward()
+            optimizer.step()
+        torch.testing.assert_close(*losses, rtol=1e-8, atol=0)
+    assert saes[0].dead.any()
+    assert torch.equal(saes[0].tokens_since_active, saes[1].tokens_since_active)
