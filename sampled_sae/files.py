@@ -12,9 +12,13 @@ from typing import Any
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """`write(temporary)`, flush to disk, rename to `path`. The folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # One name for all tries: what a kill left behind is overwritten by the next.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
+        # safetensors makes files only their owner can read; a shared folder wants the usual permissions.
+        os.umask(mask := os.umask(0))
+        temporary.chmod(0o666 & ~mask)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)

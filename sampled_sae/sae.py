@@ -105,6 +105,9 @@ class SampledSAE(nn.Module):
         """bool [d_sae]: not selected for `cfg.dead_after` tokens."""
         return self.tokens_since_active >= self.cfg.dead_after
 
+    # Selection depends on the data: torch.compile would break the graph a dozen times, spend its seconds on the
+    # pieces, and (torch 2.13, aot_eager) lose the threshold's update. One break around the layer is right and free.
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> SampledSAEOutput:
         """x [..., d_in] to a `SampledSAEOutput`; in training mode moves threshold and dead-feature counts.
 
@@ -126,6 +129,7 @@ class SampledSAE(nn.Module):
         loss = mse + self.cfg.aux_coefficient * aux
         return SampledSAEOutput(loss, mse, aux, x_hat.to(x.dtype).view(x.shape), codes)
 
+    @torch.compiler.disable
     def encode_sparse(self, x: Tensor) -> SparseCodes:
         """Codes of x [..., d_in]: by the batch in training mode, by the threshold in evaluation mode."""
         flat = self._flatten(x)

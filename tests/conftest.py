@@ -1,5 +1,13 @@
+import os
+
 import pytest
 import torch
+
+# Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+# The tensors here are small: a second thread costs more than it gives, several times so on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture

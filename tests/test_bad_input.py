@@ -213,7 +213,7 @@ def test_decode_of_something_else():
         make_sae().decode(torch.zeros(2, 95))
     with pytest.raises(ValueError, match=r"W_dec=tensor \(96, 12\): must be a tensor of shape \[4, d_in\]"):
         make_sae().decode(CODES)
-    with pytest.raises(TypeError, match="codes=list: must be SparseCodes or a torch.Tensor"):
+    with pytest.raises(TypeError, match=r"codes=list: must be SparseCodes or a torch\.Tensor"):
         make_sae().decode([1.0])
 
 

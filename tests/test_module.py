@@ -1,7 +1,6 @@
 """`SampledSAE` as a module: training, evaluation, calibration, dead features, copies, files' neighbours."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -94,7 +93,7 @@ def test_training_step_equals_the_reference(rule, dtype):
 
 
 @pytest.mark.parametrize("aux_pool", [None, 7, 1000])
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", RULES[::2], ids=str)
 @pytest.mark.parametrize("row_grads", [False, True])
 def test_aux_loss_equals_the_reference(rule, aux_pool, row_grads):
     x, settings = tokens(20, 12), {"aux_coefficient": 0.5, "dead_after": 100, "aux_pool": aux_pool, **rule}
@@ -283,84 +282,6 @@ def test_initial_b_dec_is_the_geometric_median():
     assert distance(found) < distance(x.mean(0))
     for step in 0.01 * torch.eye(12, dtype=torch.float64):
         assert distance(found) <= min(distance(found + step), distance(found - step))
-
-
-def assert_same_module(a, b):
-    assert a.cfg == b.cfg
-    assert a.state_dict().keys() == b.state_dict().keys()
-    for name, value in a.state_dict().items():
-        other = b.state_dict()[name]
-        assert torch.equal(value, other)
-        assert value.dtype == other.dtype
-    assert a.W_enc.stride() == b.W_enc.stride() == (1, a.cfg.d_in)
-
-
-def torch_save(sae):
-    file = io.BytesIO()
-    torch.save(sae, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-def state_dict(sae):
-    file = io.BytesIO()
-    torch.save(sae.state_dict(), file)
-    file.seek(0)
-    fresh = SampledSAE(sae.cfg, dtype=sae.W_enc.dtype)
-    fresh.load_state_dict(torch.load(file))
-    return fresh
-
-
-@pytest.mark.parametrize("row_grads", [True, False])
-@pytest.mark.parametrize("make_copy", [copy.deepcopy, torch_save, state_dict], ids=lambda f: f.__name__)
-def test_copies(make_copy, row_grads):
-    sae = make_sae(torch.float32, row_grads=row_grads, pool="sample" if make_copy is not state_dict else "top")
-    sae(tokens(9, 12, dtype=torch.float32)).loss.backward()
-    twin = make_copy(sae)
-    assert_same_module(sae, twin)
-    x = tokens(9, 12, dtype=torch.float32, seed=4)
-    assert torch.equal(sae(x).loss, twin(x).loss)
-    assert torch.equal(sae.eval().encode(x), twin.eval().encode(x))
-    with torch.no_grad():
-        twin.W_enc.zero_()
-    assert sae.W_enc.any()
-
-
-def test_conversion_of_dtype_keeps_the_layout():
-    sae = make_sae(torch.float32).to(torch.float64)
-    assert sae.W_enc.t().is_contiguous()
-    out = sae(tokens(5, 12))
-    out.loss.backward()
-    assert out.loss.dtype == sae.W_enc.grad.dtype == torch.float64
-    assert sae.W_enc.grad.stride() == sae.W_enc.stride()
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda sae: RowAdam(sae),
-        lambda sae: torch.optim.Adam(sae.parameters()),
-        lambda sae: torch.optim.Adam(sae.parameters(), fused=True),
-        lambda sae: torch.optim.AdamW(sae.parameters(), foreach=True),
-        lambda sae: torch.optim.SGD(sae.parameters(), momentum=0.9, lr=0.01),
-    ],
-    ids=["RowAdam", "Adam", "fused", "foreach", "SGD"],
-)
-def test_memory_layout_survives_an_optimizer(make):
-    sae = make_sae(torch.float32)
-    optimizer = make(sae)
-    losses = []
-    for _ in range(20):
-        optimizer.zero_grad()
-        loss = sae(tokens(40, 12, dtype=torch.float32)).loss
-        loss.backward()
-        losses.append(loss.item())
-        optimizer.step()
-    assert losses[-1] < losses[0]
-    assert sae.W_enc.t().is_contiguous()
-    for value in optimizer.state[sae.W_enc].values():
-        if isinstance(value, torch.Tensor) and value.dim() == 2:
-            assert value.stride() == sae.W_enc.stride()
 
 
 def test_reference_and_torch_train_alike():

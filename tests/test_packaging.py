@@ -48,7 +48,7 @@ def test_wheel_holds_every_module_and_kernel(wheel):
     kernels = {f"sampled_sae/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")}
     package = ROOT / "sampled_sae"
     # rglob does not follow the link to kernels/.
-    modules = {str(f.relative_to(ROOT)) for f in package.rglob("*.py") if not (package / "kernels") in f.parents}
+    modules = {str(f.relative_to(ROOT)) for f in package.rglob("*.py") if (package / "kernels") not in f.parents}
     assert len(kernels) >= 2
     assert {"sampled_sae/sae.py", "sampled_sae/torch_impl/stream.py"} <= modules
     held = {name for name in names(wheel) if name.endswith(".py")}

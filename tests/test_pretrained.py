@@ -118,7 +118,7 @@ def test_a_bad_checkpoint_is_named(saved, name):
 
 
 def test_a_missing_folder(tmp_path):
-    with pytest.raises(ValueError, match="nowhere/config.json: no such file"):
+    with pytest.raises(ValueError, match=r"nowhere/config\.json: no such file"):
         SampledSAE.from_pretrained(tmp_path / "nowhere")
 
 

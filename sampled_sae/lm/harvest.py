@@ -8,7 +8,6 @@ whole, and counts only once the manifest lists it: a killed harvest loses at mos
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from sampled_sae.files import write_atomically, write_json
 from sampled_sae.lm.hooks import capture
 from sampled_sae.lm.models import check_layer, check_rows
 
@@ -101,7 +101,7 @@ def harvest(
     manifest = _read_manifest(folder, settings)
     if manifest is None:
         manifest = _new_manifest(model, rows[:batch_size], settings)
-        _write_manifest(folder, manifest)
+        write_json(folder / MANIFEST, manifest)
     manifest["complete"] = False  # until every file has been looked at
 
     train_rows = rows[: len(rows) - holdout_rows]
@@ -120,14 +120,14 @@ def harvest(
             recorded[file] = entry
             manifest["shards"] = [recorded[name] for name in sorted(recorded)]
             manifest["scale"] = _scale(manifest)
-            _write_manifest(folder, manifest)
+            write_json(folder / MANIFEST, manifest)
         if holdout_rows and not _is_whole(folder, manifest["holdout"]):
             held = rows[len(train_rows) :]
             activations = _activations(model, held, len(train_rows), manifest, bar)
             entry = _save(folder / HOLDOUT, {"rows": held.contiguous(), "activations": activations})
             manifest["holdout"] = {**entry, "rows": holdout_rows}
     manifest["complete"] = True
-    _write_manifest(folder, manifest)
+    write_json(folder / MANIFEST, manifest)
     return manifest
 
 
@@ -261,20 +261,5 @@ def _is_whole(folder: Path, entry: dict[str, Any] | None) -> bool:
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary)
-    _publish(temporary, path)
+    write_atomically(path, lambda temporary: save_file(tensors, temporary))
     return {"file": path.name, "tokens": len(tensors["activations"]), "bytes": path.stat().st_size}
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    temporary = folder / f".{MANIFEST}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n")
-    _publish(temporary, folder / MANIFEST)
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, its bytes on the disk first: a power cut leaves no half file either."""
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

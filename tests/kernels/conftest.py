@@ -1,15 +1,5 @@
-"""Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
-
-import os
-import sys
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        raise pytest.UsageError("Triton was imported before tests/kernels: run with TRITON_INTERPRET=1")
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture
