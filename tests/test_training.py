@@ -211,6 +211,7 @@ def test_a_killed_process_leaves_a_checkpoint_from_which_the_run_is_completed(tm
     command = [
         *[sys.executable, "-m", "sampled_sae", "train", str(folder), str(out), "--features", "96", "--k", "3"],
         *["--l", "2", "--steps", str(steps), "--batch-size", "64", "--checkpoint-every", "20", "--quiet"],
+        *["--threads", str(torch.get_num_threads())],  # sums are equal to the bit at equal threads
     ]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
