@@ -152,7 +152,7 @@ def sampled_topk(
     if impl == "reference":
         dense = reference.sampled_topk(x, W_enc, b_enc, scale=scale, generator=generator, **rule)
         return SparseCodes.from_dense(dense)
-    return layer.sampled_topk(x, None, W_enc.t(), b_enc, scale=scale, generator=generator, **rule)[0]
+    return layer.sampled_topk(x, None, W_enc.t(), b_enc, scale=scale, generator=generator, **rule).codes
 
 
 def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, impl: str = "auto") -> Tensor:

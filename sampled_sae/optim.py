@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .torch_impl.rows import large_empty
+from .torch_impl.memory import on_huge_pages
 from .validate import check_number
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class RowAdam(Optimizer):
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             for name in ("exp_avg", "exp_avg_sq"):
-                zeros = large_empty(grad.weight, *grad.weight.shape).zero_()
+                zeros = on_huge_pages(grad.weight, *grad.weight.shape).zero_()
                 state[name] = zeros.t() if grad.name == "W_enc" else zeros
         state["step"] += 1
         moments = [state[n].t() if grad.name == "W_enc" else state[n] for n in ("exp_avg", "exp_avg_sq")]
@@ -193,8 +193,13 @@ def walk(grad: RowGrads, factor: float) -> Iterable[tuple[slice, Tensor]]:
         here = buffer[: min(step, weight.shape[0] - start)]
         rows = slice(start, start + len(here))
         touched = features[first:last] - start
-        slope = prepared(grad.name, values[first:last] * factor, weight[rows].index_select(0, touched))
-        here.index_copy_(0, touched, slope.to(weight.dtype))
+        whole = len(touched) == len(here)
+        W = weight[rows] if whole else weight[rows].index_select(0, touched)
+        slope = prepared(grad.name, values[first:last] * factor, W).to(weight.dtype)
+        if whole:
+            yield rows, slope
+            continue
+        here.index_copy_(0, touched, slope)
         yield rows, here
         here.index_fill_(0, touched, 0)
 

@@ -18,6 +18,7 @@ from .config import SampledSAEConfig
 from .init import geometric_median
 from .pretrained import load_pretrained, save_pretrained
 from .torch_impl import layer
+from .torch_impl.memory import Workspace
 from .torch_impl.rows import RowGradient, RowSource
 from .torch_impl.stream import stream_above, stream_batch
 from .validate import check_activations, check_finite, check_number, check_same
@@ -94,6 +95,7 @@ class SampledSAE(nn.Module):
         self.row_grads: list[RowGradient] = []
         self.generator = torch.Generator().manual_seed(cfg.seed)
         self._hint: float | None = None
+        self._workspace = Workspace()
 
     @property
     def impl_in_use(self) -> str:
@@ -117,13 +119,18 @@ class SampledSAE(nn.Module):
         flat = self._flatten(x)
         if not self.training:
             return self._evaluate(x, flat)
-        out, scores = self._train_codes(flat)
-        codes, x_hat, rows = out
+        rows = RowSource(self.cfg.row_grads, self._workspace)
+        selection = self._encode_batch(flat, rows)
+        codes, self._hint = selection.codes, selection.hint
+        if self.impl_in_use == "reference":
+            x_hat = reference.decode(codes.to_dense(), self.W_dec, self.b_dec)
+        else:
+            x_hat = layer.decode(codes, self.W_dec, self.b_dec, rows)
         mse = (flat.to(x_hat.dtype) - x_hat).square().sum(-1).mean()
         aux = mse.new_zeros(())
         dead = self.dead
         if self.cfg.aux_coefficient > 0 and bool(dead.any()):
-            aux = self._aux(flat, x_hat, dead, scores, rows)
+            aux = self._aux(flat, x_hat, dead, selection.scores, rows)
         self.row_grads += rows.gradients
         self._count(codes)
         loss = mse + self.cfg.aux_coefficient * aux
@@ -134,8 +141,7 @@ class SampledSAE(nn.Module):
         """Codes of x [..., d_in]: by the batch in training mode, by the threshold in evaluation mode."""
         flat = self._flatten(x)
         if self.training:
-            codes = self._encode_batch(flat, RowSource())[0]
-            return codes
+            return self._encode_batch(flat, RowSource()).codes
         return self._encode_threshold(flat)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -228,7 +234,7 @@ class SampledSAE(nn.Module):
     def _input_bias(self) -> Tensor | None:
         return self.b_dec if self.cfg.apply_b_dec_to_input else None
 
-    def _encode_batch(self, flat: Tensor, rows: RowSource) -> tuple[SparseCodes, Tensor | None]:
+    def _encode_batch(self, flat: Tensor, rows: RowSource) -> layer.Selection:
         c = self.cfg
         rule: dict[str, Any] = {"k": c.k, "l": c.l, "score": c.score, "pool": c.pool, "select": c.select}
         if self.impl_in_use == "reference":
@@ -239,7 +245,7 @@ class SampledSAE(nn.Module):
                 generator=self.generator,
                 **rule,
             )
-            return SparseCodes.from_dense(dense), None
+            return layer.Selection(SparseCodes.from_dense(dense), None, None)
         return layer.sampled_topk(
             flat,
             self._input_bias(),
@@ -255,15 +261,6 @@ class SampledSAE(nn.Module):
         """x - b_dec with gradient, in the dtype to compute in."""
         dtype, bias = reference.compute_dtype(flat), self._input_bias()
         return flat.to(dtype) if bias is None else flat.to(dtype) - bias.to(dtype)
-
-    def _train_codes(self, flat: Tensor) -> tuple[tuple[SparseCodes, Tensor, RowSource], Tensor | None]:
-        rows = RowSource(keep=self.cfg.row_grads)
-        codes, scores = self._encode_batch(flat, rows)
-        if self.impl_in_use == "reference":
-            x_hat = reference.decode(codes.to_dense(), self.W_dec, self.b_dec)
-        else:
-            x_hat = layer.decode(codes, self.W_dec, self.b_dec, rows)
-        return (codes, x_hat, rows), scores
 
     def _aux(self, flat: Tensor, x_hat: Tensor, dead: Tensor, scores: Tensor | None, rows: RowSource) -> Tensor:
         c = self.cfg
@@ -316,7 +313,7 @@ class SampledSAE(nn.Module):
 
     @torch.no_grad()
     def _count(self, codes: SparseCodes) -> None:
-        """Threshold (a running mean that starts at its first value), dead counts, next batch's hint."""
+        """Threshold (a running mean that starts at its first value), dead counts."""
         self.tokens_since_active += codes.shape[0]
         self.tokens_since_active[codes.active_features()] = 0
         smallest = codes.smallest()
@@ -327,4 +324,3 @@ class SampledSAE(nn.Module):
         else:
             self.threshold.lerp_(torch.full_like(self.threshold, smallest), 1 - self.cfg.threshold_decay)
         self.threshold_steps += 1
-        self._hint = 0.9 * smallest

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-from .rows import large_empty
+from .memory import Workspace
 
 SLICE_ELEMENTS = 1 << 19
 # Said once a process by torch for every CSR tensor; the operations used here are covered by our tests.
@@ -26,8 +26,9 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta 
 class EntryIndex:
     """Where the kept entries lie: int64 tokens [n] and features [n], sorted by token, and their orders."""
 
-    def __init__(self, tokens: Tensor, features: Tensor, n_tokens: int, n_features: int) -> None:
+    def __init__(self, tokens: Tensor, features: Tensor, n_tokens: int, n_features: int, workspace: Workspace) -> None:
         self.tokens, self.features = tokens, features
+        self.workspace = workspace
         self.n_tokens, self.n_features = n_tokens, n_features
 
     @cached_property
@@ -38,9 +39,17 @@ class EntryIndex:
 
     @cached_property
     def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(order, touched features ascending [T], offsets [T + 1] of their entries in that order)."""
+        """(order, touched features ascending [T], offsets [T + 1] of their entries in that order).
+
+        When most features are touched all count as such: rows of zeros cost less than gathering the others.
+        """
         order = torch.argsort(self.features, stable=True)
-        touched, counts = torch.unique_consecutive(self.features[order], return_counts=True)
+        counts = torch.bincount(self.features, minlength=self.n_features)
+        touched = counts.nonzero().squeeze(1)
+        if 2 * len(touched) > self.n_features:
+            touched = torch.arange(self.n_features, device=counts.device)
+        else:
+            counts = counts[touched]
         return order, touched, torch.cat((counts.new_zeros(1), counts.cumsum(0)))
 
     @property
@@ -60,7 +69,7 @@ class EntryIndex:
         """sum_i weights_ij source_i for each touched feature, [T, d]."""
         order, touched, ends = self.by_feature
         tokens, weights = self.tokens[order], weights[order]
-        out = large_empty(source, len(touched), source.shape[1])
+        out = self.workspace.empty(source, len(touched), source.shape[1])
         step = max(1, SLICE_ELEMENTS // source.shape[1])
         bounds = ends[::step].tolist() + ends[-1:].tolist()
         for part, first in enumerate(range(0, len(touched), step)):
@@ -77,8 +86,17 @@ class EntryIndex:
 
     def sum_entries_by_feature(self, weights: Tensor) -> Tensor:
         """sum_i weights_ij for each touched feature, [T]."""
-        local = torch.searchsorted(self.touched, self.features)
-        return weights.new_zeros(len(self.touched)).index_add_(0, local, weights)
+        return self.sum_entries(weights)[self.touched]
+
+    def sum_entries(self, weights: Tensor) -> Tensor:
+        """sum_i weights_ij for every feature, [F]."""
+        return weights.new_zeros(self.n_features).index_add_(0, self.features, weights)
+
+    def sum_all(self, weights: Tensor, W: Tensor) -> Tensor:
+        """sum_ij weights_ij W_j, [d]."""
+        if W.dtype == weights.dtype and 4 * len(self.touched) > self.n_features:
+            return self.sum_entries(weights) @ W
+        return self.sum_entries_by_feature(weights) @ W[self.touched].to(weights.dtype)
 
     def dots(self, left: Tensor, W: Tensor) -> Tensor:
         """left_i . W_j at each entry (i, j), [n]."""
@@ -129,7 +147,7 @@ class EncodeEntries(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = index.sum_by_token(grad, W).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
-            db_dec = -(db_rows @ W[index.touched].to(grad.dtype)).to(ctx.dtypes[1])
+            db_dec = -index.sum_all(grad, W).to(ctx.dtypes[1])
         if ctx.needs_input_grad[2]:
             dW_rows = index.sum_by_feature(grad, centred)
         return dx, db_dec, dW_rows, db_rows, None, None, None, None, None

@@ -6,7 +6,7 @@ entry. Dense wins while P is a few dozen times k (measured: benchmarks/README.md
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,21 @@ from ..ranking import candidate_pool, largest_mask
 from .entries import DecodeEntries, EncodeEntries, EntryIndex
 from .rows import RowSource
 from .scores import column_statistics, finish_scores
-from .stream import Entries, stream_batch, stream_token
+from .stream import Entries, batch_hint, stream_batch, stream_token, token_hint
 
 BLOCK_PER_K = 32
 BLOCK_SHARE = 8
+
+
+class Selection(NamedTuple):
+    """What a batch keeps.
+
+    codes: with gradient. scores: [F], where a pool needed them. hint: where the next batch's search may start.
+    """
+
+    codes: SparseCodes
+    scores: Tensor | None
+    hint: float | None
 
 
 def use_block(pool: int, k: float, n_features: int) -> bool:
@@ -78,8 +89,8 @@ def sampled_topk(
     generator: torch.Generator | None = None,
     hint: float | None = None,
     rows: RowSource | None = None,
-) -> tuple[SparseCodes, Tensor | None]:
-    """Codes of x [B, d] under W [F, d], b [F], and the column scores where a pool needed them."""
+) -> Selection:
+    """Selection for x [B, d] under W [F, d], b [F]; `hint` is that of the last batch under the same rule."""
     rows = rows if rows is not None else RowSource()
     centred = centre(x, b_dec)
     weights, bias = W.detach(), b.detach().to(centred.dtype)
@@ -97,13 +108,15 @@ def sampled_topk(
         if scale is not None:
             block = block * scale[members]
         mask = block_mask(block.detach(), k, select)
-        return SparseCodes.from_block(torch.where(mask, block, 0), members, n_features), scores
+        return Selection(SparseCodes.from_block(torch.where(mask, block, 0), members, n_features), scores, None)
     if select == "batch":
         budget = batch_budget(x.shape[0], k)
         found = stream_batch(centred, weights, bias, scale, members, budget, hint)
+        hint = batch_hint(found)
     else:
-        found = stream_token(centred, weights, bias, scale, members, int(k))
-    return entry_codes(x, b_dec, W, b, centred, scale, found, rows), scores
+        found = stream_token(centred, weights, bias, scale, members, int(k), hint)
+        hint = token_hint(found, centred, int(k))
+    return Selection(entry_codes(x, b_dec, W, b, centred, scale, found, rows), scores, hint)
 
 
 def entry_codes(
@@ -119,7 +132,7 @@ def entry_codes(
     """Selected entries with their gradient attached."""
     values, tokens, features = found
     codes = SparseCodes(values, tokens, features, (x.shape[0], W.shape[0]))
-    index = entry_index(codes)
+    index = entry_index(codes, rows)
     if torch.is_grad_enabled():
         W_rows = rows.slot("W_enc", W, index.touched, centred.dtype)
         b_rows = rows.slot("b_enc", b, index.touched, centred.dtype)
@@ -129,10 +142,10 @@ def entry_codes(
     return codes
 
 
-def entry_index(codes: SparseCodes) -> EntryIndex:
+def entry_index(codes: SparseCodes, rows: RowSource) -> EntryIndex:
     """The codes' index, made once."""
     if codes.index is None:
-        codes.index = EntryIndex(codes.tokens, codes.features, *codes.shape)
+        codes.index = EntryIndex(codes.tokens, codes.features, *codes.shape, rows.workspace)
     return codes.index
 
 
@@ -160,7 +173,7 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, rows: RowSou
         assert codes.pool is not None
         x_hat = codes.block @ rows.gather("W_dec", W_dec, codes.pool, codes.block.dtype)
     else:
-        index = entry_index(codes)
+        index = entry_index(codes, rows)
         slot = rows.slot("W_dec", W_dec, index.touched, codes.values.dtype)
         x_hat = DecodeEntries.apply(codes.values, slot, W_dec.detach(), index)
     return x_hat if b_dec is None else x_hat + b_dec.to(x_hat.dtype)

@@ -5,22 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-def large_empty(like: Tensor, *shape: int) -> Tensor:
-    """`like.new_empty(shape)` backed by huge pages where the system grants them.
-
-    numpy asks the kernel for them and torch does not: at 200 MB a fresh torch tensor costs five times as much
-    in page faults as in writing.
-    """
-    dtypes = {torch.float32: np.float32, torch.float64: np.float64}
-    if like.device.type != "cpu" or like.dtype not in dtypes:
-        return like.new_empty(shape)
-    return torch.from_numpy(np.empty(shape, dtypes[like.dtype]))
+from .memory import Workspace, on_huge_pages
 
 
 class GatherRows(torch.autograd.Function):
@@ -58,7 +47,7 @@ def empty_slot(W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scatter_rows(like: Tensor, shape: torch.Size, features: Tensor, grad: Tensor) -> Tensor:
-    return large_empty(like, *shape).zero_().index_copy_(0, features, grad.to(like.dtype))
+    return on_huge_pages(like, *shape).zero_().index_copy_(0, features, grad.to(like.dtype))
 
 
 @dataclass
@@ -80,10 +69,12 @@ class RowSource:
     """Hands out rows of a parameter to compute with, and decides where their gradients go.
 
     keep=False: to `parameter.grad`, dense, as autograd users expect. keep=True: to `self.gradients`, rows only.
+    Gradient rows lie in `workspace`, whose memory serves again when they are gone.
     """
 
-    def __init__(self, keep: bool = False) -> None:
+    def __init__(self, keep: bool = False, workspace: Workspace | None = None) -> None:
         self.keep = keep
+        self.workspace = workspace if workspace is not None else Workspace()
         self.gradients: list[RowGradient] = []
 
     def gather(self, name: str, W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .memory import scratch
+
 CHUNK_ELEMENTS = 1 << 21
 
 
@@ -30,7 +32,7 @@ def column_statistics(x: Tensor, W: Tensor, b: Tensor, score: str, scale: Tensor
     n_tokens, n_features = x.shape[0], W.shape[0]
     stats = x.new_empty(2 if score == "entropy" else 1, n_features)
     step = chunk_features(n_tokens)
-    buffer = x.new_empty(min(step, n_features), n_tokens)
+    buffer = scratch(x, min(step, n_features), n_tokens)
     for start in range(0, n_features, step):
         stop = min(start + step, n_features)
         a = buffer[: stop - start]  # [C, B]

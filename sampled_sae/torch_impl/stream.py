@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ranking import nth_largest
+from .memory import scratch
 from .scores import chunk_features
 
 BLOCK = 32
@@ -61,19 +62,60 @@ def stream_batch(
     return sort_entries(keep_best(join(kept), n, W.shape[0]), members)
 
 
-def stream_token(x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None, members: Tensor | None, k: int) -> Entries:
-    """The k largest strictly positive entries of each token, ties to the lower feature."""
-    floor = x.new_zeros(x.shape[0])
+def stream_token(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    scale: Tensor | None,
+    members: Tensor | None,
+    k: int,
+    hint: float | None = None,
+) -> Entries:
+    """The k largest strictly positive entries of each token, ties to the lower feature.
+
+    Args:
+        hint: a guess of the k-th largest over the token's norm; tokens for which it was too high are done again.
+    """
+    n_tokens = x.shape[0]
+    floor = x.new_zeros(n_tokens) if hint is None else hint * torch.linalg.vector_norm(x, dim=1)
+    best = best_of_tokens(x, W, b, scale, members, k, floor)
+    if hint is not None:
+        short = torch.bincount(best[1], minlength=n_tokens) < k
+        again = short.nonzero().squeeze(1)
+        if len(again):
+            values, tokens, features = best_of_tokens(x[again], W, b, scale, members, k, x.new_zeros(len(again)))
+            done = (~short[best[1]]).nonzero().squeeze(1)
+            best = join([take(best, done), (values, again[tokens], features)])
+    return sort_entries(best, members)
+
+
+def best_of_tokens(
+    x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None, members: Tensor | None, k: int, floor: Tensor
+) -> Entries:
+    """The k largest entries of each token among those > 0 and >= floor [B], in any order."""
     kept: list[Entries] = []
     count = 0
-    limit = 4 * k * x.shape[0]
     for base, a in activation_chunks(x, W, b, scale, members):
         kept.append(filter_chunk(a, base, floor))
         count += len(kept[-1][0])
-        if count >= limit:
+        if count >= 4 * k * x.shape[0]:
             best, floor = keep_best_of_tokens(join(kept), k, x.shape[0])
             kept, count = [best], len(best[0])
-    return sort_entries(keep_best_of_tokens(join(kept), k, x.shape[0])[0], members)
+    return keep_best_of_tokens(join(kept), k, x.shape[0])[0]
+
+
+def batch_hint(entries: Entries) -> float | None:
+    """`hint` for the next `stream_batch`: a little below this batch's smallest kept value."""
+    return 0.9 * float(entries[0].min()) if len(entries[0]) else None
+
+
+def token_hint(entries: Entries, x: Tensor, k: int) -> float | None:
+    """`hint` for the next `stream_token`: a little below what all but 2% of the full tokens of x [B, d] need."""
+    values, tokens, _ = entries
+    smallest = values.new_full((x.shape[0],), torch.inf).scatter_reduce_(0, tokens, values, "amin")
+    full = torch.bincount(tokens, minlength=x.shape[0]) == k
+    ratio = (smallest / torch.linalg.vector_norm(x, dim=1))[full]
+    return 0.9 * float(ratio.kthvalue(1 + len(ratio) // 50).values) if len(ratio) else None
 
 
 def activation_chunks(
@@ -85,7 +127,7 @@ def activation_chunks(
     """
     n_features = W.shape[0] if members is None else len(members)
     largest = chunk_features(x.shape[0])
-    memory = x.new_empty(x.shape[0] * min(largest, -(-n_features // BLOCK) * BLOCK))
+    memory = scratch(x, x.shape[0] * min(largest, -(-n_features // BLOCK) * BLOCK))
     start, width = 0, min(FIRST_CHUNK, largest)
     while start < n_features:
         stop = min(start + width, n_features)
@@ -134,7 +176,7 @@ def keep_best(entries: Entries, n: int, n_features: int) -> Entries:
         ties = ties[torch.argsort(tokens[ties] * n_features + features[ties])[:missing]]
     mask[ties] = True
     at = mask.nonzero().squeeze(1)
-    return values[at], tokens[at], features[at]
+    return take(entries, at)
 
 
 def keep_best_of_tokens(entries: Entries, k: int, n_tokens: int) -> tuple[Entries, Tensor]:
@@ -144,7 +186,7 @@ def keep_best_of_tokens(entries: Entries, k: int, n_tokens: int) -> tuple[Entrie
     table [B, width] is fastest; where one token has far more entries than k it would be large, and a sort it is.
     """
     order = torch.argsort(entries[1], stable=True)
-    values, tokens, features = (e[order] for e in entries)
+    values, tokens, features = take(entries, order)
     counts = torch.bincount(tokens, minlength=n_tokens)
     first = counts.cumsum(0) - counts
     width = max(int(counts.max()), k)
@@ -156,7 +198,7 @@ def keep_best_of_tokens(entries: Entries, k: int, n_tokens: int) -> tuple[Entrie
         last = by_value[rank == k - 1]
         cut[tokens[last]] = values[last]
         at = by_value[rank < k].sort().values
-        return (values[at], tokens[at], features[at]), cut
+        return take((values, tokens, features), at), cut
     table = values.new_zeros(n_tokens, width)
     table[tokens, torch.arange(len(tokens), device=tokens.device) - first[tokens]] = values
     cut = table.topk(k, dim=1, sorted=True).values[:, -1]  # [B]
@@ -166,7 +208,12 @@ def keep_best_of_tokens(entries: Entries, k: int, n_tokens: int) -> tuple[Entrie
     before = torch.cat((rank.new_zeros(1), rank))[first]
     room = k - torch.zeros_like(counts).index_add_(0, tokens, above.long())
     at = (above | (tied & (rank - before[tokens] <= room[tokens]))).nonzero().squeeze(1)
-    return (values[at], tokens[at], features[at]), cut
+    return take((values, tokens, features), at), cut
+
+
+def take(entries: Entries, at: Tensor) -> Entries:
+    values, tokens, features = (column.index_select(0, at) for column in entries)
+    return values, tokens, features
 
 
 def join(parts: list[Entries]) -> Entries:
@@ -180,4 +227,4 @@ def sort_entries(entries: Entries, members: Tensor | None) -> Entries:
     if members is not None:
         features = members[features]
     order = torch.argsort(tokens * (int(features.max()) + 1 if len(features) else 1) + features)
-    return values[order], tokens[order], features[order]
+    return take((values, tokens, features), order)
