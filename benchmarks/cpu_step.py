@@ -156,7 +156,7 @@ def markdown_table(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write; a table goes beside it")
-    parser.add_argument("--rounds", type=int, default=15, help="samples of each variant")
+    parser.add_argument("--rounds", type=int, default=9, help="samples of each variant")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -22,7 +22,7 @@ from .validate import check_number
 if TYPE_CHECKING:
     from .sae import SampledSAE
 
-CHUNK_ELEMENTS = 1 << 18
+CHUNK_ELEMENTS = 1 << 19
 
 
 class RowGrads:
@@ -184,7 +184,7 @@ def walk(grad: RowGrads, factor: float) -> Iterable[tuple[slice, Tensor]]:
     if grad.dense is not None:
         for start in starts:
             rows = slice(start, start + step)
-            yield rows, prepared(grad.name, grad.dense[rows] * factor, weight[rows])
+            yield rows, prepared(grad.name, grad.dense[rows].mul_(factor), weight[rows])
         return
     (features, values), *_ = grad.parts
     edges = torch.searchsorted(features, torch.tensor([*starts, weight.shape[0]], device=features.device)).tolist()
@@ -195,7 +195,7 @@ def walk(grad: RowGrads, factor: float) -> Iterable[tuple[slice, Tensor]]:
         touched = features[first:last] - start
         whole = len(touched) == len(here)
         W = weight[rows] if whole else weight[rows].index_select(0, touched)
-        slope = prepared(grad.name, values[first:last] * factor, W).to(weight.dtype)
+        slope = prepared(grad.name, values[first:last].mul_(factor), W).to(weight.dtype)
         if whole:
             yield rows, slope
             continue
@@ -209,4 +209,4 @@ def prepared(name: str, slope: Tensor, weight: Tensor) -> Tensor:
     if name != "W_dec":
         return slope
     W = weight.to(slope.dtype)
-    return slope.sub_((slope * W).sum(1, keepdim=True) * W)
+    return slope.addcmul_((slope * W).sum(1, keepdim=True), W, value=-1)

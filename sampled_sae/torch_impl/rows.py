@@ -9,45 +9,50 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .memory import Workspace, on_huge_pages
+from .memory import Workspace
 
 
 class GatherRows(torch.autograd.Function):
     """rows = W[features]; the gradient of W is zero outside them."""
 
     @staticmethod
-    def forward(ctx: Any, W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(features)
-        ctx.like, ctx.shape = W.new_empty(0), W.shape
+    def forward(ctx: Any, W: Tensor, features: Tensor, dtype: torch.dtype, workspace: Workspace) -> Tensor:
+        remember(ctx, W, features, workspace)
         return W.index_select(0, features).to(dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return scatter_rows(ctx.like, ctx.shape, ctx.saved_tensors[0], grad), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return scattered(ctx, grad), None, None, None
 
 
 class RowSlot(torch.autograd.Function):
     """A slot of shape W[features] and no memory, to receive their gradient; its values must not be read."""
 
     @staticmethod
-    def forward(ctx: Any, W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(features)
-        ctx.like, ctx.shape = W.new_empty(0), W.shape
+    def forward(ctx: Any, W: Tensor, features: Tensor, dtype: torch.dtype, workspace: Workspace) -> Tensor:
+        remember(ctx, W, features, workspace)
         return empty_slot(W, features, dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return scatter_rows(ctx.like, ctx.shape, ctx.saved_tensors[0], grad), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return scattered(ctx, grad), None, None, None
+
+
+def remember(ctx: Any, W: Tensor, features: Tensor, workspace: Workspace) -> None:
+    ctx.save_for_backward(features)
+    ctx.like, ctx.shape, ctx.workspace = W.new_empty(0), W.shape, workspace
+
+
+def scattered(ctx: Any, grad: Tensor) -> Tensor:
+    """The dense gradient of W from that of its rows."""
+    dense = ctx.workspace.empty(ctx.like, *ctx.shape).zero_()
+    return dense.index_copy_(0, ctx.saved_tensors[0], grad.to(ctx.like.dtype))
 
 
 def empty_slot(W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
     return W.new_zeros((), dtype=dtype).expand(len(features), *W.shape[1:])
-
-
-def scatter_rows(like: Tensor, shape: torch.Size, features: Tensor, grad: Tensor) -> Tensor:
-    return on_huge_pages(like, *shape).zero_().index_copy_(0, features, grad.to(like.dtype))
 
 
 @dataclass
@@ -69,7 +74,7 @@ class RowSource:
     """Hands out rows of a parameter to compute with, and decides where their gradients go.
 
     keep=False: to `parameter.grad`, dense, as autograd users expect. keep=True: to `self.gradients`, rows only.
-    Gradient rows lie in `workspace`, whose memory serves again when they are gone.
+    Gradients lie in `workspace`, whose memory serves again when they are gone.
     """
 
     def __init__(self, keep: bool = False, workspace: Workspace | None = None) -> None:
@@ -80,13 +85,13 @@ class RowSource:
     def gather(self, name: str, W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
         """W[features] in `dtype`."""
         if not self.keep:
-            return GatherRows.apply(W, features, dtype)
+            return GatherRows.apply(W, features, dtype, self.workspace)
         return self._leaf(name, W, features, W.detach().index_select(0, features).to(dtype))
 
     def slot(self, name: str, W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
         """A place of the shape of W[features] for the gradient alone; it holds no values."""
         if not self.keep:
-            return RowSlot.apply(W, features, dtype)
+            return RowSlot.apply(W, features, dtype, self.workspace)
         return self._leaf(name, W, features, empty_slot(W, features, dtype))
 
     def _leaf(self, name: str, W: Tensor, features: Tensor, rows: Tensor) -> Tensor:
