@@ -52,6 +52,10 @@ class EntryIndex:
             counts = counts[touched]
         return order, touched, torch.cat((counts.new_zeros(1), counts.cumsum(0)))
 
+    @cached_property
+    def tokens_by_feature(self) -> Tensor:
+        return self.tokens.index_select(0, self.by_feature[0])
+
     @property
     def touched(self) -> Tensor:
         return self.by_feature[1]
@@ -68,7 +72,7 @@ class EntryIndex:
     def sum_by_feature(self, weights: Tensor, source: Tensor) -> Tensor:
         """sum_i weights_ij source_i for each touched feature, [T, d]."""
         order, touched, ends = self.by_feature
-        tokens, weights = self.tokens[order], weights[order]
+        tokens, weights = self.tokens_by_feature, weights.index_select(0, order)
         out = self.workspace.empty(source, len(touched), source.shape[1])
         step = max(1, SLICE_ELEMENTS // source.shape[1])
         bounds = ends[::step].tolist() + ends[-1:].tolist()

@@ -205,9 +205,13 @@ def keep_best_of_tokens(entries: Entries, k: int, n_tokens: int) -> tuple[Entrie
         return take((values, tokens, features), at), cut
     table = values.new_zeros(n_tokens, width)
     table[tokens, torch.arange(len(tokens), device=tokens.device) - first[tokens]] = values
-    cut = table.topk(k, dim=1, sorted=True).values[:, -1]  # [B]
-    above = values > cut[tokens]
-    tied = values == cut[tokens]
+    cut = table.topk(k, dim=1, sorted=False).values.amin(1)  # [B]
+    least = cut.index_select(0, tokens)
+    at = (values >= least).nonzero().squeeze(1)
+    if len(at) == int(counts.clamp(max=k).sum()):
+        return take((values, tokens, features), at), cut
+    above = values > least
+    tied = values == least
     rank = tied.cumsum(0)
     before = torch.cat((rank.new_zeros(1), rank))[first]
     room = k - torch.zeros_like(counts).index_add_(0, tokens, above.long())
