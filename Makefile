@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 RUNS := runs/demo
 
-.PHONY: test test-all lint demo bench clean
+.PHONY: test lint demo bench clean
 
 $(BIN)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,9 +31,6 @@ lint: $(BIN)/.installed
 
 test: lint
 	$(BIN)/pytest
-
-test-all: lint
-	$(BIN)/pytest -m "not gpu and not peers"
 
 demo: $(BIN)/.demo
 	$(BIN)/sampled-sae harvest $(RUNS)/activations --model smollm2-135m --layer 15 --texts wiki-en --tokens 200000

@@ -81,6 +81,7 @@ class SampledSAE(nn.Module):
         if not isinstance(cfg, SampledSAEConfig):
             raise TypeError(f"cfg={cfg!r}: must be a SampledSAEConfig")
         self.cfg = cfg
+        functional.resolve_impl(cfg.impl, torch.device("cpu") if device is None else device)
         generator = torch.Generator().manual_seed(cfg.seed)
         rows = torch.randn(cfg.d_sae, cfg.d_in, generator=generator)
         rows = nn.functional.normalize(rows, dim=1).to(device=device, dtype=dtype)

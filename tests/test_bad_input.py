@@ -230,6 +230,8 @@ def test_triton_says_that_it_is_not_there(monkeypatch):
         F.sampled_topk(t["x"], t["W_enc"], t["b_enc"], k=2, impl="triton")
     with pytest.raises(ValueError, match="impl='triton': decode has no Triton form"):
         F.decode(CODES, W_DEC, impl="triton")
+    with pytest.raises(ValueError, match="impl='triton': sampled_topk has no Triton form"):
+        SampledSAE(SampledSAEConfig(d_in=4, d_sae=8, k=2, impl="triton"))
     assert F.resolve_impl("auto", "cuda") == F.resolve_impl("auto", "cpu") == "torch"
     monkeypatch.setattr(F, "TRITON_OPS", frozenset({"decode"}))
     assert F.resolve_impl("auto", "cuda", "decode") == "triton"

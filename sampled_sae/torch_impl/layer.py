@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ..codes import SparseCodes
 from ..config import batch_budget, pool_size
-from ..ranking import candidate_pool, largest_mask
+from ..ranking import candidate_pool, largest_mask, nth_largest_of_rows
 from .entries import DecodeEntries, EncodeEntries, EntryIndex
 from .rows import RowSource
 from .scores import column_statistics, finish_scores
@@ -159,7 +159,10 @@ def block_mask(a: Tensor, k: float, select: str) -> Tensor:
         return largest_mask(a.flatten(), budget).view(a.shape) & positive
     if k >= a.shape[1]:
         return positive
-    cut = a.topk(int(k), dim=1).values[:, -1:]
+    cut = nth_largest_of_rows(a, int(k))[:, None]
+    within = a >= cut
+    if int(within.count_nonzero()) == int(k) * a.shape[0]:
+        return within & positive
     above = a > cut
     tied = a == cut
     room = int(k) - above.sum(1, keepdim=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..ranking import nth_largest
+from ..ranking import nth_largest, nth_largest_of_rows
 from .memory import scratch
 from .scores import chunk_features
 
@@ -205,7 +205,7 @@ def keep_best_of_tokens(entries: Entries, k: int, n_tokens: int) -> tuple[Entrie
         return take((values, tokens, features), at), cut
     table = values.new_zeros(n_tokens, width)
     table[tokens, torch.arange(len(tokens), device=tokens.device) - first[tokens]] = values
-    cut = table.topk(k, dim=1, sorted=False).values.amin(1)  # [B]
+    cut = nth_largest_of_rows(table, k)  # [B]
     least = cut.index_select(0, tokens)
     at = (values >= least).nonzero().squeeze(1)
     if len(at) == int(counts.clamp(max=k).sum()):

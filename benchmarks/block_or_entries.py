@@ -1,0 +1,62 @@
+"""Where a pool is better computed as a dense block [B, P] and where entry by entry: the training step both ways.
+
+Sets BLOCK_PER_K of sampled_sae/torch_impl/layer.py. Rounds go over all variants in turn, the encoder product
+beside each; ratios are medians.
+
+    python benchmarks/block_or_entries.py --out benchmarks/results/block_or_entries.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks.cpu_step import machine, timed, training_step
+from benchmarks.workloads import CPU_STEPS, activations
+from sampled_sae.torch_impl import layer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write; a table goes beside it")
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    rows: list[dict[str, Any]] = []
+    for workload in CPU_STEPS[:2]:
+        batches = [activations(workload, seed) for seed in range(4)]
+        W = torch.randn(workload.F, workload.d).t()
+        out = torch.empty(workload.B, workload.F)
+        ls = (2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0)
+        steps = {(l, form): training_step(workload, {"l": l})[1] for l in ls for form in ("block", "entries")}
+        ratios: dict[tuple[float, str], list[float]] = {key: [] for key in steps}
+        for round_ in range(args.rounds + 2):
+            x = batches[round_ % 4]
+            for (l, form), step in steps.items():
+                layer.use_block = lambda *_, form=form: form == "block"
+                floor = timed(lambda x=x, W=W, out=out: torch.mm(x, W, out=out))
+                own = timed(lambda step=step, x=x: step(x))
+                if round_ >= 2:
+                    ratios[l, form].append(own / floor)
+        for l in ls:
+            block, entries = (statistics.median(ratios[l, form]) for form in ("block", "entries"))
+            rows.append({**vars(workload), "l": l, "block": block, "entries": entries})
+            print(workload.name, l, round(block, 3), round(entries, 3), flush=True)
+    args.out.write_text(json.dumps({**machine(), "rows": rows}, indent=2) + "\n")
+    lines = ["| (B, d, F, k) | l | as a block | by entries |", "|---|---|---|---|"]
+    for r in rows:
+        size = f"({r['B']}, {r['d']}, {r['F']}, {r['k']})"
+        lines.append(f"| {size} | {r['l']:g} | {r['block']:.2f} | {r['entries']:.2f} |")
+    args.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
