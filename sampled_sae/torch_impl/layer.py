@@ -1,7 +1,7 @@
 """Steps 1 to 5 of METHOD.md put together from scores, block, stream and entries.
 
 A small pool is computed as one block [B, P] with dense products; a large one is streamed and handled entry by
-entry. Dense wins while P is a few dozen times k (measured: benchmarks/README.md).
+entry. Dense wins while P is a few times k (measured: benchmarks/results/block_or_entries.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .rows import RowSource
 from .scores import column_statistics, finish_scores
 from .stream import Entries, batch_hint, stream_batch, stream_token, token_hint
 
-BLOCK_PER_K = 32
+BLOCK_PER_K = 6
 BLOCK_SHARE = 8
 
 
@@ -36,7 +36,7 @@ class Selection(NamedTuple):
 
 
 def use_block(pool: int, k: float, n_features: int) -> bool:
-    """Whether [B, P] is both the faster form and a small share of [B, F]."""
+    """Whether [B, P] is the faster form and a small share of [B, F]."""
     return pool <= BLOCK_PER_K * k and pool * BLOCK_SHARE <= n_features
 
 
