@@ -17,6 +17,7 @@ from .config import IMPLS, POOLS, SELECTS
 from .ranking import candidate_pool as _candidate_pool
 from .torch_impl import layer
 from .torch_impl.scores import column_statistics, finish_scores
+from .torch_impl.scores import threshold_counts as _threshold_counts
 from .validate import (
     SCORES,
     check_budget,
@@ -77,6 +78,34 @@ def column_scores(
     b = b_enc.detach().to(x.dtype)
     scale = None if scale is None else scale.detach().to(x.dtype)
     return finish_scores(column_statistics(x, W_enc.detach().t(), b, score, scale), score)
+
+
+def threshold_counts(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, thresholds: Tensor, scale: Tensor | None = None
+) -> Tensor:
+    """How many activations lie strictly above each threshold: B times the mean L0 that it would give.
+
+    Args:
+        x, W_enc, b_enc, scale: as for `column_scores`.
+        thresholds: [m] >= 0, ascending, of x's dtype.
+
+    Returns:
+        int64 [m]; counts of several batches or processes add up. Equivalent to
+        `(torch.relu(x @ W_enc + b_enc)[None] > thresholds[:, None, None]).sum((1, 2))`.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    check_encoder(x, W_enc, b_enc, scale)
+    if not isinstance(thresholds, Tensor) or thresholds.dim() != 1 or thresholds.numel() == 0:
+        raise ValueError(f"thresholds={describe(thresholds)}: must be a tensor of shape [m]")
+    if not bool((thresholds >= 0).all()) or not bool((thresholds.diff() >= 0).all()):
+        raise ValueError("thresholds: must be >= 0 and ascending")
+    check_same(x=x, thresholds=thresholds)
+    x = layer.centre(x.reshape(-1, x.shape[-1]), None)
+    b = b_enc.detach().to(x.dtype)
+    scale = None if scale is None else scale.detach().to(x.dtype)
+    return _threshold_counts(x, W_enc.detach().t(), b, thresholds.to(x.dtype), scale)
 
 
 def candidate_pool(scores: Tensor, size: int, how: str = "top", generator: torch.Generator | None = None) -> Tensor:

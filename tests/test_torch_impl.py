@@ -309,3 +309,19 @@ def test_row_source_keeps_rows_in_place_of_dense_gradients():
     assert [(g.name, g.features.tolist(), g.rows.grad.tolist()) for g in rows.gradients] == [
         ("W_dec", [1, 4], [[2.0] * 3] * 2)
     ]
+
+
+@pytest.mark.parametrize("shape", [(7, 5, 33), (130, 6, 1000)], ids=str)
+@pytest.mark.parametrize("integers", [True, False])
+def test_threshold_counts_and_their_sum_over_batches(shape, integers):
+    t = problem(*shape, dtype=torch.float64)
+    x, W, b = (t[n].round() if integers else t[n] for n in ("x", "W_enc", "b_enc"))
+    thresholds = torch.tensor([0.0, 1.0, 1.0, 2.0, 1e9], dtype=torch.float64)
+    a = torch.relu(x @ W + b)
+    expected = (a[None] > thresholds[:, None, None]).sum((1, 2))
+    assert expected[0] > expected[3] > 0
+    assert torch.equal(F.threshold_counts(x, W, b, thresholds), expected)
+    parts = [F.threshold_counts(part, W, b, thresholds) for part in (x[:3], x[3:])]
+    assert torch.equal(parts[0] + parts[1], expected)
+    with pytest.raises(ValueError, match="ascending"):
+        F.threshold_counts(x, W, b, thresholds.flip(0))

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -29,24 +31,48 @@ def column_statistics(x: Tensor, W: Tensor, b: Tensor, score: str, scale: Tensor
         [S, F] float: sum a^2 for l2 and l2_squared; sum a and sum a ln a for entropy; the number of
         positive entries for uniform. To be reduced across processes, then given to `finish_scores`.
     """
+    stats = x.new_empty(2 if score == "entropy" else 1, W.shape[0])
+    for at, a in feature_chunks(x, W, b, scale):
+        if score == "entropy":
+            torch.sum(a, 1, out=stats[0, at])
+            torch.sum(torch.special.entr(a), 1, out=stats[1, at]).neg_()
+        elif score == "uniform":
+            stats[0, at] = torch.count_nonzero(a, 1)
+        else:
+            torch.linalg.vector_norm(a, dim=1, out=stats[0, at]).square_()
+    return stats
+
+
+def threshold_counts(x: Tensor, W: Tensor, b: Tensor, thresholds: Tensor, scale: Tensor | None = None) -> Tensor:
+    """How many activations lie strictly above each threshold; those of two batches add up.
+
+    Args:
+        x, W, b, scale: as for `column_statistics`.
+        thresholds: [m] >= 0, ascending.
+
+    Returns:
+        int64 [m].
+    """
+    counts = torch.zeros(len(thresholds) + 1, dtype=torch.int64, device=x.device)
+    for _, a in feature_chunks(x, W, b, scale):
+        # bucketize counts the thresholds strictly below each activation.
+        above = torch.bucketize(a[a > thresholds[0]], thresholds)
+        counts += torch.bincount(above, minlength=len(counts))
+    return counts.flip(0).cumsum(0).flip(0)[1:]
+
+
+def feature_chunks(x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """(features, their activations [C, B]) chunk by chunk, all in one buffer."""
     n_tokens, n_features = x.shape[0], W.shape[0]
-    stats = x.new_empty(2 if score == "entropy" else 1, n_features)
     step = chunk_features(n_tokens)
     buffer = scratch(x, min(step, n_features), n_tokens)
     for start in range(0, n_features, step):
-        stop = min(start + step, n_features)
-        a = buffer[: stop - start]  # [C, B]
-        torch.addmm(b[start:stop, None], W[start:stop].to(x.dtype), x.t(), out=a).relu_()
+        at = slice(start, min(start + step, n_features))
+        a = buffer[: at.stop - start]
+        torch.addmm(b[at, None], W[at].to(x.dtype), x.t(), out=a).relu_()
         if scale is not None:
-            a.mul_(scale[start:stop, None])
-        if score == "entropy":
-            torch.sum(a, 1, out=stats[0, start:stop])
-            torch.sum(torch.special.entr(a), 1, out=stats[1, start:stop]).neg_()
-        elif score == "uniform":
-            stats[0, start:stop] = torch.count_nonzero(a, 1)
-        else:
-            torch.linalg.vector_norm(a, dim=1, out=stats[0, start:stop]).square_()
-    return stats
+            a.mul_(scale[at, None])
+        yield at, a
 
 
 def finish_scores(stats: Tensor, score: str) -> Tensor:
