@@ -15,6 +15,8 @@ from .files import read_json
 from .validate import check_finite, check_integer
 
 FORMAT = "sampled-sae activations"
+VERSION = 1
+MANIFEST = "manifest.json"
 GROUP_BYTES = 1 << 30
 
 
@@ -36,10 +38,10 @@ class ActivationStore:
         Raises:
             ValueError: no manifest, a foreign one, or a harvest that has not finished.
         """
-        path = Path(folder) / "manifest.json"
+        path = Path(folder) / MANIFEST
         manifest = read_json(path)
-        if manifest.get("format") != FORMAT or manifest.get("version") != 1:
-            raise ValueError(f"{path}: format={manifest.get('format')!r}: must be {FORMAT!r}, version 1")
+        if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+            raise ValueError(f"{path}: format={manifest.get('format')!r}: must be {FORMAT!r}, version {VERSION}")
         if not manifest.get("complete"):
             raise ValueError(f"{path}: the harvest has not finished; run the same harvest command again")
         return cls(Path(folder), manifest)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from makers import integers, problem, run
+from makers import integers, make_sae, problem, run, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sampled_sae import SparseCodes, reference
@@ -107,3 +107,17 @@ def test_no_full_matrix_is_ever_allocated(rule, tokens, monkeypatch):
     with LargestTensor() as seen:
         run(tensors, "reference", generator_seed=0, k=8, **rule)
     assert seen.largest >= B * n_features
+
+
+@pytest.mark.parametrize("select", ["batch", "token"])
+def test_a_batch_that_cannot_fill_its_budget_is_not_computed_twice(select, monkeypatch):
+    sae = make_sae(l=None, select=select)
+    with torch.no_grad():
+        sae.b_enc.fill_(-3.0)
+    passes = []
+    chunks = stream.activation_chunks
+    monkeypatch.setattr(stream, "activation_chunks", lambda *a: passes.append(1) or chunks(*a))
+    for seed in range(4):
+        kept = sae(tokens(40, 12, seed=seed)).codes.count()
+        assert 0 < kept < 40 * sae.cfg.k
+    assert len(passes) == 4

@@ -18,13 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from sampled_sae.data import FORMAT, MANIFEST, VERSION
 from sampled_sae.files import write_atomically, write_json
 from sampled_sae.lm.hooks import capture
 from sampled_sae.lm.models import check_layer, check_rows
 
-FORMAT = "sampled-sae activations"
-VERSION = 1
-MANIFEST = "manifest.json"
 HOLDOUT = "holdout.safetensors"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -88,19 +88,15 @@ class EntryIndex:
             )
         return out
 
-    def sum_entries_by_feature(self, weights: Tensor) -> Tensor:
-        """sum_i weights_ij for each touched feature, [T]."""
-        return self.sum_entries(weights)[self.touched]
-
     def sum_entries(self, weights: Tensor) -> Tensor:
         """sum_i weights_ij for every feature, [F]."""
         return weights.new_zeros(self.n_features).index_add_(0, self.features, weights)
 
-    def sum_all(self, weights: Tensor, W: Tensor) -> Tensor:
-        """sum_ij weights_ij W_j, [d]."""
-        if W.dtype == weights.dtype and 4 * len(self.touched) > self.n_features:
-            return self.sum_entries(weights) @ W
-        return self.sum_entries_by_feature(weights) @ W[self.touched].to(weights.dtype)
+    def sum_touched(self, sums: Tensor, W: Tensor) -> Tensor:
+        """sum_j sums_j W_j over the touched features, [d]; `sums` [F] is zero elsewhere."""
+        if W.dtype == sums.dtype and 4 * len(self.touched) > self.n_features:
+            return sums @ W
+        return sums[self.touched] @ W[self.touched].to(sums.dtype)
 
     def dots(self, left: Tensor, W: Tensor) -> Tensor:
         """left_i . W_j at each entry (i, j), [n]."""
@@ -147,14 +143,14 @@ class EncodeEntries(torch.autograd.Function):
         if scale is not None:
             grad = grad * scale[index.features].to(grad.dtype)
         dx = db_dec = dW_rows = None
-        db_rows = index.sum_entries_by_feature(grad)
+        sums = index.sum_entries(grad)
         if ctx.needs_input_grad[0]:
             dx = index.sum_by_token(grad, W).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
-            db_dec = -index.sum_all(grad, W).to(ctx.dtypes[1])
+            db_dec = -index.sum_touched(sums, W).to(ctx.dtypes[1])
         if ctx.needs_input_grad[2]:
             dW_rows = index.sum_by_feature(grad, centred)
-        return dx, db_dec, dW_rows, db_rows, None, None, None, None, None
+        return dx, db_dec, dW_rows, sums[index.touched], None, None, None, None, None
 
 
 class DecodeEntries(torch.autograd.Function):

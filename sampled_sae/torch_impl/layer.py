@@ -112,7 +112,7 @@ def sampled_topk(
     if select == "batch":
         budget = batch_budget(x.shape[0], k)
         found = stream_batch(centred, weights, bias, scale, members, budget, hint)
-        hint = batch_hint(found)
+        hint = batch_hint(found, budget)
     else:
         found = stream_token(centred, weights, bias, scale, members, int(k), hint)
         hint = token_hint(found, centred, int(k))

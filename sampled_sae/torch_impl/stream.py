@@ -104,21 +104,26 @@ def best_of_tokens(
     return keep_best_of_tokens(join(kept), k, x.shape[0])[0]
 
 
-def batch_hint(entries: Entries) -> float | None:
-    """`hint` for the next `stream_batch`: a little below this batch's smallest kept value."""
-    return 0.9 * float(entries[0].min()) if len(entries[0]) else None
+def batch_hint(entries: Entries, n: int) -> float | None:
+    """`hint` for the next `stream_batch`: a little below this batch's smallest kept value.
+
+    None where the budget n was not filled: there is no threshold to guess, and a guess would be run twice.
+    """
+    return 0.9 * float(entries[0].min()) if 0 < n == len(entries[0]) else None
 
 
 def token_hint(entries: Entries, x: Tensor, k: int) -> float | None:
-    """`hint` for the next `stream_token`: a little below what all but 1/200 of the full tokens of x [B, d] need.
+    """`hint` for the next `stream_token`: a little below what all but 1/200 of the tokens x [B, d] need.
 
     Higher, and tokens have to be done again; lower, and there are more candidates to sort (both measured).
+    None where more than 1/200 of the tokens have fewer than k entries: those would be done again every time.
     """
     values, tokens, _ = entries
     smallest = values.new_full((x.shape[0],), torch.inf).scatter_reduce_(0, tokens, values, "amin")
     full = torch.bincount(tokens, minlength=x.shape[0]) == k
     ratio = (smallest / torch.linalg.vector_norm(x, dim=1))[full]
-    return 0.95 * float(ratio.kthvalue(1 + len(ratio) // 200).values) if len(ratio) else None
+    few = len(x) // 200
+    return 0.95 * float(ratio.kthvalue(1 + few).values) if len(ratio) > max(few, len(x) - few - 1) else None
 
 
 def activation_chunks(
