@@ -1,0 +1,99 @@
+"""Spliced cross-entropy."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import CONTEXT, D
+
+from sampled_sae.lm import SpliceEvaluator, capture, decoder_layers, replace, spliced_cross_entropy
+
+
+def cross_entropy(model, rows):
+    logits = model(input_ids=rows).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
+
+
+def test_splice_identity_and_zero(model, rows):
+    evaluator = SpliceEvaluator(model, rows, 1, scale=1.0, batch_size=3)
+    assert evaluator.ce_clean == pytest.approx(cross_entropy(model, rows), rel=1e-5)
+    same = evaluator.evaluate(lambda x: x)
+    assert same["ce_spliced"] == pytest.approx(same["ce_clean"], abs=1e-6)
+    assert same["loss_recovered_zero"] == pytest.approx(1, abs=1e-4)
+    assert same["loss_recovered_mean"] == pytest.approx(1, abs=1e-4)
+    assert same["tokens"] == same["spliced_tokens"] == 11 * (CONTEXT - 1)
+    nothing = evaluator.evaluate(torch.zeros_like)
+    assert nothing["ce_spliced"] == nothing["ce_zero"]
+    assert nothing["loss_recovered_zero"] == 0
+
+
+def test_splice_runs_only_the_blocks_after_the_layer(model, rows):
+    evaluator = SpliceEvaluator(model, rows, 1, scale=1.0)
+    ran = []
+    layers = decoder_layers(model)
+    for index, block in enumerate(layers):
+        block.attention_probe = (getattr(block, "self_attn", None) or getattr(block, "attention", None)) or block.attn
+        block.attention_probe.register_forward_hook(lambda *_, index=index: ran.append(index))
+    evaluator.evaluate(lambda x: 0.9 * x)
+    assert set(ran) == {2, 3}
+    assert all("forward" not in vars(block) for block in layers)
+
+
+def test_splice_equals_the_model_with_a_replaced_layer(model, rows):
+    with capture(model, 2) as captured:
+        model(input_ids=rows)
+    norms = captured.value[:, 1:].norm(dim=-1)
+    limit = norms.median().item()
+    scale = 0.37
+    got = spliced_cross_entropy(model, rows, 2, lambda x: x.tanh(), scale=scale, max_norm=limit, batch_size=4)
+
+    def expected(x):
+        where = x.norm(dim=-1, keepdim=True) <= limit
+        where[:, 0] = False
+        return torch.where(where, (x * scale).tanh() / scale, x)
+
+    with replace(model, 2, expected):
+        assert got["ce_spliced"] == pytest.approx(cross_entropy(model, rows), rel=1e-5)
+    assert got["spliced_tokens"] == int((norms <= limit).sum())
+
+
+def test_splice_takes_a_mean(small_llama, rows):
+    mean = torch.full((D,), 0.5)
+    evaluator = SpliceEvaluator(small_llama, rows, 1, scale=2.0, mean=mean)
+    assert evaluator.evaluate(lambda x: torch.ones_like(x))["ce_spliced"] == pytest.approx(evaluator.ce_mean)
+    # all rows in one batch, so that the mean over a batch is the mean over all
+    own = SpliceEvaluator(small_llama, rows, 1, scale=2.0, batch_size=len(rows))
+    assert own.evaluate(lambda x: x.mean(dim=0).expand_as(x))["ce_spliced"] == pytest.approx(own.ce_mean, rel=1e-5)
+
+
+def test_splice_runs_the_whole_model_where_blocks_share_more_than_the_residual(small_llama, rows):
+    layers = small_llama.model.layers
+    seen = SimpleNamespace(queries=None)
+    layers[0].self_attn.q_proj.register_forward_hook(lambda m, a, out: setattr(seen, "queries", out))
+
+    def borrow(module, args, output):
+        queries, seen.queries = seen.queries, None
+        return output + queries
+
+    layers[3].self_attn.q_proj.register_forward_hook(borrow)
+    evaluator = SpliceEvaluator(small_llama, rows, 1, scale=1.0)
+    assert evaluator.evaluate(lambda x: x)["ce_spliced"] == pytest.approx(evaluator.ce_clean, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale": 0.0}, "scale="),
+        ({"scale": math.nan}, "scale="),
+        ({"max_norm": 0.0}, "max_norm="),
+        ({"max_norm": 1e-9}, "no token would be replaced"),
+        ({"batch_size": 0}, "batch_size="),
+        ({"reconstruct": lambda x: x[:, :2]}, "reconstruct returned"),
+        ({"reconstruct": lambda x: x * math.nan}, "not finite"),
+    ],
+)
+def test_splice_bad_arguments(small_llama, rows, changes, message):
+    arguments = {"reconstruct": lambda x: x, "scale": 1.0, **changes}
+    with pytest.raises(ValueError, match=message):
+        spliced_cross_entropy(small_llama, rows, 1, **arguments)
