@@ -6,6 +6,7 @@ SAMPLED_SAE_AUTOTUNE=1, read at import, times all rows of the architecture inste
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,11 @@ SMALL_D = 1024
 def tile(BM: int, BN: int, BD: int, num_warps: int, num_stages: int) -> triton.Config:
     blocks = {"BM": BM, "BN": BN, "BD": BD, "GROUP": 8}
     return triton.Config(blocks, num_warps=num_warps, num_stages=num_stages)
+
+
+def sliced(config: triton.Config, ROWS: int) -> triton.Config:
+    blocks = {**config.kwargs, "ROWS": ROWS}
+    return triton.Config(blocks, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 # (architecture, operand bits) -> (d <= SMALL_D, larger d); tiles are BM features x BN tokens x BD of d.
@@ -42,6 +48,68 @@ COLUMN_SCORES = {
 }
 # partial sums, BT token tiles x BF features at a time: bound by memory, the same everywhere
 FOLD = triton.Config({"BT": 32, "BF": 64}, num_warps=4, num_stages=1)
+# (architecture, operand bits) -> the largest d for which scores are fused into the product, where not SMALL_D
+LARGEST_FUSED_D = {("interpreter", bits): sys.maxsize for bits in (16, 32)}
+# One pass over a product [B, C] in memory, BT tokens x BF features at a time (STEPS times, to sum them up). Most
+# tiles of the filter have hits: one warp a tile needs no barriers for their places.
+CHUNK_SCORES = {
+    "nvidia": triton.Config({"BT": 16, "BF": 128, "STEPS": 16}, num_warps=4, num_stages=2),
+    "gfx942": triton.Config({"BT": 16, "BF": 128, "STEPS": 16}, num_warps=4, num_stages=2),
+    "interpreter": triton.Config({"BT": 8, "BF": 32, "STEPS": 2}),
+}
+SCALAR = triton.Config({}, num_warps=1)
+CHUNK_FILTER = {
+    "nvidia": triton.Config({"BT": 4, "BF": 128}, num_warps=1),
+    "gfx942": triton.Config({"BT": 4, "BF": 256}, num_warps=1),
+    "interpreter": triton.Config({"BT": 8, "BF": 32}),
+}
+
+# BE gathered rows x BD of d at a time: a warp reads BD at 16 bytes a lane. PIECE entries are summed by one program.
+SEGMENT_SUM = {
+    ("nvidia", 16): triton.Config({"BE": 8, "BD": 256, "PIECE": 256}, num_warps=1),
+    ("nvidia", 32): triton.Config({"BE": 8, "BD": 128, "PIECE": 256}, num_warps=1),
+    ("gfx942", 16): triton.Config({"BE": 8, "BD": 512, "PIECE": 256}, num_warps=1),
+    ("gfx942", 32): triton.Config({"BE": 8, "BD": 256, "PIECE": 256}, num_warps=1),
+    ("interpreter", 16): triton.Config({"BE": 4, "BD": 16, "PIECE": 16}),
+    ("interpreter", 32): triton.Config({"BE": 4, "BD": 16, "PIECE": 16}),
+}
+ENTRY_DOTS = {
+    ("nvidia", 16): triton.Config({"BE": 8, "BD": 256}, num_warps=4),
+    ("nvidia", 32): triton.Config({"BE": 8, "BD": 128}, num_warps=4),
+    ("gfx942", 16): triton.Config({"BE": 8, "BD": 512}, num_warps=4),
+    ("gfx942", 32): triton.Config({"BE": 8, "BD": 256}, num_warps=4),
+    ("interpreter", 16): triton.Config({"BE": 8, "BD": 16}),
+    ("interpreter", 32): triton.Config({"BE": 8, "BD": 16}),
+}
+# Tiles as for the column scores; ROWS features at a time are then searched, which also needs registers.
+EXACT_FALLBACK = {
+    ("nvidia", 16): sliced(tile(128, 128, 64, 8, 3), 16),
+    ("nvidia", 32): sliced(tile(128, 64, 16, 8, 3), 32),
+    ("gfx942", 16): sliced(tile(128, 128, 32, 8, 2), 8),
+    ("gfx942", 32): sliced(tile(64, 64, 32, 4, 2), 8),
+    ("interpreter", 16): sliced(tile(32, 32, 16, 4, 1), 16),
+    ("interpreter", 32): sliced(tile(32, 32, 16, 4, 1), 16),
+}
+# Flat selection by radix: tiles of BLOCK entries, at most CHUNKS programs, each with consecutive tiles.
+RADIX = {
+    "nvidia": triton.Config({"BLOCK": 2048, "CHUNKS": 2048}, num_warps=8),
+    "gfx942": triton.Config({"BLOCK": 2048, "CHUNKS": 2048}, num_warps=8),
+    "interpreter": triton.Config({"BLOCK": 64, "CHUNKS": 4}),
+}
+# Selection by rows: (longest row, warps) of a row that one program holds in registers, shortest first, and the tile
+# of a longer one. A row within one warp needs no barrier; more than 32 entries a thread would spill.
+ROWS = {
+    "nvidia": ((512, 1), (2048, 4), (4096, 8), (8192, 16)),
+    "gfx942": ((512, 1), (2048, 4), (4096, 8), (8192, 16)),
+    "interpreter": ((64, 1),),
+}
+# the same for a chunk that is merged into the best of its row
+MERGED_ROWS = ((2048, 4), (4096, 8), (8192, 16))
+LONG_ROWS = {
+    "nvidia": triton.Config({"BP": 2048}, num_warps=4),
+    "gfx942": triton.Config({"BP": 2048}, num_warps=4),
+    "interpreter": triton.Config({"BP": 32}),
+}
 
 
 def architecture(device: torch.device) -> str:
@@ -66,6 +134,71 @@ def column_scores_configs(arch: str, dtype: torch.dtype, d: int) -> tuple[triton
     if AUTOTUNE:
         return small, large
     return (small,) if d <= SMALL_D else (large,)
+
+
+def family(arch: str) -> str:
+    """The name under which tables that hold for all of NVIDIA's architectures list `arch`."""
+    return "nvidia" if arch.startswith("sm_") else arch
+
+
+def chunk_scores_config(arch: str) -> triton.Config:
+    """For a product in fp32."""
+    return CHUNK_SCORES[family(arch)]
+
+
+def chunk_filter_config(arch: str) -> triton.Config:
+    """For a product in fp32."""
+    return CHUNK_FILTER[family(arch)]
+
+
+def exact_fallback_config(arch: str, dtype: torch.dtype) -> triton.Config:
+    """For x and W of this dtype."""
+    return EXACT_FALLBACK[family(arch), 8 * dtype.itemsize]
+
+
+def resident_programs(device: torch.device) -> int:
+    """How many programs that walk over their tiles the device holds at once, two a multiprocessor."""
+    if INTERPRETED.value:
+        return 3
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def largest_fused_d(arch: str, dtype: torch.dtype) -> int:
+    """Up to which d the product and the column statistics are one kernel."""
+    return LARGEST_FUSED_D.get((arch, 8 * dtype.itemsize), SMALL_D)
+
+
+def segment_sum_config(arch: str, dtype: torch.dtype) -> triton.Config:
+    """For source rows of this dtype."""
+    return SEGMENT_SUM[family(arch), 8 * dtype.itemsize]
+
+
+def entry_dots_config(arch: str, dtype: torch.dtype) -> triton.Config:
+    """For rows of W of this dtype."""
+    return ENTRY_DOTS[family(arch), 8 * dtype.itemsize]
+
+
+def radix_config(arch: str) -> triton.Config:
+    return RADIX[family(arch)]
+
+
+def rows_config(arch: str, length: int) -> triton.Config | None:
+    """For rows of this length in registers, or None where they are too long."""
+    for longest, warps in ROWS[family(arch)]:
+        if length <= longest:
+            return triton.Config({"BP": triton.next_power_of_2(length)}, num_warps=warps)
+    return None
+
+
+def merge_config(length: int) -> triton.Config:
+    """For chunks of up to MERGED_ROWS[-1][0]: BC at a time to search in, BS to write."""
+    warps = next(warps for longest, warps in MERGED_ROWS if length <= longest)
+    BC = triton.next_power_of_2(length)
+    return triton.Config({"BC": BC, "BS": min(BC, 128 * warps)}, num_warps=warps)
+
+
+def long_rows_config(arch: str) -> triton.Config:
+    return LONG_ROWS[family(arch)]
 
 
 @functools.cache

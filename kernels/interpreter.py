@@ -1,8 +1,9 @@
 """Defects of Triton's interpreter (TRITON_INTERPRET=1, versions 3.6 to 3.9), worked around here.
 
 - `tl.dot` of bf16 operands is silently wrong: `dot_operand` upcasts them to fp32, which is exact.
+- fp32 to bf16 truncates: `rounded` rounds to nearest even first, as a GPU does.
 - libdevice is missing: launchers turn FAST_LOG off.
-- A loop with a run-time bound fails with numpy >= 2.4 up to Triton 3.6: bounds of loops are constexprs.
+- A `for` with a run-time bound fails with numpy >= 2.4 up to Triton 3.6: bounds are constexprs, or it is a `while`.
 - Autotuning over several configurations asks for a GPU: `configs.AUTOTUNE` is off.
 """
 
@@ -17,3 +18,12 @@ def dot_operand(b_t):
     if INTERPRETED and b_t.dtype == tl.bfloat16:
         return b_t.to(tl.float32)
     return b_t
+
+
+@triton.jit
+def rounded(b_t, dtype: tl.constexpr):
+    """fp32 to `dtype`, a NaN aside."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        b_u = b_t.to(tl.int32, bitcast=True)
+        b_t = ((b_u + 0x7FFF + ((b_u >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return b_t.to(dtype)

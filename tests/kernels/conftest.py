@@ -2,6 +2,13 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items):
+    """What takes a device also runs under `pytest -m gpu`."""
+    for item in items:
+        if "device" in item.fixturenames:
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,60 @@
+"""What the kernels ask of their arguments, said once."""
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def rows_are_contiguous(matrix: torch.Tensor) -> bool:
+    """Whether neighbours in a row are neighbours in memory; PyTorch leaves the stride of a single column open."""
+    return matrix.shape[1] <= 1 or matrix.stride(1) == 1
+
+
+def contiguous_rows(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix if rows_are_contiguous(matrix) else matrix.contiguous()
+
+
+def check_vector(name: str, vector: torch.Tensor, dtype: torch.dtype, length: int | None = None) -> None:
+    """Raise unless `vector` is contiguous, of this dtype and of this length, if one is given."""
+    if vector.ndim != 1 or vector.dtype != dtype or not vector.is_contiguous() or length not in (None, len(vector)):
+        shape = "[N]" if length is None else f"[{length}]"
+        raise ValueError(f"{name} must be contiguous {dtype} {shape}, got {vector.dtype} {list(vector.shape)}")
+
+
+def check_matrix(name: str, matrix: torch.Tensor) -> None:
+    """Raise unless `matrix` is one, of a supported dtype."""
+    if matrix.ndim != 2 or matrix.dtype not in FLOATS:
+        raise ValueError(f"{name} must be a matrix in fp32, bf16 or fp16, got {matrix.dtype} {list(matrix.shape)}")
+
+
+def check_weights(W: torch.Tensor) -> None:
+    """Raise unless W [F, d] is a matrix of a supported dtype with contiguous rows."""
+    check_matrix("W", W)
+    if not rows_are_contiguous(W):
+        raise ValueError("the weights of each feature must be contiguous: pass W_enc.t() of a feature-major W_enc")
+
+
+def check_encoder(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, scale: torch.Tensor | None) -> None:
+    """Raise unless x [B, d], W [F, d], b [F] and scale [F] are such as the kernels read."""
+    if x.ndim != 2 or W.ndim != 2 or x.shape[1] != W.shape[1]:
+        raise ValueError(f"x [B, d] and W [F, d] expected, got {list(x.shape)} and {list(W.shape)}")
+    if x.dtype != W.dtype or x.dtype not in FLOATS:
+        raise ValueError(f"x and W must both be fp32, bf16 or fp16, got {x.dtype} and {W.dtype}")
+    check_weights(W)
+    check_features(b, scale, W.shape[0])
+
+
+def check_products(z: torch.Tensor, b: torch.Tensor | None, scale: torch.Tensor | None) -> None:
+    """Raise unless z [B, C], b [C] and scale [C] are such as the kernels read."""
+    if z.ndim != 2 or z.dtype != torch.float32 or not rows_are_contiguous(z):
+        raise ValueError(f"z must be fp32 [B, C] with contiguous rows, got {z.dtype} {list(z.shape)}")
+    check_features(b, scale, z.shape[1])
+
+
+def check_features(b: torch.Tensor | None, scale: torch.Tensor | None, length: int) -> None:
+    """Raise unless what is added to each feature and multiplies it are contiguous vectors of this length."""
+    for name, vector in (("b", b), ("scale", scale)):
+        if vector is None:
+            continue
+        if vector.shape != (length,) or vector.dtype not in FLOATS or not vector.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, [{length}], got {vector.dtype} {list(vector.shape)}")

@@ -1,0 +1,157 @@
+"""Entries of a = relu(z + b) * scale at or above a threshold, appended to a list of fixed capacity.
+
+Bytes: the product z [B, C] once, 4BC, and 12 for each entry found; a few FLOPs an entry, so bound by memory.
+The threshold is read on the device. A tile of BT tokens x BF features without hits leaves at once; one with
+hits takes its places by one integer atomic and prefix sums. The order of the tiles in the list is that of the
+atomics, so entries carry a unique key by which they are sorted later. Whoever appends more than fits learns it
+from the count.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sampled_sae.kernels.activation import activation
+from sampled_sae.kernels.arguments import check_products, check_vector
+from sampled_sae.kernels.configs import SCALAR, architecture, chunk_filter_config, launch
+from sampled_sae.kernels.radix import find_cut, picked
+
+
+@triton.jit
+def append(m_hit, b_values, b_keys, values, keys, count, cap):
+    """The hits of a tile, put behind what is in the list; those beyond `cap` are counted alone."""
+    b_hit = m_hit.to(tl.int32)  # [M, N]
+    b_n = tl.sum(b_hit, axis=1)  # [M]
+    n_hits = tl.sum(b_n, axis=0)
+    if n_hits > 0:
+        first = tl.atomic_add(count, n_hits.to(tl.int64), sem="relaxed")
+        room = tl.minimum(cap - first, n_hits).to(tl.int32)
+        b_at = (tl.cumsum(b_n, axis=0) - b_n - 1)[:, None] + tl.cumsum(b_hit, axis=1)  # [M, N]
+        m_fits = m_hit & (b_at < room)  # [M, N]
+        tl.store(values + first + b_at, b_values, mask=m_fits)
+        tl.store(keys + first + b_at, b_keys, mask=m_fits)
+
+
+@triton.jit(do_not_specialize=["B", "first", "cap"])
+def append_above_kernel(
+    z,
+    b,
+    scale,
+    features,
+    tau,
+    values,
+    keys,
+    count,
+    B,
+    C,
+    F,
+    first,
+    cap,
+    stride_z,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_FEATURES: tl.constexpr,
+    BT: tl.constexpr,
+    BF: tl.constexpr,
+):
+    n_features = tl.cdiv(C, BF)
+    o_f = tl.program_id(0) % n_features * BF + tl.arange(0, BF)  # [BF]
+    o_t = (tl.program_id(0) // n_features * BT + tl.arange(0, BT)).to(tl.int64)  # [BT]
+    m_z = (o_t < B)[:, None] & (o_f < C)[None, :]  # [BT, BF]
+    b_f = tl.minimum(o_f, C - 1)  # [BF]
+    b_z = tl.load(z + o_t[:, None] * stride_z + o_f[None, :], mask=m_z, other=0.0)  # [BT, BF]
+    b_a = activation(b_z, b, scale, b_f, 0, HAS_BIAS, HAS_SCALE)  # [BT, BF]
+    m_hit = m_z & (b_a > 0) & (b_a >= tl.load(tau))  # [BT, BF]
+    if HAS_FEATURES:
+        b_f = tl.load(features + b_f)  # [BF]
+    else:
+        b_f = b_f.to(tl.int64) + first  # [BF]
+    append(m_hit, b_a, o_t[:, None] * F + b_f[None, :], values, keys, count, cap)
+
+
+@triton.jit
+def first_threshold_kernel(rows, out):
+    cut, _ = picked(rows, 3)
+    tl.store(out, cut.to(tl.float32, bitcast=True))
+
+
+@triton.jit(do_not_specialize=["n"])
+def next_threshold_kernel(smallest, tau, count, out, n):
+    b_v = tl.load(smallest)
+    b_c = tl.load(count)
+    LN_MARGIN: tl.constexpr = 0.3364722366212129  # ln 1.4
+    b_surplus = tl.log(tl.maximum(b_c, n + 1).to(tl.float32) / n)
+    b_step = (b_v - tl.load(tau)) * (LN_MARGIN / b_surplus)
+    b_step = tl.where(b_c > n, b_step, 0.04 * b_v)
+    tl.store(out, b_v - tl.minimum(tl.maximum(b_step, 0.01 * b_v), 0.2 * b_v))
+
+
+def append_above_(
+    z: torch.Tensor,
+    b: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    features: torch.Tensor | int,
+    n_features: int,
+    tau: torch.Tensor,
+    values: torch.Tensor,
+    keys: torch.Tensor,
+    count: torch.Tensor,
+) -> None:
+    """Appends the entries > 0 and >= tau of relu(z + b) * scale to values and keys, and their number to count.
+
+    z [B, C] is the product for `features`, int64 [C], or for C features from `features` on. The key of an entry
+    is token * n_features + feature. With `at = ((a > 0) & (a >= tau)).nonzero()` equivalent, but for the
+    order, to `values[count:] = a[at]; keys[count:] = at[0] * n_features + features[at[1]]; count += len(at)`.
+    """
+    check_products(z, b, scale)
+    B, C = z.shape
+    has_features = isinstance(features, torch.Tensor)
+    if has_features:
+        check_vector("features", features, torch.int64, C)
+    check_vector("tau", tau, torch.float32, 1)
+    check_vector("values", values, torch.float32)
+    check_vector("keys", keys, torch.int64, len(values))
+    check_vector("count", count, torch.int64, 1)
+    if B == 0 or C == 0:
+        return
+    listed, first = (features, 0) if has_features else (None, features)
+    with torch.cuda.device_of(z):
+        launch(
+            append_above_kernel,
+            (chunk_filter_config(architecture(z.device)),),
+            (),
+            lambda meta: (triton.cdiv(B, meta["BT"]) * triton.cdiv(C, meta["BF"]),),
+            (z, b, scale, listed, tau, values, keys, count, B, C, n_features, first, len(values), z.stride(0)),
+            HAS_BIAS=b is not None,
+            HAS_SCALE=scale is not None,
+            HAS_FEATURES=has_features,
+        )
+
+
+def first_threshold(z: torch.Tensor, b: torch.Tensor | None, scale: torch.Tensor | None, n: int) -> torch.Tensor:
+    """The n-th largest of relu(z + b) * scale, fp32 [1], on the device; z [B, C], contiguous, is overwritten by it."""
+    check_products(z, b, scale)
+    if not z.is_contiguous():
+        raise ValueError("z must be contiguous: it is overwritten")
+    if not 0 < n <= z.numel():
+        raise ValueError(f"n must be between 1 and {z.numel()}, got {n}")
+    out = torch.empty(1, dtype=torch.float32, device=z.device)
+    cut = find_cut(z, n, b, scale, activate=True)
+    with torch.cuda.device_of(z):
+        launch(first_threshold_kernel, (SCALAR,), (), (1,), (cut.rows, out))
+    return out
+
+
+def next_threshold(smallest: torch.Tensor, tau: torch.Tensor, count: torch.Tensor, n: int) -> torch.Tensor:
+    """A threshold that lets about 1.4 n entries of a like batch through: fp32 [1], on the device.
+
+    This batch had `count` entries >= tau (int64 [1], fp32 [1]), the n-th largest of which is `smallest` (fp32, one
+    element; 0 where there are fewer than n, and so is the result). ln(count) is taken as linear between the
+    two; where count is no more than n, as after an exact repair, 0.96 of the smallest has to do.
+    """
+    check_vector("tau", tau, torch.float32, 1)
+    check_vector("count", count, torch.int64, 1)
+    out = torch.empty_like(tau)
+    with torch.cuda.device_of(tau):
+        launch(next_threshold_kernel, (SCALAR,), (), (1,), (smallest, tau, count, out, n))
+    return out

@@ -1,0 +1,86 @@
+"""Column statistics of a = relu(z + b) * scale for a chunk of features whose product z [B, C] is in memory.
+
+Bytes: z once, 4BC, and S partials, 8 S C ceil(B / (BT * STEPS)), written and read back; a few FLOPs an entry,
+so bound by memory. Features lie along the lanes, which makes loads of z contiguous; a block adds STEPS tiles of
+BT tokens entry by entry and sums over tokens once. Partials are folded in a fixed order, as in
+column_scores.py: no atomics, and the same bits in every run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sampled_sae.kernels.activation import FAST_LOG, activation, times_log2
+from sampled_sae.kernels.arguments import check_products
+from sampled_sae.kernels.column_scores import LN_2, fold_partials, statistics_of
+from sampled_sae.kernels.configs import architecture, chunk_scores_config, launch
+
+
+@triton.jit(do_not_specialize=["B"])
+def chunk_partials_kernel(
+    z,
+    b,
+    scale,
+    partials,
+    B,
+    C,
+    stride_z,
+    SCORE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    FAST_LOG: tl.constexpr,
+    BT: tl.constexpr,
+    BF: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    i_t = tl.program_id(1)
+    T = tl.num_programs(1)
+    o_f = tl.program_id(0) * BF + tl.arange(0, BF)  # [BF]
+    m_f = o_f < C  # [BF]
+    b_f = tl.minimum(o_f, C - 1)  # [BF]
+
+    b_s = tl.zeros([BT, BF], dtype=tl.float32)  # [BT, BF]
+    b_l = tl.zeros([BT, BF], dtype=tl.float32)  # [BT, BF]
+    for i in range(STEPS):
+        o_t = (i_t * STEPS + i) * BT + tl.arange(0, BT)  # [BT]
+        m_t = (o_t < B)[:, None]  # [BT, 1]
+        p_z = z + o_t.to(tl.int64)[:, None] * stride_z + o_f[None, :]  # [BT, BF]
+        b_z = tl.load(p_z, mask=m_t & m_f[None, :], other=0.0)  # [BT, BF]
+        b_a = tl.where(m_t, activation(b_z, b, scale, b_f, 0, HAS_BIAS, HAS_SCALE), 0.0)  # [BT, BF]
+        if SCORE == "entropy":
+            b_s += b_a  # [BT, BF]
+            b_l += times_log2(b_a, FAST_LOG)  # [BT, BF]
+        elif SCORE == "uniform":
+            b_s += (b_a > 0).to(tl.float32)  # [BT, BF]
+        else:
+            b_s += b_a * b_a  # [BT, BF]
+
+    p_s = partials + i_t.to(tl.int64) * C + o_f  # [BF]
+    tl.store(p_s, tl.sum(b_s, axis=0), mask=m_f)
+    if SCORE == "entropy":
+        tl.store(p_s + T.to(tl.int64) * C, tl.sum(b_l, axis=0) * LN_2, mask=m_f)
+
+
+def chunk_statistics(z: torch.Tensor, b: torch.Tensor | None, scale: torch.Tensor | None, score: str) -> torch.Tensor:
+    """`column_statistics` for `a = relu(z + b) * scale` from the product z [B, C] itself: fp32 [S, C]."""
+    S = statistics_of(score)
+    check_products(z, b, scale)
+    B, C = z.shape
+    if B == 0 or C == 0:
+        return z.new_zeros(S, C)
+    config = chunk_scores_config(architecture(z.device))
+    T = triton.cdiv(B, config.kwargs["BT"] * config.kwargs["STEPS"])
+    partials = torch.empty(S * T * C, dtype=torch.float32, device=z.device)
+    with torch.cuda.device_of(z):
+        launch(
+            chunk_partials_kernel,
+            (config,),
+            (),
+            lambda meta: (triton.cdiv(C, meta["BF"]), T),
+            (z, b, scale, partials, B, C, z.stride(0)),
+            SCORE="l2" if score == "l2_squared" else score,
+            HAS_BIAS=b is not None,
+            HAS_SCALE=scale is not None,
+            FAST_LOG=FAST_LOG,
+        )
+        return fold_partials(partials, S, T, C)

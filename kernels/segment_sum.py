@@ -1,0 +1,241 @@
+"""Sums over segments of a list of entries of weight * source row: weight gradients, and the sums of `gather_decode`.
+
+Each entry reads its row of source once, d * itemsize bytes, for 2d FLOPs, and each row of the result is written
+once: bound by memory. A program is one warp with as much of d as it loads at 16 bytes a lane: rows are added
+inside threads, and BE are in flight. Tiles of d are the slow axis of the grid: all programs pass over one stripe
+of source before the next, so rows that are used often come from L2.
+Most features have a few entries, some one for every token. The list is therefore cut at the multiples of PIECE: at
+most one segment goes on across each cut. A first kernel sums what follows a cut, a second each segment up to its
+first cut and adds the partial sums of the rest. No program sums more than PIECE entries, grids follow from n, R and
+PIECE alone, n / PIECE rows of partial sums are all the memory it takes, and the order of summation is fixed by the
+list: no atomics, and the same bits in every run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sampled_sae.kernels.arguments import check_matrix, check_vector, contiguous_rows
+from sampled_sae.kernels.configs import architecture, launch, segment_sum_config
+
+
+@triton.jit
+def sum_of_rows(
+    weights,
+    indices,
+    order,
+    start,
+    end,
+    source,
+    stride_source,
+    o_d,
+    D: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    BE: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Sum of weights_i * source[indices_i] over the entries from start to end, and that of weights_i in BE parts."""
+    o_e = tl.arange(0, BE)  # [BE]
+    b_out = tl.zeros([BD], dtype=tl.float32)  # [BD]
+    b_s = tl.zeros([BE], dtype=tl.float32)  # [BE]
+    while start < end:
+        m_e = o_e < end - start  # [BE]
+        b_e = start + o_e  # [BE]
+        if HAS_ORDER:
+            b_e = tl.load(order + b_e, mask=m_e, other=0)  # [BE]
+        b_w = tl.load(weights + b_e, mask=m_e, other=0.0)  # [BE]
+        b_i = tl.load(indices + b_e, mask=m_e, other=0).to(tl.int64)  # [BE]
+        p_x = source + b_i[:, None] * stride_source + o_d[None, :]  # [BE, BD]
+        b_x = tl.load(p_x, mask=m_e[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)  # [BE, BD]
+        b_out += tl.sum(b_w[:, None] * b_x, axis=0)  # [BD]
+        b_s += b_w  # [BE]
+        start += BE
+    return b_out, b_s
+
+
+@triton.jit(do_not_specialize=["R"])
+def after_cuts_kernel(
+    weights,
+    indices,
+    order,
+    ends,
+    ends_before,
+    source,
+    partials,
+    partial_sums,
+    R,
+    stride_source,
+    D: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    BE: tl.constexpr,
+    BD: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    i_c = tl.program_id(0)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
+    cut = i_c * PIECE
+    i_r = tl.load(ends_before + i_c) - 1
+    start = tl.load(ends + i_r)
+    # in the unused slots at the end there is no segment: i_r is R
+    end = tl.load(ends + tl.minimum(i_r + 1, R))
+    # what begins at the cut is not the rest of a segment
+    if (start < cut) & (cut < end):
+        end = tl.minimum(end, cut + PIECE)
+        b_out, b_s = sum_of_rows(
+            weights, indices, order, cut, end, source, stride_source, o_d, D, HAS_ORDER, BE, BD
+        )  # [BD], [BE]
+        tl.store(partials + i_c.to(tl.int64) * D + o_d, b_out, mask=o_d < D)
+        if HAS_SUMS:
+            tl.store(partial_sums + i_c, tl.sum(b_s, axis=0), mask=tl.program_id(1) == 0)
+
+
+@triton.jit
+def segments_kernel(
+    weights,
+    indices,
+    order,
+    ends,
+    source,
+    bias,
+    partials,
+    partial_sums,
+    rows,
+    out,
+    sums,
+    stride_source,
+    D: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    BE: tl.constexpr,
+    BD: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    i_r = tl.program_id(0).to(tl.int64)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
+    o_c = tl.arange(0, BE)  # [BE]
+    m_d = o_d < D  # [BD]
+    start = tl.load(ends + i_r)
+    end = tl.load(ends + i_r + 1)
+    i_c = start // PIECE + 1
+    cut = tl.minimum(end, i_c * PIECE)
+    b_out, b_s = sum_of_rows(
+        weights, indices, order, start, cut, source, stride_source, o_d, D, HAS_ORDER, BE, BD
+    )  # [BD], [BE]
+    while i_c * PIECE < end:
+        m_c = (i_c + o_c) * PIECE < end  # [BE]
+        p_p = partials + (i_c + o_c).to(tl.int64)[:, None] * D + o_d[None, :]  # [BE, BD]
+        b_out += tl.sum(tl.load(p_p, mask=m_c[:, None] & m_d[None, :], other=0.0), axis=0)  # [BD]
+        if HAS_SUMS:
+            b_s += tl.load(partial_sums + i_c + o_c, mask=m_c, other=0.0)  # [BE]
+        i_c += BE
+    if HAS_BIAS:
+        b_out += tl.load(bias + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
+    if HAS_ROWS:
+        i_r = tl.load(rows + i_r)
+    tl.store(out + i_r * D + o_d, b_out, mask=m_d)
+    if HAS_SUMS:
+        tl.store(sums + i_r, tl.sum(b_s, axis=0), mask=tl.program_id(1) == 0)
+
+
+def sum_segments(
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    order: torch.Tensor | None,
+    ends: torch.Tensor,
+    source: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    out: torch.Tensor,
+    sums: torch.Tensor | None,
+) -> None:
+    """Write sum of weights_i * source[indices_i] (+ bias) over each segment to `out`, that of weights_i to `sums`.
+
+    Segment r has the entries from ends[r] to ends[r + 1], counted in `order` if there is one, and is written to row
+    rows[r], else r. The arguments are not checked.
+    """
+    n, R, D = len(weights), len(ends) - 1, out.shape[1]
+    if R == 0 or D == 0:
+        return
+    source = contiguous_rows(source)
+    config = segment_sum_config(architecture(source.device), source.dtype)
+    PIECE = config.kwargs["PIECE"]
+    C = triton.cdiv(n, PIECE)
+    partials = torch.empty(C * D, dtype=torch.float32, device=source.device)
+    partial_sums = torch.empty(C, dtype=torch.float32, device=source.device)
+    with torch.cuda.device_of(source):
+        if C > 1:
+            cuts = torch.arange(0, n, PIECE, dtype=torch.int32, device=source.device)
+            ends_before = torch.searchsorted(ends, cuts, right=True, out_int32=True)
+            launch(
+                after_cuts_kernel,
+                (config,),
+                (),
+                lambda meta: (C, triton.cdiv(D, meta["BD"])),
+                (weights, indices, order, ends, ends_before, source, partials, partial_sums, R, source.stride(0)),
+                D=D,
+                HAS_ORDER=order is not None,
+                HAS_SUMS=sums is not None,
+            )
+        launch(
+            segments_kernel,
+            (config,),
+            (),
+            lambda meta: (R, triton.cdiv(D, meta["BD"])),
+            (weights, indices, order, ends, source, bias, partials, partial_sums, rows, out, sums, source.stride(0)),
+            D=D,
+            HAS_ORDER=order is not None,
+            HAS_BIAS=bias is not None,
+            HAS_ROWS=rows is not None,
+            HAS_SUMS=sums is not None,
+        )
+
+
+def feature_order(features: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order of entries by feature, int32 [n], and where those of each row end in it, int32 [R + 1], from 0.
+
+    `rows`, int64 [R], ascending, holds every feature that occurs in `features`, int32 [n], but for that of unused
+    slots, which is larger than all of them and comes last. Equivalent to
+    `(features.argsort(stable=True), cumsum([0, *((features == r).sum() for r in rows)]))`.
+    """
+    check_vector("features", features, torch.int32)
+    check_vector("rows", rows, torch.int64)
+    by_feature, order = torch.sort(features, stable=True)
+    ends = torch.searchsorted(by_feature, rows.int(), right=True, out_int32=True)
+    return order.int(), torch.nn.functional.pad(ends, (1, 0))
+
+
+def segment_sum(
+    weights: torch.Tensor,
+    tokens: torch.Tensor,
+    order: torch.Tensor,
+    ends: torch.Tensor,
+    source: torch.Tensor,
+    rows: torch.Tensor | None,
+    n_rows_out: int,
+    with_sums: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Sums over each segment's entries of weights_i * source[tokens_i], fp32 [n_rows_out, d], and of weights_i.
+
+    Segment r has the entries order[ends[r]] to order[ends[r + 1]] (int32 [n] and [R + 1], of `feature_order`) of
+    weights, fp32 [n], and tokens, int32 [n]. Its sum goes to row rows[r], int64 [R], each once, or to row r where
+    rows are not given; other rows are zero. The sums of weights, fp32 [n_rows_out], come with `with_sums`, else
+    None. No gradient. Equivalent to `stack([weights[i] @ source[tokens[i]] for i in segments])`.
+    """
+    check_vector("weights", weights, torch.float32)
+    check_vector("tokens", tokens, torch.int32, len(weights))
+    check_vector("order", order, torch.int32, len(weights))
+    check_vector("ends", ends, torch.int32)
+    check_matrix("source", source)
+    R, D = len(ends) - 1, source.shape[1]
+    if rows is not None:
+        check_vector("rows", rows, torch.int64, R)
+    elif n_rows_out != R:
+        raise ValueError(f"n_rows_out must be {R}, one for each segment, where rows are not given: got {n_rows_out}")
+    make = torch.empty if rows is None else torch.zeros
+    out = make(n_rows_out, D, dtype=torch.float32, device=source.device)
+    sums = make(n_rows_out, dtype=torch.float32, device=source.device) if with_sums else None
+    sum_segments(weights, tokens, order, ends, source, None, rows, out, sums)
+    return out, sums

@@ -1,0 +1,335 @@
+"""The k largest strictly positive entries of each token, ties to the lower column: exact, without a sort.
+
+One program a row: 4P bytes read and written (and 2P for a copy). Rows of up to IN_REGISTERS entries stay in
+registers, and a binary search on the bits counts entries until exactly k are left, or until only equal ones
+are: at most 31 counts, 2P operations each, fewer where the k-th entry stands apart. Ties are ranked only in
+rows that have them. Longer rows are read five times, for four histograms of 8 bits and to write.
+`merge_rows_` keeps the k best of a stream of feature chunks, which is read once: what stands in the row so far
+is the lower bound of the search, and a row with nothing above it leaves at once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sampled_sae.kernels.arguments import check_features
+from sampled_sae.kernels.configs import MERGED_ROWS, architecture, launch, long_rows_config, merge_config, rows_config
+from sampled_sae.kernels.interpreter import rounded
+from sampled_sae.kernels.radix import activated, is_kept, pick_digit, sort_bits
+
+COPIES = (torch.bfloat16, torch.float16)
+MAX_K = 512
+MAX_CHUNK = MERGED_ROWS[-1][0]
+
+
+@triton.jit
+def search_cut(b_u, b_w, k, low, HAS_OTHER: tl.constexpr):
+    """Over the bits of b_u (and b_w), from low >= 1: low, how many are >= low, and how many >= low + 1.
+
+    Either at most k are >= low, and these are the k largest (the last is not counted then), or low is the cut.
+    """
+    low = tl.full([], 1, tl.int32) * low
+    high = tl.max(b_u) + 1
+    n_low = tl.sum((b_u >= low).to(tl.int32))
+    n_high = 0
+    if HAS_OTHER:
+        high = tl.maximum(high, tl.max(b_w) + 1)
+        n_low += tl.sum((b_w >= low).to(tl.int32))
+    while (n_low > k) & (high - low > 1):
+        # the cut is near the top: go down by 4 powers of two at most, where half the interval is 60
+        middle = tl.maximum(low + (high - low) // 2, high - 0x02000000)
+        n = tl.sum((b_u >= middle).to(tl.int32))
+        if HAS_OTHER:
+            n += tl.sum((b_w >= middle).to(tl.int32))
+        enough = n >= k
+        low = tl.where(enough, middle, low)
+        n_low = tl.where(enough, n, n_low)
+        high = tl.where(enough, high, middle)
+        n_high = tl.where(enough, n_high, n)
+    return low, n_low, n_high
+
+
+@triton.jit
+def search_end(b_u, o_p, cut, ties, LENGTH: tl.constexpr):
+    """The index before which the first `ties` entries equal to the cut stand: a search, for a scan takes registers."""
+    low = tl.full([], 0, tl.int32)
+    high = tl.full([], LENGTH, tl.int32)
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = tl.sum(((b_u == cut) & (o_p < middle)).to(tl.int32)) >= ties
+        low = tl.where(enough, low, middle)
+        high = tl.where(enough, middle, high)
+    return tl.where(ties > 0, high, 0)
+
+
+@triton.jit
+def first_equal(b_u, cut, ties):
+    """Mask of the first `ties` entries equal to the cut."""
+    b_equal = (b_u == cut).to(tl.int32)
+    return (b_equal > 0) & (tl.cumsum(b_equal) <= ties)
+
+
+@triton.jit
+def keep_rows_kernel(
+    z,
+    b,
+    scale,
+    copy,
+    minima,
+    P,
+    k,
+    ACTIVATE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_COPY: tl.constexpr,
+    BP: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    o_p = tl.arange(0, BP)  # [BP]
+    m_p = o_p < P  # [BP]
+    p_z = z + i_t * P + o_p  # [BP]
+    b_z = tl.load(p_z, mask=m_p, other=0.0)  # [BP]
+    if ACTIVATE:
+        b_z = activated(b_z, b, scale, o_p, m_p, HAS_BIAS, HAS_SCALE)  # [BP]
+    b_u = sort_bits(b_z)  # [BP]
+    cut, n_cut, n_above = search_cut(b_u, None, k, 1, False)
+    end = P
+    if n_cut > k:
+        end = search_end(b_u, o_p, cut, k - n_above, BP)
+    b_keep = is_kept(b_u, o_p, cut, end)  # [BP]
+
+    b_z = tl.where(b_keep, b_u.to(tl.float32, bitcast=True), 0.0)  # [BP]
+    tl.store(p_z, b_z, mask=m_p)
+    if HAS_COPY:
+        tl.store(copy + i_t * P + o_p, rounded(b_z, copy.dtype.element_ty), mask=m_p)
+    tl.store(minima + i_t, tl.min(tl.where(b_keep, b_z, float("inf"))))
+
+
+@triton.jit
+def keep_long_rows_kernel(
+    z,
+    b,
+    scale,
+    copy,
+    minima,
+    k,
+    P: tl.constexpr,
+    ACTIVATE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_COPY: tl.constexpr,
+    BP: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    z += i_t * P
+    cut = 0
+    left = k
+    equal = 0
+    for i_pass in tl.static_range(4):
+        b_count = tl.zeros([256], dtype=tl.int32)  # [256]
+        for i in range(0, P, BP):
+            o_p = i + tl.arange(0, BP)  # [BP]
+            m_p = o_p < P  # [BP]
+            b_z = tl.load(z + o_p, mask=m_p, other=0.0)  # [BP]
+            if ACTIVATE:
+                b_z = activated(b_z, b, scale, o_p, m_p, HAS_BIAS, HAS_SCALE)  # [BP]
+            b_u = sort_bits(b_z)  # [BP]
+            # the sign bit is 0: a shift by 31 leaves the empty prefix of the first pass
+            m_p &= (b_u >> min(31, 32 - 8 * i_pass)) == cut  # [BP]
+            b_count += tl.histogram((b_u >> (24 - 8 * i_pass)) & 255, 256, mask=m_p)  # [256]
+        digit, left = pick_digit(b_count, left)
+        equal = tl.sum(tl.where(tl.arange(0, 256) == digit, b_count, 0))
+        cut = cut * 256 + digit
+
+    left = tl.where(cut > 0, left, 0)
+    is_split = (left > 0) & (left < equal)
+    floor = tl.where((left > 0) & (left == equal), cut, cut + 1)
+    b_least = tl.full([BP], float("inf"), dtype=tl.float32)  # [BP]
+    for i in range(0, P, BP):
+        o_p = i + tl.arange(0, BP)  # [BP]
+        m_p = o_p < P  # [BP]
+        b_z = tl.load(z + o_p, mask=m_p, other=0.0)  # [BP]
+        if ACTIVATE:
+            b_z = activated(b_z, b, scale, o_p, m_p, HAS_BIAS, HAS_SCALE)  # [BP]
+        b_u = sort_bits(b_z)  # [BP]
+        b_keep = b_u >= floor  # [BP]
+        if is_split:
+            b_keep |= first_equal(b_u, cut, left)  # [BP]
+            left -= tl.sum((b_u == cut).to(tl.int32))
+        b_least = tl.minimum(b_least, tl.where(b_keep, b_z, float("inf")))  # [BP]
+        b_z = tl.where(b_keep, b_z, 0.0)  # [BP]
+        tl.store(z + o_p, b_z, mask=m_p)
+        if HAS_COPY:
+            tl.store(copy + i_t * P + o_p, rounded(b_z, copy.dtype.element_ty), mask=m_p)
+    tl.store(minima + i_t, tl.min(b_least))
+
+
+@triton.jit(do_not_specialize=["first"])
+def merge_rows_kernel(
+    best_values,
+    best_features,
+    z,
+    members,
+    b,
+    scale,
+    C,
+    k,
+    first,
+    HAS_MEMBERS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    BK: tl.constexpr,
+    BC: tl.constexpr,
+    BS: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    o_k = tl.arange(0, BK)  # [BK]
+    o_c = tl.arange(0, BC)  # [BC]
+    m_k = o_k < k  # [BK]
+    m_c = o_c < C  # [BC]
+    best_values += i_t * k
+    best_features += i_t * k
+    b_best = tl.load(best_values + o_k, mask=m_k, other=0.0)  # [BK]
+    b_z = tl.load(z + i_t * C + o_c, mask=m_c, other=0.0)  # [BC]
+    b_z = activated(b_z, b, scale, o_c, m_c, HAS_BIAS, HAS_SCALE)  # [BC]
+    b_u = sort_bits(b_best)  # [BK]
+    b_w = sort_bits(b_z)  # [BC]
+    # 0 while a slot is unused, else the k-th best so far, to which a newcomer loses ties
+    least = tl.min(tl.where(m_k, b_u, 0x7FFFFFFF))
+    if tl.max(b_w) <= least:
+        return
+
+    b_f = tl.load(best_features + o_k, mask=m_k, other=0)  # [BK]
+    cut, n_cut, n_above = search_cut(b_u, b_w, k, tl.maximum(least, 1), True)
+    end_stay = k
+    end_enter = C
+    if n_cut > k:
+        ties = k - n_above
+        end_stay = search_end(b_u, o_k, cut, ties, BK)
+        end_enter = search_end(b_w, o_c, cut, ties - tl.sum((b_u == cut).to(tl.int32)), BC)
+    b_stay = is_kept(b_u, o_k, cut, end_stay).to(tl.int32)  # [BK]
+    # entries move to lower slots of their row: all of it must have been read
+    tl.debug_barrier()
+    o_slot = tl.cumsum(b_stay) - 1  # [BK]
+    tl.store(best_values + o_slot, b_best, mask=b_stay > 0)
+    tl.store(best_features + o_slot, b_f, mask=b_stay > 0)
+
+    # newcomers are read again, from cache: a scan and a scatter of a whole chunk would take most registers
+    taken = tl.sum(b_stay)
+    for i in range(0, BC, BS):
+        o_s = i + tl.arange(0, BS)  # [BS]
+        m_s = o_s < C  # [BS]
+        b_a = tl.load(z + i_t * C + o_s, mask=m_s, other=0.0)  # [BS]
+        b_a = activated(b_a, b, scale, o_s, m_s, HAS_BIAS, HAS_SCALE)  # [BS]
+        b_enter = is_kept(sort_bits(b_a), o_s, cut, end_enter).to(tl.int32)  # [BS]
+        n_enter = tl.sum(b_enter)
+        if n_enter > 0:
+            o_new = taken + tl.cumsum(b_enter) - 1  # [BS]
+            if HAS_MEMBERS:
+                b_new = tl.load(members + o_s, mask=b_enter > 0, other=0).to(tl.int32)  # [BS]
+            else:
+                b_new = first + o_s  # [BS]
+            tl.store(best_values + o_new, b_a, mask=b_enter > 0)
+            tl.store(best_features + o_new, b_new, mask=b_enter > 0)
+        taken += n_enter
+
+
+def keep_rows_(
+    z: torch.Tensor,
+    k: int,
+    b: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    activate: bool = True,
+    copy: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mask z [B, P] in place to the k largest strictly positive entries of each row; the smallest kept, 0-dim, or inf.
+
+    z is a raw product, taken as a = relu(z + b) * scale, or >= 0 already where `activate` is off. Ties go to the
+    lower column. `copy` [B, P] is written with the result in its own dtype.
+    Equivalent to `a * zeros_like(a).scatter(1, a.topk(k).indices, 1)`, ties aside; no gradient.
+    """
+    check_block(z, b, scale, activate, copy)
+    if k < 0:
+        raise ValueError(f"k must be at least 0, got {k}")
+    B, P = z.shape
+    if z.numel() == 0 or k == 0:
+        z.zero_()
+        if copy is not None:
+            copy.zero_()
+        return torch.full((), float("inf"), dtype=torch.float32, device=z.device)
+    minima = torch.empty(B, dtype=torch.float32, device=z.device)
+    arch = architecture(z.device)
+    config = rows_config(arch, P)
+    shape = {"ACTIVATE": activate, "HAS_BIAS": b is not None, "HAS_SCALE": scale is not None}
+    with torch.cuda.device_of(z):
+        if config is not None:
+            arguments = (z, b, scale, copy, minima, P, k)
+            launch(keep_rows_kernel, (config,), (), (B,), arguments, HAS_COPY=copy is not None, **shape)
+        else:
+            config = long_rows_config(arch)
+            arguments = (z, b, scale, copy, minima, min(k, P))
+            launch(keep_long_rows_kernel, (config,), (), (B,), arguments, P=P, HAS_COPY=copy is not None, **shape)
+    return minima.amin()
+
+
+def merge_rows_(
+    best_values: torch.Tensor,
+    best_features: torch.Tensor,
+    z: torch.Tensor,
+    first: int | torch.Tensor,
+    b: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+) -> None:
+    """Merge a chunk of features into the k best so far of each token, in place; repeated, TopK over all features.
+
+    best_values [B, k] fp32 and best_features [B, k] int32 are in ascending feature order; unused slots, at the
+    end, hold 0 and 2**31 - 1. z [B, C] is the raw product of the chunk, taken as relu(z + b) * scale. `first` is
+    the feature of its first column, or the features of all columns, [C], ascending; all are higher than those
+    merged before. Ties go to the lower feature. Equivalent to the k largest strictly positive of both together.
+    """
+    check_block(z, b, scale, True, None)
+    B, C = z.shape
+    if best_values.ndim != 2 or best_values.shape[0] != B or best_values.dtype != torch.float32:
+        raise ValueError(f"best_values must be fp32 [{B}, k], got {best_values.dtype} {list(best_values.shape)}")
+    if best_features.shape != best_values.shape or best_features.dtype != torch.int32:
+        shape = list(best_values.shape)
+        raise ValueError(f"best_features must be int32 {shape}, got {best_features.dtype} {list(best_features.shape)}")
+    if not (best_values.is_contiguous() and best_features.is_contiguous()):
+        raise ValueError("best_values and best_features must be contiguous")
+    k = best_values.shape[1]
+    if C > MAX_CHUNK or k > MAX_K:
+        raise ValueError(f"chunks of at most {MAX_CHUNK} features and k of at most {MAX_K}, got {C} and {k}")
+    members = first if isinstance(first, torch.Tensor) else None
+    if members is not None and (
+        members.dtype not in (torch.int32, torch.int64) or members.shape != (C,) or not members.is_contiguous()
+    ):
+        raise ValueError(f"first must be an int or contiguous int32 or int64 [{C}], got {list(members.shape)}")
+    if z.numel() == 0 or k == 0:
+        return
+    with torch.cuda.device_of(z):
+        launch(
+            merge_rows_kernel,
+            (merge_config(C),),
+            (),
+            (B,),
+            (best_values, best_features, z, members, b, scale, C, k, 0 if members is not None else first),
+            HAS_MEMBERS=members is not None,
+            HAS_BIAS=b is not None,
+            HAS_SCALE=scale is not None,
+            BK=triton.next_power_of_2(k),
+        )
+
+
+def check_block(
+    z: torch.Tensor, b: torch.Tensor | None, scale: torch.Tensor | None, activate: bool, copy: torch.Tensor | None
+) -> None:
+    """What every function that selects inside a block of products asks of its arguments."""
+    if z.ndim != 2 or z.dtype != torch.float32 or not z.is_contiguous():
+        raise ValueError(f"z must be contiguous fp32 [B, P], got {z.dtype} {list(z.shape)}")
+    for name, vector in (("b", b), ("scale", scale)):
+        if vector is not None and not activate:
+            raise ValueError(f"{name} is only used to activate: leave it out, or set activate")
+    check_features(b, scale, z.shape[1])
+    if copy is not None and (copy.shape != z.shape or copy.dtype not in COPIES or not copy.is_contiguous()):
+        shape = list(z.shape)
+        raise ValueError(f"copy must be contiguous bf16 or fp16 {shape}, got {copy.dtype} {list(copy.shape)}")

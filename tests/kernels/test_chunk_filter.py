@@ -1,0 +1,244 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from sampled_sae.kernels.chunk_filter import append_above_, first_threshold, next_threshold
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+ROOT = Path(__file__).parents[2]
+INF = float("inf")
+NAN = float("nan")
+# [B, C]; the interpreter's tiles are 8 tokens x 32 features
+SHAPES = [
+    pytest.param((1, 1), id="one of each"),
+    pytest.param((8, 32), id="one tile"),
+    pytest.param((29, 75), id="tails"),
+]
+
+
+def chunk(shape, device, seed=0):
+    """z, b, scale in quarters: activations are exact, and many are equal."""
+    make = torch.Generator().manual_seed(seed)
+    z = torch.randint(-8, 9, shape, generator=make) / 4
+    b = torch.randint(-2, 3, shape[1:], generator=make) / 4
+    scale = torch.randint(1, 4, shape[1:], generator=make) / 2
+    return z.to(device), b.to(device), scale.to(device)
+
+
+def empty_list(cap, device):
+    """values, keys, count, full of what must not be found there later."""
+    values = torch.full((cap,), NAN, device=device)
+    keys = torch.full((cap,), -7, dtype=torch.int64, device=device)
+    return values, keys, torch.zeros(1, dtype=torch.int64, device=device)
+
+
+def threshold(tau, device):
+    return torch.tensor([tau], dtype=torch.float32, device=device)
+
+
+def hits(z, b, scale, tau):
+    """(values, tokens, columns) in order."""
+    a = (z + b).relu() * scale
+    tokens, columns = ((a > 0) & (a >= tau)).nonzero(as_tuple=True)
+    return a[tokens, columns], tokens, columns
+
+
+def in_order(values, keys, count):
+    keys, order = keys[: int(count)].sort()
+    return values[: int(count)][order], keys
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tau", [-INF, -1.0, 0.0, 1e-40, 0.75, 0.8, 3.0, 100.0, INF, NAN])
+def test_appends_what_is_above(tau, shape, device):
+    z, b, scale = chunk(shape, device)
+    values, keys, count = empty_list(z.numel(), device)
+    append_above_(z, b, scale, 5, 100, threshold(tau, device), values, keys, count)
+    expected, tokens, columns = hits(z, b, scale, tau)
+    assert int(count) == len(expected)
+    found_values, found_keys = in_order(values, keys, count)
+    assert torch.equal(found_values, expected)
+    assert torch.equal(found_keys, tokens * 100 + 5 + columns)
+    assert (keys[int(count) :] == -7).all()
+
+
+def test_some_tile_has_hits_and_some_has_none(device):
+    z = torch.zeros(29, 75, device=device)
+    z[28, 74] = z[3, 40] = 1.0
+    values, keys, count = empty_list(4, device)
+    append_above_(z, None, None, 0, 75, threshold(0.5, device), values, keys, count)
+    assert in_order(values, keys, count)[1].tolist() == [3 * 75 + 40, 28 * 75 + 74]
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("has_scale", [True, False])
+def test_optional_arguments(has_bias, has_scale, device):
+    z, b, scale = chunk((29, 75), device)
+    values, keys, count = empty_list(z.numel(), device)
+    b, scale = b if has_bias else None, scale if has_scale else None
+    append_above_(z, b, scale, 0, 75, threshold(0.5, device), values, keys, count)
+    expected, tokens, columns = hits(z, 0 if b is None else b, 1 if scale is None else scale, 0.5)
+    found_values, found_keys = in_order(values, keys, count)
+    assert torch.equal(found_values, expected)
+    assert torch.equal(found_keys, tokens * 75 + columns)
+
+
+def test_chunks_of_listed_features_add_up(device):
+    """Two chunks, with features named by a list, go to one list; keys pass 2^31."""
+    z, b, scale = chunk((29, 75), device)
+    members = (torch.arange(75) * 2**27 + 3).to(device)
+    F = 75 * 2**27
+    values, keys, count = empty_list(z.numel(), device)
+    for at in (slice(0, 40), slice(40, 75)):
+        tau = threshold(0.75, device)
+        append_above_(z[:, at], b[at], scale[at], members[at], F, tau, values, keys, count)
+    expected, tokens, columns = hits(z, b, scale, 0.75)
+    found_values, found_keys = in_order(values, keys, count)
+    assert torch.equal(found_values, expected)
+    assert torch.equal(found_keys, tokens * F + members[columns])
+
+
+@pytest.mark.parametrize("cap", [0, 1, 37, 300])
+def test_overflow_is_counted_and_not_written(cap, device):
+    """Some 1200 hits; those that fit are true ones, and the memory behind the list stays as it was."""
+    z, b, scale = chunk((29, 75), device)
+    values, keys, count = empty_list(cap + 100, device)
+    append_above_(z, b, scale, 0, 75, threshold(0.0, device), values[:cap], keys[:cap], count)
+    expected, tokens, columns = hits(z, b, scale, 0.0)
+    assert int(count) == len(expected) > 300
+    assert values[cap:].isnan().all()
+    assert (keys[cap:] == -7).all()
+    where = torch.searchsorted(tokens * 75 + columns, keys[:cap])
+    assert torch.equal((tokens * 75 + columns)[where], keys[:cap])
+    assert torch.equal(expected[where], values[:cap])
+    assert len(keys[:cap].unique()) == cap
+
+
+def test_nothing_is_appended_from_nan(device):
+    z = torch.full((3, 4), NAN, device=device)
+    values, keys, count = empty_list(4, device)
+    append_above_(z, None, None, 0, 4, threshold(0.0, device), values, keys, count)
+    assert int(count) == 0
+
+
+@pytest.mark.parametrize("pad", [1, 16])
+def test_rows_apart(pad, device):
+    z, b, scale = chunk((29, 75), device)
+    wide = torch.nn.functional.pad(z, (pad, pad), value=INF)[:, pad:-pad]
+    values, keys, count = empty_list(z.numel(), device)
+    append_above_(wide, b, scale, 0, 75, threshold(0.5, device), values, keys, count)
+    assert torch.equal(in_order(values, keys, count)[0], hits(z, b, scale, 0.5)[0])
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_empty(shape, device):
+    values, keys, count = empty_list(3, device)
+    append_above_(torch.zeros(shape, device=device), None, None, 0, 5, threshold(0.0, device), values, keys, count)
+    assert int(count) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"z": torch.ones(4, 5, dtype=torch.bfloat16)}, "z must be fp32"),
+        ({"z": torch.ones(5, 4).t()}, "contiguous rows"),
+        ({"b": torch.ones(4)}, "b must be"),
+        ({"scale": torch.ones(5, 1)}, "scale must be"),
+        ({"features": torch.ones(5)}, r"features must be contiguous torch.int64 \[5\]"),
+        ({"tau": torch.ones(())}, "tau must be"),
+        ({"values": torch.ones(3, dtype=torch.float64)}, "values must be"),
+        ({"keys": torch.ones(4, dtype=torch.int64)}, r"keys must be contiguous torch.int64 \[3\]"),
+        ({"count": torch.zeros(1, dtype=torch.int32)}, "count must be"),
+    ],
+)
+def test_wrong_arguments(change, message):
+    values, keys, count = empty_list(3, "cpu")
+    arguments = {
+        "z": torch.ones(4, 5),
+        "b": None,
+        "scale": None,
+        "features": 0,
+        "n_features": 5,
+        "tau": torch.ones(1),
+        "values": values,
+        "keys": keys,
+        "count": count,
+    }
+    with pytest.raises(ValueError, match=message):
+        append_above_(**(arguments | change))
+
+
+@pytest.mark.parametrize("n", [1, 100, 600, 1200, 29 * 75])
+@pytest.mark.parametrize("has_vectors", [True, False])
+def test_first_threshold_is_the_nth_largest(has_vectors, n, device):
+    z, b, scale = chunk((29, 75), device)
+    expected = ((z + b).relu() * scale if has_vectors else z.relu()).flatten().sort(descending=True).values[n - 1]
+    found = first_threshold(z, b if has_vectors else None, scale if has_vectors else None, n)
+    assert found.tolist() == [expected]
+
+
+def test_first_threshold_says_what_is_wrong():
+    with pytest.raises(ValueError, match="n must be between 1 and 20, got 21"):
+        first_threshold(torch.ones(4, 5), None, None, 21)
+    with pytest.raises(ValueError, match="z must be contiguous"):
+        first_threshold(torch.ones(4, 6)[:, :5], None, None, 1)
+
+
+def next_of(smallest, tau, count, n, device):
+    count = torch.tensor([count], device=device)
+    return float(next_threshold(torch.tensor(smallest, device=device), threshold(tau, device), count, n))
+
+
+def test_next_threshold_finds_the_margin_of_an_exponential_tail(device):
+    """count(t) = 1000 exp(-3 (t - 2)): from any two points of the tail to the one with 1.4 of the budget."""
+    tail = torch.distributions.Exponential(3.0)
+    expected = 2 - float(tail.icdf(torch.tensor(1 - 1 / 1.4)))
+    for tau in (1.7, 1.8, 1.9, 1.99):
+        count = round(1000 * torch.tensor(3 * (2 - tau)).exp().item())
+        assert next_of(2.0, tau, count, 1000, device) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("smallest", "tau", "count", "share"),
+    [
+        (2.0, 5.0, 1000, 0.96),
+        (2.0, NAN, 1000, 0.96),
+        (2.0, 0.0, 1000, 0.96),
+        (2.0, 2.0, 1500, 0.99),
+        (2.0, 1.0, 1001, 0.8),
+        (2.0, -INF, 2000, 0.8),
+        (2.0, 0.0, 1010, 0.8),
+    ],
+)
+def test_next_threshold_stays_near_the_smallest(smallest, tau, count, share, device):
+    assert next_of(smallest, tau, count, 1000, device) == pytest.approx(share * smallest)
+
+
+@pytest.mark.parametrize("count", [0, 999])
+def test_next_threshold_is_zero_after_a_budget_not_filled(count, device):
+    assert next_of(0.0, 0.0, count, 1000, device) == 0
+
+
+FAR_ROWS = """
+import torch
+from sampled_sae.kernels.chunk_filter import append_above_
+far = torch.empty_strided((3, 8), (2**30 + 16, 1))  # untouched pages cost nothing
+far.copy_(torch.arange(24).reshape(3, 8))
+values, keys, count = torch.zeros(24), torch.zeros(24, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+append_above_(far, None, None, 0, 8, torch.zeros(1), values, keys, count)
+assert torch.equal(keys[:23].sort().values, torch.arange(1, 24))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter: virtual memory is free there")
+def test_offsets_beyond_32_bits():
+    """In a process of its own: an offset that wraps around ends it."""
+    done = subprocess.run([sys.executable, "-c", FAR_ROWS], cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
