@@ -6,7 +6,13 @@ A top-level package named `kernels` would overwrite Hugging Face's package of th
 from setuptools import setup
 
 setup(
-    packages=["sampled_sae", "sampled_sae.lm", "sampled_sae.torch_impl", "sampled_sae.kernels"],
+    packages=[
+        "sampled_sae",
+        "sampled_sae.lm",
+        "sampled_sae.torch_impl",
+        "sampled_sae.triton_impl",
+        "sampled_sae.kernels",
+    ],
     package_dir={"sampled_sae": "sampled_sae", "sampled_sae.kernels": "kernels"},
     package_data={"sampled_sae": ["py.typed"]},
 )

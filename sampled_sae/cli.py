@@ -1,8 +1,9 @@
-"""`sampled-sae`: harvest activations, train, evaluate, sweep."""
+"""`sampled-sae`: harvest activations, train, evaluate, sweep, check."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -24,11 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0, or 1 with the reason on standard error."""
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (ValueError, TypeError, ImportError, FloatingPointError, OSError) as error:
         print(f"sampled-sae {args.command}: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,6 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--no-topk", action="store_true", help="leave the TopK baseline out")
     _train_arguments(p)
     _splice_arguments(p)
+
+    p = command("check", check, "Hold every operation on this machine to the specification; 1 where one fails.")
+    p.add_argument("--impl", choices=("triton", "torch"), default=None, help="both when absent")
+    p.add_argument("--quick", action="store_true", help="fewer shapes and dtypes")
     return parser
 
 
@@ -242,6 +246,25 @@ def sweep(args: argparse.Namespace) -> None:
     print(markdown_table(rows))
     for path in (report, args.out / "results.csv", *plots):
         print(path)
+
+
+def check(args: argparse.Namespace) -> int:
+    from .check import HEADING, line, run_checks
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, which nothing has done yet
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU, Triton in its interpreter"
+    print(f"{where}; torch {torch.__version__}. Errors are relative to float64.\n{HEADING}", flush=True)
+    rows = []
+    for impl in ("triton", "torch") if args.impl is None else (args.impl,):
+        for row in run_checks(impl, device, args.quick):
+            rows.append(row)
+            if row.failure or not args.quiet:
+                print(line(impl, row), flush=True)
+    failed = sum(bool(row.failure) for row in rows)
+    print(f"\n{len(rows) - failed} of {len(rows)} checks passed")
+    return 1 if failed else 0
 
 
 def _splice(args: argparse.Namespace, store: ActivationStore) -> Splice | None:

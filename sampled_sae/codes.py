@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from .torch_impl.entries import EntryIndex
+
+
+class Slots(NamedTuple):
+    """Kept entries in a list of fixed length, so that nobody has to ask the device how many there are.
+
+    values: fp32 [n], with gradient. tokens, features: int32 [n], sorted by token, then feature; unused slots stand
+    at the end, with value 0, token B and feature F. token_ends: int32 [B + 1], offsets of each token's entries.
+    order, row_ends: int32 [n] and [R + 1], the same entries by feature, for each of `rows` int64 [R], which hold
+    every feature that occurs.
+    """
+
+    values: Tensor
+    tokens: Tensor
+    features: Tensor
+    token_ends: Tensor
+    order: Tensor
+    row_ends: Tensor
+    rows: Tensor
 
 
 class SparseCodes:
@@ -21,23 +39,36 @@ class SparseCodes:
         shape: (B, F).
 
     Equivalent to `torch.sparse_coo_tensor([tokens, features], values, shape)`. A small pool is kept as the
-    masked block [B, P] it was computed in, and listed entry by entry when first asked for.
+    masked block [B, P] it was computed in, and listed entry by entry when first asked for; so are the `Slots`
+    in which a GPU lists entries without telling the host how many there are.
     """
 
     def __init__(self, values: Tensor, tokens: Tensor, features: Tensor, shape: tuple[int, int]) -> None:
         self._entries: tuple[Tensor, Tensor, Tensor] | None = (values, tokens, features)
         self.block: Tensor | None = None
+        self.low_block: Tensor | None = None
         self.pool: Tensor | None = None
         self.index: EntryIndex | None = None
+        self.slots: Slots | None = None
         self.shape = shape
 
     @classmethod
-    def from_block(cls, block: Tensor, pool: Tensor, n_features: int) -> SparseCodes:
-        """From a block [B, P] that is zero where nothing is kept, and its features int64 [P], ascending."""
-        codes = cls.__new__(cls)
+    def from_block(cls, block: Tensor, pool: Tensor, n_features: int, low_block: Tensor | None = None) -> SparseCodes:
+        """From a block [B, P] that is zero where nothing is kept, and its features int64 [P], ascending.
+
+        `low_block` is the block in 16 bits, for products in that precision.
+        """
+        codes = cls(block.new_empty(0), pool[:0], pool[:0], (block.shape[0], n_features))
         codes._entries = None
-        codes.block, codes.pool, codes.index = block, pool, None
-        codes.shape = (block.shape[0], n_features)
+        codes.block, codes.pool, codes.low_block = block, pool, low_block
+        return codes
+
+    @classmethod
+    def from_slots(cls, slots: Slots, shape: tuple[int, int]) -> SparseCodes:
+        """From a list with unused slots at its end."""
+        codes = cls(slots.values, slots.tokens, slots.features, shape)
+        codes._entries = None
+        codes.slots = slots
         return codes
 
     @classmethod
@@ -48,6 +79,13 @@ class SparseCodes:
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """(values, tokens, features)."""
+        if self._entries is None and self.slots is not None:
+            n = int(self.slots.token_ends[-1])
+            self._entries = (
+                self.slots.values[:n],
+                self.slots.tokens[:n].long(),
+                self.slots.features[:n].long(),
+            )
         if self._entries is None:
             assert self.block is not None
             assert self.pool is not None
@@ -69,30 +107,44 @@ class SparseCodes:
 
     @property
     def device(self) -> torch.device:
-        return (self.values if self.block is None else self.block).device
+        return self._stored().device
+
+    def _stored(self) -> Tensor:
+        """The values as they are stored, 0 where nothing is kept."""
+        if self.block is not None:
+            return self.block.detach()
+        return (self.values if self.slots is None else self.slots.values).detach()
 
     def count(self) -> int:
         """Number of kept entries."""
-        return int(self.block.count_nonzero()) if self.block is not None else len(self.values)
+        return int(self._stored().count_nonzero())
 
     def l0(self) -> float:
         """Mean number of active features a token."""
         return self.count() / self.shape[0]
 
-    def active_features(self) -> Tensor:
-        """int64, ascending: the features with at least one kept entry."""
+    def active_mask(self) -> Tensor:
+        """bool [F]: the features with at least one kept entry."""
+        mask = torch.zeros(self.shape[1] + 1, dtype=torch.bool, device=self.device)
         if self.block is not None:
             assert self.pool is not None
-            return self.pool[(self.block.detach() != 0).any(0)]
-        return torch.unique(self.features)
+            mask.index_copy_(0, self.pool, (self.block.detach() != 0).any(0))
+        elif self.slots is not None:
+            mask.index_fill_(0, self.slots.features.long(), True)  # that of unused slots falls off the end
+        else:
+            mask.index_fill_(0, self.features, True)
+        return mask[:-1]
 
-    def smallest(self) -> float | None:
-        """The smallest kept activation, or None where nothing is kept."""
-        kept = self.values.detach() if self.block is None else self.block.detach()
-        if self.block is not None:
-            kept = torch.where(kept > 0, kept, torch.inf)
-        smallest = float(kept.min()) if kept.numel() else torch.inf
-        return None if smallest == torch.inf else smallest
+    def active_features(self) -> Tensor:
+        """int64, ascending: the features with at least one kept entry."""
+        return self.active_mask().nonzero().squeeze(1)
+
+    def smallest(self) -> Tensor:
+        """The smallest kept activation, 0-dim; inf where nothing is kept."""
+        stored = self._stored()
+        if stored.numel() == 0:
+            return stored.new_full((), torch.inf)
+        return torch.where(stored > 0, stored, torch.inf).amin()
 
     def to_dense(self) -> Tensor:
         """[B, F], differentiable. Costs a full matrix."""
@@ -113,3 +165,15 @@ class SparseCodes:
 
     def __repr__(self) -> str:
         return f"SparseCodes(shape={self.shape}, kept={self.count()}, l0={self.l0():.2f})"
+
+
+class Selection(NamedTuple):
+    """What a batch keeps.
+
+    codes: with gradient. scores: [F], where a pool needed them. hint: where the next batch's search may start, a
+    number or a tensor [1].
+    """
+
+    codes: SparseCodes
+    scores: Tensor | None
+    hint: float | Tensor | None

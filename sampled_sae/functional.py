@@ -1,7 +1,7 @@
 """The layer as functions: column scores, candidate pool, sampled top-k, decode.
 
-`impl` is "auto", "triton", "torch" or "reference". "auto" takes Triton for CUDA tensors where the operation
-has a Triton form, torch elsewhere; `resolve_impl` says which. Asking for a form that does not exist raises.
+`impl` is "auto", "triton", "torch" or "reference". "auto" takes Triton for tensors on a GPU, torch elsewhere;
+`resolve_impl` says which. These functions check their arguments' values and so wait for a GPU; the module does not.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
 from .codes import SparseCodes
-from .config import IMPLS, POOLS, SELECTS
+from .config import POOLS, SELECTS
+from .implementations import implementation, resolve_impl
 from .ranking import candidate_pool as _candidate_pool
-from .torch_impl import layer
-from .torch_impl.scores import column_statistics, finish_scores
+from .torch_impl import layer as torch_layer
 from .torch_impl.scores import threshold_counts as _threshold_counts
 from .validate import (
     SCORES,
@@ -28,17 +27,7 @@ from .validate import (
     describe,
 )
 
-TRITON_OPS: frozenset[str] = frozenset()
-
-
-def resolve_impl(impl: str, device: torch.device | str, op: str = "sampled_topk") -> str:
-    """The implementation that `impl` stands for on `device`: "triton", "torch" or "reference"."""
-    check_choice("impl", impl, IMPLS)
-    if impl == "auto":
-        return "triton" if torch.device(device).type == "cuda" and op in TRITON_OPS else "torch"
-    if impl == "triton" and op not in TRITON_OPS:
-        raise ValueError(f"impl='triton': {op} has no Triton form in this version; use 'auto' or 'torch'")
-    return impl
+__all__ = ["candidate_pool", "column_scores", "decode", "resolve_impl", "sampled_topk", "threshold_counts"]
 
 
 def column_scores(
@@ -70,14 +59,8 @@ def column_scores(
     """
     check_choice("score", score, SCORES)
     check_encoder(x, W_enc, b_enc, scale)
-    impl = resolve_impl(impl, x.device, "column_scores")
-    x = x.detach().reshape(-1, x.shape[-1])
-    if impl == "reference":
-        return reference.column_scores(reference.encode(x, W_enc, b_enc, scale), score)
-    x = layer.centre(x, None)
-    b = b_enc.detach().to(x.dtype)
-    scale = None if scale is None else scale.detach().to(x.dtype)
-    return finish_scores(column_statistics(x, W_enc.detach().t(), b, score, scale), score)
+    parts = implementation(resolve_impl(impl, x.device, x.dtype))
+    return parts.column_scores(x.detach().reshape(-1, x.shape[-1]), W_enc.detach().t(), b_enc.detach(), score, scale)
 
 
 def threshold_counts(
@@ -102,7 +85,7 @@ def threshold_counts(
     if not bool((thresholds >= 0).all()) or not bool((thresholds.diff() >= 0).all()):
         raise ValueError("thresholds: must be >= 0 and ascending")
     check_same(x=x, thresholds=thresholds)
-    x = layer.centre(x.reshape(-1, x.shape[-1]), None)
+    x = torch_layer.centre(x.reshape(-1, x.shape[-1]), None)
     b = b_enc.detach().to(x.dtype)
     scale = None if scale is None else scale.detach().to(x.dtype)
     return _threshold_counts(x, W_enc.detach().t(), b, thresholds.to(x.dtype), scale)
@@ -175,13 +158,10 @@ def sampled_topk(
         check_choice(name, value, allowed)
     check_encoder(x, W_enc, b_enc, scale)
     check_budget(k, l, W_enc.shape[1], select)
-    impl = resolve_impl(impl, x.device)
-    x = x.reshape(-1, x.shape[-1])
+    parts = implementation(resolve_impl(impl, x.device, x.dtype))
     rule: dict[str, Any] = {"k": k, "l": l, "score": score, "pool": pool, "select": select}
-    if impl == "reference":
-        dense = reference.sampled_topk(x, W_enc, b_enc, scale=scale, generator=generator, **rule)
-        return SparseCodes.from_dense(dense)
-    return layer.sampled_topk(x, None, W_enc.t(), b_enc, scale=scale, generator=generator, **rule).codes
+    x = x.reshape(-1, x.shape[-1])
+    return parts.sampled_topk(x, None, W_enc.t(), b_enc, scale=scale, generator=generator, **rule).codes
 
 
 def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, impl: str = "auto") -> Tensor:
@@ -208,6 +188,5 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, impl:
         if not isinstance(b_dec, Tensor) or b_dec.shape != W_dec.shape[1:]:
             raise ValueError(f"b_dec={describe(b_dec)}: must be a tensor of shape [{W_dec.shape[1]}]")
         check_same(W_dec=W_dec, b_dec=b_dec)
-    if resolve_impl(impl, W_dec.device, "decode") == "reference":
-        return reference.decode(codes.to_dense(), W_dec, b_dec).to(W_dec.dtype)
-    return layer.decode(codes, W_dec, b_dec).to(W_dec.dtype)
+    parts = implementation(resolve_impl(impl, W_dec.device, W_dec.dtype))
+    return parts.decode(codes, W_dec, b_dec).to(W_dec.dtype)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .torch_impl.memory import on_huge_pages
+from .memory import on_huge_pages
 from .validate import check_number
 
 if TYPE_CHECKING:

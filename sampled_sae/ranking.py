@@ -54,7 +54,14 @@ def candidate_pool(scores: Tensor, size: int, how: str = "top", generator: torch
         `scores.sort(descending=True, stable=True).indices[:size].sort().values`.
     """
     if how == "sample":
-        device = None if generator is None else generator.device
-        u = torch.rand(scores.shape, dtype=torch.float64, generator=generator, device=device)
-        scores = scores.double().log() - (-u.to(scores.device).log()).log()
+        scores = gumbel_keys(scores, generator)
     return largest_mask(scores, size).nonzero().squeeze(1)
+
+
+def gumbel_keys(scores: Tensor, generator: torch.Generator | None) -> Tensor:
+    """float64 [F], whose largest are a draw without replacement in proportion to the scores."""
+    device = None if generator is None else generator.device
+    u = torch.rand(scores.shape, dtype=torch.float64, generator=generator, device=device)
+    if scores.device != u.device:
+        u = u.pin_memory().to(scores.device, non_blocking=True) if scores.is_cuda else u.to(scores.device)
+    return scores.double().log() - (-u.log()).log()

@@ -6,22 +6,20 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import functional, reference
-from .aux_loss import aux_loss
-from .codes import SparseCodes
+from . import functional
+from .codes import Selection, SparseCodes
 from .config import SampledSAEConfig
+from .finite import FiniteInputs
+from .implementations import Implementation, implementation, resolve_impl
 from .init import geometric_median
+from .memory import Workspace
 from .pretrained import load_pretrained, save_pretrained
-from .torch_impl import layer
-from .torch_impl.memory import Workspace
-from .torch_impl.rows import RowGradient, RowSource
-from .torch_impl.stream import stream_above, stream_batch
-from .validate import check_activations, check_finite, check_number, check_same
+from .rows import RowGradient, RowSource
+from .validate import check_activations, check_number, check_same
 
 
 @dataclass
@@ -81,7 +79,7 @@ class SampledSAE(nn.Module):
         if not isinstance(cfg, SampledSAEConfig):
             raise TypeError(f"cfg={cfg!r}: must be a SampledSAEConfig")
         self.cfg = cfg
-        functional.resolve_impl(cfg.impl, torch.device("cpu") if device is None else device)
+        resolve_impl(cfg.impl, torch.get_default_device() if device is None else device, dtype)
         generator = torch.Generator().manual_seed(cfg.seed)
         rows = torch.randn(cfg.d_sae, cfg.d_in, generator=generator)
         rows = nn.functional.normalize(rows, dim=1).to(device=device, dtype=dtype)
@@ -95,46 +93,65 @@ class SampledSAE(nn.Module):
         self.register_buffer("tokens_since_active", torch.zeros(cfg.d_sae, dtype=torch.int64, device=device))
         self.row_grads: list[RowGradient] = []
         self.generator = torch.Generator().manual_seed(cfg.seed)
-        self._hint: float | None = None
+        self._hint: float | Tensor | None = None
         self._workspace = Workspace()
+        self._finite = FiniteInputs()
+        self._most_idle: tuple[int, int] | None = None
 
     @property
     def impl_in_use(self) -> str:
         """The implementation that `cfg.impl` stands for on this device."""
-        return functional.resolve_impl(self.cfg.impl, self.W_enc.device)
+        return resolve_impl(self.cfg.impl, self.W_enc.device, self.W_enc.dtype)
 
     @property
     def dead(self) -> Tensor:
         """bool [d_sae]: not selected for `cfg.dead_after` tokens."""
         return self.tokens_since_active >= self.cfg.dead_after
 
-    # Selection depends on the data: torch.compile would break the graph a dozen times, spend its seconds on the
-    # pieces, and (torch 2.13, aot_eager) lose the threshold's update. One break around the layer is right and free.
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> SampledSAEOutput:
         """x [..., d_in] to a `SampledSAEOutput`; in training mode moves threshold and dead-feature counts.
 
         Raises:
-            ValueError, TypeError: wrong shape, dtype or device, an empty batch, NaN or inf.
+            ValueError, TypeError: wrong shape, dtype or device, an empty batch, NaN or inf. On a GPU NaN and inf
+                are reported by the next call but one at the latest, with the number of the call they came in.
         """
+        if self.training and self.impl_in_use == "triton":
+            return self._train_batch(x)
+        return self._forward_uncompiled(x)
+
+    # Sizes depend on the data here: torch.compile would break the graph a dozen times, spend its seconds on the
+    # pieces, and (torch 2.13, aot_eager) lose the threshold's update. One break around the layer is right and free.
+    @torch.compiler.disable
+    def _forward_uncompiled(self, x: Tensor) -> SampledSAEOutput:
+        return self._train_batch(x) if self.training else self._evaluate(x)
+
+    def _train_batch(self, x: Tensor) -> SampledSAEOutput:
+        c, parts = self.cfg, self._parts
         flat = self._flatten(x)
-        if not self.training:
-            return self._evaluate(x, flat)
-        rows = RowSource(self.cfg.row_grads, self._workspace)
-        selection = self._encode_batch(flat, rows)
-        codes, self._hint = selection.codes, selection.hint
-        if self.impl_in_use == "reference":
-            x_hat = reference.decode(codes.to_dense(), self.W_dec, self.b_dec)
-        else:
-            x_hat = layer.decode(codes, self.W_dec, self.b_dec, rows)
+        rows = RowSource(c.row_grads, self._workspace)
+        codes, scores, hint = self._select(flat, rows)
+        self._keep_hint(hint)
+        x_hat = parts.decode(codes, self.W_dec, self.b_dec, rows)
         mse = (flat.to(x_hat.dtype) - x_hat).square().sum(-1).mean()
         aux = mse.new_zeros(())
-        dead = self.dead
-        if self.cfg.aux_coefficient > 0 and bool(dead.any()):
-            aux = self._aux(flat, x_hat, dead, selection.scores, rows)
+        if c.aux_coefficient > 0 and self._may_have_dead():
+            aux = parts.aux_loss(
+                flat,
+                x_hat,
+                self._input_bias(),
+                self.W_enc.t(),
+                self.b_enc,
+                self.W_dec,
+                self.dead,
+                k_aux=c.aux_features,
+                aux_pool=c.aux_pool,
+                score=c.score,
+                scores=scores,
+                rows=rows,
+            )
         self.row_grads += rows.gradients
         self._count(codes)
-        loss = mse + self.cfg.aux_coefficient * aux
+        loss = mse + c.aux_coefficient * aux
         return SampledSAEOutput(loss, mse, aux, x_hat.to(x.dtype).view(x.shape), codes)
 
     @torch.compiler.disable
@@ -142,7 +159,7 @@ class SampledSAE(nn.Module):
         """Codes of x [..., d_in]: by the batch in training mode, by the threshold in evaluation mode."""
         flat = self._flatten(x)
         if self.training:
-            return self._encode_batch(flat, RowSource()).codes
+            return self._select(flat, RowSource()).codes
         return self._encode_threshold(flat)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -174,10 +191,11 @@ class SampledSAE(nn.Module):
         if target == 0:
             raise ValueError(f"l0={target!r}: must be in (0, {self.cfg.d_sae}]")
         n = round(len(flat) * target)
-        centred = layer.centre(flat, self._input_bias())
-        W, b = self.W_enc.t(), self.b_enc.to(centred.dtype)
-        values = stream_batch(centred, W, b, None, None, min(n + 1, len(flat) * self.cfg.d_sae))[0]
-        self.threshold.fill_(float(values.min()) if len(values) > n else 0.0)
+        budget = min(n + 1, len(flat) * self.cfg.d_sae)
+        codes = self._parts.sampled_topk(
+            flat, self._input_bias(), self.W_enc.t(), self.b_enc, k=budget / len(flat), l=None
+        ).codes
+        self.threshold.fill_(float(codes.smallest()) if codes.count() > n else 0.0)
         self.threshold_steps.fill_(max(1, int(self.threshold_steps)))
         return float(self.threshold)
 
@@ -221,6 +239,7 @@ class SampledSAE(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SampledSAE:
         """`.to(bfloat16)` and the like leave the threshold in float32: rounded, it would miss its L0."""
         threshold = self.threshold
+        self._hint = None
         super()._apply(fn, recurse)
         if self.threshold.dtype in (torch.float16, torch.bfloat16):
             self.threshold = threshold.to(self.threshold.device, torch.float32)
@@ -229,99 +248,74 @@ class SampledSAE(nn.Module):
     def _flatten(self, x: Tensor) -> Tensor:
         check_activations(x, self.cfg.d_in)
         check_same(x=x, W_enc=self.W_enc)
-        check_finite(x)
+        self._finite.check(x)
         return x.reshape(-1, self.cfg.d_in)
 
     def _input_bias(self) -> Tensor | None:
         return self.b_dec if self.cfg.apply_b_dec_to_input else None
 
-    def _encode_batch(self, flat: Tensor, rows: RowSource) -> layer.Selection:
+    @property
+    def _parts(self) -> Implementation:
+        return implementation(self.impl_in_use)
+
+    def _select(self, flat: Tensor, rows: RowSource) -> Selection:
         c = self.cfg
-        rule: dict[str, Any] = {"k": c.k, "l": c.l, "score": c.score, "pool": c.pool, "select": c.select}
-        if self.impl_in_use == "reference":
-            dense = reference.sampled_topk(
-                self._centred_for_reference(flat),
-                self.W_enc,
-                self.b_enc,
-                generator=self.generator,
-                **rule,
-            )
-            return layer.Selection(SparseCodes.from_dense(dense), None, None)
-        return layer.sampled_topk(
+        return self._parts.sampled_topk(
             flat,
             self._input_bias(),
             self.W_enc.t(),
             self.b_enc,
+            k=c.k,
+            l=c.l,
+            score=c.score,
+            pool=c.pool,
+            select=c.select,
             generator=self.generator,
             hint=self._hint,
             rows=rows,
-            **rule,
         )
 
-    def _centred_for_reference(self, flat: Tensor) -> Tensor:
-        """x - b_dec with gradient, in the dtype to compute in."""
-        dtype, bias = reference.compute_dtype(flat), self._input_bias()
-        return flat.to(dtype) if bias is None else flat.to(dtype) - bias.to(dtype)
+    def _keep_hint(self, hint: float | Tensor | None) -> None:
+        """A tensor stays at one address, where a CUDA graph finds it again."""
+        if isinstance(hint, Tensor) and isinstance(self._hint, Tensor):
+            self._hint.copy_(hint)
+        else:
+            self._hint = hint
 
-    def _aux(self, flat: Tensor, x_hat: Tensor, dead: Tensor, scores: Tensor | None, rows: RowSource) -> Tensor:
-        c = self.cfg
-        centred = layer.centre(flat, self._input_bias())
-        if self.impl_in_use == "reference":
-            a = reference.encode(centred, self.W_enc, self.b_enc)
-            return reference.aux_loss(
-                flat.to(x_hat.dtype),
-                x_hat,
-                centred,
-                self.W_enc,
-                self.b_enc,
-                self.W_dec,
-                dead,
-                k_aux=c.aux_features,
-                aux_pool=c.aux_pool,
-                scores=reference.column_scores(a, c.score),
-            )
-        return aux_loss(
-            (flat.to(x_hat.dtype) - x_hat).detach(),
-            centred,
-            self.W_enc.t(),
-            self.b_enc,
-            self.W_dec,
-            dead.nonzero().squeeze(1),
-            k_aux=c.aux_features,
-            aux_pool=c.aux_pool,
-            score=c.score,
-            scores=scores,
-            rows=rows,
-        )
+    def _may_have_dead(self) -> bool:
+        """Whether the aux loss must be computed; without asking a GPU for more than it has told before."""
+        if self.impl_in_use != "triton":
+            return bool(self.dead.any())
+        if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return True
+        version = self.tokens_since_active._version
+        if self._most_idle is None or self._most_idle[0] != version:
+            self._most_idle = (version, int(self.tokens_since_active.max()))
+        return self._most_idle[1] >= self.cfg.dead_after
 
-    def _encode_threshold(self, flat: Tensor) -> SparseCodes:
-        centred = layer.centre(flat, self._input_bias())
-        # A feature is active strictly above the threshold.
-        threshold = self.threshold.to(centred.dtype)
-        above = torch.nextafter(threshold, torch.full_like(threshold, torch.inf))
-        found = stream_above(
-            centred, self.W_enc.detach().t(), self.b_enc.detach().to(centred.dtype), None, None, float(above)
-        )
-        return layer.entry_codes(
-            flat, self._input_bias(), self.W_enc.t(), self.b_enc, centred, None, found, RowSource()
-        )
-
-    def _evaluate(self, x: Tensor, flat: Tensor) -> SampledSAEOutput:
+    def _evaluate(self, x: Tensor) -> SampledSAEOutput:
+        flat = self._flatten(x)
         codes = self._encode_threshold(flat)
-        x_hat = layer.decode(codes, self.W_dec, self.b_dec)
+        x_hat = self._parts.decode(codes, self.W_dec, self.b_dec)
         mse = (flat.to(x_hat.dtype) - x_hat).square().sum(-1).mean()
         return SampledSAEOutput(mse, mse, mse.new_zeros(()), x_hat.to(x.dtype).view(x.shape), codes)
+
+    def _encode_threshold(self, flat: Tensor) -> SparseCodes:
+        return self._parts.above_threshold(flat, self._input_bias(), self.W_enc.t(), self.b_enc, self.threshold)
 
     @torch.no_grad()
     def _count(self, codes: SparseCodes) -> None:
         """Threshold (a running mean that starts at its first value), dead counts."""
-        self.tokens_since_active += codes.shape[0]
-        self.tokens_since_active[codes.active_features()] = 0
-        smallest = codes.smallest()
-        if smallest is None:
-            return
-        if int(self.threshold_steps) == 0:
-            self.threshold.fill_(smallest)
-        else:
-            self.threshold.lerp_(torch.full_like(self.threshold, smallest), 1 - self.cfg.threshold_decay)
-        self.threshold_steps += 1
+        idle = self._most_idle
+        if idle is not None and (torch.compiler.is_compiling() or idle[0] != self.tokens_since_active._version):
+            idle = None
+        self.tokens_since_active.add_(codes.shape[0]).masked_fill_(codes.active_mask(), 0)
+        if idle is not None:
+            idle = (self.tokens_since_active._version, idle[1] + codes.shape[0])
+        self._most_idle = idle
+        smallest = codes.smallest().to(self.threshold.dtype)
+        moved = self.threshold.lerp(smallest, 1 - self.cfg.threshold_decay)
+        moved = torch.where(self.threshold_steps == 0, smallest, moved)
+        found = smallest < torch.inf
+        self.threshold.copy_(torch.where(found, moved, self.threshold))
+        self.threshold_steps.add_(found)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from makers import make_sae, problem, tokens
 
-from sampled_sae import SampledSAE, SampledSAEConfig, SparseCodes
+from sampled_sae import SampledSAE, SampledSAEConfig, SparseCodes, implementations
 from sampled_sae import functional as F
 
 IMPLS = ["torch", "reference"]
@@ -223,16 +223,30 @@ def test_calibrate(l0):
         make_sae().calibrate(tokens(9, 12), l0)
 
 
-def test_triton_says_that_it_is_not_there(monkeypatch):
-    monkeypatch.setattr(F, "TRITON_OPS", frozenset())
+def test_triton_says_where_it_cannot_run(monkeypatch):
     t = problem(3, 12, 20)
-    with pytest.raises(ValueError, match="impl='triton': sampled_topk has no Triton form"):
-        F.sampled_topk(t["x"], t["W_enc"], t["b_enc"], k=2, impl="triton")
-    with pytest.raises(ValueError, match="impl='triton': decode has no Triton form"):
+    for dtype, message in (
+        (torch.float64, "torch.float64 has no Triton form"),
+        (torch.float32, "needs tensors on a GPU"),
+    ):
+        monkeypatch.setattr(implementations, "interpreted", lambda: False)
+        x, W_enc, b_enc = (t[name].to(dtype) for name in ("x", "W_enc", "b_enc"))
+        with pytest.raises(ValueError, match=f"impl='triton': {message}"):
+            F.sampled_topk(x, W_enc, b_enc, k=2, impl="triton")
+        with pytest.raises(ValueError, match=f"impl='triton': {message}"):
+            F.column_scores(x, W_enc, b_enc, impl="triton")
+        with pytest.raises(ValueError, match=f"impl='triton': {message}"):
+            F.decode(CODES, W_DEC.to(dtype), impl="triton")
+        with pytest.raises(ValueError, match=f"impl='triton': {message}"):
+            SampledSAE(SampledSAEConfig(d_in=4, d_sae=8, k=2, impl="triton"), dtype=dtype)
+    monkeypatch.setattr(implementations, "has_triton", lambda: False)
+    with pytest.raises(ValueError, match="impl='triton': the package triton is not installed"):
         F.decode(CODES, W_DEC, impl="triton")
-    with pytest.raises(ValueError, match="impl='triton': sampled_topk has no Triton form"):
-        SampledSAE(SampledSAEConfig(d_in=4, d_sae=8, k=2, impl="triton"))
-    assert F.resolve_impl("auto", "cuda") == F.resolve_impl("auto", "cpu") == "torch"
-    monkeypatch.setattr(F, "TRITON_OPS", frozenset({"decode"}))
-    assert F.resolve_impl("auto", "cuda", "decode") == "triton"
-    assert F.resolve_impl("auto", "cpu", "decode") == "torch"
+    assert F.resolve_impl("auto", "cuda") == "torch"
+
+
+def test_auto_takes_triton_on_a_gpu():
+    assert F.resolve_impl("auto", "cpu") == "torch"
+    assert F.resolve_impl("auto", "cuda") == F.resolve_impl("auto", "cuda:1", torch.bfloat16) == "triton"
+    assert F.resolve_impl("auto", "cuda", torch.float64) == "torch"
+    assert F.resolve_impl("reference", "cuda") == "reference"

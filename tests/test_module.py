@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from makers import NAMES, gradients, make_sae, tokens
+from makers import gradients, make_sae, tokens
 
 from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig, SparseCodes
 from sampled_sae.init import geometric_median
+from sampled_sae.testing import NAMES
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
 RULES = [

@@ -8,7 +8,7 @@ import torch
 from makers import make_sae, tokens
 
 from sampled_sae import RowAdam
-from sampled_sae.torch_impl.rows import RowGradient
+from sampled_sae.rows import RowGradient
 
 # Path of the gradients by rule: a block of the pool, a pool entry by entry, the whole dictionary.
 RULES = [{"d_sae": 128, "l": 4.0}, {"d_sae": 64, "l": 4.0}, {"l": None}, {"l": None, "select": "token"}]

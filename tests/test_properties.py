@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from makers import integers, problem
+from makers import problem
 
 from sampled_sae import SparseCodes, reference
 from sampled_sae import functional as F
 from sampled_sae.config import POOLS, SELECTS, batch_budget, pool_size
 from sampled_sae.ranking import largest_mask, nth_largest
+from sampled_sae.testing import whole_numbers
 from sampled_sae.validate import SCORES
 
 quick = settings(max_examples=60, deadline=None)
@@ -23,7 +24,7 @@ levels = st.sampled_from([0.0, 0.5, 1.0, 1.0, 3.0])
 def cases(draw):
     """Inputs of any odd shape, whole numbers (ties) or normal, with a rule that fits them."""
     B, d, n = draw(st.integers(1, 12)), draw(st.integers(1, 5)), draw(st.integers(1, 150))
-    make = draw(st.sampled_from([integers, problem]))
+    make = draw(st.sampled_from([whole_numbers, problem]))
     tensors = make(B, d, n, torch.float64, draw(st.integers(0, 10**6)))
     select = draw(st.sampled_from(SELECTS))
     k = draw(st.integers(1, n)) if select == "token" else draw(st.floats(0.05, n))
@@ -197,6 +198,6 @@ def test_sparse_codes_are_the_dense_matrix(rows):
         assert made.l0() == made.count() / len(rows)
         assert torch.equal(made.active_features(), matrix.any(0).nonzero().squeeze(1))
         positive = matrix[matrix > 0]
-        assert made.smallest() == (float(positive.min()) if len(positive) else None)
+        assert made.smallest() == (float(positive.min()) if len(positive) else torch.inf)
         assert torch.equal(made.detach().to_dense(), matrix)
         assert f"kept={made.count()}" in repr(made)

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from makers import NAMES, problem
+from makers import problem
 
 from sampled_sae import reference as ref
+from sampled_sae.testing import NAMES
 
 # Columns: spread evenly, concentrated, silent, one token only.
 A = torch.tensor([[1.0, 3.0, 0.0, 0.0], [1.0, 0.0, 0.0, 2.0], [1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)

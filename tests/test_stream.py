@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from makers import integers, make_sae, problem, run, tokens
+from makers import make_sae, problem, run, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sampled_sae import SparseCodes, reference
+from sampled_sae.testing import whole_numbers
 from sampled_sae.torch_impl import scores, stream
 
 
@@ -19,7 +20,7 @@ def dense_entries(dense):
 @pytest.mark.parametrize("n", [0, 1, 100, 4000, 10**6])
 @pytest.mark.parametrize("hint", ["exact", 0.0, -1.0, 1e-30, 1.0, 3.0, 1e30, float("inf"), float("nan"), None])
 def test_batch_stream_is_exact_whatever_the_hint(hint, n, members):
-    t = integers(40, 5, 1000)
+    t = whole_numbers(40, 5, 1000)
     x, W, b = t["x"], t["W_enc"].t(), t["b_enc"]
     a = reference.encode(x, t["W_enc"], b)
     if members is not None:
@@ -35,7 +36,7 @@ def test_batch_stream_is_exact_whatever_the_hint(hint, n, members):
 @pytest.mark.parametrize("members", [None, torch.arange(3, 1000, 7)], ids=["all", "pool"])
 @pytest.mark.parametrize("k", [1, 3, 20, 40, 143])
 def test_token_stream(k, members):
-    t = integers(40, 5, 1000)
+    t = whole_numbers(40, 5, 1000)
     x, b = t["x"], t["b_enc"]
     x[5] *= 50  # a token that fires far above the others
     x[6] = 0
@@ -49,7 +50,7 @@ def test_token_stream(k, members):
 
 @pytest.mark.parametrize("tau", [0.0, 2.0, 100.0])
 def test_stream_above(tau):
-    t = integers(40, 5, 1000)
+    t = whole_numbers(40, 5, 1000)
     a = reference.encode(t["x"], t["W_enc"], t["b_enc"])
     expected = dense_entries(torch.where((a > 0) & (a >= tau), a, 0))
     for ours, theirs in zip(stream.stream_above(t["x"], t["W_enc"].t(), t["b_enc"], None, None, tau), expected):

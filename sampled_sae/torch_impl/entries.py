@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-from .memory import Workspace
+from ..memory import Workspace
 
 SLICE_ELEMENTS = 1 << 19
 # Said once a process by torch for every CSR tensor; the operations used here are covered by our tests.

@@ -6,33 +6,22 @@ entry. Dense wins while P is a few times k (measured: benchmarks/results/block_o
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..codes import SparseCodes
+from ..codes import Selection, SparseCodes
 from ..config import batch_budget, pool_size
 from ..ranking import candidate_pool, largest_mask, nth_largest_of_rows
+from ..rows import RowSource
 from .entries import DecodeEntries, EncodeEntries, EntryIndex
-from .rows import RowSource
 from .scores import column_statistics, finish_scores
-from .stream import Entries, batch_hint, stream_batch, stream_token, token_hint
+from .stream import Entries, batch_hint, stream_above, stream_batch, stream_token, token_hint
 
 BLOCK_PER_K = 6
 BLOCK_SHARE = 8
-
-
-class Selection(NamedTuple):
-    """What a batch keeps.
-
-    codes: with gradient. scores: [F], where a pool needed them. hint: where the next batch's search may start.
-    """
-
-    codes: SparseCodes
-    scores: Tensor | None
-    hint: float | None
 
 
 def use_block(pool: int, k: float, n_features: int) -> bool:
@@ -74,6 +63,13 @@ def centre(x: Tensor, b_dec: Tensor | None) -> Tensor:
     return centred if b_dec is None else centred - b_dec.detach().to(dtype)
 
 
+def column_scores(x: Tensor, W: Tensor, b: Tensor, score: str, scale: Tensor | None) -> Tensor:
+    """[F] of x [B, d], already centred."""
+    x = centre(x, None)
+    scale = None if scale is None else scale.detach().to(x.dtype)
+    return finish_scores(column_statistics(x, W.detach(), b.detach().to(x.dtype), score, scale), score)
+
+
 def sampled_topk(
     x: Tensor,
     b_dec: Tensor | None,
@@ -99,7 +95,7 @@ def sampled_topk(
     size = pool_size(k, l, n_features)
     scores = members = None
     if size < n_features:
-        scores = finish_scores(column_statistics(centred, weights, bias, score, scale), score)
+        scores = column_scores(centred, weights, bias, score, scale)
         members = candidate_pool(scores, size, pool, generator)
     if members is not None and use_block(size, k, n_features):
         taken = rows.gather("W_enc", W, members, centred.dtype)
@@ -117,6 +113,15 @@ def sampled_topk(
         found = stream_token(centred, weights, bias, scale, members, int(k), hint)
         hint = token_hint(found, centred, int(k))
     return Selection(entry_codes(x, b_dec, W, b, centred, scale, found, rows), scores, hint)
+
+
+def above_threshold(x: Tensor, b_dec: Tensor | None, W: Tensor, b: Tensor, threshold: Tensor) -> SparseCodes:
+    """Every activation strictly above the threshold (0-dim), with its gradient."""
+    centred = centre(x, b_dec)
+    threshold = threshold.to(centred.dtype)
+    least = torch.nextafter(threshold, torch.full_like(threshold, torch.inf))
+    found = stream_above(centred, W.detach(), b.detach().to(centred.dtype), None, None, float(least))
+    return entry_codes(x, b_dec, W, b, centred, None, found, RowSource())
 
 
 def entry_codes(

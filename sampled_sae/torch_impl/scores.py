@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .memory import scratch
+from ..memory import scratch
 
 CHUNK_ELEMENTS = 1 << 20
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..memory import scratch
 from ..ranking import nth_largest, nth_largest_of_rows
-from .memory import scratch
 from .scores import chunk_features
 
 BLOCK = 32

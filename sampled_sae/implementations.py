@@ -1,0 +1,88 @@
+"""Which implementation computes, and the functions that each of them offers."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import reference_layer
+from .codes import Selection, SparseCodes
+from .config import IMPLS
+from .torch_impl import aux_loss as torch_aux
+from .torch_impl import layer as torch_layer
+from .validate import check_choice
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """The layer's parts, each under one signature; W is W_enc.T, [F, d]. See torch_impl for what they take."""
+
+    centre: Callable[[Tensor, Tensor | None], Tensor]
+    column_scores: Callable[..., Tensor]
+    sampled_topk: Callable[..., Selection]
+    above_threshold: Callable[..., SparseCodes]
+    decode: Callable[..., Tensor]
+    aux_loss: Callable[..., Tensor]
+
+
+def resolve_impl(impl: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
+    """The implementation that `impl` stands for on `device`: "triton", "torch" or "reference".
+
+    "auto" takes Triton on a GPU for float32, bfloat16 and float16, else torch. Asking for Triton where it cannot
+    run is an error, never a silent fallback.
+
+    Raises:
+        ValueError: an unknown `impl`, or "triton" without Triton, for float64, or away from a GPU.
+    """
+    check_choice("impl", impl, IMPLS)
+    on_gpu = torch.device(device).type == "cuda"
+    if impl == "auto":
+        return "triton" if on_gpu and dtype in TRITON_DTYPES and has_triton() else "torch"
+    if impl == "triton":
+        if not has_triton():
+            raise ValueError("impl='triton': the package triton is not installed; use 'auto' or 'torch'")
+        if dtype not in TRITON_DTYPES:
+            raise ValueError(f"impl='triton': {dtype} has no Triton form; use float32, bfloat16 or float16, or 'torch'")
+        if not on_gpu and not interpreted():
+            raise ValueError(
+                f"impl='triton': needs tensors on a GPU, or TRITON_INTERPRET=1 from the start; these are on {device}"
+            )
+    return impl
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on any device."""
+    from .kernels.interpreter import INTERPRETED
+
+    return bool(INTERPRETED.value)
+
+
+@functools.cache
+def implementation(name: str) -> Implementation:
+    """The parts of "triton", "torch" or "reference"."""
+    if name == "triton":
+        from .triton_impl import aux_loss as triton_aux
+        from .triton_impl import layer as triton_layer
+
+        return parts_of(triton_layer, triton_aux)
+    return parts_of(torch_layer, torch_aux) if name == "torch" else parts_of(reference_layer, reference_layer)
+
+
+def parts_of(layer: ModuleType, aux: ModuleType) -> Implementation:
+    return Implementation(
+        layer.centre, layer.column_scores, layer.sampled_topk, layer.above_threshold, layer.decode, aux.aux_loss
+    )
