@@ -26,6 +26,15 @@ CPU_STEPS = (
 )
 
 
+GPU_STEPS = (
+    Workload("SmolLM2-135M", 8192, 576, 32768, 64),
+    Workload("Pythia-160M, wide", 8192, 768, 65536, 64),
+    Workload("Gemma-2-2B", 8192, 2304, 65536, 64),
+    Workload("Llama-3-8B", 4096, 4096, 131072, 64),
+)
+REHEARSAL = (Workload("rehearsal", 40, 24, 300, 4),)
+
+
 def activations(workload: Workload, seed: int) -> Tensor:
     """[B, d] float32: Gaussian, with a spectrum that falls by a factor of ten, mean ||x||^2 = d."""
     generator = torch.Generator().manual_seed(seed)
