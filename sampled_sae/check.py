@@ -65,8 +65,10 @@ def run_checks(impl: str, device: str, quick: bool = False) -> Iterator[Row]:
                         yield checked("step " + name, kind, dtype, shape, check)
             yield checked("threshold", "normal", dtype, shape, threshold_check(impl, device))
             if shape[0] > 1:  # the residual of one token has no variance
-                yield checked("aux loss", "normal", dtype, shape, aux_check(impl, device))
-        yield checked("candidate_pool", "whole numbers", torch.float32, shape, pool_check(device))
+                for aux_pool in (None, 8):
+                    check = aux_check(impl, device, aux_pool)
+                    yield checked(f"aux loss, aux_pool={aux_pool}", "normal", dtype, shape, check)
+        yield checked("candidate pool", "whole numbers", torch.float32, shape, pool_check(impl, device))
 
 
 def checked(op: str, kind: str, dtype: torch.dtype, shape: tuple[int, int, int], check: Callable) -> Row:
@@ -97,11 +99,17 @@ def scores_check(impl: str, device: str, score: str) -> Check:
     return check
 
 
-def pool_check(device: str) -> Check:
+def pool_check(impl: str, device: str) -> Check:
+    pool: Callable[[Tensor, int], Tensor] = F.candidate_pool
+    if impl == "triton":
+        from .triton_impl.ops import top_pool
+
+        pool = top_pool
+
     def check(shape: tuple[int, int, int], dtype: torch.dtype) -> list[testing.Comparison]:
         scores = testing.whole_numbers(*shape)["b_enc"].abs().to(device)
         for size in (1, len(scores) // 2, len(scores)):
-            if not torch.equal(F.candidate_pool(scores, size), reference.candidate_pool(scores, size)):
+            if not torch.equal(pool(scores, size), reference.candidate_pool(scores, size)):
                 raise AssertionError(f"another pool of {size} than the specification's")
         return []
 
@@ -152,13 +160,14 @@ def threshold_check(impl: str, device: str) -> Check:
     return check
 
 
-def aux_check(impl: str, device: str) -> Check:
+def aux_check(impl: str, device: str, aux_pool: int | None) -> Check:
     def check(shape: tuple[int, int, int], dtype: torch.dtype) -> list[testing.Comparison]:
         x = testing.normal(*shape, dtype, seed=1)["x"].to(device)
         found = []
         for name, kind in ((impl, dtype), ("reference", dtype), ("reference", torch.float64)):
             sae = small_sae("reference", device, shape, dtype).to(kind)
-            sae.cfg = dataclasses.replace(sae.cfg, impl=name, aux_coefficient=1.0, dead_after=5, k_aux=3, aux_pool=None)
+            aux: dict[str, Any] = {"aux_coefficient": 1.0, "dead_after": 5, "k_aux": 3, "aux_pool": aux_pool}
+            sae.cfg = dataclasses.replace(sae.cfg, impl=name, **aux)
             sae.tokens_since_active[::2] = 5
             sae(x.to(kind)).aux.backward()
             found.append({n: p.grad for n, p in sae.named_parameters() if p.grad is not None})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -252,8 +253,11 @@ def check(args: argparse.Namespace) -> int:
     from .check import HEADING, line, run_checks
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, which nothing has done yet
+    if device == "cpu" and args.impl != "torch" and os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton reads it when it is imported, which torch may have done already
+        command = [sys.executable, "-m", "sampled_sae", "check", *(["--impl", args.impl] if args.impl else [])]
+        command += [flag for flag in ("--quick", "--quiet") if getattr(args, flag[2:])]
+        return subprocess.call(command, env={**os.environ, "TRITON_INTERPRET": "1"})
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU, Triton in its interpreter"
     print(f"{where}; torch {torch.__version__}. Errors are relative to float64.\n{HEADING}", flush=True)
     rows = []

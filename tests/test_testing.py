@@ -1,5 +1,9 @@
 """`sampled_sae.testing` and `sampled-sae check` find the mistakes that they are for."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -134,11 +138,23 @@ def test_check_passes_here(capsys):
     assert done == total
 
 
+@pytest.mark.slow
+def test_check_as_a_user_runs_it():
+    """Without a GPU it has to put Triton into its interpreter by itself, before Triton is imported."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "sampled_sae", "check", "--impl", "triton", "--quick", "--quiet"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "FAILED" not in done.stdout
+    passed, _, total = done.stdout.splitlines()[-1].split()[:3]
+    assert int(passed) == int(total) > 50
+
+
 @pytest.mark.parametrize(
     ("name", "wrong", "found"),
     [
         ("column_scores", lambda f: lambda *a, **k: f(*a, **k) * 1.01, "column_scores l2"),
-        ("candidate_pool", lambda f: lambda scores, size: f(scores, size).flip(0), "candidate_pool"),
+        ("candidate_pool", lambda f: lambda scores, size: f(scores, size).flip(0), "candidate pool"),
         ("decode", lambda f: lambda codes, W, b, impl: f(codes, W, b, impl=impl) + 0.01, "x_hat"),
     ],
 )
