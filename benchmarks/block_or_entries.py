@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.cpu_step import machine, timed, training_step
+from benchmarks.cpu_step import Variant, machine, timed, training_step
 from benchmarks.workloads import CPU_STEPS, activations
 from sampled_sae.torch_impl import layer
 
@@ -36,7 +36,7 @@ def main() -> None:
         W = torch.randn(workload.F, workload.d).t()
         out = torch.empty(workload.B, workload.F)
         ls = (2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0)
-        steps = {(l, form): training_step(workload, {"l": l})[1] for l in ls for form in ("block", "entries")}
+        steps = {(l, form): training_step(workload, Variant({"l": l})) for l in ls for form in ("block", "entries")}
         ratios: dict[tuple[float, str], list[float]] = {key: [] for key in steps}
         for round_ in range(args.rounds + 2):
             x = batches[round_ % 4]

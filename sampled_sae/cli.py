@@ -83,8 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
     _sae_arguments(p)
     p.add_argument("--ls", type=_list(pool_multiplier), default=[1.0, 2.0, 4.0, 16.0, None], help="comma-separated")
     p.add_argument("--scores", type=_list(str), default=["l2", "entropy"], help="comma-separated")
-    p.add_argument("--seeds", type=_list(int), default=[0], help="comma-separated")
+    p.add_argument("--seeds", type=_list(int), default=[0], help="of the initial weights, comma-separated")
+    p.add_argument("--order-seed", dest="seed", type=int, default=0, help="of the tokens' order, one for all SAEs")
     p.add_argument("--no-topk", action="store_true", help="leave the TopK baseline out")
+    p.add_argument("--together", type=int, default=4, help="SAEs trained side by side, on the same batches")
     _train_arguments(p)
     _splice_arguments(p)
 
@@ -130,6 +132,8 @@ def _sae_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--features", type=int, default=8192, help="d_sae")
     p.add_argument("--k", type=float, default=32, help="average active features a token")
     p.add_argument("--aux-coefficient", type=float, default=1 / 32, help="weight of the dead-feature loss")
+    p.add_argument("--pool-every", type=int, default=1, help="steps for which a candidate pool is kept")
+    p.add_argument("--score-tokens", type=float, default=1.0, help="share of the tokens that the scores look at")
     p.add_argument("--dead-after", type=int, default=10_000_000, help="tokens unselected that make a feature dead")
     p.add_argument("--impl", default="auto", help="auto, triton, torch or reference")
 
@@ -142,6 +146,8 @@ def _train_arguments(p: argparse.ArgumentParser) -> None:
         "warmup": "share of the steps over which lr rises",
         "decay": "share of the steps over which lr falls at the end",
         "clip": "largest gradient norm",
+        "adam": "rows without gradient: dense (they move on, as in torch), lazy or decayed (they stand still)",
+        "moments": "dtype of Adam's moments, float32 or bfloat16",
         "seed": "of weights and token order",
         "checkpoint_every": "steps between checkpoints",
         "log_every": "steps between lines of metrics.jsonl",
@@ -151,6 +157,7 @@ def _train_arguments(p: argparse.ArgumentParser) -> None:
             continue
         name = "--" + field.name.replace("_", "-")
         p.add_argument(name, type=type(field.default), default=field.default, help=text[field.name])
+    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
 
 
 def _sae_config(args: argparse.Namespace, d_in: int, **rule: Any) -> SampledSAEConfig:
@@ -159,6 +166,8 @@ def _sae_config(args: argparse.Namespace, d_in: int, **rule: Any) -> SampledSAEC
         d_sae=args.features,
         k=args.k,
         aux_coefficient=args.aux_coefficient,
+        pool_every=args.pool_every,
+        score_tokens=args.score_tokens,
         dead_after=args.dead_after,
         impl=args.impl,
         **rule,
@@ -204,7 +213,8 @@ def train(args: argparse.Namespace) -> None:
     _set_threads(args)
     store = ActivationStore.open(args.activations)
     rule = {"l": args.l, "score": args.score, "pool": args.pool, "select": args.select}
-    trainer = Trainer(_sae_config(args, store.d_in, seed=args.seed, **rule), _train_config(args), store, args.out)
+    config = _sae_config(args, store.d_in, seed=args.seed, **rule)
+    trainer = Trainer(config, _train_config(args), store, args.out, args.device)
     verb = f"Resumes at step {trainer.step}" if trainer.step else "Trains"
     print(f"{verb} on {args.activations}: {trainer.sae}\nwrites to {args.out}", flush=True)
     sae = trainer.run(progress=not args.quiet)
@@ -240,6 +250,8 @@ def sweep(args: argparse.Namespace) -> None:
         _splice(args, store),
         progress=not args.quiet,
         say=lambda line: print(line, flush=True),
+        together=args.together,
+        device=args.device,
     )
     plots = _plots(rows, args.out)
     report = args.out / "report.md"

@@ -170,10 +170,8 @@ class SparseCodes:
 class Selection(NamedTuple):
     """What a batch keeps.
 
-    codes: with gradient. scores: [F], where a pool needed them. hint: where the next batch's search may start, a
-    number or a tensor [1].
+    codes: with gradient. hint: where the next batch's search may start, a number or a tensor [1].
     """
 
     codes: SparseCodes
-    scores: Tensor | None
     hint: float | Tensor | None

@@ -34,6 +34,8 @@ class SampledSAEConfig:
         l: pool multiplier >= 1; the candidate pool holds ceil(k*l) features. None: the whole dictionary.
         score: "l2", "l2_squared", "entropy" or "uniform": what ranks the columns of the batch.
         pool: "top" takes the highest scores, "sample" draws in proportion to the score.
+        pool_every: steps for which a pool is kept before the columns are scored again.
+        score_tokens: share of a batch's tokens that the scores look at, in (0, 1].
         select: "batch" keeps round(B*k) entries of the pool in a batch, "token" k in each token.
         apply_b_dec_to_input: subtract b_dec from the activations before encoding.
         aux_coefficient: weight of the dead-feature loss; 0 switches it off.
@@ -58,6 +60,8 @@ class SampledSAEConfig:
     l: float | None = 4.0
     score: str = "l2"
     pool: str = "top"
+    pool_every: int = 1
+    score_tokens: float = 1.0
     select: str = "batch"
     apply_b_dec_to_input: bool = True
     aux_coefficient: float = 1 / 32
@@ -81,6 +85,10 @@ class SampledSAEConfig:
         check_number("threshold_decay", self.threshold_decay, 0, 1)
         check_integer("dead_after", self.dead_after, 1)
         check_integer("seed", self.seed, 0)
+        check_integer("pool_every", self.pool_every, 1)
+        check_number("score_tokens", self.score_tokens, 0, 1)
+        if self.score_tokens == 0:
+            raise ValueError(f"score_tokens={self.score_tokens!r}: must be in (0, 1]")
         for name in ("k_aux", "aux_pool"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)

@@ -17,7 +17,7 @@ HISTOGRAM_EDGES = [0.0, *(10.0 ** (e / 2) for e in range(-9, 0)), 1.0]
 
 @torch.no_grad()
 def evaluate_activations(sae: SampledSAE, x: Tensor, batch_size: int = 2048) -> dict[str, Any]:
-    """Metrics on held-out activations x [n, d_in], normalised as in training.
+    """Metrics on held-out activations x [n, d_in], on the CPU, normalised as in training; the SAE may be elsewhere.
 
     Returns a dict. By the inference threshold: `fvu` (sum of squared errors over sum of squared deviations from
     the mean), `explained_variance` (mean over dimensions of 1 - error variance / variance), `cosine`, `l0`,
@@ -46,8 +46,9 @@ def evaluate_activations(sae: SampledSAE, x: Tensor, batch_size: int = 2048) -> 
 
 
 def _measure(sae: SampledSAE, x: Tensor, batch_size: int) -> dict[str, Any]:
-    counts = torch.zeros(sae.cfg.d_sae, dtype=torch.int64)
-    error_sum = torch.zeros(sae.cfg.d_in, dtype=torch.float64)
+    device = sae.W_enc.device
+    counts = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=device)
+    error_sum = torch.zeros(sae.cfg.d_in, dtype=torch.float64, device=device)
     error_squares = torch.zeros_like(error_sum)
     cosine = 0.0
     overlaps: list[float] = []
@@ -59,13 +60,14 @@ def _measure(sae: SampledSAE, x: Tensor, batch_size: int) -> dict[str, Any]:
         error_squares += error.square().sum(0)
         cosine += float(torch.nn.functional.cosine_similarity(batch, x_hat, dim=1).sum())
         counts += torch.bincount(codes.features, minlength=sae.cfg.d_sae)
-        active = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
+        active = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=device)
         active[codes.features] = True
         if before is not None and len(batch) == batch_size:
             union = int((active | before).sum())
             overlaps.append(int((active & before).sum()) / union if union else 1.0)
         before = active
     n = len(x)
+    counts, error_sum, error_squares = counts.cpu(), error_sum.cpu(), error_squares.cpu()
     deviations = (x.double() - x.double().mean(0)).square().sum(0)
     error_variance = error_squares - error_sum.square() / n
     frequency = (counts[counts > 0].double() / n).clamp(max=1.0).numpy()
@@ -86,6 +88,7 @@ def _measure(sae: SampledSAE, x: Tensor, batch_size: int) -> dict[str, Any]:
 
 def _batches(sae: SampledSAE, x: Tensor, batch_size: int) -> Iterator[tuple[Tensor, SparseCodes]]:
     for batch in x.split(batch_size):
+        batch = batch.to(sae.W_enc.device)
         yield batch, sae.encode_sparse(batch)
 
 
@@ -101,6 +104,6 @@ def reconstruct_with(sae: SampledSAE) -> Callable[[Tensor], Tensor]:
 
     @torch.no_grad()
     def reconstruct(x: Tensor) -> Tensor:
-        return sae.decode(sae.encode_sparse(x))
+        return sae.decode(sae.encode_sparse(x.to(sae.W_enc.device))).to(x.device)
 
     return reconstruct

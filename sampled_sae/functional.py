@@ -6,14 +6,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .codes import SparseCodes
 from .config import POOLS, SELECTS
 from .implementations import implementation, resolve_impl
+from .pool import find_pool
 from .ranking import candidate_pool as _candidate_pool
 from .torch_impl import layer as torch_layer
 from .torch_impl.scores import threshold_counts as _threshold_counts
@@ -159,9 +158,11 @@ def sampled_topk(
     check_encoder(x, W_enc, b_enc, scale)
     check_budget(k, l, W_enc.shape[1], select)
     parts = implementation(resolve_impl(impl, x.device, x.dtype))
-    rule: dict[str, Any] = {"k": k, "l": l, "score": score, "pool": pool, "select": select}
-    x = x.reshape(-1, x.shape[-1])
-    return parts.sampled_topk(x, None, W_enc.t(), b_enc, scale=scale, generator=generator, **rule).codes
+    x, W = x.reshape(-1, x.shape[-1]), W_enc.t()
+    centred = parts.centre(x, None)
+    found = find_pool(parts, centred, W, b_enc, k=k, l=l, score=score, pool=pool, scale=scale, generator=generator)
+    members = None if found is None else found.members
+    return parts.select(x, None, centred, W, b_enc, members, k=k, select=select, scale=scale).codes
 
 
 def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, impl: str = "auto") -> Tensor:

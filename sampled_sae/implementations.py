@@ -16,6 +16,7 @@ from .codes import Selection, SparseCodes
 from .config import IMPLS
 from .torch_impl import aux_loss as torch_aux
 from .torch_impl import layer as torch_layer
+from .torch_impl import row_adam as torch_row_adam
 from .validate import check_choice
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,10 +28,13 @@ class Implementation:
 
     centre: Callable[[Tensor, Tensor | None], Tensor]
     column_scores: Callable[..., Tensor]
-    sampled_topk: Callable[..., Selection]
+    candidate_pool: Callable[..., Tensor]
+    select: Callable[..., Selection]
     above_threshold: Callable[..., SparseCodes]
     decode: Callable[..., Tensor]
     aux_loss: Callable[..., Tensor]
+    row_adam_: Callable[..., None]
+    union: Callable[[list[Tensor], int], Tensor]
 
 
 def resolve_impl(impl: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
@@ -77,12 +81,23 @@ def implementation(name: str) -> Implementation:
     if name == "triton":
         from .triton_impl import aux_loss as triton_aux
         from .triton_impl import layer as triton_layer
+        from .triton_impl import row_adam as triton_row_adam
 
-        return parts_of(triton_layer, triton_aux)
-    return parts_of(torch_layer, torch_aux) if name == "torch" else parts_of(reference_layer, reference_layer)
+        return parts_of(triton_layer, triton_aux, triton_row_adam)
+    if name == "torch":
+        return parts_of(torch_layer, torch_aux, torch_row_adam)
+    return parts_of(reference_layer, reference_layer, torch_row_adam)
 
 
-def parts_of(layer: ModuleType, aux: ModuleType) -> Implementation:
+def parts_of(layer: ModuleType, aux: ModuleType, optimizer: ModuleType) -> Implementation:
     return Implementation(
-        layer.centre, layer.column_scores, layer.sampled_topk, layer.above_threshold, layer.decode, aux.aux_loss
+        layer.centre,
+        layer.column_scores,
+        layer.candidate_pool,
+        layer.select,
+        layer.above_threshold,
+        layer.decode,
+        aux.aux_loss,
+        optimizer.row_adam_,
+        optimizer.union,
     )

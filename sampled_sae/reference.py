@@ -84,15 +84,21 @@ def sampled_topk(
 ) -> Tensor:
     """Steps 1 to 4: dense codes c, [B, F]."""
     a = encode(x, W_enc, b_enc, scale)
-    n_tokens, n_features = a.shape
-    inside = torch.ones(n_features, dtype=torch.bool, device=a.device)
+    members = None
     if l is not None:
-        size = min(n_features, math.ceil(round(k * l, 9)))
+        size = min(a.shape[1], math.ceil(round(k * l, 9)))
         members = candidate_pool(column_scores(a, score), size, pool, generator)
-        inside = torch.zeros_like(inside).index_fill(0, members, True)
-    candidates = torch.where(inside, a.detach(), 0)
+    return select_inside(a, members, k, select)
+
+
+def select_inside(a: Tensor, members: Tensor | None, k: float, select: str) -> Tensor:
+    """Step 4: of a [B, F] the selected entries in the columns of the pool, all others 0."""
+    candidates = a.detach()
+    if members is not None:
+        inside = torch.zeros(a.shape[1], dtype=torch.bool, device=a.device).index_fill(0, members, True)
+        candidates = torch.where(inside, candidates, 0)
     if select == "batch":
-        mask = select_batch(candidates, round(n_tokens * k))
+        mask = select_batch(candidates, round(len(a) * k))
     else:
         mask = select_token(candidates, int(k))
     return torch.where(mask, a, 0)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from . import reference
 from .codes import Selection, SparseCodes
+from .reference import candidate_pool
+
+__all__ = ["above_threshold", "aux_loss", "candidate_pool", "centre", "column_scores", "decode", "select"]
 
 
 def centre(x: Tensor, b_dec: Tensor | None) -> Tensor:
@@ -24,10 +27,22 @@ def column_scores(x: Tensor, W: Tensor, b: Tensor, score: str, scale: Tensor | N
     return reference.column_scores(reference.encode(x, W.t(), b, scale), score)
 
 
-def sampled_topk(
-    x: Tensor, b_dec: Tensor | None, W: Tensor, b: Tensor, *, hint: Any = None, rows: Any = None, **rule: Any
+def select(
+    x: Tensor,
+    b_dec: Tensor | None,
+    centred: Tensor,
+    W: Tensor,
+    b: Tensor,
+    members: Tensor | None,
+    *,
+    k: float,
+    select: str = "batch",
+    scale: Tensor | None = None,
+    hint: Any = None,
+    rows: Any = None,
 ) -> Selection:
-    return Selection(SparseCodes.from_dense(reference.sampled_topk(centre(x, b_dec), W.t(), b, **rule)), None, None)
+    a = reference.encode(centred, W.t(), b, scale)
+    return Selection(SparseCodes.from_dense(reference.select_inside(a, members, k, select)), None)
 
 
 def above_threshold(x: Tensor, b_dec: Tensor | None, W: Tensor, b: Tensor, threshold: Tensor) -> SparseCodes:
@@ -65,5 +80,5 @@ def aux_loss(
         dead,
         k_aux=k_aux,
         aux_pool=aux_pool,
-        scores=column_scores(centred, W, b, score, None),
+        scores=column_scores(centred, W, b, score, None) if scores is None else scores,
     )

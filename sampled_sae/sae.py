@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from .finite import FiniteInputs
 from .implementations import Implementation, implementation, resolve_impl
 from .init import geometric_median
 from .memory import Workspace
+from .pool import Pool, find_pool
 from .pretrained import load_pretrained, save_pretrained
 from .rows import RowGradient, RowSource
 from .validate import check_activations, check_number, check_same
@@ -94,6 +96,8 @@ class SampledSAE(nn.Module):
         self.row_grads: list[RowGradient] = []
         self.generator = torch.Generator().manual_seed(cfg.seed)
         self._hint: float | Tensor | None = None
+        self._pool: Pool | None = None
+        self._pool_uses = 0
         self._workspace = Workspace()
         self._finite = FiniteInputs()
         self._most_idle: tuple[int, int] | None = None
@@ -115,7 +119,7 @@ class SampledSAE(nn.Module):
             ValueError, TypeError: wrong shape, dtype or device, an empty batch, NaN or inf. On a GPU NaN and inf
                 are reported by the next call but one at the latest, with the number of the call they came in.
         """
-        if self.training and self.impl_in_use == "triton":
+        if self.training and self.impl_in_use == "triton" and self.cfg.pool_every == 1:
             return self._train_batch(x)
         return self._forward_uncompiled(x)
 
@@ -129,7 +133,8 @@ class SampledSAE(nn.Module):
         c, parts = self.cfg, self._parts
         flat = self._flatten(x)
         rows = RowSource(c.row_grads, self._workspace)
-        codes, scores, hint = self._select(flat, rows)
+        pool = self._next_pool(flat)
+        codes, hint = self._select(flat, pool, rows)
         self._keep_hint(hint)
         x_hat = parts.decode(codes, self.W_dec, self.b_dec, rows)
         mse = (flat.to(x_hat.dtype) - x_hat).square().sum(-1).mean()
@@ -146,7 +151,7 @@ class SampledSAE(nn.Module):
                 k_aux=c.aux_features,
                 aux_pool=c.aux_pool,
                 score=c.score,
-                scores=scores,
+                scores=None if pool is None else pool.scores,
                 rows=rows,
             )
         self.row_grads += rows.gradients
@@ -159,7 +164,7 @@ class SampledSAE(nn.Module):
         """Codes of x [..., d_in]: by the batch in training mode, by the threshold in evaluation mode."""
         flat = self._flatten(x)
         if self.training:
-            return self._select(flat, RowSource()).codes
+            return self._select(flat, self._score(flat), RowSource()).codes
         return self._encode_threshold(flat)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -192,9 +197,7 @@ class SampledSAE(nn.Module):
             raise ValueError(f"l0={target!r}: must be in (0, {self.cfg.d_sae}]")
         n = round(len(flat) * target)
         budget = min(n + 1, len(flat) * self.cfg.d_sae)
-        codes = self._parts.sampled_topk(
-            flat, self._input_bias(), self.W_enc.t(), self.b_enc, k=budget / len(flat), l=None
-        ).codes
+        codes = self._select(flat, None, RowSource(), k=budget / len(flat), select="batch", hint=None).codes
         self.threshold.fill_(float(codes.smallest()) if codes.count() > n else 0.0)
         self.threshold_steps.fill_(max(1, int(self.threshold_steps)))
         return float(self.threshold)
@@ -239,7 +242,7 @@ class SampledSAE(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SampledSAE:
         """`.to(bfloat16)` and the like leave the threshold in float32: rounded, it would miss its L0."""
         threshold = self.threshold
-        self._hint = None
+        self._hint = self._pool = None
         super()._apply(fn, recurse)
         if self.threshold.dtype in (torch.float16, torch.bfloat16):
             self.threshold = threshold.to(self.threshold.device, torch.float32)
@@ -258,22 +261,51 @@ class SampledSAE(nn.Module):
     def _parts(self) -> Implementation:
         return implementation(self.impl_in_use)
 
-    def _select(self, flat: Tensor, rows: RowSource) -> Selection:
+    def _score(self, flat: Tensor) -> Pool | None:
+        """The pool of this batch."""
         c = self.cfg
-        return self._parts.sampled_topk(
-            flat,
-            self._input_bias(),
+        return find_pool(
+            self._parts,
+            self._parts.centre(flat, self._input_bias()),
             self.W_enc.t(),
             self.b_enc,
             k=c.k,
             l=c.l,
             score=c.score,
             pool=c.pool,
-            select=c.select,
             generator=self.generator,
-            hint=self._hint,
-            rows=rows,
+            score_tokens=c.score_tokens,
         )
+
+    def _next_pool(self, flat: Tensor) -> Pool | None:
+        """The pool of a training step, a new one every `pool_every` steps."""
+        if self.cfg.pool_every == 1:
+            return self._score(flat)
+        if self._pool is None or self._pool_uses == self.cfg.pool_every:
+            self._pool, self._pool_uses = self._score(flat), 0
+        self._pool_uses += 1
+        return self._pool
+
+    def pool_state(self) -> dict[str, Any]:
+        """What `pool_every` keeps between steps, for a checkpoint: tensors and a number."""
+        if self._pool is None:
+            return {}
+        return {"members": self._pool.members, "scores": self._pool.scores, "uses": self._pool_uses}
+
+    def load_pool_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `pool_state`."""
+        self._pool, self._pool_uses = None, 0
+        if state:
+            device = self.W_enc.device
+            self._pool = Pool(state["members"].to(device), state["scores"].to(device))
+            self._pool_uses = state["uses"]
+
+    def _select(self, flat: Tensor, pool: Pool | None, rows: RowSource, **other: Any) -> Selection:
+        rule = {"k": self.cfg.k, "select": self.cfg.select, "hint": self._hint, **other}
+        centred = self._parts.centre(flat, self._input_bias())
+        members = None if pool is None else pool.members
+        W = self.W_enc.t()
+        return self._parts.select(flat, self._input_bias(), centred, W, self.b_enc, members, rows=rows, **rule)
 
     def _keep_hint(self, hint: float | Tensor | None) -> None:
         """A tensor stays at one address, where a CUDA graph finds it again."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,8 +17,10 @@ from .config import SampledSAEConfig
 from .data import ActivationStore
 from .evaluate import evaluate_activations, reconstruct_with
 from .files import read_json, write_json, write_text
+from .group import SAEGroup
+from .run import CHECKPOINT, METRICS, TrainConfig
 from .sae import SampledSAE
-from .train import CHECKPOINT, METRICS, TrainConfig, Trainer
+from .validate import check_integer
 
 Splice = Callable[[Callable[[Tensor], Tensor]], dict[str, float]]
 EVALUATION = "evaluation.json"
@@ -72,44 +73,55 @@ def run_sweep(
     splice: Splice | None = None,
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
+    together: int = 4,
+    device: torch.device | str = "cpu",
 ) -> list[dict[str, Any]]:
     """Trains and evaluates each config in `folder`/name, then writes the table; what is done is not redone.
+
+    Trains `together` configs at a time as one SAEGroup, on `device`; the results do not depend on how many. All
+    see the tokens in the order of `train.seed`: a config's own seed is that of its initial weights alone.
 
     Writes `results.csv`, `results.md`, `sweep.json`; and in each run's folder the trainer's files and
     `evaluation.json`, which is complete when it exists. A run's checkpoint is removed once it is evaluated.
     """
+    check_integer("together", together, 1)
     held_out, _ = store.holdout()
-    rows = []
-    for i, (name, config) in enumerate(configs.items()):
-        run_folder = folder / name
-        settings = {
-            "sae": config.to_dict(),
-            "train": {**asdict(train), "seed": config.seed},
-            "spliced": splice is not None,
-            "data": store.manifest["shards"],
-        }
-        done = run_folder / EVALUATION
+    common = {"train": asdict(train), "spliced": splice is not None, "data": store.manifest["shards"]}
+    settings = {name: {"sae": config.to_dict(), **common} for name, config in configs.items()}
+    place = {name: f"[{i}/{len(configs)}] {name}" for i, name in enumerate(configs, 1)}
+    results: dict[str, dict[str, Any]] = {}
+    for name in configs:
+        done = folder / name / EVALUATION
         if done.exists():
-            result = read_json(done)
-            if result.get("settings") != settings:
+            results[name] = read_json(done)
+            if results[name].get("settings") != settings[name]:
                 raise ValueError(f"{done}: made with other settings; use another folder")
-            say(f"[{i + 1}/{len(configs)}] {name}: already evaluated")
-        else:
-            say(f"[{i + 1}/{len(configs)}] {name}: training in {run_folder}")
-            start = time.perf_counter()
-            sae = Trainer(config, replace(train, seed=config.seed), store, run_folder).run(progress)
-            seconds = time.perf_counter() - start
-            result = evaluate(sae, held_out, train.batch_size, splice)
-            result |= {"settings": settings, "seconds": round(seconds, 1)}
-            write_json(done, result)
-            (run_folder / CHECKPOINT).unlink(missing_ok=True)
-        rows.append({"name": name, "l": config.l, "score": config.score, "seed": config.seed, **result})
-        rows[-1].pop("settings")
-        if config.l is None:
-            rows[-1]["score"] = None
+            say(f"{place[name]}: already evaluated")
+
+    def train_and_evaluate(names: list[str]) -> None:
+        """A function, so that the memory of one group is free before the next is made."""
+        for name in names:
+            say(f"{place[name]}: training in {folder / name}")
+        group = SAEGroup({name: configs[name] for name in names}, train, store, folder, device)
+        for name, sae in group.run(progress).items():
+            results[name] = evaluate(sae, held_out, train.batch_size, splice)
+            results[name] |= {"settings": settings[name], "seconds": round(group.members[name].seconds, 1)}
+            write_json(folder / name / EVALUATION, results[name])
+            (folder / name / CHECKPOINT).unlink(missing_ok=True)
+
+    waiting = [name for name in configs if name not in results]
+    for start in range(0, len(waiting), together):
+        train_and_evaluate(waiting[start : start + together])
+    rows = [_row(name, config, results[name]) for name, config in configs.items()]
     write_table(rows, folder)
     write_json(folder / "sweep.json", {"rows": rows, "train": asdict(train)})
     return rows
+
+
+def _row(name: str, config: SampledSAEConfig, result: dict[str, Any]) -> dict[str, Any]:
+    score = None if config.l is None else config.score
+    measured = {key: value for key, value in result.items() if key != "settings"}
+    return {"name": name, "l": config.l, "score": score, "seed": config.seed, **measured}
 
 
 def evaluate(sae: SampledSAE, held_out: Tensor, batch_size: int, splice: Splice | None) -> dict[str, Any]:

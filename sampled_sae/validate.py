@@ -28,6 +28,21 @@ def check_integer(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name}={value!r}: must be a whole number >= {least}")
 
 
+def check_device(device: torch.device | str) -> torch.device:
+    """The CPU or a CUDA device that is there."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device={device!r}: must be 'cpu', 'cuda' or 'cuda:N'") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={str(device)!r}: must be 'cpu', 'cuda' or 'cuda:N'")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={str(device)!r}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here"
+        )
+    return found
+
+
 def check_number(name: str, value: Any, least: float, most: float | None) -> None:
     allowed = f"a finite number >= {least}" + ("" if most is None else f" and <= {most}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):

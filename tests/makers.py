@@ -1,11 +1,15 @@
-"""Shared makers: problems, their float64 answers, and a run of one implementation with its gradients."""
+"""Shared makers: problems, their float64 answers, a run of one implementation with its gradients, stores."""
 
 from __future__ import annotations
 
 import torch
+from safetensors.torch import save_file
 
 from sampled_sae import SampledSAE, SampledSAEConfig, reference, testing
 from sampled_sae import functional as F
+from sampled_sae.files import write_json
+
+D = 12
 
 
 def problem(B, d, n_features, dtype=torch.float64, seed=0):
@@ -57,3 +61,45 @@ def tokens(*shape, dtype=torch.float64, seed=1):
 
 def gradients(sae):
     return {name: p.grad.clone() for name, p in sae.named_parameters()}
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def write_store(folder, n=(200, 130, 170), n_holdout=150, d=D, seed=5, **changes):
+    """A store of correlated activations, written as the harvest does."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(40, d, generator=generator)
+
+    def draw(count):
+        hidden = torch.rand(count, 40, generator=generator).pow(8)
+        return hidden @ mixing + 0.3
+
+    folder.mkdir(parents=True)
+    files = {f"shard_{i:05d}.safetensors": {"activations": draw(c)} for i, c in enumerate(n)}
+    files["holdout.safetensors"] = {"activations": draw(n_holdout), "rows": torch.zeros(3, 8, dtype=torch.int64)}
+    entries = []
+    for name, tensors in files.items():
+        save_file(tensors, folder / name)
+        entries.append({"file": name, "tokens": len(tensors["activations"]), "bytes": (folder / name).stat().st_size})
+    manifest = {
+        "format": "sampled-sae activations",
+        "version": 1,
+        "model": "made",
+        "layer": 0,
+        "context": 8,
+        "d_in": d,
+        "dtype": "float32",
+        "scale": 0.5,
+        "max_norm": 1e9,
+        "source": "made",
+        "shards": entries[:-1],
+        "holdout": {**entries[-1], "rows": 3},
+        "complete": True,
+        "settings": {},
+        "versions": {},
+        **changes,
+    }
+    write_json(folder / "manifest.json", manifest)
+    return folder

@@ -73,7 +73,7 @@ def test_sweep_writes_table_report_and_plots(tiny, harvested, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     out = tmp_path / "sweep"
     command = ["sweep", str(harvested), str(out), *TRAINING, "--ls", "1,4,none", "--scores", "l2,uniform"]
-    command += ["--model", str(tiny[0]), "--splice-rows", "3"]
+    command += ["--model", str(tiny[0]), "--splice-rows", "3", "--together", "4", "--device", "cpu"]
     assert main(command) == 0
     with open(out / "results.csv") as file:
         rows = list(csv.DictReader(file))
@@ -95,6 +95,8 @@ def test_sweep_writes_table_report_and_plots(tiny, harvested, tmp_path, capsys):
         (["train", "{store}", "{out}", "--k", "0"], "k=0.0: must be in (0, 8192]"),
         (["train", "{store}", "{out}", "--l", "0.5"], "l=0.5: must be a finite number >= 1"),
         (["train", "{store}", "{out}", "--steps", "0"], "steps=0"),
+        (["train", "{store}", "{out}", "--device", "gpu"], "device='gpu': must be 'cpu', 'cuda' or 'cuda:N'"),
+        (["sweep", "{store}", "{out}", "--splice-rows", "0", "--together", "0"], "together=0: must be"),
         (["evaluate", "{missing}", "{store}"], "config.json: no such file"),
     ],
 )

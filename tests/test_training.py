@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from makers import D, same_weights, write_store
 from safetensors.torch import load_file, save_file
 
 from sampled_sae import SampledSAE, SampledSAEConfig
@@ -17,56 +18,13 @@ from sampled_sae.files import write_json
 from sampled_sae.sweep import run_sweep, variants
 from sampled_sae.train import CHECKPOINT, METRICS, TrainConfig, Trainer
 
-D = 12
 SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0, dead_after=300, aux_pool=16)
 TRAIN = TrainConfig(steps=24, batch_size=64, checkpoint_every=6, log_every=2, lr=3e-3)
-
-
-def write_store(folder, n=(200, 130, 170), n_holdout=150, **changes):
-    """A store of correlated activations, written as the harvest does."""
-    generator = torch.Generator().manual_seed(5)
-    mixing = torch.randn(40, D, generator=generator)
-
-    def draw(count):
-        hidden = torch.rand(count, 40, generator=generator).pow(8)
-        return hidden @ mixing + 0.3
-
-    folder.mkdir(parents=True)
-    files = {f"shard_{i:05d}.safetensors": {"activations": draw(c)} for i, c in enumerate(n)}
-    files["holdout.safetensors"] = {"activations": draw(n_holdout), "rows": torch.zeros(3, 8, dtype=torch.int64)}
-    entries = []
-    for name, tensors in files.items():
-        save_file(tensors, folder / name)
-        entries.append({"file": name, "tokens": len(tensors["activations"]), "bytes": (folder / name).stat().st_size})
-    manifest = {
-        "format": "sampled-sae activations",
-        "version": 1,
-        "model": "made",
-        "layer": 0,
-        "context": 8,
-        "d_in": D,
-        "dtype": "float32",
-        "scale": 0.5,
-        "max_norm": 1e9,
-        "source": "made",
-        "shards": entries[:-1],
-        "holdout": {**entries[-1], "rows": 3},
-        "complete": True,
-        "settings": {},
-        "versions": {},
-        **changes,
-    }
-    write_json(folder / "manifest.json", manifest)
-    return folder
 
 
 @pytest.fixture
 def store(tmp_path):
     return ActivationStore.open(write_store(tmp_path / "activations"))
-
-
-def same_weights(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
 
 
 class Killed(Exception):
@@ -115,6 +73,7 @@ def test_stream_is_addressed_by_batch_number(store, monkeypatch):
         (replace(SAE, l=None), TRAIN),
         (replace(SAE, l=None, select="token"), replace(TRAIN, seed=4)),
         (replace(SAE, pool="sample", score="entropy"), TRAIN),
+        (replace(SAE, pool="sample", pool_every=5), replace(TRAIN, adam="decayed", moments="bfloat16")),
     ],
 )
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(store, tmp_path, config, train):

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from makers import assert_same_entries, gradients, make_sae, problem, run, tokens
+from no_host_sync import NoHostSync
 
 pytest.importorskip("triton")
 
-from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sampled_sae import functional as F
@@ -282,35 +282,6 @@ def test_trains_to_the_same_loss_curve_as_torch():
             curves.append(torch.tensor(losses))
         assert curves[0][-5:].mean() < 0.7 * curves[0][:5].mean()
         torch.testing.assert_close(*curves, rtol=1e-3, atol=0)
-
-
-class NoHostSync(TorchDispatchMode):
-    """Fails where an operation would have to wait for a GPU to tell the host a value or a size."""
-
-    FORBIDDEN = (
-        "_local_scalar_dense",
-        "nonzero",
-        "is_nonzero",
-        "masked_select",
-        "unique",
-        "repeat_interleave",
-        "equal",
-    )
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.split("::")[1]
-        self.seen.add(name)
-        assert not any(word in name for word in self.FORBIDDEN), f"{name} waits for the device"
-        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
-        assert not any(i is not None and i.dtype == torch.bool for i in indices), f"{name} by a mask waits"
-        if func.namespace != "sampled_sae":
-            return func(*args, **(kwargs or {}))
-        with self:  # what the operator does inside
-            return OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("rule", MODULE_RULES, ids=str)

@@ -1,4 +1,4 @@
-"""Steps 1 to 5 of METHOD.md put together from scores, block, stream and entries.
+"""The steps of METHOD.md put together from scores, block, stream and entries.
 
 A small pool is computed as one block [B, P] with dense products; a large one is streamed and handled entry by
 entry. Dense wins while P is a few times k (measured: benchmarks/results/block_or_entries.md).
@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..codes import Selection, SparseCodes
-from ..config import batch_budget, pool_size
+from ..config import batch_budget
 from ..ranking import candidate_pool, largest_mask, nth_largest_of_rows
 from ..rows import RowSource
 from .entries import DecodeEntries, EncodeEntries, EntryIndex
 from .scores import column_statistics, finish_scores
 from .stream import Entries, batch_hint, stream_above, stream_batch, stream_token, token_hint
+
+__all__ = ["above_threshold", "candidate_pool", "centre", "column_scores", "decode", "select"]
 
 BLOCK_PER_K = 6
 BLOCK_SHARE = 8
@@ -70,41 +72,36 @@ def column_scores(x: Tensor, W: Tensor, b: Tensor, score: str, scale: Tensor | N
     return finish_scores(column_statistics(x, W.detach(), b.detach().to(x.dtype), score, scale), score)
 
 
-def sampled_topk(
+def select(
     x: Tensor,
     b_dec: Tensor | None,
+    centred: Tensor,
     W: Tensor,
     b: Tensor,
+    members: Tensor | None,
     *,
     k: float,
-    l: float | None,
-    score: str = "l2",
-    pool: str = "top",
     select: str = "batch",
     scale: Tensor | None = None,
-    generator: torch.Generator | None = None,
     hint: float | None = None,
     rows: RowSource | None = None,
 ) -> Selection:
-    """Selection for x [B, d] under W [F, d], b [F]; `hint` is that of the last batch under the same rule."""
+    """What x [B, d] keeps under W [F, d], b [F] inside the pool `members` [P], or everywhere for None.
+
+    centred: `centre(x, b_dec)`. hint: that of the last batch under the same rule.
+    """
     rows = rows if rows is not None else RowSource()
-    centred = centre(x, b_dec)
     weights, bias = W.detach(), b.detach().to(centred.dtype)
     scale = None if scale is None else scale.detach().to(centred.dtype)
     n_features = W.shape[0]
-    size = pool_size(k, l, n_features)
-    scores = members = None
-    if size < n_features:
-        scores = column_scores(centred, weights, bias, score, scale)
-        members = candidate_pool(scores, size, pool, generator)
-    if members is not None and use_block(size, k, n_features):
+    if members is not None and use_block(len(members), k, n_features):
         taken = rows.gather("W_enc", W, members, centred.dtype)
         b_taken = rows.gather("b_enc", b, members, centred.dtype)
         block = EncodeBlock.apply(x, b_dec, taken, b_taken, centred)
         if scale is not None:
             block = block * scale[members]
         mask = block_mask(block.detach(), k, select)
-        return Selection(SparseCodes.from_block(torch.where(mask, block, 0), members, n_features), scores, None)
+        return Selection(SparseCodes.from_block(torch.where(mask, block, 0), members, n_features), None)
     if select == "batch":
         budget = batch_budget(x.shape[0], k)
         found = stream_batch(centred, weights, bias, scale, members, budget, hint)
@@ -112,7 +109,7 @@ def sampled_topk(
     else:
         found = stream_token(centred, weights, bias, scale, members, int(k), hint)
         hint = token_hint(found, centred, int(k))
-    return Selection(entry_codes(x, b_dec, W, b, centred, scale, found, rows), scores, hint)
+    return Selection(entry_codes(x, b_dec, W, b, centred, scale, found, rows), hint)
 
 
 def above_threshold(x: Tensor, b_dec: Tensor | None, W: Tensor, b: Tensor, threshold: Tensor) -> SparseCodes:

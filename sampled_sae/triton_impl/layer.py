@@ -1,4 +1,4 @@
-"""Steps 1 to 5 of METHOD.md from the Triton operators: the same interface as torch_impl/layer.py.
+"""The steps of METHOD.md from the Triton operators: the same interface as torch_impl/layer.py.
 
 A pool of up to BLOCK_FEATURES is computed as one block [B, P] with dense tensor-core products, a larger one and the
 whole dictionary are streamed and handled entry by entry. Products take 16-bit operands where the inputs have 16
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..codes import Selection, Slots, SparseCodes
-from ..config import batch_budget, pool_size
+from ..config import batch_budget
 from ..kernels.segment_sum import feature_order
 from ..ranking import gumbel_keys
 from ..rows import RowSource
@@ -54,48 +54,45 @@ def column_scores(x: Tensor, W: Tensor, b: Tensor, score: str, scale: Tensor | N
     return finish_scores(column_statistics(x, weights_for(x, W), vector(b), score, scale), score)
 
 
-def sampled_topk(
+def candidate_pool(scores: Tensor, size: int, how: str = "top", generator: torch.Generator | None = None) -> Tensor:
+    """As `ranking.candidate_pool`, without a look at the device."""
+    if how == "top":
+        return top_pool(scores, size)
+    order = torch.sort(gumbel_keys(scores, generator), descending=True, stable=True).indices
+    return order[:size].sort().values
+
+
+def select(
     x: Tensor,
     b_dec: Tensor | None,
+    centred: Tensor,
     W: Tensor,
     b: Tensor,
+    members: Tensor | None,
     *,
     k: float,
-    l: float | None,
-    score: str = "l2",
-    pool: str = "top",
     select: str = "batch",
     scale: Tensor | None = None,
-    generator: torch.Generator | None = None,
     hint: Tensor | None = None,
     rows: RowSource | None = None,
 ) -> Selection:
-    """Selection for x [B, d] under W [F, d], b [F]; `hint` is that of the last batch under the same rule."""
+    """What x [B, d] keeps under W [F, d], b [F] inside the pool `members` [P], or everywhere for None.
+
+    centred: `centre(x, b_dec)`. hint: that of the last batch under the same rule.
+    """
     rows = rows if rows is not None else RowSource()
-    centred = centre(x, b_dec)
-    weights, bias = weights_for(centred, W), vector(b)
     scale = None if scale is None else vector(scale)
-    n_features = W.shape[0]
-    size = pool_size(k, l, n_features)
-    budget = batch_budget(x.shape[0], k) if select == "batch" else int(k)
     per_token = select == "token"
-    scores = members = None
-    if size < n_features:
-        scores = column_scores(centred, weights, bias, score, scale)
-        members = top_pool(scores, size) if pool == "top" else sampled_pool(scores, size, generator)
-    if members is not None and size <= BLOCK_FEATURES:
-        codes = block_codes(x, b_dec, W, b, centred, scale, members, budget, per_token, rows)
-        return Selection(codes, scores, None)
-    values, tokens, features, hint = select_entries(centred, weights, bias, scale, members, budget, per_token, hint)
-    slots = by_feature(values, tokens, features, members, x.shape[0], n_features)
+    budget = int(k) if per_token else batch_budget(x.shape[0], k)
+    if members is not None and len(members) <= BLOCK_FEATURES:
+        return Selection(block_codes(x, b_dec, W, b, centred, scale, members, budget, per_token, rows), None)
+    weights = weights_for(centred, W)
+    values, tokens, features, hint = select_entries(
+        centred, weights, vector(b), scale, members, budget, per_token, hint
+    )
+    slots = by_feature(values, tokens, features, members, x.shape[0], W.shape[0])
     slots = slots._replace(values=attach(x, b_dec, W, b, centred, weights, scale, slots, rows))
-    return Selection(SparseCodes.from_slots(slots, (x.shape[0], n_features)), scores, None if per_token else hint)
-
-
-def sampled_pool(scores: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
-    """As `ranking.candidate_pool` draws it, without a host sync."""
-    order = torch.sort(gumbel_keys(scores, generator), descending=True, stable=True).indices
-    return order[:size].sort().values
+    return Selection(SparseCodes.from_slots(slots, (x.shape[0], W.shape[0])), None if per_token else hint)
 
 
 def block_codes(

@@ -1,0 +1,148 @@
+"""What the faster forms of a step cost in quality: RowAdam's modes, the aux loss, how often columns are scored.
+
+Every row is trained on the same tokens of real activations with three seeds of initial weights, calibrated to
+L0 = k and evaluated on held-out text. One setting at a time differs from the first row.
+
+    sampled-sae harvest runs/quality/activations --layer 15 --texts wiki-en --tokens 250000
+    python benchmarks/quality.py runs/quality/activations runs/quality/runs --out benchmarks/results/quality.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks.cpu_step import machine
+from sampled_sae import SampledSAEConfig
+from sampled_sae.data import ActivationStore
+from sampled_sae.lm import SpliceEvaluator, load_model
+from sampled_sae.sweep import run_sweep
+from sampled_sae.train import TrainConfig
+
+FEATURES, K, L = 16384, 32, 4.0
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What differs from the first row in the SAE and in its training."""
+
+    sae: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+
+
+SETTINGS = {
+    "dense, aux_pool=1024, pool_every=1": Setting(),
+    "lazy": Setting(train={"adam": "lazy"}),
+    "decayed": Setting(train={"adam": "decayed"}),
+    "bfloat16 moments": Setting(train={"moments": "bfloat16"}),
+    "aux off": Setting({"aux_coefficient": 0.0}),
+    "aux_pool=None": Setting({"aux_pool": None}),
+    "pool_every=4": Setting({"pool_every": 4}),
+    "pool_every=16": Setting({"pool_every": 16}),
+    "score_tokens=0.25": Setting({"score_tokens": 0.25}),
+    "decayed, pool_every=4": Setting({"pool_every": 4}, {"adam": "decayed"}),
+}
+MEASURES = {
+    "fvu": "FVU",
+    "loss_recovered_zero": "loss recovered",
+    "dead_share": "never active",
+    "batch_l0": "L0 (batch)",
+    "seconds": "train s",
+}
+
+
+def train_all(store: ActivationStore, folder: Path, train: TrainConfig, dead_after: int, splice: Any) -> dict[str, Any]:
+    """Results by setting: one a seed. What is in `folder` already is not trained again."""
+    found = {}
+    for number, (name, setting) in enumerate(SETTINGS.items()):
+        base = SampledSAEConfig(d_in=store.d_in, d_sae=FEATURES, k=K, l=L, dead_after=dead_after, row_grads=True)
+        configs = {f"seed{seed}": replace(base, seed=seed, **setting.sae) for seed in SEEDS}
+        print(name, flush=True)
+        found[name] = run_sweep(
+            configs,
+            replace(train, **setting.train),
+            store,
+            folder / str(number),
+            splice,
+            progress=False,
+            together=len(SEEDS),
+        )
+    return found
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+    """Means over the seeds with the smallest and largest."""
+    lines = ["| setting | " + " | ".join(MEASURES.values()) + " |", "|---" * (1 + len(MEASURES)) + "|"]
+    for row in rows:
+        cells = []
+        for measure in MEASURES:
+            mean, least, most = row[measure]
+            digits = 1 if measure in ("seconds", "batch_l0") else 3
+            cells.append(f"{mean:.{digits}f} ({least:.{digits}f}–{most:.{digits}f})")
+        lines.append(f"| {row['setting']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("activations", type=Path)
+    parser.add_argument("folder", type=Path, help="of the trained SAEs")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write; a table goes beside it")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--dead-after", type=int, default=50_000)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--splice-rows", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    store = ActivationStore.open(args.activations)
+    model, _ = load_model(args.model, None)
+    evaluator = SpliceEvaluator(
+        model,
+        store.holdout()[1][: args.splice_rows],
+        store.manifest["layer"],
+        scale=store.scale,
+        max_norm=store.manifest["max_norm"],
+    )
+    train = TrainConfig(steps=args.steps, batch_size=args.batch_size, lr=args.lr)
+    found = train_all(store, args.folder, train, args.dead_after, evaluator.evaluate)
+    rows = []
+    for name, runs in found.items():
+        row: dict[str, Any] = {"setting": name}
+        for measure in MEASURES:
+            values = [run[measure] for run in runs]
+            row[measure] = (statistics.mean(values), min(values), max(values))
+        rows.append(row)
+    result = {
+        **machine(),
+        "model": args.model,
+        "layer": store.manifest["layer"],
+        "features": FEATURES,
+        "k": K,
+        "l": L,
+        "steps": args.steps,
+        "batch_size": args.batch_size,
+        "dead_after": args.dead_after,
+        "seeds": SEEDS,
+        "rows": rows,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    args.out.with_suffix(".md").write_text(markdown_table(rows))
+    print(markdown_table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What an optimizer of rows works with: a parameter's gradient, as rows of some features or dense, and the rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Union = Callable[[list[Tensor], int], Tensor]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How rows are updated, as in RowAdam; `project` and `renormalize` are for the decoder."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    mode: str
+    project: bool
+    renormalize: bool
+
+
+class RowGrads:
+    """(features, rows) pairs that `merge` makes one, or a dense tensor; W_enc is seen as W_enc.T."""
+
+    def __init__(self, name: str, parameter: nn.Parameter) -> None:
+        self.name = name
+        self.weight = parameter.detach().t() if name == "W_enc" else parameter.detach()
+        self.parts: list[tuple[Tensor, Tensor]] = []
+        self.dense: Tensor | None = None
+        if parameter.grad is not None:
+            self.dense = (parameter.grad.t() if name == "W_enc" else parameter.grad).contiguous()
+
+    def __bool__(self) -> bool:
+        return bool(self.parts) or self.dense is not None
+
+    def values(self) -> Tensor:
+        """What holds gradient values, after `merge`."""
+        return self.dense if self.dense is not None else self.parts[0][1]
+
+    def features(self) -> Tensor | None:
+        """The features of `values`, ascending; None for all of them."""
+        return None if self.dense is not None else self.parts[0][0]
+
+    def merge(self, union: Union) -> None:
+        """Several parts become one, on the `union` of their features; rows beside a dense gradient are added to it."""
+        if self.dense is not None:
+            for features, rows in self.parts:
+                self.dense.index_add_(0, features, rows.to(self.dense.dtype))
+            self.parts = []
+        if len(self.parts) > 1:
+            features = union([f for f, _ in self.parts], self.weight.shape[0])
+            values = self.parts[0][1].new_zeros(len(features), *self.weight.shape[1:])
+            for some, rows in self.parts:
+                values.index_add_(0, torch.searchsorted(features, some), rows)
+            self.parts = [(features, values)]

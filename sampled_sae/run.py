@@ -1,0 +1,264 @@
+"""One SAE in training, resumable to the bit, and the loop that takes one or several of them to the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .config import SampledSAEConfig
+from .feed import Batch, Feed
+from .files import write_atomically, write_json, write_text
+from .optim import MODES, RowAdam
+from .sae import SampledSAE, SampledSAEOutput
+from .validate import check_choice, check_integer, check_number
+
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How an SAE is trained.
+
+    Args:
+        steps: batches to train on.
+        batch_size: tokens a batch; part of the method, since scores and selection are the batch's.
+        lr: peak learning rate of Adam.
+        warmup: share of the steps over which lr rises from 0.
+        decay: share of the steps, at the end, over which lr falls to 0.
+        clip: largest gradient norm.
+        adam: RowAdam's mode, "dense", "lazy" or "decayed".
+        moments: dtype of RowAdam's moments, "float32" or "bfloat16".
+        seed: of the order of the tokens.
+        checkpoint_every, log_every: steps between checkpoints and lines of metrics.jsonl.
+    """
+
+    steps: int = 1000
+    batch_size: int = 2048
+    lr: float = 1e-3
+    warmup: float = 0.05
+    decay: float = 0.2
+    clip: float = 1.0
+    adam: str = "dense"
+    moments: str = "float32"
+    seed: int = 0
+    checkpoint_every: int = 500
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
+            check_integer(name, getattr(self, name), 1)
+        check_integer("seed", self.seed, 0)
+        check_choice("adam", self.adam, MODES)
+        check_choice("moments", self.moments, ("float32", "bfloat16"))
+        check_number("lr", self.lr, 0, None)
+        check_number("clip", self.clip, 0, None)
+        check_number("warmup", self.warmup, 0, 1)
+        check_number("decay", self.decay, 0, 1)
+
+    def lr_at(self, step: int) -> float:
+        """lr of step 0, 1, ...: linear warm-up, constant, linear decay."""
+        up = (step + 1) / max(1, round(self.warmup * self.steps))
+        down = (self.steps - step) / max(1, round(self.decay * self.steps))
+        return self.lr * min(1.0, up, down)
+
+
+class TrainingRun:
+    """One SAE in training and its folder; the batches come from outside.
+
+    Args:
+        sae_config, train_config: what and how; `row_grads` is switched on.
+        feed: where its batches come from, and the device it is trained on; may be shared by several runs.
+        folder: where everything is written.
+
+    Attributes:
+        sae, optimizer, metrics: what is trained, by what, and the lines of metrics.jsonl so far.
+        step: steps done; that of the checkpoint where the folder holds one.
+        seconds: spent in those steps, by this process's clock. A GPU works on while the clock of the next run
+            is on, so that there only the sum over the runs of a process is exact.
+
+    Raises:
+        ValueError: a checkpoint of other settings in the folder, a corrupt one, widths that differ.
+    """
+
+    def __init__(self, sae_config: SampledSAEConfig, train_config: TrainConfig, feed: Feed, folder: str | Path) -> None:
+        store = feed.store
+        if sae_config.d_in != store.d_in:
+            raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.folder} have {store.d_in}")
+        self.config = train_config
+        self.feed = feed
+        self.folder = Path(folder)
+        self.sae = SampledSAE(replace(sae_config, row_grads=sae_config.impl != "reference"), device=feed.device)
+        self.optimizer = RowAdam(
+            self.sae,
+            lr=train_config.lr,
+            clip=train_config.clip,
+            mode=train_config.adam,
+            moments=getattr(torch, train_config.moments),
+        )
+        self.step = 0
+        self.seconds = 0.0
+        self.metrics: list[dict[str, float]] = []
+        if (self.folder / CHECKPOINT).exists():
+            self._load()
+        else:
+            with torch.no_grad():
+                self.sae.b_dec.copy_(feed.batch(0).median)
+
+    def train_on(self, batch: Batch) -> dict[str, float] | None:
+        """One step; `batch` is number `self.step` of the feed. Returns the line of metrics where one is due.
+
+        Raises:
+            FloatingPointError: a loss that is NaN or inf; weights and checkpoint are left as they were.
+        """
+        start = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr_at(self.step)
+        out = self.sae(batch.x)
+        loss = float(out.loss.detach())
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"loss={loss} at step {self.step}; the last checkpoint in {self.folder} is intact")
+        out.loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.seconds += time.perf_counter() - start
+        if self.step % self.config.log_every and self.step < self.config.steps:
+            return None
+        self.metrics.append(self._measure(batch, out))
+        return self.metrics[-1]
+
+    def save(self) -> None:
+        """Writes the checkpoint and the metrics so far, each atomically."""
+        state = {
+            "settings": self._settings(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "sae": self.sae.state_dict(),
+            "generator": self.sae.generator.get_state(),
+            "pool": self.sae.pool_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "metrics": self.metrics,
+        }
+        write_atomically(self.folder / CHECKPOINT, lambda path: torch.save(state, path))
+        write_text(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in self.metrics))
+
+    def finish(self, x: Tensor) -> None:
+        """Calibrates the threshold to L0 = k on x [n, d_in]; writes the SAE and run.json."""
+        self.sae.eval()
+        self.sae.calibrate(x)
+        self.sae.save_pretrained(self.folder)
+        manifest = {k: v for k, v in self.feed.store.manifest.items() if k not in ("shards", "settings")}
+        run = {
+            "train": asdict(self.config),
+            "activations": manifest,
+            "tokens": self.step * self.config.batch_size,
+        }
+        write_json(self.folder / "run.json", run)
+
+    def _measure(self, batch: Batch, out: SampledSAEOutput) -> dict[str, float]:
+        """One line of metrics.jsonl. FVU is that of the batch; no time, so that runs compare bit for bit."""
+        norm = self.optimizer.grad_norm
+        return {
+            "step": self.step,
+            "tokens": self.step * self.config.batch_size,
+            "lr": self.config.lr_at(self.step - 1),
+            "loss": float(out.loss.detach()),
+            "mse": float(out.mse.detach()),
+            "aux": float(out.aux.detach()),
+            "fvu": float(out.mse.detach()) / batch.variance if batch.variance else math.nan,
+            "l0": out.codes.l0(),
+            "dead_share": float(self.sae.dead.float().mean()),
+            "threshold": float(self.sae.threshold),
+            "grad_norm": math.nan if norm is None else float(norm),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """What a checkpoint must have been made with; shards of two layers may be of equal sizes."""
+        manifest = self.feed.store.manifest
+        return {
+            "sae": self.sae.cfg.to_dict(),
+            "train": asdict(self.config),
+            "activations": {name: manifest.get(name) for name in ("model", "layer", "source", "scale")},
+            "data": manifest["shards"],
+        }
+
+    def _load(self) -> None:
+        path = self.folder / CHECKPOINT
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path}: truncated or not a checkpoint ({type(error).__name__}: {error})") from error
+        if not isinstance(state, dict) or "settings" not in state:
+            raise ValueError(f"{path}: not a checkpoint of sampled-sae")
+        for part, now in self._settings().items():
+            then = state["settings"].get(part, {})
+            if then != now:
+                differ = [f for f in now if then.get(f) != now[f]] if isinstance(now, dict) else [part]
+                raise ValueError(f"{path}: made with other settings ({part}: {', '.join(differ)}); use another folder")
+        self.sae.load_state_dict(state["sae"])
+        self.sae.generator.set_state(state["generator"])
+        self.sae.load_pool_state(state["pool"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.seconds = state["seconds"]
+        self.metrics = state["metrics"]
+
+
+def train_to_end(runs: Mapping[str, TrainingRun], progress: bool) -> None:
+    """Trains runs of one TrainConfig from the least of their steps; a run that is ahead waits for the others.
+
+    Raises:
+        FloatingPointError: a loss that is NaN or inf, with the run's name where there are several.
+    """
+    config = next(iter(runs.values())).config
+    first = min(run.step for run in runs.values())
+    for run in runs.values():
+        run.sae.train()
+    bar = tqdm(total=config.steps, initial=first, disable=not progress, unit="step", dynamic_ncols=True)
+    with bar:
+        for t in range(first, config.steps):
+            lines = []
+            for name, run in runs.items():
+                if run.step > t:
+                    continue
+                try:
+                    line = run.train_on(run.feed.batch(t))
+                except FloatingPointError as error:
+                    if len(runs) == 1:
+                        raise
+                    raise FloatingPointError(f"{name}: {error}, and so are those of the others") from None
+                if line is not None:
+                    lines.append(line)
+                if run.step % config.checkpoint_every == 0 and run.step < config.steps:
+                    run.save()
+            if lines:
+                bar.set_postfix(_summary(lines), refresh=False)
+            bar.update()
+    for run in runs.values():
+        run.save()
+    # One feed after another: the tokens of each take up to CALIBRATION_TOKENS * d_in floats.
+    for feed in {id(run.feed): run.feed for run in runs.values()}.values():
+        x = feed.calibration()
+        for run in runs.values():
+            if run.feed is feed:
+                run.finish(x)
+
+
+def _summary(lines: list[dict[str, float]]) -> dict[str, str]:
+    """For the progress bar: the values of one run, or the range over several."""
+    shown = {"loss": ("loss", ".4g"), "L0": ("l0", ".1f"), "FVU": ("fvu", ".3f"), "dead": ("dead_share", ".1%")}
+    found = {}
+    for label, (name, form) in shown.items():
+        ends = {format(pick(line[name] for line in lines), form): None for pick in (min, max)}
+        found[label] = "–".join(ends)
+    return found

@@ -1,0 +1,450 @@
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from sampled_sae.kernels.row_adam import row_adam_
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+ROOT = Path(__file__).parents[2]
+EPS = torch.finfo(torch.float32).eps
+RULE = {"factor": None, "lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+DECODER = {"weight_decay": 0.1, "project": True, "renormalize": True}
+MODES = ["dense", "lazy", "decayed"]
+# F, d, T; the interpreter holds 64 elements at once, at least one row
+SHAPES = [
+    pytest.param((67, None, 13), id="vector"),
+    pytest.param((67, 1, 13), id="one column"),
+    pytest.param((45, 3, 13), id="tails"),
+    pytest.param((8, 16, 8), id="whole tiles, every row"),
+    pytest.param((5, 576, 3), id="d=576"),
+    pytest.param((5, 768, 3), id="d=768"),
+]
+
+
+def start(F, d, device, moments=torch.float32, seed=0):
+    """Weight of unit rows, moments, last."""
+    weight = torch.randn(F, *(() if d is None else (d,)), generator=torch.Generator().manual_seed(seed))
+    if d is not None:
+        weight /= weight.norm(dim=1, keepdim=True)
+    zeros = torch.zeros_like(weight, dtype=moments)
+    return [t.to(device) for t in (weight, zeros, zeros.clone(), torch.zeros(F, dtype=torch.int32))]
+
+
+def gradients(shape, steps, device, dtype=torch.float32, seed=1):
+    """(features, rows) of each step, other features each time; one of two rows or more is zero."""
+    F, d, T = shape
+    make = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(steps):
+        rows = torch.randn(T, *(() if d is None else (d,)), generator=make)
+        if T > 1:
+            rows[T // 2] = 0
+        found.append((torch.randperm(F, generator=make)[:T].to(device), rows.to(device, dtype)))
+    return found
+
+
+def ours(state, grads, mode, **rule):
+    """weight, exp_avg, exp_avg_sq and last after these steps from `state`."""
+    weight, exp_avg, exp_avg_sq, last = (t.clone() for t in state)
+    step = torch.zeros((), device=weight.device)
+    for features, rows in grads:
+        step += 1
+        row_adam_(
+            weight,
+            exp_avg,
+            exp_avg_sq,
+            rows.clone(),
+            features,
+            step,
+            mode=mode,
+            last=last if mode == "decayed" else None,
+            **(RULE | rule),
+        )
+    assert step == len(grads)
+    return weight, exp_avg, exp_avg_sq, last
+
+
+def torch_adam(state, grads, dtype, project=False, renormalize=False, **rule):
+    """The same with torch.optim.Adam on the dense gradient, in this dtype."""
+    rule = RULE | rule
+    weight = state[0].to(dtype, copy=True).requires_grad_()
+    betas = (rule["beta1"], rule["beta2"])
+    adam = torch.optim.Adam([weight], rule["lr"], betas, rule["eps"], weight_decay=rule["weight_decay"])
+    for features, rows in grads:
+        slope = torch.zeros_like(weight).index_copy(0, features, rows.to(dtype))
+        if rule["factor"] is not None:
+            slope = slope * rule["factor"].to(dtype)
+        with torch.no_grad():
+            weight.grad = slope - (slope * weight).sum(1, keepdim=True) * weight if project else slope
+        adam.step()
+        if renormalize:
+            weight.data /= weight.data.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return weight.detach(), adam.state[weight]["exp_avg"], adam.state[weight]["exp_avg_sq"]
+
+
+def row_by_row(state, grads, dtype, decayed, project=False, renormalize=False, **rule):
+    """Modes "lazy" and "decayed" as a loop over the rows, in this dtype."""
+    rule = RULE | rule
+    weight, exp_avg, exp_avg_sq = (t.to(dtype, copy=True) for t in state[:3])
+    last = state[3].clone()
+    for step, (features, rows) in enumerate(grads, 1):
+        for j, slope in zip(features.tolist(), rows.to(dtype)):
+            if (slope == 0).all():
+                continue
+            missed = step - 1 - int(last[j]) if decayed else 0
+            last[j] = step if decayed else 0
+            w = weight[j]
+            g = slope if rule["factor"] is None else slope * rule["factor"].to(dtype)
+            g = g - (g * w).sum() * w if project else g
+            g = g + rule["weight_decay"] * w
+            exp_avg[j] = exp_avg[j] * rule["beta1"] ** (missed + 1) + (1 - rule["beta1"]) * g
+            exp_avg_sq[j] = exp_avg_sq[j] * rule["beta2"] ** (missed + 1) + (1 - rule["beta2"]) * g * g
+            denominator = exp_avg_sq[j].sqrt() / math.sqrt(1 - rule["beta2"] ** step) + rule["eps"]
+            w = w - rule["lr"] / (1 - rule["beta1"] ** step) * exp_avg[j] / denominator
+            weight[j] = w / w.norm().clamp_min(1e-12) if renormalize else w
+    return weight, exp_avg, exp_avg_sq, last
+
+
+def assert_no_worse(found, exact, eager, steps):
+    """Within twice the error of PyTorch in fp32, or the rounding of that many steps."""
+    for name, ours, expected, theirs in zip(("weight", "exp_avg", "exp_avg_sq"), found, exact, eager):
+        assert ours.dtype == torch.float32
+        error, their_error = ((t.double() - expected).abs().max() for t in (ours, theirs))
+        band = 2 * steps * EPS * expected.abs().max()
+        assert error <= 2 * their_error + band, f"{name}: {error:.3g}, PyTorch's {their_error:.3g}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dense_is_adam(dtype, shape, device):
+    """Every row moves, with other rows listed in each step."""
+    state, grads = start(*shape[:2], device), gradients(shape, 4, device, dtype)
+    found = ours(state, grads, "dense", weight_decay=0.1)
+    exact, eager = (torch_adam(state, grads, d, weight_decay=0.1) for d in (torch.float64, torch.float32))
+    assert_no_worse(found, exact, eager, 4)
+    assert (found[0] != state[0]).all()
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s.id not in ("vector", "one column")])
+def test_dense_decoder(shape, device):
+    state, grads = start(*shape[:2], device), gradients(shape, 4, device)
+    rule = {**DECODER, "factor": torch.tensor(0.3, device=device)}
+    found = ours(state, grads, "dense", **rule)
+    exact, eager = (torch_adam(state, grads, d, **rule) for d in (torch.float64, torch.float32))
+    assert_no_worse(found, exact, eager, 4)
+    torch.testing.assert_close(found[0].norm(dim=1), torch.ones(shape[0], device=device), rtol=8 * EPS, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.parametrize("mode", ["lazy", "decayed"])
+def test_rows_of_the_list(mode, decoder, shape, device):
+    if decoder and shape[1] in (None, 1):
+        pytest.skip("a decoder has rows")
+    state, grads = start(*shape[:2], device), gradients(shape, 5, device)
+    rule = {"factor": torch.tensor([0.3], device=device), **(DECODER if decoder else {})}
+    found = ours(state, grads, mode, **rule)
+    exact, eager = (row_by_row(state, grads, d, mode == "decayed", **rule) for d in (torch.float64, torch.float32))
+    assert_no_worse(found, exact, eager, 5)
+    assert torch.equal(found[3], exact[3])
+
+
+def test_lazy_is_sparse_adam(device):
+    """Which puts eps elsewhere: it must be too small to matter."""
+    shape = (37, 20, 11)
+    state = start(*shape[:2], device)
+    # SparseAdam steps on rows of zeros too
+    grads = [(features[rows.any(1)], rows[rows.any(1)]) for features, rows in gradients(shape, 5, device)]
+    weight = state[0].double().requires_grad_()
+    adam = torch.optim.SparseAdam([weight], RULE["lr"], eps=1e-30)
+    for features, rows in grads:
+        weight.grad = torch.sparse_coo_tensor(features[None], rows.double(), shape[:2], check_invariants=True)
+        adam.step()
+    found = ours(state, grads, "lazy", eps=1e-30)
+    for part, expected in zip(found, (weight, adam.state[weight]["exp_avg"], adam.state[weight]["exp_avg_sq"])):
+        torch.testing.assert_close(part.double(), expected.detach(), rtol=4 * EPS, atol=4 * EPS)
+
+
+def test_decayed_moments_are_those_of_adam(device):
+    """Once every row has been touched; weights of untouched rows have not moved meanwhile."""
+    F, d = 23, 20
+    state = start(F, d, device)
+    grads = gradients((F, d, 4), 12, device)
+    grads.append((torch.arange(F, device=device), torch.randn(F, d, device=device)))
+    exact, eager = (torch_adam(state, grads, dtype) for dtype in (torch.float64, torch.float32))
+    _, *moments, last = ours(state, grads, "decayed")
+    assert_no_worse((exact[0].float(), *moments), exact, (exact[0], *eager[1:]), 4)
+    assert (last == 13).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_list_means_every_row(mode, device):
+    F, d = 19, 20
+    state, (_, rows) = start(F, d, device), gradients((F, d, F), 1, device)[0]
+    expected = ours(state, [(torch.arange(F, device=device), rows)] * 2, mode)
+    for found, part in zip(ours(state, [(None, rows)] * 2, mode), expected):
+        assert torch.equal(found, part)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.999), (0.99, 0.99999), (0.5, 0.0)])
+@pytest.mark.parametrize("step", [1, 2, 3, 10, 300, 5000, 10**6])
+def test_bias_corrections(step, betas, device):
+    """The first gradient of a row at this step: nothing but the two corrections makes its size."""
+    weight, *moments, _ = start(3, None, device)
+    weight.zero_()
+    rule = RULE | {"beta1": betas[0], "beta2": betas[1], "eps": 1e-30}
+    at = torch.tensor([float(step)], device=device)
+    row_adam_(weight, *moments, torch.tensor([1.0, -2.0, 0.0], device=device), None, at, mode="dense", **rule)
+    first, second = ((1 - beta) / (1 - beta**step) for beta in betas)
+    expected = -rule["lr"] * first / math.sqrt(second)
+    torch.testing.assert_close(weight.cpu(), expected * torch.tensor([1.0, -1.0, 0.0]), rtol=2e-6, atol=0)
+
+
+def test_without_momentum_the_gradient_is_kept_whole(device):
+    weight, exp_avg, exp_avg_sq, _ = start(2, 3, device)
+    exp_avg += 1e6
+    exp_avg_sq += 1e12
+    grad = torch.full((2, 3), 1e-3, device=device)
+    one = torch.ones((), device=device)
+    row_adam_(weight, exp_avg, exp_avg_sq, grad, None, one, mode="dense", **(RULE | {"beta1": 0.0, "beta2": 0.0}))
+    assert torch.equal(exp_avg, grad)
+    assert torch.equal(exp_avg_sq, grad * grad)
+
+
+@pytest.mark.parametrize("mode", ["lazy", "decayed"])
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16], ids=str)
+def test_other_rows_stand_still(moments, mode, device):
+    """Bit for bit and unread: they are NaN. So are those listed with a gradient of zeros."""
+    F, d = 21, 20
+    weight, exp_avg, exp_avg_sq, last = start(F, d, device, moments)
+    features = torch.tensor([13, 2, 20, 0], device=device)
+    rows = torch.randn(4, d, device=device)
+    rows[1], rows[2], rows[2, 7] = -0.0, 0, 1e-30
+    moved = torch.zeros(F, dtype=torch.bool, device=device)
+    moved[[13, 20, 0]] = True
+    for t in (weight, exp_avg, exp_avg_sq):
+        t[~moved] = float("nan")
+    copy = torch.full((F, d), 7.0, dtype=torch.bfloat16, device=device)
+    before = weight.clone()
+    step = torch.tensor(5.0, device=device)
+    given = {"last": last if mode == "decayed" else None, "copy": copy, **RULE, **DECODER}
+    row_adam_(weight, exp_avg, exp_avg_sq, rows, features, step, mode=mode, **given)
+    assert torch.equal(weight.isfinite().all(1), moved)
+    assert torch.equal(weight.isnan().all(1), ~moved)
+    assert (weight != before)[moved].any(1).all()
+    assert torch.equal(exp_avg.isfinite().all(1), moved)
+    assert torch.equal(exp_avg_sq.isfinite().all(1), moved)
+    assert torch.equal(copy.float(), torch.where(moved[:, None], weight.bfloat16().float(), 7.0))
+    assert torch.equal(last, 5 * moved.int() if mode == "decayed" else torch.zeros_like(last))
+
+
+def test_nan_stays_in_its_row(device):
+    """Even one of all ones, which a carry would turn into a zero, and in a row that is made a unit."""
+    grad = torch.ones(4, 20, device=device)
+    grad.view(torch.int32)[2, 3] = 0x7FFFFFFF
+    weight, *moments, _ = ours(start(4, 20, device, torch.bfloat16), [(None, grad)], "dense", renormalize=True)
+    assert torch.equal(weight.isnan().sum(1).cpu(), torch.tensor([0, 0, 20, 0]))
+    for moment in moments:
+        assert torch.equal(moment.isnan().nonzero().cpu(), torch.tensor([[2, 3]]))
+
+
+def test_zero_eps_on_a_row_shorter_than_its_tile(device):
+    state, grads = start(5, 3, device), [(None, torch.ones(5, 3, device=device))]
+    assert ours(state, grads, "dense", eps=0.0, renormalize=True)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [None, 20])
+def test_copy(d, dtype, device):
+    weight, *moments, _ = start(21, d, device)
+    copy = torch.zeros_like(weight, dtype=dtype)
+    features, rows = gradients((21, d, 6), 1, device)[0]
+    step = torch.ones(1, device=device)
+    row_adam_(weight, *moments, rows, features, step, mode="dense", copy=copy, **RULE)
+    assert torch.equal(copy, weight.to(dtype))
+
+
+@pytest.mark.parametrize("layout", ["rows apart", "unaligned", "transposed"])
+def test_strided_rows(layout, device):
+    shape = (21, 20, 6)
+    state, ((features, rows),) = start(*shape[:2], device), gradients(shape, 1, device)
+    expected = ours(state, [(features, rows)], "dense")[0]
+    wide = torch.full((21, 27), float("nan"), device=device)
+    weight = wide[:, 1:21] if layout == "unaligned" else wide[:, :20]
+    weight.copy_(state[0])
+    copy = torch.zeros(21, 33, dtype=torch.bfloat16, device=device)[:, 3:23]
+    if layout == "transposed":
+        rows = rows.t().contiguous().t()
+    else:
+        rows = torch.nn.functional.pad(rows, (1, 60), value=float("nan"))[:, 1:21]
+    step = torch.ones(1, device=device)
+    row_adam_(weight, *state[1:3], rows, features, step, mode="dense", copy=copy, **RULE)
+    assert torch.equal(weight, expected)
+    assert torch.equal(copy, expected.bfloat16())
+    assert wide.isnan().sum() == 21 * 7
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_same_bits_in_any_order(mode, moments, device):
+    """Of the list, and in every run: what is random follows seed, step and place alone."""
+    shape = (23, 20, 9)
+    state, grads = start(*shape[:2], device, moments), gradients(shape, 3, device)
+    turned = [(features.flip(0), rows.flip(0)) for features, rows in grads]
+    first = ours(state, grads, mode, seed=2**40 + 1, **DECODER)
+    for other in (grads, turned):
+        for found, expected in zip(ours(state, other, mode, seed=2**40 + 1, **DECODER), first):
+            assert torch.equal(found, expected)
+
+
+def rounded_once(d, seed, step, device):
+    """0.999 as both moments, in bf16: two neighbours of it, as 0 (below) or 1 (above)."""
+    weight, exp_avg, exp_avg_sq, _ = start(64, d, device, torch.bfloat16)
+    exp_avg += 1
+    exp_avg_sq += 1
+    rule = RULE | {"beta1": 0.999, "beta2": 0.999, "seed": seed}
+    at = torch.tensor(float(step), device=device)
+    row_adam_(weight, exp_avg, exp_avg_sq, torch.zeros_like(weight), None, at, mode="dense", **rule)
+    below = 1 - 2**-8
+    for moment in (exp_avg, exp_avg_sq):
+        assert ((moment == 1) | (moment == below)).all()
+    return (exp_avg == 1).double(), (exp_avg_sq == 1).double()
+
+
+@pytest.mark.parametrize("d", [None, 2, 12])
+def test_bf16_moments_are_unbiased(d, device):
+    """Over seeds and rows, for each column: which is which word of the random numbers."""
+    above = torch.stack([torch.stack(rounded_once(d, seed, 3, device)) for seed in range(15)])
+    n = 15 * 64
+    share = (0.999 - (1 - 2**-8)) * 2**8
+    sigma = math.sqrt(share * (1 - share) / n)
+    assert ((above.mean(dim=(0, 2)) - share).abs() < 5 * sigma).all()
+    # no two columns or moments are rounded alike
+    columns = above.transpose(1, 2).reshape(n, -1) - share
+    alike = columns.t() @ columns / n / (share * (1 - share)) - torch.eye(columns.shape[1], device=device)
+    assert (alike.abs() < 5 / math.sqrt(n)).all()
+
+
+def test_bf16_moments_depend_on_seed_and_step(device):
+    first = rounded_once(12, 0, 3, device)[0]
+    assert torch.equal(rounded_once(12, 0, 3, device)[0], first)
+    assert not torch.equal(rounded_once(12, 1, 3, device)[0], first)
+    assert not torch.equal(rounded_once(12, 2**32, 3, device)[0], first)
+    assert not torch.equal(rounded_once(12, 0, 4, device)[0], first)
+
+
+def test_bf16_moments_follow_a_slow_decay(device):
+    """0.999 a step is less than half of bf16's last place: rounded to nearest, they would never move."""
+    state = start(16, 4, device, torch.bfloat16)
+    state[2] += 1
+    found = ours(state, [(None, torch.zeros(16, 4, device=device))] * 100, "dense")[2]
+    assert abs(found.double().mean() / 0.999**100 - 1) < 0.01
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_empty_list(mode, device):
+    """Dense Adam still moves every row."""
+    shape = (9, 20, 4)
+    state = start(*shape[:2], device)
+    nothing = (torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, 20, device=device))
+    grads = [*gradients(shape, 1, device), nothing]
+    found = ours(state, grads, mode)
+    if mode == "dense":
+        exact, eager = (torch_adam(state, grads, dtype) for dtype in (torch.float64, torch.float32))
+        assert_no_worse(found, exact, eager, 2)
+    else:
+        for part, expected in zip(found, ours(state, grads[:1], mode)):
+            assert torch.equal(part, expected)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0)])
+@pytest.mark.parametrize("mode", ["dense", "lazy"])
+def test_nothing(mode, shape, device):
+    weight, exp_avg, exp_avg_sq, grad = (torch.zeros(shape, device=device) for _ in range(4))
+    row_adam_(weight, exp_avg, exp_avg_sq, grad, None, torch.ones(1, device=device), mode=mode, **RULE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="what the host waits for shows on a GPU")
+@pytest.mark.parametrize("mode", MODES)
+def test_host_never_waits(mode, device):
+    weight, *moments, last = start(21, 20, device)
+    features, rows = gradients((21, 20, 6), 1, device)[0]
+    given = {"last": last if mode == "decayed" else None, **RULE, **DECODER, "factor": torch.ones(1, device=device)}
+    step = torch.ones(1, device=device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        row_adam_(weight, *moments, rows, features, step, mode=mode, **given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "sparse"}, "mode must be one of dense, lazy, decayed"),
+        ({"weight": torch.ones(4, 6, dtype=torch.float16)}, "weight must be fp32"),
+        ({"weight": torch.ones(6, 4).t()}, "weight must be fp32.*contiguous rows"),
+        ({"weight": torch.ones(4, 16385)}, "weight must have rows of at most 16384"),
+        ({"exp_avg": torch.ones(4, 5)}, "exp_avg must be"),
+        ({"exp_avg_sq": torch.ones(4, 6, dtype=torch.float16)}, "exp_avg_sq must be"),
+        ({"exp_avg_sq": torch.ones(6, 4).t()}, "exp_avg_sq must be contiguous"),
+        ({"grad": torch.ones(2)}, "grad must be"),
+        ({"grad": torch.ones(2, 7)}, "grad must be"),
+        ({"grad": torch.ones(2, 6, dtype=torch.float64)}, "grad must be"),
+        ({"features": None}, "features must be given where grad has 2 of 4 rows"),
+        ({"features": torch.tensor([1])}, "features must be"),
+        ({"features": torch.tensor([1, 2], dtype=torch.int32)}, "features must be"),
+        ({"step": torch.ones(2)}, "step must be"),
+        ({"step": torch.ones(1, dtype=torch.int64)}, "step must be"),
+        ({"factor": torch.ones(2)}, "factor must be"),
+        ({"mode": "decayed"}, "last must be given"),
+        ({"last": torch.zeros(4, dtype=torch.int32)}, "last must be given in mode 'decayed' and in no other"),
+        ({"mode": "decayed", "last": torch.zeros(4)}, "last must be"),
+        ({"copy": torch.ones(4, 6)}, "copy must be bf16 or fp16"),
+        ({"copy": torch.ones(4, 5, dtype=torch.bfloat16)}, "copy must be bf16 or fp16"),
+        ({"step": torch.ones(1, device="meta")}, "step must be on cpu as weight, got meta"),
+    ],
+)
+def test_wrong_arguments(change, message):
+    arguments = {name: torch.ones(4, 6) for name in ("weight", "exp_avg", "exp_avg_sq")}
+    arguments |= {"grad": torch.ones(2, 6), "features": torch.tensor([3, 0]), "step": torch.ones(()), "mode": "lazy"}
+    with pytest.raises(ValueError, match=message):
+        row_adam_(**(arguments | RULE | change))
+
+
+FAR_ROWS = """
+import torch
+from sampled_sae.kernels.row_adam import row_adam_
+rule = dict(factor=None, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+one = torch.ones(1)
+# untouched pages cost nothing
+far, grad = (torch.empty_strided((3, 8), (2**30 + 16, 1)) for _ in range(2))
+copy = torch.empty_strided((3, 8), (2**30 + 16, 1), dtype=torch.bfloat16)
+near, slope = torch.ones(3, 8), torch.arange(1.0, 25).reshape(3, 8)
+far.copy_(near), grad.copy_(slope)
+row_adam_(near, torch.zeros(3, 8), torch.zeros(3, 8), slope, None, one, mode="dense", **rule)
+row_adam_(far, torch.zeros(3, 8), torch.zeros(3, 8), grad, None, one, mode="dense", copy=copy, **rule)
+assert torch.equal(far, near) and torch.equal(copy, near.bfloat16()) and (near < 1).all()
+F, d = 2**18 + 2, 8192
+moments = [torch.empty(F, d, dtype=torch.bfloat16) for _ in range(2)]
+for moment in moments:
+    moment[F - 1] = 0
+row_adam_(torch.ones(1, d).expand(F, d), *moments, torch.ones(1, d), torch.tensor([F - 1]), one, mode="lazy", **rule)
+assert (moments[0][F - 1] > 0.09).all()
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter: virtual memory is free there")
+def test_offsets_beyond_32_bits():
+    """In a process of its own: an offset that wraps around ends it."""
+    done = subprocess.run([sys.executable, "-c", FAR_ROWS], cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

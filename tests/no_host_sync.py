@@ -1,0 +1,34 @@
+"""Finds what would make a GPU's host wait, without a GPU."""
+
+import torch
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class NoHostSync(TorchDispatchMode):
+    """Fails where an operation would have to wait for a GPU to tell the host a value or a size."""
+
+    FORBIDDEN = (
+        "_local_scalar_dense",
+        "nonzero",
+        "is_nonzero",
+        "masked_select",
+        "unique",
+        "repeat_interleave",
+        "equal",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        self.seen.add(name)
+        assert not any(word in name for word in self.FORBIDDEN), f"{name} waits for the device"
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        assert not any(i is not None and i.dtype == torch.bool for i in indices), f"{name} by a mask waits"
+        if func.namespace != "sampled_sae":
+            return func(*args, **(kwargs or {}))
+        with self:  # what the operator does inside
+            return OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
