@@ -57,7 +57,6 @@ MEASURES = {
     "loss_recovered_zero": "loss recovered",
     "dead_share": "never active",
     "batch_l0": "L0 (batch)",
-    "seconds": "train s",
 }
 
 
@@ -87,7 +86,7 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
         cells = []
         for measure in MEASURES:
             mean, least, most = row[measure]
-            digits = 1 if measure in ("seconds", "batch_l0") else 3
+            digits = 1 if measure == "batch_l0" else 3
             cells.append(f"{mean:.{digits}f} ({least:.{digits}f}–{most:.{digits}f})")
         lines.append(f"| {row['setting']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
