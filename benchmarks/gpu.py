@@ -34,7 +34,7 @@ import torch
 import triton
 
 from benchmarks.workloads import GPU_STEPS, REHEARSAL, Workload, activations
-from sampled_sae import SampledSAE, SampledSAEConfig
+from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig
 from sampled_sae.config import pool_size
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +49,8 @@ RULES: dict[str, dict[str, Any]] = {
     "l=None (BatchTopK)": {"l": None},
     "token (TopK)": {"l": None, "select": "token"},
 }
+# torch's fused Adam on dense gradients, or RowAdam in this mode
+OPTIMIZERS = {"Adam": None, "RowAdam dense": "dense", "RowAdam decayed": "decayed"}
 Row = dict[str, Any]
 
 
@@ -170,6 +172,7 @@ def kernel_calls(w: Workload) -> dict[str, Callable[[], Any]]:
     block, low = torch.empty_like(z), torch.empty_like(z, dtype=torch.bfloat16)
     values, tokens, features, hint = stream_batch(x, W, b, None, None, n)
     slots = by_feature(values, tokens, features, None, w.B, w.F)
+    adam = row_adam_calls(W.float(), members)
     return {
         "encoder product": product_of(x, W),
         "score l2, fused": lambda: column_statistics(x, W, b, "l2"),
@@ -188,7 +191,25 @@ def kernel_calls(w: Workload) -> dict[str, Callable[[], Any]]:
         "gradient of weights": lambda: segment_sum(
             values, tokens, slots.order, slots.row_ends, x, None, len(slots.rows)
         ),
+        **adam,
     }
+
+
+def row_adam_calls(weight: torch.Tensor, members: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """A decoder's step with the gradient of the pool's rows, in RowAdam's modes."""
+    from sampled_sae.kernels.row_adam import row_adam_
+
+    moments = [torch.zeros_like(weight) for _ in range(2)]
+    grad = torch.randn(len(members), weight.shape[1], device=DEVICE)
+    step = torch.ones((), device=DEVICE)
+    last = torch.zeros(len(weight), dtype=torch.int32, device=DEVICE)
+    settings = {"factor": None, "lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+    settings |= {"project": True, "renormalize": True}
+
+    def call(mode: str, last: torch.Tensor | None) -> Callable[[], Any]:
+        return lambda: row_adam_(weight, *moments, grad, members, step, mode=mode, last=last, **settings)
+
+    return {"row-Adam, dense": call("dense", None), "row-Adam, decayed": call("decayed", last)}
 
 
 def steps() -> list[Row]:
@@ -200,31 +221,38 @@ def steps() -> list[Row]:
         for name, rule in RULES.items():
             if pool_size(w.k, rule["l"], w.F) == w.F and rule["l"] is not None:
                 continue
-            step, forward_backward = training_step(w, rule)
-            took = timed({"product": floor, "step": step, "without optimizer": forward_backward})
-            rows.append(
-                {
-                    "name": name,
-                    "workload": w.name,
-                    **took["step"],
-                    "of product": took["step"]["ms"] / took["product"]["ms"],
-                    "without optimizer, of product": took["without optimizer"]["ms"] / took["product"]["ms"],
-                    "peak of [B, F]": peak_memory(forward_backward) / (4 * w.B * w.F),
-                }
-            )
-            del step, forward_backward
-            release()
+            for optimizer, mode in OPTIMIZERS.items():
+                if optimizer != "Adam" and name != "l=4":
+                    continue
+                step, forward_backward = training_step(w, rule, mode)
+                took = timed({"product": floor, "step": step, "without optimizer": forward_backward})
+                rows.append(
+                    {
+                        "name": f"{name}, {optimizer}",
+                        "workload": w.name,
+                        **took["step"],
+                        "of product": took["step"]["ms"] / took["product"]["ms"],
+                        "without optimizer, of product": took["without optimizer"]["ms"] / took["product"]["ms"],
+                        "peak of [B, F]": peak_memory(forward_backward) / (4 * w.B * w.F),
+                    }
+                )
+                del step, forward_backward
+                release()
     return rows
 
 
-def training_step(w: Workload, rule: dict[str, Any]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def training_step(w: Workload, rule: dict[str, Any], mode: str | None) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """A whole step, and the step without its optimizer."""
-    sae = SampledSAE(SampledSAEConfig(d_in=w.d, d_sae=w.F, k=w.k, impl="triton", **rule), device=DEVICE)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
+    cfg = SampledSAEConfig(d_in=w.d, d_sae=w.F, k=w.k, impl="triton", row_grads=mode is not None, **rule)
+    sae = SampledSAE(cfg, device=DEVICE)
+    if mode is None:
+        optimizer: torch.optim.Optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
+    else:
+        optimizer = RowAdam(sae, lr=1e-4, mode=mode)
     x = activations(w, 0).to(DEVICE)
 
     def forward_backward() -> None:
-        sae.zero_grad()
+        optimizer.zero_grad()
         with torch.autocast(DEVICE, torch.bfloat16):
             out = sae(x)
         out.loss.backward()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,41 @@ class Pool(NamedTuple):
 
     members: Tensor
     scores: Tensor
+
+
+class KeptPool:
+    """Serves one pool for `every` steps before it looks for the next."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.reset()
+
+    def reset(self) -> None:
+        """The next step looks for a new pool."""
+        self._pool: Pool | None = None
+        self._uses = 0
+
+    def next(self, find: Callable[[], Pool | None]) -> Pool | None:
+        """The pool of one more step."""
+        if self.every == 1:
+            return find()
+        if self._pool is None or self._uses == self.every:
+            self._pool, self._uses = find(), 0
+        self._uses += 1
+        return self._pool
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs: tensors and a number; empty where nothing is kept."""
+        if self._pool is None:
+            return {}
+        return {**self._pool._asdict(), "uses": self._uses}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | str) -> None:
+        """The inverse of `state_dict`."""
+        self.reset()
+        if state:
+            self._pool = Pool(state["members"].to(device), state["scores"].to(device))
+            self._uses = state["uses"]
 
 
 def find_pool(

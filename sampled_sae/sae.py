@@ -18,7 +18,7 @@ from .finite import FiniteInputs
 from .implementations import Implementation, implementation, resolve_impl
 from .init import geometric_median
 from .memory import Workspace
-from .pool import Pool, find_pool
+from .pool import KeptPool, Pool, find_pool
 from .pretrained import load_pretrained, save_pretrained
 from .rows import RowGradient, RowSource
 from .validate import check_activations, check_number, check_same
@@ -96,8 +96,7 @@ class SampledSAE(nn.Module):
         self.row_grads: list[RowGradient] = []
         self.generator = torch.Generator().manual_seed(cfg.seed)
         self._hint: float | Tensor | None = None
-        self._pool: Pool | None = None
-        self._pool_uses = 0
+        self.kept_pool = KeptPool(cfg.pool_every)
         self._workspace = Workspace()
         self._finite = FiniteInputs()
         self._most_idle: tuple[int, int] | None = None
@@ -133,7 +132,7 @@ class SampledSAE(nn.Module):
         c, parts = self.cfg, self._parts
         flat = self._flatten(x)
         rows = RowSource(c.row_grads, self._workspace)
-        pool = self._next_pool(flat)
+        pool = self.kept_pool.next(lambda: self._score(flat))
         codes, hint = self._select(flat, pool, rows)
         self._keep_hint(hint)
         x_hat = parts.decode(codes, self.W_dec, self.b_dec, rows)
@@ -242,7 +241,8 @@ class SampledSAE(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SampledSAE:
         """`.to(bfloat16)` and the like leave the threshold in float32: rounded, it would miss its L0."""
         threshold = self.threshold
-        self._hint = self._pool = None
+        self._hint = None
+        self.kept_pool.reset()
         super()._apply(fn, recurse)
         if self.threshold.dtype in (torch.float16, torch.bfloat16):
             self.threshold = threshold.to(self.threshold.device, torch.float32)
@@ -276,29 +276,6 @@ class SampledSAE(nn.Module):
             generator=self.generator,
             score_tokens=c.score_tokens,
         )
-
-    def _next_pool(self, flat: Tensor) -> Pool | None:
-        """The pool of a training step, a new one every `pool_every` steps."""
-        if self.cfg.pool_every == 1:
-            return self._score(flat)
-        if self._pool is None or self._pool_uses == self.cfg.pool_every:
-            self._pool, self._pool_uses = self._score(flat), 0
-        self._pool_uses += 1
-        return self._pool
-
-    def pool_state(self) -> dict[str, Any]:
-        """What `pool_every` keeps between steps, for a checkpoint: tensors and a number."""
-        if self._pool is None:
-            return {}
-        return {"members": self._pool.members, "scores": self._pool.scores, "uses": self._pool_uses}
-
-    def load_pool_state(self, state: dict[str, Any]) -> None:
-        """The inverse of `pool_state`."""
-        self._pool, self._pool_uses = None, 0
-        if state:
-            device = self.W_enc.device
-            self._pool = Pool(state["members"].to(device), state["scores"].to(device))
-            self._pool_uses = state["uses"]
 
     def _select(self, flat: Tensor, pool: Pool | None, rows: RowSource, **other: Any) -> Selection:
         rule = {"k": self.cfg.k, "select": self.cfg.select, "hint": self._hint, **other}

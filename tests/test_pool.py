@@ -92,17 +92,17 @@ def test_kept_scores_serve_the_aux_loss(impl):
 
 def test_the_kept_pool_travels_with_a_checkpoint():
     sae = make_sae(pool_every=3, pool="sample")
-    assert sae.pool_state() == {}
+    assert sae.kept_pool.state_dict() == {}
     sae(tokens(20, 12))
     twin = make_sae(pool_every=3, pool="sample")
     twin.load_state_dict(sae.state_dict())
-    twin.load_pool_state(copy.deepcopy(sae.pool_state()))
+    twin.kept_pool.load_state_dict(copy.deepcopy(sae.kept_pool.state_dict()), "cpu")
     twin.generator.set_state(sae.generator.get_state())
     for step in range(6):
         x = tokens(20, 12, seed=10 + step)
         assert torch.equal(sae(x).codes.to_dense(), twin(x).codes.to_dense())
-    twin.load_pool_state({})
-    assert twin.pool_state() == {}
+    twin.kept_pool.load_state_dict({}, "cpu")
+    assert twin.kept_pool.state_dict() == {}
 
 
 @pytest.mark.parametrize("rule", [{"l": None}, {"l": 24.0}])
