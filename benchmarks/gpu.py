@@ -207,7 +207,7 @@ def row_adam_calls(weight: torch.Tensor, members: torch.Tensor) -> dict[str, Cal
     settings |= {"project": True, "renormalize": True}
 
     def call(mode: str, last: torch.Tensor | None) -> Callable[[], Any]:
-        return lambda: row_adam_(weight, *moments, grad, members, step, mode=mode, last=last, **settings)
+        return lambda: row_adam_(weight, *moments, grad, members, step.add_(1), mode=mode, last=last, **settings)
 
     return {"row-Adam, dense": call("dense", None), "row-Adam, decayed": call("decayed", last)}
 

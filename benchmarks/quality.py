@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,6 @@ MEASURES = {
     "fvu": "FVU",
     "loss_recovered_zero": "loss recovered",
     "dead_share": "never active",
-    "batch_l0": "L0 (batch)",
 }
 
 
@@ -86,8 +85,7 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
         cells = []
         for measure in MEASURES:
             mean, least, most = row[measure]
-            digits = 1 if measure == "batch_l0" else 3
-            cells.append(f"{mean:.{digits}f} ({least:.{digits}f}–{most:.{digits}f})")
+            cells.append(f"{mean:.3f} ({least:.3f}–{most:.3f})")
         lines.append(f"| {row['setting']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -131,8 +129,8 @@ def main() -> None:
         "features": FEATURES,
         "k": K,
         "l": L,
-        "steps": args.steps,
-        "batch_size": args.batch_size,
+        "train": asdict(train),
+        "splice_rows": args.splice_rows,
         "dead_after": args.dead_after,
         "seeds": SEEDS,
         "rows": rows,

@@ -4,8 +4,8 @@ Bytes for each parameter of a row: weight and two moments, read and written (24 
 gradient read, its copy written; about 20 FLOPs. Bound by memory: a program holds whole rows in registers, so that
 the sums over d of projection and renormalisation read nothing twice. "dense" moves all F rows and looks up where the
 gradient of each is listed, so no dense gradient is written; "lazy" and "decayed" move the rows of the list alone.
-Step and clip factor are read on the device: nothing waits, and a CUDA graph may replay the step. Moments decay by
-1 - alpha with alpha = 1 - beta rounded once: beta rounded to fp32 would put v off by 1.3e-5 of it at beta = 0.999.
+Step and clip factor are read on the device: nothing waits, and a CUDA graph may replay the step (with its lr).
+Moments decay by 1 - alpha with alpha = 1 - beta rounded once: beta rounded to fp32 puts v off by 1.3e-5 of it.
 """
 
 import math

@@ -24,7 +24,8 @@ def evaluate_activations(sae: SampledSAE, x: Tensor, batch_size: int = 2048) -> 
     `dead_share` (features that no token activates), `frequency_histogram` (features by the share of tokens that
     activate them; edges in `frequency_edges`, features never active in `never_active`), `features_for_90`
     (how many features hold 90% of the kept entries), `jaccard` (mean overlap of the feature sets of consecutive
-    batches). By the batch rule: `batch_l0`, `batch_fvu`, `batch_features_for_90`, `batch_jaccard`.
+    batches). By the batch rule, with a pool of each batch's own: `batch_l0`, `batch_fvu`, `batch_features_for_90`,
+    `batch_jaccard`.
     """
     was_training = sae.training
     state = {name: getattr(sae, name).clone() for name in ("threshold", "threshold_steps", "tokens_since_active")}

@@ -1,6 +1,6 @@
 """`RowAdam`: clip, project, Adam and renormalise a SampledSAE in one walk over its rows.
 
-A gradient given as rows is never made dense. Where the SAE runs on Triton a fused kernel does the walk
+A gradient given as rows is never made dense. Where the SAE runs on Triton in float32 a fused kernel does the walk
 (kernels/row_adam.py) and nothing waits for the device, else PyTorch's fused Adam (torch_impl/row_adam.py).
 """
 
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from .implementations import Implementation, implementation
 from .memory import on_huge_pages
-from .row_grads import RowGrads, Rule
+from .row_grads import RowGrads, Rule, rows_first
 from .validate import check_choice, check_number
 
 if TYPE_CHECKING:
@@ -43,8 +43,10 @@ class RowAdam(Optimizer):
             "decayed": they stand still, and when a gradient comes their moments are first multiplied by
             beta^(steps without one): the moments are those of "dense".
             Weight decay acts, and enters the moments, only when a row moves.
-        moments: dtype of the moments of W_enc and W_dec; None for that of the weights. torch.bfloat16 halves
-            their memory and is rounded stochastically.
+        moments: dtype of the moments of W_enc and W_dec beside float32 weights; torch.bfloat16 halves their
+            memory and is rounded stochastically. None for that of the weights.
+
+    The projection takes decoder rows to be of unit norm, as `normalize_decoder()` makes them.
 
     Attributes:
         grad_norm: the global norm of the last step's gradient before clipping, 0-dim tensor.
@@ -73,6 +75,11 @@ class RowAdam(Optimizer):
         check_choice("mode", mode, MODES)
         if moments not in MOMENTS:
             raise ValueError(f"moments={moments!r}: must be one of {', '.join(map(str, MOMENTS))}")
+        names = {name for name, _ in sae.named_parameters()}
+        if names != {"W_enc", "b_enc", "W_dec", "b_dec"}:
+            raise TypeError(f"sae={type(sae).__name__}: must be a SampledSAE (of a wrapped one, the module inside)")
+        if moments is not None and sae.W_enc.dtype != torch.float32:
+            raise ValueError(f"moments={moments!r}: needs weights in float32, these are {sae.W_enc.dtype}")
         groups = [{"params": [p], "name": name} for name, p in sae.named_parameters()]
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.sae = sae
@@ -102,17 +109,20 @@ class RowAdam(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, whatever memory layout the moments were saved in."""
         super().load_state_dict(state_dict)
-        for group in self.param_groups:
+        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             parameter = group["params"][0]
-            state = self.state.get(parameter, {})
-            for name in state:
-                if name == "step":
-                    state[name] = state[name].to(parameter.device)
-                elif name == "last":  # which torch gives the parameter's dtype
-                    state[name] = state[name].to(torch.int32)
-                else:
-                    moment = by_feature(group["name"], state[name]).to(self._moment_dtype(group)).contiguous()
-                    state[name] = by_feature(group["name"], moment)
+            # from the original: torch has given all but the step the parameter's dtype
+            for name, value in state_dict["state"].get(saved["params"][0], {}).items():
+                value = value.detach().to(parameter.device, copy=True)
+                if name in ("exp_avg", "exp_avg_sq"):
+                    moment = rows_first(group["name"], value).to(self._moment_dtype(group)).contiguous()
+                    value = rows_first(group["name"], moment)
+                self.state[parameter][name] = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which in torch would lose what is not in the base class."""
+        own = ("sae", "clip", "mode", "moments", "grad_norm")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     @property
     def _parts(self) -> Implementation:
@@ -157,27 +167,23 @@ class RowAdam(Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
             like = weight.new_empty(0, dtype=self._moment_dtype(group))
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = by_feature(grad.name, on_huge_pages(like, *weight.shape).zero_())
-            if rule.mode == "decayed":
-                state["last"] = torch.zeros(weight.shape[0], dtype=torch.int32, device=weight.device)
+                state[name] = rows_first(grad.name, on_huge_pages(like, *weight.shape).zero_())
+        if rule.mode == "decayed" and "last" not in state:
+            # in a state that another mode has left behind, every row has just moved
+            state["last"] = state["step"].to(torch.int32).expand(weight.shape[0]).clone()
         state["step"] += 1
         # Rows are worked on in memory order: a weight of another layout as a copy.
         rows = weight.contiguous()
         self._parts.row_adam_(
             rows,
-            *(by_feature(grad.name, state[name]) for name in ("exp_avg", "exp_avg_sq")),
+            *(rows_first(grad.name, state[name]) for name in ("exp_avg", "exp_avg_sq")),
             grad.values(),
             grad.features(),
             state["step"],
             factor,
-            state.get("last"),
+            state["last"] if rule.mode == "decayed" else None,
             index,
             rule,
         )
         if rows is not weight:
             weight.copy_(rows)
-
-
-def by_feature(name: str, t: Tensor) -> Tensor:
-    """A tensor of W_enc's shape with features first, and back; others as they are."""
-    return t.t() if name == "W_enc" else t

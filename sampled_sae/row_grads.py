@@ -30,11 +30,11 @@ class RowGrads:
 
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
         self.name = name
-        self.weight = parameter.detach().t() if name == "W_enc" else parameter.detach()
+        self.weight = rows_first(name, parameter.detach())
         self.parts: list[tuple[Tensor, Tensor]] = []
         self.dense: Tensor | None = None
         if parameter.grad is not None:
-            self.dense = (parameter.grad.t() if name == "W_enc" else parameter.grad).contiguous()
+            self.dense = rows_first(name, parameter.grad).contiguous()
 
     def __bool__(self) -> bool:
         return bool(self.parts) or self.dense is not None
@@ -50,8 +50,8 @@ class RowGrads:
     def merge(self, union: Union) -> None:
         """Several parts become one, on the `union` of their features; rows beside a dense gradient are added to it."""
         if self.dense is not None:
-            for features, rows in self.parts:
-                self.dense.index_add_(0, features, rows.to(self.dense.dtype))
+            for features, rows in self.parts:  # not in place: it may be the parameter's own
+                self.dense = self.dense.index_add(0, features, rows.to(self.dense.dtype))
             self.parts = []
         if len(self.parts) > 1:
             features = union([f for f, _ in self.parts], self.weight.shape[0])
@@ -59,3 +59,8 @@ class RowGrads:
             for some, rows in self.parts:
                 values.index_add_(0, torch.searchsorted(features, some), rows)
             self.parts = [(features, values)]
+
+
+def rows_first(name: str, t: Tensor) -> Tensor:
+    """A tensor of the shape of parameter `name` with features first, and back."""
+    return t.t() if name == "W_enc" else t

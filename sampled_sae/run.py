@@ -76,7 +76,7 @@ class TrainingRun:
     """One SAE in training and its folder; the batches come from outside.
 
     Args:
-        sae_config, train_config: what and how; `row_grads` is switched on.
+        sae_config, train_config: what and how; `row_grads` is switched on in training.
         feed: where its batches come from, and the device it is trained on; may be shared by several runs.
         folder: where everything is written.
 
@@ -97,6 +97,7 @@ class TrainingRun:
         self.config = train_config
         self.feed = feed
         self.folder = Path(folder)
+        self.row_grads = sae_config.row_grads
         self.sae = SampledSAE(replace(sae_config, row_grads=sae_config.impl != "reference"), device=feed.device)
         self.optimizer = RowAdam(
             self.sae,
@@ -154,6 +155,8 @@ class TrainingRun:
 
     def finish(self, x: Tensor) -> None:
         """Calibrates the threshold to L0 = k on x [n, d_in]; writes the SAE and run.json."""
+        # saved as it was asked for: who trains it on with another optimizer looks for dense gradients
+        self.sae.cfg = replace(self.sae.cfg, row_grads=self.row_grads)
         self.sae.eval()
         self.sae.calibrate(x)
         self.sae.save_pretrained(self.folder)

@@ -218,6 +218,16 @@ class SampledSAE(nn.Module):
             W = nn.functional.normalize(self.W_dec, dim=1)
             self.W_dec.grad.sub_((self.W_dec.grad * W).sum(1, keepdim=True) * W)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; row gradients are dropped too."""
+        super().zero_grad(set_to_none)
+        self.row_grads = []
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch; the next step looks for a pool of the new weights."""
+        self.kept_pool.reset()
+        return super().load_state_dict(*args, **kwargs)
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `sae.safetensors`, each to a temporary name that is then renamed."""
         save_pretrained(self, Path(folder))

@@ -411,6 +411,91 @@ def test_copies_do_not_share(tmp_path):
     assert not torch.equal(twin.W_enc, sae.W_enc)
 
 
+def test_the_modules_zero_grad_drops_rows():
+    sae = make_sae(row_grads=True)
+    backward(sae, 0)
+    sae.zero_grad()
+    assert sae.row_grads == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_steps_of_rows_survive_a_load(dtype):
+    """As integers: torch gives them the weights' dtype, in which 1001 is 1000."""
+    sae = make_sae(dtype, row_grads=True)
+    rows = RowAdam(sae, mode="decayed")
+    backward(sae, 0, dtype)
+    rows.step()
+    last = rows.state[sae.W_enc]["last"]
+    last.copy_(torch.arange(1001, 1001 + len(last)))
+    again = RowAdam(sae, mode="decayed")
+    again.load_state_dict(copy.deepcopy(rows.state_dict()))
+    assert torch.equal(again.state[sae.W_enc]["last"], last)
+
+
+@pytest.mark.parametrize("before", ["dense", "lazy", "decayed"])
+@pytest.mark.parametrize("after", ["dense", "lazy", "decayed"])
+def test_another_mode_goes_on_from_a_state(before, after):
+    sae = make_sae(row_grads=True)
+    rows = RowAdam(sae, lr=0.01, mode=before)
+    for step in range(3):
+        rows.zero_grad()
+        backward(sae, step)
+        rows.step()
+    # the state as the new mode would have left it, had all rows moved in the last step
+    plain = copy.deepcopy(rows.state_dict())
+    for state in plain["state"].values():
+        state.pop("last", None)
+    found = []
+    for state in (rows.state_dict(), plain):
+        twin = copy.deepcopy(sae)
+        other = RowAdam(twin, lr=0.01, mode=after)
+        other.load_state_dict(copy.deepcopy(state))
+        other.zero_grad()
+        backward(twin, 5)
+        other.step()
+        found.append(state_of(twin))
+    if (before, after) == ("decayed", "decayed"):
+        assert any(not torch.equal(found[0][name], found[1][name]) for name in found[0])
+    else:
+        assert_close(*found, rtol=0, atol=0)
+
+
+def test_a_copy_of_sae_and_optimizer_trains_on():
+    sae = make_sae(row_grads=True)
+    rows = RowAdam(sae, lr=0.01, mode="decayed", clip=0.5)
+    backward(sae, 0)
+    rows.step()
+    twin, optimizer = copy.deepcopy((sae, rows))
+    for s, o in ((sae, rows), (twin, optimizer)):
+        o.zero_grad()
+        backward(s, 1)
+        o.step()
+    assert_close(state_of(sae), state_of(twin), rtol=0, atol=0)
+    assert optimizer.clip == 0.5
+
+
+def test_a_step_leaves_the_gradients_as_they_are():
+    sae = make_sae(row_grads=True)
+    rows = RowAdam(sae, lr=0.0, clip=None)
+    backward(sae, 0)
+    (sae.W_enc.square().sum() + sae.W_dec.pow(4).sum()).backward()
+    norms = []
+    for _ in range(2):
+        rows.step()
+        norms.append(float(rows.grad_norm))
+    assert norms[0] == norms[1]
+
+
+def test_a_wrapped_sae_is_refused():
+    with pytest.raises(TypeError, match="sae=Sequential: must be a SampledSAE"):
+        RowAdam(torch.nn.Sequential(make_sae()))
+
+
+def test_moments_need_float32_weights():
+    with pytest.raises(ValueError, match=r"moments=torch.bfloat16: needs weights in float32, these are torch.float64"):
+        RowAdam(make_sae(), moments=torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [

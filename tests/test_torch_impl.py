@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from makers import assert_same_entries, leaves, problem, run
+from makers import assert_same_entries, leaves, make_sae, problem, run, tokens
 
 from sampled_sae import functional as F
 from sampled_sae import reference
@@ -309,3 +309,17 @@ def test_threshold_counts_and_their_sum_over_batches(shape, integers):
     assert torch.equal(parts[0] + parts[1], expected)
     with pytest.raises(ValueError, match="ascending"):
         F.threshold_counts(x, W, b, thresholds.flip(0))
+
+
+@pytest.mark.parametrize("l", [2.0, 8.0, None])
+def test_autocast_changes_nothing(l):
+    """It used to reach into a small pool's products, and the backward pass found operands of two dtypes."""
+    found = []
+    for enabled in (False, True):
+        sae = make_sae(torch.float32, d_sae=128, l=l, impl="torch")
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = sae(tokens(20, 12, dtype=torch.float32)).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in sae.parameters())])
+    for plain, autocast in zip(*found):
+        torch.testing.assert_close(autocast, plain)

@@ -96,6 +96,8 @@ def test_training_lowers_fvu_and_saves_a_loadable_sae(store, tmp_path):
     assert torch.equal(loaded.encode(x), sae.encode(x))
     norms = torch.linalg.vector_norm(loaded.W_dec, dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
+    loaded.train()(x).loss.backward()
+    assert all(p.grad is not None for p in loaded.parameters()), "any optimizer can train it on"
 
 
 def test_learning_rate_rises_holds_and_falls():

@@ -13,6 +13,7 @@ from .scores import column_statistics, finish_scores
 from .stream import stream_token
 
 
+@layer.without_autocast
 def aux_loss(
     x: Tensor,
     x_hat: Tensor,

@@ -6,6 +6,8 @@ entry. Dense wins while P is a few times k (measured: benchmarks/results/block_o
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +31,17 @@ BLOCK_SHARE = 8
 def use_block(pool: int, k: float, n_features: int) -> bool:
     """Whether [B, P] is the faster form and a small share of [B, F]."""
     return pool <= BLOCK_PER_K * k and pool * BLOCK_SHARE <= n_features
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """This form computes in float32 for 16-bit inputs, and autocast would round one operand of a product."""
+
+    @functools.wraps(function)
+    def call(first: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return call
 
 
 class EncodeBlock(torch.autograd.Function):
@@ -65,6 +78,7 @@ def centre(x: Tensor, b_dec: Tensor | None) -> Tensor:
     return centred if b_dec is None else centred - b_dec.detach().to(dtype)
 
 
+@without_autocast
 def column_scores(x: Tensor, W: Tensor, b: Tensor, score: str, scale: Tensor | None) -> Tensor:
     """[F] of x [B, d], already centred."""
     x = centre(x, None)
@@ -72,6 +86,7 @@ def column_scores(x: Tensor, W: Tensor, b: Tensor, score: str, scale: Tensor | N
     return finish_scores(column_statistics(x, W.detach(), b.detach().to(x.dtype), score, scale), score)
 
 
+@without_autocast
 def select(
     x: Tensor,
     b_dec: Tensor | None,
@@ -112,6 +127,7 @@ def select(
     return Selection(entry_codes(x, b_dec, W, b, centred, scale, found, rows), hint)
 
 
+@without_autocast
 def above_threshold(x: Tensor, b_dec: Tensor | None, W: Tensor, b: Tensor, threshold: Tensor) -> SparseCodes:
     """Every activation strictly above the threshold (0-dim), with its gradient."""
     centred = centre(x, b_dec)
@@ -171,6 +187,7 @@ def block_mask(a: Tensor, k: float, select: str) -> Tensor:
     return (above | (tied & (tied.cumsum(1) <= room))) & positive
 
 
+@without_autocast
 def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, rows: RowSource | None = None) -> Tensor:
     """[B, d] in the codes' dtype: a dense product on a block, gathered rows on entries."""
     rows = rows if rows is not None else RowSource()

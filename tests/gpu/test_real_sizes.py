@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sampled_sae import SampledSAE, SampledSAEConfig
+from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig
 from sampled_sae import functional as F
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -108,9 +108,13 @@ def test_peak_memory(rule):
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("dead_after", [1000, 10**9])
-def test_no_host_synchronisation(rule, dead_after):
-    sae, x = make(1024, 768, 16384, k=32, dead_after=dead_after, **rule)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
+@pytest.mark.parametrize("mode", [None, "dense", "decayed"])
+def test_no_host_synchronisation(mode, rule, dead_after):
+    sae, x = make(1024, 768, 16384, k=32, dead_after=dead_after, row_grads=mode is not None, **rule)
+    if mode is None:
+        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
+    else:
+        optimizer = RowAdam(sae, mode=mode)
     for warm in (True, True, False):
         torch.cuda.set_sync_debug_mode("default" if warm else "error")
         try:
