@@ -89,3 +89,18 @@ def test_no_step_waits_for_the_device(mode, monkeypatch):
     with NoHostSync() as mode_:
         optimizer.step()
     assert "top_pool" in mode_.seen
+
+
+@pytest.mark.parametrize("mode", ["dense", "decayed"])
+def test_float32_weights_under_products_in_16_bits(mode):
+    """The weights that Adam moves stay in float32; a step is smaller than bfloat16 could show."""
+    full, half = make("triton", l=None), make("triton", l=None)
+    start = [p.detach().clone() for p in full.parameters()]
+    trained(full, RowAdam(full, lr=1e-4, mode=mode), 4)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        trained(half, RowAdam(half, lr=1e-4, mode=mode), 4)
+    for first, p, q in zip(start, full.parameters(), half.parameters()):
+        assert q.dtype == torch.float32
+        moved = (p - first).norm()
+        assert (q - first).norm() > 0.9 * moved
+        assert (q - p).norm() < 0.5 * moved
