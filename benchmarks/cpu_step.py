@@ -47,7 +47,7 @@ VARIANTS = {
     "l=None (BatchTopK)": Variant({"l": None}),
     "token (TopK)": Variant({"l": None, "select": "token"}),
     "l=4, decayed": Variant({"l": 4.0}, "decayed"),
-    "l=4, decayed, score_tokens=0.25": Variant({"l": 4.0, "score_tokens": 0.25}, "decayed"),
+    "l=4, score_tokens=0.25": Variant({"l": 4.0, "score_tokens": 0.25}),
     "l=4, pool_every=4": Variant({"l": 4.0, "pool_every": 4}, steps=4),
     "l=4, decayed, pool_every=4": Variant({"l": 4.0, "pool_every": 4}, "decayed", steps=4),
 }

@@ -1,7 +1,8 @@
 """What the faster forms of a step cost in quality: RowAdam's modes, the aux loss, how often columns are scored.
 
 Every row is trained on the same tokens of real activations with three seeds of initial weights, calibrated to
-L0 = k and evaluated on held-out text. One setting at a time differs from the first row.
+L0 = k and evaluated on held-out text. One setting at a time differs from the first row. The SAEs of a seed take their
+steps in turn, so that times compare: they are those of all steps, in units of the first row's.
 
     sampled-sae harvest runs/quality/activations --layer 15 --texts wiki-en --tokens 250000
     python benchmarks/quality.py runs/quality/activations runs/quality/runs --out benchmarks/results/quality.json
@@ -24,9 +25,11 @@ import torch
 from benchmarks.cpu_step import machine
 from sampled_sae import SampledSAEConfig
 from sampled_sae.data import ActivationStore
+from sampled_sae.feed import Feed
+from sampled_sae.files import read_json, write_json
 from sampled_sae.lm import SpliceEvaluator, load_model
-from sampled_sae.sweep import run_sweep
-from sampled_sae.train import TrainConfig
+from sampled_sae.run import TrainConfig, TrainingRun, train_to_end
+from sampled_sae.sweep import Splice, evaluate
 
 FEATURES, K, L = 16384, 32, 4.0
 SEEDS = (0, 1, 2)
@@ -56,25 +59,32 @@ MEASURES = {
     "fvu": "FVU",
     "loss_recovered_zero": "loss recovered",
     "dead_share": "never active",
+    "time": "time of the steps",
 }
 
 
-def train_all(store: ActivationStore, folder: Path, train: TrainConfig, dead_after: int, splice: Any) -> dict[str, Any]:
-    """Results by setting: one a seed. What is in `folder` already is not trained again."""
+def train_seed(
+    store: ActivationStore, folder: Path, train: TrainConfig, dead_after: int, seed: int, splice: Splice
+) -> dict[str, dict[str, Any]]:
+    """The results of one seed by setting; read from the folder where they are there already."""
+    done = folder / "results.json"
+    if done.exists():
+        return read_json(done)
+    base = SampledSAEConfig(d_in=store.d_in, d_sae=FEATURES, k=K, l=L, dead_after=dead_after, row_grads=True, seed=seed)
+    feed = Feed(store, train.batch_size, train.seed)
+    runs = {
+        name: TrainingRun(replace(base, **setting.sae), replace(train, **setting.train), feed, folder / str(i))
+        for i, (name, setting) in enumerate(SETTINGS.items())
+    }
+    train_to_end(runs, progress=False)
+    held_out = store.holdout()[0]
+    first = next(iter(runs.values())).seconds
     found = {}
-    for number, (name, setting) in enumerate(SETTINGS.items()):
-        base = SampledSAEConfig(d_in=store.d_in, d_sae=FEATURES, k=K, l=L, dead_after=dead_after, row_grads=True)
-        configs = {f"seed{seed}": replace(base, seed=seed, **setting.sae) for seed in SEEDS}
-        print(name, flush=True)
-        found[name] = run_sweep(
-            configs,
-            replace(train, **setting.train),
-            store,
-            folder / str(number),
-            splice,
-            progress=False,
-            together=len(SEEDS),
-        )
+    for name, run in runs.items():
+        result = evaluate(run.sae, held_out, train.batch_size, splice) | {"time": run.seconds / first}
+        found[name] = {measure: result[measure] for measure in (*MEASURES, "l0")}
+        print(f"seed {seed}, {name}: {found[name]}", flush=True)
+    write_json(done, found)
     return found
 
 
@@ -85,7 +95,8 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
         cells = []
         for measure in MEASURES:
             mean, least, most = row[measure]
-            cells.append(f"{mean:.3f} ({least:.3f}–{most:.3f})")
+            digits = 2 if measure == "time" else 3
+            cells.append(f"{mean:.{digits}f} ({least:.{digits}f}–{most:.{digits}f})")
         lines.append(f"| {row['setting']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -114,12 +125,15 @@ def main() -> None:
         max_norm=store.manifest["max_norm"],
     )
     train = TrainConfig(steps=args.steps, batch_size=args.batch_size, lr=args.lr)
-    found = train_all(store, args.folder, train, args.dead_after, evaluator.evaluate)
+    by_seed = [
+        train_seed(store, args.folder / f"seed{seed}", train, args.dead_after, seed, evaluator.evaluate)
+        for seed in SEEDS
+    ]
     rows = []
-    for name, runs in found.items():
+    for name in SETTINGS:
         row: dict[str, Any] = {"setting": name}
         for measure in MEASURES:
-            values = [run[measure] for run in runs]
+            values = [found[name][measure] for found in by_seed]
             row[measure] = (statistics.mean(values), min(values), max(values))
         rows.append(row)
     result = {

@@ -9,14 +9,14 @@ import torch
 
 pytest.importorskip("triton")
 
+from row_adam_steps import DECODER, RULE, gradients, ours, start
+
 from sampled_sae.kernels.row_adam import row_adam_
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 ROOT = Path(__file__).parents[2]
 EPS = torch.finfo(torch.float32).eps
-RULE = {"factor": None, "lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
-DECODER = {"weight_decay": 0.1, "project": True, "renormalize": True}
 MODES = ["dense", "lazy", "decayed"]
 # F, d, T; the interpreter holds 64 elements at once, at least one row
 SHAPES = [
@@ -27,49 +27,6 @@ SHAPES = [
     pytest.param((5, 576, 3), id="d=576"),
     pytest.param((5, 768, 3), id="d=768"),
 ]
-
-
-def start(F, d, device, moments=torch.float32, seed=0):
-    """Weight of unit rows, moments, last."""
-    weight = torch.randn(F, *(() if d is None else (d,)), generator=torch.Generator().manual_seed(seed))
-    if d is not None:
-        weight /= weight.norm(dim=1, keepdim=True)
-    zeros = torch.zeros_like(weight, dtype=moments)
-    return [t.to(device) for t in (weight, zeros, zeros.clone(), torch.zeros(F, dtype=torch.int32))]
-
-
-def gradients(shape, steps, device, dtype=torch.float32, seed=1):
-    """(features, rows) of each step, other features each time; one of two rows or more is zero."""
-    F, d, T = shape
-    make = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(steps):
-        rows = torch.randn(T, *(() if d is None else (d,)), generator=make)
-        if T > 1:
-            rows[T // 2] = 0
-        found.append((torch.randperm(F, generator=make)[:T].to(device), rows.to(device, dtype)))
-    return found
-
-
-def ours(state, grads, mode, **rule):
-    """weight, exp_avg, exp_avg_sq and last after these steps from `state`."""
-    weight, exp_avg, exp_avg_sq, last = (t.clone() for t in state)
-    step = torch.zeros((), device=weight.device)
-    for features, rows in grads:
-        step += 1
-        row_adam_(
-            weight,
-            exp_avg,
-            exp_avg_sq,
-            rows.clone(),
-            features,
-            step,
-            mode=mode,
-            last=last if mode == "decayed" else None,
-            **(RULE | rule),
-        )
-    assert step == len(grads)
-    return weight, exp_avg, exp_avg_sq, last
 
 
 def torch_adam(state, grads, dtype, project=False, renormalize=False, **rule):
@@ -115,9 +72,9 @@ def row_by_row(state, grads, dtype, decayed, project=False, renormalize=False, *
 
 def assert_no_worse(found, exact, eager, steps):
     """Within twice the error of PyTorch in fp32, or the rounding of that many steps."""
-    for name, ours, expected, theirs in zip(("weight", "exp_avg", "exp_avg_sq"), found, exact, eager):
-        assert ours.dtype == torch.float32
-        error, their_error = ((t.double() - expected).abs().max() for t in (ours, theirs))
+    for name, kernel, expected, theirs in zip(("weight", "exp_avg", "exp_avg_sq"), found, exact, eager):
+        assert kernel.dtype == torch.float32
+        error, their_error = ((t.double() - expected).abs().max() for t in (kernel, theirs))
         band = 2 * steps * EPS * expected.abs().max()
         assert error <= 2 * their_error + band, f"{name}: {error:.3g}, PyTorch's {their_error:.3g}"
 
@@ -303,50 +260,6 @@ def test_same_bits_in_any_order(mode, moments, device):
     for other in (grads, turned):
         for found, expected in zip(ours(state, other, mode, seed=2**40 + 1, **DECODER), first):
             assert torch.equal(found, expected)
-
-
-def rounded_once(d, seed, step, device):
-    """0.999 as both moments, in bf16: two neighbours of it, as 0 (below) or 1 (above)."""
-    weight, exp_avg, exp_avg_sq, _ = start(64, d, device, torch.bfloat16)
-    exp_avg += 1
-    exp_avg_sq += 1
-    rule = RULE | {"beta1": 0.999, "beta2": 0.999, "seed": seed}
-    at = torch.tensor(float(step), device=device)
-    row_adam_(weight, exp_avg, exp_avg_sq, torch.zeros_like(weight), None, at, mode="dense", **rule)
-    below = 1 - 2**-8
-    for moment in (exp_avg, exp_avg_sq):
-        assert ((moment == 1) | (moment == below)).all()
-    return (exp_avg == 1).double(), (exp_avg_sq == 1).double()
-
-
-@pytest.mark.parametrize("d", [None, 2, 12])
-def test_bf16_moments_are_unbiased(d, device):
-    """Over seeds and rows, for each column: which is which word of the random numbers."""
-    above = torch.stack([torch.stack(rounded_once(d, seed, 3, device)) for seed in range(15)])
-    n = 15 * 64
-    share = (0.999 - (1 - 2**-8)) * 2**8
-    sigma = math.sqrt(share * (1 - share) / n)
-    assert ((above.mean(dim=(0, 2)) - share).abs() < 5 * sigma).all()
-    # no two columns or moments are rounded alike
-    columns = above.transpose(1, 2).reshape(n, -1) - share
-    alike = columns.t() @ columns / n / (share * (1 - share)) - torch.eye(columns.shape[1], device=device)
-    assert (alike.abs() < 5 / math.sqrt(n)).all()
-
-
-def test_bf16_moments_depend_on_seed_and_step(device):
-    first = rounded_once(12, 0, 3, device)[0]
-    assert torch.equal(rounded_once(12, 0, 3, device)[0], first)
-    assert not torch.equal(rounded_once(12, 1, 3, device)[0], first)
-    assert not torch.equal(rounded_once(12, 2**32, 3, device)[0], first)
-    assert not torch.equal(rounded_once(12, 0, 4, device)[0], first)
-
-
-def test_bf16_moments_follow_a_slow_decay(device):
-    """0.999 a step is less than half of bf16's last place: rounded to nearest, they would never move."""
-    state = start(16, 4, device, torch.bfloat16)
-    state[2] += 1
-    found = ours(state, [(None, torch.zeros(16, 4, device=device))] * 100, "dense")[2]
-    assert abs(found.double().mean() / 0.999**100 - 1) < 0.01
 
 
 @pytest.mark.parametrize("mode", MODES)
