@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 OLD_TRITON := $(VENV)/triton-3.6.0
+PEERS := $(VENV)/peers
+PEER_PIP := $(PEERS)/bin/pip install --quiet --constraint constraints-peers.txt
 RUNS := runs/demo
 
 .PHONY: test lint demo bench clean
@@ -35,9 +37,19 @@ $(OLD_TRITON)/.installed: $(BIN)/.installed
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(OLD_TRITON) triton==3.6.0
 	touch $@
 
-test: lint $(OLD_TRITON)/.installed
+# dictionary-learning's own dependencies bring a torchvision that breaks importing every peer: only what it imports
+$(PEERS)/.installed: constraints-peers.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(PEERS)
+	$(PEER_PIP) torch
+	$(PEER_PIP) --editable ".[peers]" pytest pytest-timeout pytest-xdist
+	$(PEER_PIP) --no-deps dictionary-learning nnsight
+	$(PEER_PIP) einops gputil pillow python-socketio websocket-client
+	touch $@
+
+test: lint $(OLD_TRITON)/.installed $(PEERS)/.installed
 	$(BIN)/pytest -m "" -n 2
-	PYTHONPATH=$(OLD_TRITON) $(BIN)/pytest -m "" -n 2 tests/kernels tests/test_triton_impl.py
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/pytest -m "" -n 2 tests/kernels tests/test_triton_*.py
+	$(PEERS)/bin/pytest -m "" -n 2 tests/peers
 
 demo: $(BIN)/.demo
 	$(BIN)/sampled-sae harvest $(RUNS)/activations --model smollm2-135m --layer 15 --texts wiki-en --tokens 200000

@@ -8,6 +8,9 @@ from setuptools import setup
 setup(
     packages=[
         "sampled_sae",
+        "sampled_sae.cli",
+        "sampled_sae.formats",
+        "sampled_sae.integrations",
         "sampled_sae.lm",
         "sampled_sae.torch_impl",
         "sampled_sae.triton_impl",

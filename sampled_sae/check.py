@@ -13,6 +13,9 @@ from torch import Tensor
 from . import functional as F
 from . import reference, testing
 from .config import SampledSAEConfig
+from .optim import MODES, RowAdam
+from .row_grads import rows_first
+from .rows import RowGradient
 from .sae import SampledSAE
 
 RULES: dict[str, dict[str, Any]] = {
@@ -69,6 +72,8 @@ def run_checks(impl: str, device: str, quick: bool = False) -> Iterator[Row]:
                     check = aux_check(impl, device, aux_pool)
                     yield checked(f"aux loss, aux_pool={aux_pool}", "normal", dtype, shape, check)
         yield checked("candidate pool", "whole numbers", torch.float32, shape, pool_check(impl, device))
+        for mode in MODES:
+            yield checked(f"RowAdam {mode}", "normal", torch.float32, shape, optimizer_check(impl, device, mode))
 
 
 def checked(op: str, kind: str, dtype: torch.dtype, shape: tuple[int, int, int], check: Callable) -> Row:
@@ -173,6 +178,34 @@ def aux_check(impl: str, device: str, aux_pool: int | None) -> Check:
             found.append({n: p.grad for n, p in sae.named_parameters() if p.grad is not None})
         ours, eager, exact = found
         return [testing.comparison(f"grad {n}", ours[n], eager[n], exact[n]) for n in ("W_enc", "b_enc", "W_dec")]
+
+    return check
+
+
+def optimizer_check(impl: str, device: str, mode: str) -> Check:
+    """Three steps with gradients of other features each time; exact are those of impl="torch" in float64."""
+
+    def check(shape: tuple[int, int, int], dtype: torch.dtype) -> list[testing.Comparison]:
+        found = []
+        for name, kind in ((impl, dtype), ("torch", torch.float64)):
+            sae = small_sae("reference", device, shape, dtype).to(kind)
+            sae.normalize_decoder()
+            sae.cfg = dataclasses.replace(sae.cfg, impl=name)
+            optimizer = RowAdam(sae, lr=0.01, mode=mode, weight_decay=0.1)
+            for step in range(3):
+                slopes = testing.normal(*shape, dtype, seed=step + 1)
+                features = torch.arange(step % shape[2], shape[2], 2, device=device)
+                for parameter in ("W_enc", "b_enc", "W_dec"):
+                    slope = rows_first(parameter, slopes[parameter]).to(device, kind)[features]
+                    rows = torch.zeros_like(slope)
+                    rows.grad = slope
+                    sae.row_grads.append(RowGradient(parameter, features, rows))
+                sae.b_dec.grad = slopes["b_dec"].to(device, kind)
+                optimizer.step()
+                optimizer.zero_grad()
+            found.append({n: p.detach() for n, p in sae.named_parameters()})
+        ours, exact = found
+        return [testing.comparison(n, ours[n], value.to(dtype), value) for n, value in exact.items()]
 
     return check
 

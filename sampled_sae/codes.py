@@ -146,6 +146,22 @@ class SparseCodes:
             return stored.new_full((), torch.inf)
         return torch.where(stored > 0, stored, torch.inf).amin()
 
+    def scaled(self, factor: Tensor) -> SparseCodes:
+        """Each value times the factor of its feature, [F]; the factors get no gradient."""
+        factor = factor.detach()
+        if self.block is not None:
+            assert self.pool is not None
+            block = self.block * factor[self.pool]
+            low = None if self.low_block is None else block.detach().to(self.low_block.dtype)
+            return SparseCodes.from_block(block, self.pool, self.shape[1], low)
+        if self.slots is not None:
+            last = self.shape[1] - 1  # that of unused slots, whose value is 0, may be any
+            values = self.slots.values * factor[self.slots.features.clamp(max=last).long()]
+            return SparseCodes.from_slots(self.slots._replace(values=values), self.shape)
+        codes = SparseCodes(self.values * factor[self.features], self.tokens, self.features, self.shape)
+        codes.index = self.index
+        return codes
+
     def to_dense(self) -> Tensor:
         """[B, F], differentiable. Costs a full matrix."""
         values, tokens, features = self.entries()

@@ -17,3 +17,13 @@ def poisoned_memory():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["block", "entries"])
+def form(request, monkeypatch):
+    """How impl="triton" handles a pool; a test's pool is far below the size at which entries take over."""
+    from sampled_sae.triton_impl import layer
+
+    if request.param == "entries":
+        monkeypatch.setattr(layer, "BLOCK_FEATURES", 0)
+    return request.param

@@ -191,6 +191,7 @@ def test_sparse_codes_are_the_dense_matrix(rows):
     pool = torch.tensor([1, 2, 4, 6])
     block = SparseCodes.from_block(dense[:, pool], pool, 7)
     inside = torch.zeros_like(dense).index_copy_(1, pool, dense[:, pool])
+    factor = torch.arange(1.0, 8.0)
     for made, matrix in ((codes, dense), (block, inside)):
         assert torch.equal(made.to_dense(), matrix)
         assert torch.equal(made.to_sparse_csr().to_dense(), matrix)
@@ -200,4 +201,5 @@ def test_sparse_codes_are_the_dense_matrix(rows):
         positive = matrix[matrix > 0]
         assert made.smallest() == (float(positive.min()) if len(positive) else torch.inf)
         assert torch.equal(made.detach().to_dense(), matrix)
+        assert torch.equal(made.scaled(factor).to_dense(), matrix * factor)
         assert f"kept={made.count()}" in repr(made)

@@ -1,5 +1,6 @@
 """`sampled_sae.testing` and `sampled-sae check` find the mistakes that they are for."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from sampled_sae import check, cli, reference, testing
+from sampled_sae import check, cli, implementations, optim, reference, testing
 from sampled_sae import functional as F
 
 RULE = {"k": 3, "l": 4, "score": "l2"}
@@ -164,6 +165,20 @@ def test_check_exits_1_where_something_is_wrong(name, wrong, found, monkeypatch,
     out = capsys.readouterr().out
     assert "FAILED" in out
     assert found in out
+
+
+def test_check_finds_a_wrong_optimizer(monkeypatch):
+    parts = implementations.implementation("torch")
+
+    def wrong(weight, *rest):
+        parts.row_adam_(weight, *rest)
+        if weight.dtype == torch.float32:
+            weight.mul_(1 + 1e-5)
+
+    changed = dataclasses.replace(parts, row_adam_=wrong)
+    monkeypatch.setattr(optim, "implementation", lambda name: changed)
+    failed = {row.op for row in check.run_checks("torch", "cpu", quick=True) if row.failure}
+    assert failed == {"RowAdam dense", "RowAdam lazy", "RowAdam decayed"}
 
 
 def test_check_reports_what_raises(monkeypatch):

