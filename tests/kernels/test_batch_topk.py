@@ -3,8 +3,13 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+from selection_inputs import products
+
 from sampled_sae.kernels import configs
 from sampled_sae.kernels.batch_topk import compact_largest, keep_largest_, largest_indices
+from sampled_sae.kernels.radix import chunk_of_program
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -17,18 +22,6 @@ SHAPES = [
     pytest.param((13, 11), id="tail"),
     pytest.param((300, 16001) if GPU else (33, 29), id="chunks of several tiles"),
 ]
-
-
-def products(shape, device, levels=None, seed=0):
-    """z, b, scale; with `levels` so few different activations that most are ties."""
-    make = torch.Generator().manual_seed(seed)
-    z = torch.randn(shape, generator=make)
-    b = torch.randn(shape[1], generator=make) / 2
-    scale = torch.rand(shape[1], generator=make) + 0.5
-    if levels is not None:
-        z = (z * levels).round() / levels
-        b, scale = torch.zeros_like(b), torch.ones_like(scale)
-    return z.to(device), b.to(device), scale.to(device)
 
 
 def masked(a, n):
@@ -271,3 +264,18 @@ def test_wrong_list_arguments():
         compact_largest(values, keys.int(), 2, 2, 2)
     with pytest.raises(ValueError, match="n must be"):
         compact_largest(values, keys, -1, 2, 2)
+
+
+@triton.jit
+def offsets_kernel(starts, counts, N, TILES: tl.constexpr, BLOCK: tl.constexpr):
+    start, n = chunk_of_program(N, TILES, BLOCK)
+    tl.store(starts + tl.program_id(0), start)
+    tl.store(counts + tl.program_id(0), n)
+
+
+def test_offsets_of_more_entries_than_32_bits_count(device):
+    starts = torch.zeros(5, dtype=torch.int64, device=device)
+    counts = torch.zeros(5, dtype=torch.int32, device=device)
+    offsets_kernel[(5,)](starts, counts, 2**32 + 7, TILES=2**20, BLOCK=2**10)
+    assert starts.tolist() == [i * 2**30 for i in range(5)]
+    assert counts.tolist() == [2**30] * 4 + [7]

@@ -3,6 +3,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from selection_inputs import products
+
 from sampled_sae.kernels import configs
 from sampled_sae.kernels.token_topk import MAX_CHUNK, MAX_K, keep_rows_, merge_rows_
 
@@ -18,18 +20,6 @@ SHAPES = [
     pytest.param((7, 37), id="tail"),
     pytest.param((4, 10_003 if GPU else 77), id="longer than registers"),
 ]
-
-
-def products(shape, device, levels=None, seed=0):
-    """z, b, scale; with `levels` so few different activations that most are ties."""
-    make = torch.Generator().manual_seed(seed)
-    z = torch.randn(shape, generator=make)
-    b = torch.randn(shape[1], generator=make) / 2
-    scale = torch.rand(shape[1], generator=make) + 0.5
-    if levels is not None:
-        z = (z * levels).round() / levels
-        b, scale = torch.zeros_like(b), torch.ones_like(scale)
-    return z.to(device), b.to(device), scale.to(device)
 
 
 def masked(a, k):
