@@ -37,13 +37,13 @@ $(OLD_TRITON)/.installed: $(BIN)/.installed
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(OLD_TRITON) triton==3.6.0
 	touch $@
 
-# dictionary-learning's own dependencies bring a torchvision that breaks importing every peer: only what it imports
+# dictionary-learning and sae-bench ask for a torchvision that breaks importing every peer: only what they import
 $(PEERS)/.installed: constraints-peers.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(PEERS)
 	$(PEER_PIP) torch
 	$(PEER_PIP) --editable ".[peers]" pytest pytest-timeout pytest-xdist
-	$(PEER_PIP) --no-deps dictionary-learning nnsight
-	$(PEER_PIP) einops gputil pillow python-socketio websocket-client
+	$(PEER_PIP) --no-deps dictionary-learning nnsight sae-bench
+	$(PEER_PIP) einops gputil pillow python-socketio tabulate websocket-client zstandard
 	touch $@
 
 test: lint $(OLD_TRITON)/.installed $(PEERS)/.installed

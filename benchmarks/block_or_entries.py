@@ -19,8 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.cpu_step import Variant, machine, timed, training_step
+from benchmarks.cpu_step import Variant, training_step
+from benchmarks.measure import machine
 from benchmarks.workloads import CPU_STEPS, activations
+from sampled_sae.timing import timed
 from sampled_sae.torch_impl import layer
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.cpu_step import machine
+from benchmarks.measure import machine
 from sampled_sae import SampledSAEConfig
 from sampled_sae.data import ActivationStore
 from sampled_sae.feed import Feed

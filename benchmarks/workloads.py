@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from sampled_sae import bench
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,10 @@ class Workload:
     F: int
     k: int
 
+    def columns(self) -> dict[str, str | int]:
+        """For the rows of a result file."""
+        return {"workload": self.name, "B": self.B, "d": self.d, "F": self.F, "k": self.k}
+
 
 CPU_STEPS = (
     Workload("SmolLM2-135M, small", 1024, 576, 8192, 32),
@@ -25,18 +30,32 @@ CPU_STEPS = (
     Workload("Pythia-160M, wide", 2048, 768, 65536, 32),
 )
 
-
 GPU_STEPS = (
     Workload("SmolLM2-135M", 8192, 576, 32768, 64),
     Workload("Pythia-160M, wide", 8192, 768, 65536, 64),
     Workload("Gemma-2-2B", 8192, 2304, 65536, 64),
     Workload("Llama-3-8B", 4096, 4096, 131072, 64),
 )
-REHEARSAL = (Workload("rehearsal", 40, 24, 300, 4),)
+
+CPU_KERNELS = (
+    Workload("SmolLM2-135M", 2048, 576, 16384, 32),
+    Workload("Pythia-160M", 2048, 768, 32768, 64),
+)
+LARGE_KERNELS = (
+    Workload("Pythia-160M, wide", 8192, 768, 65536, 64),
+    Workload("Gemma-2-2B", 4096, 2304, 65536, 64),
+    Workload("Llama-3-8B", 2048, 4096, 131072, 128),
+)
+GPU_KERNELS = (
+    Workload("SmolLM2-135M", 32768, 576, 16384, 32),
+    *GPU_STEPS[1:3],
+    Workload("Llama-3-8B", 4096, 4096, 131072, 128),
+    Workload("Pythia-160M, a million features", 4096, 768, 1 << 20, 32),
+)
+
+REHEARSAL = (Workload("rehearsal", 12, 16, 100, 2),)
 
 
 def activations(workload: Workload, seed: int) -> Tensor:
-    """[B, d] float32: Gaussian, with a spectrum that falls by a factor of ten, mean ||x||^2 = d."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(workload.B, workload.d, generator=generator) * torch.logspace(0, -1, workload.d)
-    return x * (workload.d / x.square().sum(1).mean()).sqrt()
+    """[B, d] float32, as `sampled_sae.bench.activations`."""
+    return bench.activations(workload.B, workload.d, seed)

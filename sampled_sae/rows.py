@@ -46,9 +46,13 @@ def remember(ctx: Any, W: Tensor, features: Tensor, workspace: Workspace) -> Non
 
 
 def scattered(ctx: Any, grad: Tensor) -> Tensor:
-    """The dense gradient of W from that of its rows."""
+    """The dense gradient of W from that of its rows, whose features ascend."""
+    (features,) = ctx.saved_tensors
+    grad = grad.to(ctx.like.dtype)
+    if len(features) == ctx.shape[0]:
+        return grad
     dense = ctx.workspace.empty(ctx.like, *ctx.shape).zero_()
-    return dense.index_copy_(0, ctx.saved_tensors[0], grad.to(ctx.like.dtype))
+    return dense.index_copy_(0, features, grad)
 
 
 def empty_slot(W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:

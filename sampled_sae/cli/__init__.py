@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import check, harvest, training
+from . import bench, check, convert, harvest, training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +36,6 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--quiet", action="store_true", help="no progress bars")
         return sub
 
-    for module in (harvest, training, check):
+    for module in (harvest, training, convert, check, bench):
         module.add(command)
     return parser

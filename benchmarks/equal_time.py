@@ -1,0 +1,182 @@
+"""FVU and loss recovered against training time: ours and the peers, each with the same seconds of training steps.
+
+Every candidate trains in a process of its own, in slices of a few seconds that go round, on the same real activations
+in the same order from the same weights. Only the time inside its steps counts. All train with Adam at the same
+learning rate after the same short warm-up, but for sparsify's own optimizer, which has its own; dead features are
+those not used for --dead-after tokens, where a library has an aux loss. At each mark the weights go into one
+SampledSAE, are calibrated to L0 = k by a threshold, and are evaluated on held-out text: the same for all.
+
+    sampled-sae harvest runs/quality/activations --layer 15 --texts wiki-en --tokens 250000
+    python benchmarks/equal_time.py runs/quality/activations --out benchmarks/results/equal_time.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks.measure import machine, table, write_result
+from benchmarks.peers import CANDIDATES, DISTRIBUTIONS, Entry, Setup, Weights, initial_weights, installed, make, ours
+from benchmarks.worker import Worker, WorkerError
+from sampled_sae.data import ActivationStore
+from sampled_sae.feed import Feed
+from sampled_sae.lm import SpliceEvaluator, load_model
+from sampled_sae.sweep import Splice, evaluate
+from sampled_sae.timing import timed
+
+ENTRIES = {name: entry for name, entry in CANDIDATES.items() if name != "torch.compile BatchTopK"}
+ENTRIES["ours, l=4, decayed, pool_every=4"] = ours("decayed", l=4.0, pool_every=4)
+LEFT_OUT = ("ours, l=1", "ours, l=16", "eager PyTorch BatchTopK")  # unless asked for
+SLICE = 5.0  # seconds of steps before the next candidate's turn
+CALIBRATION_TOKENS = 16_384
+
+
+class TrainingSession:
+    """One candidate in training on a store of activations."""
+
+    def __init__(self, entry: Entry, store: Path, setup: Setup, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.setup = setup
+        self.feed = Feed(ActivationStore.open(store), setup.B, seed=0, device=setup.device)
+        weights = initial_weights(setup, b_dec=self.feed.batch(0).median.cpu())
+        self.candidate = make(entry, setup, weights)
+        self.seconds, self.steps = 0.0, 0
+
+    def train(self, until: float) -> int:
+        """Goes on until its steps have taken `until` seconds in all; returns how many there were."""
+        while self.seconds < until:
+            x = self.feed.batch(self.steps).x
+            self.seconds += timed(lambda x=x: self.candidate.step(x), self.setup.device)
+            self.steps += 1
+        return self.steps
+
+    def save(self, path: Path) -> None:
+        self.candidate.weights().save(path)
+
+
+def train_all(
+    names: list[str], store: Path, setup: Setup, marks: list[float], folder: Path, threads: int
+) -> list[dict[str, Any]]:
+    """Rows of (candidate, seconds, steps, file of the weights) at each mark; of (candidate, reason) for a failure."""
+    rows: list[dict[str, Any]] = []
+    workers: dict[str, Worker] = {}
+    for name in names:
+        if not installed(ENTRIES[name]):
+            rows.append({"candidate": name, "reason": "not installed"})
+            continue
+        try:
+            workers[name] = Worker(TrainingSession, ENTRIES[name], store, setup, threads)
+        except WorkerError as failure:
+            rows.append({"candidate": name, "reason": str(failure)})
+    done = 0.0
+    while done < marks[-1]:
+        done = min([done + SLICE, *(mark for mark in marks if mark > done)])
+        for name, worker in list(workers.items()):
+            try:
+                steps = worker.call("train", done)
+                if done in marks:
+                    path = folder / f"{len(rows)}.safetensors"
+                    worker.call("save", path)
+                    rows.append({"candidate": name, "seconds": done, "steps": steps, "file": str(path)})
+            except WorkerError as failure:
+                rows.append({"candidate": name, "reason": str(failure)})
+                del workers[name]
+        print(f"{done:g} s of steps each", flush=True)
+    for worker in workers.values():
+        worker.close()
+    return rows
+
+
+def judge(weights: Weights, setup: Setup, store: ActivationStore, feed: Feed, splice: Splice | None) -> dict[str, Any]:
+    """At mean L0 = k by a threshold, on held-out activations."""
+    sae = weights.sae(setup.k, l=None).eval()
+    sae.calibrate(feed.calibration()[:CALIBRATION_TOKENS])
+    result = evaluate(sae, store.holdout()[0], setup.B, splice)
+    wanted = {"fvu": "fvu", "l0": "l0", "dead_share": "never_active", "loss_recovered_zero": "loss_recovered"}
+    return {name: result[measure] for measure, name in wanted.items() if measure in result}
+
+
+def markdown_table(result: dict[str, Any]) -> str:
+    """FVU and loss recovered at each mark, a line a candidate, with its steps at the last."""
+    marks = result["marks"]
+    lines = []
+    for name in dict.fromkeys(row["candidate"] for row in result["rows"]):
+        of = {row["seconds"]: row for row in result["rows"] if row["candidate"] == name and "fvu" in row}
+        reasons = [row["reason"] for row in result["rows"] if row["candidate"] == name and "reason" in row]
+        cells = [
+            f"{of[mark][measure]:.3f}" if mark in of and measure in of[mark] else "–"
+            for measure in ("fvu", "loss_recovered")
+            for mark in marks
+        ]
+        lines.append([name, str(of[marks[-1]]["steps"]) if marks[-1] in of else f"– ({reasons[0]})", *cells])
+    times = [f"{mark:g} s" for mark in marks]
+    head = ["candidate", "steps", *(f"FVU, {t}" for t in times), *(f"loss recovered, {t}" for t in times)]
+    return table(head, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("activations", type=Path, help="folder that `sampled-sae harvest` wrote")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write; a table goes beside it")
+    parser.add_argument("--marks", type=float, nargs="+", default=[15, 30, 60, 90], help="seconds of training steps")
+    parser.add_argument("--features", type=int, default=16384)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--warm-up", type=int, default=10, help="steps")
+    parser.add_argument("--dead-after", type=int, default=50_000, help="tokens")
+    parser.add_argument("--model", default="smollm2-135m", help="none: without loss recovered")
+    parser.add_argument("--splice-rows", type=int, default=16)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--candidates", nargs="+", choices=list(ENTRIES))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    store = ActivationStore.open(args.activations)
+    setup = Setup(
+        args.batch_size,
+        store.d_in,
+        args.features,
+        args.k,
+        lr=args.lr,
+        warm_up=args.warm_up,
+        dead_after=args.dead_after,
+        device=args.device,
+    )
+    marks = sorted(args.marks)
+    names = args.candidates or [name for name in ENTRIES if name not in LEFT_OUT]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = train_all(names, args.activations, setup, marks, Path(folder), args.threads)
+        splice = None
+        if args.model != "none":
+            model, _ = load_model(args.model)
+            held_out = store.holdout()[1][: args.splice_rows]
+            layer, norm = store.manifest["layer"], store.manifest["max_norm"]
+            splice = SpliceEvaluator(model, held_out, layer, scale=store.scale, max_norm=norm).evaluate
+        feed = Feed(store, args.batch_size, seed=0)
+        for row in rows:
+            if "file" in row:
+                row |= judge(Weights.load(Path(row.pop("file"))), setup, store, feed, splice)
+                print(row, flush=True)
+    source = {name: store.manifest[name] for name in ("model", "layer", "source")}
+    result = {
+        **machine(args.device, DISTRIBUTIONS),
+        "activations": source,
+        "setup": asdict(setup),
+        "marks": marks,
+        "rows": rows,
+    }
+    write_result(args.out, result, markdown_table(result))
+    print(markdown_table(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What the benchmarks share: turns, the floor, the machine's description, tables and result files."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from sampled_sae.timing import spread
+
+Sample = TypeVar("Sample")
+
+
+def in_turn(samplers: Mapping[str, Callable[[int], Sample]], rounds: int, warm_up: int = 2) -> dict[str, list[Sample]]:
+    """`rounds` samples of each; sampler(round) is called for all of them in turn, the first `warm_up` rounds for
+    nothing."""
+    samples: dict[str, list[Sample]] = {name: [] for name in samplers}
+    for round_ in range(rounds + warm_up):
+        for name, sampler in samplers.items():
+            sample = sampler(round_)
+            if round_ >= warm_up:
+                samples[name].append(sample)
+    return samples
+
+
+def spread_columns(values: Sequence[float], name: str) -> dict[str, float]:
+    """Median with the 20th and 80th percentile, as `name`, `name`_p20, `name`_p80."""
+    found = spread(values)
+    return {name: found.ms, f"{name}_p20": found.p20, f"{name}_p80": found.p80}
+
+
+def product(x: Tensor, W: Tensor) -> Callable[[], Any]:
+    """The encoder product of x [B, d] and W [F, d] into memory that exists: the floor of every step."""
+    out = torch.empty(x.shape[0], W.shape[0], dtype=x.dtype, device=x.device)
+    return lambda: torch.mm(x, W.t(), out=out)
+
+
+def machine(device: str = "cpu", distributions: Sequence[str] = ()) -> dict[str, Any]:
+    """Device, versions, date and command, for the head of a result file."""
+    return {
+        "device": processor() if device == "cpu" else torch.cuda.get_device_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        **{name: version(name) for name in distributions},
+        "python": platform.python_version(),
+        "date": date.today().isoformat(),
+        "command": "python " + " ".join(sys.argv),
+    }
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def version(distribution: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table."""
+    lines = ["| " + " | ".join(line) + " |\n" for line in (head, *rows)]
+    return "".join([lines[0], "|---" * len(head) + "|\n", *lines[1:]])
+
+
+def write_result(out: Path, result: Mapping[str, Any], markdown: str) -> None:
+    """`out` with the result as JSON, and the table beside it as .md."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    out.with_suffix(".md").write_text(markdown)

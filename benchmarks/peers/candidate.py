@@ -1,0 +1,110 @@
+"""What every candidate has to do, and the weights that all of them start from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sampled_sae import SampledSAE, SampledSAEConfig
+
+ENDLESS = 10**6  # steps: the libraries' schedules want to know an end
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is trained, the same for all.
+
+    Attributes:
+        B, d, F, k: tokens a batch, width, features, active features a token.
+        lr, warm_up: Adam's learning rate and the steps over which it rises; constant from then on.
+        dead_after: tokens without being selected after which a feature is dead.
+        device: "cpu" in float32, or "cuda" in bfloat16 autocast.
+    """
+
+    B: int
+    d: int
+    F: int
+    k: int
+    lr: float = 1e-3
+    warm_up: int = 0
+    dead_after: int = 10_000_000
+    device: str = "cpu"
+
+    def lr_at(self, step: int) -> float:
+        """lr of step 0, 1, ..."""
+        return self.lr * min(1.0, (step + 1) / max(1, self.warm_up))
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.device != "cpu")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """An SAE as relu((x - b_dec) W_enc^T + b_enc) and c W_dec + b_dec; float32, on the CPU.
+
+    W_enc, W_dec [F, d]; b_enc [F]; b_dec [d].
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+
+    @classmethod
+    def copied(cls, *tensors: Tensor) -> Weights:
+        """Of a library's own tensors, in the order of the fields."""
+        return cls(*(t.detach().float().cpu().clone(memory_format=torch.contiguous_format) for t in tensors))
+
+    def folded(self) -> Weights:
+        """The same reconstructions with decoder rows of unit norm and activations that much larger."""
+        norm = torch.linalg.vector_norm(self.W_dec, dim=1).clamp_min(1e-12)
+        return Weights(self.W_enc * norm[:, None], self.b_enc * norm, self.W_dec / norm[:, None], self.b_dec)
+
+    def save(self, path: Path) -> None:
+        save_file({f.name: getattr(self, f.name) for f in fields(self)}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Weights:
+        return cls(**load_file(path))
+
+    def copy_to(self, sae: SampledSAE) -> SampledSAE:
+        with torch.no_grad():
+            sae.W_enc.copy_(self.W_enc.t())
+            sae.b_enc.copy_(self.b_enc)
+            sae.W_dec.copy_(self.W_dec)
+            sae.b_dec.copy_(self.b_dec)
+        return sae
+
+    def sae(self, k: float, **rule: Any) -> SampledSAE:
+        """A SampledSAE of these weights."""
+        F, d = self.W_dec.shape
+        return self.copy_to(SampledSAE(SampledSAEConfig(d_in=d, d_sae=F, k=k, **rule)))
+
+
+def initial_weights(setup: Setup, b_dec: Tensor | None = None) -> Weights:
+    """Unit decoder rows, tied encoder, no encoder bias; b_dec is zero unless given."""
+    rows = torch.randn(setup.F, setup.d, generator=torch.Generator().manual_seed(0))
+    rows = torch.nn.functional.normalize(rows, dim=1)
+    return Weights(rows.clone(), torch.zeros(setup.F), rows, torch.zeros(setup.d) if b_dec is None else b_dec)
+
+
+class Candidate(ABC):
+    """One SAE in training."""
+
+    @abstractmethod
+    def step(self, x: Tensor) -> Tensor | float:
+        """One whole training step on x [B, d], float32.
+
+        Returns the mean over tokens of ||x - x_hat||^2 before the update, as the step itself computed it.
+        """
+
+    @abstractmethod
+    def weights(self) -> Weights:
+        """As they are now."""

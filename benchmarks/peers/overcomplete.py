@@ -1,0 +1,77 @@
+"""overcomplete: a BatchTopKSAE with an untied linear encoder, trained by its train_sae, a batch a call."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers.candidate import Candidate, Setup, Weights
+
+
+def only_the_sae_part() -> None:
+    """Lets `overcomplete.sae` be imported without torchvision, timm, scikit-learn and OpenCV.
+
+    The package's own __init__ imports them all, for image models and other decompositions.
+    """
+    if "overcomplete" in sys.modules:
+        return
+    spec = importlib.util.find_spec("overcomplete")
+    if spec is None or spec.submodule_search_locations is None:
+        raise ImportError("No module named 'overcomplete'")
+    package = ModuleType("overcomplete")
+    package.__path__ = list(spec.submodule_search_locations)
+    optimization = ModuleType("overcomplete.optimization")
+    optimization.batched_matrix_nnls = None  # type: ignore[attr-defined]  # its OMP SAE imports the name
+    sys.modules |= {"overcomplete": package, "overcomplete.optimization": optimization}
+
+
+only_the_sae_part()
+from overcomplete.sae import BatchTopKSAE, train_sae  # noqa: E402
+
+
+class Library(Candidate):
+    """Has no decoder bias: it is given x - b_dec. Its statistics for logs are switched off."""
+
+    def __init__(self, setup: Setup, weights: Weights) -> None:
+        self.setup = setup
+        self.centre = weights.b_dec.to(setup.device)
+        sae = BatchTopKSAE(setup.d, setup.F, top_k=setup.B * setup.k, device=setup.device)
+        self.sae = sae.untied(bias=True)
+        with torch.no_grad():
+            self.sae.encoder.weight.copy_(weights.W_enc)
+            self.sae.encoder.bias.copy_(weights.b_enc)
+            self.sae.dictionary._weights.copy_(weights.W_dec)
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=setup.lr)
+        self.steps = 0
+
+    def step(self, x: Tensor) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.setup.lr_at(self.steps)
+        errors = []
+
+        def criterion(x: Tensor, x_hat: Tensor, pre_codes: Tensor, codes: Tensor, dictionary: Tensor) -> Tensor:
+            mse = (x - x_hat).square().mean()
+            errors.append(mse.detach() * self.setup.d)
+            return mse
+
+        with self.setup.autocast():
+            train_sae(
+                self.sae,
+                [x - self.centre],
+                criterion,
+                self.optimizer,
+                nb_epochs=1,
+                monitoring=0,
+                device=self.setup.device,
+            )
+        self.steps += 1
+        return errors[0]
+
+    def weights(self) -> Weights:
+        """With the dictionary's rows of unit norm, as the next step would make them."""
+        encoder, rows = self.sae.encoder, torch.nn.functional.normalize(self.sae.dictionary._weights, dim=1)
+        return Weights.copied(encoder.weight, encoder.bias, rows, self.centre)

@@ -1,0 +1,50 @@
+"""BatchTopK as one would write it in PyTorch, eager or with its loss under torch.compile."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peers.candidate import Candidate, Setup, Weights
+
+
+class Library(Candidate):
+    """Dense codes and gradients; clip, decoder projection, torch.optim.Adam, unit decoder rows."""
+
+    def __init__(self, setup: Setup, weights: Weights, compiled: bool) -> None:
+        self.setup = setup
+        tensors = (weights.W_enc.t(), weights.b_enc, weights.W_dec, weights.b_dec)
+        self.parameters = [
+            nn.Parameter(t.clone(memory_format=torch.contiguous_format).to(setup.device)) for t in tensors
+        ]
+        self.loss = torch.compile(self._loss) if compiled else self._loss
+        self.optimizer = torch.optim.Adam(self.parameters, lr=setup.lr)
+        self.steps = 0
+
+    def _loss(self, x: Tensor) -> Tensor:
+        W_enc, b_enc, W_dec, b_dec = self.parameters
+        a = torch.relu((x - b_dec) @ W_enc + b_enc)
+        kept = a.flatten().topk(self.setup.k * len(x), sorted=False)
+        codes = torch.zeros_like(a).flatten().scatter(0, kept.indices, kept.values).view_as(a)
+        return (x - codes @ W_dec - b_dec).square().sum(1).mean()
+
+    def step(self, x: Tensor) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.setup.lr_at(self.steps)
+        with self.setup.autocast():
+            loss = self.loss(x)
+        loss.backward()
+        W_dec = self.parameters[2]
+        with torch.no_grad():
+            W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            W_dec /= W_dec.norm(dim=1, keepdim=True)
+        self.steps += 1
+        return loss.detach()
+
+    def weights(self) -> Weights:
+        W_enc, b_enc, W_dec, b_dec = self.parameters
+        return Weights.copied(W_enc.t(), b_enc, W_dec, b_dec)

@@ -1,0 +1,72 @@
+"""sparsify: a TopK SparseCoder, and around it what its Trainer does with each batch of activations."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from schedulefree import ScheduleFreeWrapper
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    # its own switch: where Triton is installed it would take its Triton decoder on a CPU too, which cannot run
+    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
+
+from sparsify import SparseCoder, SparseCoderConfig
+from sparsify.sign_sgd import SignSGD
+
+from benchmarks.peers.candidate import Candidate, Setup, Weights
+
+
+class Library(Candidate):
+    """With its default optimizer, schedule-free signum at its own learning rate, or Adam at the setup's.
+
+    Its default training has neither AuxK nor Multi-TopK, and so has this.
+    """
+
+    def __init__(self, setup: Setup, weights: Weights, optimizer: str) -> None:
+        self.setup = setup
+        self.sae = SparseCoder(setup.d, SparseCoderConfig(num_latents=setup.F, k=setup.k), device=setup.device)
+        with torch.no_grad():
+            self.sae.encoder.weight.copy_(weights.W_enc)
+            self.sae.encoder.bias.copy_(weights.b_enc)
+            self.sae.W_dec.copy_(weights.W_dec)
+            self.sae.b_dec.copy_(weights.b_dec)
+        self.schedule_free = optimizer == "signum"
+        if self.schedule_free:
+            signum = SignSGD(self.sae.parameters(), lr=5e-3 / (setup.F / 2**14) ** 0.5)
+            self.optimizer = ScheduleFreeWrapper(signum, momentum=0.95)
+            self.optimizer.train()
+        else:
+            self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=setup.lr)
+        self.idle = torch.zeros(setup.F, dtype=torch.int64, device=setup.device)
+        self.fired = torch.zeros(setup.F, dtype=torch.bool, device=setup.device)
+        self.steps = 0
+
+    def step(self, x: Tensor) -> Tensor:
+        if not self.schedule_free:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.setup.lr_at(self.steps)
+        self.sae.set_decoder_norm_to_unit_norm()
+        variance = (x - x.mean(0)).pow(2).sum()
+        out = self.sae(x, total_variance=variance)
+        self.fired[out.latent_indices.flatten()] = True
+        out.fvu.backward()
+        self.sae.remove_gradient_parallel_to_decoder_directions()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.idle += len(x)
+        self.idle[self.fired] = 0
+        self.fired.zero_()
+        self.steps += 1
+        return out.fvu.detach() * variance / len(x)
+
+    def weights(self) -> Weights:
+        """As the library would save them; of a schedule-free optimizer, the averaged ones that it evaluates with."""
+        if self.schedule_free:
+            self.optimizer.eval()
+        sae = self.sae
+        weights = Weights.copied(sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec)
+        if self.schedule_free:
+            self.optimizer.train()
+        return weights

@@ -1,0 +1,124 @@
+"""Plots of result files as PNG and SVG, legible on a light page and on a dark one: no background, lines in grey.
+
+Each states what was measured in its title; the caption with device, versions and date stands under the table of the
+same result file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg", force=False)
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+GREY = "#808080"
+STYLE = {
+    "svg.hashsalt": "sampled-sae",  # the same file in every run
+    "svg.fonttype": "none",
+    "axes.prop_cycle": matplotlib.cycler(
+        color=["#3b82d6", "#e0822d", "#2f9e6e", "#c0504d", "#8a63d2", "#b08a1e", "#d6589f", "#14a3b8"]
+    ),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
+    "legend.framealpha": 0.0,
+}
+Result = dict[str, Any]
+
+
+def write_plots(results: dict[str, Result], folder: Path) -> list[Path]:
+    """The plots of the results that are there; returns their files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    with rc_context(STYLE):
+        for name, plot in PLOTS.items():
+            if name in results:
+                figure = plot(results[name])
+                for kind in ("png", "svg"):
+                    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+                    written.append(folder / f"{name}.{kind}")
+                    figure.savefig(written[-1], dpi=150, transparent=True, metadata=metadata)
+    return written
+
+
+def axes_of(columns: int, width: float = 5.2, height: float = 3.8) -> tuple[Figure, Sequence[Axes]]:
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def peer_steps(result: Result) -> Figure:
+    """A bar for each candidate at each size: multiples of the encoder product, p20 to p80 as a line."""
+    workloads = result["workloads"]
+    figure, axes = axes_of(len(workloads), height=4.4)
+    for axis, workload in zip(axes, workloads, strict=True):
+        rows = [row for row in workload["rows"] if "reason" not in row][::-1]
+        colors = ["C0" if row["candidate"].startswith("ours") else "C1" for row in rows]
+        ratios = [row["ratio"] for row in rows]
+        errors = [
+            [row["ratio"] - row["ratio_p20"] for row in rows],
+            [row["ratio_p80"] - row["ratio"] for row in rows],
+        ]
+        names = [row["candidate"] for row in rows]
+        bars = axis.barh(names, ratios, xerr=errors, color=colors, ecolor=GREY)
+        axis.bar_label(bars, [f" {ratio:.1f}" for ratio in ratios], padding=4)
+        axis.axvline(1, color=GREY, linestyle="--", linewidth=1)
+        axis.margins(x=0.12)
+        axis.set_xlabel("training step / encoder product")
+        axis.set_title("B={B}, d={d}, F={F}, k={k}".format(**workload))
+    return figure
+
+
+def scaling(result: Result) -> Figure:
+    """Milliseconds against each size, with the encoder product as the floor."""
+    names = list(dict.fromkeys(row["axis"] for row in result["rows"]))
+    figure, axes = axes_of(len(names), width=4.0)
+    for axis, name in zip(axes, names, strict=True):
+        rows = [row for row in result["rows"] if row["axis"] == name]
+        for rule in dict.fromkeys(row["rule"] for row in rows):
+            line(axis, [row for row in rows if row["rule"] == rule], "value", "step_ms", rule)
+        floor = {row["value"]: row["product_ms"] for row in rows}
+        axis.plot(list(floor), list(floor.values()), color=GREY, linestyle="--", label="encoder product")
+        axis.set(xscale="log", yscale="log", xlabel=name, ylabel="ms a training step")
+        axis.set_title("d={d}".format(**rows[0]) + "".join(f", {n}={rows[0][n]}" for n in "BFk" if n != name))
+        axis.legend()
+    return figure
+
+
+def equal_time(result: Result) -> Figure:
+    """FVU and loss recovered on held-out text against seconds of training steps."""
+    rows = [row for row in result["rows"] if "fvu" in row]
+    measures = {"fvu": "FVU", "loss_recovered": "loss recovered"}
+    measures = {name: label for name, label in measures.items() if name in rows[0]}
+    figure, axes = axes_of(len(measures))
+    for axis, (measure, label) in zip(axes, measures.items(), strict=True):
+        for candidate in dict.fromkeys(row["candidate"] for row in rows):
+            style = "-" if candidate.startswith("ours") else "--"
+            of = [row for row in rows if row["candidate"] == candidate]
+            line(axis, of, "seconds", measure, candidate, linestyle=style)
+        axis.set(xlabel="seconds of training steps", ylabel=f"{label}, held-out text at L0 = k")
+    axes[0].legend(fontsize="small")
+    source, setup = result["activations"], result["setup"]
+    figure.suptitle(
+        f"{source['model']}, layer {source['layer']}: F={setup['F']}, k={setup['k']}, batches of {setup['B']} tokens"
+    )
+    return figure
+
+
+def line(axis: Axes, rows: Sequence[Result], x: str, y: str, label: str, **style: Any) -> None:
+    axis.plot([row[x] for row in rows], [row[y] for row in rows], marker="o", markersize=4, label=label, **style)
+
+
+PLOTS: dict[str, Callable[[Result], Figure]] = {
+    "peer_steps": peer_steps,
+    "scaling": scaling,
+    "equal_time": equal_time,
+}

@@ -1,0 +1,79 @@
+"""From the result files to their tables, plots, and the README's tables.
+
+    python benchmarks/report.py            writes results/*.md, results/plots/*.png and .svg, and README.md
+    python benchmarks/report.py --check    says which tables are not what the result files say, and exits 1
+
+Each table ends with the device, versions, date and command of its result file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import cpu_step, peer_steps, quality
+from benchmarks.kernels import table as kernels
+from benchmarks.measure import with_caption
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+PLACE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "cpu_step": cpu_step.markdown_table,
+    "quality": quality.markdown_table,
+    "peer_steps": peer_steps.markdown_table,
+    "kernels": lambda result: kernels.markdown(result["rows"]),
+}
+
+
+def results() -> dict[str, dict[str, Any]]:
+    """The result files that are there, by name."""
+    files = {name: RESULTS / f"{name}.json" for name in TABLES}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+
+
+def tables() -> dict[Path, str]:
+    """What each table file has to say."""
+    return {RESULTS / f"{name}.md": with_caption(TABLES[name](result), result) for name, result in results().items()}
+
+
+def readme(text: str, made: dict[Path, str]) -> str:
+    """The README with the tables of today; those of other files than `made` as the files are."""
+
+    def place(match: re.Match[str]) -> str:
+        file = ROOT / match[2]
+        return match[1] + (made[file] if file in made else file.read_text(encoding="utf-8")).strip() + "\n" + match[4]
+
+    return PLACE.sub(place, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something differs")
+    args = parser.parse_args()
+    made = tables()
+    files = {**made, README: readme(README.read_text(encoding="utf-8"), made)}
+    stale = [file for file, text in files.items() if not file.is_file() or file.read_text(encoding="utf-8") != text]
+    for file in stale:
+        print(("differs: " if args.check else "written: ") + str(file.relative_to(ROOT)))
+        if not args.check:
+            file.write_text(files[file], encoding="utf-8")
+    if args.check:
+        return 1 if stale else 0
+    from benchmarks.plots import write_plots
+
+    for file in write_plots(results(), RESULTS / "plots"):
+        print(file.relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

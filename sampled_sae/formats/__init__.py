@@ -1,0 +1,194 @@
+"""SAEs in the files of SAELens, dictionary_learning and sparsify, and back; none of them need be installed.
+
+`export` writes a SampledSAE as a peer's loader expects it, `load` reads a peer's folder as a SampledSAE:
+
+    formats.export(sae, "sae-for-saelens", to="saelens", origin=formats.Origin("EleutherAI/pythia-160m", layer=5))
+    sae = formats.load("sae-for-saelens")
+
+Ours -> theirs -> ours gives the same files again, bit for bit, and so do the tensors of theirs -> ours -> theirs.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+from .. import pretrained
+from ..config import SampledSAEConfig
+from ..files import read_json
+from ..sae import SampledSAE
+from ..validate import check_choice, check_number
+from . import dictionary_learning, saelens, sparsify
+from .extra import FILE as EXTRA_FILE
+from .extra import Extra
+from .portable import RULES, Origin, PortableSAE, Say, silent
+
+__all__ = ["FORMATS", "INFERENCE", "Origin", "PortableSAE", "detect", "export", "load"]
+
+PEERS: dict[str, ModuleType] = {module.NAME: module for module in (saelens, dictionary_learning, sparsify)}
+FORMATS = tuple(PEERS)
+INFERENCE = ("auto", *RULES)
+
+
+def export(
+    sae: SampledSAE,
+    folder: str | os.PathLike[str],
+    *,
+    to: str,
+    inference: str = "auto",
+    k: int | None = None,
+    scale: float = 1.0,
+    origin: Origin | None = None,
+    say: Say = silent,
+) -> list[Path]:
+    """Writes the SAE in a peer's files; returns their paths.
+
+    Args:
+        sae: its weights are not changed.
+        folder: made if need be; files of the same format are replaced.
+        to: "saelens", "dictionary_learning" or "sparsify".
+        inference: what the peer's encode does. "threshold": what `sae.eval().encode` does; "topk": the k largest of
+            each token. "auto" is "topk" for a TopK SAE (`select="token", l=None`), which is what its training did
+            and what the peers call TopK, and "threshold" for all others.
+        k: in place of `cfg.k`, which may be a fraction where the peer has whole numbers.
+        scale: the SAE was trained on activations times this (`ActivationStore.scale`) and the peer will feed them as
+            they are: biases and threshold are divided by it, codes come out divided by it.
+        origin: model, layer and hook, recorded where the peer has a place for them.
+        say: called with a line for each convention that was changed.
+
+    Raises:
+        ValueError: something that the peer's format cannot say; a folder that holds an SAE of another format.
+    """
+    check_choice("to", to, FORMATS)
+    check_scale(scale)
+    rule = inference_rule(sae.cfg, inference)
+    path = Path(folder)
+    found = detect(path)
+    if found not in (None, to):
+        raise ValueError(f"{path}: holds an SAE in the format {found!r}; export to another folder")
+    peer = PEERS[to]
+    portable = PortableSAE.of(sae, rule, k)
+    if rule == "threshold" and portable.threshold is None:
+        say("the threshold was never set (no training step, no calibration): every positive activation is active")
+    if scale != 1:
+        say(f"biases and threshold are divided by {scale!r}: feed activations as they are; codes are divided by it too")
+        portable = portable.read_at(1 / scale)
+    if peer.CENTRES_ALWAYS and not portable.apply_b_dec_to_input:
+        say(f"{to} subtracts b_dec from the input: b_dec W_enc is added to b_enc, which rounds it")
+        portable = portable.centring()
+    origin = replace(origin or Origin(), training=sae.cfg.to_dict())
+    tensors, config = peer.pack(portable, origin, say)
+    peer.write(path, tensors, config)
+    Extra.of(sae, peer.unpack(tensors, config, path), scale).write(path)
+    return [path / name for name in (peer.WEIGHTS, peer.CONFIG, EXTRA_FILE)]
+
+
+def load(
+    folder: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    k: float | None = None,
+    scale: float | None = None,
+    rescale_features: bool = False,
+    say: Say = silent,
+) -> SampledSAE:
+    """A SampledSAE of a folder in a peer's format.
+
+    What `export` wrote comes back bit for bit with its whole configuration. Of an SAE by others the rule, k, the
+    threshold and the weights are taken; everything else is the default, and the pool the whole dictionary (l=None).
+
+    Args:
+        folder: holds the files of one SAE.
+        format: "saelens", "dictionary_learning" or "sparsify"; found by the files when absent.
+        k: mean number of active features a token, where the files do not say it or another is wanted.
+        scale: the SAE shall be fed activations times this: biases and threshold are multiplied by it. When absent,
+            what `export` folded in is undone.
+        rescale_features: an SAE with a threshold for each feature is an error, since ours has one for all; True
+            rescales each feature to the common threshold instead, which keeps the reconstruction.
+        say: called with a line for each convention that was changed.
+
+    Raises:
+        ValueError: a missing, truncated or foreign file, with its name and what is wrong with it.
+    """
+    path = Path(folder)
+    peer = PEERS[_format_of(path, format)]
+    if scale is not None:
+        check_scale(scale)
+    portable = peer.unpack(*peer.read(path), path, say)
+    extra = Extra.read(path)
+    if extra is not None and extra.fingerprint != portable.fingerprint():
+        say(f"{EXTRA_FILE} is of other weights than {peer.WEIGHTS} and is left aside")
+        extra = None
+    if extra is not None and scale in (None, extra.scale):
+        config = extra.config if k is None else replace(extra.config, k=k)
+        state = {**portable.read_at(extra.scale).state(), **extra.tensors}
+        say("configuration and training state are those that were exported")
+    else:
+        portable = _with_one_threshold(portable, path / peer.WEIGHTS, rescale_features, say)
+        config = portable.config(k)
+        state = portable.read_at(1.0 if scale is None else scale).state()
+        if portable.threshold is None:
+            say("the files hold no threshold: call calibrate(x) before evaluation mode")
+    sae = SampledSAE(config, dtype=portable.dtype)
+    sae.load_state_dict(state)
+    return sae
+
+
+def detect(folder: str | os.PathLike[str]) -> str | None:
+    """The format of the SAE in a folder by its files: one of `FORMATS`, "sampled-sae", or None for no SAE.
+
+    Raises:
+        ValueError: files of several formats.
+    """
+    path = Path(folder)
+    found = [
+        name for name, peer in PEERS.items() if all((path / file).is_file() for file in (peer.WEIGHTS, peer.CONFIG))
+    ]
+    ours = path / pretrained.CONFIG
+    if ours.is_file() and read_json(ours).get("format") == pretrained.FORMAT:
+        found.append(pretrained.FORMAT)
+    if len(found) > 1:
+        raise ValueError(f"{path}: holds files of several formats: {', '.join(found)}")
+    return found[0] if found else None
+
+
+def inference_rule(cfg: SampledSAEConfig, inference: str) -> str:
+    """What `inference` of `export` stands for: "threshold" or "topk"."""
+    check_choice("inference", inference, INFERENCE)
+    if inference != "auto":
+        return inference
+    return "topk" if cfg.select == "token" and cfg.l is None else "threshold"
+
+
+def check_scale(scale: float) -> None:
+    check_number("scale", scale, 0, None)
+    if scale == 0:
+        raise ValueError(f"scale={scale!r}: must be > 0")
+
+
+def _format_of(path: Path, format: str | None) -> str:
+    if format is not None:
+        check_choice("format", format, FORMATS)
+        return format
+    found = detect(path)
+    if found == pretrained.FORMAT:
+        raise ValueError(f"{path}: is an SAE of sampled-sae already; SampledSAE.from_pretrained reads it")
+    if found is None:
+        known = "; ".join(f"{peer.WEIGHTS} and {peer.CONFIG} ({name})" for name, peer in PEERS.items())
+        raise ValueError(f"{path}: no SAE in a known format; must hold {known}")
+    return found
+
+
+def _with_one_threshold(portable: PortableSAE, weights: Path, rescale: bool, say: Say) -> PortableSAE:
+    if portable.threshold is None or portable.threshold.dim() == 0:
+        return portable
+    if not rescale:
+        low, high = float(portable.threshold.min()), float(portable.threshold.max())
+        raise ValueError(
+            f"{weights}: threshold of each feature, {low:.4g} to {high:.4g}, and a SampledSAE has one for all; "
+            "rescale_features=True (--rescale-features) makes them one by changing the units of the codes"
+        )
+    say("features are rescaled to one threshold: the units of the codes and the decoder norms change")
+    return portable.one_threshold()

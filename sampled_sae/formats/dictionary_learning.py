@@ -1,0 +1,128 @@
+"""dictionary_learning's files: `ae.pt` and `config.json` of BatchTopKSAE and AutoEncoderTopK.
+
+Both carry k and a threshold. BatchTopKSAE encodes by the threshold; AutoEncoderTopK keeps k features a token, and
+encodes by the threshold with `encode(x, use_threshold=True)`. Both subtract b_dec from the input.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import read_json, write_atomically, write_json
+from .portable import Origin, PortableSAE, Say, check_one_dtype, check_tensors, field, narrowed, silent
+
+NAME = "dictionary_learning"
+WEIGHTS = "ae.pt"
+CONFIG = "config.json"
+CENTRES_ALWAYS = True
+RULE_OF_CLASS = {"BatchTopKSAE": "threshold", "AutoEncoderTopK": "topk"}
+TRAINER_OF_CLASS = {"BatchTopKSAE": "BatchTopKTrainer", "AutoEncoderTopK": "TopKTrainer"}
+# Their threshold before it is first set.
+UNSET = -1.0
+
+
+def pack(sae: PortableSAE, origin: Origin, say: Say = silent) -> tuple[dict[str, Tensor], Any]:
+    """(state dict, config.json) for an SAE that centres its input.
+
+    Raises:
+        ValueError: k is a fraction.
+    """
+    k = sae.whole_k("dictionary_learning")
+    threshold = torch.tensor(UNSET) if sae.threshold is None else narrowed(sae.threshold, torch.float32)
+    if sae.dtype != torch.float32:
+        say(f"dictionary_learning computes in float32; the file keeps {sae.dtype}")
+    state = {
+        "k": torch.tensor(k, dtype=torch.int32),
+        "threshold": threshold,
+        "b_dec": sae.b_dec.contiguous(),
+        "decoder.weight": sae.W_dec.t().contiguous(),
+        "encoder.weight": sae.W_enc.t().contiguous(),
+        "encoder.bias": sae.b_enc.contiguous(),
+    }
+    dict_class = next(name for name, rule in RULE_OF_CLASS.items() if rule == sae.rule)
+    trainer = {
+        "trainer_class": TRAINER_OF_CLASS[dict_class],
+        "dict_class": dict_class,
+        "activation_dim": sae.d_in,
+        "dict_size": sae.d_sae,
+        "k": k,
+        "layer": origin.layer,
+        "lm_name": origin.model_name,
+        "submodule_name": origin.hook,
+    }
+    return state, {"trainer": trainer, "buffer": {"d_submodule": sae.d_in, "ctx_len": origin.context_size}}
+
+
+def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Both files, each to a temporary name that is then renamed."""
+
+    def save(path: Path) -> None:
+        # given a path, torch.save would write the temporary file's name into the archive
+        with open(path, "wb") as file:
+            torch.save(tensors, file)
+
+    write_atomically(folder / WEIGHTS, save)
+    write_json(folder / CONFIG, config)
+
+
+def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(state dict, config.json) as they are.
+
+    Raises:
+        ValueError: naming the file, when it is missing, truncated or foreign.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: truncated or not a state dict ({type(error).__name__}: {error})") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: must hold a state dict of tensors")
+    return dict(state), read_json(folder / CONFIG)
+
+
+def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say: Say = silent) -> PortableSAE:
+    """The SAE of a state dict and config.json; `folder` is named in errors.
+
+    Raises:
+        ValueError: another class of dictionary, wrong tensors, two values of k.
+    """
+    weights, cfg = folder / WEIGHTS, folder / CONFIG
+    trainer = field(cfg, config, "trainer", dict)
+    dict_class = trainer.get("dict_class")
+    if dict_class not in RULE_OF_CLASS:
+        raise ValueError(f"{cfg}: trainer.dict_class={dict_class!r}: this package reads {', '.join(RULE_OF_CLASS)}")
+    k = field(cfg, trainer, "k")
+    if "k" in tensors and tensors["k"].tolist() != k:
+        raise ValueError(f"{cfg}: trainer.k={k}, but {WEIGHTS} has k={tensors['k'].tolist()}")
+    floats = {name: t for name, t in tensors.items() if name != "k"}
+    d_in, d_sae = field(cfg, trainer, "activation_dim"), field(cfg, trainer, "dict_size")
+    shapes: dict[str, tuple[int, ...]] = {
+        "encoder.weight": (d_sae, d_in),
+        "encoder.bias": (d_sae,),
+        "decoder.weight": (d_in, d_sae),
+        "b_dec": (d_in,),
+    }
+    # AutoEncoderTopK has had a threshold only for some time
+    if dict_class == "BatchTopKSAE" or "threshold" in floats:
+        shapes["threshold"] = ()
+    check_tensors(weights, floats, shapes)
+    threshold = floats.get("threshold")
+    if threshold is not None and float(threshold) < 0:
+        threshold = None
+    sae = PortableSAE(
+        W_enc=floats["encoder.weight"].t(),
+        b_enc=floats["encoder.bias"],
+        W_dec=floats["decoder.weight"].t().contiguous(),
+        b_dec=floats["b_dec"],
+        rule=RULE_OF_CLASS[dict_class],
+        k=k,
+        threshold=threshold,
+    )
+    return check_one_dtype(weights, sae)

@@ -1,0 +1,175 @@
+"""SAELens' files: `sae_weights.safetensors` and `cfg.json` of the architectures jumprelu, topk and batchtopk.
+
+A SAE with a threshold is a "jumprelu" there, one of k features a token a "topk". "batchtopk" is what SAELens' own
+training checkpoints hold; it is read, not written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import read_json, write_atomically, write_json
+from .portable import Origin, PortableSAE, Say, check_one_dtype, check_tensors, field, narrowed, read_tensors, silent
+
+NAME = "saelens"
+WEIGHTS = "sae_weights.safetensors"
+CONFIG = "cfg.json"
+CENTRES_ALWAYS = False
+ARCHITECTURES = ("jumprelu", "topk", "batchtopk", "matryoshka_batchtopk")
+# Without a version SAELens reads a cfg.json as one from before its release 6 and looks for other names.
+FORMAT_VERSION = "6.54.12"
+# In units of the dtype's eps: decoder norms this near to 1 have been folded before, and thresholds this near to each
+# other are one threshold times such norms.
+ROUNDING = 8
+
+
+def pack(sae: PortableSAE, origin: Origin, say: Say = silent) -> tuple[dict[str, Tensor], Any]:
+    """(tensors, cfg.json) for the SAE.
+
+    Raises:
+        ValueError: k is a fraction and the rule "topk".
+    """
+    tensors = {
+        "W_enc": sae.W_enc.contiguous(),
+        "b_enc": sae.b_enc.contiguous(),
+        "W_dec": sae.W_dec.contiguous(),
+        "b_dec": sae.b_dec.contiguous(),
+    }
+    metadata = {
+        "sae_lens_version": FORMAT_VERSION,
+        "sae_lens_training_version": None,
+        "training_architecture": "sampled_sae",
+        "training_architecture_details": origin.training,
+        "model_name": origin.model_name,
+        "hook_name": origin.hook,
+        "hook_layer": origin.layer,
+        "context_size": origin.context_size,
+    }
+    config: dict[str, Any] = {
+        "architecture": "topk" if sae.rule == "topk" else "jumprelu",
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": str(sae.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": sae.apply_b_dec_to_input,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {name: value for name, value in metadata.items() if value is not None},
+    }
+    if sae.rule == "topk":
+        config |= {"k": sae.whole_k("SAELens' topk"), "rescale_acts_by_decoder_norm": False}
+        return tensors, config
+    threshold = torch.zeros(()) if sae.threshold is None else sae.threshold
+    threshold = narrowed(threshold, sae.dtype)
+    if threshold.dtype != sae.dtype:
+        say(f"SAELens rounds the threshold to {config['dtype']} unless it is told load_from_disk(..., dtype='float32')")
+    tensors["threshold"] = threshold.expand(sae.d_sae).contiguous()
+    return tensors, config
+
+
+def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Both files, each to a temporary name that is then renamed."""
+    write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
+    write_json(folder / CONFIG, config)
+
+
+def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, cfg.json) as they are."""
+    return read_tensors(folder / WEIGHTS), read_json(folder / CONFIG)
+
+
+def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say: Say = silent) -> PortableSAE:
+    """The SAE of SAELens' tensors and cfg.json; `folder` is named in errors.
+
+    Decoder norms are folded into the encoder where the architecture selects by activation times decoder norm.
+
+    Raises:
+        ValueError: another architecture, an activation normalisation that is done at run time, wrong tensors.
+    """
+    weights, cfg = folder / WEIGHTS, folder / CONFIG
+    architecture = config.get("architecture")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"{cfg}: architecture={architecture!r}: this package reads {', '.join(ARCHITECTURES)}")
+    _check_inputs(cfg, config, say)
+    d_in, d_sae = field(cfg, config, "d_in"), field(cfg, config, "d_sae")
+    shapes: dict[str, tuple[int, ...]] = {
+        "W_enc": (d_in, d_sae),
+        "b_enc": (d_sae,),
+        "W_dec": (d_sae, d_in),
+        "b_dec": (d_in,),
+    }
+    if architecture == "jumprelu":
+        shapes["threshold"] = (d_sae,)
+    elif architecture != "topk":
+        shapes["topk_threshold"] = ()
+    check_tensors(weights, tensors, shapes)
+    exact = torch.promote_types(tensors["W_enc"].dtype, torch.float32)
+    k: float | None = None
+    threshold = None
+    if architecture == "jumprelu":
+        threshold = _one_value(tensors["threshold"].to(exact), tensors["threshold"].dtype, say)
+        k = _recorded_k(config)
+    else:
+        k = field(cfg, config, "k", (int, float))
+        # their running mean starts at 0
+        if "topk_threshold" in tensors and float(tensors["topk_threshold"]) != 0:
+            threshold = tensors["topk_threshold"].to(exact)
+    sae = PortableSAE(
+        **{name: tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")},
+        rule="topk" if architecture == "topk" else "threshold",
+        k=k,
+        threshold=threshold,
+        apply_b_dec_to_input=field(cfg, {"apply_b_dec_to_input": True, **config}, "apply_b_dec_to_input", bool),
+    )
+    sae = check_one_dtype(weights, sae)
+    # absent, it is what SAELens takes by default: False for inference, True for training
+    if architecture != "jumprelu" and config.get("rescale_acts_by_decoder_norm", architecture != "topk"):
+        sae = _fold_norms(sae, say)
+    return sae
+
+
+def _check_inputs(cfg: Path, config: dict[str, Any], say: Say) -> None:
+    normalize = config.get("normalize_activations") or "none"
+    if normalize == "expected_average_only_in":
+        say("this is a training checkpoint: feed it activations times the scaling factor in activation_scaler.json")
+    elif normalize != "none":
+        raise ValueError(f"{cfg}: normalize_activations={normalize!r}: must be 'none'; fold it in with SAELens first")
+    if config.get("reshape_activations") not in (None, "none"):
+        say(f"reshape_activations={config['reshape_activations']!r}: feed it the heads' activations side by side")
+
+
+def _one_value(threshold: Tensor, stored: torch.dtype, say: Say) -> Tensor:
+    """0-dim where all are equal up to rounding, else [d_sae]."""
+    low, high = threshold.min(), threshold.max()
+    if low == high:
+        return low
+    if low > 0 and high - low <= ROUNDING * torch.finfo(stored).eps * high:
+        say(f"threshold: {float(low)!r} to {float(high)!r}, equal up to rounding, is taken as its median")
+        return threshold.median()
+    return threshold
+
+
+def _recorded_k(config: dict[str, Any]) -> float | None:
+    """k of the training, or the L0 measured in it, from the metadata of a jumprelu."""
+    metadata = config.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    details = metadata.get("training_architecture_details")
+    for value in ((details if isinstance(details, dict) else {}).get("k"), metadata.get("l0")):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+def _fold_norms(sae: PortableSAE, say: Say) -> PortableSAE:
+    """Unit decoder rows; equivalent to `n = W_dec.norm(dim=1); W_enc * n, b_enc * n, W_dec / n[:, None]`."""
+    norms = sae.W_dec.norm(dim=1).clamp(min=1e-8)
+    if bool(((norms - 1).abs() <= ROUNDING * torch.finfo(sae.dtype).eps).all()):
+        return sae
+    say("decoder norms are folded into the encoder: SAELens selects by activation times decoder norm here")
+    return replace(sae, W_enc=sae.W_enc * norms, b_enc=sae.b_enc * norms, W_dec=sae.W_dec / norms.unsqueeze(1))

@@ -1,0 +1,101 @@
+"""sparsify's files: `sae.safetensors` and `cfg.json`, k features a token.
+
+A folder of several SAEs there has one such folder a hook, named after it (`layers.5`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import read_json, write_atomically, write_json
+from .portable import Origin, PortableSAE, Say, check_one_dtype, check_tensors, field, read_tensors, silent
+
+NAME = "sparsify"
+WEIGHTS = "sae.safetensors"
+CONFIG = "cfg.json"
+CENTRES_ALWAYS = True
+# value that changes what is computed: what it is there
+FOREIGN = {
+    "transcode": "a transcoder, which reconstructs other activations than it reads",
+    "skip_connection": "a linear skip connection",
+    "signed": "selection by absolute value",
+}
+UNIT = 1e-2
+
+
+def pack(sae: PortableSAE, origin: Origin, say: Say = silent) -> tuple[dict[str, Tensor], Any]:
+    """(tensors, cfg.json) for an SAE that centres its input and keeps k features a token.
+
+    Raises:
+        ValueError: the rule is "threshold", or k a fraction.
+    """
+    if sae.rule != "topk":
+        raise ValueError(
+            "inference='threshold': sparsify keeps the k largest activations of each token and has no threshold; "
+            "inference='topk' (--inference topk) exports the SAE for that rule"
+        )
+    tensors = {
+        "encoder.weight": sae.W_enc.t().contiguous(),
+        "encoder.bias": sae.b_enc.contiguous(),
+        "W_dec": sae.W_dec.contiguous(),
+        "b_dec": sae.b_dec.contiguous(),
+    }
+    norms = torch.linalg.vector_norm(sae.W_dec.double(), dim=1)
+    config = {
+        "activation": "topk",
+        "expansion_factor": max(1, sae.d_sae // sae.d_in),
+        # who trains it on there normalises the rows after each step if this says so
+        "normalize_decoder": bool(((norms - 1).abs() < UNIT).all()),
+        "num_latents": sae.d_sae,
+        "k": sae.whole_k("sparsify"),
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": sae.d_in,
+    }
+    return tensors, config
+
+
+def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Both files, each to a temporary name that is then renamed."""
+    write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
+    write_json(folder / CONFIG, config)
+
+
+def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, cfg.json) as they are."""
+    return read_tensors(folder / WEIGHTS), read_json(folder / CONFIG)
+
+
+def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say: Say = silent) -> PortableSAE:
+    """The SAE of sparsify's tensors and cfg.json; `folder` is named in errors.
+
+    Raises:
+        ValueError: a transcoder, a skip connection, another activation than "topk", wrong tensors.
+    """
+    weights, cfg = folder / WEIGHTS, folder / CONFIG
+    for name, meaning in FOREIGN.items():
+        if config.get(name):
+            raise ValueError(f"{cfg}: {name}={config[name]!r}: {meaning} has no place in a SampledSAE")
+    activation = config.get("activation", "topk")
+    if activation != "topk":
+        raise ValueError(f"{cfg}: activation={activation!r}: this package reads 'topk'")
+    d_in = field(cfg, config, "d_in")
+    d_sae = field(cfg, {"num_latents": 0, **config}, "num_latents") or d_in * field(cfg, config, "expansion_factor")
+    shapes = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    check_tensors(weights, tensors, shapes)
+    sae = PortableSAE(
+        W_enc=tensors["encoder.weight"].t(),
+        b_enc=tensors["encoder.bias"],
+        W_dec=tensors["W_dec"],
+        b_dec=tensors["b_dec"],
+        rule="topk",
+        k=field(cfg, config, "k"),
+        threshold=None,
+    )
+    return check_one_dtype(weights, sae)

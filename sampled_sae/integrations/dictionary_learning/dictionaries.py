@@ -1,0 +1,265 @@
+"""A `SampledSAE` as the dictionaries that dictionary_learning trains, saves and loads."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from dictionary_learning.dictionary import Dictionary
+from dictionary_learning.trainers import batch_top_k, top_k
+from torch import Tensor
+
+from ...codes import SparseCodes
+from ...config import SampledSAEConfig
+from ...formats.portable import check_tensors
+from ...sae import SampledSAE
+from ...validate import check_integer, describe
+
+# in an ae.pt, inside a SampledDictionary, and whether one is the other's transpose
+NAMES = (
+    ("encoder.weight", "sae.W_enc", True),
+    ("encoder.bias", "sae.b_enc", False),
+    ("decoder.weight", "sae.W_dec", True),
+    ("b_dec", "sae.b_dec", False),
+    ("threshold", "sae.threshold", False),
+)
+OURS_ALONE = ("sae.threshold_steps", "sae.tokens_since_active")
+
+
+class LinearView(NamedTuple):
+    """What `torch.nn.Linear` computes and how it names its tensors, over parameters that lie elsewhere."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+class SampledDictionary(Dictionary):
+    """A dictionary on a `SampledSAE`, `self.sae`, whose state dict is that of dictionary_learning's own class.
+
+    Initial weights are drawn as that class draws them, from torch's global generator. `encoder.weight` [F, d],
+    `encoder.bias` [F], `decoder.weight` [d, F] and `b_dec` [d] are views of the SAE's parameters, which are what
+    `parameters()` lists; `threshold` is the SAE's, -1 as long as none is known.
+
+    Args:
+        activation_dim, dict_size: d and F.
+        k: average number of active features a token, a whole number.
+        device: of the parameters.
+        rule: other fields of the `SampledSAEConfig`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and what is allowed.
+    """
+
+    peer: type[Any]
+    select: str
+    by_threshold: bool
+
+    def __init__(
+        self, activation_dim: int, dict_size: int, k: int, device: torch.device | str | None = None, **rule: Any
+    ) -> None:
+        super().__init__()
+        check_integer("activation_dim", activation_dim, 1)
+        check_integer("dict_size", dict_size, 1)
+        check_integer("k", k, 1)
+        rule = {"l": None, "select": self.select, "aux_pool": None, **rule}
+        self.sae = SampledSAE(SampledSAEConfig(d_in=activation_dim, d_sae=dict_size, k=k, **rule), device=device)
+        self.sae.threshold.fill_(-1.0)
+        self.register_buffer("k", torch.tensor(k, dtype=torch.int, device=device))
+        made = self.peer(activation_dim, dict_size, k)
+        with torch.no_grad():
+            self.sae.W_enc.copy_(made.encoder.weight.t())
+            self.sae.b_enc.copy_(made.encoder.bias)
+            self.sae.W_dec.copy_(made.decoder.weight.t())
+            self.sae.b_dec.copy_(made.b_dec)
+        self.register_state_dict_post_hook(to_peer_names)
+        self.register_load_state_dict_pre_hook(from_peer_names)
+
+    @property
+    def activation_dim(self) -> int:
+        return self.sae.cfg.d_in
+
+    @property
+    def dict_size(self) -> int:
+        return self.sae.cfg.d_sae
+
+    @property
+    def threshold(self) -> Tensor:
+        """0-dim; below 0 as long as none is known."""
+        return self.sae.threshold
+
+    @property
+    def b_dec(self) -> torch.nn.Parameter:
+        """[d]."""
+        return self.sae.b_dec
+
+    @property
+    def encoder(self) -> LinearView:
+        """weight [F, d], bias [F]."""
+        return LinearView(self.sae.W_enc.t(), self.sae.b_enc)
+
+    @property
+    def decoder(self) -> LinearView:
+        """weight [d, F]."""
+        return LinearView(self.sae.W_dec.t(), None)
+
+    def decode(self, f: Tensor | SparseCodes) -> Tensor:
+        """Features [..., F], or SparseCodes, to activations [..., d]."""
+        return self.sae.decode(f)
+
+    def forward(self, x: Tensor, output_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The reconstruction of x [..., d], and with `output_features` the features [..., F] too."""
+        codes = self._codes(x, self.by_threshold)
+        x_hat = self.decode(codes).view(*x.shape[:-1], self.activation_dim)
+        return (x_hat, self._dense(codes, x)) if output_features else x_hat
+
+    @torch.no_grad()
+    def scale_biases(self, scale: float) -> None:
+        """What follows from activations that are `scale` times as large: biases and threshold are multiplied."""
+        self.sae.b_enc.mul_(scale)
+        self.sae.b_dec.mul_(scale)
+        self.threshold.copy_(torch.where(self.threshold >= 0, self.threshold * scale, self.threshold))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        k: int | None = None,
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> SampledDictionary:
+        """Reads an `ae.pt` of dictionary_learning's class of this name, whoever trained it.
+
+        Args:
+            path: of the file.
+            k: needed where the file does not hold it.
+            kwargs: other fields of the `SampledSAEConfig`.
+
+        Raises:
+            ValueError: a missing, truncated or foreign file, or one of another k.
+        """
+        tensors = read_weights(Path(path))
+        held = int(tensors["k"]) if "k" in tensors else k
+        if held is None:
+            raise ValueError(f"k=None: {path} does not hold k, so it must be given")
+        if k is not None and k != held:
+            raise ValueError(f"k={k!r}: {path} holds k={held}")
+        dict_size, activation_dim = tensors["encoder.weight"].shape
+        dictionary = cls(activation_dim, dict_size, held, device, **kwargs)
+        dictionary.load_state_dict(tensors)
+        return dictionary
+
+    def _codes(self, x: Tensor, by_threshold: bool) -> SparseCodes | Tensor:
+        """What is kept of x [..., d], by the threshold or as in training; dense where no threshold is known yet."""
+        if by_threshold and float(self.threshold) < 0:
+            # every positive activation: so many that a list of them is the larger form
+            return self._activations(x)
+        self.sae.train(not by_threshold)
+        return self.sae.encode_sparse(x.to(self.sae.W_enc.dtype))
+
+    def _activations(self, x: Tensor) -> Tensor:
+        """relu((x - b_dec) W_enc + b_enc), [..., F]."""
+        return self.encoder(x.to(self.b_dec.dtype) - self.b_dec).relu()
+
+    def _dense(self, codes: SparseCodes | Tensor, x: Tensor) -> Tensor:
+        """[..., F], in the weights' dtype."""
+        if isinstance(codes, SparseCodes):
+            codes = codes.to_dense().to(self.sae.W_enc.dtype)
+        return codes.view(*x.shape[:-1], self.dict_size)
+
+
+class BatchTopKSAE(SampledDictionary):
+    """dictionary_learning's `BatchTopKSAE`: a feature is active where its activation exceeds the threshold."""
+
+    peer = batch_top_k.BatchTopKSAE
+    select = "batch"
+    by_threshold = True
+
+    def encode(self, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
+        """Features [..., F] of x [..., d].
+
+        Args:
+            return_active: also give bool [..., F] without the first dimension, the features active in it, and all
+                activations after the relu, [..., F].
+            use_threshold: False keeps, as in training, the k * tokens largest activations.
+        """
+        f = self._dense(self._codes(x, use_threshold), x)
+        return (f, f.sum(0) > 0, self._activations(x)) if return_active else f
+
+
+class AutoEncoderTopK(SampledDictionary):
+    """dictionary_learning's `AutoEncoderTopK`: the k largest activations of each token."""
+
+    peer = top_k.AutoEncoderTopK
+    select = "token"
+    by_threshold = False
+
+    def encode(self, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
+        """Features [..., F] of x [..., d].
+
+        Args:
+            return_topk: also give the k largest activations and their features, [..., k] each, in any order, and
+                all activations after the relu, [..., F].
+            use_threshold: keep what exceeds the threshold instead.
+        """
+        f = self._dense(self._codes(x, use_threshold), x)
+        if not return_topk:
+            return f
+        activations = self._activations(x)
+        values, features = activations.topk(int(self.k), dim=-1, sorted=False)
+        return f, values, features, activations
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of an `ae.pt`, checked; see `SampledDictionary.from_pretrained`."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: truncated or not a state dict ({type(error).__name__}: {error})") from None
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{path}: must hold a state dict of tensors")
+    floats = {name: t for name, t in tensors.items() if name != "k"}
+    weight = tensors.get("encoder.weight")
+    if weight is None or weight.dim() != 2:
+        raise ValueError(f"{path}: encoder.weight={describe(weight)}: must be a tensor [dict_size, activation_dim]")
+    d_sae, d_in = weight.shape
+    shapes = {
+        "encoder.weight": (d_sae, d_in),
+        "encoder.bias": (d_sae,),
+        "decoder.weight": (d_in, d_sae),
+        "b_dec": (d_in,),
+    }
+    if "threshold" in floats:
+        shapes["threshold"] = ()
+    check_tensors(path, floats, shapes)
+    return tensors
+
+
+def to_peer_names(module: SampledDictionary, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    """Hook after `state_dict`: the peer's tensors under its names, each contiguous, and nothing else."""
+    for theirs, ours, transposed in NAMES:
+        tensor = state.pop(prefix + ours)
+        state[prefix + theirs] = tensor.t().contiguous() if transposed else tensor
+    for name in OURS_ALONE:
+        del state[prefix + name]
+
+
+def from_peer_names(module: SampledDictionary, state: dict[str, Tensor], prefix: str, *others: Any) -> None:
+    """Hook before loading: the inverse. Files of some versions hold no threshold, or no k."""
+    state.setdefault(prefix + "threshold", torch.tensor(-1.0))
+    state.setdefault(prefix + "k", module.k)
+    for theirs, ours, transposed in NAMES:
+        if prefix + theirs in state:
+            tensor = state.pop(prefix + theirs)
+            state[prefix + ours] = tensor.t() if transposed else tensor
+    state[prefix + "sae.threshold_steps"] = (state[prefix + "sae.threshold"] >= 0).long()
+    state[prefix + "sae.tokens_since_active"] = module.sae.tokens_since_active
+    module.sae.kept_pool.reset()
+    module.sae.cfg = replace(module.sae.cfg, k=int(state[prefix + "k"]))

@@ -1,0 +1,301 @@
+"""What the trainers share: dictionary_learning's step without a [B, F] tensor, on gradients of touched rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from dictionary_learning.trainers import top_k
+from dictionary_learning.trainers.trainer import SAETrainer, get_lr_schedule
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from ...codes import SparseCodes
+from ...finite import FiniteInputs
+from ...implementations import implementation
+from ...memory import Workspace
+from ...optim import RowAdam
+from ...pool import Pool, find_pool
+from ...rows import RowSource
+from ...validate import check_activations, check_device, check_integer, check_number
+from .dictionaries import SampledDictionary
+from .step import Batch, aux_candidates, mean_smallest_of_tokens, project_decoder_rows, selection, unexplained
+
+
+class LossLog(NamedTuple):
+    """What dictionary_learning's logging asks of a batch."""
+
+    x: Tensor
+    x_hat: Tensor
+    f: Tensor
+    losses: dict[str, float]
+
+
+class RowTrainer(SAETrainer):
+    """What the trainers here share. The arguments are those of dictionary_learning's trainers.
+
+    A step is theirs: decoder gradient projected, gradients clipped to 1.0, Adam, decoder rows of unit norm. With
+    the same seed and data losses and weights agree with theirs up to rounding.
+
+    Args:
+        steps: batches to train on.
+        activation_dim, dict_size: d and F.
+        k: average number of active features a token, a whole number.
+        layer, lm_name, submodule_name: what the activations come from; for the configuration only.
+        dict_class: dictionary_learning's class or the one here; the one here is made in either case.
+        lr: peak learning rate; 2e-4 / sqrt(dict_size / 2^14) when absent.
+        auxk_alpha: weight of the dead-feature loss.
+        warmup_steps, decay_start: lr rises from 0 over `warmup_steps`, falls to 0 from `decay_start` on.
+        threshold_beta, threshold_start_step: decay of the running mean that is the inference threshold, and the
+            step after which it starts.
+        seed: of the initial weights.
+        device: a GPU if there is one, when absent.
+        wandb_name: name of the run.
+
+    Attributes:
+        ae: the dictionary that is trained.
+        config: the same dict each time, so that what `trainSAE` puts there stays.
+        dead_feature_threshold: tokens without being active after which a feature is dead.
+        top_k_aux: features a token in the dead-feature loss.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and what is allowed.
+    """
+
+    dictionary: type[SampledDictionary]
+    trainer_class: str
+    rule: Mapping[str, Any] = MappingProxyType({})
+    adam: Mapping[str, Any] = MappingProxyType({})
+
+    def __init__(
+        self,
+        steps: int,
+        activation_dim: int,
+        dict_size: int,
+        k: int,
+        layer: int,
+        lm_name: str,
+        dict_class: type | None = None,
+        lr: float | None = None,
+        auxk_alpha: float = 1 / 32,
+        warmup_steps: int = 1000,
+        decay_start: int | None = None,
+        threshold_beta: float = 0.999,
+        threshold_start_step: int = 1000,
+        seed: int | None = None,
+        device: str | None = None,
+        wandb_name: str | None = None,
+        submodule_name: str | None = None,
+    ) -> None:
+        super().__init__(seed)
+        check_integer("steps", steps, 1)
+        if layer is None or lm_name is None:
+            raise ValueError(f"layer={layer!r}, lm_name={lm_name!r}: both must be given")
+        if dict_class not in (None, self.dictionary, self.dictionary.peer):
+            raise ValueError(f"dict_class={dict_class!r}: must be {self.dictionary.__name__}")
+        check_schedule(steps, warmup_steps, decay_start)
+        check_number("auxk_alpha", auxk_alpha, 0, None)
+        check_number("threshold_beta", threshold_beta, 0, 1)
+        self.layer = layer
+        self.lm_name = lm_name
+        self.submodule_name = submodule_name
+        self.wandb_name = self.dictionary.__name__ if wandb_name is None else wandb_name
+        self.steps = steps
+        self.decay_start = decay_start
+        self.warmup_steps = warmup_steps
+        self.k = k
+        self.auxk_alpha = auxk_alpha
+        self.threshold_beta = threshold_beta
+        self.threshold_start_step = threshold_start_step
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_device(self.device)
+        if seed is not None:
+            torch.manual_seed(seed)
+        self.ae = self.dictionary(activation_dim, dict_size, k, self.device, seed=seed or 0, **self.rule)
+        # 1 / sqrt(F), from 2e-4 at 2^14: the scaling law of arXiv 2406.04093
+        self.lr = 2e-4 / (dict_size / 2**14) ** 0.5 if lr is None else lr
+        self.optimizer = RowAdam(self.ae.sae, lr=self.lr, **self.adam)
+        self.scheduler = LambdaLR(self.optimizer, get_lr_schedule(steps, warmup_steps, decay_start=decay_start))
+        self.dead_feature_threshold = 10_000_000
+        self.top_k_aux = activation_dim // 2
+        self.num_tokens_since_fired = self.ae.sae.tokens_since_active
+        self.logging_parameters = ["effective_l0", "dead_features", "pre_norm_auxk_loss"]
+        self.effective_l0: float = -1
+        self.dead_features: int | Tensor = -1
+        self.pre_norm_auxk_loss: float | Tensor = -1
+        self._config = {
+            "trainer_class": self.trainer_class,
+            "dict_class": self.dictionary.__name__,
+            "lr": self.lr,
+            "steps": steps,
+            "auxk_alpha": auxk_alpha,
+            "warmup_steps": warmup_steps,
+            "decay_start": decay_start,
+            "threshold_beta": threshold_beta,
+            "threshold_start_step": threshold_start_step,
+            "top_k_aux": self.top_k_aux,
+            "seed": seed,
+            "activation_dim": activation_dim,
+            "dict_size": dict_size,
+            "k": k,
+            "device": self.device,
+            "layer": layer,
+            "lm_name": lm_name,
+            "wandb_name": self.wandb_name,
+            "submodule_name": submodule_name,
+        }
+        self._workspace = Workspace()
+        self._finite = FiniteInputs()
+        self._hint: float | Tensor | None = None
+        self._aux_hint: float | Tensor | None = None
+        self._idle_version, self._most_idle = -1, 0
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self._config
+
+    def loss(self, x: Tensor, step: int | None = None, logging: bool = False) -> Any:
+        """The loss of activations x [..., d], 0-dim; its `backward()` leaves gradients for `self.optimizer` alone.
+
+        Moves the dead-feature counts, and the threshold after `threshold_start_step`.
+
+        Args:
+            step: number of the step.
+            logging: give a `LossLog` instead, with features [B, F] and losses as numbers, of what a step on this
+                batch would see, and move nothing.
+
+        Raises:
+            ValueError, TypeError: wrong shape or dtype, an empty batch, NaN or inf.
+        """
+        sae = self.ae.sae
+        batch = self._batch(x, logging)
+        codes, hint = selection(
+            sae, batch, None if batch.pool is None else batch.pool.members, sae.cfg.k, sae.cfg.select, self._hint
+        )
+        x_hat = batch.parts.decode(codes, sae.W_dec, sae.b_dec, batch.rows)
+        if not logging:
+            self._hint = hint
+            if step is not None and step > self.threshold_start_step:
+                self._move_threshold(codes)
+        dead = self._dead_after(codes, logging)
+        residual = batch.x - x_hat
+        l2_loss = residual.square().sum(-1).mean()
+        auxk_loss = self._auxiliary_loss(batch, residual.detach(), dead)
+        loss = l2_loss + self.auxk_alpha * auxk_loss
+        if not logging:
+            self.effective_l0 = self.k
+            sae.row_grads += batch.rows.gradients
+            return loss
+        self.effective_l0 = codes.l0()
+        f = codes.to_dense().view(*x.shape[:-1], -1)
+        losses = {"l2_loss": l2_loss.item(), "auxk_loss": auxk_loss.item(), "loss": loss.item()}
+        return LossLog(batch.x.view(x.shape), x_hat.view(x.shape), f, losses)
+
+    def update(self, step: int, x: Tensor) -> Tensor:
+        """One training step on activations x [..., d]; before step 0 b_dec is set to their geometric median.
+
+        Returns:
+            The loss, 0-dim without gradient: `float()` of it waits for a GPU, nothing else here does before a
+            feature may be dead.
+        """
+        if step == 0:
+            self._init_b_dec(x)
+        loss = self.loss(x, step=step)
+        loss.backward()
+        project_decoder_rows(self.ae.sae)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        return loss.detach()
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """x as [B, d] on the dictionary's device, in its dtype."""
+        check_activations(x, self.ae.activation_dim)
+        flat = x.reshape(-1, self.ae.activation_dim).to(self.device, self.ae.sae.W_enc.dtype)
+        self._finite.check(flat)
+        return flat
+
+    @torch.no_grad()
+    def _init_b_dec(self, x: Tensor) -> None:
+        flat = self._tokens(x)
+        median = top_k.geometric_median(flat)
+        if bool(torch.isfinite(median).all()):
+            self.ae.b_dec.copy_(median)
+        else:  # theirs divides by zero where a token is the median
+            self.ae.sae.init_b_dec(flat)
+
+    def _batch(self, x: Tensor, logging: bool) -> Batch:
+        sae, c = self.ae.sae, self.ae.sae.cfg
+        parts = implementation(sae.impl_in_use)
+        flat = self._tokens(x)
+        centred = parts.centre(flat, sae.b_dec)
+        generator = sae.generator.clone_state() if logging else sae.generator
+
+        def find() -> Pool | None:
+            return find_pool(
+                parts,
+                centred,
+                sae.W_enc.t(),
+                sae.b_enc,
+                k=c.k,
+                l=c.l,
+                score=c.score,
+                pool=c.pool,
+                generator=generator,
+                score_tokens=c.score_tokens,
+            )
+
+        pool = find() if logging else sae.kept_pool.next(find)
+        return Batch(parts, flat, centred, pool, RowSource(True, self._workspace), logging)
+
+    def _auxiliary_loss(self, batch: Batch, residual: Tensor, dead: Tensor | None) -> Tensor:
+        """The share of the residual's variance that the dead features leave unexplained, 0-dim."""
+        self.dead_features = 0 if dead is None else dead.sum()
+        self.pre_norm_auxk_loss = -1
+        if self.auxk_alpha == 0 or dead is None:
+            return residual.new_zeros(())
+        sae = self.ae.sae
+        members = aux_candidates(sae, batch, dead)
+        missed, hint = unexplained(sae, batch, members, residual, self.top_k_aux, self._aux_hint)
+        if not batch.logging:
+            self._aux_hint = hint
+        self.pre_norm_auxk_loss = missed.detach()
+        variance = (residual - residual.mean(0)).square().sum(-1).mean()
+        return torch.where(variance > 0, missed / torch.where(variance > 0, variance, 1), 0)
+
+    @torch.no_grad()
+    def _dead_after(self, codes: SparseCodes, logging: bool) -> Tensor | None:
+        """bool [F]: dead with this batch counted, which is kept unless `logging`; None where no feature is.
+
+        Asks the device only when what it said before, and the tokens since, leave the possibility.
+        """
+        counts = self.num_tokens_since_fired
+        known = self._idle_version == counts._version
+        if logging:
+            counts = counts.clone()
+        counts.add_(codes.shape[0]).masked_fill_(codes.active_mask(), 0)
+        most = self._most_idle + codes.shape[0]
+        if not known or most >= self.dead_feature_threshold:
+            most = int(counts.max())
+        if not logging:
+            self._idle_version, self._most_idle = counts._version, most
+        return counts >= self.dead_feature_threshold if most >= self.dead_feature_threshold else None
+
+    def _move_threshold(self, codes: SparseCodes) -> None:
+        """A running mean that starts at its first value: of the smallest kept activation, in the batch or a token."""
+        sae = self.ae.sae
+        smallest = codes.smallest() if sae.cfg.select == "batch" else mean_smallest_of_tokens(codes)
+        smallest = torch.where(smallest < torch.inf, smallest, 0).to(sae.threshold.dtype)
+        moved = self.threshold_beta * sae.threshold + (1 - self.threshold_beta) * smallest
+        sae.threshold.copy_(torch.where(sae.threshold < 0, smallest, moved))
+        sae.threshold_steps.add_(1)
+
+
+def check_schedule(steps: int, warmup_steps: int, decay_start: int | None) -> None:
+    check_integer("warmup_steps", warmup_steps, 0)
+    if warmup_steps >= steps:
+        raise ValueError(f"warmup_steps={warmup_steps!r}: must be below steps={steps}")
+    if decay_start is not None and not warmup_steps < decay_start < steps:
+        raise ValueError(f"decay_start={decay_start!r}: must lie between warmup_steps={warmup_steps} and steps={steps}")

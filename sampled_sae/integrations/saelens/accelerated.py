@@ -1,0 +1,112 @@
+"""SAELens' TopK, BatchTopK and MatryoshkaBatchTopK training SAEs with the step of `SparseStep`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
+from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
+from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
+from sae_lens.saes.topk_sae import TopKTrainingSAE
+from torch import Tensor
+
+from ...codes import SparseCodes
+from ...rows import RowSource
+from ...validate import check_budget
+from .step import Batch, SparseStep, feature_major
+
+
+class SampledTopKTrainingSAE(SparseStep):
+    """SAELens' TopKTrainingSAE; equivalent to it in parameters, losses and files."""
+
+
+class SampledBatchTopKTrainingSAE(SparseStep, BatchTopKTrainingSAE):
+    """SAELens' BatchTopKTrainingSAE; equivalent to it in parameters, losses, threshold and files."""
+
+    selection = "batch"
+    topk_threshold: Tensor
+
+    def budget(self, n_tokens: int) -> float:
+        """SAELens rounds the entries of a batch down."""
+        return int(self.cfg.k * n_tokens) / n_tokens
+
+    def after_selection(self, batch: Batch, codes: SparseCodes, output: TrainStepOutput) -> None:
+        self.move_threshold(codes.smallest())
+        output.metrics["topk_threshold"] = self.topk_threshold
+
+    @torch.no_grad()
+    def move_threshold(self, smallest: Tensor) -> None:
+        """The running mean of the smallest kept activation; `inf` where nothing was kept."""
+        smallest, lr = smallest.to(self.topk_threshold.dtype), self.cfg.topk_threshold_lr
+        moved = (1 - lr) * self.topk_threshold + lr * smallest
+        self.topk_threshold = torch.where(smallest.isfinite(), moved, self.topk_threshold)
+
+
+class SampledMatryoshkaBatchTopKTrainingSAE(SampledBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE):
+    """SAELens' MatryoshkaBatchTopKTrainingSAE; all levels are decoded in one go."""
+
+    def widths(self) -> list[int]:
+        return self.cfg.matryoshka_widths[:-1]
+
+    def decode_levels(self, codes: SparseCodes, rows: RowSource) -> list[Tensor]:
+        """A level's own features are decoded as if they were further tokens, then added to the level before."""
+        values, tokens, features = codes.entries()
+        ends = torch.tensor(self.widths(), device=features.device)
+        level = torch.bucketize(features, ends, right=True)
+        order = torch.argsort(level, stable=True)
+        n_tokens, n_levels = codes.shape[0], len(ends) + 1
+        tokens = (tokens + level * n_tokens)[order]
+        apart = SparseCodes(values[order], tokens, features[order], (n_levels * n_tokens, codes.shape[1]))
+        own = self.parts().decode(apart, self.W_dec, None, rows)
+        decoded = own.view(n_levels, n_tokens, -1).cumsum(0) + self.b_dec.to(own.dtype)
+        return list(decoded.unbind(0))
+
+    def dead_loss(self, batch: Batch, levels: list[Tensor]) -> Tensor:
+        if not self.cfg.use_matryoshka_aux_loss:
+            return super().dead_loss(batch, levels)
+        bounds = [0, *self.cfg.matryoshka_widths]
+        losses = [self.reconstruct_from_dead(batch, out, *part) for out, *part in zip(levels, bounds, bounds[1:])]
+        return torch.stack(losses).sum()
+
+
+FAST_FORMS: dict[type[TrainingSAE[Any]], type[SparseStep]] = {
+    TopKTrainingSAE: SampledTopKTrainingSAE,
+    BatchTopKTrainingSAE: SampledBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAE: SampledMatryoshkaBatchTopKTrainingSAE,
+}
+
+
+def accelerate(sae: TrainingSAE[Any], optimizer: torch.optim.Optimizer | None = None) -> TrainingSAE[Any]:
+    """Gives a living SAELens training SAE this package's step, in place, and returns it.
+
+    Parameters, buffers, hooks, config and files stay what they are: checkpoints say "batchtopk" and load without this
+    package. Only its class changes, to a subclass of what it was.
+
+    Args:
+        sae: a TopKTrainingSAE, BatchTopKTrainingSAE or MatryoshkaBatchTopKTrainingSAE.
+        optimizer: the one that has trained it so far; its state is laid out in memory as W_enc now is, which
+            saves time and changes no value.
+
+    Raises:
+        TypeError: another class, a subclass included: it may compute something else.
+        ValueError: `training_forward_pass` was replaced on the object, as `compile_sae` does; a k that SAELens' step
+            would not take.
+    """
+    if isinstance(sae, SparseStep):
+        return sae
+    if type(sae) not in FAST_FORMS:
+        known = ", ".join(cls.__name__ for cls in FAST_FORMS)
+        raise TypeError(f"sae={type(sae).__name__}: must be one of SAELens' {known}, and no subclass")
+    if "training_forward_pass" in vars(sae):
+        raise ValueError("sae.training_forward_pass: was replaced on this object; accelerate before compiling")
+    fast = FAST_FORMS[type(sae)]
+    check_budget(sae.cfg.k, None, sae.cfg.d_sae, fast.selection)
+    sae.__class__ = fast
+    sae.prepare()
+    if optimizer is not None:
+        state = optimizer.state.get(sae.W_enc, {})
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == sae.W_enc.shape:
+                state[name] = feature_major(value)
+    return sae

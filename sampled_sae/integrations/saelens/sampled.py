@@ -1,0 +1,164 @@
+"""The `sampled` architecture: a Sampled-SAE (arXiv 2508.21324) that SAELens trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from torch import Tensor
+
+from ...codes import SparseCodes
+from ...config import batch_budget
+from ...implementations import Implementation, implementation, resolve_impl
+from ...pool import KeptPool, Pool, find_pool
+from ...rows import RowSource
+from ...torch_impl.layer import block_mask
+from ...validate import check_number
+from .accelerated import SampledBatchTopKTrainingSAE
+from .configs import SampledTrainingSAEConfig
+from .step import Batch
+
+
+class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
+    """Keeps the B*k largest activations inside a pool of k*l scored features; the aux loss is METHOD.md's.
+
+    In training mode `encode` selects by the batch, in evaluation mode by `topk_threshold`, as what is saved for
+    inference does. `calibrate` sets the threshold on activations of the user's. SAELens' checkpoints do not hold a
+    pool kept by `pool_every`, nor the state of `pool="sample"`: a resumed run looks for a new pool and draws anew.
+    """
+
+    cfg: SampledTrainingSAEConfig
+
+    def prepare(self) -> None:
+        super().prepare()
+        self._generator = torch.Generator().manual_seed(self.cfg.seed)
+
+    def forget(self) -> None:
+        super().forget()
+        self._threshold_hint: Any = None
+        self._kept_pool = KeptPool(self.cfg.pool_every)
+
+    def parts(self) -> Implementation:
+        return implementation(resolve_impl(self.cfg.impl, self.W_enc.device, self.W_enc.dtype))
+
+    def next_pool(self, centred: Tensor, scale: Tensor | None) -> Pool | None:
+        """The pool of one more batch; None for the whole dictionary."""
+        c, parts, W = self.cfg, self.parts(), self.W_enc.detach().t()
+        rule: dict[str, Any] = {"k": c.k, "l": c.l, "score": c.score, "pool": c.pool, "score_tokens": c.score_tokens}
+        rule |= {"scale": scale, "generator": self._generator}
+        return self._kept_pool.next(lambda: find_pool(parts, centred, W, self.b_enc, **rule))
+
+    def select_codes(self, batch: Batch, rows: RowSource) -> SparseCodes:
+        pool = self.next_pool(batch.centred, batch.scale)
+        members, batch.scores = (None, None) if pool is None else pool
+        selection = self.select_among(members, batch, rows, k=self.cfg.k, select=self.cfg.select, hint=self._hint)
+        self._hint = selection.hint
+        return selection.codes
+
+    def dead_loss(self, batch: Batch, levels: list[Tensor]) -> Tensor:
+        if self.cfg.aux_loss_coefficient == 0 or batch.dead is None or not bool(batch.dead.any()):
+            return levels[-1].new_zeros(())
+        return self.cfg.aux_loss_coefficient * self.parts().aux_loss(
+            batch.x.detach(),
+            levels[-1].detach(),
+            self.input_bias(),
+            self.W_enc.t(),
+            self.b_enc,
+            self.W_dec,
+            batch.dead,
+            k_aux=self.cfg.k_aux if self.cfg.k_aux is not None else max(1, self.cfg.d_in // 2),
+            aux_pool=self.cfg.aux_pool,
+            score=self.cfg.score,
+            scores=batch.scores,
+            rows=RowSource(workspace=self._workspace),
+        )
+
+    def after_selection(self, batch: Batch, codes: SparseCodes, output: TrainStepOutput) -> None:
+        if self.cfg.is_batchtopk:
+            self.move_threshold(codes.smallest())
+        elif batch.step % self.cfg.threshold_every == 0:
+            self.move_threshold(self.smallest_of_all(batch))
+        output.metrics["topk_threshold"] = self.topk_threshold
+
+    @torch.no_grad()
+    def move_threshold(self, smallest: Tensor) -> None:
+        """The running mean, started at its first value; a threshold that was ever moved is above 0."""
+        smallest = smallest.to(self.topk_threshold.dtype)
+        steps = 1 if self.cfg.is_batchtopk else self.cfg.threshold_every
+        moved = self.topk_threshold.lerp(smallest, 1 - (1 - self.cfg.topk_threshold_lr) ** steps)
+        moved = torch.where(self.topk_threshold == 0, smallest, moved)
+        self.topk_threshold = torch.where(smallest.isfinite(), moved, self.topk_threshold)
+
+    @torch.no_grad()
+    def smallest_of_all(self, batch: Batch) -> Tensor:
+        """The smallest of the B*k largest activations in the whole dictionary, 0-dim; inf where none is positive."""
+        rule = {"k": self.cfg.k, "select": "batch", "hint": self._threshold_hint}
+        selection = self.select_among(None, batch, RowSource(), **rule)
+        self._threshold_hint = selection.hint
+        return selection.codes.smallest()
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor, l0: float | None = None) -> float:
+        """Sets the threshold so that mean L0 on activations x [B, d_in] is l0 (default k), and returns it.
+
+        x is what the SAE is given: for `expected_average_only_in` and `covariance_whitening` scaled during training,
+        raw after `fit`.
+        """
+        target = self.cfg.k if l0 is None else l0
+        check_number("l0", target, 0, self.cfg.d_sae)
+        if target == 0 or x.dim() != 2 or len(x) == 0:
+            raise ValueError(f"l0={target!r}, x.shape={tuple(x.shape)}: must be in (0, {self.cfg.d_sae}] and [B, d_in]")
+        batch = self.batch(TrainStepInput(x, {}, None, 0, False))
+        n = batch_budget(len(x), target)
+        budget = min(n + 1, len(x) * self.cfg.d_sae)
+        selection = self.select_among(None, batch, RowSource(), k=budget / len(x), select="batch", hint=None)
+        found = selection.codes.smallest() if selection.codes.count() > n else torch.zeros(())
+        self.topk_threshold = torch.zeros_like(self.topk_threshold) + found.to(self.topk_threshold)
+        return float(self.topk_threshold)
+
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Dense codes and weighted activations before the relu, [..., d_sae], for callers other than the step."""
+        sae_in = self.process_sae_in(x)
+        hidden_pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
+        scale = None
+        if self.cfg.rescale_acts_by_decoder_norm:
+            scale = self.W_dec.detach().norm(dim=-1)
+            hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
+        flat = hidden_pre.reshape(-1, self.cfg.d_sae)
+        if self.training:
+            mask = self._batch_mask(sae_in.detach().reshape(-1, self.cfg.d_in), flat.detach(), scale)
+        else:
+            mask = flat > self.topk_threshold
+        acts = torch.where(mask, flat, 0).view(hidden_pre.shape)
+        return self.hook_sae_acts_post(acts), hidden_pre
+
+    def _batch_mask(self, centred: Tensor, a: Tensor, scale: Tensor | None) -> Tensor:
+        """What a batch keeps of a [B, F], bool."""
+        pool = self.next_pool(self.parts().centre(centred, None), scale)
+        if pool is None:
+            return block_mask(a, self.cfg.k, self.cfg.select)
+        kept = block_mask(a[:, pool.members], self.cfg.k, self.cfg.select)
+        return torch.zeros_like(a, dtype=torch.bool).index_copy_(1, pool.members, kept)
+
+    def dense_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """SAELens' step around `encode_with_hidden_pre`, for hooks on dense activations."""
+        output = super().dense_forward_pass(step_input)
+        flat = output.hidden_pre.detach().flatten()
+        n = batch_budget(flat.numel() // self.cfg.d_sae, self.cfg.k)
+        if self.cfg.is_batchtopk or step_input.n_training_steps % self.cfg.threshold_every == 0:
+            top = flat.topk(n).values
+            self.move_threshold(torch.cat((top[top > 0], top.new_tensor([torch.inf]))).min())
+        output.metrics["topk_threshold"] = self.topk_threshold
+        return output
+
+    def update_topk_threshold(self, acts_topk: Tensor) -> None:
+        """SAELens' own rule, which `dense_forward_pass` replaces."""
+
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> dict[str, Tensor]:
+        batch = self.batch(step_input)
+        flat = [t.reshape(-1, self.cfg.d_in) for t in (batch.x, batch.centred, batch.raw)]
+        batch.x, batch.centred, batch.raw = flat
+        return {"auxiliary_reconstruction_loss": self.dead_loss(batch, [sae_out.reshape(-1, self.cfg.d_in)])}

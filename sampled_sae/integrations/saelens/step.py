@@ -1,0 +1,214 @@
+"""`SparseStep`: the training step that SAELens' TopK family gets here, without a [B, F] tensor.
+
+SAELens selects by activation times decoder norm and divides by the norm again before decoding. The two cancel, in
+value and gradient, so the norm is only a weight of the selection here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.topk_sae import TopKTrainingSAE
+from torch import Tensor
+
+from ...codes import SparseCodes
+from ...implementations import Implementation, implementation, resolve_impl
+from ...memory import Workspace
+from ...rows import RowSource
+from ...validate import check_budget
+from .dead import dead_reconstruction_loss
+
+UNUSUAL_NORMS = ("constant_norm_rescale", "layer_norm")
+
+
+@dataclass
+class Batch:
+    """A batch as the encoder sees it.
+
+    x: [B, d], normalised, b_dec not yet subtracted. centred: without gradient, b_dec subtracted where the encoder
+    subtracts it. scale: [F], decoder norms, or None. dead: bool [F] or None. raw: what the loss compares with.
+    step: number of the training step. scores: [F], column scores of this batch, once they are known.
+    """
+
+    x: Tensor
+    centred: Tensor
+    scale: Tensor | None
+    dead: Tensor | None
+    raw: Tensor
+    step: int
+    scores: Tensor | None = None
+
+
+def feature_major(t: Tensor) -> Tensor:
+    """The same [d, F], each feature's weights contiguous."""
+    return t if t.t().is_contiguous() else t.t().contiguous().t()
+
+
+def feature_acts(codes: SparseCodes) -> Tensor:
+    """The kept activations as a coalesced COO tensor [B, F] without gradient: all that SAELens asks of them."""
+    values, tokens, features = codes.entries()
+    at = torch.stack((tokens, features))
+    return torch.sparse_coo_tensor(at, values.detach(), codes.shape, is_coalesced=True, check_invariants=False)
+
+
+class SparseStep(TopKTrainingSAE):
+    """Mixed into a training SAE of SAELens' TopK family, in front of it.
+
+    Only `training_forward_pass` changes. Its `feature_acts` and `hidden_pre` are COO tensors of the kept entries,
+    without gradient. Products are float32 for 16-bit parameters, and under autocast on a CPU. Where a hook stands on
+    the dense activations, or the batch is not [B, d], SAELens' own step runs instead.
+    """
+
+    selection = "token"
+
+    def prepare(self) -> None:
+        """What a step needs beside SAELens' state: memory to work in, and W_enc feature by feature in memory.
+
+        Raises:
+            ValueError: a k that is not in (0, d_sae], or for TopK not whole.
+        """
+        check_budget(self.cfg.k, None, self.cfg.d_sae, self.selection)
+        self.W_enc.data = feature_major(self.W_enc.data)
+        self._workspace = Workspace()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what the last batch left for the next: it belongs to these weights on this device."""
+        self._hint: Any = None
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.prepare()
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().load_state_dict(*args, **kwargs)
+        self.prepare()
+        return result
+
+    def _apply(self, *args: Any, **kwargs: Any) -> SparseStep:
+        super()._apply(*args, **kwargs)
+        self.forget()
+        return self
+
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        """safetensors takes row-major tensors alone."""
+        super().process_state_dict_for_saving(state_dict)
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
+
+    @torch.compiler.disable
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """As SAELens'; see the class."""
+        if self._needs_dense(step_input):
+            return self.dense_forward_pass(step_input)
+        batch = self.batch(step_input)
+        rows = RowSource(workspace=self._workspace)
+        codes = self.select_codes(batch, rows)
+        unscaled = codes if batch.scale is None else codes.scaled(1 / batch.scale)
+        levels = [self.run_time_activation_norm_fn_out(level) for level in self.decode_levels(unscaled, rows)]
+        levels[-1] = self.hook_sae_recons(levels[-1])
+        errors = [self.mse_loss_fn(level, batch.raw).sum(dim=-1).mean() for level in levels]
+        losses = {"mse_loss": errors[-1], "auxiliary_reconstruction_loss": self.dead_loss(batch, levels)}
+        losses |= {f"inner_mse_loss_{width}": error for width, error in zip(self.widths(), errors[:-1])}
+        acts = feature_acts(codes)
+        output = TrainStepOutput(
+            sae_in=step_input.sae_in,
+            sae_out=levels[-1].to(self.dtype),
+            feature_acts=acts,
+            hidden_pre=acts,
+            loss=sum(losses.values(), start=losses["mse_loss"].new_zeros(())),
+            losses=losses,
+        )
+        self.after_selection(batch, codes, output)
+        return output
+
+    def dense_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """SAELens' own step."""
+        return super().training_forward_pass(step_input)
+
+    def select_codes(self, batch: Batch, rows: RowSource) -> SparseCodes:
+        """The kept activations, times `scale`."""
+        k = self.budget(len(batch.x))
+        selection = self.select_among(None, batch, rows, k=k, select=self.selection, hint=self._hint)
+        self._hint = selection.hint
+        return selection.codes
+
+    def budget(self, n_tokens: int) -> float:
+        """Entries a token, on average over a batch of n_tokens."""
+        return self.cfg.k
+
+    def select_among(self, members: Tensor | None, batch: Batch, rows: RowSource, **rule: Any) -> Any:
+        """`Implementation.select` of this SAE's parameters."""
+        W, b_dec = self.W_enc.t(), self.input_bias()
+        scale = batch.scale
+        return self.parts().select(
+            batch.x, b_dec, batch.centred, W, self.b_enc, members, scale=scale, rows=rows, **rule
+        )
+
+    def decode_levels(self, codes: SparseCodes, rows: RowSource) -> list[Tensor]:
+        """Reconstructions [B, d] by the first `widths()` features, the last by all of them."""
+        return [self.parts().decode(codes, self.W_dec, self.b_dec, rows)]
+
+    def widths(self) -> list[int]:
+        """Features of each level but the last."""
+        return []
+
+    def dead_loss(self, batch: Batch, levels: list[Tensor]) -> Tensor:
+        """The auxiliary loss, its coefficient included."""
+        return self.reconstruct_from_dead(batch, levels[-1], 0, self.cfg.d_sae)
+
+    def reconstruct_from_dead(self, batch: Batch, sae_out: Tensor, first: int, last: int) -> Tensor:
+        """SAELens' loss of the dead features in [first, last) on what `sae_out` leaves of the batch."""
+        residual = (batch.raw - sae_out).detach()
+        dead = residual.new_zeros(0).long() if batch.dead is None else batch.dead[first:last].nonzero().squeeze(1)
+        if len(dead) == 0:
+            return residual.new_zeros(())
+        k_aux = batch.raw.shape[-1] // 2
+        error = dead_reconstruction_loss(
+            batch.x,
+            self.input_bias(),
+            self.W_enc.t(),
+            self.b_enc,
+            self.W_dec,
+            residual=residual,
+            centred=batch.centred,
+            members=dead + first,
+            k=min(k_aux, len(dead)),
+            scale=batch.scale,
+            workspace=self._workspace,
+        )
+        return self.cfg.aux_loss_coefficient * min(len(dead) / k_aux, 1.0) * error
+
+    def after_selection(self, batch: Batch, codes: SparseCodes, output: TrainStepOutput) -> None:
+        """Thresholds and metrics."""
+
+    def input_bias(self) -> Tensor | None:
+        return self.b_dec if self.cfg.apply_b_dec_to_input else None
+
+    def parts(self) -> Implementation:
+        return implementation(resolve_impl("auto", self.W_enc.device, self.W_enc.dtype))
+
+    def _needs_dense(self, step_input: TrainStepInput) -> bool:
+        """Whether someone looks at a dense tensor, or SAELens has its own word on the case."""
+        if (
+            step_input.sae_in.dim() != 2
+            or self.hook_z_reshaping_mode
+            or self.cfg.normalize_activations in UNUSUAL_NORMS
+        ):
+            return True
+        points = (self.hook_sae_acts_pre, self.hook_sae_acts_post)
+        return any(p._forward_hooks or p._forward_pre_hooks or p._backward_hooks for p in points)
+
+    def batch(self, step_input: TrainStepInput) -> Batch:
+        """`process_sae_in` but for the bias, which the selection subtracts."""
+        x = self.hook_sae_input(step_input.sae_in.to(self.dtype))
+        x = self.run_time_activation_norm_fn_in(x)
+        centred = self.parts().centre(x, self.input_bias())
+        scale = None
+        if self.cfg.rescale_acts_by_decoder_norm:
+            scale = torch.linalg.vector_norm(self.W_dec.detach(), dim=-1, dtype=centred.dtype)
+            scale.clamp_min_(torch.finfo(scale.dtype).tiny)  # rows of zeros stay finite when divided by it
+        dead = step_input.dead_neuron_mask
+        return Batch(x, centred, scale, dead, step_input.sae_in, step_input.n_training_steps)

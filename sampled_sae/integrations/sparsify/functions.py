@@ -1,0 +1,90 @@
+"""The two functions of sparsify: encode to the k largest activations of each token, decode them."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ...codes import SparseCodes
+from ...implementations import implementation, resolve_impl
+from ...memory import Workspace
+from ...validate import check_choice, check_integer, describe
+from .encoder import EncoderCall, Memory
+from .kept import kept_codes
+from .preactivations import PreActivations
+
+ACTIVATIONS = ("topk", "groupmax")
+
+
+class Functions(threading.local):
+    """`fused_encoder` and `decoder_impl`, and what they keep between calls: memory for gradients, hints."""
+
+    def __init__(self) -> None:
+        self._workspace = Workspace()
+        self._memories = WeakTensorKeyDictionary()
+
+    def fused_encoder(self, input: Tensor, weight: Tensor, bias: Tensor | None, k: int, activation: str) -> Any:
+        """As sparsify's, with right gradients through every result.
+
+        Args:
+            input: [..., d].
+            weight, bias: [F, d], [F] or None.
+            k: entries of each token.
+            activation: "topk": the k largest; "groupmax": the largest of each of k groups of F / k features.
+
+        Returns:
+            EncoderOutput(top_acts [..., k] in weight's dtype, top_indices int64 [..., k], pre_acts [..., F], which is
+            computed when it is used). For "topk" equivalent to `pre_acts = relu(input @ weight.T + bias);
+            *pre_acts.topk(k, sorted=False), pre_acts`.
+
+        Raises:
+            ValueError, TypeError: naming the argument.
+        """
+        from sparsify.fused_encoder import EncoderOutput
+
+        check_choice("activation", activation, ACTIVATIONS)
+        check_integer("k", k, 1)
+        if k > weight.shape[0]:
+            raise ValueError(f"k={k}: must be at most {weight.shape[0]}, the number of features")
+        if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
+            raise ValueError(f"input={describe(input)}: the last dimension must be {weight.shape[1]}")
+        memory = self._memories.setdefault(weight, Memory())
+        call = EncoderCall(input, weight, bias, memory, self._workspace)
+        kept = call.topk(k) if activation == "topk" else call.group_max(k)
+        return EncoderOutput(*kept, PreActivations(call))
+
+    def decoder_impl(self, top_indices: Tensor, top_acts: Tensor, W_dec: Tensor) -> Tensor:
+        """sum_j top_acts_j W_dec[:, top_indices_j], [..., d], differentiable in top_acts and W_dec.
+
+        Args:
+            top_indices: int64 [..., k], below F.
+            top_acts: [..., k].
+            W_dec: [d, F], fastest as the transpose of a contiguous [F, d].
+
+        Raises:
+            ValueError: naming the argument.
+        """
+        if top_indices.shape != top_acts.shape:
+            raise ValueError(f"top_indices={describe(top_indices)}: must have the shape of top_acts, {top_acts.shape}")
+        W = W_dec.mT
+        lead = top_acts.shape[:-1]
+        if top_acts.numel() == 0:
+            return (top_acts.unsqueeze(-1) * W[top_indices]).sum(-2)
+        exact = torch.promote_types(W.dtype, torch.float32)
+        codes = kept_codes(top_acts, top_indices, W.shape[0], exact)
+        if codes is None:
+            codes = listed_codes(top_acts.to(exact), top_indices, W.shape[0])
+        parts = implementation(resolve_impl("auto", W.device, W.dtype))
+        return parts.decode(codes, W, None).to(W.dtype).view(*lead, W.shape[1])
+
+
+def listed_codes(top_acts: Tensor, top_indices: Tensor, n_features: int) -> SparseCodes:
+    """The codes of any table [..., k]."""
+    k = top_acts.shape[-1]
+    n_tokens = top_acts.numel() // k
+    tokens = torch.arange(n_tokens, device=top_acts.device).repeat_interleave(k)
+    return SparseCodes(top_acts.reshape(-1), tokens, top_indices.reshape(-1).long(), (n_tokens, n_features))

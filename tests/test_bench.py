@@ -1,0 +1,116 @@
+"""`sampled-sae bench` and the clocks under it, at sizes of a moment."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from sampled_sae import bench
+from sampled_sae.cli import main
+from sampled_sae.timing import free_memory, interleaved, peak_memory, spread, timed
+
+SMALL = {"d": 24, "features": 512, "batch": 64, "k": 4, "rounds": 3, "seconds": 20}
+PARTS = {"- scores", "- pool", "- select", "- decode", "- backward", "- optimizer", "- loss, threshold, counts"}
+
+
+@pytest.mark.parametrize(
+    "rule", [{"l": 4.0}, {"l": 4.0, "score": "entropy", "adam": "decayed"}, {"l": None}, {"l": None, "select": "token"}]
+)
+def test_rows(rule):
+    rows = {row.name: row for row in bench.run(bench.Settings(**SMALL, **rule))}
+    ours, eager = rows.pop("our step (torch)"), rows.pop("eager PyTorch step")
+    floor = rows.pop("product x W_enc, the floor")
+    scored = rule["l"] is not None
+    assert set(rows) == {name for name in PARTS if scored or name not in ("- scores", "- pool")}
+    assert eager.time is not None, eager.note
+    assert floor.of_floor == 1
+    assert ours.memory is not None
+    assert ours.memory >= 0
+    for row in (ours, eager, *rows.values()):
+        assert row.time.rounds <= 3
+        assert row.time.p20 <= row.time.ms <= row.time.p80
+    # medians of the parts need not add up, but nearly do
+    assert sum(row.time.ms for row in rows.values()) == pytest.approx(ours.time.ms, rel=0.5)
+
+
+def test_the_eager_step_is_the_same_step():
+    """Losses and weights over three steps: what is timed side by side computes the same."""
+    for rule in ({"l": 4.0}, {"l": None}, {"l": None, "select": "token"}, {"l": 2.0, "score": "entropy"}):
+        settings = bench.Settings(**SMALL, **rule)
+        ours = bench.OurStep(settings)
+        eager = bench.EagerStep(settings, ours.sae)
+        for seed in range(3):
+            x = bench.activations(64, 24, seed)
+            torch.testing.assert_close(eager(x), ours(x), rtol=1e-4, atol=0)
+        for name, p in ours.sae.named_parameters():
+            torch.testing.assert_close(eager.weights[name], p, rtol=1e-3, atol=1e-4)
+
+
+def test_a_wrong_step_gets_no_comparison(monkeypatch):
+    monkeypatch.setattr(bench.EagerStep, "encode", lambda self, x, W, b: 0.9 * torch.relu(x @ W + b))
+    *_, row = bench.run(bench.Settings(**SMALL))
+    assert row.time is None
+    assert row.note.startswith("no comparison: its first loss is")
+    assert "| no comparison" in bench.line(row)
+
+
+def test_the_eager_step_is_left_out_for_memory_and_for_time(monkeypatch):
+    *_, row = bench.run(bench.Settings(**{**SMALL, "seconds": 0}))
+    assert row.note.startswith("left out: may take more than")
+    monkeypatch.setattr(bench, "free_memory", lambda device: 1000)
+    *_, row = bench.run(bench.Settings(**SMALL))
+    assert row.note.startswith("left out: needs about")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batch": 0}, "batch=0"),
+        ({"rounds": 0}, "rounds=0"),
+        ({"dtype": "float16"}, "dtype='float16'"),
+        ({"dtype": "bfloat16"}, "without a GPU the layer computes in float32"),
+        ({"k": 600}, "k=600"),
+        ({"l": 0.5}, "l=0.5"),
+        ({"seconds": -1}, "seconds=-1"),
+    ],
+)
+def test_bad_settings(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        bench.Settings(**{**SMALL, **wrong}).config()
+
+
+def test_command(tmp_path, capsys):
+    sizes = "--d 24 --features 512 --batch 64 --k 4 --l none --select token --rounds 2 --seconds 20 --threads 1"
+    assert main(["bench", *sizes.split(), "--json", str(tmp_path / "bench.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "F=512, k=4, l=None, l2, token, Adam dense" in shown
+    assert shown.count(bench.HEADING) == 1
+    assert "| our step (torch) |" in shown
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["features"] == 512
+    assert [row["name"] for row in result["rows"]][-1] == "eager PyTorch step"
+    assert main(["bench", "--k", "0"]) == 1
+    assert "k=0.0" in capsys.readouterr().err
+
+
+def test_clocks():
+    assert timed(lambda: time.sleep(0.01)) >= 0.01
+    calls = []
+    samples = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, "cpu", 3)
+    assert calls == ["a", "b"] * 4
+    assert [len(own) for own in samples.values()] == [3, 3]
+    assert len(interleaved({"a": lambda: time.sleep(0.01)}, "cpu", 50, seconds=0.025)["a"]) <= 4
+    found = spread([5.0, 1.0, 2.0, 4.0, 3.0, 100.0])
+    assert (found.ms, found.p20, found.p80, found.rounds) == (3.5, 2.0, 5.0, 6)
+
+
+def test_peak_memory():
+    size = 1 << 26
+
+    def call():
+        torch.ones(size // 4)
+
+    assert 0.9 * size <= peak_memory(call) < 1.2 * size
+    assert peak_memory(lambda: None) < size / 10
+    assert free_memory() > size
