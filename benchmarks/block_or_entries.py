@@ -9,7 +9,6 @@ beside each; ratios are medians.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -20,10 +19,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.cpu_step import Variant, training_step
-from benchmarks.measure import machine
+from benchmarks.measure import machine, table, write_result
 from benchmarks.workloads import CPU_STEPS, activations
 from sampled_sae.timing import timed
 from sampled_sae.torch_impl import layer
+
+
+def markdown_table(result: dict[str, Any]) -> str:
+    """Multiples of the product for both forms."""
+    lines = []
+    for row in result["rows"]:
+        size = "({B}, {d}, {F}, {k})".format(**row)
+        lines.append([size, f"{row['l']:g}", f"{row['block']:.2f}", f"{row['entries']:.2f}"])
+    return table(["(B, d, F, k)", "l", "as a block", "by entries"], lines)
 
 
 def main() -> None:
@@ -52,12 +60,8 @@ def main() -> None:
             block, entries = (statistics.median(ratios[l, form]) for form in ("block", "entries"))
             rows.append({**vars(workload), "l": l, "block": block, "entries": entries})
             print(workload.name, l, round(block, 3), round(entries, 3), flush=True)
-    args.out.write_text(json.dumps({**machine(), "rows": rows}, indent=2) + "\n")
-    lines = ["| (B, d, F, k) | l | as a block | by entries |", "|---|---|---|---|"]
-    for r in rows:
-        size = f"({r['B']}, {r['d']}, {r['F']}, {r['k']})"
-        lines.append(f"| {size} | {r['l']:g} | {r['block']:.2f} | {r['entries']:.2f} |")
-    args.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    result = {**machine(), "rows": rows}
+    write_result(args.out, result, markdown_table(result))
 
 
 if __name__ == "__main__":

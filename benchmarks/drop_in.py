@@ -7,6 +7,8 @@ library go in turn, a sample of the encoder product beside each step. After the 
 held-out activations equally well, else there is no figure but the reason. Errors after --steps steps are reported.
 
     python benchmarks/drop_in.py --activations runs/quality/activations --out benchmarks/results/drop_in.json
+    python benchmarks/drop_in.py --activations runs/quality/activations --workloads SmolLM2-135M \\
+        --out benchmarks/results/drop_in_16k.json
 
 Real activations are used at the sizes that have their width, others are drawn. Memory is the peak of a step above what
 the process holds between steps (gradients count), in units of one float32 [B, F].
@@ -41,7 +43,7 @@ from sampled_sae.feed import Feed
 from sampled_sae.timing import peak_memory, timed
 
 TOLERANCE = 1e-3  # relative, of the held-out error after the first step
-WORKLOADS = CPU_STEPS[:2]
+WORKLOADS = (*CPU_STEPS[:2], Workload("SmolLM2-135M", 2048, 576, 16384, 32))
 SIDES = ("alone", "with us")
 SLICE = 10  # steps before the other side's turn
 Loop = Callable[[Iterator[Tensor]], None]
@@ -285,7 +287,8 @@ def main() -> None:
     width = ActivationStore.open(args.activations).d_in if args.activations else None
     rows = []
     result = {**machine(distributions=DISTRIBUTIONS), "lr": Setup(1, 1, 1, 1).lr, "rows": rows}
-    for workload in REHEARSAL if args.rehearse else WORKLOADS:
+    workloads = REHEARSAL if args.rehearse else [w for w in WORKLOADS if w.name in args.workloads]
+    for workload in workloads:
         store = args.activations if workload.d == width else None
         steps = args.steps if store else 0
         for library in args.libraries:

@@ -17,6 +17,8 @@ from torch import Tensor
 from sampled_sae.timing import spread
 
 Sample = TypeVar("Sample")
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "sae-lens", "dictionary-learning", "overcomplete", "eai-sparsify")
 
 
 def in_turn(samplers: Mapping[str, Callable[[int], Sample]], rounds: int, warm_up: int = 2) -> dict[str, list[Sample]]:
@@ -52,8 +54,17 @@ def machine(device: str = "cpu", distributions: Sequence[str] = ()) -> dict[str,
         **{name: version(name) for name in distributions},
         "python": platform.python_version(),
         "date": date.today().isoformat(),
-        "command": "python " + " ".join(sys.argv),
+        "command": command(),
     }
+
+
+def command() -> str:
+    """How this process was started, from the repository's root."""
+    script = Path(sys.argv[0]).resolve()
+    name = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
+    if name.endswith("/__main__.py"):
+        name = "-m " + name.removesuffix("/__main__.py").replace("/", ".")
+    return " ".join(["python", name, *sys.argv[1:]])
 
 
 def processor() -> str:
@@ -76,8 +87,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join([lines[0], "|---" * len(head) + "|\n", *lines[1:]])
 
 
+def with_caption(markdown: str, result: Mapping[str, Any]) -> str:
+    """The table, and below it on what, with what, when and how the result was measured."""
+    threads = [] if "NVIDIA" in result["device"] else [f"{result['threads']} threads"]
+    packages = [f"{name} {result[name]}" for name in PACKAGES if result.get(name) is not None]
+    about = [result["device"], *threads, *packages, f"Python {result['python']}", result["date"]]
+    return f"{markdown}\n{', '.join(about)}: `{result['command']}`\n"
+
+
 def write_result(out: Path, result: Mapping[str, Any], markdown: str) -> None:
-    """`out` with the result as JSON, and the table beside it as .md."""
+    """`out` with the result as JSON, and the table with its caption beside it as .md."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
-    out.with_suffix(".md").write_text(markdown)
+    out.with_suffix(".md").write_text(with_caption(markdown, result))

@@ -11,7 +11,6 @@ steps in turn, so that times compare: they are those of all steps, in units of t
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.measure import machine
+from benchmarks.measure import machine, table, write_result
 from sampled_sae import SampledSAEConfig
 from sampled_sae.data import ActivationStore
 from sampled_sae.feed import Feed
@@ -88,17 +87,17 @@ def train_seed(
     return found
 
 
-def markdown_table(rows: list[dict[str, Any]]) -> str:
+def markdown_table(result: dict[str, Any]) -> str:
     """Means over the seeds with the smallest and largest."""
-    lines = ["| setting | " + " | ".join(MEASURES.values()) + " |", "|---" * (1 + len(MEASURES)) + "|"]
-    for row in rows:
-        cells = []
+    lines = []
+    for row in result["rows"]:
+        cells = [row["setting"]]
         for measure in MEASURES:
             mean, least, most = row[measure]
             digits = 2 if measure == "time" else 3
             cells.append(f"{mean:.{digits}f} ({least:.{digits}f}–{most:.{digits}f})")
-        lines.append(f"| {row['setting']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return table(["setting", *MEASURES.values()], lines)
 
 
 def main() -> None:
@@ -149,10 +148,8 @@ def main() -> None:
         "seeds": SEEDS,
         "rows": rows,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(markdown_table(rows))
-    print(markdown_table(rows))
+    write_result(args.out, result, markdown_table(result))
+    print(markdown_table(result))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import cpu_step, peer_steps, quality
+from benchmarks import block_or_entries, cpu_step, drop_in, equal_time, peer_steps, quality, scaling
 from benchmarks.kernels import table as kernels
 from benchmarks.measure import with_caption
 
@@ -29,7 +29,12 @@ PLACE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", flags=re.DOT
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu_step": cpu_step.markdown_table,
     "quality": quality.markdown_table,
+    "block_or_entries": block_or_entries.markdown_table,
     "peer_steps": peer_steps.markdown_table,
+    "drop_in": drop_in.markdown_table,
+    "drop_in_16k": drop_in.markdown_table,
+    "scaling": scaling.markdown_table,
+    "equal_time": equal_time.markdown_table,
     "kernels": lambda result: kernels.markdown(result["rows"]),
 }
 

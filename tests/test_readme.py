@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import report
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TABLES = re.findall(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", README, flags=re.DOTALL)
@@ -17,6 +19,11 @@ def test_readme_shows_result_files():
 @pytest.mark.parametrize(("file", "shown"), TABLES)
 def test_table_equals_its_file(file, shown):
     assert shown.strip() == (ROOT / file).read_text(encoding="utf-8").strip()
+
+
+@pytest.mark.parametrize(("file", "table"), report.tables().items(), ids=str)
+def test_table_file_equals_its_result_file(file, table):
+    assert file.read_text(encoding="utf-8") == table
 
 
 def test_python_of_the_readme_runs(tmp_path, monkeypatch):
