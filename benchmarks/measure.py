@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
@@ -64,7 +65,7 @@ def command() -> str:
     name = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
     if name.endswith("/__main__.py"):
         name = "-m " + name.removesuffix("/__main__.py").replace("/", ".")
-    return " ".join(["python", name, *sys.argv[1:]])
+    return f"python {name} {shlex.join(sys.argv[1:])}"
 
 
 def processor() -> str:

@@ -71,7 +71,7 @@ def peer_steps(result: Result) -> Figure:
         bars = axis.barh(names, ratios, xerr=errors, color=colors, ecolor=GREY)
         axis.bar_label(bars, [f" {ratio:.1f}" for ratio in ratios], padding=4)
         axis.axvline(1, color=GREY, linestyle="--", linewidth=1)
-        axis.margins(x=0.12)
+        axis.margins(x=0.2)
         axis.set_xlabel("training step / encoder product")
         axis.set_title("B={B}, d={d}, F={F}, k={k}".format(**workload))
     return figure

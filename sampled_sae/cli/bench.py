@@ -13,6 +13,7 @@ from .arguments import Command, pool_multiplier
 
 def add(command: Command) -> None:
     from ..bench import DTYPES
+    from ..config import SELECTS
     from ..optim import MODES
     from ..validate import SCORES
 
@@ -22,8 +23,8 @@ def add(command: Command) -> None:
     p.add_argument("--batch", type=int, default=8192, help="tokens in a batch")
     p.add_argument("--k", type=float, default=64, help="active features a token")
     p.add_argument("--l", type=pool_multiplier, default=4.0, help="pool multiplier, or none for the whole dictionary")
-    p.add_argument("--score", choices=SCORES, default="l2")
-    p.add_argument("--select", choices=("batch", "token"), default="batch")
+    p.add_argument("--score", choices=SCORES, default="l2", help="what ranks the features of a batch")
+    p.add_argument("--select", choices=SELECTS, default="batch", help="budget for the batch or for each token")
     p.add_argument("--adam", choices=MODES, default="dense", help="mode of RowAdam")
     p.add_argument("--device", default=None, help="cpu or cuda; a GPU where there is one")
     p.add_argument("--dtype", choices=DTYPES, default=None, help="of the products; bfloat16 on a GPU, else float32")
