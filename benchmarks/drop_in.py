@@ -280,6 +280,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="steps on real activations before the last FVU")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--libraries", nargs="+", choices=list(LIBRARIES), default=list(LIBRARIES))
+    names = [workload.name for workload in WORKLOADS]
+    parser.add_argument("--workloads", nargs="+", choices=names, default=names[:2], help="the last takes half an hour")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, to see that nothing is broken")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
