@@ -17,6 +17,7 @@ matplotlib.use("Agg", force=False)
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 GREY = "#808080"
 STYLE = {
@@ -87,7 +88,12 @@ def scaling(result: Result) -> Figure:
             line(axis, [row for row in rows if row["rule"] == rule], "value", "step_ms", rule)
         floor = {row["value"]: row["product_ms"] for row in rows}
         axis.plot(list(floor), list(floor.values()), color=GREY, linestyle="--", label="encoder product")
-        axis.set(xscale="log", yscale="log", xlabel=name, ylabel="ms a training step")
+        axis.set(yscale="log", xlabel=name, ylabel="ms a training step")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(FuncFormatter(size_label))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.set_title("d={d}".format(**rows[0]) + "".join(f", {n}={rows[0][n]}" for n in "BFk" if n != name))
         axis.legend()
     return figure
@@ -111,6 +117,14 @@ def equal_time(result: Result) -> Figure:
         f"{source['model']}, layer {source['layer']}: F={setup['F']}, k={setup['k']}, batches of {setup['B']} tokens"
     )
     return figure
+
+
+def size_label(value: float, position: int) -> str:
+    """1048576 as 1M, 16384 as 16k."""
+    for unit, name in ((2**20, "M"), (2**10, "k")):
+        if value >= unit:
+            return f"{value / unit:g}{name}"
+    return f"{value:g}"
 
 
 def line(axis: Axes, rows: Sequence[Result], x: str, y: str, label: str, **style: Any) -> None:
