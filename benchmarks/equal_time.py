@@ -153,14 +153,14 @@ def main() -> None:
     )
     marks = sorted(args.marks)
     names = args.candidates or [name for name in ENTRIES if name not in LEFT_OUT]
+    splice = None  # made first: what is missing is better known before half an hour of training
+    if args.model != "none":
+        model, _ = load_model(args.model)
+        held_out = store.holdout()[1][: args.splice_rows]
+        layer, norm = store.manifest["layer"], store.manifest["max_norm"]
+        splice = SpliceEvaluator(model, held_out, layer, scale=store.scale, max_norm=norm).evaluate
     with tempfile.TemporaryDirectory() as folder:
         rows = train_all(names, args.activations, setup, marks, Path(folder), args.threads)
-        splice = None
-        if args.model != "none":
-            model, _ = load_model(args.model)
-            held_out = store.holdout()[1][: args.splice_rows]
-            layer, norm = store.manifest["layer"], store.manifest["max_norm"]
-            splice = SpliceEvaluator(model, held_out, layer, scale=store.scale, max_norm=norm).evaluate
         feed = Feed(store, args.batch_size, seed=0)
         for row in rows:
             if "file" in row:
