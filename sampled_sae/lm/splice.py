@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from sampled_sae.lm.hooks import replace
-from sampled_sae.lm.models import check_layer, check_rows, decoder_layers
+from sampled_sae.lm.models import check_layer, check_rows, transformer_blocks
 
 Reconstruct = Callable[[Tensor], Tensor]
 _LOGIT_BYTES = 1 << 28  # float32 logits held at a time
@@ -52,7 +52,8 @@ class SpliceEvaluator:
         spliced_tokens: how many vectors are replaced.
 
     Raises:
-        ValueError: for bad arguments, or rows of which nothing would be replaced.
+        ValueError: for bad arguments (an encoder, which predicts no next token, among them), or rows of which
+            nothing would be replaced.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class SpliceEvaluator:
     ) -> None:
         check_layer(model, layer)
         check_rows(model, rows)
+        if model.get_output_embeddings() is None:
+            raise ValueError(f"model must predict the next token: {type(model).__name__} has no head to do it with")
         if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"scale={scale} must be a finite number above 0")
         if not max_norm > 0:
@@ -204,7 +207,7 @@ class SpliceEvaluator:
                     block.forward = forward
 
     def _prefix(self) -> list[Any]:
-        return list(decoder_layers(self._model))[: self._layer + 1]
+        return list(transformer_blocks(self._model))[: self._layer + 1]
 
     def _mean(self) -> Tensor:
         pairs = zip(self._residuals, self._replaced, strict=True)

