@@ -9,8 +9,8 @@ held-out activations equally well, else there is no figure but the reason. Error
     python benchmarks/drop_in.py --activations runs/quality/activations runs/quality/mpnet \\
         --out benchmarks/results/drop_in.json
 
-A size takes the activations of its width; where there are none they are drawn. Memory is the peak of a step above what
-the process holds between steps (gradients count), in units of one float32 [B, F].
+A size takes the activations of its width; where there are none they are drawn, and few steps taken. Memory is the peak
+of a step above what the process holds between steps (gradients count), in units of one float32 [B, F].
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def measure(
     library: str, workload: Workload, store: Path | None, rounds: int, steps: int, threads: int
 ) -> dict[str, Any]:
     """The row of a library at a size; without figures but with a `reason` where there can be none."""
-    row: dict[str, Any] = {"library": library, **asdict(workload), "activations": store and origin(store)}
+    row: dict[str, Any] = {"library": library, **asdict(workload), "real": store is not None}
     if version(LIBRARIES[library][1]) is None:
         return {**row, "reason": "not installed"}
     sides: dict[str, Worker] = {}
@@ -253,12 +253,12 @@ def figures(samples: list[tuple[float, float]]) -> dict[str, Any]:
 def markdown_table(result: dict[str, Any]) -> str:
     """Both sides of each library; FVU with the steps it was taken after."""
     head = ["(B, d, F, k)", "training loop", "ms a step, alone / with us", "speedup", "p20–p80"]
-    head += ["of the product", "peak extra memory", "held-out FVU", "activations"]
+    head += ["of the product", "peak extra memory", "held-out FVU"]
     lines = []
     for row in result["rows"]:
         size = "({B}, {d}, {F}, {k})".format(**row)
         if "reason" in row:
-            lines.append([size, row["library"], f"– ({row['reason']})", *[""] * 6])
+            lines.append([size, row["library"], f"– ({row['reason']})", *[""] * 5])
             continue
         both = [row[side] for side in SIDES]
         fvu = " / ".join(f"{side['fvu']:.4f}" for side in both)
@@ -271,8 +271,7 @@ def markdown_table(result: dict[str, Any]) -> str:
                 f"{row['speedup_p20']:.1f}–{row['speedup_p80']:.1f}",
                 " / ".join(f"{side['ratio']:.2f}" for side in both),
                 " / ".join(f"{side['peak_extra_memory']:.2f}" for side in both),
-                f"{fvu} after {row['steps']} steps",
-                row["activations"] or "drawn",
+                f"{fvu} after {row['steps']} steps" + ("" if row["real"] else ", drawn activations"),
             ]
         )
     return table(head, lines)
@@ -296,7 +295,8 @@ def main() -> None:
     os.environ["TQDM_DISABLE"] = "1"  # for the workers: the loops' progress bars
     stores = {ActivationStore.open(folder).d_in: folder for folder in args.activations}
     rows = []
-    result = {**machine(distributions=DISTRIBUTIONS), "lr": Setup(1, 1, 1, 1).lr, "rows": rows}
+    origins = [origin(folder) for folder in args.activations]
+    result = {**machine(distributions=DISTRIBUTIONS), "activations": origins, "lr": Setup(1, 1, 1, 1).lr, "rows": rows}
     workloads = REHEARSAL if args.rehearse else [w for w in WORKLOADS if w.name in args.workloads]
     for workload in workloads:
         store = stores.get(workload.d)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sampled_sae.timing import spread
+from sampled_sae.torch_impl.scores import chunk_features
 
 Sample = TypeVar("Sample")
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +45,18 @@ def product(x: Tensor, W: Tensor) -> Callable[[], Any]:
     """The encoder product of x [B, d] and W [F, d] into memory that exists: the floor of every step."""
     out = torch.empty(x.shape[0], W.shape[0], dtype=x.dtype, device=x.device)
     return lambda: torch.mm(x, W.t(), out=out)
+
+
+def product_in_chunks(x: Tensor, W: Tensor) -> Callable[[], Any]:
+    """The same products, some features at a time into one buffer: the floor of a step that never writes [B, F]."""
+    width = chunk_features(x.shape[0])
+    out = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device)
+
+    def call() -> None:
+        for rows in W.split(width):
+            torch.mm(x, rows.t(), out=out[:, : len(rows)])
+
+    return call
 
 
 def machine(device: str = "cpu", distributions: Sequence[str] = ()) -> dict[str, Any]:

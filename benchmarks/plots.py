@@ -47,9 +47,10 @@ def write_plots(results: dict[str, Result], folder: Path) -> list[Path]:
     return written
 
 
-def axes_of(columns: int, width: float = 5.2, height: float = 3.8) -> tuple[Figure, Sequence[Axes]]:
-    figure = Figure(figsize=(width * columns, height), layout="constrained")
-    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+def axes_of(columns: int, rows: int = 1, width: float = 5.2, height: float = 3.8) -> tuple[Figure, Sequence[Axes]]:
+    """A figure and its axes, row by row."""
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
@@ -79,16 +80,22 @@ def peer_steps(result: Result) -> Figure:
 
 
 def scaling(result: Result) -> Figure:
-    """Milliseconds against each size, with the encoder product as the floor."""
+    """Against each size milliseconds, with the encoder product as the floor, and below peak memory, with [B, F]."""
     names = list(dict.fromkeys(row["axis"] for row in result["rows"]))
-    figure, axes = axes_of(len(names), width=4.0)
-    for axis, name in zip(axes, names, strict=True):
-        rows = [row for row in result["rows"] if row["axis"] == name]
+    measures = {
+        "step_ms": ("ms a training step", "encoder product", lambda row: row["floor_ms"]),
+        "peak_mb": ("peak extra memory, MB", "a float32 [B, F]", lambda row: 4e-6 * row["B"] * row["F"]),
+    }
+    figure, axes = axes_of(len(names), len(measures), width=4.0)
+    places = [(measure, name) for measure in measures for name in names]
+    for axis, (measure, name) in zip(axes, places, strict=True):
+        label, beside, yardstick = measures[measure]
+        rows = [{**row, "peak_mb": 1e-6 * row["peak_bytes"]} for row in result["rows"] if row["axis"] == name]
         for rule in dict.fromkeys(row["rule"] for row in rows):
-            line(axis, [row for row in rows if row["rule"] == rule], "value", "step_ms", rule)
-        floor = {row["value"]: row["product_ms"] for row in rows}
-        axis.plot(list(floor), list(floor.values()), color=GREY, linestyle="--", label="encoder product")
-        axis.set(yscale="log", xlabel=name, ylabel="ms a training step")
+            line(axis, [row for row in rows if row["rule"] == rule], "value", measure, rule)
+        dashed = {row["value"]: yardstick(row) for row in rows}
+        axis.plot(list(dashed), list(dashed.values()), color=GREY, linestyle="--", label=beside)
+        axis.set(yscale="log", xlabel=name, ylabel=label)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(FuncFormatter(size_label))
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

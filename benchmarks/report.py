@@ -1,9 +1,9 @@
 """From the result files to their tables, plots, and the README's tables.
 
     python benchmarks/report.py            writes results/*.md, results/plots/*.png and .svg, and README.md
-    python benchmarks/report.py --check    says which tables are not what the result files say, and exits 1
+    python benchmarks/report.py --check    says which tables and plots are not what the result files say, and exits 1
 
-Each table ends with the device, versions, date and command of its result file.
+Each table ends with the device, versions, date and command of its result file; that of the demo is the sweep's own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import block_or_entries, cpu_step, drop_in, equal_time, peer_steps, quality, scaling
 from benchmarks.kernels import table as kernels
 from benchmarks.measure import with_caption
+from sampled_sae import sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+DEMO, PLOTS = RESULTS / "demo", RESULTS / "plots"
 README = ROOT / "README.md"
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -32,6 +35,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "block_or_entries": block_or_entries.markdown_table,
     "peer_steps": peer_steps.markdown_table,
     "drop_in": drop_in.markdown_table,
+    "drop_in_768": drop_in.markdown_table,
     "scaling": scaling.markdown_table,
     "equal_time": equal_time.markdown_table,
     "kernels": lambda result: kernels.markdown(result["rows"]),
@@ -46,7 +50,18 @@ def results() -> dict[str, dict[str, Any]]:
 
 def tables() -> dict[Path, str]:
     """What each table file has to say."""
-    return {RESULTS / f"{name}.md": with_caption(TABLES[name](result), result) for name, result in results().items()}
+    made = {RESULTS / f"{name}.md": with_caption(TABLES[name](result), result) for name, result in results().items()}
+    return {**made, DEMO / "results.md": sweep.markdown_table(json.loads((DEMO / "sweep.json").read_text())["rows"])}
+
+
+def stale_plots() -> list[Path]:
+    """The plots whose SVG is not what the result files give."""
+    from benchmarks.plots import write_plots
+
+    with tempfile.TemporaryDirectory() as folder:
+        made = [file for file in write_plots(results(), Path(folder)) if file.suffix == ".svg"]
+        pairs = [(file, PLOTS / file.name) for file in made]
+        return [old for new, old in pairs if not old.is_file() or old.read_text() != new.read_text()]
 
 
 def readme(text: str, made: dict[Path, str]) -> str:
@@ -66,15 +81,16 @@ def main() -> int:
     made = tables()
     files = {**made, README: readme(README.read_text(encoding="utf-8"), made)}
     stale = [file for file, text in files.items() if not file.is_file() or file.read_text(encoding="utf-8") != text]
-    for file in stale:
-        print(("differs: " if args.check else "written: ") + str(file.relative_to(ROOT)))
-        if not args.check:
-            file.write_text(files[file], encoding="utf-8")
     if args.check:
+        stale += stale_plots()
+        for file in stale:
+            print("differs:", file.relative_to(ROOT))
         return 1 if stale else 0
     from benchmarks.plots import write_plots
 
-    for file in write_plots(results(), RESULTS / "plots"):
+    for file in stale:
+        file.write_text(files[file], encoding="utf-8")
+    for file in [*stale, *write_plots(results(), PLOTS)]:
         print(file.relative_to(ROOT))
     return 0
 

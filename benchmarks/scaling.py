@@ -1,7 +1,9 @@
 """Time and memory of our training step against F, B, k and l, beside the encoder product, with fitted exponents.
 
 One size at a time, in a process of its own; the rules one after another in it, each sample of a step beside one of
-the product. An exponent is the slope of a least-squares line through ln(value) against ln(size).
+the product: as one call that writes [B, F], and in chunks of features that stay in cache, as our step makes it. The
+faster of the two is the floor: the one call waits for the memory it writes to where [B, F] is beyond all caches. An
+exponent is the slope of a least-squares line through ln(value) against ln(size).
 
     python benchmarks/scaling.py --out benchmarks/results/scaling.json
 
@@ -24,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.measure import in_turn, machine, product, spread_columns, table, write_result
+from benchmarks.measure import in_turn, machine, product, product_in_chunks, spread_columns, table, write_result
 from benchmarks.peers import Setup, initial_weights, make, ours
 from benchmarks.worker import Worker
 from benchmarks.workloads import Workload, activations
@@ -35,7 +37,7 @@ RULES: dict[str, dict[str, Any]] = {
     "l=None (BatchTopK)": {"l": None},
     "token (TopK)": {"l": None, "select": "token"},
 }
-MEASURES = {"step_ms": "step", "product_ms": "product", "peak_bytes": "memory"}
+MEASURES = {"step_ms": "step", "floor_ms": "floor", "peak_bytes": "memory"}
 
 
 @dataclass(frozen=True)
@@ -75,21 +77,21 @@ class SizeSession:
         self.setup = Setup(workload.B, workload.d, workload.F, workload.k, device=device)
         self.batches = [activations(workload, seed).to(device) for seed in range(2)]
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        self.floor = product(self.batches[0].to(dtype), initial_weights(self.setup).W_enc.to(device, dtype))
+        x, W = self.batches[0].to(dtype), initial_weights(self.setup).W_enc.to(device, dtype)
+        self.products = {"product": product(x, W), "chunks": product_in_chunks(x, W)}
 
     def measure(self, rule: dict[str, Any], rounds: int) -> dict[str, float]:
         candidate = make(ours(**rule), self.setup, initial_weights(self.setup))
-
-        def sample(round_: int) -> tuple[float, float]:
-            floor = timed(self.floor, self.device)
-            return timed(lambda: candidate.step(self.batches[round_ % 2]), self.device), floor
-
-        samples = in_turn({"": sample}, rounds)[""]
+        samplers = {name: lambda _, call=call: timed(call, self.device) for name, call in self.products.items()}
+        samplers["step"] = lambda round_: timed(lambda: candidate.step(self.batches[round_ % 2]), self.device)
+        samples = in_turn(samplers, rounds)
+        ms = {name: 1e3 * statistics.median(seconds) for name, seconds in samples.items()}
+        floor = min(self.products, key=lambda name: ms[name])
         peak = peak_memory(lambda: [candidate.step(x) for x in self.batches], self.device)
         return {
-            **spread_columns([own / floor for own, floor in samples], "ratio"),
-            "step_ms": 1e3 * statistics.median(own for own, _ in samples),
-            "product_ms": 1e3 * statistics.median(floor for _, floor in samples),
+            **spread_columns([own / f for own, f in zip(samples["step"], samples[floor])], "ratio"),
+            **{f"{name}_ms": value for name, value in ms.items()},
+            "floor_ms": ms[floor],
             "peak_bytes": peak,
             "peak_extra_memory": peak / (4 * self.workload.B * self.workload.F),
         }
@@ -119,21 +121,22 @@ def markdown_table(result: dict[str, Any]) -> str:
     fits = []
     for row in result["exponents"]:
         slopes = ["–" if row[name] is None else f"{row[name]:.2f}" for name in MEASURES.values()]
-        fits.append([row["axis"], f"{row['from']:g} to {row['to']:g}", row["rule"], *slopes])
+        fits.append([row["axis"], f"{row['from']} to {row['to']}", row["rule"], *slopes])
     each = []
     for row in result["rows"]:
         size = "({B}, {d}, {F}, {k})".format(**row)
-        figures = [f"{row['ratio']:.2f}", f"{row['step_ms']:.0f}", f"{row['peak_extra_memory']:.2f}"]
-        each.append([row["axis"], f"{row['value']:g}", size, row["rule"], *figures])
+        spread = f"{row['ratio_p20']:.2f}–{row['ratio_p80']:.2f}"
+        figures = [f"{row['ratio']:.2f}", spread, f"{row['step_ms']:.0f}", f"{row['peak_extra_memory']:.2f}"]
+        each.append([row["axis"], str(row["value"]), size, row["rule"], *figures])
     head = ["axis", "range", "rule", *(f"exponent of {name}" for name in MEASURES.values())]
-    points_head = ["axis", "at", "(B, d, F, k)", "rule", "step / product", "ms", "peak extra memory"]
+    points_head = ["axis", "at", "(B, d, F, k)", "rule", "step / floor", "p20–p80", "ms", "peak extra memory"]
     return table(head, fits) + "\n" + table(points_head, each)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write; tables go beside it")
-    parser.add_argument("--rounds", type=int, default=5, help="samples of each point")
+    parser.add_argument("--rounds", type=int, default=9, help="samples of each point")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--axes", nargs="+", choices=("F", "B", "k", "l"), default=["F", "B", "k", "l"])
@@ -148,7 +151,7 @@ def main() -> None:
         for name, rule in point.rules.items():
             figures = worker.call("measure", rule, args.rounds)
             rows.append({"axis": point.axis, "value": point.value, "rule": name, **asdict(point.workload), **figures})
-            print(f"{point.axis}={point.value:g}, {name}: {figures['ratio']:.2f} x product", flush=True)
+            print(f"{point.axis}={point.value:g}, {name}: {figures['ratio']:.2f} x floor", flush=True)
         worker.close()
     result = {**machine(args.device), "exponents": exponents(rows), "rows": rows}
     write_result(args.out, result, markdown_table(result))

@@ -25,7 +25,7 @@ def append(m_hit, b_values, b_keys, values, keys, count, cap):
     n_hits = tl.sum(b_n, axis=0)
     if n_hits > 0:
         first = tl.atomic_add(count, n_hits.to(tl.int64), sem="relaxed")
-        room = tl.minimum(cap - first, n_hits).to(tl.int32)
+        room = tl.minimum(tl.maximum(cap - first, 0), n_hits).to(tl.int32)
         b_at = (tl.cumsum(b_n, axis=0) - b_n - 1)[:, None] + tl.cumsum(b_hit, axis=1)  # [M, N]
         m_fits = m_hit & (b_at < room)  # [M, N]
         tl.store(values + first + b_at, b_values, mask=m_fits)

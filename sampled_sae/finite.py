@@ -7,6 +7,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from .capture import capturing
 from .validate import check_finite
 
 
@@ -29,7 +30,11 @@ class FiniteInputs:
         if not x.is_cuda:
             check_finite(x)
             return
-        if torch.cuda.is_current_stream_capturing():
+        with torch.cuda.device_of(x):
+            self._check_later(x)
+
+    def _check_later(self, x: Tensor) -> None:
+        if capturing():
             return
         self.calls += 1
         while self.pending and (len(self.pending) > 1 or self.pending[0][2].query()):
@@ -38,7 +43,7 @@ class FiniteInputs:
             if not bool(verdict):
                 self.pending.clear()
                 raise ValueError(f"x: NaN or inf among the values of call {call}, {self.calls - call} calls ago")
-        verdict = torch.empty((), dtype=torch.bool, pin_memory=True)
+        verdict = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
         verdict.copy_(torch.isfinite(x.detach()).all(), non_blocking=True)
         done = torch.cuda.Event()
         done.record()

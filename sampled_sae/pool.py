@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .capture import capturing
 from .config import pool_size
 from .implementations import Implementation
 
@@ -32,9 +33,15 @@ class KeptPool:
         self._uses = 0
 
     def next(self, find: Callable[[], Pool | None]) -> Pool | None:
-        """The pool of one more step."""
+        """The pool of one more step.
+
+        Raises:
+            RuntimeError: where a CUDA graph is being captured and `every` is not 1.
+        """
         if self.every == 1:
             return find()
+        if capturing():
+            raise RuntimeError(f"pool_every={self.every}: every replay of a CUDA graph would use one pool; must be 1")
         if self._pool is None or self._uses == self.every:
             self._pool, self._uses = find(), 0
         self._uses += 1

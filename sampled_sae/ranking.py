@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .capture import capturing
+
 
 def nth_largest(values: Tensor, n: int) -> Tensor:
     """The n-th largest (n >= 1) of a flat tensor, 0-dim; equivalent to `values.sort(descending=True)[0][n-1]`.
@@ -63,5 +65,7 @@ def gumbel_keys(scores: Tensor, generator: torch.Generator | None) -> Tensor:
     device = None if generator is None else generator.device
     u = torch.rand(scores.shape, dtype=torch.float64, generator=generator, device=device)
     if scores.device != u.device:
+        if capturing():
+            raise RuntimeError('pool="sample": every replay of a CUDA graph would draw the same pool; must be "top"')
         u = u.pin_memory().to(scores.device, non_blocking=True) if scores.is_cuda else u.to(scores.device)
     return scores.double().log() - (-u.log()).log()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .capture import capturing
 from .codes import Selection, SparseCodes
 from .config import SampledSAEConfig
 from .finite import FiniteInputs
@@ -81,9 +82,10 @@ class SampledSAE(nn.Module):
         if not isinstance(cfg, SampledSAEConfig):
             raise TypeError(f"cfg={cfg!r}: must be a SampledSAEConfig")
         self.cfg = cfg
-        resolve_impl(cfg.impl, torch.get_default_device() if device is None else device, dtype)
+        device = torch.get_default_device() if device is None else device
+        resolve_impl(cfg.impl, device, dtype)
         generator = torch.Generator().manual_seed(cfg.seed)
-        rows = torch.randn(cfg.d_sae, cfg.d_in, generator=generator)
+        rows = torch.randn(cfg.d_sae, cfg.d_in, generator=generator, device="cpu")
         rows = nn.functional.normalize(rows, dim=1).to(device=device, dtype=dtype)
         self.W_dec = nn.Parameter(rows)
         self.W_enc = nn.Parameter(rows.clone().t())
@@ -100,6 +102,7 @@ class SampledSAE(nn.Module):
         self._workspace = Workspace()
         self._finite = FiniteInputs()
         self._most_idle: tuple[int, int] | None = None
+        self._captured = False
 
     @property
     def impl_in_use(self) -> str:
@@ -305,7 +308,11 @@ class SampledSAE(nn.Module):
         """Whether the aux loss must be computed; without asking a GPU for more than it has told before."""
         if self.impl_in_use != "triton":
             return bool(self.dead.any())
-        if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        if torch.compiler.is_compiling():
+            return True
+        # from then on replays may move the counts unseen
+        self._captured = self._captured or capturing()
+        if self._captured:
             return True
         version = self.tokens_since_active._version
         if self._most_idle is None or self._most_idle[0] != version:

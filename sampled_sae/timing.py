@@ -16,6 +16,11 @@ import torch
 
 Call = Callable[[], Any]
 
+# on a GPU, what is overwritten before a queued call: several times its L2 cache
+SCRATCH_BYTES = 1 << 28
+# clock cycles for which a queued call waits, 2 to 3 ms: longer than the host takes to launch it
+QUEUEING_CYCLES = 1 << 22
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -33,19 +38,39 @@ def spread(samples: Sequence[float]) -> Spread:
     return Spread(statistics.median(ordered), low, high, len(ordered))
 
 
-def timed(function: Call, device: torch.device | str = "cpu") -> float:
-    """Seconds that one call takes; on a GPU until its last kernel has ended."""
-    if torch.device(device).type != "cuda":
+def timed(function: Call, device: torch.device | str = "cpu", queued: bool = False) -> float:
+    """Seconds that one call takes; on a GPU from an idle device until the call's last kernel has ended.
+
+    The host's work before and between launches counts, as it does for whoever makes the call. With `queued` a GPU is
+    kept busy until all is launched, and its L2 cache is emptied: what the kernels alone take.
+    """
+    if not on_gpu(device):
         start = time.perf_counter()
         function()
         return time.perf_counter() - start
+    stream = torch.cuda.current_stream(device)
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    first.record()
+    torch.cuda.synchronize(device)
+    # held to the end, so that the call gets no memory that is in the cache
+    scratch = keep_busy(device) if queued else None
+    first.record(stream)
     function()
-    last.record()
-    torch.cuda.synchronize()
+    last.record(stream)
+    torch.cuda.synchronize(device)
+    del scratch
     return 1e-3 * first.elapsed_time(last)
+
+
+def on_gpu(device: torch.device | str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def keep_busy(device: torch.device | str) -> torch.Tensor:
+    """Queues what empties the L2 cache, then a wait; the memory that was overwritten."""
+    scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device=device).zero_()
+    with torch.cuda.device(device):
+        torch.cuda._sleep(QUEUEING_CYCLES)
+    return scratch
 
 
 def interleaved(
@@ -54,20 +79,24 @@ def interleaved(
     rounds: int,
     seconds: float = float("inf"),
     warm_up: bool = True,
+    queued: bool = False,
+    prepare: Call = lambda: None,
 ) -> dict[str, list[float]]:
     """Milliseconds of each call in each round; `warm_up` makes all calls once before.
 
     Every round goes over all calls in turn, so that they see the same clock and the same neighbours. The last
-    round is the one that ends after `seconds`.
+    round is the one that ends after `seconds`. `prepare` comes before each call, untimed; `queued` as for `timed`.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     if warm_up:
         for call in calls.values():
+            prepare()
             call()
     start = time.perf_counter()
     for _ in range(rounds):
         for name, call in calls.items():
-            samples[name].append(1e3 * timed(call, device))
+            prepare()
+            samples[name].append(1e3 * timed(call, device, queued))
         if time.perf_counter() - start > seconds:
             break
     return samples
@@ -77,7 +106,7 @@ class Sections:
     """Milliseconds of named sections; on a GPU read from events at the end, so that nothing waits in between."""
 
     def __init__(self, device: torch.device | str) -> None:
-        self.on_gpu = torch.device(device).type == "cuda"
+        self.device = device
         self.marks: list[tuple[str, Any, Any]] = []
 
     @contextmanager
@@ -95,20 +124,21 @@ class Sections:
 
     def read(self) -> dict[str, list[float]]:
         """The samples since the last reading, by name."""
-        if self.on_gpu:
-            torch.cuda.synchronize()
+        gpu = on_gpu(self.device)
+        if gpu:
+            torch.cuda.synchronize(self.device)
         found: dict[str, list[float]] = {}
         for name, start, end in self.marks:
-            took = start.elapsed_time(end) if self.on_gpu else 1e3 * (end - start)
+            took = start.elapsed_time(end) if gpu else 1e3 * (end - start)
             found.setdefault(name, []).append(took)
         self.marks = []
         return found
 
     def _now(self) -> Any:
-        if not self.on_gpu:
+        if not on_gpu(self.device):
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
 
@@ -121,13 +151,13 @@ def peak_memory(function: Call, device: torch.device | str = "cpu") -> int:
         OSError: the system does not tell.
     """
     gc.collect()
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+    if on_gpu(device):
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
         function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - held
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - held
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     held = resident("VmRSS")
@@ -145,9 +175,9 @@ def resident(field: str) -> int:
 
 def free_memory(device: torch.device | str = "cpu") -> float:
     """Bytes that may still be taken; inf where the system does not tell."""
-    if torch.device(device).type == "cuda":
+    if on_gpu(device):
         torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info()[0]
+        return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

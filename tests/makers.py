@@ -41,15 +41,15 @@ def assert_same_entries(ours, theirs):
     assert torch.equal(ours.features, theirs.features)
 
 
-def make_sae(dtype=torch.float64, seed=0, **changes):
+def make_sae(dtype=torch.float64, seed=0, device="cpu", **changes):
     """A small SAE with every parameter away from its initial value."""
     settings = {"d_in": 12, "d_sae": 96, "k": 4, "l": 3.0, "aux_coefficient": 0.0, **changes}
-    sae = SampledSAE(SampledSAEConfig(**settings), dtype=dtype)
+    sae = SampledSAE(SampledSAEConfig(**settings), device=device, dtype=dtype)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in sae.parameters():
             noise = 0.2 * torch.randn(p.shape, generator=g, dtype=torch.float64)
-            p.add_(noise.to(dtype))
+            p.add_(noise.to(p))
     sae.normalize_decoder()
     return sae
 

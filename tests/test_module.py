@@ -255,6 +255,12 @@ def test_no_grad_leaves_nothing_behind():
     assert sae.row_grads == []
 
 
+def test_the_default_device_is_taken():
+    with torch.device("meta"):
+        sae = SampledSAE(SampledSAEConfig(d_in=4, d_sae=8, k=2))
+    assert {t.device.type for t in sae.state_dict().values()} == {"meta"}
+
+
 def test_normalise_and_project():
     sae = make_sae()
     with torch.no_grad():

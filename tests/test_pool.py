@@ -105,6 +105,13 @@ def test_the_kept_pool_travels_with_a_checkpoint():
     assert twin.kept_pool.state_dict() == {}
 
 
+def test_what_a_cuda_graph_would_freeze_is_refused(monkeypatch):
+    monkeypatch.setattr(pools, "capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"pool_every=3: .* must be 1"):
+        make_sae(pool_every=3)(tokens(8, 12))
+    make_sae(pool_every=1)(tokens(8, 12))
+
+
 @pytest.mark.parametrize("rule", [{"l": None}, {"l": 24.0}])
 def test_no_pool_no_scores(rule):
     sae, plain = make_sae(pool_every=4, score_tokens=0.1, **rule), make_sae(**rule)

@@ -26,6 +26,11 @@ def test_table_file_equals_its_result_file(file, table):
     assert file.read_text(encoding="utf-8") == table
 
 
+def test_plots_equal_their_result_files():
+    pytest.importorskip("matplotlib")
+    assert report.stale_plots() == []
+
+
 def test_python_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):

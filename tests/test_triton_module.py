@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def sae_pair(**settings):
     """The same SAE as impl="triton" and impl="torch", in float32."""
-    made = [make_sae(torch.float32, impl=impl, **settings).to(DEVICE) for impl in ("triton", "torch")]
+    made = [make_sae(torch.float32, device=DEVICE, impl=impl, **settings) for impl in ("triton", "torch")]
     assert [sae.impl_in_use for sae in made] == ["triton", "torch"]
     return made
 
@@ -81,7 +81,9 @@ def test_aux_loss(rule, aux_pool, n_dead):
 
 @pytest.mark.parametrize("rule", MODULE_RULES[:4], ids=str)
 def test_row_gradients_are_the_rows_of_the_dense_ones(rule, form):
-    rows, dense = (make_sae(torch.float32, impl="triton", row_grads=keep, **rule).to(DEVICE) for keep in (True, False))
+    rows, dense = (
+        make_sae(torch.float32, device=DEVICE, impl="triton", row_grads=keep, **rule) for keep in (True, False)
+    )
     x = tokens(5, 12, dtype=torch.float32).to(DEVICE)
     for sae in (rows, dense):
         sae(x).loss.backward()
@@ -131,6 +133,21 @@ def test_autocast_takes_16_bit_products_and_keeps_float32_gradients(rule, form):
         assert torch.nn.functional.cosine_similarity(gradient.flatten(), other.flatten(), 0) > 0.95
 
 
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+@pytest.mark.parametrize("rule", MODULE_RULES[:3], ids=str)
+def test_float16_loses_no_gradient_to_its_range(rule, factor, form):
+    """A mean over many tokens makes gradients smaller than float16 has numbers for, a scaled loss larger ones."""
+    found = []
+    for scale in (1.0, factor):
+        sae = make_sae(torch.float32, device=DEVICE, impl="triton", **rule)
+        with torch.autocast(DEVICE, torch.float16):
+            out = sae(tokens(64, 12, dtype=torch.float32).to(DEVICE))
+        (scale * out.loss).backward()
+        found.append({name: gradient / scale for name, gradient in gradients(sae).items()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=0.02, atol=float(2e-3 * gradient.abs().max()))
+
+
 @pytest.mark.slow
 def test_trains_to_the_same_loss_curve_as_torch():
     """30 steps of Adam on 32 directions in 16 dimensions: losses within 1e-3 of each other at every step."""
@@ -141,7 +158,7 @@ def test_trains_to_the_same_loss_curve_as_torch():
     for rule in ({"l": 4.0}, {"l": None}):
         curves = []
         for impl in ("triton", "torch"):
-            sae = make_sae(torch.float32, d_in=16, d_sae=64, k=3, impl=impl, **rule).to(DEVICE)
+            sae = make_sae(torch.float32, device=DEVICE, d_in=16, d_sae=64, k=3, impl=impl, **rule)
             optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
             losses = []
             for x in batches:
@@ -159,7 +176,7 @@ def test_trains_to_the_same_loss_curve_as_torch():
 @pytest.mark.parametrize("rule", MODULE_RULES, ids=str)
 @pytest.mark.parametrize("dead_after", [10, 10**7])
 def test_no_step_waits_for_the_device(rule, dead_after, form, monkeypatch):
-    sae = make_sae(torch.float32, impl="triton", aux_coefficient=1.0, dead_after=dead_after, **rule).to(DEVICE)
+    sae = make_sae(torch.float32, device=DEVICE, impl="triton", aux_coefficient=1.0, dead_after=dead_after, **rule)
     monkeypatch.setattr(sae._finite, "check", lambda x: None)
     x = tokens(12, 12, dtype=torch.float32).to(DEVICE)
     sae(x).loss.backward()
@@ -173,7 +190,7 @@ def test_no_step_waits_for_the_device(rule, dead_after, form, monkeypatch):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule", [MODULE_RULES[0], MODULE_RULES[2], MODULE_RULES[3]], ids=str)
 def test_a_training_step_compiles_whole(rule, backend):
-    sae = make_sae(torch.float32, impl="triton", aux_coefficient=1.0, dead_after=20, **rule).to(DEVICE)
+    sae = make_sae(torch.float32, device=DEVICE, impl="triton", aux_coefficient=1.0, dead_after=20, **rule)
     twin = copy.deepcopy(sae)
     torch._dynamo.reset()
     compiled = torch.compile(twin, fullgraph=True, backend=backend)

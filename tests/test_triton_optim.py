@@ -29,7 +29,7 @@ def trained(sae, optimizer, steps, first=0):
 
 
 def make(impl, **changes):
-    return make_sae(torch.float32, impl=impl, **{"row_grads": True, **AUX, **changes}).to(DEVICE)
+    return make_sae(torch.float32, device=DEVICE, impl=impl, **{"row_grads": True, **AUX, **changes})
 
 
 @pytest.mark.parametrize("settings", [{}, {"clip": 0.1, "weight_decay": 0.1}, {"clip": None}], ids=str)

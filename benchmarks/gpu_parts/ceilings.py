@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.gpu_parts.visit import Visit, operands
+from benchmarks.gpu_parts.visit import Row, Visit, dtype_name, operands
 from benchmarks.measure import product
 from benchmarks.workloads import Workload
-from sampled_sae.timing import interleaved, spread
+from sampled_sae.timing import Call, Spread, interleaved, spread
 
+# the kernels' own dtype first, in case the time runs out
 DTYPES = (torch.bfloat16, torch.float32)
 COPY_ELEMENTS, REHEARSED_ELEMENTS = 1 << 28, 1 << 12
 
 
 def run(visit: Visit) -> None:
+    cases = [(w, dtype) for dtype in DTYPES for w in widths(visit)]
+    visit.attempt({"name": "copy"}, copy, visit, 1 + len(cases))
+    for i, (w, dtype) in enumerate(cases):
+        row = {"name": "product", "dtype": dtype_name(dtype), **w.columns()}
+        visit.attempt(row, cublas, visit, row, w, dtype, len(cases) - i)
+
+
+def copy(visit: Visit, of: int) -> list[Row]:
     elements = REHEARSED_ELEMENTS if visit.rehearse else COPY_ELEMENTS
     source, target = (torch.ones(elements, device=visit.device) for _ in range(2))
-    times = spread(interleaved({"copy": lambda: target.copy_(source)}, visit.device, visit.rounds)["copy"])
-    visit.add({"name": "copy", **vars(times), "GB/s": 8e-6 * elements / times.ms})
-    for w in widths(visit):
-        for dtype in DTYPES:
-            x, W = operands(w, visit.device, dtype)
-            times = spread(interleaved({"product": product(x, W)}, visit.device, visit.rounds)["product"])
-            rate = 2e-9 * w.B * w.d * w.F / times.ms
-            kind = str(dtype).removeprefix("torch.")
-            visit.add({"name": "product", "dtype": kind, **w.columns(), **vars(times), "TFLOP/s": rate})
-            visit.release()
+    times = timed_alone(visit, lambda: target.copy_(source), of)
+    return [{"name": "copy", **vars(times), "GB/s": 8e-6 * elements / times.ms}]
+
+
+def cublas(visit: Visit, row: Row, w: Workload, dtype: torch.dtype, of: int) -> list[Row]:
+    times = timed_alone(visit, product(*operands(w, visit.device, dtype)), of)
+    return [{**row, **vars(times), "TFLOP/s": 2e-9 * w.B * w.d * w.F / times.ms}]
+
+
+def timed_alone(visit: Visit, call: Call, of: int) -> Spread:
+    """Of one call, the first of so many."""
+    seconds = visit.share(of)
+    return spread(interleaved({"": call}, visit.device, visit.rounds, seconds, queued=True)[""])
 
 
 def widths(visit: Visit) -> tuple[Workload, ...]:

@@ -8,8 +8,11 @@ Row = dict[str, Any]
 
 
 def summary(part: str, rows: list[Row]) -> list[str]:
-    shown = {"correctness": correctness, "ceilings": ceilings, "score": score, "kernels": kernels, "tuning": tuning}
-    return shown.get(part, steps)(rows)
+    whole = {"correctness": correctness, "tuning": tuning, "steps": steps, "peers": steps}
+    if part in whole:
+        return whole[part](rows)
+    shown = {"ceilings": ceilings, "score": score, "kernels": kernels}[part]
+    return shown([row for row in rows if "ms" in row]) + without_figures(rows)
 
 
 def correctness(rows: list[Row]) -> list[str]:
@@ -84,6 +87,21 @@ def tuning(rows: list[Row]) -> list[str]:
     return [f"{len(tried)} timed, {wrong} left out or refused; tuning.txt has the lines for configs.py", *shown[:14]]
 
 
+def without_figures(rows: list[Row]) -> list[str]:
+    """A line for each reason, with what it kept from being timed."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if "ms" not in row:
+            which = (row.get("name") or row["operation"], row.get("form", ""), row.get("dtype", ""), workload(row))
+            reasons.setdefault(row.get("note") or row["left out"], []).append(" ".join(filter(None, which)))
+    shown = [f"no figures: {which[0]}{more(len(which) - 1)}: {why[:160]}" for why, which in reasons.items()]
+    return shown[:6]
+
+
+def more(n: int) -> str:
+    return f" and {n} more" if n else ""
+
+
 def failed_check(row: Row) -> bool:
     return row["form"].startswith("ours") and row["check"] != "passed"
 
@@ -94,4 +112,5 @@ def workload(row: Row) -> str:
 
 def names(rows: list[Row], field: str | None = None, value: str | None = None) -> list[str]:
     """The workloads in the rows, in order; only of rows whose `field` is `value`, if one is given."""
-    return list(dict.fromkeys(workload(row) for row in rows if field is None or row[field] == value))
+    found = (workload(row) for row in rows if field is None or row[field] == value)
+    return [name for name in dict.fromkeys(found) if name]

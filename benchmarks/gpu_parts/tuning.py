@@ -6,76 +6,52 @@ kernels/configs.py, and best.json, the best of each (d, F, B).
 
 from __future__ import annotations
 
-import itertools
-import multiprocessing
-import os
-import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 
+from benchmarks.gpu_parts.compiling import Named, compile_all, small
 from benchmarks.gpu_parts.tunable import Tunable, tunables
-from benchmarks.gpu_parts.visit import Row, Visit
-from benchmarks.workloads import GPU_STEPS, REHEARSAL, Workload
+from benchmarks.gpu_parts.visit import Row, Visit, failure
+from benchmarks.workloads import Workload
 from sampled_sae.files import write_json, write_text
 from sampled_sae.testing import relative_error
-from sampled_sae.timing import spread, timed
+from sampled_sae.timing import interleaved, spread
 
 # a sum in another order
 TOLERANCE = 1e-5
 # below this a candidate is not worth a change
 LEAST_GAIN = 0.02
 ROUNDS = 9
-COMPILERS = 6
+DTYPE = torch.bfloat16
+# for all configurations of one table's row
+LEAST_SECONDS, MOST_SECONDS = 3, 5
 
 
 def run(visit: Visit) -> None:
-    dtype = torch.bfloat16
-    compile_all(visit, dtype)
+    compile_all(visit, configurations, [(w, visit.device) for w in small(visit, visit.workloads)])
     for w in visit.workloads:
-        for tunable in tunables(w, visit.device, dtype):
-            if visit.left < 3:
-                visit.add({"table": tunable.table, "key": tunable.key, "note": "no time left", **w.columns()})
-            else:
-                visit.add(*tried(tunable, w, visit))
-            visit.release()
+        # what a kernel is timed on comes from other kernels, which may fail too
+        visit.attempt({"table": "all", "key": "", **w.columns()}, try_all, visit, w)
         report(visit)
 
 
-def compile_all(visit: Visit, dtype: torch.dtype) -> None:
-    """Fills Triton's cache from several processes: compilation takes longer than all timings together."""
-    # few tokens and features, of which the code does not depend, and a width that it does depend on
-    small = REHEARSAL if visit.rehearse else [Workload(w.name, 512, w.d, 4096, w.k) for w in GPU_STEPS]
-    workers = 1 if visit.rehearse else min(COMPILERS, (os.cpu_count() or 2) // 2)
-    end = time.time() + visit.left / 2
-    tasks = [(w, visit.device, dtype, i, workers, end) for w in small for i in range(workers)]
-    try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            for failed in pool.map(compile_some, tasks):
-                if failed:
-                    visit.add({"note": failed})
-    except BrokenProcessPool as error:
-        visit.add({"note": f"a compiling process died: {error}"[:200]})
+def try_all(visit: Visit, w: Workload) -> list[Row]:
+    """Adds the rows of one workload; there are no others."""
+    for tunable in tunables(w, visit.device, DTYPE):
+        row = {"table": tunable.table, "key": tunable.key, **w.columns()}
+        visit.attempt(row, tried, tunable, w, visit, least=LEAST_SECONDS)
+    return []
 
 
-def compile_some(task: tuple[Workload, str, torch.dtype, int, int, float]) -> str:
-    """Runs every `of`-th candidate from the `first` on, until `end`; what failed, in a line."""
-    w, device, dtype, first, of, end = task
-    failed = []
-    pairs = ((tunable, value) for tunable in tunables(w, device, dtype) for value in tunable.candidates)
-    for tunable, value in itertools.islice(pairs, first, None, of):
-        if time.time() > end:
-            break
-        tunable.prepare()
-        try:
-            with tunable.using(value):
-                tunable.call()
-        except Exception as error:
-            failed.append(f"{tunable.table} {tunable.written(value)}: {type(error).__name__}"[:120])
-    return "; ".join(failed)
+def configurations(w: Workload, device: str) -> Iterator[Named]:
+    """To be compiled."""
+    for tunable in tunables(w, device, DTYPE):
+        for value in tunable.candidates:
+            yield f"{tunable.table} {tunable.written(value)}", partial(result_under, tunable, value)
 
 
 def tried(tunable: Tunable, w: Workload, visit: Visit) -> list[Row]:
@@ -92,7 +68,7 @@ def tried(tunable: Tunable, w: Workload, visit: Visit) -> list[Row]:
         try:
             wrong = difference(tunable, value, expected)
         except Exception as error:
-            wrong = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            wrong = failure(error)
         if wrong:
             rows.append({**same, "config": name, "current": name == current, "note": wrong})
         else:
@@ -109,24 +85,35 @@ def tried(tunable: Tunable, w: Workload, visit: Visit) -> list[Row]:
 
 def difference(tunable: Tunable, value: Any, expected: torch.Tensor) -> str | None:
     """How the result under `value` differs from the current one's, if it does."""
-    tunable.prepare()
-    with tunable.using(value):
-        found = tunable.result(tunable.call())
+    found = tunable.result(result_under(tunable, value))
     if tunable.exact:
         return None if torch.equal(found, expected) else "another result"
     error = relative_error(found, expected.double())
     return None if error <= TOLERANCE else f"differs by {error:.2g}"
 
 
+def result_under(tunable: Tunable, value: Any) -> Any:
+    """What the kernel returns in a configuration."""
+    tunable.prepare()
+    return called(tunable, value)
+
+
+def called(tunable: Tunable, value: Any) -> Any:
+    with tunable.using(value):
+        return tunable.call()
+
+
 def race(tunable: Tunable, values: dict[str, Any], visit: Visit) -> dict[str, list[float]]:
     """Milliseconds by name, all in turn."""
-    samples: dict[str, list[float]] = {name: [] for name in values}
-    for _ in range(1 if visit.rehearse else ROUNDS):
-        for name, value in values.items():
-            tunable.prepare()
-            with tunable.using(value):
-                samples[name].append(1e3 * timed(tunable.call, visit.device))
-    return samples
+    return interleaved(
+        {name: partial(called, tunable, value) for name, value in values.items()},
+        visit.device,
+        1 if visit.rehearse else ROUNDS,
+        visit.share(1, MOST_SECONDS),
+        warm_up=False,
+        queued=True,
+        prepare=tunable.prepare,
+    )
 
 
 def report(visit: Visit) -> None:

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import os
-import platform
+import re
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
-from benchmarks.workloads import GPU_STEPS, REHEARSAL, Workload
+from benchmarks.measure import machine
+from benchmarks.peer_steps import BATCHES
+from benchmarks.peers import DISTRIBUTIONS
+from benchmarks.workloads import GPU_STEPS, REHEARSAL, Workload, activations
 from sampled_sae.files import write_json, write_text
 
 Row = dict[str, Any]
+
+# Linux: which NVIDIA driver is loaded
+DRIVER = Path("/proc/driver/nvidia/version")
+LONGEST_REASON = 300
 
 
 @dataclass
@@ -59,11 +68,15 @@ class Visit:
         """Seconds until the part should end; without end in a rehearsal, which must see everything."""
         return float("inf") if self.rehearse else self.seconds - (time.perf_counter() - self._start)
 
+    def share(self, of: int, most: float = float("inf")) -> float:
+        """Seconds for one of so many things that are still to be timed, at most `most`."""
+        return max(0.0, min(most, self.left / max(1, of)))
+
     def add(self, *rows: Row) -> None:
         """Appends rows and writes all of them, as <part>.json and <part>.csv."""
         self.rows += rows
         self.out.mkdir(parents=True, exist_ok=True)
-        write_json(self.out / f"{self.part}.json", {**self.machine(), "rows": self.rows})
+        write_json(self.out / f"{self.part}.json", {**self.head, "rows": self.rows})
         if self.rows:
             columns = list(dict.fromkeys(name for row in self.rows for name in row))
             text = io.StringIO()
@@ -72,21 +85,62 @@ class Visit:
             writer.writerows(self.rows)
             write_text(self.out / f"{self.part}.csv", text.getvalue())
 
-    def machine(self) -> Row:
+    def attempt(
+        self, row: Row, measure: Callable[..., Iterable[Row]], *args: Any, least: float = 1.0, reason: str = "note"
+    ) -> bool:
+        """Adds the rows that `measure(*args)` finds, or `row` with the reason why there are none; whether it came
+        through.
+
+        It is not begun where less than `least` seconds are left.
+        """
+        if self.left < least:
+            self.add({**row, reason: "no time left"})
+            return False
+        try:
+            self.release()
+            self.add(*measure(*args))
+        except Exception as error:
+            self.add({**row, reason: failure(error)})
+            return False
+        return True
+
+    @cached_property
+    def head(self) -> Row:
+        """Of the JSON: device, versions, date and command, as `benchmarks.measure.machine` has them, and more."""
         return {
+            **machine(self.device, DISTRIBUTIONS),
             "device": "rehearsal, no GPU" if self.rehearse else torch.cuda.get_device_name(),
-            "torch": torch.__version__,
             "triton": triton.__version__,
-            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+            "driver": driver(),
             "cores": os.cpu_count(),
-            "date": date.today().isoformat(),
             "command": f"python benchmarks/gpu.py OUTDIR --only {self.part}" + " --rehearse" * self.rehearse,
         }
 
     def release(self) -> None:
-        """Gives cached GPU memory back."""
+        """Gives the GPU memory back that the last row left in the cache."""
         if not self.rehearse:
             torch.cuda.empty_cache()
+
+
+def driver() -> str | None:
+    """Version of the NVIDIA driver; None where there is none."""
+    found = re.search(r"Module.*?\s(\d+\.[\d.]+)", DRIVER.read_text()) if DRIVER.exists() else None
+    return found[1] if found else None
+
+
+def failure(error: Exception) -> str:
+    """In one line for a row."""
+    return " ".join(f"FAILED: {type(error).__name__}: {error}".split())[:LONGEST_REASON]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def batches(w: Workload, device: str) -> Iterator[torch.Tensor]:
+    """Several, over and over: a threshold guessed from the last one is as good as in training, not perfect."""
+    return itertools.cycle([activations(w, seed).to(device) for seed in range(BATCHES)])
 
 
 def operands(w: Workload, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ OPERATIONS: dict[str, Callable[[Inputs], Operation]] = {
     "select l=4": partial(selection.select, l=4.0, select="batch"),
     "select l=16": partial(selection.select, l=16.0, select="batch"),
     "select l=None": partial(selection.select, l=None, select="batch"),
+    "select l=None, first batch": partial(selection.select, l=None, select="batch", first_batch=True),
     "select l=None, token": partial(selection.select, l=None, select="token"),
     "decode l=4": partial(decoding.decode, l=4.0),
     "decode l=None": partial(decoding.decode, l=None),

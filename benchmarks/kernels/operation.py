@@ -54,7 +54,7 @@ class Inputs:
         impl: whose operations are ours.
 
     Attributes:
-        x [B, d], W [F, d] with unit rows: in `dtype`; W serves as encoder and decoder. b [F]: float32.
+        x, other_x [B, d], W [F, d] with unit rows: in `dtype`; W serves as encoder and decoder. b [F]: float32.
         parts: the operations of `impl`, by name.
     """
 
@@ -66,7 +66,7 @@ class Inputs:
         W = torch.randn(workload.F, workload.d, generator=generator, device=device)
         self.W = torch.nn.functional.normalize(W, dim=1).to(dtype)
         self.b = 0.01 * torch.randn(workload.F, generator=generator, device=device)
-        self.x = activations(workload, 0).to(device, dtype)
+        self.x, self.other_x = (activations(workload, seed).to(device, dtype) for seed in range(2))
         self._members: dict[float | None, Tensor | None] = {}
         self._codes: dict[float | None, Selection] = {}
 
@@ -90,9 +90,9 @@ class Inputs:
                 self._codes[l] = self.select(l, "batch")
         return self._codes[l]
 
-    def select(self, l: float | None, select: str, hint: Any = None) -> Selection:
-        """The layer's own selection."""
-        x, k = self.x, self.workload.k
+    def select(self, l: float | None, select: str, hint: Any = None, x: Tensor | None = None) -> Selection:
+        """The layer's own selection, from the batch x unless another is given."""
+        x, k = self.x if x is None else x, self.workload.k
         centred = self.parts.centre(x, None)
         return self.parts.select(x, None, centred, self.W, self.b, self.members(l), k=k, select=select, hint=hint)
 

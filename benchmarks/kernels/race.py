@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernels.operation import Inputs, Operation
-from sampled_sae.timing import Call, free_memory, peak_memory, spread, timed
+from sampled_sae.timing import Call, free_memory, on_gpu, peak_memory, spread, timed
 
 Row = dict[str, Any]
 
@@ -51,13 +51,20 @@ class Race:
         self.samples: dict[str, list[float]] = {call: [] for call in self.calls}
 
     def round(self, without: str | None = None) -> None:
-        """One sample of each call, but for one of them."""
+        """One sample of each call, on a GPU of its kernels alone.
+
+        But for one of them, if named, for which all is ready then, with the GPU at rest: its caller takes the time on
+        the host, and the other samples count the host's work too.
+        """
+        device = self.inputs.device
         for name in self.calls:
             if name != without:
                 self.operation.prepare()
-                self.samples[name].append(1e3 * timed(self.calls[name], self.inputs.device))
+                self.samples[name].append(1e3 * timed(self.calls[name], device, queued=without is None))
         if without is not None:
             self.operation.prepare()
+            if on_gpu(device):
+                torch.cuda.synchronize(device)
 
     def run(self, rounds: int, seconds: float) -> None:
         """Rounds until there are as many, or so much time has passed; at least one."""

@@ -11,6 +11,7 @@ from benchmarks.kernels.operation import Inputs, Operation, some
 from sampled_sae import reference
 from sampled_sae.codes import SparseCodes
 from sampled_sae.testing import Comparison, comparison
+from sampled_sae.torch_impl.entries import EntryIndex
 from sampled_sae.torch_impl.layer import block_mask
 
 CHECKED_ENTRIES, CHECKED_FEATURES = 4096, 4096
@@ -80,17 +81,24 @@ def block_top(inputs: Inputs, l: float, select: str) -> Operation:
     )
 
 
-def select(inputs: Inputs, l: float | None, select: str) -> Operation:
-    """What the layer does after the scores: the product with the pool and the selection from it."""
+def select(inputs: Inputs, l: float | None, select: str, first_batch: bool = False) -> Operation:
+    """What the layer does after the scores: the product with the pool, the selection from it, the order of entries.
+
+    The threshold to begin with is guessed from another batch, as in training, or with `first_batch` not at all.
+    """
     w, members = inputs.workload, inputs.members(l)
     size = w.F if members is None else len(members)
     n = w.k if select == "token" else inputs.budget
     with torch.no_grad():
-        hint = inputs.select(l, select).hint
+        hint = None if first_batch else inputs.select(l, select, x=inputs.other_x).hint
 
     def ours() -> SparseCodes:
         with torch.no_grad():
-            return inputs.select(l, select, hint).codes
+            codes = inputs.select(l, select, hint).codes
+        if isinstance(codes.index, EntryIndex):
+            # made when they are first asked for: by whoever comes next, decode or backward
+            _ = codes.index.token_ends, codes.index.by_feature
+        return codes
 
     return Operation(
         ours,

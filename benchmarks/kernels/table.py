@@ -5,16 +5,18 @@ from __future__ import annotations
 from benchmarks.kernels.race import Row
 from benchmarks.measure import table
 
+OTHERS = ("torch.topk", "embedding_bag")
 HEAD = (
     "(B, d, F, k)",
     "operation",
     "ours, ms",
     "p20–p80",
-    "of copy",
-    "of product",
+    "rounds",
+    "GB/s (of copy)",
+    "TFLOP/s (of product)",
     "eager",
     "torch.compile",
-    "torch.topk",
+    "another",
     "peak MB, ours / eager",
 )
 
@@ -36,9 +38,11 @@ def markdown(rows: list[Row]) -> str:
                 ours["operation"] + failed,
                 f"{ours['ms']:.3g}",
                 f"{ours['p20']:.3g}–{ours['p80']:.3g}",
-                f"{ours['of copy']:.2f}",
-                f"{ours['of product']:.2f}",
-                *(factor(rivals.get(name, {})) for name in ("eager", "torch.compile", "torch.topk")),
+                str(ours["rounds"]),
+                f"{ours['GB/s']:.3g} ({ours['of copy']:.2f})",
+                f"{ours['TFLOP/s']:.2g} ({ours['of product']:.2f})",
+                *(factor(rivals.get(name, {})) for name in ("eager", "torch.compile")),
+                ", ".join(f"{name} {factor(rivals[name])}" for name in OTHERS if name in rivals) or "–",
                 " / ".join(memory),
             ]
         )

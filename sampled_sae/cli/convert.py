@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from .. import formats
 from ..data import ActivationStore
-from ..files import read_json
+from ..files import read_json, write_json
 from ..pretrained import FORMAT
 from ..sae import SampledSAE
 from .arguments import Command
+
+# What `train` leaves beside an SAE, and what `import` does: model, layer, context and scale of its activations.
+RUN = "run.json"
+ORIGIN = "origin.json"
 
 
 def add(command: Command) -> None:
@@ -29,7 +34,10 @@ def add(command: Command) -> None:
     p.add_argument("--k", type=int, default=None, help="in place of the SAE's k, where that is a fraction")
     scale = p.add_mutually_exclusive_group()
     scale.add_argument(
-        "--scale", type=float, default=1.0, help="the SAE was trained on activations times this: fold it in"
+        "--scale",
+        type=float,
+        default=None,
+        help="the SAE was trained on activations times this: fold it in; that of the training when absent, 1 for none",
     )
     scale.add_argument(
         "--activations", type=Path, default=None, help="folder written by harvest, whose scale is folded in"
@@ -56,19 +64,15 @@ def add(command: Command) -> None:
 
 def export(args: argparse.Namespace) -> None:
     sae = SampledSAE.from_pretrained(args.sae)
-    run = args.sae / "run.json"
-    trained: dict[str, Any] = read_json(run)["activations"] if run.is_file() else {}
-    scale = args.scale
+    origin, scale = recorded(args.sae)
     if args.activations is not None:
         scale = ActivationStore.open(args.activations).scale
-    if scale == 1 and trained.get("scale", 1) != 1:
-        print(f"the SAE was trained on activations times {trained['scale']!r} and expects them so; --scale folds it in")
-    origin = formats.Origin(
-        model_name=trained.get("model") if args.model_name is None else args.model_name,
-        layer=trained.get("layer") if args.layer is None else args.layer,
-        hook_name=args.hook_name,
-        context_size=trained.get("context"),
-    )
+    elif args.scale is not None:
+        scale = args.scale
+    if args.layer is not None:
+        origin = replace(origin, layer=args.layer, hook_name=None)
+    given = formats.Origin(model_name=args.model_name, hook_name=args.hook_name)
+    origin = given.filled_by(origin)
     written = formats.export(
         sae, args.out, to=args.to, inference=args.inference, k=args.k, scale=scale, origin=origin, say=print
     )
@@ -76,12 +80,38 @@ def export(args: argparse.Namespace) -> None:
         print(path)
 
 
+def recorded(folder: Path) -> tuple[formats.Origin, float]:
+    """What an SAE reads and what its activations are multiplied by, as its training or its import left it.
+
+    Raises:
+        ValueError: a file that does not say it, with its name.
+    """
+    if (folder / RUN).is_file():
+        run = read_json(folder / RUN)
+        trained = run.get("activations")
+        if not isinstance(trained, dict):
+            raise ValueError(f"{folder / RUN}: activations={trained!r}: must say what the SAE was trained on")
+        origin = formats.Origin(trained.get("model"), trained.get("layer"), context_size=trained.get("context"))
+        return origin, trained.get("scale", 1.0)
+    if (folder / ORIGIN).is_file():
+        found: dict[str, Any] = read_json(folder / ORIGIN)
+        scale = found.pop("scale", 1.0)
+        try:
+            return formats.Origin(**found), scale
+        except TypeError as error:
+            raise ValueError(f"{folder / ORIGIN}: {error}") from None
+    return formats.Origin(), 1.0
+
+
 def import_(args: argparse.Namespace) -> None:
     found = formats.detect(args.out)
     if found not in (None, FORMAT):
         raise ValueError(f"{args.out}: holds an SAE in the format {found!r}; import to another folder")
-    sae = formats.load(
+    if (args.out / RUN).exists():
+        raise ValueError(f"{args.out}: holds {RUN} of an SAE that was trained there; import to another folder")
+    loaded = formats.read(
         args.folder, args.format, k=args.k, scale=args.scale, rescale_features=args.rescale_features, say=print
     )
-    sae.save_pretrained(args.out)
-    print(f"{sae}, threshold {float(sae.threshold):.6g}, in {args.out}")
+    loaded.sae.save_pretrained(args.out)
+    write_json(args.out / ORIGIN, {**asdict(loaded.origin), "scale": loaded.scale})
+    print(f"{loaded.sae}, threshold {float(loaded.sae.threshold):.6g}, in {args.out}")

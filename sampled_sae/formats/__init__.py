@@ -14,6 +14,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from .. import pretrained
 from ..config import SampledSAEConfig
@@ -23,13 +24,28 @@ from ..validate import check_choice, check_number
 from . import dictionary_learning, saelens, sparsify
 from .extra import FILE as EXTRA_FILE
 from .extra import Extra
-from .portable import RULES, Origin, PortableSAE, Say, silent
+from .metadata import Origin
+from .portable import RULES, PortableSAE, Say, plain_number, silent
 
-__all__ = ["FORMATS", "INFERENCE", "Origin", "PortableSAE", "detect", "export", "load"]
+__all__ = ["FORMATS", "INFERENCE", "Loaded", "Origin", "PortableSAE", "detect", "export", "load", "read"]
 
 PEERS: dict[str, ModuleType] = {module.NAME: module for module in (saelens, dictionary_learning, sparsify)}
 FORMATS = tuple(PEERS)
 INFERENCE = ("auto", *RULES)
+
+
+class Loaded(NamedTuple):
+    """What a peer's folder says.
+
+    Attributes:
+        sae: as `load` gives it.
+        origin: what the SAE reads, as far as the files say.
+        scale: the SAE is to be fed activations times this; to be given to `export` again.
+    """
+
+    sae: SampledSAE
+    origin: Origin
+    scale: float
 
 
 def export(
@@ -52,14 +68,16 @@ def export(
         inference: what the peer's encode does. "threshold": what `sae.eval().encode` does; "topk": the k largest of
             each token. "auto" is "topk" for a TopK SAE (`select="token", l=None`), which is what its training did
             and what the peers call TopK, and "threshold" for all others.
-        k: in place of `cfg.k`, which may be a fraction where the peer has whole numbers.
+        k: in place of `cfg.k`, which may be a fraction where the peer has whole numbers. An error where the file
+            has no place for it: SAELens' threshold SAEs.
         scale: the SAE was trained on activations times this (`ActivationStore.scale`) and the peer will feed them as
             they are: biases and threshold are divided by it, codes come out divided by it.
         origin: model, layer and hook, recorded where the peer has a place for them.
         say: called with a line for each convention that was changed.
 
     Raises:
-        ValueError: something that the peer's format cannot say; a folder that holds an SAE of another format.
+        ValueError: something that the peer's format cannot say; NaN or inf in the SAE, or a bias that leaves its
+            dtype; a folder that holds an SAE of another format. Nothing is written then.
     """
     check_choice("to", to, FORMATS)
     check_scale(scale)
@@ -78,10 +96,14 @@ def export(
     if peer.CENTRES_ALWAYS and not portable.apply_b_dec_to_input:
         say(f"{to} subtracts b_dec from the input: b_dec W_enc is added to b_enc, which rounds it")
         portable = portable.centring()
-    origin = replace(origin or Origin(), training=sae.cfg.to_dict())
+    origin = origin or Origin()
     tensors, config = peer.pack(portable, origin, say)
+    packed = peer.unpack(tensors, config, path)
+    if k is not None and packed.k != k:
+        raise ValueError(f"k={k!r}: {to} has no place for it beside a threshold; leave it out or export for topk")
+    extra = Extra.of(sae, packed, scale, origin)
     peer.write(path, tensors, config)
-    Extra.of(sae, peer.unpack(tensors, config, path), scale).write(path)
+    extra.write(path)
     return [path / name for name in (peer.WEIGHTS, peer.CONFIG, EXTRA_FILE)]
 
 
@@ -97,12 +119,14 @@ def load(
     """A SampledSAE of a folder in a peer's format.
 
     What `export` wrote comes back bit for bit with its whole configuration. Of an SAE by others the rule, k, the
-    threshold and the weights are taken; everything else is the default, and the pool the whole dictionary (l=None).
+    threshold and the weights are taken, and what the files say of a training by this package; everything else is the
+    default, and the pool the whole dictionary (l=None).
 
     Args:
         folder: holds the files of one SAE.
         format: "saelens", "dictionary_learning" or "sparsify"; found by the files when absent.
-        k: mean number of active features a token, where the files do not say it or another is wanted.
+        k: mean number of active features a token, where the files do not say it or another is wanted; the threshold
+            stays as it is.
         scale: the SAE shall be fed activations times this: biases and threshold are multiplied by it. When absent,
             what `export` folded in is undone.
         rescale_features: an SAE with a threshold for each feature is an error, since ours has one for all; True
@@ -112,28 +136,53 @@ def load(
     Raises:
         ValueError: a missing, truncated or foreign file, with its name and what is wrong with it.
     """
+    return read(folder, format, k=k, scale=scale, rescale_features=rescale_features, say=say).sae
+
+
+def read(
+    folder: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    k: float | None = None,
+    scale: float | None = None,
+    rescale_features: bool = False,
+    say: Say = silent,
+) -> Loaded:
+    """`load`, with what else `export` takes: `export(loaded.sae, ..., scale=loaded.scale, origin=loaded.origin)`."""
     path = Path(folder)
     peer = PEERS[_format_of(path, format)]
     if scale is not None:
         check_scale(scale)
-    portable = peer.unpack(*peer.read(path), path, say)
+    tensors, described = peer.read(path)
+    portable = peer.unpack(tensors, described, path, say)
+    origin = peer.origin(described)
     extra = Extra.read(path)
     if extra is not None and extra.fingerprint != portable.fingerprint():
         say(f"{EXTRA_FILE} is of other weights than {peer.WEIGHTS} and is left aside")
         extra = None
-    if extra is not None and scale in (None, extra.scale):
-        config = extra.config if k is None else replace(extra.config, k=k)
-        state = {**portable.read_at(extra.scale).state(), **extra.tensors}
+    recorded: float | None
+    if extra is not None:
+        scale = extra.scale if scale is None else scale
+        config, recorded = extra.config, extra.config.k
+        state = extra.state(portable, scale)
+        origin = origin.filled_by(extra.origin)
         say("configuration and training state are those that were exported")
     else:
+        scale = 1.0 if scale is None else scale
         portable = _with_one_threshold(portable, path / peer.WEIGHTS, rescale_features, say)
-        config = portable.config(k)
-        state = portable.read_at(1.0 if scale is None else scale).state()
+        config, recorded = portable.config(k), portable.k
+        state = portable.read_at(scale).state()
+        if portable.training is not None:
+            say(f"{peer.CONFIG} says how it was trained (l={config.l}, score={config.score!r}, ...)")
         if portable.threshold is None:
             say("the files hold no threshold: call calibrate(x) before evaluation mode")
+    if k is not None:
+        config = replace(config, k=plain_number(k))
+        if recorded is not None and k != recorded and float(state["threshold"]) > 0:
+            say(f"k={k!r} in place of {recorded!r}: the threshold stays as it is; calibrate(x) sets it for this k")
     sae = SampledSAE(config, dtype=portable.dtype)
     sae.load_state_dict(state)
-    return sae
+    return Loaded(sae, origin, scale)
 
 
 def detect(folder: str | os.PathLike[str]) -> str | None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..files import read_json, write_atomically, write_json
-from .portable import Origin, PortableSAE, Say, check_one_dtype, check_tensors, field, narrowed, silent
+from .metadata import Origin, training_fields
+from .portable import PortableSAE, Say, check_one_dtype, check_tensors, field, narrowed, silent
 
 NAME = "dictionary_learning"
 WEIGHTS = "ae.pt"
@@ -23,6 +24,9 @@ RULE_OF_CLASS = {"BatchTopKSAE": "threshold", "AutoEncoderTopK": "topk"}
 TRAINER_OF_CLASS = {"BatchTopKSAE": "BatchTopKTrainer", "AutoEncoderTopK": "TopKTrainer"}
 # Their threshold before it is first set.
 UNSET = -1.0
+# In config.json: what their trainers' own arguments cannot say. SampledTrainer writes it too, beside theirs.
+TRAINING = "sampled_sae"
+THEIR_NAMES = {"aux_coefficient": "auxk_alpha", "threshold_decay": "threshold_beta", "seed": "seed"}
 
 
 def pack(sae: PortableSAE, origin: Origin, say: Say = silent) -> tuple[dict[str, Tensor], Any]:
@@ -53,6 +57,7 @@ def pack(sae: PortableSAE, origin: Origin, say: Say = silent) -> tuple[dict[str,
         "layer": origin.layer,
         "lm_name": origin.model_name,
         "submodule_name": origin.hook,
+        TRAINING: sae.training,
     }
     return state, {"trainer": trainer, "buffer": {"d_submodule": sae.d_in, "ctx_len": origin.context_size}}
 
@@ -70,12 +75,16 @@ def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> N
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(state dict, config.json) as they are.
+    """(state dict, config.json) as they are."""
+    return read_state(folder / WEIGHTS), read_json(folder / CONFIG)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of an `ae.pt` as they are.
 
     Raises:
         ValueError: naming the file, when it is missing, truncated or foreign.
     """
-    path = folder / WEIGHTS
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
@@ -84,7 +93,30 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path}: truncated or not a state dict ({type(error).__name__}: {error})") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: must hold a state dict of tensors")
-    return dict(state), read_json(folder / CONFIG)
+    return dict(state)
+
+
+def check_state(path: Path, state: dict[str, Tensor], d_in: int, d_sae: int) -> None:
+    """The tensors of either class, of these sizes. Some versions have written no threshold, or no k.
+
+    Raises:
+        ValueError: naming the file and the tensor.
+    """
+    shapes: dict[str, tuple[int, ...]] = {
+        "encoder.weight": (d_sae, d_in),
+        "encoder.bias": (d_sae,),
+        "decoder.weight": (d_in, d_sae),
+        "b_dec": (d_in,),
+    }
+    if "threshold" in state:
+        shapes["threshold"] = ()
+    check_tensors(path, {name: t for name, t in state.items() if name != "k"}, shapes)
+
+
+def origin(config: dict[str, Any]) -> Origin:
+    """What config.json says of it."""
+    trainer, buffer = config.get("trainer") or {}, config.get("buffer") or {}
+    return Origin(trainer.get("lm_name"), trainer.get("layer"), trainer.get("submodule_name"), buffer.get("ctx_len"))
 
 
 def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say: Say = silent) -> PortableSAE:
@@ -101,28 +133,26 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
     k = field(cfg, trainer, "k")
     if "k" in tensors and tensors["k"].tolist() != k:
         raise ValueError(f"{cfg}: trainer.k={k}, but {WEIGHTS} has k={tensors['k'].tolist()}")
-    floats = {name: t for name, t in tensors.items() if name != "k"}
-    d_in, d_sae = field(cfg, trainer, "activation_dim"), field(cfg, trainer, "dict_size")
-    shapes: dict[str, tuple[int, ...]] = {
-        "encoder.weight": (d_sae, d_in),
-        "encoder.bias": (d_sae,),
-        "decoder.weight": (d_in, d_sae),
-        "b_dec": (d_in,),
-    }
-    # AutoEncoderTopK has had a threshold only for some time
-    if dict_class == "BatchTopKSAE" or "threshold" in floats:
-        shapes["threshold"] = ()
-    check_tensors(weights, floats, shapes)
-    threshold = floats.get("threshold")
+    check_state(weights, tensors, field(cfg, trainer, "activation_dim"), field(cfg, trainer, "dict_size"))
+    threshold = tensors.get("threshold")
     if threshold is not None and float(threshold) < 0:
         threshold = None
     sae = PortableSAE(
-        W_enc=floats["encoder.weight"].t(),
-        b_enc=floats["encoder.bias"],
-        W_dec=floats["decoder.weight"].t().contiguous(),
-        b_dec=floats["b_dec"],
+        W_enc=tensors["encoder.weight"].t(),
+        b_enc=tensors["encoder.bias"],
+        W_dec=tensors["decoder.weight"].t().contiguous(),
+        b_dec=tensors["b_dec"],
         rule=RULE_OF_CLASS[dict_class],
         k=k,
         threshold=threshold,
+        training=_training(cfg, trainer),
     )
     return check_one_dtype(weights, sae)
+
+
+def _training(cfg: Path, trainer: dict[str, Any]) -> dict[str, Any] | None:
+    """None for a trainer of theirs, whose rule is the whole dictionary."""
+    if trainer.get(TRAINING) is None:
+        return None
+    theirs = {ours: trainer[name] for ours, name in THEIR_NAMES.items() if trainer.get(name) is not None}
+    return training_fields(cfg, {**theirs, **field(cfg, trainer, TRAINING, dict)})

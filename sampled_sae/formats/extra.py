@@ -7,7 +7,7 @@ they said when it was written.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ from torch import Tensor
 from ..config import SampledSAEConfig
 from ..files import write_atomically
 from ..pretrained import TENSORS, WEIGHT_NAMES
-from .portable import PortableSAE
+from .metadata import Origin
+from .portable import IN_UNITS, PortableSAE, rescaled
 
 if TYPE_CHECKING:
     from ..sae import SampledSAE
@@ -39,22 +40,33 @@ class Extra:
         fingerprint: of the peer's files as read.
         tensors: `threshold`, `threshold_steps`, `tokens_since_active`, and those weights that the peer's files do
             not give back bit for bit.
+        origin: what the SAE reads.
     """
 
     config: SampledSAEConfig
     scale: float
     fingerprint: str
     tensors: dict[str, Tensor]
+    origin: Origin
 
     @classmethod
-    def of(cls, sae: SampledSAE, packed: PortableSAE, scale: float) -> Extra:
+    def of(cls, sae: SampledSAE, packed: PortableSAE, scale: float, origin: Origin) -> Extra:
         """For an SAE whose exported files read as `packed`."""
         tensors = {name: getattr(sae, name).detach().cpu() for name in TENSORS}
         back = packed.read_at(scale)
         for name in WEIGHT_NAMES:
             if same_bits(tensors[name], getattr(back, name)):
                 del tensors[name]
-        return cls(sae.cfg, scale, packed.fingerprint(), tensors)
+        return cls(sae.cfg, scale, packed.fingerprint(), tensors, origin)
+
+    def state(self, portable: PortableSAE, scale: float) -> dict[str, Tensor]:
+        """The state dict of the exported SAE, for activations times `scale`; `portable` is what the files hold.
+
+        Raises:
+            ValueError: a bias that leaves the range of its dtype.
+        """
+        state = {**portable.read_at(self.scale).state(), **self.tensors}
+        return state | rescaled({name: state[name] for name in IN_UNITS}, scale / self.scale)
 
     def write(self, folder: Path) -> None:
         about = {
@@ -62,6 +74,7 @@ class Extra:
             "scale": self.scale,
             "fingerprint": self.fingerprint,
             "config": self.config.to_dict(),
+            "origin": asdict(self.origin),
         }
         tensors = {name: t.contiguous() for name, t in self.tensors.items()}
         write_atomically(folder / FILE, lambda path: save_file(tensors, path, {KEY: json.dumps(about)}))
@@ -90,7 +103,7 @@ class Extra:
         for name, t in tensors.items():
             if name not in TENSORS or tuple(t.shape) != shapes.get(name, ()):
                 raise ValueError(f"{path}: {name} is {tuple(t.shape)}, its configuration says {shapes.get(name, ())}")
-        return cls(config, about["scale"], about["fingerprint"], tensors)
+        return cls(config, about["scale"], about["fingerprint"], tensors, Origin(**about.get("origin", {})))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -21,37 +21,13 @@ if TYPE_CHECKING:
     from ..sae import SampledSAE
 
 RULES = ("threshold", "topk")
+# Tensors that are multiplied where activations are; codes and reconstruction come out multiplied too.
+IN_UNITS = ("b_enc", "b_dec", "threshold")
 Say = Callable[[str], None]
 
 
 def silent(line: str) -> None:
     """A `say` that says nothing."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What the SAE reads, as far as it is known: the peers' files have places for it.
-
-    Args:
-        model_name: of the language model.
-        layer: block whose output is read, from 0.
-        hook_name: in TransformerLens' words; that of the residual stream after `layer` when absent.
-        context_size: tokens a row of the texts.
-        training: the fields of the SampledSAEConfig it was trained with.
-    """
-
-    model_name: str | None = None
-    layer: int | None = None
-    hook_name: str | None = None
-    context_size: int | None = None
-    training: dict[str, Any] | None = None
-
-    @property
-    def hook(self) -> str | None:
-        """hook_name with its default filled in."""
-        if self.hook_name is not None or self.layer is None:
-            return self.hook_name
-        return f"blocks.{self.layer}.hook_resid_post"
 
 
 @dataclass(frozen=True)
@@ -65,6 +41,7 @@ class PortableSAE:
         k: active features a token; None where a file does not say.
         threshold: 0-dim, or [d_sae] where each feature has its own; None when it was never set.
         apply_b_dec_to_input: b_dec is subtracted before encoding.
+        training: fields of the SampledSAEConfig it was trained with, as far as they are known.
     """
 
     W_enc: Tensor
@@ -75,20 +52,31 @@ class PortableSAE:
     k: float | None
     threshold: Tensor | None
     apply_b_dec_to_input: bool = True
+    training: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, sae: SampledSAE, rule: str, k: float | None = None) -> PortableSAE:
-        """The SAE under an inference rule; k is the SAE's own when absent."""
+        """The SAE under an inference rule; k is the SAE's own when absent.
+
+        Raises:
+            ValueError: NaN or inf in the SAE.
+        """
         check_choice("rule", rule, RULES)
         weights = {name: getattr(sae, name).detach().cpu() for name in WEIGHT_NAMES}
         threshold = sae.threshold.detach().cpu()
-        unset = int(sae.threshold_steps) == 0 and float(threshold) == 0
+        for name, t in {**weights, "threshold": threshold}.items():
+            if not torch.isfinite(t).all():
+                raise ValueError(f"sae.{name} holds NaN or inf")
+        # dictionary_learning's dictionaries hold -1 until it is set
+        unset = int(sae.threshold_steps) == 0 and float(threshold) <= 0
         return cls(
             **weights,
             rule=rule,
             k=sae.cfg.k if k is None else k,
-            threshold=None if unset else threshold,
+            # an active feature is positive, so that none below 0 says more than 0
+            threshold=None if unset else threshold.clamp(min=0),
             apply_b_dec_to_input=sae.cfg.apply_b_dec_to_input,
+            training=sae.cfg.to_dict(),
         )
 
     @property
@@ -109,7 +97,7 @@ class PortableSAE:
         Raises:
             ValueError: a fraction, or more than the features.
         """
-        if self.k is None or self.k != int(self.k) or not 1 <= self.k <= self.d_sae:
+        if self.k is None or not float(self.k).is_integer() or not 1 <= self.k <= self.d_sae:
             allowed = f"{peer} has whole numbers in [1, {self.d_sae}] only"
             raise ValueError(f"k={self.k!r}: {allowed}; choose one with k= (--k)")
         return int(self.k)
@@ -122,28 +110,22 @@ class PortableSAE:
         Raises:
             ValueError: a bias that leaves the range of its dtype.
         """
-        if factor == 1:
-            return self
-
-        def scaled(name: str, t: Tensor) -> Tensor:
-            t = (t.double() * factor).to(t.dtype)
-            if not torch.isfinite(t).all():
-                raise ValueError(f"scale: {name} times {factor} leaves the range of {t.dtype}")
-            return t
-
-        return replace(
-            self,
-            b_enc=scaled("b_enc", self.b_enc),
-            b_dec=scaled("b_dec", self.b_dec),
-            threshold=None if self.threshold is None else scaled("threshold", self.threshold),
-        )
+        held = {name: getattr(self, name) for name in IN_UNITS if getattr(self, name) is not None}
+        moved: dict[str, Any] = dict(rescaled(held, factor))
+        return replace(self, **moved)
 
     def centring(self) -> PortableSAE:
-        """The same SAE with b_dec subtracted from the input: b_enc + b_dec W_enc in place of b_enc, rounded once."""
+        """The same SAE with b_dec subtracted from the input: b_enc + b_dec W_enc in place of b_enc, rounded once.
+
+        Raises:
+            ValueError: a b_enc that leaves the range of its dtype.
+        """
         if self.apply_b_dec_to_input:
             return self
-        b_enc = self.b_enc.double() + self.b_dec.double() @ self.W_enc.double()
-        return replace(self, b_enc=b_enc.to(self.dtype), apply_b_dec_to_input=True)
+        b_enc = (self.b_enc.double() + self.b_dec.double() @ self.W_enc.double()).to(self.dtype)
+        if not torch.isfinite(b_enc).all():
+            raise ValueError(f"b_enc + b_dec W_enc, for an input without b_dec, leaves the range of {self.dtype}")
+        return replace(self, b_enc=b_enc, apply_b_dec_to_input=True)
 
     def one_threshold(self) -> PortableSAE:
         """The same function with one threshold t, the geometric mean of the features' own, where each has its own.
@@ -182,18 +164,19 @@ class PortableSAE:
         return found.hexdigest()
 
     def config(self, k: float | None = None) -> SampledSAEConfig:
-        """Of an SAE with this rule: the pool is the whole dictionary, all else is the default."""
+        """Of an SAE with this rule, trained as the file says; where it does not, the pool is the whole dictionary.
+
+        Raises:
+            ValueError: no k, neither given nor in the file; one that the rule does not take.
+        """
         number = self.k if k is None else k
         if number is None:
             raise ValueError("k: the file does not say it; give k= (--k), the mean number of active features a token")
-        return SampledSAEConfig(
-            d_in=self.d_in,
-            d_sae=self.d_sae,
-            k=int(number) if number == int(number) else number,
-            l=None,
-            select="token" if self.rule == "topk" else "batch",
-            apply_b_dec_to_input=self.apply_b_dec_to_input,
-        )
+        training = {"l": None, "select": "batch", **(self.training or {})}
+        if self.rule == "topk":
+            training |= {"l": None, "select": "token"}
+        own = {"d_in": self.d_in, "d_sae": self.d_sae, "k": plain_number(number)}
+        return SampledSAEConfig(**{**training, **own, "apply_b_dec_to_input": self.apply_b_dec_to_input})
 
     def state(self) -> dict[str, Tensor]:
         """The state dict of an SAE with these weights, every feature alive."""
@@ -205,6 +188,26 @@ class PortableSAE:
             "threshold_steps": torch.tensor(int(self.threshold is not None)),
             "tokens_since_active": torch.zeros(self.d_sae, dtype=torch.int64),
         }
+
+
+def rescaled(tensors: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """Each times `factor`, rounded once.
+
+    Raises:
+        ValueError: one that leaves the range of its dtype.
+    """
+    if factor == 1:
+        return tensors
+    found = {name: (t.double() * factor).to(t.dtype) for name, t in tensors.items()}
+    for name, t in found.items():
+        if not torch.isfinite(t).all():
+            raise ValueError(f"scale: {name} times {factor} leaves the range of {t.dtype}")
+    return found
+
+
+def plain_number(k: float) -> float:
+    """5 for 5.0, so that equal configurations are the same JSON."""
+    return int(k) if isinstance(k, float) and k.is_integer() else k
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """SAELens' files: `sae_weights.safetensors` and `cfg.json` of the architectures jumprelu, topk and batchtopk.
 
 A SAE with a threshold is a "jumprelu" there, one of k features a token a "topk". "batchtopk" is what SAELens' own
-training checkpoints hold; it is read, not written.
+training checkpoints hold; it is read, not written. So are files from before its release 6, by `saelens_before_6`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import read_json, write_atomically, write_json
-from .portable import Origin, PortableSAE, Say, check_one_dtype, check_tensors, field, narrowed, read_tensors, silent
+from . import saelens_before_6
+from .metadata import Origin, training_fields
+from .portable import PortableSAE, Say, check_one_dtype, check_tensors, field, narrowed, read_tensors, silent
 
 NAME = "saelens"
 WEIGHTS = "sae_weights.safetensors"
 CONFIG = "cfg.json"
 CENTRES_ALWAYS = False
 ARCHITECTURES = ("jumprelu", "topk", "batchtopk", "matryoshka_batchtopk")
+# Of integrations.saelens: whose training checkpoints theirs are, tensor by tensor.
+AS_TRAINED_HERE = {
+    "sampled": "batchtopk",
+    "sampled_topk": "topk",
+    "sampled_batchtopk": "batchtopk",
+    "sampled_matryoshka_batchtopk": "matryoshka_batchtopk",
+}
+# In the metadata: `pack`'s word, whose details are a SampledSAEConfig, and that of the architecture "sampled".
+EXPORTED, TRAINED = "sampled_sae", "sampled"
 # Without a version SAELens reads a cfg.json as one from before its release 6 and looks for other names.
 FORMAT_VERSION = "6.54.12"
 # In units of the dtype's eps: decoder norms this near to 1 have been folded before, and thresholds this near to each
@@ -44,8 +55,8 @@ def pack(sae: PortableSAE, origin: Origin, say: Say = silent) -> tuple[dict[str,
     metadata = {
         "sae_lens_version": FORMAT_VERSION,
         "sae_lens_training_version": None,
-        "training_architecture": "sampled_sae",
-        "training_architecture_details": origin.training,
+        "training_architecture": EXPORTED,
+        "training_architecture_details": sae.training,
         "model_name": origin.model_name,
         "hook_name": origin.hook,
         "hook_layer": origin.layer,
@@ -80,8 +91,14 @@ def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> N
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, cfg.json) as they are."""
-    return read_tensors(folder / WEIGHTS), read_json(folder / CONFIG)
+    """(tensors, cfg.json), in the words of release 6."""
+    return saelens_before_6.tensors(read_tensors(folder / WEIGHTS)), saelens_before_6.config(read_json(folder / CONFIG))
+
+
+def origin(config: dict[str, Any]) -> Origin:
+    """What the metadata say of it."""
+    metadata = _metadata(config)
+    return Origin(*(metadata.get(name) for name in ("model_name", "hook_layer", "hook_name", "context_size")))
 
 
 def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say: Say = silent) -> PortableSAE:
@@ -94,6 +111,7 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
     """
     weights, cfg = folder / WEIGHTS, folder / CONFIG
     architecture = config.get("architecture")
+    architecture = AS_TRAINED_HERE.get(str(architecture), architecture)
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{cfg}: architecture={architecture!r}: this package reads {', '.join(ARCHITECTURES)}")
     _check_inputs(cfg, config, say)
@@ -126,6 +144,7 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
         k=k,
         threshold=threshold,
         apply_b_dec_to_input=field(cfg, {"apply_b_dec_to_input": True, **config}, "apply_b_dec_to_input", bool),
+        training=_training(cfg, config),
     )
     sae = check_one_dtype(weights, sae)
     # absent, it is what SAELens takes by default: False for inference, True for training
@@ -138,8 +157,11 @@ def _check_inputs(cfg: Path, config: dict[str, Any], say: Say) -> None:
     normalize = config.get("normalize_activations") or "none"
     if normalize == "expected_average_only_in":
         say("this is a training checkpoint: feed it activations times the scaling factor in activation_scaler.json")
-    elif normalize != "none":
+    elif normalize == "covariance_whitening":
         raise ValueError(f"{cfg}: normalize_activations={normalize!r}: must be 'none'; fold it in with SAELens first")
+    elif normalize != "none":
+        scaled = "what is done to each token at run time has no place in a SampledSAE"
+        raise ValueError(f"{cfg}: normalize_activations={normalize!r}: must be 'none'; {scaled}")
     if config.get("reshape_activations") not in (None, "none"):
         say(f"reshape_activations={config['reshape_activations']!r}: feed it the heads' activations side by side")
 
@@ -155,12 +177,33 @@ def _one_value(threshold: Tensor, stored: torch.dtype, say: Say) -> Tensor:
     return threshold
 
 
+def _metadata(config: dict[str, Any]) -> dict[str, Any]:
+    found = config.get("metadata")
+    return found if isinstance(found, dict) else {}
+
+
+def _details(config: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the training's configuration, in the words of its architecture."""
+    found = _metadata(config).get("training_architecture_details")
+    return found if isinstance(found, dict) else {}
+
+
+def _training(cfg: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """None where it was not trained by this package's rule."""
+    details = dict(_details(config))
+    architecture = _metadata(config).get("training_architecture")
+    if architecture not in (EXPORTED, TRAINED):
+        return None
+    if "aux_loss_coefficient" in details:
+        details["aux_coefficient"] = details["aux_loss_coefficient"]
+    if "topk_threshold_lr" in details:
+        details["threshold_decay"] = 1 - field(cfg, details, "topk_threshold_lr", (int, float))
+    return training_fields(cfg, details)
+
+
 def _recorded_k(config: dict[str, Any]) -> float | None:
-    """k of the training, or the L0 measured in it, from the metadata of a jumprelu."""
-    metadata = config.get("metadata")
-    metadata = metadata if isinstance(metadata, dict) else {}
-    details = metadata.get("training_architecture_details")
-    for value in ((details if isinstance(details, dict) else {}).get("k"), metadata.get("l0")):
+    """k of the training, or the L0 measured in it, of a jumprelu."""
+    for value in (_details(config).get("k"), _metadata(config).get("l0")):
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
             return value
     return None

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import read_json, write_atomically, write_json
-from .portable import Origin, PortableSAE, Say, check_one_dtype, check_tensors, field, read_tensors, silent
+from .metadata import Origin
+from .portable import PortableSAE, Say, check_one_dtype, check_tensors, field, read_tensors, silent
 
 NAME = "sparsify"
 WEIGHTS = "sae.safetensors"
@@ -70,6 +71,11 @@ def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> N
 def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, cfg.json) as they are."""
     return read_tensors(folder / WEIGHTS), read_json(folder / CONFIG)
+
+
+def origin(config: dict[str, Any]) -> Origin:
+    """cfg.json has no place for it."""
+    return Origin()
 
 
 def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say: Say = silent) -> PortableSAE:

@@ -1,7 +1,7 @@
 """SAEBench, and whatever else takes an SAE by duck typing: a trained SampledSAE as a custom SAE.
 
 custom = SAEBenchSAE(sae, model_name="pythia-160m-deduped", hook_layer=8, scale=store.scale)
-run_evals(..., selected_saes=[("my_release", custom)], ...)
+run_eval(config, [("mine", custom)], device, output_path)  # of sae_bench.evals.sparse_probing.main, for one
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class SAEBenchSAE(nn.Module):
         context_size: tokens a row of the texts, for evaluations that need one.
 
     Raises:
-        ValueError, TypeError: naming the argument; a threshold that was never set; a decoder row of zeros.
+        ValueError, TypeError: naming the argument; a threshold that was never set; NaN or inf; a decoder row of zeros.
     """
 
     W_enc: nn.Parameter

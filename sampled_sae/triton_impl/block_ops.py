@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels.batch_topk import keep_largest_
 from ..kernels.token_topk import keep_rows_
 from .ops import no_second_derivative
-from .products import product
+from .products import lowered, product, raised
 
 
 @torch.library.custom_op("sampled_sae::select_block", mutates_args=())
@@ -59,10 +59,10 @@ def select_block_backward(
     grad = torch.where(block > 0, grad, 0)
     if scale is not None:
         grad = grad * scale
-    low = grad.to(centred.dtype)
+    low, factor = lowered(grad, centred.dtype)
     empty = grad.new_empty(0)
-    dx = product(low, rows.to(centred.dtype)) if want_x else empty
-    d_rows = product(low.t(), centred) if want_rows else empty.clone()
+    dx = raised(product(low, rows.to(centred.dtype)), factor) if want_x else empty
+    d_rows = raised(product(low.t(), centred), factor) if want_rows else empty.clone()
     return dx, d_rows, grad.sum(0)
 
 
@@ -120,10 +120,10 @@ def decode_block_backward(
 ) -> tuple[Tensor, Tensor]:
     """(d block, d rows) in fp32; what is not wanted is empty."""
     factor = low if low.numel() else block
-    grad_low = grad.to(factor.dtype)
+    grad_low, times = lowered(grad, factor.dtype)
     empty = grad.new_empty(0)
-    d_block = product(grad_low, rows.to(factor.dtype).t()) if want_block else empty
-    return d_block, product(factor.t(), grad_low) if want_rows else empty.clone()
+    d_block = raised(product(grad_low, rows.to(factor.dtype).t()), times) if want_block else empty
+    return d_block, raised(product(factor.t(), grad_low), times) if want_rows else empty.clone()
 
 
 @decode_block_backward.register_fake

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..kernels.gather_decode import entry_dots, gather_sum
 from ..kernels.segment_sum import segment_sum
 from .ops import no_second_derivative
+from .products import lowered, raised
 from .stream import stream_batch, stream_token
 
 
@@ -209,13 +210,13 @@ def decode_entries_backward(
     want_W: bool,
 ) -> tuple[Tensor, Tensor]:
     """(d values, d W_slot) in fp32; what is not wanted is empty."""
-    low = grad.to(W.dtype).contiguous()
+    low, factor = lowered(grad.contiguous(), W.dtype)
     empty = grad.new_empty(0)
-    d_values = entry_dots(low, W, tokens, features, token_ends) if want_values else empty
+    d_values = raised(entry_dots(low, W, tokens, features, token_ends), factor) if want_values else empty
     if not want_W:
         return d_values, empty.clone()
     place = rows if n_slots == W.shape[0] and n_slots != len(rows) else None
-    return d_values, segment_sum(values, tokens, order, row_ends, low, place, n_slots)[0]
+    return d_values, raised(segment_sum(values, tokens, order, row_ends, low, place, n_slots)[0], factor)
 
 
 @decode_entries_backward.register_fake

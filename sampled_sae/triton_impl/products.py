@@ -41,6 +41,23 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.mm(a.float(), b.float(), out=out)
 
 
+def lowered(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A gradient as factor of a 16-bit product, and what the product is to be multiplied by; None for 1.
+
+    float16 would lose the gradient of a mean over many tokens: its largest entry goes to between 2^7 and 2^8.
+    """
+    if dtype != torch.float16 or grad.numel() == 0:
+        return grad.to(dtype), None
+    exponent = 8 - torch.frexp(grad.abs().amax()).exponent.clamp(-100, 100)
+    one = torch.ones((), dtype=torch.float32, device=grad.device)
+    return (grad * torch.ldexp(one, exponent)).to(dtype), torch.ldexp(one, -exponent)
+
+
+def raised(product: Tensor, factor: Tensor | None) -> Tensor:
+    """The product of what `lowered` gave, times the factor that it gave; in place."""
+    return product if factor is None else product.mul_(factor)
+
+
 def chunk_width(n_tokens: int) -> int:
     """Features a chunk: a multiple of 256 (on a GPU) that keeps [B, C] near 2^25 elements."""
     return min(max(CHUNK_ELEMENTS // max(n_tokens, 1) // 256 * 256, NARROWEST), WIDEST)

@@ -22,9 +22,11 @@ def column_statistics(x: Tensor, W: Tensor, b: Tensor | None, score: str, scale:
         x: [B, d] fp32, bf16 or fp16, centred.
         W, b, scale: [F, d] in x's dtype; [F] or None.
 
-    The fused kernel saves writing and reading [B, F] and multiplies slower than cuBLAS: it wins up to some d.
+    The fused kernel saves writing and reading [B, F] and multiplies slower than cuBLAS: it wins up to some d. It
+    knows no TF32: whoever allows that gets cuBLAS.
     """
-    if x.ndim != 2 or x.shape[1] <= largest_fused_d(architecture(x.device), x.dtype):
+    tf32 = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    if not tf32 and (x.ndim != 2 or x.shape[1] <= largest_fused_d(architecture(x.device), x.dtype)):
         return fused_statistics(x, W, b, score, scale)
     return chunked_statistics(x, W, b, score, scale)
 

@@ -66,10 +66,10 @@ def test_selection_at_real_sizes(size, rule):
         assert (scores[members] >= cut * (1 - 1e-5)).all()
     a = torch.mm(x.bfloat16(), (W if members is None else W[members]).t(), out_dtype=torch.float32).relu_()
     if sae.cfg.select == "batch":
-        cut = a.flatten().kthvalue(a.numel() - B * k + 1).values if a.numel() > B * k else a.new_zeros(())
         assert len(values) == min(B * k, int((a > 0).sum()))
-        assert (values >= cut * (1 - 1e-4)).all()
-        assert int((a > cut * (1 + 1e-4)).sum()) <= len(values)
+        # counted: kthvalue of torch 2.11 is wrong beyond 2^31 elements
+        smallest = values.min()
+        assert int((a > smallest * (1 + 1e-4)).sum()) <= len(values) <= int((a >= smallest * (1 - 1e-4)).sum())
     else:
         cut = a.topk(min(k, a.shape[1]), 1).values[:, -1]
         assert (torch.bincount(tokens, minlength=B) == (a > 0).sum(1).clamp(max=k)).all()

@@ -121,6 +121,15 @@ def test_overflow_is_counted_and_not_written(cap, device):
     assert len(keys[:cap].unique()) == cap
 
 
+def test_a_list_that_overflowed_by_more_than_32_bits(device):
+    z, b, scale = chunk((29, 75), device)
+    values, keys, count = empty_list(16, device)
+    count += 2**31 + 17
+    append_above_(z, b, scale, 0, 75, threshold(0.0, device), values, keys, count)
+    assert int(count) == 2**31 + 17 + len(hits(z, b, scale, 0.0)[0])
+    assert (keys == -7).all()
+
+
 def test_nothing_is_appended_from_nan(device):
     z = torch.full((3, 4), NAN, device=device)
     values, keys, count = empty_list(4, device)

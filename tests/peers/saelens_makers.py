@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sampled_sae.integrations import saelens
 
 D, F, B = 24, 160, 50
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = {
     "topk": (TopKTrainingSAE, TopKTrainingSAEConfig, {"k": 5}),
     "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, {"k": 5.3}),
@@ -48,19 +49,19 @@ def uneven(sae, seed=0):
     return sae
 
 
-def pair(kind, dtype="float32", seed=0, **changes):
+def pair(kind, dtype="float32", seed=0, device="cpu", **changes):
     """(SAELens' SAE, a copy that is accelerated)."""
     torch.manual_seed(seed)
     cls, config, settings = KINDS[kind]
-    theirs = uneven(cls(config(d_in=D, d_sae=F, dtype=dtype, **{**settings, **changes})), seed)
+    theirs = uneven(cls(config(d_in=D, d_sae=F, dtype=dtype, **{**settings, **changes})), seed).to(device)
     return theirs, saelens.accelerate(copy.deepcopy(theirs))
 
 
 @torch.no_grad()
 def in_float64(sae):
-    """SAELens' own SAE with the same weights in float64."""
+    """SAELens' own SAE with the same weights in float64, on the same device."""
     cls = next(cls for cls, _, _ in KINDS.values() if type(sae) is cls)
-    exact = cls(copy.deepcopy(sae.cfg)).to(torch.float64)
+    exact = cls(copy.deepcopy(sae.cfg)).to(sae.device, torch.float64)
     for p, q in zip(exact.parameters(), sae.parameters()):
         p.copy_(q)
     return exact
@@ -76,6 +77,10 @@ def dead_mask(n, n_features=F):
         return None
     order = torch.randperm(n_features, generator=torch.Generator().manual_seed(5))
     return torch.zeros(n_features, dtype=torch.bool).index_fill_(0, order[:n], True)
+
+
+def relative_error(a, b):
+    return float((a.detach().double() - b.detach()).norm() / b.detach().norm())
 
 
 def step_input(x, dead=None, step=0):

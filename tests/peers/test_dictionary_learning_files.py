@@ -1,10 +1,12 @@
 """The dictionaries, and the files that `trainSAE` leaves: read by dictionary_learning, and its by us."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from dictionary_learning.evaluation import evaluate
 from dictionary_learning.trainers.batch_top_k import BatchTopKSAE as TheirBatchTopKSAE
-from dictionary_learning.trainers.top_k import AutoEncoderTopK as TheirAutoEncoderTopK
+from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer as TheirBatchTopK
 from dictionary_learning.utils import load_dictionary
 from dictionary_learning_makers import (
     BOTH,
@@ -23,7 +25,6 @@ from dictionary_learning_makers import (
 
 from sampled_sae import formats
 from sampled_sae.integrations.dictionary_learning import (
-    AutoEncoderTopK,
     BatchTopKSAE,
     BatchTopKTrainer,
 )
@@ -152,6 +153,25 @@ def test_encode_returns_what_theirs_does(kind, threshold, dtype):
     torch.testing.assert_close(made[1](x), made[0](x), rtol=1e-5, atol=1e-5)
 
 
+def test_their_trainer_sets_our_threshold():
+    """It assigns the attribute."""
+    f = torch.tensor([[0.0, 2.0, 0.5]])
+    made = []
+    for cls in DICTIONARIES["batch"]:
+        trainer = SimpleNamespace(ae=cls(D, F, K), threshold_beta=0.9)
+        for batch in (f, 3 * f):
+            TheirBatchTopK.update_threshold(trainer, batch)
+        made.append(trainer.ae)
+    assert float(made[1].threshold) == pytest.approx(0.9 * 0.5 + 0.1 * 1.5)
+    assert torch.equal(made[1].threshold, made[0].threshold)
+    held = made[1].sae.threshold
+    made[1].threshold = torch.tensor(0.25, dtype=torch.float64)
+    assert held is made[1].sae.threshold
+    assert (float(held), held.dtype, int(made[1].sae.threshold_steps)) == (0.25, torch.float32, 1)
+    made[1].threshold = -1
+    assert int(made[1].sae.threshold_steps) == 0
+
+
 def test_their_evaluation_runs_on_ours(tmp_path):
     theirs, ours = (trained(t, batches(30)) for t in TRAINERS["batch"])
     found = [evaluate(run.ae, iter(batches(4, seed=9)), n_batches=3) for run in (theirs, ours)]
@@ -176,16 +196,18 @@ def test_initial_weights_and_random_stream_are_theirs(kind):
     assert torch.equal(ends[0][1], ends[1][1])
 
 
-def test_files_of_other_versions(tmp_path):
-    ae = TheirAutoEncoderTopK(D, F, K)
+@BOTH
+def test_files_of_other_versions(kind, tmp_path):
+    theirs, ours = DICTIONARIES[kind]
+    ae = theirs(D, F, K)
     state = {name: t for name, t in ae.state_dict().items() if name not in ("k", "threshold")}
     torch.save(state, tmp_path / "ae.pt")
     with pytest.raises(ValueError, match="k=None"):
-        AutoEncoderTopK.from_pretrained(tmp_path / "ae.pt")
-    ours = AutoEncoderTopK.from_pretrained(tmp_path / "ae.pt", k=K)
-    assert float(ours.threshold) == -1
+        ours.from_pretrained(tmp_path / "ae.pt")
+    loaded = ours.from_pretrained(tmp_path / "ae.pt", k=K)
+    assert float(loaded.threshold) == -1
     x = batches(1)[0]
-    torch.testing.assert_close(ours.encode(x), ae.encode(x))
+    torch.testing.assert_close(loaded.encode(x), ae.encode(x))
 
 
 def test_bad_files(tmp_path):

@@ -15,7 +15,7 @@ from dictionary_learning_makers import (
     trained,
 )
 
-from sampled_sae import SampledSAE, SampledSAEConfig
+from sampled_sae import SampledSAE, SampledSAEConfig, formats
 from sampled_sae.integrations.dictionary_learning import (
     BatchTopKSAE,
     BatchTopKTrainer,
@@ -72,6 +72,29 @@ def test_sampled_trainer(rule, tmp_path):
         assert float(l0) == pytest.approx(K, abs=0.01)
 
 
+@pytest.mark.parametrize("rule", [{"l": 1.0}, {"l": 2.0}, {"l": 2.0, "select": "token"}], ids=str)
+def test_a_checkpoint_keeps_about_k_features_a_token(rule, tmp_path):
+    """`trainSAE` saves before the step, so none of its checkpoints sees the calibration of the last one."""
+    data = batches(60, B=200)
+    run = {"save_steps": [12, 50]}
+    trained(SampledTrainer, data, tmp_path, run=run, threshold_beta=0.9, threshold_every=3, **rule)
+    for step in run["save_steps"]:
+        loaded = TheirBatchTopKSAE.from_pretrained(tmp_path / "trainer_0" / "checkpoints" / f"ae_{step}.pt")
+        l0 = (loaded.encode(data[step]) > 0).float().sum(1).mean()
+        assert float(l0) == pytest.approx(K, rel=0.3), step
+
+
+@pytest.mark.parametrize(
+    "rule", [{"l": 3.0, "score": "entropy", "aux_pool": 7}, {"l": 2.0, "select": "token"}], ids=str
+)
+def test_the_rule_of_the_pool_is_read_back(rule, tmp_path):
+    trained(SampledTrainer, batches(15), tmp_path, auxk_alpha=0.5, threshold_beta=0.75, **rule)
+    cfg = formats.load(tmp_path / "trainer_0").cfg
+    expected = {"l": 3.0, "score": "l2", "select": "batch", "aux_pool": 1024, "seed": 7, **rule}
+    expected |= {"aux_coefficient": 0.5, "threshold_decay": 0.75}
+    assert {name: getattr(cfg, name) for name in expected} == expected
+
+
 def test_sampled_trainer_without_a_pool_is_topk_or_batchtopk():
     for select, trainer in (("batch", BatchTopKTrainer), ("token", TopKTrainer)):
         data = batches(20)
@@ -123,6 +146,11 @@ def test_loading_weights_ends_a_kept_pool():
     run.loss(x)
     run.ae.load_state_dict(other.state_dict())
     assert float(run.loss(x).detach()) == run.loss(x, logging=True).losses["loss"], "found afresh"
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="threshold_every=0"):
+        SampledTrainer(**arguments(threshold_every=0))
 
 
 def test_how_adam_is_run():

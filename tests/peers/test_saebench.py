@@ -189,6 +189,24 @@ def test_saebenchs_mean_activations_are_ours():
     torch.testing.assert_close(found, custom.encode(acts).mean(1))
 
 
+@pytest.mark.parametrize("unset", [0.0, -1.0])
+def test_a_threshold_that_was_never_set(unset):
+    """-1 is what dictionary_learning's dictionaries hold until then."""
+    sae = SampledSAE(SampledSAEConfig(d_in=24, d_sae=160, k=6))
+    sae.threshold.fill_(unset)
+    with pytest.raises(ValueError, match=r"sae\.threshold was never set"):
+        wrapped(sae)
+
+
+def test_no_code_is_negative():
+    sae = trained()
+    sae.threshold.fill_(-1.0)
+    x = torch.randn(50, 24)
+    codes = wrapped(sae).encode(x)
+    assert torch.equal(codes > 0, sae.encode(x) > 0)
+    assert float(codes.min()) == 0
+
+
 def test_the_sae_is_copied():
     sae = trained(unit=False)
     before = {name: t.clone() for name, t in sae.state_dict().items()}

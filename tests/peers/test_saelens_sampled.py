@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sae_lens.saes.sae import TrainingSAE
-from saelens_makers import B, D, F, Largest, batches, dead_mask, pair, step, step_input, tokens, trainer, uneven
+from saelens_makers import DEVICE, B, D, F, Largest, batches, dead_mask, pair, step, step_input, tokens, trainer, uneven
 
 from sampled_sae import SampledSAEConfig, reference
 from sampled_sae.integrations import saelens
@@ -29,8 +29,7 @@ def reference_step(sae, x, dead):
     aux = x.new_zeros(())
     if dead is not None:
         a = reference.encode(x_in, t["W_enc"], t["b_enc"]).detach()
-        whole = c.l is None or c.k * c.l >= c.d_sae
-        scores = reference.column_scores(a if whole else a * scale, c.score)
+        scores = reference.column_scores(a * scale, c.score)
         k_aux = c.k_aux or c.d_in // 2
         weights = (x_in.detach(), t["W_enc"], t["b_enc"], t["W_dec"], dead)
         aux = reference.aux_loss(x, x_hat, *weights, k_aux=k_aux, aux_pool=c.aux_pool, scores=scores)
@@ -52,6 +51,8 @@ def reference_step(sae, x, dead):
         {"score": "l2_squared", "rescale_acts_by_decoder_norm": False},
         {"score": "uniform", "apply_b_dec_to_input": False, "k": 2.5},
         {"aux_pool": 20, "k_aux": 6, "aux_loss_coefficient": 0.5},
+        {"aux_pool": 20, "l": None},
+        {"aux_pool": 20, "l": None, "rescale_acts_by_decoder_norm": False},
         {"aux_pool": None},
         {"impl": "reference"},
     ],
@@ -69,10 +70,12 @@ def test_step_equals_the_specification(changes, n_dead):
         torch.testing.assert_close(found[name], grad, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("changes", [{}, {"l": None}, {"select": "token", "l": None}], ids=str)
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"aux_pool": 20, "l": None}, {"select": "token", "l": None}], ids=str)
 def test_triton_form(changes):
-    """What a GPU runs, in Triton's interpreter."""
-    sae, x, dead = make("float32", impl="triton", **changes), tokens(20), dead_mask(60)
+    """In Triton's interpreter, or on a GPU."""
+    sae = make("float32", impl="triton", **changes).to(DEVICE)
+    x, dead = tokens(20).to(DEVICE), dead_mask(60).to(DEVICE)
     losses, codes, grads = reference_step(sae, x, dead)
     output, found = step(sae, x, dead)
     torch.testing.assert_close(output.feature_acts.to_dense(), codes, rtol=1e-4, atol=1e-4)
@@ -96,7 +99,18 @@ def test_no_dense_codes(l, n_dead):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"l": None}, {"l": None, "k": 0.01}, {"select": "token"}, {"pool": "sample"}, {"pool_every": 5}],
+    [
+        {},
+        {"l": None},
+        {"l": None, "k": 0.01},
+        {"select": "token"},
+        {"pool": "sample"},
+        {"pool_every": 5},
+        {"aux_pool": 20},
+        {"aux_pool": 20, "l": None},
+        {"aux_pool": 20, "score_tokens": 0.5},
+        {"aux_pool": 20, "pool_every": 5},
+    ],
     ids=str,
 )
 def test_hooks_on_dense_activations_change_nothing(changes):
@@ -148,6 +162,22 @@ def test_pool_is_kept_for_pool_every_steps():
     first, second = set.union(*used[:3]), set.union(*used[3:])
     assert len(first) == len(second) == 3
     assert first != second
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("changes", [{"pool": "sample"}, {"pool_every": 3}], ids=str)
+def test_encode_between_steps_changes_no_step(changes, hooked):
+    """It selects as the next step would on its activations."""
+    alone, watched = make(l=1.0, **changes), make(l=1.0, **changes)
+    if hooked:
+        watched.add_hook("hook_sae_acts_pre", lambda t, hook: None)
+    for number in range(5):
+        x = tokens(seed=number, dtype=torch.float64)
+        codes = watched.encode(x).detach()
+        watched.encode(tokens(seed=100 + number, dtype=torch.float64))
+        expected, output = (step(sae, x, dead_mask(60), number)[0] for sae in (alone, watched))
+        torch.testing.assert_close(output.loss, expected.loss)
+        torch.testing.assert_close(codes, expected.feature_acts.to_dense())
 
 
 def test_score_tokens_scores_on_a_share():

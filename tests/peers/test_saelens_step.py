@@ -4,13 +4,10 @@ import copy
 
 import pytest
 import torch
-from sae_lens.saes.sae import TrainingSAE
-from saelens_makers import KINDS, OURS, D, F, Largest, dead_mask, in_float64, pair, step, step_input, tokens
+from saelens_makers import KINDS, D, F, Largest, dead_mask, in_float64, pair, relative_error, step, step_input, tokens
 
-from sampled_sae.implementations import implementation
 from sampled_sae.integrations import saelens
 from sampled_sae.integrations.saelens import dead
-from sampled_sae.integrations.saelens.step import SparseStep
 
 RTOL = {torch.float32: 2e-5, torch.float64: 1e-12}
 
@@ -53,6 +50,14 @@ def test_dead_features_in_several_chunks_of_tokens(n_dead, monkeypatch):
     assert_same_step("batchtopk", dead_mask(n_dead))
 
 
+def test_dead_features_on_another_device_than_a_cpu():
+    """Chunks are large there, and no tie is counted on the host: a tensor on "meta" has no values to ask for."""
+    x, W = torch.empty(4096, 8, device="meta"), torch.empty(1 << 14, 8, device="meta")
+    chunks = [a for _, a in dead.activations(x, W, W[:, 0])]
+    assert [len(a) for a in chunks] == [2048, 2048]
+    assert dead.largest_mask_of_rows(chunks[0], None, 12).shape == (2048, 1 << 14)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_float64(kind):
     assert_same_step(kind, dead_mask(100), dtype="float64")
@@ -72,7 +77,7 @@ def test_float_k_keeps_as_many_as_saelens(k, n):
     x = tokens(n)
     expected = step(theirs, x)[0].feature_acts
     assert step(ours, x)[0].feature_acts._nnz() == int((expected != 0).sum()) == int(k * n)
-    assert ours.topk_threshold == theirs.topk_threshold or int(k * n) > 0
+    torch.testing.assert_close(ours.topk_threshold, theirs.topk_threshold, rtol=2e-5, atol=0)
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.25])
@@ -114,16 +119,12 @@ def test_bfloat16_is_no_worse_than_saelens(kind):
     exact, exact_grads = step(in_float64(theirs), x.double(), dead_mask(100))
     expected, expected_grads = step(theirs, x, dead_mask(100))
     output, grads = step(ours, x, dead_mask(100))
-
-    def error(a, b):
-        return float((a.double() - b).norm() / b.norm())
-
-    assert error(output.loss, exact.loss) <= error(expected.loss, exact.loss) + 2e-3
-    assert error(output.sae_out, exact.sae_out) <= error(expected.sae_out, exact.sae_out) + 4e-3
+    assert relative_error(output.loss, exact.loss) <= relative_error(expected.loss, exact.loss) + 2e-3
+    assert relative_error(output.sae_out, exact.sae_out) <= relative_error(expected.sae_out, exact.sae_out) + 4e-3
     assert output.sae_out.dtype == torch.bfloat16
     for name, grad in exact_grads.items():
         assert grads[name].dtype == torch.bfloat16
-        assert error(grads[name], grad) <= error(expected_grads[name], grad) + 1e-2
+        assert relative_error(grads[name], grad) <= relative_error(expected_grads[name], grad) + 1e-2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -202,21 +203,6 @@ def test_a_batch_that_is_not_two_dimensional():
     assert torch.equal(*(sae.training_forward_pass(step_input(x)).loss for sae in (theirs, ours)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_triton_form(kind, monkeypatch):
-    """What a GPU runs, in Triton's interpreter: entries in slots of a fixed number."""
-    monkeypatch.setattr(SparseStep, "parts", lambda sae: implementation("triton"))
-    theirs, ours = pair(kind)
-    for number in range(2):
-        expected, expected_grads = step(theirs, tokens(20, seed=number), dead_mask(100), number)
-        output, grads = step(ours, tokens(20, seed=number), dead_mask(100), number)
-        for name, loss in expected.losses.items():
-            torch.testing.assert_close(output.losses[name], loss, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(output.feature_acts.to_dense(), expected.feature_acts.detach(), rtol=1e-4, atol=1e-4)
-        for name, grad in expected_grads.items():
-            assert (grads[name] - grad).norm() <= 1e-4 * grad.norm()
-
-
 def test_gradients_lie_as_the_weights_do():
     _, ours = pair("batchtopk")
     step(ours, tokens(), dead_mask(100))
@@ -231,45 +217,6 @@ def test_copies_go_on():
     step(theirs, tokens(seed=8))
     for again in (ours, copy.deepcopy(ours)):
         torch.testing.assert_close(step(again, tokens())[0].loss, step(theirs, tokens())[0].loss, rtol=2e-5, atol=0)
-
-
-def test_accelerate_keeps_the_object_and_its_tensors():
-    theirs, _ = pair("batchtopk")
-    before = {name: (p, p.detach().clone()) for name, p in theirs.named_parameters()}
-    ours = saelens.accelerate(theirs)
-    assert ours is theirs
-    assert isinstance(ours, KINDS["batchtopk"][0])
-    assert ours.cfg.architecture() == "batchtopk"
-    for name, p in ours.named_parameters():
-        assert p is before[name][0]
-        assert torch.equal(p, before[name][1])
-    assert saelens.accelerate(ours) is ours
-
-
-def test_accelerate_refuses_what_it_does_not_know():
-    cls, config, settings = KINDS["batchtopk"]
-
-    class Mine(cls):
-        pass
-
-    with pytest.raises(TypeError, match=r"sae=Mine: must be one of SAELens' TopKTrainingSAE, BatchTopK.*no subclass"):
-        saelens.accelerate(Mine(config(d_in=4, d_sae=8, **settings)))
-    with pytest.raises(TypeError, match="sae=Linear"):
-        saelens.accelerate(torch.nn.Linear(2, 2))
-    sae = cls(config(d_in=4, d_sae=8, **settings))
-    sae.training_forward_pass = torch.compile(sae.training_forward_pass)
-    with pytest.raises(ValueError, match="training_forward_pass: was replaced on this object"):
-        saelens.accelerate(sae)
-
-
-@pytest.mark.parametrize(("kind", "k"), [("topk", 2.5), ("topk", 0), ("batchtopk", 0), ("batchtopk", F + 1)])
-def test_bad_k(kind, k):
-    cls, config, settings = KINDS[kind]
-    cfg = {"d_in": D, "d_sae": F, **settings, "k": k}
-    with pytest.raises(ValueError, match=f"k={k}"):
-        saelens.accelerate(cls(config(**cfg)))
-    with pytest.raises(ValueError, match=f"k={k}"):
-        TrainingSAE.from_dict(OURS[kind](**cfg).to_dict())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from sparsify import SparseCoder, SparseCoderConfig, fused_encoder, sparse_coder, utils
-from torch.utils._python_dispatch import TorchDispatchMode
+from sparsify import SparseCoder, SparseCoderConfig, sparse_coder, utils
 
 from sampled_sae.integrations.sparsify import patch_sparsify
 from sampled_sae.integrations.sparsify.encoder import EncoderCall
@@ -59,7 +58,8 @@ def dense_loss(coder, x, y=None, dead=None):
     def decoded(acts, k, activation="topk"):
         at = acts.topk(k).indices
         if activation == "groupmax":
-            at = acts.unflatten(1, (k, -1)).argmax(-1) + torch.arange(0, acts.shape[1], acts.shape[1] // k)
+            first = torch.arange(0, acts.shape[1], acts.shape[1] // k, device=acts.device)
+            at = acts.unflatten(1, (k, -1)).argmax(-1) + first
         return torch.zeros_like(acts).scatter(1, at, acts.gather(1, at)).clamp_min(0) @ coder.W_dec
 
     skip = 0 if coder.W_skip is None else x @ coder.W_skip.T
@@ -80,7 +80,7 @@ def assert_right_gradients(coder, x, y=None, dead=None, tolerance=1e-5):
     """Of the patched coder in its own dtype, against those of the dense loss in float64."""
     with patch_sparsify():
         out, found = gradients(coder, x, y=y, dead_mask=dead)
-    exact = SparseCoder(coder.d_in, coder.cfg, dtype=torch.float64)
+    exact = SparseCoder(coder.d_in, coder.cfg, device=x.device, dtype=torch.float64)
     exact.load_state_dict(coder.state_dict())
     loss = dense_loss(exact, x.double(), None if y is None else y.double(), dead)
     loss.backward()
@@ -265,11 +265,12 @@ def test_an_activation_of_zero_passes_no_gradient_on(activation):
     assert bool((out.latent_acts > 0).any())
 
 
-def test_changed_tables_are_decoded_as_they_are(monkeypatch):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_changed_tables_are_decoded_as_they_are(mode, monkeypatch):
     """Steering: what was 0 because the token had nothing more is decoded once it is not 0."""
     monkeypatch.setattr("sampled_sae.integrations.sparsify.encoder.DENSE", 1)
     coder, x = silent_problem(())
-    with patch_sparsify(), torch.no_grad():
+    with patch_sparsify(), mode():
         acts, features, _ = coder.encode(x)
         expected = utils.eager_decode(features, acts + 1, coder.W_dec.mT) + coder.b_dec
         torch.testing.assert_close(coder.decode(acts + 1, features), expected)
@@ -277,67 +278,6 @@ def test_changed_tables_are_decoded_as_they_are(monkeypatch):
         torch.testing.assert_close(coder.decode(acts, features.flip(1)), swapped)
         acts += 1
         torch.testing.assert_close(coder.decode(acts, features), expected)
-
-
-def test_nan_in_a_token_shows_as_it_does_in_the_peer():
-    coder, x = problem((6, 16, 256, 8), transcode=True)
-    x[2, 5], x[4, 0] = math.nan, math.inf
-    with patch_sparsify(), torch.no_grad():
-        out = coder(x, y=torch.zeros_like(x))
-    bad = torch.isnan(out.sae_out).any(1)
-    assert bad.tolist() == [False, False, True, False, True, False]
-
-
-def test_empty_batch():
-    coder, x = problem((4, 16, 256, 8))
-    with patch_sparsify():
-        for activation in ("topk", "groupmax"):
-            coder.cfg.activation = activation
-            encoded = coder.encode(x[:0])
-            assert encoded.top_acts.shape == (0, 8)
-            assert encoded.pre_acts.shape == (0, 256)
-            assert coder.decode(encoded.top_acts, encoded.top_indices).shape == (0, 16)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, torch.Tensor) and t.layout == torch.strided:
-                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
-        return out
-
-
-@pytest.mark.parametrize("options", [{}, {"multi_topk": True}, {"activation": "groupmax"}], ids=str)
-def test_no_step_makes_all_activations(options):
-    coder, x = problem((512, 8, 16384, 16), **options)
-    dead = torch.rand(16384) < 0.5
-    with patch_sparsify(), LargestTensor() as largest:
-        gradients(coder, x, dead_mask=dead)
-    assert largest.elements <= 512 * 16384 // 4
-    with LargestTensor() as largest:
-        gradients(coder, x, dead_mask=dead)
-    assert largest.elements >= 512 * 16384
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        (lambda c, x: fused_encoder.fused_encoder(x[:, :5], c.encoder.weight, None, 8, "topk"), "input=tensor"),
-        (lambda c, x: fused_encoder.fused_encoder(x, c.encoder.weight, c.encoder.bias, 0, "topk"), "k=0"),
-        (lambda c, x: fused_encoder.fused_encoder(x, c.encoder.weight, c.encoder.bias, 257, "topk"), "k=257"),
-        (lambda c, x: fused_encoder.fused_encoder(x, c.encoder.weight, c.encoder.bias, 7, "groupmax"), "k=7"),
-        (lambda c, x: fused_encoder.fused_encoder(x, c.encoder.weight, c.encoder.bias, 8, "relu"), "activation='relu'"),
-        (lambda c, x: c.decode(torch.ones(3, 2), torch.ones(3, 3, dtype=torch.int64)), "top_indices=tensor"),
-    ],
-)
-def test_bad_input_is_named(bad, message):
-    coder, x = problem((6, 16, 256, 8))
-    with patch_sparsify(), pytest.raises(ValueError, match=message):
-        bad(coder, x)
+        features.copy_(features.flip(1))
+        expected = utils.eager_decode(features, acts, coder.W_dec.mT) + coder.b_dec
+        torch.testing.assert_close(coder.decode(acts, features), expected)

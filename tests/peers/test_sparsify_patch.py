@@ -60,17 +60,35 @@ def test_another_sparsify_is_refused_and_left_as_it_is(monkeypatch):
 
 @pytest.fixture
 def encoded():
-    """(coder, x, pre_acts, the dense activations in the coder's dtype, with gradient)"""
+    """(coder, x, pre_acts, the dense activations in the coder's dtype, with gradient, to be written to)"""
     coder, x = problem((30, 16, 300, 8))
     x.requires_grad_()
     with patch_sparsify():
         pre_acts = coder.encode(x).pre_acts
-    return coder, x, pre_acts, torch.relu(torch.nn.functional.linear(x - coder.b_dec, *coder.encoder.parameters()))
+    z = torch.nn.functional.linear(x - coder.b_dec, *coder.encoder.parameters())
+    return coder, x, pre_acts, torch.relu(z).clone()
 
 
 def wanted_gradients(coder, x, result):
     loss = (result * torch.linspace(-1, 1, result.numel()).view(result.shape)).sum()
     return torch.autograd.grad(loss, (x, coder.encoder.weight, coder.encoder.bias), retain_graph=True)
+
+
+def written(p, columns=slice(0, 99)):
+    """p, with other values in some columns."""
+    p[:, columns] = 0.5
+    return p
+
+
+def written_after_masking(p):
+    masked = torch.where(torch.arange(300) % 2 == 0, p, -math.inf)
+    written(p)
+    return masked
+
+
+def written_selection(p):
+    p.topk(8, sorted=False).values.zero_()
+    return p
 
 
 USES = {
@@ -93,6 +111,15 @@ USES = {
     "masked twice": lambda p: (
         torch.where(torch.arange(300) > 9, torch.where(torch.arange(300) < 99, p, -math.inf), -math.inf).topk(20).values
     ),
+    "written, topk": lambda p: written(p).topk(20).values,
+    "written, masked topk": lambda p: torch.where(torch.arange(300) < 150, written(p), -math.inf).topk(20).values,
+    "masked, written, topk": lambda p: (
+        written(torch.where(torch.arange(300) < 150, p, -math.inf), slice(140, 170)).topk(20).values
+    ),
+    "masked, written before, topk": lambda p: written_after_masking(p).topk(20).values,
+    "masked, written before": lambda p: written_after_masking(p).relu(),
+    "multiplied in place, topk": lambda p: (p.mul_(2), p.topk(20).values)[1],
+    "topk after a written topk": lambda p: written_selection(p).topk(8).values,
 }
 
 
@@ -119,6 +146,23 @@ def test_topk_of_pre_acts_names_the_features(encoded):
             assert all(len(set(row)) == 17 for row in features.tolist())
 
 
+@pytest.mark.parametrize("k", [8, 32])
+def test_topk_of_pre_acts_shares_no_memory_with_the_kept_activations(k, encoded):
+    """Nor with another topk; k = 32 was selected ahead, as for Multi-TopK."""
+    coder, x, *_ = encoded
+    with patch_sparsify(), torch.no_grad():
+        coder.encode(x).pre_acts.topk(k)
+        acts, features, pre_acts = coder.encode(x)
+        kept = acts.clone(), features.clone()
+        for _ in range(2):
+            values, indices = pre_acts.topk(k, sorted=False)
+            torch.testing.assert_close(to_dense(values, indices, 300).amax(1), acts.amax(1))
+            values.zero_()
+            indices.zero_()
+            assert torch.equal(acts, kept[0])
+            assert torch.equal(features, kept[1])
+
+
 def test_pre_acts_know_their_shape_without_being_computed(encoded):
     _, _, pre_acts, _ = encoded
     assert pre_acts.shape == (30, 300)
@@ -128,6 +172,7 @@ def test_pre_acts_know_their_shape_without_being_computed(encoded):
     assert pre_acts.device.type == "cpu"
     assert pre_acts.dim() == pre_acts.ndim == 2
     assert pre_acts.call._dense is None
+    assert pre_acts.made is None
     assert pre_acts.requires_grad
 
 

@@ -2,8 +2,16 @@
 
 import pytest
 import torch
-from sparsify import sparse_coder
-from test_sparsify import assert_right_gradients, eager_peer, problem, silent_problem, to_dense  # noqa: F401
+from sparsify import SparseCoder, sparse_coder, utils
+from test_sparsify import (
+    assert_right_gradients,
+    dense_loss,
+    eager_peer,  # noqa: F401
+    gradients,
+    problem,
+    silent_problem,
+    to_dense,
+)
 
 from sampled_sae.implementations import resolve_impl
 from sampled_sae.integrations.sparsify import encoder, functions, patch_sparsify
@@ -18,6 +26,8 @@ def on_triton(monkeypatch):
     for module in (encoder, functions):
         monkeypatch.setattr(module, "resolve_impl", lambda impl, device, dtype: resolve_impl("triton", device, dtype))
     monkeypatch.setattr(encoder, "DENSE", 1)
+    # on a GPU sparsify puts its forward under autocast, where no gradient is right to more than two digits
+    monkeypatch.setattr(SparseCoder, "forward", SparseCoder.forward.__wrapped__)
 
 
 OPTIONS = [
@@ -69,3 +79,49 @@ def test_decode_of_any_table():
     with patch_sparsify():
         found = sparse_coder.decoder_impl(features, acts, W.mT)
     torch.testing.assert_close(found, to_dense(acts, features, 90) @ W, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"activation": "groupmax"}, {"transcode": True, "skip_connection": True}], ids=str
+)
+def test_autocast_is_no_worse_than_the_peer(options):
+    coder, x = problem((64, 24, 256, 8), **options)
+    coder, x = coder.to(DEVICE), x.to(DEVICE)
+    y = torch.randn_like(x) if options.get("transcode") else x
+    exact = SparseCoder(24, coder.cfg, device=DEVICE, dtype=torch.float64)
+    exact.load_state_dict(coder.state_dict())
+    loss = dense_loss(exact, x.double(), y.double())
+    loss.backward()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        theirs, expected = gradients(coder, x, y=y)
+        with patch_sparsify():
+            ours, found = gradients(coder, x, y=y)
+    assert ours.sae_out.dtype == ours.latent_acts.dtype == torch.float32
+    assert (ours.fvu - loss).abs() <= (theirs.fvu - loss).abs() + 4e-3 * loss
+    for name, p in exact.named_parameters():
+        ours_off, theirs_off = ((grads[name] - p.grad).norm() for grads in (found, expected))
+        assert ours_off <= theirs_off + 1e-2 * p.grad.norm(), name
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_autocast_does_not_round_the_decoder(dead, form):
+    """As it does not round sparsify's, whose embedding_bag knows no autocast."""
+    coder, x = problem((19, 13, 96, 4))
+    coder, x = coder.to(DEVICE), x.to(DEVICE)
+    weights = torch.randn_like(x)
+    with torch.autocast(DEVICE, torch.bfloat16), patch_sparsify():
+        acts, features, pre_acts = coder.encode(x)
+        if dead:
+            mask = torch.arange(96, device=DEVICE) < 40
+            acts, features = torch.where(mask, pre_acts, -torch.inf).topk(6, sorted=False)
+        found = sparse_coder.decoder_impl(features, acts, coder.W_dec.mT)
+        expected = utils.eager_decode(features, acts, coder.W_dec.mT)
+        any_table = sparse_coder.decoder_impl(features, acts.clone(), coder.W_dec.mT)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(any_table, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    grads = (
+        torch.autograd.grad((out * weights).sum(), (acts, coder.W_dec), retain_graph=True) for out in (found, expected)
+    )
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

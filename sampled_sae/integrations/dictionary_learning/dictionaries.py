@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...codes import SparseCodes
 from ...config import SampledSAEConfig
-from ...formats.portable import check_tensors
+from ...formats.dictionary_learning import UNSET, check_state, read_state
 from ...sae import SampledSAE
 from ...validate import check_integer, describe
 
@@ -69,7 +69,7 @@ class SampledDictionary(Dictionary):
         check_integer("k", k, 1)
         rule = {"l": None, "select": self.select, "aux_pool": None, **rule}
         self.sae = SampledSAE(SampledSAEConfig(d_in=activation_dim, d_sae=dict_size, k=k, **rule), device=device)
-        self.sae.threshold.fill_(-1.0)
+        self.sae.threshold.fill_(UNSET)
         self.register_buffer("k", torch.tensor(k, dtype=torch.int, device=device))
         made = self.peer(activation_dim, dict_size, k)
         with torch.no_grad():
@@ -90,8 +90,14 @@ class SampledDictionary(Dictionary):
 
     @property
     def threshold(self) -> Tensor:
-        """0-dim; below 0 as long as none is known."""
+        """0-dim; below 0 as long as none is known. Assigning copies the value, a number or a 0-dim tensor."""
         return self.sae.threshold
+
+    @threshold.setter
+    def threshold(self, value: Tensor | float) -> None:
+        with torch.no_grad():
+            self.sae.threshold.copy_(torch.as_tensor(value))
+            self.sae.threshold_steps.copy_(self.sae.threshold >= 0)
 
     @property
     def b_dec(self) -> torch.nn.Parameter:
@@ -217,28 +223,12 @@ class AutoEncoderTopK(SampledDictionary):
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of an `ae.pt`, checked; see `SampledDictionary.from_pretrained`."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path}: truncated or not a state dict ({type(error).__name__}: {error})") from None
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(f"{path}: must hold a state dict of tensors")
-    floats = {name: t for name, t in tensors.items() if name != "k"}
+    tensors = read_state(path)
     weight = tensors.get("encoder.weight")
     if weight is None or weight.dim() != 2:
         raise ValueError(f"{path}: encoder.weight={describe(weight)}: must be a tensor [dict_size, activation_dim]")
     d_sae, d_in = weight.shape
-    shapes = {
-        "encoder.weight": (d_sae, d_in),
-        "encoder.bias": (d_sae,),
-        "decoder.weight": (d_in, d_sae),
-        "b_dec": (d_in,),
-    }
-    if "threshold" in floats:
-        shapes["threshold"] = ()
-    check_tensors(path, floats, shapes)
+    check_state(path, tensors, d_in, d_sae)
     return tensors
 
 
@@ -253,7 +243,7 @@ def to_peer_names(module: SampledDictionary, state: dict[str, Tensor], prefix: s
 
 def from_peer_names(module: SampledDictionary, state: dict[str, Tensor], prefix: str, *others: Any) -> None:
     """Hook before loading: the inverse. Files of some versions hold no threshold, or no k."""
-    state.setdefault(prefix + "threshold", torch.tensor(-1.0))
+    state.setdefault(prefix + "threshold", torch.tensor(UNSET))
     state.setdefault(prefix + "k", module.k)
     for theirs, ours, transposed in NAMES:
         if prefix + theirs in state:

@@ -21,7 +21,8 @@ from ...pool import Pool, find_pool
 from ...rows import RowSource
 from ...validate import check_activations, check_device, check_integer, check_number
 from .dictionaries import SampledDictionary
-from .step import Batch, aux_candidates, mean_smallest_of_tokens, project_decoder_rows, selection, unexplained
+from .step import Batch, aux_candidates, project_decoder_rows, selection, unexplained
+from .threshold import average_threshold, mean_smallest_of_tokens
 
 
 class LossLog(NamedTuple):
@@ -178,7 +179,7 @@ class RowTrainer(SAETrainer):
         if not logging:
             self._hint = hint
             if step is not None and step > self.threshold_start_step:
-                self._move_threshold(codes)
+                self.move_threshold(batch, codes, step - self.threshold_start_step - 1)
         dead = self._dead_after(codes, logging)
         residual = batch.x - x_hat
         l2_loss = residual.square().sum(-1).mean()
@@ -283,14 +284,11 @@ class RowTrainer(SAETrainer):
             self._idle_version, self._most_idle = counts._version, most
         return counts >= self.dead_feature_threshold if most >= self.dead_feature_threshold else None
 
-    def _move_threshold(self, codes: SparseCodes) -> None:
-        """A running mean that starts at its first value: of the smallest kept activation, in the batch or a token."""
-        sae = self.ae.sae
-        smallest = codes.smallest() if sae.cfg.select == "batch" else mean_smallest_of_tokens(codes)
-        smallest = torch.where(smallest < torch.inf, smallest, 0).to(sae.threshold.dtype)
-        moved = self.threshold_beta * sae.threshold + (1 - self.threshold_beta) * smallest
-        sae.threshold.copy_(torch.where(sae.threshold < 0, smallest, moved))
-        sae.threshold_steps.add_(1)
+    def move_threshold(self, batch: Batch, codes: SparseCodes, steps: int) -> None:
+        """Toward the smallest kept activation, in the batch or a token; `steps`: 0 where it starts."""
+        by_batch = self.ae.sae.cfg.select == "batch"
+        smallest = codes.smallest() if by_batch else mean_smallest_of_tokens(codes)
+        average_threshold(self.ae.sae, smallest, self.threshold_beta)
 
 
 def check_schedule(steps: int, warmup_steps: int, decay_start: int | None) -> None:

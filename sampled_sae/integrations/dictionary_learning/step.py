@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...codes import Selection, SparseCodes
+from ...codes import Selection
 from ...implementations import Implementation
 from ...pool import Pool
 from ...rows import RowSource
@@ -83,17 +83,3 @@ def project_decoder_rows(sae: SampledSAE) -> None:
         for features, grad in zip(part.features.split(size), part.rows.grad.split(size)):
             W = sae.W_dec.index_select(0, features).to(grad.dtype)
             grad.sub_((grad * W).sum(1, keepdim=True) * W)
-
-
-def mean_smallest_of_tokens(codes: SparseCodes) -> Tensor:
-    """Mean over the tokens that keep something of the smallest activation kept, 0-dim."""
-    if codes.block is not None:
-        block = codes.block.detach()
-        smallest = torch.where(block > 0, block, torch.inf).amin(1)
-    else:
-        listed = codes.entries() if codes.slots is None else codes.slots
-        values, tokens = listed[0].detach(), listed[1].long()
-        unused = values.new_full((codes.shape[0] + 1,), torch.inf)
-        smallest = unused.scatter_reduce(0, tokens, torch.where(values > 0, values, torch.inf), "amin")[:-1]
-    some = smallest < torch.inf
-    return torch.where(some, smallest, 0).sum() / some.sum().clamp_min(1)

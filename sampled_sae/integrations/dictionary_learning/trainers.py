@@ -7,8 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...codes import SparseCodes
+from ...formats.dictionary_learning import TRAINING
+from ...rows import RowSource
+from ...validate import check_integer
 from .dictionaries import AutoEncoderTopK, BatchTopKSAE
 from .row_trainer import RowTrainer
+from .step import Batch, selection
+from .threshold import average_threshold
 
 
 class BatchTopKTrainer(RowTrainer):
@@ -32,12 +38,15 @@ class SampledTrainer(RowTrainer):
     """Sampled-SAE: training selects inside a pool of ceil(k*l) features.
 
     Saved as, and used for inference like, a BatchTopKSAE: a feature is active where its activation exceeds the
-    threshold, which the last of the `steps` calibrates to L0 = k on its batch. With select="token" and l=None it is
-    an AutoEncoderTopK. `config["sampled_sae"]` says what `trainer_class` does not.
+    threshold, which follows the value that gives the whole dictionary a mean L0 of k, and which the last of the
+    `steps` calibrates to that on its batch. With select="token" and l=None it is an AutoEncoderTopK.
+    `config["sampled_sae"]` says what `trainer_class` does not.
 
     Args:
         args, kwargs: those of `BatchTopKTrainer`.
         l, score, pool, pool_every, score_tokens, select, aux_pool: as in `SampledSAEConfig`.
+        threshold_every: where training selects in a pool, every so many steps from `threshold_start_step` on the
+            threshold moves, by so many steps' decay: each time costs the activations of the whole dictionary.
         adam, moments: `mode` and `moments` of `RowAdam`.
     """
 
@@ -51,10 +60,12 @@ class SampledTrainer(RowTrainer):
         score_tokens: float = 1.0,
         select: str = "batch",
         aux_pool: int | None = 1024,
+        threshold_every: int = 10,
         adam: str = "dense",
         moments: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
+        check_integer("threshold_every", threshold_every, 1)
         by_token = select == "token" and l is None
         self.dictionary = AutoEncoderTopK if by_token else BatchTopKSAE
         self.trainer_class = "TopKTrainer" if by_token else "BatchTopKTrainer"
@@ -69,10 +80,30 @@ class SampledTrainer(RowTrainer):
         }
         self.adam = {"mode": adam, "moments": moments}
         super().__init__(*args, **{"wandb_name": "SampledSAE", **kwargs})
-        self.config["sampled_sae"] = {**self.rule, "adam": adam, "moments": str(moments or self.ae.b_dec.dtype)}
+        self.threshold_every = threshold_every
+        self._threshold_hint: float | Tensor | None = None
+        said = {"threshold_every": threshold_every, "adam": adam, "moments": str(moments or self.ae.b_dec.dtype)}
+        self.config[TRAINING] = {**self.rule, **said}
 
     def update(self, step: int, x: Tensor) -> Tensor:
         loss = super().update(step, x)
-        if step == self.steps - 1 and self.ae.sae.cfg.l is not None:
+        if step == self.steps - 1 and not self.selects_in_all:
             self.ae.sae.calibrate(self._tokens(x))
         return loss
+
+    @property
+    def selects_in_all(self) -> bool:
+        """Whether the threshold follows from what training keeps, as in dictionary_learning."""
+        c = self.ae.sae.cfg
+        return c.l is None or (c.select == "batch" and c.pool_size == c.d_sae)
+
+    def move_threshold(self, batch: Batch, codes: SparseCodes, steps: int) -> None:
+        """Toward the smallest of the B*k largest activations in the whole dictionary; `steps`: 0 where it starts."""
+        if self.selects_in_all:
+            super().move_threshold(batch, codes, steps)
+        elif steps % self.threshold_every == 0:
+            with torch.no_grad():
+                alone = batch._replace(rows=RowSource())
+                found = selection(self.ae.sae, alone, None, self.k, "batch", self._threshold_hint)
+            self._threshold_hint = found.hint
+            average_threshold(self.ae.sae, found.codes.smallest(), self.threshold_beta**self.threshold_every)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...codes import SparseCodes
 from ...rows import RowSource
 from ...validate import check_budget
-from .step import Batch, SparseStep, feature_major
+from .step import DENSE_METHODS, Batch, SparseStep, feature_major
 
 
 class SampledTopKTrainingSAE(SparseStep):
@@ -90,23 +90,28 @@ def accelerate(sae: TrainingSAE[Any], optimizer: torch.optim.Optimizer | None = 
 
     Raises:
         TypeError: another class, a subclass included: it may compute something else.
-        ValueError: `training_forward_pass` was replaced on the object, as `compile_sae` does; a k that SAELens' step
-            would not take.
+        ValueError: `training_forward_pass` was replaced on the object, as `compile_sae` does, or something that
+            SAELens' step calls; a k that SAELens' step would not take.
     """
-    if isinstance(sae, SparseStep):
-        return sae
-    if type(sae) not in FAST_FORMS:
-        known = ", ".join(cls.__name__ for cls in FAST_FORMS)
-        raise TypeError(f"sae={type(sae).__name__}: must be one of SAELens' {known}, and no subclass")
-    if "training_forward_pass" in vars(sae):
-        raise ValueError("sae.training_forward_pass: was replaced on this object; accelerate before compiling")
-    fast = FAST_FORMS[type(sae)]
-    check_budget(sae.cfg.k, None, sae.cfg.d_sae, fast.selection)
-    sae.__class__ = fast
-    sae.prepare()
+    if not isinstance(sae, SparseStep):
+        change_class(sae)
     if optimizer is not None:
         state = optimizer.state.get(sae.W_enc, {})
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == sae.W_enc.shape:
                 state[name] = feature_major(value)
     return sae
+
+
+def change_class(sae: TrainingSAE[Any]) -> None:
+    """The part of `accelerate` that is done once."""
+    if type(sae) not in FAST_FORMS:
+        known = ", ".join(cls.__name__ for cls in FAST_FORMS)
+        raise TypeError(f"sae={type(sae).__name__}: must be one of SAELens' {known}, and no subclass")
+    for name in ("training_forward_pass", *DENSE_METHODS):
+        if name in vars(sae):
+            raise ValueError(f"sae.{name}: was replaced on this object; accelerate before compiling or replacing it")
+    fast = FAST_FORMS[type(sae)]
+    check_budget(sae.cfg.k, None, sae.cfg.d_sae, fast.selection)
+    sae.__class__ = fast
+    sae.prepare()

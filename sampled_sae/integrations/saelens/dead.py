@@ -21,6 +21,8 @@ from ...torch_impl.scores import CHUNK_ELEMENTS
 from ...torch_impl.stream import Entries, join
 
 DENSE_PER_K = 6
+# on a CPU a chunk stays in its cache; a GPU's is large enough that its launches do not count
+GPU_CHUNK_ELEMENTS = 1 << 25
 
 
 @layer.without_autocast
@@ -32,13 +34,12 @@ def dead_reconstruction_loss(
     W_dec: Tensor,
     *,
     residual: Tensor,
-    centred: Tensor,
     members: Tensor,
     k: int,
     scale: Tensor | None,
     workspace: Workspace,
 ) -> Tensor:
-    """mean over tokens of ||residual - e_hat||^2, e_hat the reconstruction by `members` alone, 0-dim.
+    """mean over tokens of ||residual - e_hat||^2, e_hat the reconstruction by `members` alone, 0-dim, at least float32.
 
     Equivalent to `a = (x - b_dec) @ W[members].T + b[members]; e_hat = keep_top_k(a, by=a * scale) @ W_dec[members]`.
 
@@ -46,11 +47,11 @@ def dead_reconstruction_loss(
         x, b_dec: [B, d], [d] or None.
         W, b, W_dec: [F, d], [F], [F, d].
         residual: [B, d], no gradient.
-        centred: x - b_dec without gradient, in the dtype to compute in.
         members: int64 [D], the dead features, ascending.
         k: entries a token, 1 <= k <= D, those of the largest activation times `scale` [F] or None.
     """
     rows = RowSource(workspace=workspace)
+    centred = layer.centre(x, b_dec)
     residual = residual.to(centred.dtype)
     scale = None if scale is None else scale[members].to(centred.dtype)
     if len(members) <= DENSE_PER_K * k:
@@ -116,7 +117,8 @@ class DeadReconstruction(torch.autograd.Function):
 
 def activations(x: Tensor, W: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(tokens, x W^T + b of them [C, D]) chunk by chunk, all in one buffer."""
-    step = max(1, CHUNK_ELEMENTS // len(W))
+    elements = CHUNK_ELEMENTS if x.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+    step = max(1, elements // len(W))
     buffer = scratch(x, min(step, len(x)), len(W))
     for first in range(0, len(x), step):
         tokens = slice(first, min(first + step, len(x)))
@@ -128,11 +130,12 @@ def largest_mask_of_rows(a: Tensor, scale: Tensor | None, k: int) -> Tensor:
     weighted = a if scale is None else a * scale
     cut = nth_largest_of_rows(weighted, k)[:, None]
     mask = weighted >= cut
-    if int(mask.count_nonzero()) == k * len(a):
+    # other devices would have to be waited for
+    if a.device.type == "cpu" and int(mask.count_nonzero()) == k * len(a):
         return mask
     above = weighted > cut
     tied = mask & ~above
-    return above | (tied & (tied.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    return above | (tied & (tied.cumsum(1, dtype=torch.int32) <= k - above.sum(1, keepdim=True)))
 
 
 def largest(a: Tensor, first: int, scale: Tensor | None, k: int) -> Entries:

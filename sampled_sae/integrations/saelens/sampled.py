@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ from .step import Batch
 class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
     """Keeps the B*k largest activations inside a pool of k*l scored features; the aux loss is METHOD.md's.
 
-    In training mode `encode` selects by the batch, in evaluation mode by `topk_threshold`, as what is saved for
-    inference does. `calibrate` sets the threshold on activations of the user's. SAELens' checkpoints do not hold a
-    pool kept by `pool_every`, nor the state of `pool="sample"`: a resumed run looks for a new pool and draws anew.
+    In training mode `encode` selects by the batch, as the next step would, and leaves that step's pool and random
+    numbers as they are; in evaluation mode by `topk_threshold`, as what is saved for inference does. `calibrate` sets
+    the threshold on activations of the user's. SAELens' checkpoints do not hold a pool kept by `pool_every`, nor the
+    state of `pool="sample"`: a resumed run looks for a new pool and draws anew.
     """
 
     cfg: SampledTrainingSAEConfig
@@ -38,20 +40,31 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         super().forget()
         self._threshold_hint: Any = None
         self._kept_pool = KeptPool(self.cfg.pool_every)
+        self._in_dense_step = False
+        self._pool_scores: Tensor | None = None
 
     def parts(self) -> Implementation:
         return implementation(resolve_impl(self.cfg.impl, self.W_enc.device, self.W_enc.dtype))
 
     def next_pool(self, centred: Tensor, scale: Tensor | None) -> Pool | None:
-        """The pool of one more batch; None for the whole dictionary."""
+        """The pool of one more batch; None for the whole dictionary. Its scores serve the batch's aux loss."""
+        pool = self._kept_pool.next(lambda: self._find_pool(centred, scale, self._generator))
+        self._pool_scores = None if pool is None else pool.scores.detach()
+        return pool
+
+    def peek_pool(self, centred: Tensor, scale: Tensor | None) -> Pool | None:
+        """What `next_pool` would return, without a trace."""
+        generator = self._generator.clone_state()
+        return copy.copy(self._kept_pool).next(lambda: self._find_pool(centred, scale, generator))
+
+    def _find_pool(self, centred: Tensor, scale: Tensor | None, generator: torch.Generator) -> Pool | None:
         c, parts, W = self.cfg, self.parts(), self.W_enc.detach().t()
         rule: dict[str, Any] = {"k": c.k, "l": c.l, "score": c.score, "pool": c.pool, "score_tokens": c.score_tokens}
-        rule |= {"scale": scale, "generator": self._generator}
-        return self._kept_pool.next(lambda: find_pool(parts, centred, W, self.b_enc, **rule))
+        return find_pool(parts, centred, W, self.b_enc, scale=scale, generator=generator, **rule)
 
     def select_codes(self, batch: Batch, rows: RowSource) -> SparseCodes:
         pool = self.next_pool(batch.centred, batch.scale)
-        members, batch.scores = (None, None) if pool is None else pool
+        members = None if pool is None else pool.members
         selection = self.select_among(members, batch, rows, k=self.cfg.k, select=self.cfg.select, hint=self._hint)
         self._hint = selection.hint
         return selection.codes
@@ -59,6 +72,7 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
     def dead_loss(self, batch: Batch, levels: list[Tensor]) -> Tensor:
         if self.cfg.aux_loss_coefficient == 0 or batch.dead is None or not bool(batch.dead.any()):
             return levels[-1].new_zeros(())
+        scores = self._pool_scores if self._pool_scores is not None else self.scores_of_dead(batch, batch.dead)
         return self.cfg.aux_loss_coefficient * self.parts().aux_loss(
             batch.x.detach(),
             levels[-1].detach(),
@@ -70,9 +84,21 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
             k_aux=self.cfg.k_aux if self.cfg.k_aux is not None else max(1, self.cfg.d_in // 2),
             aux_pool=self.cfg.aux_pool,
             score=self.cfg.score,
-            scores=batch.scores,
+            scores=scores,
             rows=RowSource(workspace=self._workspace),
         )
+
+    @torch.no_grad()
+    def scores_of_dead(self, batch: Batch, dead: Tensor) -> Tensor:
+        """[F], column scores where more features are in `dead` than the aux loss takes, 0 for all that need none."""
+        members, centred = dead.nonzero().squeeze(1), batch.centred
+        dtype = torch.promote_types(centred.dtype, torch.float32)
+        scores = torch.zeros(self.cfg.d_sae, dtype=dtype, device=centred.device)
+        if self.cfg.aux_pool is not None and len(members) > self.cfg.aux_pool:
+            W, b = self.W_enc.t()[members], self.b_enc[members]
+            scale = None if batch.scale is None else batch.scale[members]
+            scores[members] = self.parts().column_scores(centred, W, b, self.cfg.score, scale)
+        return scores
 
     def after_selection(self, batch: Batch, codes: SparseCodes, output: TrainStepOutput) -> None:
         if self.cfg.is_batchtopk:
@@ -118,7 +144,7 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         return float(self.topk_threshold)
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Dense codes and weighted activations before the relu, [..., d_sae], for callers other than the step."""
+        """Dense codes and weighted activations before the relu, [..., d_sae], for all but the sparse step."""
         sae_in = self.process_sae_in(x)
         hidden_pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
         scale = None
@@ -135,7 +161,8 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
 
     def _batch_mask(self, centred: Tensor, a: Tensor, scale: Tensor | None) -> Tensor:
         """What a batch keeps of a [B, F], bool."""
-        pool = self.next_pool(self.parts().centre(centred, None), scale)
+        find = self.next_pool if self._in_dense_step else self.peek_pool
+        pool = find(self.parts().centre(centred, None), scale)
         if pool is None:
             return block_mask(a, self.cfg.k, self.cfg.select)
         kept = block_mask(a[:, pool.members], self.cfg.k, self.cfg.select)
@@ -143,7 +170,11 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
 
     def dense_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """SAELens' step around `encode_with_hidden_pre`, for hooks on dense activations."""
-        output = super().dense_forward_pass(step_input)
+        self._in_dense_step, self._pool_scores = True, None
+        try:
+            output = super().dense_forward_pass(step_input)
+        finally:
+            self._in_dense_step = False
         flat = output.hidden_pre.detach().flatten()
         n = batch_budget(flat.numel() // self.cfg.d_sae, self.cfg.k)
         if self.cfg.is_batchtopk or step_input.n_training_steps % self.cfg.threshold_every == 0:

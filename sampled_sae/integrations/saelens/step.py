@@ -22,6 +22,19 @@ from ...validate import check_budget
 from .dead import dead_reconstruction_loss
 
 UNUSUAL_NORMS = ("constant_norm_rescale", "layer_norm")
+# what SAELens' step calls and the sparse one does without
+DENSE_METHODS = (
+    "process_sae_in",
+    "encode_with_hidden_pre",
+    "get_activation_fn",
+    "decode",
+    "calculate_aux_loss",
+    "calculate_topk_aux_loss",
+    "update_topk_threshold",
+    "_iterable_decode",
+    "calculate_matryoshka_aux_loss",
+)
+KNOWN_PACKAGES = ("sae_lens", __name__.partition(".")[0])
 
 
 @dataclass
@@ -30,7 +43,7 @@ class Batch:
 
     x: [B, d], normalised, b_dec not yet subtracted. centred: without gradient, b_dec subtracted where the encoder
     subtracts it. scale: [F], decoder norms, or None. dead: bool [F] or None. raw: what the loss compares with.
-    step: number of the training step. scores: [F], column scores of this batch, once they are known.
+    step: number of the training step.
     """
 
     x: Tensor
@@ -39,7 +52,6 @@ class Batch:
     dead: Tensor | None
     raw: Tensor
     step: int
-    scores: Tensor | None = None
 
 
 def feature_major(t: Tensor) -> Tensor:
@@ -54,12 +66,26 @@ def feature_acts(codes: SparseCodes) -> Tensor:
     return torch.sparse_coo_tensor(at, values.detach(), codes.shape, is_coalesced=True, check_invariants=False)
 
 
+def has_other_methods(sae: TopKTrainingSAE) -> bool:
+    """Whether the object or its class has one of `DENSE_METHODS` from someone else than SAELens and this package."""
+    for name in DENSE_METHODS:
+        method = getattr(type(sae), name, None)
+        package = str(getattr(method, "__module__", None)).partition(".")[0]
+        if name in vars(sae) or (method is not None and package not in KNOWN_PACKAGES):
+            return True
+    return False
+
+
 class SparseStep(TopKTrainingSAE):
     """Mixed into a training SAE of SAELens' TopK family, in front of it.
 
     Only `training_forward_pass` changes. Its `feature_acts` and `hidden_pre` are COO tensors of the kept entries,
-    without gradient. Products are float32 for 16-bit parameters, and under autocast on a CPU. Where a hook stands on
-    the dense activations, or the batch is not [B, d], SAELens' own step runs instead.
+    without gradient. With 16-bit parameters or under autocast, products are float32 on a CPU, and on a GPU take 16-bit
+    operands and sum in float32; the auxiliary loss is float32 on both.
+
+    SAELens' own step runs instead where a hook stands on the dense activations, the batch is not [B, d], activations
+    are reshaped for hook_z, `normalize_activations` is "layer_norm" or "constant_norm_rescale", or one of
+    `DENSE_METHODS` was overridden.
     """
 
     selection = "token"
@@ -173,7 +199,6 @@ class SparseStep(TopKTrainingSAE):
             self.b_enc,
             self.W_dec,
             residual=residual,
-            centred=batch.centred,
             members=dead + first,
             k=min(k_aux, len(dead)),
             scale=batch.scale,
@@ -196,6 +221,7 @@ class SparseStep(TopKTrainingSAE):
             step_input.sae_in.dim() != 2
             or self.hook_z_reshaping_mode
             or self.cfg.normalize_activations in UNUSUAL_NORMS
+            or has_other_methods(self)
         ):
             return True
         points = (self.hook_sae_acts_pre, self.hook_sae_acts_post)
@@ -208,7 +234,8 @@ class SparseStep(TopKTrainingSAE):
         centred = self.parts().centre(x, self.input_bias())
         scale = None
         if self.cfg.rescale_acts_by_decoder_norm:
-            scale = torch.linalg.vector_norm(self.W_dec.detach(), dim=-1, dtype=centred.dtype)
+            dtype = torch.promote_types(centred.dtype, torch.float32)
+            scale = torch.linalg.vector_norm(self.W_dec.detach(), dim=-1, dtype=dtype)
             scale.clamp_min_(torch.finfo(scale.dtype).tiny)  # rows of zeros stay finite when divided by it
         dead = step_input.dead_neuron_mask
         return Batch(x, centred, scale, dead, step_input.sae_in, step_input.n_training_steps)

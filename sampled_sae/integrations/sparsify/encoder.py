@@ -43,7 +43,7 @@ class EncoderCall:
         self.memory, self.workspace = memory, workspace
         self.with_gradient = torch.is_grad_enabled()
         self._versions = self._now()
-        self._tables: dict[int, Tables] = {}
+        self._ahead: dict[int, Tables] = {}
         self._dense: Tensor | None = None
 
     def topk(self, k: int) -> Tables:
@@ -53,16 +53,14 @@ class EncoderCall:
         """
         wider, self.memory.wider = self.memory.wider, 0
         if not k < wider <= self.W.shape[0] // DENSE:
-            return self.largest(k)
-        acts, features = self.largest(wider)
+            return self._select(k, None)
+        acts, features = self._ahead[wider] = self._select(wider, None)
         at = acts.detach().topk(k, dim=-1, sorted=False).indices
         return acts.gather(-1, at), features.gather(-1, at)
 
     def largest(self, k: int) -> Tables:
-        """The k largest of each token; asked again, the same tensors again."""
-        if k not in self._tables:
-            self._tables[k] = self._select(k, None)
-        return self._tables[k]
+        """The k largest of each token, in tensors that nobody else has."""
+        return self._ahead.pop(k, None) or self._select(k, None)
 
     def largest_among(self, members: Tensor, k: int) -> Tables:
         """The k largest of each token among `members` int64 [P], ascending, P >= k."""
@@ -82,7 +80,7 @@ class EncoderCall:
         return self._finish(torch.where(acts != 0, values.view(acts.shape), 0), features, Entries(codes, None))
 
     def dense(self) -> Tensor:
-        """relu(x W^T + b), [..., F]; made once.
+        """relu(x W^T + b), [..., F], made once; not to be written to.
 
         Raises:
             RuntimeError: the input or the weights have been changed since the call.
@@ -91,8 +89,14 @@ class EncoderCall:
             self._check_unchanged()
             with torch.set_grad_enabled(self.with_gradient):
                 z = F.linear(self.x.to(self.W.dtype), self.W, self.b)
-                self._dense = z.relu().to(self.W.dtype).view(*self.lead, self.W.shape[0])
+                # a relu whose gradient does not need its result, which may be written to
+                self._dense = torch.where(z <= 0, 0, z).to(self.W.dtype).view(*self.lead, self.W.shape[0])
         return self._dense
+
+    def take_dense(self) -> Tensor:
+        """`dense()` in a tensor that nobody else has."""
+        dense, self._dense = self.dense(), None
+        return dense
 
     def _select(self, k: int, members: Tensor | None) -> Tables:
         self._check_unchanged()

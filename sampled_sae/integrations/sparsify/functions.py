@@ -60,6 +60,8 @@ class Functions(threading.local):
     def decoder_impl(self, top_indices: Tensor, top_acts: Tensor, W_dec: Tensor) -> Tensor:
         """sum_j top_acts_j W_dec[:, top_indices_j], [..., d], differentiable in top_acts and W_dec.
 
+        As sparsify's, it takes no notice of autocast.
+
         Args:
             top_indices: int64 [..., k], below F.
             top_acts: [..., k].
@@ -79,7 +81,8 @@ class Functions(threading.local):
         if codes is None:
             codes = listed_codes(top_acts.to(exact), top_indices, W.shape[0])
         parts = implementation(resolve_impl("auto", W.device, W.dtype))
-        return parts.decode(codes, W, None).to(W.dtype).view(*lead, W.shape[1])
+        with torch.autocast(W.device.type, enabled=False):
+            return parts.decode(codes, W, None).to(W.dtype).view(*lead, W.shape[1])
 
 
 def listed_codes(top_acts: Tensor, top_indices: Tensor, n_features: int) -> SparseCodes:

@@ -49,7 +49,9 @@ class Mark(NamedTuple):
 
 
 def mark(top_acts: Tensor, top_indices: Tensor, entries: Entries) -> None:
-    """Makes `kept_codes` find the entries of this table."""
+    """Makes `kept_codes` find the entries of this table, unless nobody could tell whether it was written to."""
+    if top_acts.is_inference() or top_indices.is_inference():
+        return
     setattr(top_acts, NAME, Mark(entries, top_indices, (version(top_acts), version(top_indices))))
 
 

@@ -45,14 +45,16 @@ class SparsifyPatch:
 def patch_sparsify() -> SparsifyPatch:
     """Every SparseCoder of this process, old or new, encodes and decodes with our functions from now on.
 
-    Losses and selected activations stay the same up to rounding, and no [N, F] tensor is made in an ordinary step.
-    Different are the gradients that were wrong: AuxK and Multi-TopK reach the encoder (theirs give it exactly zero),
-    and an activation of 0 passes none on. A token with fewer than k positive activations is filled up with
-    activations of 0 under features that other tokens of the batch use, so that no feature counts as fired through it
-    as long as the batch uses k features.
+    Losses and selected activations stay the same up to rounding. Different are the gradients that were wrong: AuxK and
+    Multi-TopK reach the encoder (theirs give it exactly zero), and an activation of 0 passes none on.
 
-    On a GPU the functions are our Triton kernels. Under autocast products are rounded as they are there, and
-    activations come in the dtype of the weights.
+    With 8 * k <= F no [N, F] tensor is made in an ordinary step, and a token with fewer than k positive activations is
+    filled up with activations of 0 under features that other tokens of the batch use, so that no feature counts as
+    fired through it as long as the batch uses k features. A larger k is selected from all activations, filled up as
+    sparsify does.
+
+    On a GPU the functions are our Triton kernels. Under autocast the encoder's products are rounded as they are there,
+    the decoder's as little as there, and activations come in the dtype of the weights.
 
     Patching twice is patching once; the second patch's `undo` does nothing.
 

@@ -25,11 +25,13 @@ METADATA = {
 class PreActivations(torch.Tensor):
     """relu(x W^T + b), [..., F], of an encoder's call, as if it had been computed then.
 
-    With a mask bool [F], -inf outside of it.
+    With a mask bool [F], -inf outside of it. `made` is the ordinary tensor once someone had it: who writes to it wants
+    the next to see that.
     """
 
     call: EncoderCall
     mask: Tensor | None
+    made: Tensor | None
 
     @staticmethod
     def __new__(cls, call: EncoderCall, mask: Tensor | None = None) -> PreActivations:
@@ -37,12 +39,14 @@ class PreActivations(torch.Tensor):
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=call.W.dtype, device=call.W.device)
 
     def __init__(self, call: EncoderCall, mask: Tensor | None = None) -> None:
-        self.call, self.mask = call, mask
+        self.call, self.mask, self.made = call, mask, None
 
     def dense(self) -> Tensor:
-        """The activations as an ordinary tensor, with their gradient."""
-        acts = self.call.dense()
-        return acts if self.mask is None else torch.where(self.mask, acts, -torch.inf)
+        """The activations as an ordinary tensor, with their gradient; always the same one."""
+        if self.made is None:
+            mask, call = self.mask, self.call
+            self.made = call.take_dense() if mask is None else torch.where(mask, call.dense(), -torch.inf)
+        return self.made
 
     @classmethod
     def __torch_function__(
@@ -67,10 +71,12 @@ class PreActivations(torch.Tensor):
 
 
 def where(condition: Any, input: Any = None, other: Any = None, **options: Any) -> PreActivations | None:
-    """`torch.where(mask, pre_acts, -inf)` with a mask of features; None for any other use."""
+    """`torch.where(mask, pre_acts, -inf)` with a mask of features; None for any other use, and for a dense tensor."""
     if not isinstance(input, PreActivations) or isinstance(condition, PreActivations) or options:
         return None
-    if input.mask is not None or not isinstance(other, (int, float)) or other != -math.inf:
+    if input.mask is not None or input.made is not None:
+        return None
+    if not isinstance(other, (int, float)) or other != -math.inf:
         return None
     n_features = input.shape[-1]
     if condition.dtype != torch.bool or condition.dim() > input.dim() or condition.numel() != n_features:
@@ -95,7 +101,7 @@ def topk(
 
 
 def selected(input: PreActivations, k: int) -> Tables | None:
-    if not 0 < k <= input.shape[-1]:
+    if input.made is not None or not 0 < k <= input.shape[-1]:
         return None
     if input.mask is None:
         if k * DENSE <= input.shape[-1]:

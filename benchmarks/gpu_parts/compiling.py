@@ -1,0 +1,87 @@
+"""Fills Triton's cache from several processes: compilation takes longer than all timings together."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from benchmarks.gpu_parts.visit import Visit, failure
+from benchmarks.workloads import Workload
+
+# processes at most, each with a context of its own on the GPU
+COMPILERS = 12
+SPARE_CORES = 2
+# of the time that is left, for compilation
+SHARE = 0.5
+# seconds for a compilation that was begun before the end
+PATIENCE = 5
+# what code does not depend on, but for the width of a row or a chunk
+FEW_TOKENS, FEW_FEATURES = 512, 8192
+
+Named = tuple[str, Callable[[], Any]]
+Make = Callable[..., Iterable[Named]]
+
+
+def compile_all(visit: Visit, make: Make, cases: Sequence[tuple[Any, ...]]) -> None:
+    """Makes every call that `make(*case)` names, a case after the other; what fails gets a row.
+
+    `make` is a function of a module. A process that dies, or is not done in time, does not stop the others.
+    """
+    count = 1 if visit.rehearse else max(1, min(COMPILERS, (os.cpu_count() or 1) - SPARE_CORES))
+    end = time.time() + SHARE * visit.left
+    context = multiprocessing.get_context("spawn")
+    workers = []
+    for i in range(count):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=compile_some, args=(sender, make, cases, i, count, end), daemon=True)
+        process.start()
+        sender.close()
+        workers.append((process, receiver))
+    for process, receiver in workers:
+        process.join(None if visit.rehearse else max(0.0, end + PATIENCE - time.time()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+            visit.add({"name": "compiling", "note": "a process was stopped: its last compilation took too long"})
+        elif process.exitcode:
+            visit.add({"name": "compiling", "note": f"a process died with exit code {process.exitcode}"})
+        visit.add(*({"name": f"compiling {name}", "note": why} for name, why in received(receiver)))
+
+
+def received(receiver: Connection) -> Iterator[tuple[str, str]]:
+    """What a process that is over has sent."""
+    try:
+        while receiver.poll():
+            yield receiver.recv()
+    except (EOFError, OSError):
+        return
+
+
+def compile_some(
+    sender: Connection, make: Make, cases: Sequence[tuple[Any, ...]], first: int, of: int, end: float
+) -> None:
+    """Makes every `of`-th call of each case from the `first` on, until `end`; sends which failed, and why."""
+    for case in cases:
+        try:
+            for name, call in itertools.islice(make(*case), first, None, of):
+                if time.time() > end:
+                    return
+                try:
+                    call()
+                except Exception as error:
+                    sender.send((name, failure(error)))
+        except Exception as error:
+            sender.send((str(case[0]), failure(error)))
+
+
+def small(visit: Visit, workloads: Iterable[Workload]) -> list[Workload]:
+    """One of few tokens and features for each width and k."""
+    if visit.rehearse:
+        return list(workloads)
+    kept = {(w.d, w.k): w for w in workloads}
+    return [Workload(w.name, FEW_TOKENS, w.d, FEW_FEATURES, w.k) for w in kept.values()]
