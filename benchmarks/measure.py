@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sampled_sae.timing import spread
-from sampled_sae.torch_impl.scores import chunk_features
+from sampled_sae.torch_impl.scores import BLOCK_TOKENS, chunk_features
 
 Sample = TypeVar("Sample")
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,13 +48,15 @@ def product(x: Tensor, W: Tensor) -> Callable[[], Any]:
 
 
 def product_in_chunks(x: Tensor, W: Tensor) -> Callable[[], Any]:
-    """The same products, some features at a time into one buffer: the floor of a step that never writes [B, F]."""
-    width = chunk_features(x.shape[0])
-    out = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device)
+    """The same products, some tokens and features at a time into one buffer: the floor of a step without [B, F]."""
+    blocks = x.split(BLOCK_TOKENS)
+    width = chunk_features(len(blocks[0]))
+    out = torch.empty(len(blocks[0]), width, dtype=x.dtype, device=x.device)
 
     def call() -> None:
-        for rows in W.split(width):
-            torch.mm(x, rows.t(), out=out[:, : len(rows)])
+        for tokens in blocks:
+            for rows in W.split(width):
+                torch.mm(tokens, rows.t(), out=out[: len(tokens), : len(rows)])
 
     return call
 

@@ -10,12 +10,19 @@ from sampled_sae.testing import whole_numbers
 from sampled_sae.torch_impl import scores, stream
 
 
+@pytest.fixture(params=[2048, 7])
+def block_tokens(request, monkeypatch):
+    """Tokens that are taken at a time: all of a small batch, or a few."""
+    monkeypatch.setattr(stream, "BLOCK_TOKENS", request.param)
+    monkeypatch.setattr(scores, "BLOCK_TOKENS", request.param)
+
+
 def dense_entries(dense):
     codes = SparseCodes.from_dense(dense)
     return codes.values, codes.tokens, codes.features
 
 
-@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.usefixtures("poisoned_memory", "block_tokens")
 @pytest.mark.parametrize("members", [None, torch.arange(3, 1000, 7)], ids=["all", "pool"])
 @pytest.mark.parametrize("n", [0, 1, 100, 4000, 10**6])
 @pytest.mark.parametrize("hint", ["exact", 0.0, -1.0, 1e-30, 1.0, 3.0, 1e30, float("inf"), float("nan"), None])
@@ -32,7 +39,7 @@ def test_batch_stream_is_exact_whatever_the_hint(hint, n, members):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.usefixtures("poisoned_memory", "block_tokens")
 @pytest.mark.parametrize("members", [None, torch.arange(3, 1000, 7)], ids=["all", "pool"])
 @pytest.mark.parametrize("k", [1, 3, 20, 40, 143])
 def test_token_stream(k, members):
@@ -48,6 +55,7 @@ def test_token_stream(k, members):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.usefixtures("block_tokens")
 @pytest.mark.parametrize("tau", [0.0, 2.0, 100.0])
 def test_stream_above(tau):
     t = whole_numbers(40, 5, 1000)
@@ -55,6 +63,25 @@ def test_stream_above(tau):
     expected = dense_entries(torch.where((a > 0) & (a >= tau), a, 0))
     for ours, theirs in zip(stream.stream_above(t["x"], t["W_enc"].t(), t["b_enc"], None, None, tau), expected):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("poisoned_memory", "block_tokens")
+@pytest.mark.parametrize("score", ["l2", "l2_squared", "entropy", "uniform"])
+def test_scores(score):
+    t = problem(40, 5, 300)
+    scale = torch.linspace(0.5, 2, 300, dtype=torch.float64)
+    found = scores.column_statistics(t["x"], t["W_enc"].t(), t["b_enc"], score, scale)
+    expected = reference.column_scores(reference.encode(t["x"], t["W_enc"], t["b_enc"]) * scale, score)
+    torch.testing.assert_close(scores.finish_scores(found, score), expected)
+
+
+@pytest.mark.usefixtures("block_tokens")
+def test_threshold_counts():
+    t = problem(40, 5, 300)
+    a = reference.encode(t["x"], t["W_enc"], t["b_enc"])
+    thresholds = torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64)
+    found = scores.threshold_counts(t["x"], t["W_enc"].t(), t["b_enc"], thresholds)
+    assert found.tolist() == [int((a > threshold).sum()) for threshold in thresholds]
 
 
 class LargestTensor(TorchDispatchMode):

@@ -1,6 +1,7 @@
 """Column scores of relu(x W^T + b), chunk of features by chunk of features.
 
-2BdF FLOP in products; the activations of a chunk (about 4 MB) never leave the cache.
+2BdF FLOP in products; the activations of a chunk (about 4 MB) never leave the cache. Larger batches are taken in
+blocks of tokens: a chunk of all of them would be too few features wide for a product at full rate.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..memory import scratch
 
 CHUNK_ELEMENTS = 1 << 20
+BLOCK_TOKENS = 2048
 
 
 def chunk_features(n_tokens: int) -> int:
@@ -31,15 +33,15 @@ def column_statistics(x: Tensor, W: Tensor, b: Tensor, score: str, scale: Tensor
         [S, F] float: sum a^2 for l2 and l2_squared; sum a and sum a ln a for entropy; the number of
         positive entries for uniform. To be reduced across processes, then given to `finish_scores`.
     """
-    stats = x.new_empty(2 if score == "entropy" else 1, W.shape[0])
+    stats = x.new_zeros(2 if score == "entropy" else 1, W.shape[0])
     for at, a in feature_chunks(x, W, b, scale):
         if score == "entropy":
-            torch.sum(a, 1, out=stats[0, at])
-            torch.sum(torch.special.entr(a), 1, out=stats[1, at]).neg_()
+            stats[0, at] += a.sum(1)
+            stats[1, at] -= torch.special.entr(a).sum(1)
         elif score == "uniform":
-            stats[0, at] = torch.count_nonzero(a, 1)
+            stats[0, at] += torch.count_nonzero(a, 1)
         else:
-            torch.linalg.vector_norm(a, dim=1, out=stats[0, at]).square_()
+            stats[0, at] += torch.linalg.vector_norm(a, dim=1).square_()
     return stats
 
 
@@ -62,17 +64,18 @@ def threshold_counts(x: Tensor, W: Tensor, b: Tensor, thresholds: Tensor, scale:
 
 
 def feature_chunks(x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """(features, their activations [C, B]) chunk by chunk, all in one buffer."""
-    n_tokens, n_features = x.shape[0], W.shape[0]
-    step = chunk_features(n_tokens)
-    buffer = scratch(x, min(step, n_features), n_tokens)
-    for start in range(0, n_features, step):
-        at = slice(start, min(start + step, n_features))
-        a = buffer[: at.stop - start]
-        torch.addmm(b[at, None], W[at].to(x.dtype), x.t(), out=a).relu_()
-        if scale is not None:
-            a.mul_(scale[at, None])
-        yield at, a
+    """(features, their activations [C, T]) chunk by chunk, for one block of T tokens after another."""
+    n_features = W.shape[0]
+    for tokens in x.split(BLOCK_TOKENS):
+        step = chunk_features(len(tokens))
+        buffer = scratch(x, min(step, n_features), len(tokens))
+        for start in range(0, n_features, step):
+            at = slice(start, min(start + step, n_features))
+            a = buffer[: at.stop - start]
+            torch.addmm(b[at, None], W[at].to(x.dtype), tokens.t(), out=a).relu_()
+            if scale is not None:
+                a.mul_(scale[at, None])
+            yield at, a
 
 
 def finish_scores(stats: Tensor, score: str) -> Tensor:

@@ -3,7 +3,8 @@
 A chunk [B, C] is filtered in cache: maxima of blocks of 32 features tell which blocks hold an entry at or
 above the running threshold tau, and only those blocks are looked at again. tau starts low and rises: whenever
 the candidates number twice the budget they are cut to the exact best so far, whose last member is the new
-tau. So the result is exact, whatever the first tau; one that was too high is seen by the count.
+tau. So the result is exact, whatever the first tau; one that was too high is seen by the count. Large batches are
+taken in blocks of tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..memory import scratch
 from ..ranking import nth_largest, nth_largest_of_rows
-from .scores import chunk_features
+from .scores import BLOCK_TOKENS, chunk_features
 
 BLOCK = 32
 FIRST_CHUNK = 128
@@ -27,7 +28,11 @@ Entries = tuple[Tensor, Tensor, Tensor]
 def stream_above(x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None, members: Tensor | None, tau: float) -> Entries:
     """Every entry > 0 and >= tau: (values, tokens, features), sorted by token, then feature."""
     floor = x.new_full((1,), tau)
-    found = [filter_chunk(a, base, floor) for base, a in activation_chunks(x, W, b, scale, members)]
+    found = [
+        filter_chunk(a, token, base, floor)
+        for token, tokens in token_blocks(x)
+        for base, a in activation_chunks(tokens, W, b, scale, members)
+    ]
     return sort_entries(join(found), members)
 
 
@@ -50,13 +55,14 @@ def stream_batch(
     floor = x.new_full((1,), 0.0 if hint is None else hint)
     kept: list[Entries] = []
     count = 0
-    for base, a in activation_chunks(x, W, b, scale, members, FIRST_CHUNK if hint is None else None):
-        kept.append(filter_chunk(a, base, floor))
-        count += len(kept[-1][0])
-        if count >= 2 * n and n > 0:
-            kept = [keep_best(join(kept), n, W.shape[0])]
-            floor.fill_(kept[0][0].min())
-            count = n
+    for token, tokens in token_blocks(x):
+        for base, a in activation_chunks(tokens, W, b, scale, members, FIRST_CHUNK if hint is None else None):
+            kept.append(filter_chunk(a, token, base, floor))
+            count += len(kept[-1][0])
+            if count >= 2 * n and n > 0:
+                kept = [keep_best(join(kept), n, W.shape[0])]
+                floor.fill_(kept[0][0].min())
+                count = n
     if count < n and hint is not None:
         return stream_batch(x, W, b, scale, members, n)
     return sort_entries(keep_best(join(kept), n, W.shape[0]), members)
@@ -78,7 +84,11 @@ def stream_token(
     """
     n_tokens = x.shape[0]
     floor = x.new_zeros(n_tokens) if hint is None else hint * torch.linalg.vector_norm(x, dim=1)
-    best = best_of_tokens(x, W, b, scale, members, k, floor)
+    blocks = []
+    for token, block in token_blocks(x):
+        values, tokens, features = best_of_tokens(block, W, b, scale, members, k, floor[token : token + len(block)])
+        blocks.append((values, tokens + token, features))
+    best = join(blocks)
     if hint is not None:
         short = torch.bincount(best[1], minlength=n_tokens) < k
         again = short.nonzero().squeeze(1)
@@ -96,7 +106,7 @@ def best_of_tokens(
     kept: list[Entries] = []
     count = 0
     for base, a in activation_chunks(x, W, b, scale, members, None if floor.any() else FIRST_CHUNK):
-        kept.append(filter_chunk(a, base, floor))
+        kept.append(filter_chunk(a, 0, base, floor))
         count += len(kept[-1][0])
         if count >= 4 * k * x.shape[0]:
             best, floor = keep_best_of_tokens(join(kept), k, x.shape[0])
@@ -126,6 +136,11 @@ def token_hint(entries: Entries, x: Tensor, k: int) -> float | None:
     return 0.95 * float(ratio.kthvalue(1 + few).values) if len(ratio) > max(few, len(x) - few - 1) else None
 
 
+def token_blocks(x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first token, some tokens of x [T, d]) block by block."""
+    return ((i * BLOCK_TOKENS, tokens) for i, tokens in enumerate(x.split(BLOCK_TOKENS)))
+
+
 def activation_chunks(
     x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None, members: Tensor | None, first: int | None = None
 ) -> Iterator[tuple[int, Tensor]]:
@@ -153,8 +168,11 @@ def activation_chunks(
         start, width = stop, min(2 * width, largest)
 
 
-def filter_chunk(a: Tensor, base: int, floor: Tensor) -> Entries:
-    """Entries > 0 and >= floor ([1] or [B]) of a chunk [B, C], sorted by token, then column."""
+def filter_chunk(a: Tensor, token: int, base: int, floor: Tensor) -> Entries:
+    """Entries > 0 and >= floor ([1] or [B]) of a chunk [B, C], sorted by token, then column.
+
+    The chunk's first row is that of token `token`, its first column number `base`.
+    """
     n_blocks = a.shape[1] // BLOCK
     floor = floor.clamp_min(smallest_positive(a.dtype))
     top = a.view(-1, BLOCK).amax(1).view(-1, n_blocks)  # [B, C / BLOCK]
@@ -163,7 +181,7 @@ def filter_chunk(a: Tensor, base: int, floor: Tensor) -> Entries:
     least = floor.index_select(0, hits // n_blocks) if len(floor) > 1 else floor
     at = (inside >= least[:, None]).flatten().nonzero().squeeze(1)
     place = hits.index_select(0, at // BLOCK) * BLOCK + at % BLOCK  # in the flat chunk
-    return inside.flatten().index_select(0, at), place // a.shape[1], place % a.shape[1] + base
+    return inside.flatten().index_select(0, at), place // a.shape[1] + token, place % a.shape[1] + base
 
 
 def smallest_positive(dtype: torch.dtype) -> float:
