@@ -75,12 +75,17 @@ def machine(device: str = "cpu", distributions: Sequence[str] = ()) -> dict[str,
 
 
 def command() -> str:
-    """How this process was started, from the repository's root."""
-    script = Path(sys.argv[0]).resolve()
-    name = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
+    """How this process was started, as from the repository's root: paths outside it are left at their names."""
+    name = in_repository(sys.argv[0])
     if name.endswith("/__main__.py"):
         name = "-m " + name.removesuffix("/__main__.py").replace("/", ".")
-    return f"python {name} {shlex.join(sys.argv[1:])}"
+    return f"python {name} {shlex.join(in_repository(a) if Path(a).is_absolute() else a for a in sys.argv[1:])}"
+
+
+def in_repository(path: str) -> str:
+    """A path from the repository's root, or its name alone: results name no folder of the machine."""
+    found = Path(path).resolve()
+    return str(found.relative_to(ROOT)) if found.is_relative_to(ROOT) else found.name
 
 
 def processor() -> str:

@@ -102,7 +102,8 @@ def scaling(result: Result) -> Figure:
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_locator(NullLocator())
         axis.set_title("d={d}".format(**rows[0]) + "".join(f", {n}={rows[0][n]}" for n in "BFk" if n != name))
-        axis.legend()
+    for row in (0, len(names)):  # the same lines stand in all columns
+        axes[row].legend()
     return figure
 
 

@@ -1,9 +1,10 @@
 """Time and memory of our training step against F, B, k and l, beside the encoder product, with fitted exponents.
 
-One size at a time, in a process of its own; the rules one after another in it, each sample of a step beside one of
-the product: as one call that writes [B, F], and in chunks of features that stay in cache, as our step makes it. The
-faster of the two is the floor: the one call waits for the memory it writes to where [B, F] is beyond all caches. An
-exponent is the slope of a least-squares line through ln(value) against ln(size).
+Each size of an axis has a process of its own, and rounds go over all of them in turn, so that a machine that slows down
+bends no curve. Each sample of a step stands beside one of the product: as one call that writes [B, F], and in chunks of
+features that stay in cache, as our step makes it. The faster of the two is the floor: the one call waits for the memory
+it writes to where [B, F] is beyond all caches. An exponent is the slope of a least-squares line through ln(value)
+against ln(size).
 
     python benchmarks/scaling.py --out benchmarks/results/scaling.json
 
@@ -14,11 +15,13 @@ Adam, which does not shrink with the batch, weighs more than in a usual training
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +72,7 @@ def points(rehearse: bool) -> list[Point]:
 
 
 class SizeSession:
-    """The batches and the product of one size."""
+    """The batches and the product of one size, and the rule that is in training there."""
 
     def __init__(self, workload: Workload, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -78,23 +81,54 @@ class SizeSession:
         self.batches = [activations(workload, seed).to(device) for seed in range(2)]
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         x, W = self.batches[0].to(dtype), initial_weights(self.setup).W_enc.to(device, dtype)
-        self.products = {"product": product(x, W), "chunks": product_in_chunks(x, W)}
+        self.calls = {"product": product(x, W), "chunks": product_in_chunks(x, W)}
 
-    def measure(self, rule: dict[str, Any], rounds: int) -> dict[str, float]:
+    def train(self, rule: dict[str, Any]) -> None:
+        """From now on by this rule, from the first weights."""
+        self.calls.pop("step", None)  # before there are two of them
         candidate = make(ours(**rule), self.setup, initial_weights(self.setup))
-        samplers = {name: lambda _, call=call: timed(call, self.device) for name, call in self.products.items()}
-        samplers["step"] = lambda round_: timed(lambda: candidate.step(self.batches[round_ % 2]), self.device)
-        samples = in_turn(samplers, rounds)
-        ms = {name: 1e3 * statistics.median(seconds) for name, seconds in samples.items()}
-        floor = min(self.products, key=lambda name: ms[name])
-        peak = peak_memory(lambda: [candidate.step(x) for x in self.batches], self.device)
-        return {
-            **spread_columns([own / f for own, f in zip(samples["step"], samples[floor])], "ratio"),
-            **{f"{name}_ms": value for name, value in ms.items()},
-            "floor_ms": ms[floor],
-            "peak_bytes": peak,
-            "peak_extra_memory": peak / (4 * self.workload.B * self.workload.F),
-        }
+        turns = itertools.cycle(self.batches)
+        self.calls["step"] = lambda: candidate.step(next(turns))
+
+    def sample(self, _: int) -> dict[str, float]:
+        """Seconds of each product and of a step after them."""
+        self.calls["product"]()  # wakes threads and caches after the other processes' turns
+        return {name: timed(call, self.device) for name, call in self.calls.items()}
+
+    def peak_bytes(self) -> int:
+        """Of two steps, above what is held between steps."""
+        return peak_memory(lambda: [self.calls["step"]() for _ in self.batches], self.device)
+
+
+def measure_axis(sizes: Sequence[Point], device: str, threads: int, rounds: int) -> list[dict[str, Any]]:
+    """A row for each size and rule of one axis."""
+    workers = [Worker(SizeSession, point.workload, device, threads) for point in sizes]
+    rows = []
+    for name in sizes[0].rules:
+        for point, worker in zip(sizes, workers, strict=True):
+            worker.call("train", point.rules[name])
+        turns = {point.value: partial(worker.call, "sample") for point, worker in zip(sizes, workers, strict=True)}
+        samples = in_turn(turns, rounds)
+        for point, worker in zip(sizes, workers, strict=True):
+            figures = figures_of(samples[point.value], worker.call("peak_bytes"), point.workload)
+            rows.append({"axis": point.axis, "value": point.value, "rule": name, **asdict(point.workload), **figures})
+            print(f"{point.axis}={point.value:g}, {name}: {figures['ratio']:.2f} x floor", flush=True)
+    for worker in workers:
+        worker.close()
+    return sorted(rows, key=lambda row: row["value"])
+
+
+def figures_of(samples: Sequence[dict[str, float]], peak: int, workload: Workload) -> dict[str, float]:
+    """Medians in ms, ratios to the floor and memory."""
+    ms = {name: 1e3 * statistics.median(sample[name] for sample in samples) for name in samples[0]}
+    floor = min(("product", "chunks"), key=lambda name: ms[name])
+    return {
+        **spread_columns([sample["step"] / sample[floor] for sample in samples], "ratio"),
+        **{f"{name}_ms": value for name, value in ms.items()},
+        "floor_ms": ms[floor],
+        "peak_bytes": peak,
+        "peak_extra_memory": peak / (4 * workload.B * workload.F),
+    }
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
@@ -143,16 +177,10 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, to see that nothing is broken")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = []
-    for point in points(args.rehearse):
-        if point.axis not in args.axes:
-            continue
-        worker = Worker(SizeSession, point.workload, args.device, args.threads)
-        for name, rule in point.rules.items():
-            figures = worker.call("measure", rule, args.rounds)
-            rows.append({"axis": point.axis, "value": point.value, "rule": name, **asdict(point.workload), **figures})
-            print(f"{point.axis}={point.value:g}, {name}: {figures['ratio']:.2f} x floor", flush=True)
-        worker.close()
+    rows: list[dict[str, Any]] = []
+    for axis in args.axes:
+        sizes = [point for point in points(args.rehearse) if point.axis == axis]
+        rows += measure_axis(sizes, args.device, args.threads, args.rounds)
     result = {**machine(args.device), "exponents": exponents(rows), "rows": rows}
     write_result(args.out, result, markdown_table(result))
     print(markdown_table(result))

@@ -187,6 +187,8 @@ def command(script, tmp_path, *arguments):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     result = json.loads(out.read_text())
     assert {"device", "torch", "date", "command"} <= set(result)
+    assert result["command"].endswith("--out result.json")
+    assert str(tmp_path.parent) not in result["command"]
     return result, out.with_suffix(".md").read_text()
 
 
