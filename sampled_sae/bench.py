@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +14,19 @@ from .config import SampledSAEConfig, batch_budget, pool_size
 from .implementations import Implementation
 from .optim import RowAdam
 from .sae import SampledSAE
-from .timing import Call, Sections, Spread, free_memory, interleaved, peak_memory, spread, timed
+from .timing import Call, Sections, Spread, free_memory, interleaved, peak_memory, spread
 from .validate import check_choice, check_device, check_integer, check_number
 
 DTYPES = ("float32", "bfloat16")
 PARTS = {"column_scores": "scores", "candidate_pool": "pool", "select": "select", "decode": "decode"}
-# share of the time for rounds of our own step; what an eager step may take, and one of our rounds, in floors
-OWN_SHARE, EAGER_FLOORS, ROUND_FLOORS = 0.4, 16, 3
+# share of the time for rounds of our own step
+OWN_SHARE = 0.4
+# what an eager step may take, with ours and the floor beside it, in floors; how many are made at least
+EAGER_FLOORS, EAGER_STEPS = 16, 3
 # tensors [B, F] that the eager step holds at once
 EAGER_TENSORS = 6
+# below it Adam is most of a step
+FEWEST_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Settings:
     device: str = "cpu"
     dtype: str = "float32"
     rounds: int = 9
-    seconds: float = 110
+    seconds: float = 100
 
     def __post_init__(self) -> None:
         check_integer("batch", self.batch, 1)
@@ -61,6 +64,11 @@ class Settings:
         check_choice("dtype", self.dtype, DTYPES)
         if self.dtype == "bfloat16" and check_device(self.device).type == "cpu":
             raise ValueError("dtype='bfloat16': without a GPU the layer computes in float32")
+
+    @property
+    def unit(self) -> int:
+        """Bytes of one float32 [B, F]."""
+        return 4 * self.batch * self.features
 
     def config(self) -> SampledSAEConfig:
         return SampledSAEConfig(
@@ -89,69 +97,82 @@ def run(settings: Settings) -> Iterator[Row]:
     No feature is dead, so the aux loss is 0.
     """
     start = time.perf_counter()
-    device, unit = settings.device, 4 * settings.batch * settings.features
+    floor_ms = yield from own_rows(settings, start)
+    yield from eager_rows(settings, floor_ms, settings.seconds - (time.perf_counter() - start))
+
+
+def own_rows(settings: Settings, start: float) -> Generator[Row, None, float]:
+    """Floor, our step, its parts; returns the least milliseconds of the floor."""
+    device = settings.device
     x = activations(settings.batch, settings.d, 0).to(device)
     ours = OurStep(settings)
-    eager = EagerStep(settings, ours.sae)
     floor = product(x, ours.sae.W_enc.detach(), settings.dtype)
-    loss = float(ours(x))
+    ours(x)
     memory = peak_of(lambda: ours(x), device)
     ours.read()
-    floor_seconds = timed(floor, device)
-    left = settings.seconds - (time.perf_counter() - start)
-    share = OWN_SHARE * settings.seconds
-    # a last round may begin when the time is almost over
-    spare = left - (EAGER_FLOORS + ROUND_FLOORS) * floor_seconds
+    floor()
+    seconds = min(OWN_SHARE * settings.seconds, settings.seconds - (time.perf_counter() - start))
     calls = {"floor": floor, "ours": lambda: ours(x)}
-    rounds = interleaved(calls, device, settings.rounds, min(share, spare) if spare > 0 else share, warm_up=False)
+    rounds = interleaved(calls, device, settings.rounds, seconds, warm_up=False)
     yield Row("product x W_enc, the floor", spread(rounds["floor"]), 1.0)
-    yield beside(f"our step ({ours.sae.impl_in_use})", rounds["ours"], rounds["floor"], memory, unit)
+    yield beside(f"our step ({ours.sae.impl_in_use})", rounds["ours"], rounds["floor"], memory, settings.unit)
     parts = ours.read()
     for name, samples in parts.items():
         yield beside(f"- {name}", samples, rounds["floor"])
     accounted = [sum(each) for each in zip(*parts.values())]
     rest = [whole - some for whole, some in zip(rounds["ours"], accounted)]
     yield beside("- loss, threshold, counts", rest, rounds["floor"])
-    left = settings.seconds - (time.perf_counter() - start)
-    yield eager_row(eager, x, floor, settings, loss, min(rounds["floor"]), left)
+    return min(rounds["floor"])
+
+
+def eager_rows(settings: Settings, floor_ms: float, left: float) -> Iterator[Row]:
+    """The eager step beside its floor; without figures where it does not fit, or disagrees with ours.
+
+    Where the batch is too large for the memory or the seconds that are left, both take one of fewer tokens, and the row
+    of our step at that size stands before the eager one.
+    """
+    name, start = "eager PyTorch step", time.perf_counter()
+    tokens = settings.batch
+    while note := obstacle(replace(settings, batch=tokens), floor_ms * tokens / settings.batch, left):
+        tokens //= 2
+        if tokens < FEWEST_TOKENS:
+            yield Row(name, None, note=note)
+            return
+    few = replace(settings, batch=tokens)
+    at = "" if few == settings else f", {tokens} tokens"
+    x = activations(tokens, few.d, 0).to(few.device)
+    ours = OurStep(few)
+    eager = EagerStep(few, ours.sae)
+    expected, loss = float(ours(x)), float(eager(x))
+    tolerance = 1e-4 if few.dtype == "float32" else 2e-2
+    if not abs(loss - expected) <= tolerance * expected:
+        yield Row(name + at, None, note=f"no comparison: its first loss is {loss:.6g}, ours {expected:.6g}")
+        return
+    floor = product(x, ours.sae.W_enc.detach(), few.dtype)
+    calls = {"floor": floor, "ours": lambda: ours(x), "eager": lambda: eager(x)}
+    memory = {step: peak_of(calls[step], few.device) for step in ("ours", "eager")}
+    floor()
+    rounds = interleaved(calls, few.device, few.rounds, left - (time.perf_counter() - start), warm_up=False)
+    if at:
+        impl = ours.sae.impl_in_use
+        yield beside(f"our step ({impl}){at}", rounds["ours"], rounds["floor"], memory["ours"], few.unit)
+    yield beside(name + at, rounds["eager"], rounds["floor"], memory["eager"], few.unit)
+
+
+def obstacle(settings: Settings, floor_ms: float, left: float) -> str:
+    """Why a comparison with the eager step has to be left out; empty where nothing stands against it."""
+    needed = eager_bytes(settings)
+    if needed > 0.9 * free_memory(settings.device):
+        return f"left out: {settings.batch} tokens need about {1e-9 * needed:.2g} GB of memory"
+    if EAGER_STEPS * EAGER_FLOORS * floor_ms > 1e3 * left:
+        return f"left out: {settings.batch} tokens may take more than the {max(left, 0):.0f} s that are left"
+    return ""
 
 
 def beside(name: str, samples: list[float], floor: list[float], memory: int | None = None, unit: int = 1) -> Row:
     """The row of samples that stand beside samples of the floor in the same rounds."""
     ratio = spread([own / f for own, f in zip(samples, floor)]).ms
     return Row(name, spread(samples), ratio, None if memory is None else memory / unit)
-
-
-def eager_row(
-    eager: EagerStep, x: Tensor, floor: Call, settings: Settings, loss: float, floor_ms: float, left: float
-) -> Row:
-    """The eager step's row; without figures where it would not fit, would take too long, or disagrees with ours.
-
-    The first step, which makes gradients and moments, counts only where there is no time for another, and is named so.
-    """
-    name, unit, needed = "eager PyTorch step", 4 * settings.batch * settings.features, eager_bytes(settings)
-    if needed > 0.9 * free_memory(settings.device):
-        return Row(name, None, note=f"left out: needs about {needed / 1e9:.0f} GB of memory")
-    if EAGER_FLOORS * floor_ms > 1e3 * left:
-        return Row(name, None, note=f"left out: may take more than the {max(left, 0):.0f} s that are left")
-    samples, floors, losses = [], [], []
-
-    def timed_step() -> None:
-        floors.append(1e3 * timed(floor, settings.device))
-        samples.append(1e3 * timed(lambda: losses.append(eager(x)), settings.device))
-
-    start = time.perf_counter()
-    timed_step()
-    took = time.perf_counter() - start
-    tolerance = 1e-4 if settings.dtype == "float32" else 2e-2
-    if not abs(float(losses[0]) - loss) <= tolerance * loss:
-        return Row(name, None, note=f"no comparison: its first loss is {float(losses[0]):.6g}, ours {loss:.6g}")
-    if left - (time.perf_counter() - start) < took:
-        return beside(f"{name}, one cold sample", samples, floors)
-    memory = peak_of(timed_step, settings.device)
-    while len(samples) <= settings.rounds and left - (time.perf_counter() - start) > took:
-        timed_step()
-    return beside(name, samples[1:], floors[1:], memory, unit)
 
 
 def peak_of(call: Call, device: str) -> int | None:
@@ -194,7 +215,7 @@ class SectionedSAE(SampledSAE):
     def _parts(self) -> Implementation:
         parts = super()._parts
         timed = {attribute: self.sections.timed(name, getattr(parts, attribute)) for attribute, name in PARTS.items()}
-        return dataclasses.replace(parts, **timed)
+        return replace(parts, **timed)
 
 
 class OurStep:

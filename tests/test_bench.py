@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,22 +66,25 @@ def test_a_wrong_step_gets_no_comparison(monkeypatch):
 
 def test_the_eager_step_is_left_out_for_memory_and_for_time(monkeypatch):
     *_, row = bench.run(bench.Settings(**{**SMALL, "seconds": 0}))
-    assert row.note.startswith("left out: may take more than")
+    assert row.note == "left out: 64 tokens may take more than the 0 s that are left"
     monkeypatch.setattr(bench, "free_memory", lambda device: 1000)
     *_, row = bench.run(bench.Settings(**SMALL))
-    assert row.note.startswith("left out: needs about")
+    assert row.note.startswith("left out: 64 tokens need about 0.0012 GB")
 
 
-def test_a_single_eager_step_is_called_cold():
-    settings = bench.Settings(**SMALL)
-    ours = bench.OurStep(settings)
-    eager = bench.EagerStep(settings, ours.sae)
-    x = bench.activations(64, 24, 0)
-    floor = bench.product(x, ours.sae.W_enc.detach(), "float32")
-    row = bench.eager_row(eager, x, floor, settings, float(ours(x)), floor_ms=0.0, left=1e-9)
-    assert row.name == "eager PyTorch step, one cold sample"
-    assert row.time.rounds == 1
-    assert row.memory is None
+def test_fewer_tokens_where_the_eager_step_of_all_does_not_fit(monkeypatch):
+    """By memory for half of them, by time for an eighth."""
+    settings = bench.Settings(**{**SMALL, "batch": 2048})
+    half = bench.eager_bytes(replace(settings, batch=1024))
+    monkeypatch.setattr(bench, "free_memory", lambda device: half / 0.9 + 1)
+    for floor_ms, tokens in ((0.1, 1024), (1e3, 256)):
+        ours, eager = bench.eager_rows(settings, floor_ms, left=1.01 * 16 * 3 * floor_ms / 1e3 * tokens / 2048)
+        assert ours.name == f"our step (torch), {tokens} tokens"
+        assert eager.name == f"eager PyTorch step, {tokens} tokens"
+        assert eager.time.rounds == ours.time.rounds >= 1
+        assert eager.memory > ours.memory
+    (row,) = bench.eager_rows(settings, 1e3, left=0.1)
+    assert row.note.startswith("left out: 256 tokens may take")
 
 
 @pytest.mark.parametrize(

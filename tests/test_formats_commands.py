@@ -69,6 +69,10 @@ def test_what_a_folder_says_of_its_sae_stays_true(tmp_path, capsys):
     assert main(["import", str(tmp_path / "out"), str(tmp_path / "sae")]) == 1
     assert "sae: holds run.json of an SAE that was trained there" in capsys.readouterr().err
     assert (tmp_path / "sae/sae.safetensors").read_bytes() == before
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/checkpoint.pt").write_bytes(b"")
+    assert main(["import", str(tmp_path / "out"), str(tmp_path / "begun")]) == 1
+    assert "begun: holds checkpoint.pt of an SAE that was trained there" in capsys.readouterr().err
     (tmp_path / "sae/run.json").write_text("{}")
     assert main(there) == 1
     assert "run.json: activations=None: must say what the SAE was trained on" in capsys.readouterr().err

@@ -29,7 +29,7 @@ def add(command: Command) -> None:
     p.add_argument("--device", default=None, help="cpu or cuda; a GPU where there is one")
     p.add_argument("--dtype", choices=DTYPES, default=None, help="of the products; bfloat16 on a GPU, else float32")
     p.add_argument("--rounds", type=int, default=9, help="samples of each, fewer where the time runs out")
-    p.add_argument("--seconds", type=float, default=110, help="about what all of it may take")
+    p.add_argument("--seconds", type=float, default=100, help="about what all of it may take")
     p.add_argument("--json", type=Path, default=None, help="also write the figures here")
 
 

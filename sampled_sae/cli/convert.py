@@ -11,6 +11,7 @@ from .. import formats
 from ..data import ActivationStore
 from ..files import read_json, write_json
 from ..pretrained import FORMAT
+from ..run import CHECKPOINT
 from ..sae import SampledSAE
 from .arguments import Command
 
@@ -107,8 +108,9 @@ def import_(args: argparse.Namespace) -> None:
     found = formats.detect(args.out)
     if found not in (None, FORMAT):
         raise ValueError(f"{args.out}: holds an SAE in the format {found!r}; import to another folder")
-    if (args.out / RUN).exists():
-        raise ValueError(f"{args.out}: holds {RUN} of an SAE that was trained there; import to another folder")
+    for left in (RUN, CHECKPOINT):
+        if (args.out / left).exists():
+            raise ValueError(f"{args.out}: holds {left} of an SAE that was trained there; import to another folder")
     loaded = formats.read(
         args.folder, args.format, k=args.k, scale=args.scale, rescale_features=args.rescale_features, say=print
     )

@@ -4,6 +4,7 @@ import torch
 
 from sampled_sae.kernels.row_adam import row_adam_
 
+MODES = ["dense", "lazy", "decayed"]
 RULE = {"factor": None, "lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
 DECODER = {"weight_decay": 0.1, "project": True, "renormalize": True}
 

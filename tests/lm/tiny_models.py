@@ -7,31 +7,25 @@ transformers = pytest.importorskip("transformers")
 VOCABULARY, D, LAYERS, CONTEXT = 61, 16, 4, 12
 
 
+def tiny(name, task, **given):
+    """Of an architecture whose config has the usual names."""
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": D,
+        "intermediate_size": 24,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+    }
+    config = getattr(transformers, f"{name}Config")(**sizes, **given)
+    return getattr(transformers, f"{name}For{task}")(config)
+
+
 def llama():
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=D,
-            intermediate_size=24,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            initializer_range=0.3,
-        )
-    )
+    return tiny("Llama", "CausalLM", num_key_value_heads=1, initializer_range=0.3)
 
 
 def gpt_neox():
-    return transformers.GPTNeoXForCausalLM(
-        transformers.GPTNeoXConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=D,
-            intermediate_size=24,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=2,
-            initializer_range=0.3,
-        )
-    )
+    return tiny("GPTNeoX", "CausalLM", initializer_range=0.3)
 
 
 def gpt2():
@@ -43,26 +37,8 @@ def gpt2():
 
 
 def bert():
-    return transformers.BertForMaskedLM(
-        transformers.BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=D,
-            intermediate_size=24,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=2,
-            max_position_embeddings=32,
-        )
-    )
+    return tiny("Bert", "MaskedLM", max_position_embeddings=32)
 
 
 def mpnet():
-    return transformers.MPNetForMaskedLM(
-        transformers.MPNetConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=D,
-            intermediate_size=24,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=2,
-            max_position_embeddings=32,
-        )
-    )
+    return tiny("MPNet", "MaskedLM", max_position_embeddings=32)
