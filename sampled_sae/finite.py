@@ -3,12 +3,45 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .capture import capturing
 from .validate import check_finite
+
+
+class LateScalars:
+    """Scalars on their way to the host, which does not wait for them: on a CPU they are there at once.
+
+    A host that asks after each `put` is never more than two of them ahead of a GPU.
+    """
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def put(self, number: int, scalar: Tensor) -> None:
+        """A 0-dim tensor, and the number by which `arrived` names it."""
+        value, done = scalar.detach(), None
+        if value.is_cuda:
+            with torch.cuda.device_of(value):
+                host = torch.empty((), dtype=value.dtype, device="cpu", pin_memory=True)
+                value = host.copy_(value, non_blocking=True)
+                done = torch.cuda.Event()
+                done.record()
+        self._pending.append((number, value, done))
+
+    def arrived(self, wait: bool = False) -> Iterator[tuple[int, float]]:
+        """(number, value) of those that are there, each once and in order; all of them with `wait`."""
+        while self._pending:
+            number, value, done = self._pending[0]
+            if done is not None:
+                if not (wait or len(self._pending) > 2 or done.query()):
+                    return
+                done.synchronize()
+            self._pending.popleft()
+            yield number, float(value)
 
 
 class FiniteInputs:
@@ -21,7 +54,7 @@ class FiniteInputs:
 
     def __init__(self) -> None:
         self.calls = 0
-        self.pending: deque[tuple[int, Tensor, torch.cuda.Event]] = deque()
+        self._verdicts = LateScalars()
 
     def check(self, x: Tensor) -> None:
         """Raises ValueError for NaN or inf in x, or in the input of an earlier call."""
@@ -31,23 +64,14 @@ class FiniteInputs:
             check_finite(x)
             return
         with torch.cuda.device_of(x):
-            self._check_later(x)
-
-    def _check_later(self, x: Tensor) -> None:
-        if capturing():
-            return
+            if capturing():
+                return
         self.calls += 1
-        while self.pending and (len(self.pending) > 1 or self.pending[0][2].query()):
-            call, verdict, done = self.pending.popleft()
-            done.synchronize()
-            if not bool(verdict):
-                self.pending.clear()
+        self._verdicts.put(self.calls, torch.isfinite(x.detach()).all())
+        for call, finite in self._verdicts.arrived():
+            if not finite:
+                self._verdicts = LateScalars()
                 raise ValueError(f"x: NaN or inf among the values of call {call}, {self.calls - call} calls ago")
-        verdict = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
-        verdict.copy_(torch.isfinite(x.detach()).all(), non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        self.pending.append((self.calls, verdict, done))
 
     def __deepcopy__(self, memo: dict[int, object]) -> FiniteInputs:
         return FiniteInputs()

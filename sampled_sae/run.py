@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .config import SampledSAEConfig
 from .feed import Batch, Feed
 from .files import write_atomically, write_json, write_text
+from .finite import LateScalars
 from .optim import MODES, RowAdam
 from .sae import SampledSAE, SampledSAEOutput
 from .validate import check_choice, check_integer, check_number
@@ -109,6 +110,7 @@ class TrainingRun:
         self.step = 0
         self.seconds = 0.0
         self.metrics: list[dict[str, float]] = []
+        self._losses = LateScalars()
         if (self.folder / CHECKPOINT).exists():
             self._load()
         else:
@@ -119,15 +121,15 @@ class TrainingRun:
         """One step; `batch` is number `self.step` of the feed. Returns the line of metrics where one is due.
 
         Raises:
-            FloatingPointError: a loss that is NaN or inf; weights and checkpoint are left as they were.
+            FloatingPointError: a loss that is NaN or inf. On a CPU that of this step, and the weights are left as they
+                were; a GPU is not waited for, and it may be that of one of the two steps before.
         """
         start = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.step)
         out = self.sae(batch.x)
-        loss = float(out.loss.detach())
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"loss={loss} at step {self.step}; the last checkpoint in {self.folder} is intact")
+        self._losses.put(self.step, out.loss)
+        self._check_losses()
         out.loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -139,7 +141,12 @@ class TrainingRun:
         return self.metrics[-1]
 
     def save(self) -> None:
-        """Writes the checkpoint and the metrics so far, each atomically."""
+        """Writes the checkpoint and the metrics so far, each atomically.
+
+        Raises:
+            FloatingPointError: a loss so far is NaN or inf; nothing is written.
+        """
+        self._check_losses(wait=True)
         state = {
             "settings": self._settings(),
             "step": self.step,
@@ -170,6 +177,7 @@ class TrainingRun:
 
     def _measure(self, batch: Batch, out: SampledSAEOutput) -> dict[str, float]:
         """One line of metrics.jsonl. FVU is that of the batch; no time, so that runs compare bit for bit."""
+        self._check_losses(wait=True)
         norm = self.optimizer.grad_norm
         return {
             "step": self.step,
@@ -184,6 +192,11 @@ class TrainingRun:
             "threshold": float(self.sae.threshold),
             "grad_norm": math.nan if norm is None else float(norm),
         }
+
+    def _check_losses(self, wait: bool = False) -> None:
+        for step, loss in self._losses.arrived(wait):
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"loss={loss} at step {step}; the last checkpoint in {self.folder} is intact")
 
     def _settings(self) -> dict[str, Any]:
         """What a checkpoint must have been made with; shards of two layers may be of equal sizes."""
@@ -236,14 +249,14 @@ def train_to_end(runs: Mapping[str, TrainingRun], progress: bool) -> None:
                     continue
                 try:
                     line = run.train_on(run.feed.batch(t))
+                    if run.step % config.checkpoint_every == 0 and run.step < config.steps:
+                        run.save()
                 except FloatingPointError as error:
                     if len(runs) == 1:
                         raise
                     raise FloatingPointError(f"{name}: {error}, and so are those of the others") from None
                 if line is not None:
                     lines.append(line)
-                if run.step % config.checkpoint_every == 0 and run.step < config.steps:
-                    run.save()
             if lines:
                 bar.set_postfix(_summary(lines), refresh=False)
             bar.update()

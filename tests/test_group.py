@@ -8,7 +8,7 @@ import pytest
 import torch
 from makers import D, same_weights, write_store
 
-from sampled_sae import SAEGroup, SampledSAEConfig, sweep
+from sampled_sae import SAEGroup, SampledSAEConfig, finite, sweep
 from sampled_sae.data import ActivationStore, ShuffledStream
 from sampled_sae.run import CHECKPOINT, METRICS, TrainConfig
 from sampled_sae.sweep import run_sweep
@@ -159,6 +159,32 @@ def test_a_loss_that_is_not_finite_names_member_and_step_and_nothing_saved_is_lo
 def test_a_single_trainer_s_loss_that_is_not_finite(store, tmp_path):
     with pytest.raises(FloatingPointError, match=r"^loss=inf at step 5; the last checkpoint in \S+ is intact$"):
         Trainer(OVERFLOWS, TRAIN, store, tmp_path).run(progress=False)
+
+
+class Late:
+    """The event of a GPU that is behind."""
+
+    def query(self):
+        return False
+
+    def synchronize(self):
+        pass
+
+
+@pytest.mark.parametrize(("every", "step"), [(1, 6), (100, 7)], ids=["checkpoint", "two steps later"])
+def test_a_loss_of_a_gpu_is_looked_at_later_but_before_anything_is_saved(store, tmp_path, monkeypatch, every, step):
+    """Losses arrive late, as from a GPU: the step that was at fault is named, and no checkpoint holds its weights."""
+    monkeypatch.setattr(
+        finite.LateScalars, "put", lambda self, number, loss: self._pending.append((number, loss.detach(), Late()))
+    )
+    trainer = Trainer(OVERFLOWS, replace(TRAIN, checkpoint_every=every, log_every=100), store, tmp_path)
+    with pytest.raises(FloatingPointError, match=r"^loss=inf at step 5; the last checkpoint in \S+ is intact$"):
+        trainer.run(progress=False)
+    assert trainer.step == step
+    if every == 1:
+        assert Trainer(OVERFLOWS, trainer.config, store, tmp_path).step == 5
+    else:
+        assert not (tmp_path / CHECKPOINT).exists()
 
 
 def test_sweep_gives_the_same_table_however_many_are_trained_together(store, tmp_path):

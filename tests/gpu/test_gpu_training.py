@@ -1,0 +1,43 @@
+"""A training on a GPU: the host does not wait between two lines of metrics, and a bad loss is found all the same."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from makers import D, write_store
+
+from sampled_sae import SampledSAEConfig
+from sampled_sae.data import ActivationStore
+from sampled_sae.run import CHECKPOINT, TrainConfig
+from sampled_sae.train import Trainer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0, dead_after=300, aux_pool=16)
+TRAIN = TrainConfig(steps=40, batch_size=64, checkpoint_every=100, log_every=20)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return ActivationStore.open(write_store(tmp_path / "activations"))
+
+
+@pytest.mark.parametrize("l", [2.0, None])
+def test_the_host_does_not_wait(store, tmp_path, l):
+    trainer = Trainer(replace(SAE, l=l), TRAIN, store, tmp_path / "run", device="cuda")
+    trainer.sae.train()
+    for t in range(18):
+        batch = trainer.feed.batch(t)
+        torch.cuda.set_sync_debug_mode("error" if t > 9 else "default")
+        try:
+            trainer.train_on(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_bad_loss_is_named_and_never_saved(store, tmp_path):
+    train = replace(TRAIN, checkpoint_every=3)
+    trainer = Trainer(replace(SAE, aux_coefficient=3e38), train, store, tmp_path / "run", device="cuda")
+    with pytest.raises(FloatingPointError, match=r"^loss=inf at step 5; the last checkpoint in \S+ is intact$"):
+        trainer.run(progress=False)
+    assert torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["step"] == 3
