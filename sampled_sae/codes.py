@@ -28,6 +28,10 @@ class Slots(NamedTuple):
     row_ends: Tensor
     rows: Tensor
 
+    def with_values(self, values: Tensor) -> Slots:
+        """The same places with other values; `_replace` is beyond the compiler of torch 2.11."""
+        return Slots(values, self.tokens, self.features, self.token_ends, self.order, self.row_ends, self.rows)
+
 
 class SparseCodes:
     """The kept entries of a [B, F] activation matrix, sorted by token, then feature.
@@ -157,7 +161,7 @@ class SparseCodes:
         if self.slots is not None:
             last = self.shape[1] - 1  # that of unused slots, whose value is 0, may be any
             values = self.slots.values * factor[self.slots.features.clamp(max=last).long()]
-            return SparseCodes.from_slots(self.slots._replace(values=values), self.shape)
+            return SparseCodes.from_slots(self.slots.with_values(values), self.shape)
         codes = SparseCodes(self.values * factor[self.features], self.tokens, self.features, self.shape)
         codes.index = self.index
         return codes

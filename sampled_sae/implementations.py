@@ -19,6 +19,8 @@ from .torch_impl import layer as torch_layer
 from .torch_impl import row_adam as torch_row_adam
 from .validate import check_choice
 
+# once: torch 2.11 does not trace through the search
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -49,9 +51,9 @@ def resolve_impl(impl: str, device: torch.device | str, dtype: torch.dtype = tor
     check_choice("impl", impl, IMPLS)
     on_gpu = torch.device(device).type == "cuda"
     if impl == "auto":
-        return "triton" if on_gpu and dtype in TRITON_DTYPES and has_triton() else "torch"
+        return "triton" if on_gpu and dtype in TRITON_DTYPES and HAS_TRITON else "torch"
     if impl == "triton":
-        if not has_triton():
+        if not HAS_TRITON:
             raise ValueError("impl='triton': the package triton is not installed; use 'auto' or 'torch'")
         if dtype not in TRITON_DTYPES:
             raise ValueError(f"impl='triton': {dtype} has no Triton form; use float32, bfloat16 or float16, or 'torch'")
@@ -60,11 +62,6 @@ def resolve_impl(impl: str, device: torch.device | str, dtype: torch.dtype = tor
                 f"impl='triton': needs tensors on a GPU, or TRITON_INTERPRET=1 from the start; these are on {device}"
             )
     return impl
-
-
-@functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

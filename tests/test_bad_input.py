@@ -239,7 +239,7 @@ def test_triton_says_where_it_cannot_run(monkeypatch):
             F.decode(CODES, W_DEC.to(dtype), impl="triton")
         with pytest.raises(ValueError, match=f"impl='triton': {message}"):
             SampledSAE(SampledSAEConfig(d_in=4, d_sae=8, k=2, impl="triton"), dtype=dtype)
-    monkeypatch.setattr(implementations, "has_triton", lambda: False)
+    monkeypatch.setattr(implementations, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="impl='triton': the package triton is not installed"):
         F.decode(CODES, W_DEC, impl="triton")
     assert F.resolve_impl("auto", "cuda") == "torch"

@@ -91,7 +91,7 @@ def select(
         centred, weights, vector(b), scale, members, budget, per_token, hint
     )
     slots = by_feature(values, tokens, features, members, x.shape[0], W.shape[0])
-    slots = slots._replace(values=attach(x, b_dec, W, b, centred, weights, scale, slots, rows))
+    slots = slots.with_values(attach(x, b_dec, W, b, centred, weights, scale, slots, rows))
     return Selection(SparseCodes.from_slots(slots, (x.shape[0], W.shape[0])), None if per_token else hint)
 
 
@@ -120,7 +120,7 @@ def above_threshold(x: Tensor, b_dec: Tensor | None, W: Tensor, b: Tensor, thres
     weights = weights_for(centred, W)
     values, tokens, features = stream_above(centred, weights, vector(b), None, None, threshold)
     slots = by_feature(values, tokens.int(), features.int(), None, x.shape[0], W.shape[0])
-    slots = slots._replace(values=attach(x, b_dec, W, b, centred, weights, None, slots, RowSource()))
+    slots = slots.with_values(attach(x, b_dec, W, b, centred, weights, None, slots, RowSource()))
     return SparseCodes.from_slots(slots, (x.shape[0], W.shape[0]))
 
 

@@ -153,7 +153,7 @@ class EncoderCall:
         slots = triton_layer.by_feature(values, tokens, columns, None, n_tokens, self.W.shape[0])
         weights = triton_layer.weights_for(centred, self.W)
         values = triton_layer.attach(self.x, None, self.W, self.b, centred, weights, None, slots, rows)
-        return SparseCodes.from_slots(slots._replace(values=values), (n_tokens, self.W.shape[0]))
+        return SparseCodes.from_slots(slots.with_values(values), (n_tokens, self.W.shape[0]))
 
     @property
     def _impl(self) -> str:
