@@ -48,7 +48,7 @@ $(PEERS)/.installed: constraints-peers.txt pyproject.toml setup.py
 
 test: lint $(OLD_TRITON)/.installed $(PEERS)/.installed
 	$(BIN)/pytest -m "" -n 2
-	PYTHONPATH=$(OLD_TRITON) $(BIN)/pytest -m "" -n 2 tests/kernels tests/test_triton_*.py
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/pytest -m "" -n 2 tests/kernels tests/test_triton_impl.py
 	$(PEERS)/bin/pytest -m "" -n 2 tests/peers
 
 demo: $(BIN)/.demo

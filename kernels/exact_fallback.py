@@ -38,7 +38,7 @@ def search_so_far(p_row, token_digits):
             digit, left = pick_digit(b_count, left)
             if found < VALUE_DIGITS:
                 value = value * 256 + digit
-            elif found < VALUE_DIGITS + token_digits:
+            elif found < token_digits + VALUE_DIGITS:
                 token = token * 256 + digit
             else:
                 feature = feature * 256 + digit
@@ -50,7 +50,8 @@ def search_so_far(p_row, token_digits):
 @triton.jit
 def unknown_bits(digits, found):
     """By how much to shift a word of `digits` digits, so that the `found` ones remain; it has at most 31 bits."""
-    return tl.minimum(8 * (digits - tl.minimum(tl.maximum(found, 0), digits)), 31)
+    known = tl.minimum(tl.maximum(found, 0), digits)
+    return tl.minimum(-8 * known + 8 * digits, 31)
 
 
 @triton.jit(do_not_specialize=["B", "P", "n", "cap", "i_pass", "token_digits", "feature_digits"])
@@ -116,15 +117,16 @@ def refill_kernel(
             start += tl.num_programs(0) * CLEAR
 
     found, value, token, feature = (found.to(tl.int32), value.to(tl.int32), token.to(tl.int32), feature.to(tl.int32))
-    digits = VALUE_DIGITS + token_digits + feature_digits
+    before_feature = token_digits + VALUE_DIGITS
+    digits = before_feature + feature_digits
     is_last = i_pass == digits
     value_shift = unknown_bits(VALUE_DIGITS, found)
     token_shift = unknown_bits(token_digits, found - VALUE_DIGITS)
-    feature_shift = unknown_bits(feature_digits, found - VALUE_DIGITS - token_digits)
+    feature_shift = unknown_bits(feature_digits, found - before_feature)
     # the digit that this pass counts
     in_value = found < VALUE_DIGITS
-    in_token = found < VALUE_DIGITS + token_digits
-    ends = tl.where(in_value, VALUE_DIGITS, tl.where(in_token, VALUE_DIGITS + token_digits, digits))
+    in_token = found < before_feature
+    ends = tl.where(in_value, VALUE_DIGITS, tl.where(in_token, before_feature, digits))
     digit_shift = 8 * tl.maximum(ends - 1 - found, 0)
 
     T = tl.cdiv(B, BN)
