@@ -15,7 +15,7 @@ from .validate import check_finite
 class LateScalars:
     """Scalars on their way to the host, which does not wait for them: on a CPU they are there at once.
 
-    A host that asks after each `put` is never more than two of them ahead of a GPU.
+    Of a GPU's, all but the last are waited for when asked: the host is never far ahead.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class LateScalars:
         while self._pending:
             number, value, done = self._pending[0]
             if done is not None:
-                if not (wait or len(self._pending) > 2 or done.query()):
+                if not (wait or len(self._pending) > 1 or done.query()):
                     return
                 done.synchronize()
             self._pending.popleft()
@@ -67,11 +67,11 @@ class FiniteInputs:
             if capturing():
                 return
         self.calls += 1
-        self._verdicts.put(self.calls, torch.isfinite(x.detach()).all())
         for call, finite in self._verdicts.arrived():
             if not finite:
                 self._verdicts = LateScalars()
                 raise ValueError(f"x: NaN or inf among the values of call {call}, {self.calls - call} calls ago")
+        self._verdicts.put(self.calls, torch.isfinite(x.detach()).all())
 
     def __deepcopy__(self, memo: dict[int, object]) -> FiniteInputs:
         return FiniteInputs()

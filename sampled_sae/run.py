@@ -122,7 +122,7 @@ class TrainingRun:
 
         Raises:
             FloatingPointError: a loss that is NaN or inf. On a CPU that of this step, and the weights are left as they
-                were; a GPU is not waited for, and it may be that of one of the two steps before.
+                were; a GPU is not waited for, and it may be that of the step before.
         """
         start = time.perf_counter()
         for group in self.optimizer.param_groups:
