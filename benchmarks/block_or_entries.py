@@ -21,8 +21,8 @@ import torch
 from benchmarks.cpu_step import Variant, training_step
 from benchmarks.measure import machine, table, write_result
 from benchmarks.workloads import CPU_STEPS, activations
-from sampled_sae.timing import timed
-from sampled_sae.torch_impl import layer
+from sampled_sae.impl.torch import layer
+from sampled_sae.support.timing import timed
 
 
 def markdown_table(result: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ from benchmarks.measure import in_turn, machine, product, spread_columns, table,
 from benchmarks.worker import Worker
 from benchmarks.workloads import CPU_STEPS, REHEARSAL, Workload, activations
 from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig
-from sampled_sae.timing import peak_memory, timed
+from sampled_sae.support.timing import peak_memory, timed
 
 
 @dataclass(frozen=True)

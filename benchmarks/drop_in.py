@@ -37,9 +37,9 @@ from benchmarks.peers import DISTRIBUTIONS, Setup, Weights, initial_weights
 from benchmarks.peers.candidate import ENDLESS
 from benchmarks.worker import Worker, WorkerError
 from benchmarks.workloads import CPU_STEPS, REHEARSAL, Workload, activations
-from sampled_sae.data import ActivationStore
-from sampled_sae.feed import Feed
-from sampled_sae.timing import peak_memory, timed
+from sampled_sae.support.timing import peak_memory, timed
+from sampled_sae.training.activation_store import ActivationStore
+from sampled_sae.training.batches import Feed
 
 TOLERANCE = 1e-3  # relative, of the held-out error after the first step
 WORKLOADS = CPU_STEPS[:2]

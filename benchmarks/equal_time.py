@@ -26,11 +26,11 @@ import torch
 from benchmarks.measure import machine, table, write_result
 from benchmarks.peers import CANDIDATES, DISTRIBUTIONS, Entry, Setup, Weights, initial_weights, installed, make, ours
 from benchmarks.worker import Worker, WorkerError
-from sampled_sae.data import ActivationStore
-from sampled_sae.feed import Feed
 from sampled_sae.lm import SpliceEvaluator, load_model
-from sampled_sae.sweep import Splice, evaluate
-from sampled_sae.timing import timed
+from sampled_sae.support.timing import timed
+from sampled_sae.training.activation_store import ActivationStore
+from sampled_sae.training.batches import Feed
+from sampled_sae.training.sweep import Splice, evaluate
 
 ENTRIES = {name: entry for name, entry in CANDIDATES.items() if name != "torch.compile BatchTopK"}
 ENTRIES["ours, l=4, decayed, pool_every=4"] = ours("decayed", l=4.0, pool_every=4)

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sampled_sae.timing import spread
-from sampled_sae.torch_impl.scores import BLOCK_TOKENS, chunk_features
+from sampled_sae.impl.torch.scores import BLOCK_TOKENS, chunk_features
+from sampled_sae.support.timing import spread
 
 Sample = TypeVar("Sample")
 ROOT = Path(__file__).resolve().parent.parent

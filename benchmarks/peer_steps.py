@@ -28,7 +28,7 @@ from benchmarks.measure import in_turn, machine, product, spread_columns, table,
 from benchmarks.peers import CANDIDATES, DISTRIBUTIONS, Setup, initial_weights, installed, make
 from benchmarks.worker import Worker, WorkerError
 from benchmarks.workloads import CPU_STEPS, GPU_STEPS, REHEARSAL, Workload, activations
-from sampled_sae.timing import peak_memory, timed
+from sampled_sae.support.timing import peak_memory, timed
 
 TOLERANCE = {"cpu": 1e-3, "cuda": 2e-2}  # relative, of the first batch's error; bfloat16 moves some kept entries
 BATCHES = 4

@@ -23,12 +23,13 @@ import torch
 
 from benchmarks.measure import machine, table, write_result
 from sampled_sae import SampledSAEConfig
-from sampled_sae.data import ActivationStore
-from sampled_sae.feed import Feed
-from sampled_sae.files import read_json, write_json
 from sampled_sae.lm import SpliceEvaluator, load_model
-from sampled_sae.run import TrainConfig, TrainingRun, train_to_end
-from sampled_sae.sweep import Splice, evaluate
+from sampled_sae.support.atomic_files import read_json, write_json
+from sampled_sae.training.activation_store import ActivationStore
+from sampled_sae.training.batches import Feed
+from sampled_sae.training.sweep import Splice, evaluate
+from sampled_sae.training.train_config import TrainConfig
+from sampled_sae.training.training_run import TrainingRun, train_to_end
 
 FEATURES, K, L = 16384, 32, 4.0
 SEEDS = (0, 1, 2)

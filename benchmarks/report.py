@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import block_or_entries, cpu_step, drop_in, equal_time, peer_steps, quality, scaling
 from benchmarks.kernels import table as kernels
 from benchmarks.measure import with_caption
-from sampled_sae import sweep
+from sampled_sae.training import sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

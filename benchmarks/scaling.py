@@ -33,7 +33,7 @@ from benchmarks.measure import in_turn, machine, product, product_in_chunks, spr
 from benchmarks.peers import Setup, initial_weights, make, ours
 from benchmarks.worker import Worker
 from benchmarks.workloads import Workload, activations
-from sampled_sae.timing import peak_memory, timed
+from sampled_sae.support.timing import peak_memory, timed
 
 RULES: dict[str, dict[str, Any]] = {
     "l=4": {"l": 4.0},

@@ -10,13 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sampled_sae.kernels.activation import (
-    FAST_LOG,
-    activation,
-    product_tile,
-    tile_of_block,
-    times_log2,
-)
+from sampled_sae.kernels.activation import FAST_LOG, activation, product_tile, tile_of_block, times_log2
 from sampled_sae.kernels.arguments import check_encoder, contiguous_rows
 from sampled_sae.kernels.configs import FOLD, architecture, column_scores_configs, launch
 

@@ -3,9 +3,23 @@
 from . import functional
 from .codes import SparseCodes
 from .config import SampledSAEConfig
-from .group import SAEGroup
 from .optim import RowAdam
 from .sae import SampledSAE, SampledSAEOutput
+from .training.activation_store import ActivationStore
+from .training.sae_group import SAEGroup
+from .training.train_config import TrainConfig
+from .training.trainer import Trainer
 
 __version__ = "0.1.0"
-__all__ = ["RowAdam", "SAEGroup", "SampledSAE", "SampledSAEConfig", "SampledSAEOutput", "SparseCodes", "functional"]
+__all__ = [
+    "ActivationStore",
+    "RowAdam",
+    "SAEGroup",
+    "SampledSAE",
+    "SampledSAEConfig",
+    "SampledSAEOutput",
+    "SparseCodes",
+    "TrainConfig",
+    "Trainer",
+    "functional",
+]

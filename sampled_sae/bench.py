@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from . import reference
 from .config import SampledSAEConfig, batch_budget, pool_size
-from .implementations import Implementation
+from .impl.interface import Implementation
 from .optim import RowAdam
 from .sae import SampledSAE
-from .timing import Call, Sections, Spread, free_memory, interleaved, peak_memory, spread
-from .validate import check_choice, check_device, check_integer, check_number
+from .support.argument_checks import check_choice, check_device, check_integer, check_number
+from .support.timing import Call, Sections, Spread, free_memory, interleaved, peak_memory, spread
 
 DTYPES = ("float32", "bfloat16")
 PARTS = {"column_scores": "scores", "candidate_pool": "pool", "select": "select", "decode": "decode"}

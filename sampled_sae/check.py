@@ -13,9 +13,9 @@ from torch import Tensor
 from . import functional as F
 from . import reference, testing
 from .config import SampledSAEConfig
+from .impl.adam_step import rows_first
+from .impl.row_gradients import RowGradient
 from .optim import MODES, RowAdam
-from .row_grads import rows_first
-from .rows import RowGradient
 from .sae import SampledSAE
 
 RULES: dict[str, dict[str, Any]] = {
@@ -107,7 +107,7 @@ def scores_check(impl: str, device: str, score: str) -> Check:
 def pool_check(impl: str, device: str) -> Check:
     pool: Callable[[Tensor, int], Tensor] = F.candidate_pool
     if impl == "triton":
-        from .triton_impl.ops import top_pool
+        from .impl.triton.ops import top_pool
 
         pool = top_pool
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .torch_impl.entries import EntryIndex
+    from .impl.torch.entries import EntryIndex
 
 
 class Slots(NamedTuple):

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .validate import SCORES, check_budget, check_choice, check_integer, check_number
+from .support.argument_checks import SCORES, check_budget, check_choice, check_integer, check_number
 
 POOLS = ("top", "sample")
 SELECTS = ("batch", "token")

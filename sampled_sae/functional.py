@@ -11,12 +11,12 @@ from torch import Tensor
 
 from .codes import SparseCodes
 from .config import POOLS, SELECTS
-from .implementations import implementation, resolve_impl
-from .pool import find_pool
-from .ranking import candidate_pool as _candidate_pool
-from .torch_impl import layer as torch_layer
-from .torch_impl.scores import threshold_counts as _threshold_counts
-from .validate import (
+from .impl.interface import implementation, resolve_impl
+from .impl.pool import find_pool
+from .impl.torch import layer as torch_layer
+from .impl.torch.pool import candidate_pool as _candidate_pool
+from .impl.torch.scores import threshold_counts as _threshold_counts
+from .support.argument_checks import (
     SCORES,
     check_budget,
     check_choice,

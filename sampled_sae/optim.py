@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .implementations import Implementation, implementation
-from .memory import on_huge_pages
-from .row_grads import RowGrads, Rule, rows_first
-from .validate import check_choice, check_number
+from .impl.adam_step import RowGrads, Rule, rows_first
+from .impl.interface import Implementation, implementation
+from .support.argument_checks import check_choice, check_number
+from .support.reused_memory import on_huge_pages
 
 if TYPE_CHECKING:
     from .sae import SampledSAE

@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .files import read_json, write_atomically, write_json
-from .validate import FLOATS
+from .support.argument_checks import FLOATS
+from .support.atomic_files import read_json, write_atomically, write_json
 
 if TYPE_CHECKING:
     from .sae import SampledSAE

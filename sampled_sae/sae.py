@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .capture import capturing
 from .codes import Selection, SparseCodes
 from .config import SampledSAEConfig
-from .finite import FiniteInputs
-from .implementations import Implementation, implementation, resolve_impl
-from .init import geometric_median
-from .memory import Workspace
-from .pool import KeptPool, Pool, find_pool
+from .impl.interface import Implementation, implementation, resolve_impl
+from .impl.pool import KeptPool, Pool, find_pool
+from .impl.row_gradients import RowGradient, RowSource
 from .pretrained import load_pretrained, save_pretrained
-from .rows import RowGradient, RowSource
-from .validate import check_activations, check_number, check_same
+from .support.argument_checks import check_activations, check_number, check_same
+from .support.cuda_graphs import capturing
+from .support.geometric_median import geometric_median
+from .support.late_values import FiniteInputs
+from .support.reused_memory import Workspace
 
 
 @dataclass

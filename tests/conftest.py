@@ -22,7 +22,7 @@ def poisoned_memory():
 @pytest.fixture(params=["block", "entries"])
 def form(request, monkeypatch):
     """How impl="triton" handles a pool; a test's pool is far below the size at which entries take over."""
-    from sampled_sae.triton_impl import layer
+    from sampled_sae.impl.triton import layer
 
     if request.param == "entries":
         monkeypatch.setattr(layer, "BLOCK_FEATURES", 0)

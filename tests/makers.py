@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from sampled_sae import SampledSAE, SampledSAEConfig, reference, testing
 from sampled_sae import functional as F
-from sampled_sae.files import write_json
+from sampled_sae.support.atomic_files import write_json
 
 D = 12
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from makers import make_sae, problem, tokens
 
-from sampled_sae import SampledSAE, SampledSAEConfig, SparseCodes, implementations
+from sampled_sae import SampledSAE, SampledSAEConfig, SparseCodes
 from sampled_sae import functional as F
+from sampled_sae.impl import interface as implementations
 
 IMPLS = ["torch", "reference"]
 BASE = {"d_in": 12, "d_sae": 96, "k": 4}

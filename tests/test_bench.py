@@ -9,7 +9,7 @@ import torch
 
 from sampled_sae import bench
 from sampled_sae.cli import main
-from sampled_sae.timing import free_memory, interleaved, peak_memory, spread, timed
+from sampled_sae.support.timing import free_memory, interleaved, peak_memory, spread, timed
 
 SMALL = {"d": 24, "features": 512, "batch": 64, "k": 4, "rounds": 3, "seconds": 20}
 PARTS = {"- scores", "- pool", "- select", "- decode", "- backward", "- optimizer", "- loss, threshold, counts"}

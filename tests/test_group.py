@@ -8,11 +8,15 @@ import pytest
 import torch
 from makers import D, same_weights, write_store
 
-from sampled_sae import SAEGroup, SampledSAEConfig, finite, sweep
-from sampled_sae.data import ActivationStore, ShuffledStream
-from sampled_sae.run import CHECKPOINT, METRICS, TrainConfig
-from sampled_sae.sweep import run_sweep
-from sampled_sae.train import Trainer
+from sampled_sae import SAEGroup, SampledSAEConfig
+from sampled_sae.support import late_values as finite
+from sampled_sae.training import sweep
+from sampled_sae.training.activation_store import ActivationStore
+from sampled_sae.training.batches import ShuffledStream
+from sampled_sae.training.sweep import run_sweep
+from sampled_sae.training.train_config import TrainConfig
+from sampled_sae.training.trainer import Trainer
+from sampled_sae.training.training_run import CHECKPOINT, METRICS
 
 SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0, dead_after=300, aux_pool=16)
 TRAIN = TrainConfig(steps=24, batch_size=64, checkpoint_every=6, log_every=2, lr=3e-3, seed=7)
@@ -29,7 +33,7 @@ FILES = (METRICS, "config.json", "sae.safetensors", "run.json")
 
 @pytest.fixture(autouse=True)
 def short_calibration(monkeypatch):
-    monkeypatch.setattr("sampled_sae.feed.CALIBRATION_TOKENS", 600)
+    monkeypatch.setattr("sampled_sae.training.batches.CALIBRATION_TOKENS", 600)
 
 
 @pytest.fixture

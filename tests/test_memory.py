@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig
-from sampled_sae.memory import Workspace, scratch
+from sampled_sae.support.reused_memory import Workspace, scratch
 
 
 def like(dtype=torch.float32):

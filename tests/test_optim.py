@@ -8,7 +8,7 @@ from makers import make_sae, tokens
 from optim_steps import AUX, RULES, assert_close, backward, plain_step, state_of
 
 from sampled_sae import RowAdam
-from sampled_sae.rows import RowGradient
+from sampled_sae.impl.row_gradients import RowGradient
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -91,7 +91,7 @@ def test_rows_beside_a_dense_gradient_are_added_to_it():
 
 
 def test_a_dense_gradient_of_any_memory_layout(monkeypatch):
-    monkeypatch.setattr("sampled_sae.torch_impl.row_adam.CHUNK_ELEMENTS", 12 * 7)
+    monkeypatch.setattr("sampled_sae.impl.torch.row_adam.CHUNK_ELEMENTS", 12 * 7)
     sae, other = make_sae(), make_sae()
     rows, adam = RowAdam(sae, lr=0.01, clip=None), torch.optim.Adam(other.parameters(), lr=0.01)
     for s in (sae, other):
@@ -103,7 +103,7 @@ def test_a_dense_gradient_of_any_memory_layout(monkeypatch):
 
 
 def test_weights_of_another_memory_layout(monkeypatch):
-    monkeypatch.setattr("sampled_sae.torch_impl.row_adam.CHUNK_ELEMENTS", 12 * 7)
+    monkeypatch.setattr("sampled_sae.impl.torch.row_adam.CHUNK_ELEMENTS", 12 * 7)
     sae, other = make_sae(), make_sae()
     contiguous = {name: t.clone().contiguous() for name, t in sae.state_dict().items()}
     sae.load_state_dict(contiguous, assign=True)
@@ -186,7 +186,7 @@ def test_scheduler_and_lr_by_group():
 
 
 def test_many_chunks(monkeypatch):
-    monkeypatch.setattr("sampled_sae.torch_impl.row_adam.CHUNK_ELEMENTS", 12 * 7)
+    monkeypatch.setattr("sampled_sae.impl.torch.row_adam.CHUNK_ELEMENTS", 12 * 7)
     sae, other = make_sae(row_grads=True), make_sae()
     rows, adam = RowAdam(sae, lr=0.01, clip=None), torch.optim.Adam(other.parameters(), lr=0.01)
     for step in range(3):

@@ -8,7 +8,7 @@ from makers import make_sae
 from optim_steps import AUX, RULES, assert_close, backward, state_of
 
 from sampled_sae import RowAdam
-from sampled_sae.torch_impl.row_adam import stochastically_rounded
+from sampled_sae.impl.torch.row_adam import stochastically_rounded
 
 
 def rows_touched(sae):
@@ -32,7 +32,7 @@ def as_rows(name, t):
 @pytest.mark.parametrize("rule", [*RULES, {"l": None, **AUX}], ids=str)
 def test_rows_without_gradient_stand_still(mode, rule, settings, monkeypatch):
     """And the others take a step of Adam's, from moments that stood still too, or that decayed in every step."""
-    monkeypatch.setattr("sampled_sae.torch_impl.row_adam.CHUNK_ELEMENTS", 12 * 7)
+    monkeypatch.setattr("sampled_sae.impl.torch.row_adam.CHUNK_ELEMENTS", 12 * 7)
     sae = make_sae(row_grads=True, **rule)
     sae.tokens_since_active[::2] = 100
     twin = copy.deepcopy(sae)

@@ -7,7 +7,7 @@ import torch
 from makers import make_sae, tokens
 
 from sampled_sae import SampledSAEConfig, reference
-from sampled_sae import pool as pools
+from sampled_sae.impl import pool as pools
 
 IMPLS = ["torch", "reference", "triton"]
 

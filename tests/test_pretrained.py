@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from sampled_sae import SampledSAE, SampledSAEConfig
 from sampled_sae import pretrained as pretrained_module
-from sampled_sae.files import read_json, write_atomically, write_json, write_text
+from sampled_sae.support.atomic_files import read_json, write_atomically, write_json, write_text
 
 CONFIG, WEIGHTS = "config.json", "sae.safetensors"
 

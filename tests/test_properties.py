@@ -12,9 +12,9 @@ from makers import problem
 from sampled_sae import SparseCodes, reference
 from sampled_sae import functional as F
 from sampled_sae.config import POOLS, SELECTS, batch_budget, pool_size
-from sampled_sae.ranking import largest_mask, nth_largest
+from sampled_sae.impl.torch.pool import largest_mask, nth_largest
+from sampled_sae.support.argument_checks import SCORES
 from sampled_sae.testing import whole_numbers
-from sampled_sae.validate import SCORES
 
 quick = settings(max_examples=60, deadline=None)
 levels = st.sampled_from([0.0, 0.5, 1.0, 1.0, 3.0])

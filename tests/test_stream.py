@@ -6,8 +6,8 @@ from makers import make_sae, problem, run, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sampled_sae import SparseCodes, reference
+from sampled_sae.impl.torch import scores, stream
 from sampled_sae.testing import whole_numbers
-from sampled_sae.torch_impl import scores, stream
 
 
 @pytest.fixture(params=[2048, 7])

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from sampled_sae import check, cli, implementations, optim, reference, testing
+from sampled_sae import check, cli, optim, reference, testing
 from sampled_sae import functional as F
+from sampled_sae.impl import interface as implementations
 
 RULE = {"k": 3, "l": 4, "score": "l2"}
 SHAPE = (33, 17, 252)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from sampled_sae import timing
+from sampled_sae.support import timing
 
 
 class Log(list):

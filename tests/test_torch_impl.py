@@ -7,11 +7,11 @@ from makers import assert_same_entries, leaves, make_sae, problem, run, tokens
 from sampled_sae import functional as F
 from sampled_sae import reference
 from sampled_sae.config import pool_size
-from sampled_sae.rows import RowSource
+from sampled_sae.impl.row_gradients import RowSource
+from sampled_sae.impl.torch.layer import use_block
+from sampled_sae.impl.torch.scores import column_statistics, finish_scores
+from sampled_sae.support.argument_checks import SCORES
 from sampled_sae.testing import NAMES, assert_matches_reference, normal, relative_error, separated, whole_numbers
-from sampled_sae.torch_impl.layer import use_block
-from sampled_sae.torch_impl.scores import column_statistics, finish_scores
-from sampled_sae.validate import SCORES
 
 # (B, d, F, k): one token; primes; a few blocks of 64 and a rest; a dictionary large enough for the block path.
 SHAPES = [(1, 3, 5, 2), (7, 5, 37, 3), (33, 17, 252, 20), (50, 8, 1000, 3)]
@@ -171,7 +171,7 @@ def test_order_of_the_tokens_does_not_matter(score, select, l):
 @pytest.mark.parametrize("slice_elements", [1, 100])
 @pytest.mark.parametrize("l", [60, None])
 def test_weight_gradients_in_many_slices(l, slice_elements, monkeypatch):
-    monkeypatch.setattr("sampled_sae.torch_impl.entries.SLICE_ELEMENTS", slice_elements)
+    monkeypatch.setattr("sampled_sae.impl.torch.entries.SLICE_ELEMENTS", slice_elements)
     codes, _ = assert_same_step(problem(*BLOCK[:3]), k=3, l=l)
     assert codes.block is None
     assert len(codes.active_features()) * 8 > 2 * slice_elements

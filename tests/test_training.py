@@ -12,11 +12,14 @@ from makers import D, same_weights, write_store
 from safetensors.torch import load_file, save_file
 
 from sampled_sae import SampledSAE, SampledSAEConfig
-from sampled_sae.data import ActivationStore, ShuffledStream
-from sampled_sae.evaluate import evaluate_activations, features_for_share
-from sampled_sae.files import write_json
-from sampled_sae.sweep import run_sweep, variants
-from sampled_sae.train import CHECKPOINT, METRICS, TrainConfig, Trainer
+from sampled_sae.support.atomic_files import write_json
+from sampled_sae.training.activation_store import ActivationStore
+from sampled_sae.training.batches import ShuffledStream
+from sampled_sae.training.evaluation import evaluate_activations, features_for_share
+from sampled_sae.training.sweep import run_sweep, variants
+from sampled_sae.training.train_config import TrainConfig
+from sampled_sae.training.trainer import Trainer
+from sampled_sae.training.training_run import CHECKPOINT, METRICS
 
 SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0, dead_after=300, aux_pool=16)
 TRAIN = TrainConfig(steps=24, batch_size=64, checkpoint_every=6, log_every=2, lr=3e-3)
@@ -57,7 +60,7 @@ def test_stream_visits_every_token_once_an_epoch(store):
 
 
 def test_stream_is_addressed_by_batch_number(store, monkeypatch):
-    monkeypatch.setattr("sampled_sae.data.GROUP_BYTES", 4 * D * 250)
+    monkeypatch.setattr("sampled_sae.training.batches.GROUP_BYTES", 4 * D * 250)
     one, other = (ShuffledStream(store, 30, seed=2) for _ in range(2))
     assert len(one._plan(0)) > 1, "the test needs several groups"
     forward = [one.batch(t) for t in range(25)]

@@ -7,7 +7,7 @@ import torch
 from benchmarks.gpu_parts.visit import Row, Visit, dtype_name, operands
 from benchmarks.measure import product
 from benchmarks.workloads import Workload
-from sampled_sae.timing import Call, Spread, interleaved, spread
+from sampled_sae.support.timing import Call, Spread, interleaved, spread
 
 # the kernels' own dtype first, in case the time runs out
 DTYPES = (torch.bfloat16, torch.float32)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from sampled_sae.timing import Call
+from sampled_sae.support.timing import Call
 
 WARM_UP = 3
 

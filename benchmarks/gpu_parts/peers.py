@@ -18,7 +18,7 @@ from benchmarks.peer_steps import TOLERANCE
 from benchmarks.peers import CANDIDATES, Setup, Weights, initial_weights, installed, make
 from benchmarks.workloads import Workload, activations
 from sampled_sae import SampledSAE, SampledSAEConfig
-from sampled_sae.timing import Call, interleaved, peak_memory, spread
+from sampled_sae.support.timing import Call, interleaved, peak_memory, spread
 
 # for a candidate, and for one that has to be compiled first; at most for the rounds of one
 LEAST_SECONDS, LEAST_TO_COMPILE, SECONDS = 2, 15, 2

@@ -16,10 +16,10 @@ from benchmarks.gpu_parts.visit import Row, Visit, dtype_name, failure, operands
 from benchmarks.kernels.operation import some
 from benchmarks.measure import product
 from benchmarks.workloads import Workload
+from sampled_sae.impl.triton.scores import chunked_statistics
 from sampled_sae.kernels.column_scores import column_statistics
+from sampled_sae.support.timing import Call, interleaved, spread
 from sampled_sae.testing import relative_error
-from sampled_sae.timing import Call, interleaved, spread
-from sampled_sae.triton_impl.scores import chunked_statistics
 
 SCORES = ("l2", "entropy")
 # float32 sums of bf16 products in another order

@@ -22,7 +22,7 @@ from benchmarks.workloads import Workload
 from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig
 from sampled_sae.bench import EagerStep, Settings, eager_bytes
 from sampled_sae.config import pool_size
-from sampled_sae.timing import Call, free_memory, interleaved, peak_memory, spread
+from sampled_sae.support.timing import Call, free_memory, interleaved, peak_memory, spread
 
 RULES: dict[str, dict[str, Any]] = {
     "l=4": {"l": 4.0},

@@ -14,6 +14,9 @@ from benchmarks.gpu_parts import candidates
 from benchmarks.gpu_parts.visit import operands
 from benchmarks.workloads import Workload
 from sampled_sae.config import pool_size
+from sampled_sae.impl.triton.layer import by_feature
+from sampled_sae.impl.triton.products import chunk_width, product
+from sampled_sae.impl.triton.stream import stream_batch
 from sampled_sae.kernels import column_scores, configs
 from sampled_sae.kernels.batch_topk import keep_largest_
 from sampled_sae.kernels.chunk_filter import append_above_
@@ -22,9 +25,6 @@ from sampled_sae.kernels.gather_decode import entry_dots, gather_sum
 from sampled_sae.kernels.row_adam import row_adam_
 from sampled_sae.kernels.segment_sum import segment_sum
 from sampled_sae.kernels.token_topk import keep_rows_
-from sampled_sae.triton_impl.layer import by_feature
-from sampled_sae.triton_impl.products import chunk_width, product
-from sampled_sae.triton_impl.stream import stream_batch
 
 Value = Any  # a Config, or the row of a table
 

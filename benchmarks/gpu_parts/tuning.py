@@ -17,9 +17,9 @@ from benchmarks.gpu_parts.compiling import Named, compile_all, small
 from benchmarks.gpu_parts.tunable import Tunable, tunables
 from benchmarks.gpu_parts.visit import Row, Visit, failure
 from benchmarks.workloads import Workload
-from sampled_sae.files import write_json, write_text
+from sampled_sae.support.atomic_files import write_json, write_text
+from sampled_sae.support.timing import interleaved, spread
 from sampled_sae.testing import relative_error
-from sampled_sae.timing import interleaved, spread
 
 # a sum in another order
 TOLERANCE = 1e-5

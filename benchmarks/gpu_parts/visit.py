@@ -21,7 +21,7 @@ from benchmarks.measure import machine
 from benchmarks.peer_steps import BATCHES
 from benchmarks.peers import DISTRIBUTIONS
 from benchmarks.workloads import GPU_STEPS, REHEARSAL, Workload, activations
-from sampled_sae.files import write_json, write_text
+from sampled_sae.support.atomic_files import write_json, write_text
 
 Row = dict[str, Any]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.operation import Inputs, Operation, some
-from sampled_sae.row_grads import Rule
+from sampled_sae.impl.adam_step import Rule
 from sampled_sae.testing import Comparison
 
 LR, BETA1, BETA2, EPS, STEP = 1e-3, 0.9, 0.999, 1e-8, 10

@@ -10,7 +10,7 @@ from torch.nn.functional import embedding_bag
 
 from benchmarks.kernels.operation import Inputs, Operation, some
 from sampled_sae.codes import SparseCodes
-from sampled_sae.rows import RowSource
+from sampled_sae.impl.row_gradients import RowSource
 from sampled_sae.testing import Comparison, comparison
 
 CHECKED_TOKENS, CHECKED_FEATURES = 64, 256

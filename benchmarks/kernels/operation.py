@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.workloads import Workload, activations
 from sampled_sae.codes import Selection
 from sampled_sae.config import batch_budget, pool_size
-from sampled_sae.implementations import implementation, resolve_impl
+from sampled_sae.impl.interface import implementation, resolve_impl
 from sampled_sae.testing import Comparison
 
 Check = Callable[[], list[Comparison]]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernels.operation import Inputs, Operation
-from sampled_sae.timing import Call, free_memory, on_gpu, peak_memory, spread, timed
+from sampled_sae.support.timing import Call, free_memory, on_gpu, peak_memory, spread, timed
 
 Row = dict[str, Any]
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from benchmarks.kernels.operation import Inputs, Operation, some
 from sampled_sae import reference
 from sampled_sae.codes import SparseCodes
+from sampled_sae.impl.torch.entries import EntryIndex
+from sampled_sae.impl.torch.layer import block_mask
 from sampled_sae.testing import Comparison, comparison
-from sampled_sae.torch_impl.entries import EntryIndex
-from sampled_sae.torch_impl.layer import block_mask
 
 CHECKED_ENTRIES, CHECKED_FEATURES = 4096, 4096
 # of the largest activation: what rounding in float32 may move at the cut

@@ -15,7 +15,7 @@ def add(command: Command) -> None:
     from ..bench import DTYPES
     from ..config import SELECTS
     from ..optim import MODES
-    from ..validate import SCORES
+    from ..support.argument_checks import SCORES
 
     p = command("bench", bench, "Time a training step, its parts, its floor and eager PyTorch at sizes of your own.")
     p.add_argument("--d", type=int, default=768, help="width of the activations")
@@ -35,8 +35,8 @@ def add(command: Command) -> None:
 
 def bench(args: argparse.Namespace) -> int:
     from ..bench import HEADING, Settings, line, run
-    from ..files import write_json
-    from ..validate import check_device
+    from ..support.argument_checks import check_device
+    from ..support.atomic_files import write_json
 
     device = check_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     names = {field.name for field in dataclasses.fields(Settings)}

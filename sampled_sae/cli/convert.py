@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import formats
-from ..data import ActivationStore
-from ..files import read_json, write_json
 from ..pretrained import FORMAT
-from ..run import CHECKPOINT
 from ..sae import SampledSAE
+from ..support.atomic_files import read_json, write_json
+from ..training.activation_store import ActivationStore
+from ..training.training_run import CHECKPOINT
 from .arguments import Command
 
 # What `train` leaves beside an SAE, and what `import` does: model, layer, context and scale of its activations.

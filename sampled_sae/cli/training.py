@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..config import POOLS, SELECTS, SampledSAEConfig
-from ..data import ActivationStore
-from ..files import write_json, write_text
 from ..sae import SampledSAE
-from ..sweep import Splice, evaluate, markdown_table, run_sweep, variants
-from ..train import TrainConfig, Trainer
-from ..validate import SCORES
+from ..support.argument_checks import SCORES
+from ..support.atomic_files import write_json, write_text
+from ..training.activation_store import ActivationStore
+from ..training.sweep import Splice, evaluate, markdown_table, run_sweep, variants
+from ..training.train_config import TrainConfig
+from ..training.trainer import Trainer
 from .arguments import Command, model_arguments, pool_multiplier
 
 
@@ -176,7 +177,7 @@ def _splice(args: argparse.Namespace, store: ActivationStore) -> Splice | None:
 
 
 def _plots(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
-    from ..plots import plot_sweep
+    from ..training.sweep_plots import plot_sweep
 
     try:
         return plot_sweep(rows, folder)

@@ -18,14 +18,14 @@ from typing import NamedTuple
 
 from .. import pretrained
 from ..config import SampledSAEConfig
-from ..files import read_json
 from ..sae import SampledSAE
-from ..validate import check_choice, check_number
+from ..support.argument_checks import check_choice, check_number
+from ..support.atomic_files import read_json
 from . import dictionary_learning, saelens, sparsify
-from .extra import FILE as EXTRA_FILE
-from .extra import Extra
-from .metadata import Origin
+from .origin import Origin
 from .portable import RULES, PortableSAE, Say, plain_number, silent
+from .supplement import FILE as EXTRA_FILE
+from .supplement import Extra
 
 __all__ = ["FORMATS", "INFERENCE", "Loaded", "Origin", "PortableSAE", "detect", "export", "load", "read"]
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import read_json, write_atomically, write_json
-from .metadata import Origin, training_fields
+from ..support.atomic_files import read_json, write_atomically, write_json
+from .origin import Origin, training_fields
 from .portable import PortableSAE, Say, check_one_dtype, check_tensors, field, narrowed, silent
 
 NAME = "dictionary_learning"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import SampledSAEConfig
 from ..pretrained import WEIGHT_NAMES
-from ..validate import FLOATS, check_choice
+from ..support.argument_checks import FLOATS, check_choice
 
 if TYPE_CHECKING:
     from ..sae import SampledSAE

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import read_json, write_atomically, write_json
+from ..support.atomic_files import read_json, write_atomically, write_json
 from . import saelens_before_6
-from .metadata import Origin, training_fields
+from .origin import Origin, training_fields
 from .portable import PortableSAE, Say, check_one_dtype, check_tensors, field, narrowed, read_tensors, silent
 
 NAME = "saelens"

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import read_json, write_atomically, write_json
-from .metadata import Origin
+from ..support.atomic_files import read_json, write_atomically, write_json
+from .origin import Origin
 from .portable import PortableSAE, Say, check_one_dtype, check_tensors, field, read_tensors, silent
 
 NAME = "sparsify"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..formats import check_scale, inference_rule
 from ..formats.portable import PortableSAE
 from ..sae import SampledSAE
-from ..validate import check_activations, check_integer
+from ..support.argument_checks import check_activations, check_integer
 
 
 @dataclass

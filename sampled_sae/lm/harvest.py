@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sampled_sae.data import FORMAT, MANIFEST, VERSION
-from sampled_sae.files import write_atomically, write_json
 from sampled_sae.lm.hooks import capture
 from sampled_sae.lm.models import check_layer, check_rows
+from sampled_sae.support.atomic_files import write_atomically, write_json
+from sampled_sae.training.activation_store import FORMAT, MANIFEST, VERSION
 
 HOLDOUT = "holdout.safetensors"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from sampled_sae import timing
+from sampled_sae.support import timing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

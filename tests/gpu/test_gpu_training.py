@@ -7,9 +7,10 @@ import torch
 from makers import D, write_store
 
 from sampled_sae import SampledSAEConfig
-from sampled_sae.data import ActivationStore
-from sampled_sae.run import CHECKPOINT, TrainConfig
-from sampled_sae.train import Trainer
+from sampled_sae.training.activation_store import ActivationStore
+from sampled_sae.training.train_config import TrainConfig
+from sampled_sae.training.trainer import Trainer
+from sampled_sae.training.training_run import CHECKPOINT
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -8,9 +8,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from sampled_sae.impl.triton import products, scores
 from sampled_sae.kernels import configs
 from sampled_sae.kernels.chunk_scores import chunk_statistics
-from sampled_sae.triton_impl import products, scores
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

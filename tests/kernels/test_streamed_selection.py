@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from sampled_sae import reference
-from sampled_sae.triton_impl import products, stream
+from sampled_sae.impl.triton import products, stream
 
 pytestmark = pytest.mark.usefixtures("poisoned", "small_chunks")
 

@@ -10,10 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import CONTEXT, VOCABULARY, D, llama
 
-from sampled_sae.lm import (
-    capture,
-    harvest,
-)
+from sampled_sae.lm import capture, harvest
 
 
 def run_harvest(model, rows, folder, **changes):

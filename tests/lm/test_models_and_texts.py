@@ -7,15 +7,7 @@ import pytest
 import torch
 from tiny_models import CONTEXT, LAYERS, VOCABULARY, transformers
 
-from sampled_sae.lm import (
-    bundled,
-    capture,
-    load_model,
-    load_texts,
-    replace,
-    token_rows,
-    transformer_blocks,
-)
+from sampled_sae.lm import bundled, capture, load_model, load_texts, replace, token_rows, transformer_blocks
 
 
 class FakeTokenizer:

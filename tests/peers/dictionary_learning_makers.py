@@ -8,12 +8,7 @@ from dictionary_learning.trainers.top_k import AutoEncoderTopK as TheirAutoEncod
 from dictionary_learning.trainers.top_k import TopKTrainer as TheirTopK
 from dictionary_learning.training import trainSAE
 
-from sampled_sae.integrations.dictionary_learning import (
-    AutoEncoderTopK,
-    BatchTopKSAE,
-    BatchTopKTrainer,
-    TopKTrainer,
-)
+from sampled_sae.integrations.dictionary_learning import AutoEncoderTopK, BatchTopKSAE, BatchTopKTrainer, TopKTrainer
 
 D, F, K = 20, 150, 4
 TRAINERS = {"batch": (TheirBatchTopK, BatchTopKTrainer), "token": (TheirTopK, TopKTrainer)}

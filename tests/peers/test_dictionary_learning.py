@@ -21,12 +21,7 @@ from dictionary_learning_makers import (
 from no_host_sync import NoHostSync
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sampled_sae.integrations.dictionary_learning import (
-    BatchTopKSAE,
-    BatchTopKTrainer,
-    SampledTrainer,
-    TopKTrainer,
-)
+from sampled_sae.integrations.dictionary_learning import BatchTopKSAE, BatchTopKTrainer, SampledTrainer, TopKTrainer
 
 
 @BOTH

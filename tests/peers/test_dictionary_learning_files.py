@@ -24,10 +24,7 @@ from dictionary_learning_makers import (
 )
 
 from sampled_sae import formats
-from sampled_sae.integrations.dictionary_learning import (
-    BatchTopKSAE,
-    BatchTopKTrainer,
-)
+from sampled_sae.integrations.dictionary_learning import BatchTopKSAE, BatchTopKTrainer
 
 
 @BOTH

@@ -16,12 +16,7 @@ from dictionary_learning_makers import (
 )
 
 from sampled_sae import SampledSAE, SampledSAEConfig, formats
-from sampled_sae.integrations.dictionary_learning import (
-    BatchTopKSAE,
-    BatchTopKTrainer,
-    SampledTrainer,
-    TopKTrainer,
-)
+from sampled_sae.integrations.dictionary_learning import BatchTopKSAE, BatchTopKTrainer, SampledTrainer, TopKTrainer
 
 
 def test_the_l0_that_is_logged_is_the_realised_one():

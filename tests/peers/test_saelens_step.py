@@ -7,7 +7,7 @@ import torch
 from saelens_makers import KINDS, D, F, Largest, dead_mask, in_float64, pair, relative_error, step, step_input, tokens
 
 from sampled_sae.integrations import saelens
-from sampled_sae.integrations.saelens import dead
+from sampled_sae.integrations.saelens import dead_feature_loss as dead
 
 RTOL = {torch.float32: 2e-5, torch.float64: 1e-12}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from saelens_makers import DEVICE, KINDS, dead_mask, in_float64, pair, relative_error, step, tokens
 
-from sampled_sae.implementations import implementation
+from sampled_sae.impl.interface import implementation
 from sampled_sae.integrations.saelens.step import SparseStep
 
 pytestmark = pytest.mark.gpu

@@ -13,7 +13,7 @@ from test_sparsify import (
     to_dense,
 )
 
-from sampled_sae.implementations import resolve_impl
+from sampled_sae.impl.interface import resolve_impl
 from sampled_sae.integrations.sparsify import encoder, functions, patch_sparsify
 
 pytestmark = pytest.mark.gpu

@@ -16,7 +16,7 @@ from ...codes import SparseCodes
 from ...config import SampledSAEConfig
 from ...formats.dictionary_learning import UNSET, check_state, read_state
 from ...sae import SampledSAE
-from ...validate import check_integer, describe
+from ...support.argument_checks import check_integer, describe
 
 # in an ae.pt, inside a SampledDictionary, and whether one is the other's transpose
 NAMES = (

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from ...codes import SparseCodes
-from ...finite import FiniteInputs
-from ...implementations import implementation
-from ...memory import Workspace
+from ...impl.interface import implementation
+from ...impl.pool import Pool, find_pool
+from ...impl.row_gradients import RowSource
 from ...optim import RowAdam
-from ...pool import Pool, find_pool
-from ...rows import RowSource
-from ...validate import check_activations, check_device, check_integer, check_number
+from ...support.argument_checks import check_activations, check_device, check_integer, check_number
+from ...support.late_values import FiniteInputs
+from ...support.reused_memory import Workspace
 from .dictionaries import SampledDictionary
 from .step import Batch, aux_candidates, project_decoder_rows, selection, unexplained
 from .threshold import average_threshold, mean_smallest_of_tokens

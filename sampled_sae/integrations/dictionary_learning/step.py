@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ...codes import Selection
-from ...implementations import Implementation
-from ...pool import Pool
-from ...rows import RowSource
+from ...impl.interface import Implementation
+from ...impl.pool import Pool
+from ...impl.row_gradients import RowSource
+from ...impl.torch.row_adam import rows_a_chunk
 from ...sae import SampledSAE
-from ...torch_impl.row_adam import rows_a_chunk
 
 
 class Batch(NamedTuple):

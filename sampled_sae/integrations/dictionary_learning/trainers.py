@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ...codes import SparseCodes
 from ...formats.dictionary_learning import TRAINING
-from ...rows import RowSource
-from ...validate import check_integer
+from ...impl.row_gradients import RowSource
+from ...support.argument_checks import check_integer
 from .dictionaries import AutoEncoderTopK, BatchTopKSAE
 from .row_trainer import RowTrainer
 from .step import Batch, selection

@@ -12,8 +12,8 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 
 from ...codes import SparseCodes
-from ...rows import RowSource
-from ...validate import check_budget
+from ...impl.row_gradients import RowSource
+from ...support.argument_checks import check_budget
 from .step import DENSE_METHODS, Batch, SparseStep, feature_major
 
 

@@ -10,7 +10,7 @@ from sae_lens.saes.sae import SAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAEConfig
 
 from ...config import IMPLS, POOLS, SELECTS, pool_size
-from ...validate import SCORES, check_budget, check_choice, check_integer, check_number
+from ...support.argument_checks import SCORES, check_budget, check_choice, check_integer, check_number
 
 
 @dataclass

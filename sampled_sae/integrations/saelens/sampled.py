@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ...codes import SparseCodes
 from ...config import batch_budget
-from ...implementations import Implementation, implementation, resolve_impl
-from ...pool import KeptPool, Pool, find_pool
-from ...rows import RowSource
-from ...torch_impl.layer import block_mask
-from ...validate import check_number
+from ...impl.interface import Implementation, implementation, resolve_impl
+from ...impl.pool import KeptPool, Pool, find_pool
+from ...impl.row_gradients import RowSource
+from ...impl.torch.layer import block_mask
+from ...support.argument_checks import check_number
 from .accelerated import SampledBatchTopKTrainingSAE
 from .configs import SampledTrainingSAEConfig
 from .step import Batch

@@ -15,11 +15,11 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 
 from ...codes import SparseCodes
-from ...implementations import Implementation, implementation, resolve_impl
-from ...memory import Workspace
-from ...rows import RowSource
-from ...validate import check_budget
-from .dead import dead_reconstruction_loss
+from ...impl.interface import Implementation, implementation, resolve_impl
+from ...impl.row_gradients import RowSource
+from ...support.argument_checks import check_budget
+from ...support.reused_memory import Workspace
+from .dead_feature_loss import dead_reconstruction_loss
 
 UNUSUAL_NORMS = ("constant_norm_rescale", "layer_norm")
 # what SAELens' step calls and the sparse one does without

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...codes import SparseCodes
-from ...implementations import Implementation, implementation, resolve_impl
-from ...memory import Workspace, scratch
-from ...rows import RowSource
-from ...torch_impl import layer as torch_layer
-from ...torch_impl.scores import chunk_features
+from ...impl.interface import Implementation, implementation, resolve_impl
+from ...impl.row_gradients import RowSource
+from ...impl.torch import layer as torch_layer
+from ...impl.torch.scores import chunk_features
+from ...support.reused_memory import Workspace, scratch
 from .kept import Entries, mark, table, version
 
 # with more than a DENSE-th of all features kept, entries take more memory than the activations themselves
@@ -147,7 +147,7 @@ class EncoderCall:
         if self._impl != "triton":
             found = acts.flatten(), tokens, features.flatten()
             return torch_layer.entry_codes(self.x, None, self.W, self.b, centred, None, found, rows)
-        from ...triton_impl import layer as triton_layer
+        from ...impl.triton import layer as triton_layer
 
         values, tokens, columns = acts.flatten().float(), tokens.int(), features.flatten().int()
         slots = triton_layer.by_feature(values, tokens, columns, None, n_tokens, self.W.shape[0])

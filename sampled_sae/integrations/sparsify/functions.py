@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...codes import SparseCodes
-from ...implementations import implementation, resolve_impl
-from ...memory import Workspace
-from ...validate import check_choice, check_integer, describe
+from ...impl.interface import implementation, resolve_impl
+from ...support.argument_checks import check_choice, check_integer, describe
+from ...support.reused_memory import Workspace
 from .encoder import EncoderCall, Memory
 from .kept import kept_codes
 from .preactivations import PreActivations

@@ -1,0 +1,112 @@
+"""`sampled_sae.safetensors`: what a peer's files have no place for, so that ours -> theirs -> ours is complete.
+
+The peers' loaders open their own files by name and do not see it. It counts only while the peer's files say what
+they said when it was written.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..config import SampledSAEConfig
+from ..pretrained import TENSORS, WEIGHT_NAMES
+from ..support.atomic_files import write_atomically
+from .origin import Origin
+from .portable import IN_UNITS, PortableSAE, rescaled
+
+if TYPE_CHECKING:
+    from ..sae import SampledSAE
+
+FILE = "sampled_sae.safetensors"
+KEY = "sampled-sae"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Extra:
+    """The SAE's configuration and state, and which files they belong to.
+
+    Attributes:
+        config: of the exported SAE.
+        scale: what the export folded in.
+        fingerprint: of the peer's files as read.
+        tensors: `threshold`, `threshold_steps`, `tokens_since_active`, and those weights that the peer's files do
+            not give back bit for bit.
+        origin: what the SAE reads.
+    """
+
+    config: SampledSAEConfig
+    scale: float
+    fingerprint: str
+    tensors: dict[str, Tensor]
+    origin: Origin
+
+    @classmethod
+    def of(cls, sae: SampledSAE, packed: PortableSAE, scale: float, origin: Origin) -> Extra:
+        """For an SAE whose exported files read as `packed`."""
+        tensors = {name: getattr(sae, name).detach().cpu() for name in TENSORS}
+        back = packed.read_at(scale)
+        for name in WEIGHT_NAMES:
+            if same_bits(tensors[name], getattr(back, name)):
+                del tensors[name]
+        return cls(sae.cfg, scale, packed.fingerprint(), tensors, origin)
+
+    def state(self, portable: PortableSAE, scale: float) -> dict[str, Tensor]:
+        """The state dict of the exported SAE, for activations times `scale`; `portable` is what the files hold.
+
+        Raises:
+            ValueError: a bias that leaves the range of its dtype.
+        """
+        state = {**portable.read_at(self.scale).state(), **self.tensors}
+        return state | rescaled({name: state[name] for name in IN_UNITS}, scale / self.scale)
+
+    def write(self, folder: Path) -> None:
+        about = {
+            "version": VERSION,
+            "scale": self.scale,
+            "fingerprint": self.fingerprint,
+            "config": self.config.to_dict(),
+            "origin": asdict(self.origin),
+        }
+        tensors = {name: t.contiguous() for name, t in self.tensors.items()}
+        write_atomically(folder / FILE, lambda path: save_file(tensors, path, {KEY: json.dumps(about)}))
+
+    @classmethod
+    def read(cls, folder: Path) -> Extra | None:
+        """None where the folder has none.
+
+        Raises:
+            ValueError: a truncated or foreign file.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                about: dict[str, Any] = json.loads((file.metadata() or {})[KEY])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: truncated or not of sampled-sae ({error}); delete it to do without") from None
+        if about.get("version") != VERSION:
+            raise ValueError(f"{path}: version={about.get('version')!r}: this package reads {VERSION}")
+        config = SampledSAEConfig.from_dict(about["config"])
+        shapes = {"W_enc": (config.d_in, config.d_sae), "W_dec": (config.d_sae, config.d_in), "b_dec": (config.d_in,)}
+        shapes |= {"b_enc": (config.d_sae,), "tokens_since_active": (config.d_sae,)}
+        for name, t in tensors.items():
+            if name not in TENSORS or tuple(t.shape) != shapes.get(name, ()):
+                raise ValueError(f"{path}: {name} is {tuple(t.shape)}, its configuration says {shapes.get(name, ())}")
+        return cls(config, about["scale"], about["fingerprint"], tensors, Origin(**about.get("origin", {})))
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Also where they hold zeros of either sign."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+    return a.dtype == b.dtype and torch.equal(a.view(whole), b.view(whole))

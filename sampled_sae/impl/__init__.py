@@ -1,0 +1,1 @@
+"""The layer's implementations behind one interface: `torch/`, `triton/` and the specification."""

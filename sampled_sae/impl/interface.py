@@ -1,0 +1,100 @@
+"""Which implementation computes, and the functions that each of them offers."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..codes import Selection, SparseCodes
+from ..config import IMPLS
+from ..support.argument_checks import check_choice
+from . import reference_form as reference_layer
+from .torch import aux_loss as torch_aux
+from .torch import layer as torch_layer
+from .torch import row_adam as torch_row_adam
+
+# once: torch 2.11 does not trace through the search
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """The layer's parts, each under one signature; W is W_enc.T, [F, d]. See torch_impl for what they take."""
+
+    centre: Callable[[Tensor, Tensor | None], Tensor]
+    column_scores: Callable[..., Tensor]
+    candidate_pool: Callable[..., Tensor]
+    select: Callable[..., Selection]
+    above_threshold: Callable[..., SparseCodes]
+    decode: Callable[..., Tensor]
+    aux_loss: Callable[..., Tensor]
+    row_adam_: Callable[..., None]
+    union: Callable[[list[Tensor], int], Tensor]
+
+
+def resolve_impl(impl: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
+    """The implementation that `impl` stands for on `device`: "triton", "torch" or "reference".
+
+    "auto" takes Triton on a GPU for float32, bfloat16 and float16, else torch. Asking for Triton where it cannot
+    run is an error, never a silent fallback.
+
+    Raises:
+        ValueError: an unknown `impl`, or "triton" without Triton, for float64, or away from a GPU.
+    """
+    check_choice("impl", impl, IMPLS)
+    on_gpu = torch.device(device).type == "cuda"
+    if impl == "auto":
+        return "triton" if on_gpu and dtype in TRITON_DTYPES and HAS_TRITON else "torch"
+    if impl == "triton":
+        if not HAS_TRITON:
+            raise ValueError("impl='triton': the package triton is not installed; use 'auto' or 'torch'")
+        if dtype not in TRITON_DTYPES:
+            raise ValueError(f"impl='triton': {dtype} has no Triton form; use float32, bfloat16 or float16, or 'torch'")
+        if not on_gpu and not interpreted():
+            raise ValueError(
+                f"impl='triton': needs tensors on a GPU, or TRITON_INTERPRET=1 from the start; these are on {device}"
+            )
+    return impl
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on any device."""
+    from ..kernels.interpreter import INTERPRETED
+
+    return bool(INTERPRETED.value)
+
+
+@functools.cache
+def implementation(name: str) -> Implementation:
+    """The parts of "triton", "torch" or "reference"."""
+    if name == "triton":
+        from .triton import aux_loss as triton_aux
+        from .triton import layer as triton_layer
+        from .triton import row_adam as triton_row_adam
+
+        return parts_of(triton_layer, triton_aux, triton_row_adam)
+    if name == "torch":
+        return parts_of(torch_layer, torch_aux, torch_row_adam)
+    return parts_of(reference_layer, reference_layer, torch_row_adam)
+
+
+def parts_of(layer: ModuleType, aux: ModuleType, optimizer: ModuleType) -> Implementation:
+    return Implementation(
+        layer.centre,
+        layer.column_scores,
+        layer.candidate_pool,
+        layer.select,
+        layer.above_threshold,
+        layer.decode,
+        aux.aux_loss,
+        optimizer.row_adam_,
+        optimizer.union,
+    )

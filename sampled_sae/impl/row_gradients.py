@@ -1,0 +1,105 @@
+"""Gradient rows: the touched features' part of a [F, d] gradient, dense only where the caller needs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..support.reused_memory import Workspace
+
+
+class GatherRows(torch.autograd.Function):
+    """rows = W[features]; the gradient of W is zero outside them."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, features: Tensor, dtype: torch.dtype, workspace: Workspace) -> Tensor:
+        remember(ctx, W, features, workspace)
+        return W.index_select(0, features).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return scattered(ctx, grad), None, None, None
+
+
+class RowSlot(torch.autograd.Function):
+    """A slot of shape W[features] and no memory, to receive their gradient; its values must not be read."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, features: Tensor, dtype: torch.dtype, workspace: Workspace) -> Tensor:
+        remember(ctx, W, features, workspace)
+        return empty_slot(W, features, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return scattered(ctx, grad), None, None, None
+
+
+def remember(ctx: Any, W: Tensor, features: Tensor, workspace: Workspace) -> None:
+    ctx.save_for_backward(features)
+    ctx.like, ctx.shape, ctx.workspace = W.new_empty(0), W.shape, workspace
+
+
+def scattered(ctx: Any, grad: Tensor) -> Tensor:
+    """The dense gradient of W from that of its rows, whose features ascend."""
+    (features,) = ctx.saved_tensors
+    grad = grad.to(ctx.like.dtype)
+    if len(features) == ctx.shape[0]:
+        return grad
+    dense = ctx.workspace.empty(ctx.like, *ctx.shape).zero_()
+    return dense.index_copy_(0, features, grad)
+
+
+def empty_slot(W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
+    return W.new_zeros((), dtype=dtype).expand(len(features), *W.shape[1:])
+
+
+@dataclass
+class RowGradient:
+    """The gradient of some rows of one parameter, after `backward`.
+
+    Attributes:
+        name: "W_enc", "b_enc" or "W_dec"; the rows of W_enc are those of W_enc.T.
+        features: int64 [T], ascending.
+        rows: the [T, d] or [T] leaf whose `.grad` is the gradient.
+    """
+
+    name: str
+    features: Tensor
+    rows: Tensor
+
+
+class RowSource:
+    """Hands out rows of a parameter to compute with, and decides where their gradients go.
+
+    keep=False: to `parameter.grad`, dense, as autograd users expect. keep=True: to `self.gradients`, rows only.
+    Gradients lie in `workspace`, whose memory serves again when they are gone.
+    """
+
+    def __init__(self, keep: bool = False, workspace: Workspace | None = None) -> None:
+        self.keep = keep
+        self.workspace = workspace if workspace is not None else Workspace()
+        self.gradients: list[RowGradient] = []
+
+    def gather(self, name: str, W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
+        """W[features] in `dtype`."""
+        if not self.keep:
+            return GatherRows.apply(W, features, dtype, self.workspace)
+        return self._leaf(name, W, features, W.detach().index_select(0, features).to(dtype))
+
+    def slot(self, name: str, W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
+        """A place of the shape of W[features] for the gradient alone; it holds no values."""
+        if not self.keep:
+            return RowSlot.apply(W, features, dtype, self.workspace)
+        return self._leaf(name, W, features, empty_slot(W, features, dtype))
+
+    def _leaf(self, name: str, W: Tensor, features: Tensor, rows: Tensor) -> Tensor:
+        if W.requires_grad and torch.is_grad_enabled():
+            rows.requires_grad_()
+            self.gradients.append(RowGradient(name, features, rows))
+        return rows

@@ -1,0 +1,173 @@
+"""Encode and decode at listed entries, with gradients: cost k gathered rows a token instead of a product.
+
+Weight gradients are sums over the entries of one feature: `embedding_bag` over entries sorted by feature, in
+slices small enough to be allocated from warm memory. Value gradients are a sampled product (one dot product
+an entry, nothing gathered).
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
+
+from ...support.reused_memory import Workspace
+
+SLICE_ELEMENTS = 1 << 19
+# Said once a process by torch for every CSR tensor; the operations used here are covered by our tests.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+
+
+class EntryIndex:
+    """Where the kept entries lie: int64 tokens [n] and features [n], sorted by token, and their orders."""
+
+    def __init__(self, tokens: Tensor, features: Tensor, n_tokens: int, n_features: int, workspace: Workspace) -> None:
+        self.tokens, self.features = tokens, features
+        self.workspace = workspace
+        self.n_tokens, self.n_features = n_tokens, n_features
+
+    @cached_property
+    def token_ends(self) -> Tensor:
+        """[B + 1] offsets of each token's entries."""
+        counts = torch.bincount(self.tokens, minlength=self.n_tokens)
+        return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+    @cached_property
+    def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(order, touched features ascending [T], offsets [T + 1] of their entries in that order).
+
+        When most features are touched all count as such: rows of zeros cost less than gathering the others.
+        """
+        order = torch.argsort(self.features, stable=True)
+        counts = torch.bincount(self.features, minlength=self.n_features)
+        touched = counts.nonzero().squeeze(1)
+        if 2 * len(touched) > self.n_features:
+            touched = torch.arange(self.n_features, device=counts.device)
+        else:
+            counts = counts[touched]
+        return order, touched, torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+    @cached_property
+    def tokens_by_feature(self) -> Tensor:
+        return self.tokens.index_select(0, self.by_feature[0])
+
+    @property
+    def touched(self) -> Tensor:
+        return self.by_feature[1]
+
+    def sum_by_token(self, weights: Tensor, W: Tensor) -> Tensor:
+        """sum_j weights_ij W_j, [B, d]."""
+        if W.dtype != weights.dtype:
+            local = torch.searchsorted(self.touched, self.features)
+            W, features = W[self.touched].to(weights.dtype), local
+        else:
+            features = self.features
+        return embedding_bag(features, W, self.token_ends[:-1], mode="sum", per_sample_weights=weights)
+
+    def sum_by_feature(self, weights: Tensor, source: Tensor) -> Tensor:
+        """sum_i weights_ij source_i for each touched feature, [T, d]."""
+        order, touched, ends = self.by_feature
+        tokens, weights = self.tokens_by_feature, weights.index_select(0, order)
+        out = self.workspace.empty(source, len(touched), source.shape[1])
+        step = max(1, SLICE_ELEMENTS // source.shape[1])
+        bounds = ends[::step].tolist() + ends[-1:].tolist()
+        for part, first in enumerate(range(0, len(touched), step)):
+            last = min(first + step, len(touched))
+            start, stop = bounds[part], bounds[part + 1]
+            out[first:last] = embedding_bag(
+                tokens[start:stop],
+                source,
+                ends[first:last] - start,
+                mode="sum",
+                per_sample_weights=weights[start:stop],
+            )
+        return out
+
+    def sum_entries(self, weights: Tensor) -> Tensor:
+        """sum_i weights_ij for every feature, [F]."""
+        return weights.new_zeros(self.n_features).index_add_(0, self.features, weights)
+
+    def sum_touched(self, sums: Tensor, W: Tensor) -> Tensor:
+        """sum_j sums_j W_j over the touched features, [d]; `sums` [F] is zero elsewhere."""
+        if W.dtype == sums.dtype and 4 * len(self.touched) > self.n_features:
+            return sums @ W
+        return sums[self.touched] @ W[self.touched].to(sums.dtype)
+
+    def dots(self, left: Tensor, W: Tensor) -> Tensor:
+        """left_i . W_j at each entry (i, j), [n]."""
+        pattern = torch.sparse_csr_tensor(
+            self.token_ends,
+            self.features,
+            left.new_zeros(len(self.features)),
+            (self.n_tokens, self.n_features),
+            check_invariants=False,
+        )
+        return torch.sparse.sampled_addmm(pattern, left, W.to(left.dtype).t(), beta=0.0).values()
+
+
+class EncodeEntries(torch.autograd.Function):
+    """The kept activations, as functions of x [B, d], b_dec [d] or None, and rows of W_enc and b_enc.
+
+    `W_rows` [T, d] and `b_rows` [T] are slots (rows.py) for the gradients of the touched features: the values
+    were computed by the selection.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        b_dec: Tensor | None,
+        W_rows: Tensor,
+        b_rows: Tensor,
+        values: Tensor,
+        centred: Tensor,
+        W: Tensor,
+        scale: Tensor | None,
+        index: EntryIndex,
+    ) -> Tensor:
+        ctx.save_for_backward(centred, W, scale)
+        ctx.index = index
+        ctx.dtypes = x.dtype, None if b_dec is None else b_dec.dtype
+        return values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        centred, W, scale = ctx.saved_tensors
+        index: EntryIndex = ctx.index
+        if scale is not None:
+            grad = grad * scale[index.features].to(grad.dtype)
+        dx = db_dec = dW_rows = None
+        sums = index.sum_entries(grad)
+        if ctx.needs_input_grad[0]:
+            dx = index.sum_by_token(grad, W).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            db_dec = -index.sum_touched(sums, W).to(ctx.dtypes[1])
+        if ctx.needs_input_grad[2]:
+            dW_rows = index.sum_by_feature(grad, centred)
+        return dx, db_dec, dW_rows, sums[index.touched], None, None, None, None, None
+
+
+class DecodeEntries(torch.autograd.Function):
+    """sum_j values_ij W_dec_j, [B, d]; `W_rows` [T, d] is the slot for the touched rows' gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, W_rows: Tensor, W_dec: Tensor, index: EntryIndex) -> Tensor:
+        ctx.save_for_backward(values, W_dec)
+        ctx.index = index
+        return index.sum_by_token(values, W_dec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, W_dec = ctx.saved_tensors
+        index: EntryIndex = ctx.index
+        grad = grad.contiguous()
+        dvalues = index.dots(grad, W_dec) if ctx.needs_input_grad[0] else None
+        dW_rows = index.sum_by_feature(values, grad) if ctx.needs_input_grad[1] else None
+        return dvalues, dW_rows, None, None

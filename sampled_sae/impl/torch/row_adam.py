@@ -1,0 +1,149 @@
+"""Adam on rows in place, with the decoder's projection and renormalisation around it.
+
+`dense` walks over chunks of all rows; the gradient, zero but for the touched rows, lives in one small buffer. That
+moves 24 bytes a parameter (weight and two moments, read and written) where a dense gradient makes it 32, and the
+decoder's renormalisation finds its rows in cache. `lazy` and `decayed` take the touched rows out and put them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..adam_step import Rule
+
+CHUNK_ELEMENTS = 1 << 19
+
+Prepared = Callable[[Tensor, Tensor], Tensor]
+Chunk = tuple[slice | Tensor, Tensor, Tensor]
+
+
+def row_adam_(
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    features: Tensor | None,
+    step: Tensor,
+    factor: Tensor | None,
+    last: Tensor | None,
+    seed: int,
+    rule: Rule,
+) -> None:
+    """One step on weight [F, d] or [F] and its moments, in place.
+
+    Args:
+        grad: [T, d] or [T], the gradient of `features` [T], ascending; or of all rows, for None.
+        step: 0-dim, 1 in the first step.
+        factor: 0-dim, multiplies the gradient; None for 1.
+        last: int32 [F], for mode "decayed": the step in which each row moved last.
+        seed: with the step, of the stochastic rounding of 16-bit moments beside a wider weight.
+    """
+
+    def prepared(slope: Tensor, W: Tensor) -> Tensor:
+        slope = slope.to(W.dtype)
+        if factor is not None:
+            slope = slope * factor
+        return slope - (slope * W).sum(1, keepdim=True) * W if rule.project else slope
+
+    chunks = every_row if rule.mode == "dense" else touched_rows
+    generator = None
+    if exp_avg.dtype != weight.dtype:
+        generator = torch.Generator(weight.device).manual_seed((int(step) << 8) + seed)
+    for rows, W, slope in chunks(weight, grad, features, prepared):
+        moments = [taken(t, rows).to(weight.dtype) for t in (exp_avg, exp_avg_sq)]
+        if last is not None and isinstance(rows, Tensor):
+            missed = (step - 1 - last[rows]).to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
+            for moment, beta in zip(moments, (rule.beta1, rule.beta2)):
+                moment.mul_(beta**missed)
+            last[rows] = int(step)
+        torch._fused_adam_(
+            [W],
+            [slope],
+            moments[:1],
+            moments[1:],
+            [],
+            [step.to(weight.device)],
+            lr=rule.lr,
+            beta1=rule.beta1,
+            beta2=rule.beta2,
+            weight_decay=rule.weight_decay,
+            eps=rule.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+        if rule.renormalize:
+            W.div_(torch.linalg.vector_norm(W, dim=1, keepdim=True).clamp_min_(1e-12))
+        if isinstance(rows, Tensor):
+            weight.index_copy_(0, rows, W)
+        for target, moment in zip((exp_avg, exp_avg_sq), moments):
+            put(target, rows, moment, generator)
+
+
+def taken(t: Tensor, rows: slice | Tensor) -> Tensor:
+    """Those rows of t: a view of a slice, a copy of a list."""
+    return t[rows] if isinstance(rows, slice) else t.index_select(0, rows)
+
+
+def put(target: Tensor, rows: slice | Tensor, moment: Tensor, generator: torch.Generator | None) -> None:
+    """The moment back into its rows, unless it is a view of them."""
+    if generator is not None:
+        moment = stochastically_rounded(moment, target.dtype, generator)
+    if isinstance(rows, Tensor):
+        target.index_copy_(0, rows, moment)
+    elif generator is not None:
+        target[rows] = moment
+
+
+def stochastically_rounded(t: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """t in bfloat16, up or down with the probability that makes the mean exact.
+
+    The second moment moves by a thousandth a step, which rounding to the nearest of 8 bits would never show.
+    """
+    bits = t.float().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, t.shape, dtype=torch.int32, device=t.device, generator=generator)
+    return ((bits + noise) & -(1 << 16)).view(torch.float32).to(dtype)
+
+
+def rows_a_chunk(weight: Tensor) -> int:
+    return max(1, CHUNK_ELEMENTS // (weight.shape[1] if weight.dim() > 1 else 1))
+
+
+def every_row(weight: Tensor, grad: Tensor, features: Tensor | None, prepared: Prepared) -> Iterator[Chunk]:
+    """(rows, their weights, their prepared gradient) chunk by chunk; zero in rows that are not in `features`."""
+    size = rows_a_chunk(weight)
+    starts = range(0, weight.shape[0], size)
+    if features is None:
+        for start in starts:
+            rows = slice(start, start + size)
+            yield rows, weight[rows], prepared(grad[rows], weight[rows])
+        return
+    edges = torch.searchsorted(features, torch.tensor([*starts, weight.shape[0]], device=features.device)).tolist()
+    buffer = weight.new_zeros(min(size, weight.shape[0]), *weight.shape[1:])
+    for start, first, end in zip(starts, edges, edges[1:]):
+        here = buffer[: min(size, weight.shape[0] - start)]
+        rows = slice(start, start + len(here))
+        W = weight[rows]
+        touched = features[first:end] - start
+        if len(touched) == len(here):
+            yield rows, W, prepared(grad[first:end], W)
+            continue
+        here.index_copy_(0, touched, prepared(grad[first:end], W.index_select(0, touched)))
+        yield rows, W, here
+        here.index_fill_(0, touched, 0)
+
+
+def touched_rows(weight: Tensor, grad: Tensor, features: Tensor | None, prepared: Prepared) -> Iterator[Chunk]:
+    """The same for copies of the rows in `features` alone, without those whose gradient is zero throughout."""
+    moving = (grad != 0).flatten(1).any(1) if grad.dim() > 1 else grad != 0
+    for at in moving.nonzero().squeeze(1).split(rows_a_chunk(weight)):
+        rows = at if features is None else features.index_select(0, at)
+        W = weight.index_select(0, rows)
+        yield rows, W, prepared(grad.index_select(0, at), W)
+
+
+def union(features: list[Tensor], n_features: int) -> Tensor:
+    """Every feature that occurs, ascending."""
+    return torch.unique(torch.cat(features))

@@ -1,0 +1,150 @@
+"""Selection and decode of a small pool as dense products on the masked block [B, P], as operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.batch_topk import keep_largest_
+from ...kernels.token_topk import keep_rows_
+from .ops import no_second_derivative
+from .products import lowered, product, raised
+
+
+@torch.library.custom_op("sampled_sae::select_block", mutates_args=())
+def select_block(
+    x: Tensor,
+    b_dec: Tensor | None,
+    rows: Tensor,
+    b_rows: Tensor,
+    centred: Tensor,
+    scale: Tensor | None,
+    budget: int,
+    per_token: bool,
+) -> tuple[Tensor, Tensor]:
+    """relu(centred rows^T + b_rows) * scale, [B, P], zero but for the entries that are kept.
+
+    Returns it in fp32, and once more in the dtype of `centred` where that has 16 bits (else an empty tensor).
+    """
+    block = product(centred, rows.to(centred.dtype).t())
+    low = torch.empty_like(block, dtype=centred.dtype) if centred.dtype != torch.float32 else None
+    keep = keep_rows_ if per_token else keep_largest_
+    keep(block, budget, b_rows.float(), None if scale is None else scale.float(), copy=low)
+    return block, centred.new_empty(0) if low is None else low
+
+
+@select_block.register_fake
+def _(
+    x: Tensor,
+    b_dec: Tensor | None,
+    rows: Tensor,
+    b_rows: Tensor,
+    centred: Tensor,
+    scale: Tensor | None,
+    budget: int,
+    per_token: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (centred.shape[0], rows.shape[0])
+    low = centred.new_empty(0 if centred.dtype == torch.float32 else shape)
+    return centred.new_empty(shape, dtype=torch.float32), low
+
+
+@torch.library.custom_op("sampled_sae::select_block_backward", mutates_args=())
+def select_block_backward(
+    grad: Tensor, block: Tensor, rows: Tensor, centred: Tensor, scale: Tensor | None, want_x: bool, want_rows: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, d rows, d b_rows) in fp32; what is not wanted is empty."""
+    grad = torch.where(block > 0, grad, 0)
+    if scale is not None:
+        grad = grad * scale
+    low, factor = lowered(grad, centred.dtype)
+    empty = grad.new_empty(0)
+    dx = raised(product(low, rows.to(centred.dtype)), factor) if want_x else empty
+    d_rows = raised(product(low.t(), centred), factor) if want_rows else empty.clone()
+    return dx, d_rows, grad.sum(0)
+
+
+@select_block_backward.register_fake
+def _(
+    grad: Tensor, block: Tensor, rows: Tensor, centred: Tensor, scale: Tensor | None, want_x: bool, want_rows: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = grad.new_empty(centred.shape if want_x else 0)
+    return dx, grad.new_empty(rows.shape if want_rows else 0), grad.new_empty(rows.shape[0])
+
+
+def _select_block_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, b_dec, rows, b_rows, centred, scale, _, _ = inputs
+    ctx.save_for_backward(output[0], rows, centred, scale)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = x.dtype, None if b_dec is None else b_dec.dtype, rows.dtype, b_rows.dtype
+
+
+def _select_block_gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 8
+    block, rows, centred, scale = ctx.saved_tensors
+    want_x, want_b_dec, want_rows, want_b_rows = ctx.needs_input_grad[:4]
+    x_dtype, b_dec_dtype, rows_dtype, b_rows_dtype = ctx.dtypes
+    dx, d_rows, db_rows = select_block_backward(grad, block, rows, centred, scale, want_x, want_rows)
+    return (
+        dx.to(x_dtype) if want_x else None,
+        # that of b_dec follows from that of b_rows, so that x needs none when it asks for none
+        -(db_rows @ rows.float()).to(b_dec_dtype) if want_b_dec else None,
+        d_rows.to(rows_dtype) if want_rows else None,
+        db_rows.to(b_rows_dtype) if want_b_rows else None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+@torch.library.custom_op("sampled_sae::decode_block", mutates_args=())
+def decode_block(block: Tensor, low: Tensor, rows: Tensor) -> Tensor:
+    """block rows, fp32 [B, d]; `low` stands in for the block in a 16-bit product, and is empty for fp32."""
+    factor = low if low.numel() else block
+    return product(factor, rows.to(factor.dtype))
+
+
+@decode_block.register_fake
+def _(block: Tensor, low: Tensor, rows: Tensor) -> Tensor:
+    return block.new_empty(block.shape[0], rows.shape[1])
+
+
+@torch.library.custom_op("sampled_sae::decode_block_backward", mutates_args=())
+def decode_block_backward(
+    grad: Tensor, block: Tensor, low: Tensor, rows: Tensor, want_block: bool, want_rows: bool
+) -> tuple[Tensor, Tensor]:
+    """(d block, d rows) in fp32; what is not wanted is empty."""
+    factor = low if low.numel() else block
+    grad_low, times = lowered(grad, factor.dtype)
+    empty = grad.new_empty(0)
+    d_block = raised(product(grad_low, rows.to(factor.dtype).t()), times) if want_block else empty
+    return d_block, raised(product(factor.t(), grad_low), times) if want_rows else empty.clone()
+
+
+@decode_block_backward.register_fake
+def _(
+    grad: Tensor, block: Tensor, low: Tensor, rows: Tensor, want_block: bool, want_rows: bool
+) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(block.shape if want_block else 0), grad.new_empty(rows.shape if want_rows else 0)
+
+
+def _decode_block_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _decode_block_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    block, low, rows = ctx.saved_tensors
+    want_block, _, want_rows = ctx.needs_input_grad
+    d_block, d_rows = decode_block_backward(grad, block, low, rows, want_block, want_rows)
+    return d_block if want_block else None, None, d_rows.to(rows.dtype) if want_rows else None
+
+
+select_block.register_autograd(_select_block_gradient, setup_context=_select_block_context)
+decode_block.register_autograd(_decode_block_gradient, setup_context=_decode_block_context)
+for _backward in (select_block_backward, decode_block_backward):
+    _backward.register_autograd(no_second_derivative)

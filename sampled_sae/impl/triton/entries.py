@@ -1,0 +1,265 @@
+"""Selection and decode entry by entry, for large pools and for whole dictionaries, as operators.
+
+Lists of kept entries are sorted by token, then feature, and have as many slots as the budget; unused slots stand
+at the end, with value 0, token B and feature F.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.gather_decode import entry_dots, gather_sum
+from ...kernels.segment_sum import segment_sum
+from .ops import no_second_derivative
+from .products import lowered, raised
+from .stream import stream_batch, stream_token
+
+
+@torch.library.custom_op("sampled_sae::select_entries", mutates_args=())
+def select_entries(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    scale: Tensor | None,
+    members: Tensor | None,
+    budget: int,
+    per_token: bool,
+    hint: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The kept entries of relu(x W^T + b) * scale: (values, tokens, features, the next batch's hint fp32 [1]).
+
+    `budget` entries of the batch, or of each token; sorted by token, then feature.
+    """
+    if per_token:
+        return *stream_token(x, W, b, scale, members, budget), x.new_zeros(1, dtype=torch.float32)
+    return stream_batch(x, W, b, scale, members, budget, hint)
+
+
+@select_entries.register_fake
+def _(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    scale: Tensor | None,
+    members: Tensor | None,
+    budget: int,
+    per_token: bool,
+    hint: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = x.shape[0] * budget if per_token else budget
+    values = x.new_empty(n, dtype=torch.float32)
+    tokens, features = (x.new_empty(n, dtype=torch.int32) for _ in range(2))
+    return values, tokens, features, x.new_empty(1, dtype=torch.float32)
+
+
+@torch.library.custom_op("sampled_sae::entry_values", mutates_args=())
+def entry_values(
+    x: Tensor,
+    b_dec: Tensor | None,
+    W_slot: Tensor,
+    b_slot: Tensor,
+    values: Tensor,
+    centred: Tensor,
+    W: Tensor,
+    scale: Tensor | None,
+    tokens: Tensor,
+    features: Tensor,
+    token_ends: Tensor,
+    order: Tensor,
+    row_ends: Tensor,
+    rows: Tensor,
+) -> Tensor:
+    """The kept values again, as functions of x, b_dec, W_slot and b_slot, which receive the gradient.
+
+    A slot of F rows receives the dense gradient, any other that of the features in `rows`, row by row.
+    """
+    return values.clone()
+
+
+@entry_values.register_fake
+def _(x: Tensor, b_dec: Tensor | None, W_slot: Tensor, b_slot: Tensor, values: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(values)
+
+
+@torch.library.custom_op("sampled_sae::entry_values_backward", mutates_args=())
+def entry_values_backward(
+    grad: Tensor,
+    centred: Tensor,
+    W: Tensor,
+    scale: Tensor | None,
+    tokens: Tensor,
+    features: Tensor,
+    token_ends: Tensor,
+    order: Tensor,
+    row_ends: Tensor,
+    rows: Tensor,
+    n_slots: int,
+    want_x: bool,
+    want_b_dec: bool,
+    want_W: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, d b_dec, d W_slot, d b_slot) in fp32; what is not wanted is empty."""
+    grad = grad.contiguous()
+    if scale is not None:
+        grad = grad * scale.index_select(0, features.long().clamp(max=len(scale) - 1))
+    empty = grad.new_empty(0)
+    dx = gather_sum(grad, features, token_ends, W, None) if want_x else empty
+    source = centred if want_W else centred[:, :1]
+    place = rows if n_slots == W.shape[0] and n_slots != len(rows) else None
+    d_W, d_b = segment_sum(grad, tokens, order, row_ends, source, place, n_slots, with_sums=True)
+    assert d_b is not None
+    some_rows = rows if n_slots != W.shape[0] else None
+    db_dec = -weighted_row_sum(d_b, W, some_rows) if want_b_dec else empty.clone()
+    return dx, db_dec, d_W if want_W else empty.clone(), d_b
+
+
+@entry_values_backward.register_fake
+def _(
+    grad: Tensor,
+    centred: Tensor,
+    W: Tensor,
+    scale: Tensor | None,
+    tokens: Tensor,
+    features: Tensor,
+    token_ends: Tensor,
+    order: Tensor,
+    row_ends: Tensor,
+    rows: Tensor,
+    n_slots: int,
+    want_x: bool,
+    want_b_dec: bool,
+    want_W: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d = W.shape[1]
+    return (
+        grad.new_empty(centred.shape if want_x else 0),
+        grad.new_empty(d if want_b_dec else 0),
+        grad.new_empty((n_slots, d) if want_W else 0),
+        grad.new_empty(n_slots),
+    )
+
+
+def weighted_row_sum(weights: Tensor, W: Tensor, rows: Tensor | None) -> Tensor:
+    """sum_r weights_r W_(rows_r), fp32 [d]: one long segment, summed in balanced pieces."""
+    every = torch.arange(len(weights), dtype=torch.int32, device=W.device)
+    ends = torch.stack((every.new_zeros(()), every.new_full((), len(weights))))
+    places = every if rows is None else rows.int()
+    return segment_sum(weights, places, every, ends, W, None, 1)[0][0]
+
+
+def _entry_values_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, b_dec, W_slot, b_slot, _, *saved = inputs
+    ctx.save_for_backward(*saved)
+    ctx.n_slots = W_slot.shape[0]
+    ctx.dtypes = x.dtype, None if b_dec is None else b_dec.dtype, W_slot.dtype, b_slot.dtype
+
+
+def _entry_values_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    want_x, want_b_dec, want_W, want_b = ctx.needs_input_grad[:4]
+    x_dtype, b_dec_dtype, W_dtype, b_dtype = ctx.dtypes
+    dx, db_dec, d_W, d_b = entry_values_backward(grad, *ctx.saved_tensors, ctx.n_slots, want_x, want_b_dec, want_W)
+    return (
+        dx.to(x_dtype) if want_x else None,
+        db_dec.to(b_dec_dtype) if want_b_dec else None,
+        d_W.to(W_dtype) if want_W else None,
+        d_b.to(b_dtype) if want_b else None,
+        *(None,) * 10,
+    )
+
+
+@torch.library.custom_op("sampled_sae::decode_entries", mutates_args=())
+def decode_entries(
+    values: Tensor,
+    W_slot: Tensor,
+    b_dec: Tensor | None,
+    W: Tensor,
+    tokens: Tensor,
+    features: Tensor,
+    token_ends: Tensor,
+    order: Tensor,
+    row_ends: Tensor,
+    rows: Tensor,
+) -> Tensor:
+    """sum_j values_ij W_j + b_dec, fp32 [B, d]; W_slot as in `entry_values`."""
+    return gather_sum(values, features, token_ends, W, b_dec)
+
+
+@decode_entries.register_fake
+def _(
+    values: Tensor, W_slot: Tensor, b_dec: Tensor | None, W: Tensor, tokens: Tensor, features: Tensor, *ends: Tensor
+) -> Tensor:
+    return values.new_empty(ends[0].shape[0] - 1, W.shape[1])
+
+
+@torch.library.custom_op("sampled_sae::decode_entries_backward", mutates_args=())
+def decode_entries_backward(
+    grad: Tensor,
+    values: Tensor,
+    W: Tensor,
+    tokens: Tensor,
+    features: Tensor,
+    token_ends: Tensor,
+    order: Tensor,
+    row_ends: Tensor,
+    rows: Tensor,
+    n_slots: int,
+    want_values: bool,
+    want_W: bool,
+) -> tuple[Tensor, Tensor]:
+    """(d values, d W_slot) in fp32; what is not wanted is empty."""
+    low, factor = lowered(grad.contiguous(), W.dtype)
+    empty = grad.new_empty(0)
+    d_values = raised(entry_dots(low, W, tokens, features, token_ends), factor) if want_values else empty
+    if not want_W:
+        return d_values, empty.clone()
+    place = rows if n_slots == W.shape[0] and n_slots != len(rows) else None
+    return d_values, raised(segment_sum(values, tokens, order, row_ends, low, place, n_slots)[0], factor)
+
+
+@decode_entries_backward.register_fake
+def _(
+    grad: Tensor,
+    values: Tensor,
+    W: Tensor,
+    tokens: Tensor,
+    features: Tensor,
+    token_ends: Tensor,
+    order: Tensor,
+    row_ends: Tensor,
+    rows: Tensor,
+    n_slots: int,
+    want_values: bool,
+    want_W: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(values) if want_values else grad.new_empty(0),
+        grad.new_empty((n_slots, W.shape[1]) if want_W else 0),
+    )
+
+
+def _decode_entries_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    values, W_slot, b_dec, *saved = inputs
+    ctx.save_for_backward(values, *saved)
+    ctx.n_slots = W_slot.shape[0]
+    ctx.dtypes = W_slot.dtype, None if b_dec is None else b_dec.dtype
+
+
+def _decode_entries_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    want_values, want_W, want_b_dec = ctx.needs_input_grad[:3]
+    W_dtype, b_dec_dtype = ctx.dtypes
+    d_values, d_W = decode_entries_backward(grad, *ctx.saved_tensors, ctx.n_slots, want_values, want_W)
+    return (
+        d_values if want_values else None,
+        d_W.to(W_dtype) if want_W else None,
+        grad.sum(0).to(b_dec_dtype) if want_b_dec else None,
+        *(None,) * 7,
+    )
+
+
+entry_values.register_autograd(_entry_values_gradient, setup_context=_entry_values_context)
+decode_entries.register_autograd(_decode_entries_gradient, setup_context=_decode_entries_context)
+for _backward in (entry_values_backward, decode_entries_backward):
+    _backward.register_autograd(no_second_derivative)

@@ -1,0 +1,84 @@
+"""Products in fp32, and the encoder's by chunks of features.
+
+A chunk [B, C] is written once and read once, in one buffer for all chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...kernels.interpreter import INTERPRETED
+
+CHUNK_ELEMENTS = 1 << 25
+# features a chunk, at least and at most
+NARROWEST, WIDEST = (64, 64) if INTERPRETED.value else (1024, 8192)
+
+
+class Chunk(NamedTuple):
+    """The product z [B, C] for the candidates `at`, and what belongs to them.
+
+    features: int64 [C], or the first of C in a row. The next chunk overwrites z.
+    """
+
+    at: slice
+    features: Tensor | int
+    z: Tensor
+    b: Tensor | None
+    scale: Tensor | None
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a b, [M, N], accumulated and returned in fp32 whatever the inputs; equivalent to `a.float() @ b.float()`."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.is_cuda and a.dtype != torch.float32:
+            if out is None:
+                return torch.mm(a, b, out_dtype=torch.float32)
+            return torch.mm(a, b, out_dtype=torch.float32, out=out)
+        return torch.mm(a.float(), b.float(), out=out)
+
+
+def lowered(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A gradient as factor of a 16-bit product, and what the product is to be multiplied by; None for 1.
+
+    float16 would lose the gradient of a mean over many tokens: its largest entry goes to between 2^7 and 2^8.
+    """
+    if dtype != torch.float16 or grad.numel() == 0:
+        return grad.to(dtype), None
+    exponent = 8 - torch.frexp(grad.abs().amax()).exponent.clamp(-100, 100)
+    one = torch.ones((), dtype=torch.float32, device=grad.device)
+    return (grad * torch.ldexp(one, exponent)).to(dtype), torch.ldexp(one, -exponent)
+
+
+def raised(product: Tensor, factor: Tensor | None) -> Tensor:
+    """The product of what `lowered` gave, times the factor that it gave; in place."""
+    return product if factor is None else product.mul_(factor)
+
+
+def chunk_width(n_tokens: int) -> int:
+    """Features a chunk: a multiple of 256 (on a GPU) that keeps [B, C] near 2^25 elements."""
+    return min(max(CHUNK_ELEMENTS // max(n_tokens, 1) // 256 * 256, NARROWEST), WIDEST)
+
+
+def encoder_chunks(
+    x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor | None, members: Tensor | None
+) -> Iterator[Chunk]:
+    """The product of x [B, d] with the rows of W [F, d] chunk by chunk; with those in `members`, where given."""
+    n_tokens, size = x.shape[0], W.shape[0] if members is None else len(members)
+    width = min(chunk_width(n_tokens), size)
+    buffer = torch.empty(n_tokens * width, dtype=torch.float32, device=x.device)
+    for start in range(0, size, max(width, 1)):
+        at = slice(start, min(start + width, size))
+        z = buffer[: n_tokens * (at.stop - start)].view(n_tokens, at.stop - start)
+        if members is None:
+            product(x, W[at].t(), out=z)
+            yield Chunk(at, start, z, None if b is None else b[at], None if scale is None else scale[at])
+        else:
+            features = members[at]
+            rows, b_rows, scales = (None if t is None else t.index_select(0, features) for t in (W, b, scale))
+            assert rows is not None
+            product(x, rows.t(), out=z)
+            yield Chunk(at, features, z, b_rows, scales)

@@ -1,0 +1,1 @@
+"""From stored activations to trained, evaluated and compared SAEs."""

@@ -1,0 +1,110 @@
+"""What an SAE is worth: reconstruction, sparsity, use of the dictionary, cost to the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..codes import SparseCodes
+from ..sae import SampledSAE
+
+HISTOGRAM_EDGES = [0.0, *(10.0 ** (e / 2) for e in range(-9, 0)), 1.0]
+
+
+@torch.no_grad()
+def evaluate_activations(sae: SampledSAE, x: Tensor, batch_size: int = 2048) -> dict[str, Any]:
+    """Metrics on held-out activations x [n, d_in], on the CPU, normalised as in training; the SAE may be elsewhere.
+
+    Returns a dict. By the inference threshold: `fvu` (sum of squared errors over sum of squared deviations from
+    the mean), `explained_variance` (mean over dimensions of 1 - error variance / variance), `cosine`, `l0`,
+    `dead_share` (features that no token activates), `frequency_histogram` (features by the share of tokens that
+    activate them; edges in `frequency_edges`, features never active in `never_active`), `features_for_90`
+    (how many features hold 90% of the kept entries), `jaccard` (mean overlap of the feature sets of consecutive
+    batches). By the batch rule, with a pool of each batch's own: `batch_l0`, `batch_fvu`, `batch_features_for_90`,
+    `batch_jaccard`.
+    """
+    was_training = sae.training
+    state = {name: getattr(sae, name).clone() for name in ("threshold", "threshold_steps", "tokens_since_active")}
+    generator = sae.generator.get_state()
+    try:
+        sae.eval()
+        result: dict[str, Any] = _measure(sae, x, batch_size)
+        result["threshold"] = float(sae.threshold)
+        sae.train()
+        by_batch = _measure(sae, x, batch_size)
+        names = ("l0", "fvu", "features_for_90", "jaccard")
+        result |= {f"batch_{name}": by_batch[name] for name in names}
+    finally:
+        sae.train(was_training)
+        sae.generator.set_state(generator)
+        for name, value in state.items():
+            getattr(sae, name).copy_(value)
+    return result
+
+
+def _measure(sae: SampledSAE, x: Tensor, batch_size: int) -> dict[str, Any]:
+    device = sae.W_enc.device
+    counts = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=device)
+    error_sum = torch.zeros(sae.cfg.d_in, dtype=torch.float64, device=device)
+    error_squares = torch.zeros_like(error_sum)
+    cosine = 0.0
+    overlaps: list[float] = []
+    before: Tensor | None = None
+    for batch, codes in _batches(sae, x, batch_size):
+        x_hat = sae.decode(codes)
+        error = (batch - x_hat).double()
+        error_sum += error.sum(0)
+        error_squares += error.square().sum(0)
+        cosine += float(torch.nn.functional.cosine_similarity(batch, x_hat, dim=1).sum())
+        counts += torch.bincount(codes.features, minlength=sae.cfg.d_sae)
+        active = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=device)
+        active[codes.features] = True
+        if before is not None and len(batch) == batch_size:
+            union = int((active | before).sum())
+            overlaps.append(int((active & before).sum()) / union if union else 1.0)
+        before = active
+    n = len(x)
+    counts, error_sum, error_squares = counts.cpu(), error_sum.cpu(), error_squares.cpu()
+    deviations = (x.double() - x.double().mean(0)).square().sum(0)
+    error_variance = error_squares - error_sum.square() / n
+    frequency = (counts[counts > 0].double() / n).clamp(max=1.0).numpy()
+    return {
+        "tokens": n,
+        "fvu": float(error_squares.sum() / deviations.sum()),
+        "explained_variance": float((1 - error_variance / deviations.clamp_min(1e-30)).mean()),
+        "cosine": cosine / n,
+        "l0": float(counts.sum()) / n,
+        "dead_share": float((counts == 0).double().mean()),
+        "never_active": int((counts == 0).sum()),
+        "frequency_edges": HISTOGRAM_EDGES,
+        "frequency_histogram": np.histogram(frequency, HISTOGRAM_EDGES)[0].tolist(),
+        "features_for_90": features_for_share(counts, 0.9),
+        "jaccard": float(np.mean(overlaps)) if overlaps else None,
+    }
+
+
+def _batches(sae: SampledSAE, x: Tensor, batch_size: int) -> Iterator[tuple[Tensor, SparseCodes]]:
+    for batch in x.split(batch_size):
+        batch = batch.to(sae.W_enc.device)
+        yield batch, sae.encode_sparse(batch)
+
+
+def features_for_share(counts: Tensor, share: float) -> int:
+    """How many of the most used features hold `share` of all kept entries; counts int64 [F]."""
+    ordered = counts.sort(descending=True).values.cumsum(0)
+    total = int(ordered[-1])
+    return 0 if total == 0 else int((ordered < share * total).sum()) + 1
+
+
+def reconstruct_with(sae: SampledSAE) -> Callable[[Tensor], Tensor]:
+    """x [n, d_in] -> reconstruction by the threshold, as `sampled_sae.lm.splice` asks for."""
+
+    @torch.no_grad()
+    def reconstruct(x: Tensor) -> Tensor:
+        return sae.decode(sae.encode_sparse(x.to(sae.W_enc.device))).to(x.device)
+
+    return reconstruct

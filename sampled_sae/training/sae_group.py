@@ -1,0 +1,91 @@
+"""`SAEGroup`: several SAEs trained side by side on the same activations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..config import SampledSAEConfig
+from ..sae import SampledSAE
+from .activation_store import ActivationStore
+from .batches import Feed
+from .train_config import TrainConfig
+from .training_run import TrainingRun, train_to_end
+
+
+class SAEGroup:
+    """Trains a SampledSAE for each of several configs in one process.
+
+    They share each batch (read, shuffled, moved to the device once), its variance, the geometric median
+    that b_dec starts from and the tokens that calibrate the thresholds; not the encoder product. Each has the
+    folder `folder`/name with the files that `Trainer` writes, and comes out equal bit for bit to what `Trainer`
+    makes of the same config, TrainConfig and store. A group holds the weights and the optimizer state of all its
+    members at once.
+
+    Started again after a kill, it goes on from the checkpoints; members that are ahead wait for the others.
+
+    Args:
+        configs: name -> config; any l, k, score, select, seed, also d_in where the stores allow it.
+        train: how all of them are trained; its seed gives the order of the tokens, a config's its first weights.
+        stores: activations for all members, or name -> activations for each, such as another layer's.
+        folder: where the members' folders are.
+        device: where they are trained.
+
+    Attributes:
+        members: name -> TrainingRun.
+
+    Raises:
+        ValueError: no configs, a name that cannot be a folder's, stores for other names than those of the configs,
+            and what Trainer raises, with the member's name.
+    """
+
+    def __init__(
+        self,
+        configs: dict[str, SampledSAEConfig],
+        train: TrainConfig,
+        stores: ActivationStore | dict[str, ActivationStore],
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        _check_names(configs, stores)
+        self.config = train
+        self.folder = Path(folder)
+        self.members: dict[str, TrainingRun] = {}
+        feeds: dict[Path, Feed] = {}
+        for name, config in configs.items():
+            store = stores[name] if isinstance(stores, dict) else stores
+            place = store.folder.resolve()
+            try:
+                if place not in feeds:
+                    feeds[place] = Feed(store, train.batch_size, train.seed, device)
+                self.members[name] = TrainingRun(config, train, feeds[place], self.folder / name)
+            except ValueError as error:
+                raise ValueError(f"configs[{name!r}]: {error}") from error
+
+    @property
+    def step(self) -> int:
+        """Steps that every member has done."""
+        return min(member.step for member in self.members.values())
+
+    def run(self, progress: bool = True) -> dict[str, SampledSAE]:
+        """Trains all to the end, calibrates, saves; returns name -> SAE, in evaluation mode.
+
+        Raises:
+            FloatingPointError: a member's loss is NaN or inf; names member and step. All checkpoints stay.
+        """
+        train_to_end(self.members, progress)
+        return {name: member.sae for name, member in self.members.items()}
+
+
+def _check_names(configs: dict[str, SampledSAEConfig], stores: ActivationStore | dict[str, ActivationStore]) -> None:
+    if not configs:
+        raise ValueError(f"configs={configs!r}: must name at least one SampledSAEConfig")
+    for name in configs:
+        if name in ("", "..") or Path(name).name != name:
+            raise ValueError(f"configs[{name!r}]: the name must be that of a folder, without separators")
+    if isinstance(stores, dict) and set(stores) != set(configs):
+        missing, unknown = sorted(set(configs) - set(stores)), sorted(set(stores) - set(configs))
+        raise ValueError(
+            f"stores={sorted(stores)}: must name the members {sorted(configs)}; missing {missing}, unknown {unknown}"
+        )

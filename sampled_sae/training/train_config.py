@@ -1,0 +1,55 @@
+"""`TrainConfig`: how an SAE is trained, as one frozen dataclass that checks itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..optim import MODES
+from ..support.argument_checks import check_choice, check_integer, check_number
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How an SAE is trained.
+
+    Args:
+        steps: batches to train on.
+        batch_size: tokens a batch; part of the method, since scores and selection are the batch's.
+        lr: peak learning rate of Adam.
+        warmup: share of the steps over which lr rises from 0.
+        decay: share of the steps, at the end, over which lr falls to 0.
+        clip: largest gradient norm.
+        adam: RowAdam's mode, "dense", "lazy" or "decayed".
+        moments: dtype of RowAdam's moments, "float32" or "bfloat16".
+        seed: of the order of the tokens.
+        checkpoint_every, log_every: steps between checkpoints and lines of metrics.jsonl.
+    """
+
+    steps: int = 1000
+    batch_size: int = 2048
+    lr: float = 1e-3
+    warmup: float = 0.05
+    decay: float = 0.2
+    clip: float = 1.0
+    adam: str = "dense"
+    moments: str = "float32"
+    seed: int = 0
+    checkpoint_every: int = 500
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
+            check_integer(name, getattr(self, name), 1)
+        check_integer("seed", self.seed, 0)
+        check_choice("adam", self.adam, MODES)
+        check_choice("moments", self.moments, ("float32", "bfloat16"))
+        check_number("lr", self.lr, 0, None)
+        check_number("clip", self.clip, 0, None)
+        check_number("warmup", self.warmup, 0, 1)
+        check_number("decay", self.decay, 0, 1)
+
+    def lr_at(self, step: int) -> float:
+        """lr of step 0, 1, ...: linear warm-up, constant, linear decay."""
+        up = (step + 1) / max(1, round(self.warmup * self.steps))
+        down = (self.steps - step) / max(1, round(self.decay * self.steps))
+        return self.lr * min(1.0, up, down)

@@ -1,0 +1,51 @@
+"""`Trainer`: one SAE trained on a store of activations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..config import SampledSAEConfig
+from ..sae import SampledSAE
+from .activation_store import ActivationStore
+from .batches import Feed
+from .train_config import TrainConfig
+from .training_run import TrainingRun, train_to_end
+
+
+class Trainer(TrainingRun):
+    """Trains a SampledSAE and keeps `folder` such that a kill loses at most `checkpoint_every` steps.
+
+    Writes `checkpoint.pt` (weights, optimizer, step), `metrics.jsonl` (a line every `log_every` steps), and at
+    the end the SAE itself (`config.json`, `sae.safetensors`) and `run.json`. Started on a folder that holds a
+    checkpoint of the same settings, it goes on from there, and the result equals that of an uninterrupted run.
+
+    Args:
+        sae_config, train_config: what and how; `row_grads` is switched on.
+        store: activations.
+        folder: where everything is written.
+        device: where the SAE is trained; a checkpoint may be loaded on another.
+
+    Raises:
+        ValueError: a checkpoint of other settings in the folder, a corrupt one, widths that differ, no such device.
+    """
+
+    def __init__(
+        self,
+        sae_config: SampledSAEConfig,
+        train_config: TrainConfig,
+        store: ActivationStore,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(
+            sae_config, train_config, Feed(store, train_config.batch_size, train_config.seed, device), folder
+        )
+        self.store = store
+        self.stream = self.feed.stream
+
+    def run(self, progress: bool = True) -> SampledSAE:
+        """Trains to the end, calibrates the threshold to L0 = k, saves; returns the SAE in evaluation mode."""
+        train_to_end({"": self}, progress)
+        return self.sae
