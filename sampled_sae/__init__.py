@@ -5,12 +5,12 @@ from .codes import SparseCodes
 from .config import SampledSAEConfig
 from .optim import RowAdam
 from .sae import SampledSAE, SampledSAEOutput
+from .support.version import __version__
 from .training.activation_store import ActivationStore
 from .training.sae_group import SAEGroup
 from .training.train_config import TrainConfig
 from .training.trainer import Trainer
 
-__version__ = "0.1.0"
 __all__ = [
     "ActivationStore",
     "RowAdam",
@@ -21,5 +21,6 @@ __all__ = [
     "SparseCodes",
     "TrainConfig",
     "Trainer",
+    "__version__",
     "functional",
 ]

@@ -50,7 +50,7 @@ def test_wheel_holds_every_module_and_kernel(wheel):
     # rglob does not follow the link to kernels/.
     modules = {str(f.relative_to(ROOT)) for f in package.rglob("*.py") if (package / "kernels") not in f.parents}
     assert len(kernels) >= 2
-    assert {"sampled_sae/sae.py", "sampled_sae/torch_impl/stream.py"} <= modules
+    assert {"sampled_sae/sae.py", "sampled_sae/impl/torch/stream.py"} <= modules
     held = {name for name in names(wheel) if name.endswith(".py")}
     assert held == modules | kernels
 
