@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from sampled_sae import bench
-
 
 @dataclass(frozen=True)
 class Workload:
@@ -54,8 +50,3 @@ GPU_KERNELS = (
 )
 
 REHEARSAL = (Workload("rehearsal", 12, 16, 100, 2),)
-
-
-def activations(workload: Workload, seed: int) -> Tensor:
-    """[B, d] float32, as `sampled_sae.bench.activations`."""
-    return bench.activations(workload.B, workload.d, seed)

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from benchmarks.peer_steps import TOLERANCE
 
 from benchmarks.gpu_parts.visit import Row, Visit, batches, operands
 from benchmarks.measure import product
-from benchmarks.peer_steps import TOLERANCE
 from benchmarks.peers import CANDIDATES, Setup, Weights, initial_weights, installed, make
 from benchmarks.workloads import Workload, activations
 from sampled_sae import SampledSAE, SampledSAEConfig

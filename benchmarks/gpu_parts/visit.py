@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 import triton
+from benchmarks.peer_steps import BATCHES
 
 from benchmarks.measure import machine
-from benchmarks.peer_steps import BATCHES
 from benchmarks.peers import DISTRIBUTIONS
 from benchmarks.workloads import GPU_STEPS, REHEARSAL, Workload, activations
 from sampled_sae.support.atomic_files import write_json, write_text

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.workloads import Workload, activations
+from benchmarks.workloads import Workload
+from sampled_sae.bench import activations
 from sampled_sae.codes import Selection
 from sampled_sae.config import batch_budget, pool_size
 from sampled_sae.impl.interface import implementation, resolve_impl
@@ -66,7 +67,7 @@ class Inputs:
         W = torch.randn(workload.F, workload.d, generator=generator, device=device)
         self.W = torch.nn.functional.normalize(W, dim=1).to(dtype)
         self.b = 0.01 * torch.randn(workload.F, generator=generator, device=device)
-        self.x, self.other_x = (activations(workload, seed).to(device, dtype) for seed in range(2))
+        self.x, self.other_x = (activations(workload.B, workload.d, seed).to(device, dtype) for seed in range(2))
         self._members: dict[float | None, Tensor | None] = {}
         self._codes: dict[float | None, Selection] = {}
 
