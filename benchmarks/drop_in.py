@@ -218,7 +218,8 @@ def measure(library: str, workload: Workload, store: Path | None, rounds: int, s
         row |= spread_columns([alone["step"] / ours["step"] for alone, ours in pairs], "speedup")
         taken = sides["alone"].call("train", 0)
         for until in [*range(taken, steps, SLICE)[1:], max(taken, steps)]:
-            row["steps"] = [worker.call("train", until) for worker in sides.values()][0]
+            for worker in sides.values():
+                row["steps"] = worker.call("train", until)
         for side, worker in sides.items():
             row[side]["fvu"] = worker.call("fvu")
     except WorkerError as failure:

@@ -20,14 +20,17 @@ from sampled_sae.support.timing import spread
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 PEERS = ("sae-lens", "dictionary-learning", "overcomplete", "eai-sparsify")
 
 
-def parser(about: str | None, threads: int = 2) -> argparse.ArgumentParser:
-    """Of a command that writes a result file."""
+def parser(about: str | None, out: Path | None = None) -> argparse.ArgumentParser:
+    """Of a command that writes a result file, to `out` unless another is named."""
     made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--out", type=Path, required=True, help="JSON file to write; a table goes beside it")
-    made.add_argument("--threads", type=int, default=threads)
+    default = "" if out is None else f"; {in_repository(str(out))} unless named"
+    written = "JSON file to write; a table goes beside it" + default
+    made.add_argument("--out", type=Path, required=out is None, default=out, help=written)
+    made.add_argument("--threads", type=int, default=2)
     return made
 
 

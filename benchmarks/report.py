@@ -23,12 +23,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import drop_in, equal_time, quality
-from benchmarks.kernels import table as kernels
-from benchmarks.measure import ROOT, with_caption
+from benchmarks.measure import RESULTS, ROOT, with_caption
+from benchmarks.operations import table as operations
 from benchmarks.steps.tables import markdown_table
 from sampled_sae.training import sweep
 
-RESULTS = ROOT / "benchmarks" / "results"
 DEMO, PLOTS = RESULTS / "demo", RESULTS / "plots"
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
 STEPS = ("cpu_step", "peer_steps", "scaling", "block_or_entries", "before_after")
@@ -38,7 +37,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "drop_in": drop_in.markdown_table,
     "drop_in_768": drop_in.markdown_table,
     "equal_time": equal_time.markdown_table,
-    "kernels": lambda result: kernels.markdown(result["rows"]),
+    "kernels": lambda result: operations.markdown(result["rows"]),
 }
 
 

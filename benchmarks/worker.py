@@ -10,8 +10,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 class WorkerError(RuntimeError):
     """What went wrong in a worker, in a line; the worker is of no more use."""
@@ -66,11 +64,9 @@ class Worker:
 
 
 class Here:
-    """The same in this process, for the time that starting another takes; begins with the GPU's cached memory free."""
+    """The same in this process, for the time that starting another takes."""
 
     def __init__(self, session: type, *args: Any, tree: None = None) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         self._session: Any = None
         self._session = self._made(session, *args)
 

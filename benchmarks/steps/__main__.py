@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import PEERS, ROOT, machine, write_result
+from benchmarks.measure import PEERS, RESULTS, ROOT, machine, write_result
 from benchmarks.steps.experiments import EXPERIMENTS, Tasks, at_all_sizes, before_and_after
 from benchmarks.steps.harness import Harness
 from benchmarks.steps.tables import markdown_table
@@ -59,7 +59,7 @@ def main() -> None:
             result |= {"before": described(args.revision), "after": described()}
         wanted = chosen(tasks(args.rehearse, args.device), args.candidates, args.workloads)
         result["rows"] = []
-        out = args.out or (None if args.rehearse else ROOT / "benchmarks" / "results" / f"{args.name}.json")
+        out = args.out or (None if args.rehearse else RESULTS / f"{args.name}.json")
         for row in harness.measure(wanted):
             result["rows"].append(row)
             text = markdown_table(args.name, result)

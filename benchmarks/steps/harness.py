@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ from benchmarks.workloads import Workload
 
 # relative, of the first batch's error; bfloat16 moves some kept entries
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
-WARM_UP = 2
 # of the calls beside a step, those of which the faster is the floor
 FLOORS = ("product", "chunks")
 
@@ -52,6 +51,7 @@ class Harness:
         beside: calls that are timed before each step (`StepSession`).
         device, dtype, threads: where, and in what.
         rounds, seconds: samples of each candidate, fewer where those of a group take so long.
+        warm_up: rounds for nothing before them.
         memory: bytes that the processes of a group may take together.
         checked: whether the first error has to be the reference's.
         start: `Worker`, or `Here` for one candidate after the other in this process.
@@ -63,6 +63,7 @@ class Harness:
     threads: int = 2
     rounds: int = 7
     seconds: float = math.inf
+    warm_up: int = 2
     memory: float = 18 * 2.0**30
     checked: bool = True
     start: type = Worker
@@ -86,7 +87,7 @@ class Harness:
                 running[i] = self.started(task, rows[i], expected[i])
             except WorkerError as failure:
                 rows[i]["reason"] = str(failure)
-        samples, failures = samples_in_turn(running, self.rounds, self.seconds)
+        samples, failures = samples_in_turn(running, self.rounds, self.seconds, self.warm_up)
         for i, worker in running.items():
             if i in failures:
                 rows[i]["reason"] = failures[i]
@@ -117,27 +118,26 @@ class Harness:
             raise WorkerError(f"error {error:.6g} on the first batch, the reference has {expected:.6g}")
         return worker
 
-    def expected_errors(self, tasks: Iterable[Task]) -> list[float]:
+    def expected_errors(self, tasks: Sequence[Task]) -> list[float]:
         """The first batch's error by each task's rule, by the reference implementation; nan without `checked`."""
-        found: dict[tuple[Workload, str], float] = {}
-        needed = [task for task in tasks if self.checked and installed(task.entry)]
-        for workload in dict.fromkeys(task.workload for task in needed):
+        found = [math.nan] * len(tasks)
+        for workload in dict.fromkeys(task.workload for task in tasks if self.checked):
             worker = self.start(ReferenceSession, self.setup(workload), self.threads)
-            for rule in [task.entry.rule for task in needed if task.workload == workload]:
-                if (workload, str(rule)) not in found:
-                    found[workload, str(rule)] = worker.call("error", rule)
+            for i, task in enumerate(tasks):
+                if task.workload == workload and installed(task.entry):
+                    found[i] = worker.call("error", task.entry.rule)
             worker.close()
-        return [found.get((task.workload, str(task.entry.rule)), math.nan) for task in tasks]
+        return found
 
 
 def samples_in_turn(
-    workers: dict[Any, Any], rounds: int, seconds: float = math.inf
+    workers: dict[Any, Any], rounds: int, seconds: float = math.inf, warm_up: int = 2
 ) -> tuple[dict[Any, list[dict[str, float]]], dict[Any, str]]:
-    """What each worker's `sample` gives, round by round, after some rounds for nothing; why others failed."""
+    """What each worker's `sample` gives, round by round, after `warm_up` rounds for nothing; why others failed."""
     found: dict[Any, list[dict[str, float]]] = {name: [] for name in workers}
     failures: dict[Any, str] = {}
     start = time.perf_counter()
-    for round_ in range(WARM_UP + rounds):
+    for round_ in range(warm_up + rounds):
         for name in list(found):
             try:
                 sample = workers[name].call("sample")
@@ -145,9 +145,9 @@ def samples_in_turn(
                 failures[name] = str(failure)
                 del found[name]
                 continue
-            if round_ >= WARM_UP:
+            if round_ >= warm_up:
                 found[name].append(sample)
-        if round_ >= WARM_UP and time.perf_counter() - start > seconds:
+        if round_ >= warm_up and time.perf_counter() - start > seconds:
             break
     return found, failures
 

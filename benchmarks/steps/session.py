@@ -28,6 +28,7 @@ class Size:
         self.batches = [activations(setup.B, setup.d, seed).to(setup.device) for seed in range(BATCHES)]
         dtype = getattr(torch, setup.dtype)
         x, W = self.batches[0].to(dtype), self.weights.W_enc.to(dtype)
+        self.errors: dict[str, float] = {}
         self.products: dict[str, Callable[[], Callable[[], Any]]] = {
             "product": lambda: product(x, W),
             "chunks": lambda: product_in_chunks(x, W),
@@ -111,4 +112,8 @@ class ReferenceSession:
 
     @torch.no_grad()
     def error(self, rule: dict[str, Any]) -> float:
-        return float(self.size.weights.sae(self.k, impl="reference", **rule)(self.size.batches[0]).mse)
+        """By this rule."""
+        errors, x = self.size.errors, self.size.batches[0]
+        if str(rule) not in errors:
+            errors[str(rule)] = float(self.size.weights.sae(self.k, impl="reference", **rule)(x).mse)
+        return errors[str(rule)]
