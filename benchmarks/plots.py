@@ -66,10 +66,7 @@ def peer_steps(result: Result) -> Figure:
         rows = [row for row in timed if row["workload"] == size]
         colors = ["C0" if row["candidate"].startswith("ours") else "C1" for row in rows]
         ratios = [row["ratio"] for row in rows]
-        errors = [
-            [row["ratio"] - row["ratio_p20"] for row in rows],
-            [row["ratio_p80"] - row["ratio"] for row in rows],
-        ]
+        errors = [[row["ratio"] - row["ratio_p20"] for row in rows], [row["ratio_p80"] - row["ratio"] for row in rows]]
         names = [row["candidate"] for row in rows]
         bars = axis.barh(names, ratios, xerr=errors, color=colors, ecolor=GREY)
         axis.bar_label(bars, [f" {ratio:.1f}" for ratio in ratios], padding=4)
@@ -140,8 +137,4 @@ def line(axis: Axes, rows: Sequence[Result], x: str, y: str, label: str, **style
     axis.plot([row[x] for row in rows], [row[y] for row in rows], marker="o", markersize=4, label=label, **style)
 
 
-PLOTS: dict[str, Callable[[Result], Figure]] = {
-    "peer_steps": peer_steps,
-    "scaling": scaling,
-    "equal_time": equal_time,
-}
+PLOTS: dict[str, Callable[[Result], Figure]] = {"peer_steps": peer_steps, "scaling": scaling, "equal_time": equal_time}

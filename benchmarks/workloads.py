@@ -33,10 +33,7 @@ GPU_STEPS = (
     Workload("Llama-3-8B", 4096, 4096, 131072, 64),
 )
 
-CPU_KERNELS = (
-    Workload("SmolLM2-135M", 2048, 576, 16384, 32),
-    Workload("Pythia-160M", 2048, 768, 32768, 64),
-)
+CPU_KERNELS = (Workload("SmolLM2-135M", 2048, 576, 16384, 32), Workload("Pythia-160M", 2048, 768, 32768, 64))
 LARGE_KERNELS = (
     Workload("Pythia-160M, wide", 8192, 768, 65536, 64),
     Workload("Gemma-2-2B", 4096, 2304, 65536, 64),

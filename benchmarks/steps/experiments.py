@@ -146,8 +146,6 @@ EXPERIMENTS = {
         {"beside": ("product", "without_optimizer")},
     ),
     "gpu_graphs": Experiment(
-        "the same as CUDA graphs",
-        at_all_sizes(on_a_gpu(graph=True)),
-        {**SIZE, "step of": "candidate", **RATIO},
+        "the same as CUDA graphs", at_all_sizes(on_a_gpu(graph=True)), {**SIZE, "step of": "candidate", **RATIO}
     ),
 }

@@ -185,14 +185,7 @@ def figures(samples: Sequence[dict[str, float]], workload: Workload, peak: int |
     if "without_optimizer" in samples[0]:
         more["ratio_without_optimizer"] = statistics.median(s["without_optimizer"] / s[floor] for s in samples)
     memory = None if peak is None else peak / (4 * workload.B * workload.F)
-    return {
-        **ratios,
-        **columns,
-        **more,
-        "rounds": len(samples),
-        "peak_bytes": peak,
-        "peak_extra_memory": memory,
-    }
+    return {**ratios, **columns, **more, "rounds": len(samples), "peak_bytes": peak, "peak_extra_memory": memory}
 
 
 def beside(row: Row, own: list[dict[str, float]] | None, other: list[dict[str, float]] | None) -> Row:
