@@ -25,19 +25,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import drop_in, equal_time, quality
 from benchmarks.measure import RESULTS, ROOT, with_caption
 from benchmarks.operations import table as operations
-from benchmarks.steps.tables import markdown_table
+from benchmarks.steps.experiments import EXPERIMENTS, table
 from sampled_sae.training import sweep
 
 DEMO, PLOTS = RESULTS / "demo", RESULTS / "plots"
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
-STEPS = ("cpu_step", "peer_steps", "scaling", "block_or_entries", "before_after")
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    **{name: partial(markdown_table, name) for name in STEPS},
+    **{name: partial(table, name) for name in EXPERIMENTS},
     "quality": quality.markdown_table,
     "drop_in": drop_in.markdown_table,
     "drop_in_768": drop_in.markdown_table,
     "equal_time": equal_time.markdown_table,
-    "kernels": lambda result: operations.markdown(result["rows"]),
+    "kernels": lambda result: operations.table(result["rows"]),
 }
 
 
