@@ -1,4 +1,4 @@
-"""The pages say what is there: the rooms of docs/architecture.md, paths and links in every page, functions in tables."""
+"""The pages say what is there: rooms of docs/architecture.md, paths and links in every page, functions in tables."""
 
 import ast
 import importlib
@@ -14,7 +14,7 @@ PACKAGE = ROOT / "sampled_sae"
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("kernels/*.md"), *ROOT.glob("benchmarks/*.md")]
 # a page may cite what a command writes, not only what is there
-WRITTEN = ("runs/", "trained/")
+WRITTEN = ("runs/", "trained/", ".venv/")
 NOT_ROOMS = ("build", "dist", "runs", "__pycache__")
 
 
@@ -82,14 +82,16 @@ def test_every_link_leads_to_a_file(page):
 
 
 def rows_of_the_table():
-    """(step, [functions], [kernel files]) of the table of forms."""
+    """(step, [functions], [kernel files]) of each row of the table of forms."""
+    rows = []
     lines = [line for line in ARCHITECTURE.splitlines() if line.startswith("|")]
     assert re.findall(r"`([^`]+)`", lines[0]) == ["reference.py", "impl/torch/", "impl/triton/", "kernels/"]
     for line in lines[2:]:
         step, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         names = [re.findall(r"`([^`]+)`", cell) for cell in cells]
         prefixes = ("sampled_sae.reference.", "sampled_sae.impl.torch.", "sampled_sae.impl.triton.")
-        yield step, [prefix + name for prefix, cell in zip(prefixes, names) for name in cell], names[3]
+        rows.append((step, [prefix + name for prefix, cell in zip(prefixes, names) for name in cell], names[3]))
+    return rows
 
 
 @pytest.mark.parametrize(("step", "functions", "kernels"), rows_of_the_table(), ids=str)
