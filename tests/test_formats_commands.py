@@ -112,7 +112,7 @@ def test_the_installed_command(tmp_path):
         "--to",
         "dictionary_learning",
     ]
-    done = subprocess.run([*command, "--threads", "1"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, "--threads", "1"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "out/ae.pt") in done.stdout
     assert formats.load(tmp_path / "out").cfg == trained().cfg
