@@ -1,9 +1,9 @@
-"""Steps of RowAdam and of the calls it stands for."""
+"""Steps of RowAdam's tests, and the PyTorch calls that RowAdam replaces."""
 
 import torch
 from makers import tokens
 
-# Path of the gradients by rule: a block of the pool, a pool entry by entry, the whole dictionary.
+# How the gradients reach the rows: a block of the pool, a pool entry by entry, the whole dictionary.
 RULES = [{"d_sae": 128, "l": 4.0}, {"d_sae": 64, "l": 4.0}, {"l": None}, {"l": None, "select": "token"}]
 # Every second feature dead at the start, so that the auxiliary loss adds parts on other features.
 AUX = {"aux_coefficient": 1 / 32, "dead_after": 50}
@@ -14,7 +14,7 @@ def state_of(sae):
 
 
 def plain_step(sae, adam, clip):
-    """Step 8 of METHOD.md by torch's own parts."""
+    """Step 8 of docs/method.md in plain PyTorch."""
     if clip is not None:
         torch.nn.utils.clip_grad_norm_(sae.parameters(), clip)
     sae.project_decoder_grad()
@@ -23,6 +23,7 @@ def plain_step(sae, adam, clip):
 
 
 def backward(sae, seed, dtype=torch.float64):
+    """The loss of one batch; its gradients are in the parameters."""
     loss = sae(tokens(10, 12, seed=seed, dtype=dtype)).loss
     loss.backward()
     return loss.detach()
