@@ -50,7 +50,7 @@ def product(x: Tensor, W: Tensor) -> Callable[[], Any]:
 
 def product_in_chunks(x: Tensor, W: Tensor) -> Callable[[], Any]:
     """The same products, some tokens and features at a time into one buffer: the floor of a step without [B, F]."""
-    from sampled_sae.impl.torch.scores import BLOCK_TOKENS, chunk_features
+    from sampled_sae.impl.torch.products import BLOCK_TOKENS, chunk_features
 
     blocks = x.split(BLOCK_TOKENS)
     width = chunk_features(len(blocks[0]))

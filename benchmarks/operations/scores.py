@@ -12,6 +12,7 @@ from benchmarks.measure import product
 from benchmarks.operations.operation import Inputs, Operation, some
 from sampled_sae import reference
 from sampled_sae.config import pool_size
+from sampled_sae.impl.encoder import Operands
 from sampled_sae.testing import Comparison, comparison, relative_error
 
 CHECKED_COLUMNS = 512
@@ -81,8 +82,9 @@ def statistics(inputs: Inputs, how: str, score: str) -> Callable[[], Tensor]:
     from sampled_sae.kernels.column_scores import column_statistics
 
     b = torch.zeros(len(inputs.W), device=inputs.device)
-    call = column_statistics if how == "fused" else chunked_statistics
-    return lambda: call(inputs.x, inputs.W, b, score)
+    if how == "fused":
+        return lambda: column_statistics(inputs.x, inputs.W, b, score)
+    return lambda: chunked_statistics(Operands(inputs.x, inputs.W, b), score)
 
 
 def pool(inputs: Inputs, l: float) -> Operation:
