@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -38,7 +39,7 @@ def compile_all(record: Record, make: Make, cases: Sequence[tuple[Any, ...]]) ->
         worker.ask("run", make, cases, i, count, end)
     for worker in workers:
         try:
-            failed = worker.answer(None if record.rehearse else end + PATIENCE - time.time())
+            failed = worker.answer(None if end == math.inf else end + PATIENCE - time.time())
             record.add(*({"name": f"compiling {name}", "reason": why} for name, why in failed))
         except WorkerError as error:
             record.add({"name": "compiling", "reason": str(error)})

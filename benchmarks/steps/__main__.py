@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks.gpu_parts.compiling import compile_all, small
 from benchmarks.measure import RESULTS, ROOT
 from benchmarks.record import Record, parser
-from benchmarks.steps.experiments import EXPERIMENTS, Tasks, at_all_sizes, before_and_after, table
+from benchmarks.steps.experiments import EXPERIMENTS, Tasks, at_all_sizes, before_and_after, first_steps, table
 from benchmarks.steps.harness import Harness
 from benchmarks.worker import Here
 from benchmarks.workloads import GPU_STEPS, REHEARSAL
