@@ -73,7 +73,7 @@ def test_what_was_found_before_a_crash_is_kept(tmp_path):
 
 def test_a_failed_check_shows_in_the_table():
     row = {"workload": "w", "operation": "score l2", "form": "ours (triton)", "ms": 2.0, "check": "passed"}
-    eager = {"workload": "w", "operation": "score l2", "form": "eager", "ms": 6.0, "ours is faster by": 3.0}
+    eager = {**row, "form": "eager", "ms": 6.0, "ours is faster by": 3.0}
     assert "2 (3.0x)" in summary.kernels([row, eager])[1]
     wrong = {**row, "check": "values: error 1"}
     shown = summary.kernels([wrong, {**eager, "ours is faster by": None, "check": wrong["check"]}])
