@@ -1,11 +1,12 @@
-"""The specification: METHOD.md in plain dense PyTorch.
+"""The specification: docs/method.md in plain dense PyTorch, its steps 1 to 8 numbered as there.
 
 Every other path computes this function. B tokens, d = d_in, F = d_sae; x [B, d], W_enc [d, F], b_enc [F],
-W_dec [F, d], b_dec [d]. Any float dtype; 16-bit inputs are computed in float32. Gradients by autograd. It
-stores [B, F] several times and is meant to be read and compared with, not to be used for training.
+W_dec [F, d], b_dec [d]. Any float dtype; 16-bit inputs are computed in float32. Gradients by autograd; step 7
+says what they are. It stores [B, F] several times and is meant to be read and compared with, not to be used for
+training.
 
 Sources: scores, pool and selection from arXiv 2508.21324, BatchTopK from arXiv 2412.06410, TopK and the
-dead-feature loss from arXiv 2406.04093; the readings that are ours are listed in the README.
+dead-feature loss from arXiv 2406.04093; docs/method.md lists the readings that are ours.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None = None) -> Tensor:
-    """a = relu(x W_enc + b_enc) * scale, [B, F]."""
+    """Step 1: a = relu(x W_enc + b_enc) * scale, [B, F]; x is centred by the caller."""
     dtype = compute_dtype(x)
     a = torch.relu(x.to(dtype) @ W_enc.to(dtype) + b_enc.to(dtype))
     return a if scale is None else a * scale.to(dtype)
 
 
 def column_scores(a: Tensor, score: str = "l2") -> Tensor:
-    """s_j of column j of a [B, F]: one score a feature, [F]."""
+    """Step 2: s_j of column j of a [B, F]: one score a feature, [F]."""
     a = a.detach()
     if score == "l2":
         return a.square().sum(0).sqrt()
@@ -45,9 +46,9 @@ def column_scores(a: Tensor, score: str = "l2") -> Tensor:
     raise ValueError(f"score={score!r}")
 
 
-def candidate_pool(scores: Tensor, size: int, how: str = "top", generator: torch.Generator | None = None) -> Tensor:
-    """C: `size` features, int64 ascending. Ties go to the lower index."""
-    if how == "sample":
+def candidate_pool(scores: Tensor, size: int, pool: str = "top", generator: torch.Generator | None = None) -> Tensor:
+    """Step 3: the pool C of `size` features, int64 ascending. Ties go to the lower index."""
+    if pool == "sample":
         device = None if generator is None else generator.device
         u = torch.rand(scores.shape, dtype=torch.float64, generator=generator, device=device)
         scores = scores.double().log() - (-u.to(scores.device).log()).log()
@@ -56,7 +57,7 @@ def candidate_pool(scores: Tensor, size: int, how: str = "top", generator: torch
 
 
 def select_batch(a: Tensor, n: int) -> Tensor:
-    """Mask [B, F] of the n largest strictly positive entries; ties to the lower token, then feature."""
+    """Step 4, by batch: mask [B, F] of the n largest positive entries; ties to the lower token, then feature."""
     order = torch.sort(a.detach().flatten(), descending=True, stable=True).indices[:n]
     mask = torch.zeros(a.numel(), dtype=torch.bool, device=a.device)
     mask[order] = True
@@ -64,7 +65,7 @@ def select_batch(a: Tensor, n: int) -> Tensor:
 
 
 def select_token(a: Tensor, k: int) -> Tensor:
-    """Mask [B, F] of the k largest strictly positive entries of each token; ties to the lower feature."""
+    """Step 4, by token: mask [B, F] of the k largest positive entries of each; ties to the lower feature."""
     order = torch.sort(a.detach(), dim=1, descending=True, stable=True).indices[:, :k]
     return torch.zeros_like(a, dtype=torch.bool).scatter(1, order, True) & (a > 0)
 
@@ -105,13 +106,13 @@ def select_inside(a: Tensor, members: Tensor | None, k: float, select: str) -> T
 
 
 def decode(c: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
-    """x_hat = c W_dec + b_dec, [B, d]."""
+    """Step 5: x_hat = c W_dec + b_dec, [B, d]."""
     x_hat = c @ W_dec.to(c.dtype)
     return x_hat if b_dec is None else x_hat + b_dec.to(c.dtype)
 
 
 def reconstruction_loss(x: Tensor, x_hat: Tensor) -> Tensor:
-    """Mean over tokens of ||x - x_hat||^2, summed over d."""
+    """Step 6: mean over tokens of ||x - x_hat||^2, summed over d."""
     return (x - x_hat).square().sum(-1).mean()
 
 
@@ -128,7 +129,7 @@ def aux_loss(
     aux_pool: int | None = None,
     scores: Tensor | None = None,
 ) -> Tensor:
-    """Dead features (bool [F]) reconstruct the residual; 0 with none dead or a zero denominator.
+    """Step 6: dead features (bool [F]) reconstruct the residual; 0 with none dead or a zero denominator.
 
     x_in [B, d] is the encoder's input (x - b_dec, or x). Gradient reaches W_enc, b_enc and W_dec alone.
     """
@@ -143,3 +144,56 @@ def aux_loss(
     a = encode(x_in.detach(), W_enc[:, members], b_enc[members])
     c = torch.where(select_token(a, k_aux), a, 0)
     return reconstruction_loss(residual, decode(c, W_dec[members])) / denominator
+
+
+def gradients(
+    x: Tensor,
+    x_hat: Tensor,
+    x_in: Tensor,
+    c: Tensor,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    *,
+    centred: bool = True,
+    scale: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Step 7: the gradients of `reconstruction_loss` by parameter, as autograd gives them.
+
+    x_in [B, d] is the encoder's input and c [B, F] the codes; `centred` says whether x_in is x - b_dec.
+    """
+    g = 2 / len(x) * (x_hat - x)
+    dc = torch.where(c > 0, g @ W_dec.T, 0)
+    if scale is not None:
+        dc = dc * scale
+    through_the_input = (dc @ W_enc.T).sum(0) if centred else 0
+    return {"W_enc": x_in.T @ dc, "b_enc": dc.sum(0), "W_dec": c.T @ g, "b_dec": g.sum(0) - through_the_input}
+
+
+@torch.no_grad()
+def update(
+    weights: dict[str, Tensor],
+    gradients: dict[str, Tensor],
+    moments: dict[str, tuple[Tensor, Tensor]],
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip: float | None = 1.0,
+) -> None:
+    """Step 8, in place: clip, project, Adam, unit decoder rows. `step` counts from 1; `moments` starts empty."""
+    norm = torch.stack([g.norm() for g in gradients.values()]).norm()
+    factor = 1.0 if clip is None else (clip / (norm + 1e-6)).clamp(max=1.0)
+    for name, g in gradients.items():
+        w, g = weights[name], g * factor
+        if name == "W_dec":
+            unit = torch.nn.functional.normalize(w, dim=1)
+            g = g - (g * unit).sum(1, keepdim=True) * unit
+        g = g + weight_decay * w
+        m, v = moments.get(name, (torch.zeros_like(g), torch.zeros_like(g)))
+        m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g.square()
+        moments[name] = m, v
+        w -= lr * m / (1 - betas[0] ** step) / ((v / (1 - betas[1] ** step)).sqrt() + eps)
+        if name == "W_dec":
+            w /= w.norm(dim=1, keepdim=True).clamp_min(1e-12)

@@ -1,23 +1,42 @@
-"""The README's tables are what the result files say, and its Python runs."""
+"""The tables of README and docs are what the result files say; the README's Python runs and its commands exist."""
 
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import report
+from sampled_sae import SampledSAE
+from sampled_sae.cli import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TABLES = re.findall(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", README, flags=re.DOTALL)
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+TABLES = [
+    (page, file, shown)
+    for page, text in PAGES.items()
+    for file, shown in re.findall(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", text, flags=re.DOTALL)
+]
+SHELL = re.findall(r"```sh\n(.*?)```", README + PAGES["usage.md"] + PAGES["drop-in.md"], flags=re.DOTALL)
+COMMANDS = [line for block in SHELL for line in block.splitlines() if line.startswith("sampled-sae ")]
 
 
-def test_readme_shows_result_files():
-    assert len(TABLES) >= 2
+def test_the_readme_fits_its_screen():
+    """It sells the layer and points on; what is longer has a page in docs/."""
+    assert len(README.splitlines()) <= 130
+    assert [page for page, _, _ in TABLES].count("README.md") == 1
+    assert README.count("![") == 1
 
 
-@pytest.mark.parametrize(("file", "shown"), TABLES)
-def test_table_equals_its_file(file, shown):
+def test_the_results_page_shows_tables_that_the_report_makes_each_once():
+    shown = [file for page, file, _ in TABLES if page == "results.md"]
+    assert len(shown) == len(set(shown)) >= 8
+    assert set(shown) <= {str(file.relative_to(ROOT)) for file in report.tables()}
+
+
+@pytest.mark.parametrize(("page", "file", "shown"), TABLES, ids=lambda value: value if len(value) < 60 else "")
+def test_table_equals_its_file(page, file, shown):
     assert shown.strip() == (ROOT / file).read_text(encoding="utf-8").strip()
 
 
@@ -31,7 +50,26 @@ def test_plots_equal_their_result_files():
     assert report.stale_plots() == []
 
 
-def test_python_of_the_readme_runs(tmp_path, monkeypatch):
+def test_python_of_the_readme_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
-        exec(compile(block, "README.md", "exec"), {})
+    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    sae, start = names["sae"], SampledSAE(names["sae"].cfg)
+    start.init_b_dec(names["activations"][:1024])
+    assert {n for n, p in start.named_parameters() if torch.equal(p, sae.get_parameter(n))} == set()
+    assert float(names["out"].mse) < float(start(names["x"]).mse)
+    assert torch.equal(SampledSAE.from_pretrained("my_sae").threshold, sae.threshold)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_pages_parse(command):
+    build_parser().parse_args(command.split("#")[0].split()[1:])
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"`sampled-sae ([a-z| ]+)", README))))
+def test_commands_named_in_the_text_exist(command):
+    for name in command.split("|"):
+        with pytest.raises(SystemExit) as end:
+            build_parser().parse_args([name.split()[0], "--help"])
+        assert end.value.code == 0

@@ -16,7 +16,7 @@ def make(dtype="float64", **changes):
 
 
 def reference_step(sae, x, dead):
-    """(losses, codes, gradients) of METHOD.md in dense PyTorch, selection weighted by the decoder norms."""
+    """(losses, codes, gradients) of docs/method.md in dense PyTorch, selection weighted by the decoder norms."""
     c = sae.cfg
     t = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
     scale = t["W_dec"].detach().norm(dim=1) if c.rescale_acts_by_decoder_norm else torch.ones_like(t["b_enc"])

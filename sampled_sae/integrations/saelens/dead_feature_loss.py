@@ -1,7 +1,7 @@
 """SAELens' auxiliary loss, token by token: the k largest activations among the dead features explain the residual.
 
-Unlike METHOD.md's it takes activations before the relu, so that negative ones take part where few are positive, is
-not divided by the residual's variance, and its gradient reaches b_dec.
+Unlike that of docs/method.md it takes activations before the relu, so that negative ones take part where few are
+positive, is not divided by the residual's variance, and its gradient reaches b_dec.
 """
 
 from __future__ import annotations

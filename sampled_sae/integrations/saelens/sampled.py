@@ -22,7 +22,7 @@ from .step import Batch
 
 
 class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
-    """Keeps the B*k largest activations inside a pool of k*l scored features; the aux loss is METHOD.md's.
+    """Keeps the B*k largest activations inside a pool of k*l scored features; the aux loss is docs/method.md's.
 
     In training mode `encode` selects by the batch, as the next step would, and leaves that step's pool and random
     numbers as they are; in evaluation mode by `topk_threshold`, as what is saved for inference does. `calibrate` sets

@@ -1,0 +1,117 @@
+"""benchmarks/operations at tiny sizes: every operation is right, and a wrong one gets no speedup."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.operations import OPERATIONS
+from benchmarks.operations.operation import Inputs
+from benchmarks.operations.race import Race
+from benchmarks.operations.table import markdown
+from benchmarks.workloads import Workload
+from sampled_sae.codes import Selection
+
+ROOT = Path(__file__).parents[1]
+SIZES = Workload("odd", 37, 17, 333, 3)
+
+
+def rows_of(inputs, name, backend=None):
+    race = Race(name, inputs, OPERATIONS[name](inputs), backend, small=True)
+    race.run(2, 60)
+    return race.rows()
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operations(name, dtype):
+    inputs = Inputs(SIZES, "cpu", dtype, "torch")
+    ours, *rivals = rows_of(inputs, name, "eager")
+    assert ours["check"] == "passed"
+    assert ours["form"] == "ours (torch)"
+    assert ours["rounds"] == 2
+    assert ours["bytes"] > 0
+    assert ours["GB/s"] == pytest.approx(1e-6 * ours["bytes"] / ours["ms"])
+    assert ours["of product"] == pytest.approx(ours["TFLOP/s"] / ours["product TFLOP/s"])
+    assert {row["form"] for row in rivals} >= {"eager", "torch.compile, eager"}
+    assert all(row["ours is faster by"] > 0 for row in rivals)
+    assert f"| {name} |" in markdown([ours, *rivals])
+
+
+def nearly(parts):
+    """The same parts, each a little wrong."""
+
+    def select(*args, **kwargs):
+        codes, hint = parts.select(*args, **kwargs)
+        return Selection(codes.scaled(torch.full((codes.shape[1],), 1.01)), hint)
+
+    def pool(scores, size):
+        members = parts.candidate_pool(scores, size)
+        return torch.cat((members[1:], (~torch.isin(torch.arange(len(scores)), members)).nonzero()[0])).sort().values
+
+    def adam(weight, *args):
+        parts.row_adam_(weight, *args)
+        weight += 1e-4
+
+    return dataclasses.replace(
+        parts,
+        column_scores=lambda *args: 1.001 * parts.column_scores(*args),
+        candidate_pool=pool,
+        select=select,
+        decode=lambda *args: 1.001 * parts.decode(*args),
+        row_adam_=adam,
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if not name.startswith("top-k")])
+def test_what_is_wrong_gets_no_speedup(name):
+    inputs = Inputs(SIZES, "cpu", torch.float32, "torch")
+    inputs.parts = nearly(inputs.parts)
+    ours, *rivals = rows_of(inputs, name)
+    assert ours["check"] != "passed"
+    assert [row["ours is faster by"] for row in rivals] == [None] * len(rivals)
+    assert "FAILED" in markdown([ours, *rivals])
+
+
+@pytest.mark.parametrize("select", ["batch", "token"])
+@pytest.mark.parametrize("l", [4.0, None])
+def test_a_dropped_or_doubled_entry_is_noticed(select, l):
+    name = f"select l={'None' if l is None else 4}" + (", token" if select == "token" and l is None else "")
+    for change in (lambda v, t, f: (v[1:], t[1:], f[1:]), lambda *e: tuple(torch.cat((c, c[:1])) for c in e)):
+        inputs = Inputs(SIZES, "cpu", torch.float32, "torch")
+        whole = inputs.parts.select
+
+        def changed(*args, whole=whole, change=change, **kwargs):
+            codes, hint = whole(*args, **kwargs)
+            return Selection(type(codes)(*change(*codes.entries()), codes.shape), hint)
+
+        inputs.parts = dataclasses.replace(inputs.parts, select=changed)
+        assert rows_of(inputs, name)[0]["check"] != "passed"
+
+
+def test_the_eager_form_is_left_out_where_it_does_not_fit(monkeypatch):
+    monkeypatch.setattr("benchmarks.operations.race.free_memory", lambda device: 1000)
+    ours, *others = rows_of(Inputs(SIZES, "cpu", torch.float32, "torch"), "score l2")
+    assert ours["check"] == "passed"
+    assert [(row["form"], row["reason"]) for row in others] == [("eager", "needs about 0 GB")]
+
+
+@pytest.mark.slow
+def test_the_pytest_entry(tmp_path):
+    """One operation of one workload, as `pytest benchmarks/ --benchmark-only` runs it."""
+    pytest.importorskip("pytest_benchmark")
+    out = tmp_path / "bench.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "-q", f"--benchmark-json={out}"]
+    command += ["-k", "SmolLM2 and pool", "-p", "no:cacheprovider"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (found,) = json.loads(out.read_text())["benchmarks"]
+    ours = found["extra_info"]["rows"][0]
+    assert ours["check"] == "passed"
+    assert ours["ms"] == pytest.approx(1e3 * found["stats"]["median"], rel=1e-3)
