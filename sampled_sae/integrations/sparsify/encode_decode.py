@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...codes import SparseCodes
+from ...impl.hints import ThresholdHints
 from ...impl.interface import implementation, resolve_impl
 from ...impl.row_gradients import RowSource
 from ...support.argument_checks import check_choice, check_integer, describe
@@ -55,7 +56,8 @@ class Functions(threading.local):
             raise ValueError(f"k={k}: groupmax needs a divisor of {n_features}, the number of features")
         if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
             raise ValueError(f"input={describe(input)}: the last dimension must be {weight.shape[1]}")
-        call = EncoderCall(input, weight, bias, self._hints.setdefault(weight, {}), self._workspace)
+        hints = self._hints.setdefault(weight, ThresholdHints())
+        call = EncoderCall(input, weight, bias, hints, RowSource(workspace=self._workspace))
         kept = call.topk(k) if activation == "topk" else call.group_max(k)
         return EncoderOutput(*kept, PreActivations(call))
 
@@ -83,4 +85,6 @@ class Functions(threading.local):
         codes = SparseCodes(values, tokens, top_indices.flatten().long(), (lead.numel(), W.shape[0]))
         parts = implementation(resolve_impl("auto", W.device, W.dtype))
         with torch.autocast(W.device.type, enabled=False):
-            return parts.decode(codes, W, None, RowSource(workspace=self._workspace)).to(W.dtype).view(*lead, W.shape[1])
+            return (
+                parts.decode(codes, W, None, RowSource(workspace=self._workspace)).to(W.dtype).view(*lead, W.shape[1])
+            )

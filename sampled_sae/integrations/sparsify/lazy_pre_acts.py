@@ -28,8 +28,8 @@ class PreActivations(torch.Tensor):
 
     @staticmethod
     def __new__(cls, call: EncoderCall, mask: Tensor | None = None) -> PreActivations:
-        shape = (*call.lead, call.W.shape[0])
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=call.W.dtype, device=call.W.device)
+        device = call.encoder.W.device
+        return torch.Tensor._make_wrapper_subclass(cls, call.shape, dtype=call.dtype, device=device)
 
     def __init__(self, call: EncoderCall, mask: Tensor | None = None) -> None:
         self.call, self.mask, self.made = call, mask, None
@@ -61,7 +61,7 @@ def masked(condition: Any, input: Any = None, other: Any = None, **options: Any)
     """`torch.where(mask of features, pre_acts, -inf)`; None for any other use."""
     if not isinstance(input, PreActivations) or input.mask is not None or input.made is not None or options:
         return None
-    n_features = input.call.W.shape[0]
+    n_features = input.call.shape[-1]
     if not isinstance(other, float) or other != -math.inf or condition.dtype != torch.bool:
         return None
     if condition.numel() != n_features or condition.shape[-1:] != (n_features,) or condition.dim() > input.dim():
