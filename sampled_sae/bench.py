@@ -81,7 +81,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """One line of the report; times in ms, memory in units of one float32 [B, F]."""
 
     name: str
@@ -91,7 +91,7 @@ class Row:
     note: str = ""
 
 
-def run(settings: Settings) -> Iterator[Row]:
+def run(settings: Settings) -> Iterator[Measurement]:
     """The rows as they come: floor, our step with its parts, the eager step.
 
     No feature is dead, so the aux loss is 0.
@@ -101,7 +101,7 @@ def run(settings: Settings) -> Iterator[Row]:
     yield from eager_rows(settings, floor_ms, settings.seconds - (time.perf_counter() - start))
 
 
-def own_rows(settings: Settings, start: float) -> Generator[Row, None, float]:
+def own_rows(settings: Settings, start: float) -> Generator[Measurement, None, float]:
     """Floor, our step, its parts; returns the least milliseconds of the floor."""
     device = settings.device
     x = activations(settings.batch, settings.d, 0).to(device)
@@ -114,7 +114,7 @@ def own_rows(settings: Settings, start: float) -> Generator[Row, None, float]:
     seconds = min(OWN_SHARE * settings.seconds, settings.seconds - (time.perf_counter() - start))
     calls = {"floor": floor, "ours": lambda: ours(x)}
     rounds = interleaved(calls, device, settings.rounds, seconds, warm_up=False)
-    yield Row("product x W_enc, the floor", spread(rounds["floor"]), 1.0)
+    yield Measurement("product x W_enc, the floor", spread(rounds["floor"]), 1.0)
     yield beside(f"our step ({ours.sae.impl_in_use})", rounds["ours"], rounds["floor"], memory, settings.unit)
     parts = ours.read()
     for name, samples in parts.items():
@@ -125,7 +125,7 @@ def own_rows(settings: Settings, start: float) -> Generator[Row, None, float]:
     return min(rounds["floor"])
 
 
-def eager_rows(settings: Settings, floor_ms: float, left: float) -> Iterator[Row]:
+def eager_rows(settings: Settings, floor_ms: float, left: float) -> Iterator[Measurement]:
     """The eager step beside its floor; without figures where it does not fit, or disagrees with ours.
 
     Where the batch is too large for the memory or the seconds that are left, both take one of fewer tokens, and the row
@@ -136,7 +136,7 @@ def eager_rows(settings: Settings, floor_ms: float, left: float) -> Iterator[Row
     while note := obstacle(replace(settings, batch=tokens), floor_ms * tokens / settings.batch, left):
         tokens //= 2
         if tokens < FEWEST_TOKENS:
-            yield Row(name, None, note=note)
+            yield Measurement(name, None, note=note)
             return
     few = replace(settings, batch=tokens)
     at = "" if few == settings else f", {tokens} tokens"
@@ -146,7 +146,7 @@ def eager_rows(settings: Settings, floor_ms: float, left: float) -> Iterator[Row
     expected, loss = float(ours(x)), float(eager(x))
     tolerance = 1e-4 if few.dtype == "float32" else 2e-2
     if not abs(loss - expected) <= tolerance * expected:
-        yield Row(name + at, None, note=f"no comparison: its first loss is {loss:.6g}, ours {expected:.6g}")
+        yield Measurement(name + at, None, note=f"no comparison: its first loss is {loss:.6g}, ours {expected:.6g}")
         return
     floor = product(x, ours.sae.W_enc.detach(), few.dtype)
     calls = {"floor": floor, "ours": lambda: ours(x), "eager": lambda: eager(x)}
@@ -169,10 +169,12 @@ def obstacle(settings: Settings, floor_ms: float, left: float) -> str:
     return ""
 
 
-def beside(name: str, samples: list[float], floor: list[float], memory: int | None = None, unit: int = 1) -> Row:
+def beside(
+    name: str, samples: list[float], floor: list[float], memory: int | None = None, unit: int = 1
+) -> Measurement:
     """The row of samples that stand beside samples of the floor in the same rounds."""
     ratio = spread([own / f for own, f in zip(samples, floor)]).ms
-    return Row(name, spread(samples), ratio, None if memory is None else memory / unit)
+    return Measurement(name, spread(samples), ratio, None if memory is None else memory / unit)
 
 
 def peak_of(call: Call, device: str) -> int | None:
@@ -287,7 +289,7 @@ class EagerStep:
 HEADING = "| | ms | p20-p80 | x product | peak memory, [B, F] |\n|---|---:|---:|---:|---:|"
 
 
-def line(row: Row) -> str:
+def line(row: Measurement) -> str:
     """The row in the table under HEADING."""
     if row.time is None:
         return f"| {row.name} | {row.note} | | | |"

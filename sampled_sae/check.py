@@ -32,7 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckResult:
     """One line of the table; errors are relative, of the worst tensor."""
 
     op: str
@@ -44,7 +44,7 @@ class Row:
     failure: str = ""
 
 
-def run_checks(impl: str, device: str, quick: bool = False) -> Iterator[Row]:
+def run_checks(impl: str, device: str, quick: bool = False) -> Iterator[CheckResult]:
     """The rows of the suite for one implementation, as they come.
 
     Args:
@@ -76,9 +76,9 @@ def run_checks(impl: str, device: str, quick: bool = False) -> Iterator[Row]:
             yield checked(f"RowAdam {mode}", "normal", torch.float32, shape, optimizer_check(impl, device, mode))
 
 
-def checked(op: str, kind: str, dtype: torch.dtype, shape: tuple[int, int, int], check: Callable) -> Row:
+def checked(op: str, kind: str, dtype: torch.dtype, shape: tuple[int, int, int], check: Callable) -> CheckResult:
     """The row of one check; what it raises is its failure."""
-    row = Row(op, kind, str(dtype).removeprefix("torch."), shape, 0.0, 0.0)
+    row = CheckResult(op, kind, str(dtype).removeprefix("torch."), shape, 0.0, 0.0)
     try:
         comparisons = check(shape, dtype)
     except Exception as error:
@@ -107,7 +107,7 @@ def scores_check(impl: str, device: str, score: str) -> Check:
 def pool_check(impl: str, device: str) -> Check:
     pool: Callable[[Tensor, int], Tensor] = F.candidate_pool
     if impl == "triton":
-        from .impl.triton.ops import top_pool
+        from .impl.triton.pool import top_pool
 
         pool = top_pool
 
@@ -215,7 +215,7 @@ HEADING = (
 )
 
 
-def line(impl: str, row: Row) -> str:
+def line(impl: str, row: CheckResult) -> str:
     """The row in the table under HEADING."""
     verdict = f"FAILED: {row.failure}" if row.failure else "ok"
     columns = (impl, row.op, row.inputs, row.dtype, row.shape, f"{row.error:.1e}", f"{row.eager_error:.1e}", verdict)

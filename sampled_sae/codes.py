@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .impl.torch.entries import EntryIndex
+
+class Entries(NamedTuple):
+    """Entries of a [B, F] activation matrix: their values [n], tokens and features int64 [n]."""
+
+    values: Tensor
+    tokens: Tensor
+    features: Tensor
 
 
-class Slots(NamedTuple):
-    """Kept entries in a list of fixed length, so that nobody has to ask the device how many there are.
+class PaddedEntries(NamedTuple):
+    """Kept entries in a list of fixed length, so that the host need not know how many there are.
 
-    values: fp32 [n], with gradient. tokens, features: int32 [n], sorted by token, then feature; unused slots stand
+    values: fp32 [n], with gradient. tokens, features: int32 [n], sorted by token, then feature; padding stands
     at the end, with value 0, token B and feature F. token_ends: int32 [B + 1], offsets of each token's entries.
     order, row_ends: int32 [n] and [R + 1], the same entries by feature, for each of `rows` int64 [R], which hold
     every feature that occurs.
@@ -28,9 +33,9 @@ class Slots(NamedTuple):
     row_ends: Tensor
     rows: Tensor
 
-    def with_values(self, values: Tensor) -> Slots:
+    def with_values(self, values: Tensor) -> PaddedEntries:
         """The same places with other values; `_replace` is beyond the compiler of torch 2.11."""
-        return Slots(values, self.tokens, self.features, self.token_ends, self.order, self.row_ends, self.rows)
+        return PaddedEntries(values, self.tokens, self.features, self.token_ends, self.order, self.row_ends, self.rows)
 
 
 class SparseCodes:
@@ -43,17 +48,18 @@ class SparseCodes:
         shape: (B, F).
 
     Equivalent to `torch.sparse_coo_tensor([tokens, features], values, shape)`. A small pool is kept as the
-    masked block [B, P] it was computed in, and listed entry by entry when first asked for; so are the `Slots`
-    in which a GPU lists entries without telling the host how many there are.
+    masked block [B, P] it was computed in, and listed entry by entry when first asked for; so are the
+    `PaddedEntries` in which a GPU lists entries without telling the host how many there are.
     """
 
     def __init__(self, values: Tensor, tokens: Tensor, features: Tensor, shape: tuple[int, int]) -> None:
-        self._entries: tuple[Tensor, Tensor, Tensor] | None = (values, tokens, features)
+        self._entries: Entries | None = Entries(values, tokens, features)
         self.block: Tensor | None = None
         self.low_block: Tensor | None = None
         self.pool: Tensor | None = None
-        self.index: EntryIndex | None = None
-        self.slots: Slots | None = None
+        # what the torch form knows of the order of the entries, made once
+        self.index: Any = None
+        self.padded: PaddedEntries | None = None
         self.shape = shape
 
     @classmethod
@@ -68,11 +74,11 @@ class SparseCodes:
         return codes
 
     @classmethod
-    def from_slots(cls, slots: Slots, shape: tuple[int, int]) -> SparseCodes:
-        """From a list with unused slots at its end."""
-        codes = cls(slots.values, slots.tokens, slots.features, shape)
+    def from_padded(cls, padded: PaddedEntries, shape: tuple[int, int]) -> SparseCodes:
+        """From a list with padding at its end."""
+        codes = cls(padded.values, padded.tokens, padded.features, shape)
         codes._entries = None
-        codes.slots = slots
+        codes.padded = padded
         return codes
 
     @classmethod
@@ -81,20 +87,17 @@ class SparseCodes:
         tokens, features = dense.detach().nonzero(as_tuple=True)
         return cls(dense[tokens, features], tokens, features, (dense.shape[0], dense.shape[1]))
 
-    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+    def entries(self) -> Entries:
         """(values, tokens, features)."""
-        if self._entries is None and self.slots is not None:
-            n = int(self.slots.token_ends[-1])
-            self._entries = (
-                self.slots.values[:n],
-                self.slots.tokens[:n].long(),
-                self.slots.features[:n].long(),
-            )
+        if self._entries is None and self.padded is not None:
+            n = int(self.padded.token_ends[-1])
+            values, tokens, features = self.padded[:3]
+            self._entries = Entries(values[:n], tokens[:n].long(), features[:n].long())
         if self._entries is None:
             assert self.block is not None
             assert self.pool is not None
             tokens, columns = self.block.detach().nonzero(as_tuple=True)
-            self._entries = (self.block[tokens, columns], tokens, self.pool[columns])
+            self._entries = Entries(self.block[tokens, columns], tokens, self.pool[columns])
         return self._entries
 
     @property
@@ -117,7 +120,7 @@ class SparseCodes:
         """The values as they are stored, 0 where nothing is kept."""
         if self.block is not None:
             return self.block.detach()
-        return (self.values if self.slots is None else self.slots.values).detach()
+        return (self.values if self.padded is None else self.padded.values).detach()
 
     def count(self) -> int:
         """Number of kept entries."""
@@ -133,8 +136,8 @@ class SparseCodes:
         if self.block is not None:
             assert self.pool is not None
             mask.index_copy_(0, self.pool, (self.block.detach() != 0).any(0))
-        elif self.slots is not None:
-            mask.index_fill_(0, self.slots.features.long(), True)  # that of unused slots falls off the end
+        elif self.padded is not None:
+            mask.index_fill_(0, self.padded.features.long(), True)  # that of the padding falls off the end
         else:
             mask.index_fill_(0, self.features, True)
         return mask[:-1]
@@ -158,10 +161,10 @@ class SparseCodes:
             block = self.block * factor[self.pool]
             low = None if self.low_block is None else block.detach().to(self.low_block.dtype)
             return SparseCodes.from_block(block, self.pool, self.shape[1], low)
-        if self.slots is not None:
-            last = self.shape[1] - 1  # that of unused slots, whose value is 0, may be any
-            values = self.slots.values * factor[self.slots.features.clamp(max=last).long()]
-            return SparseCodes.from_slots(self.slots.with_values(values), self.shape)
+        if self.padded is not None:
+            last = self.shape[1] - 1  # that of the padding, whose value is 0, may be any
+            values = self.padded.values * factor[self.padded.features.clamp(max=last).long()]
+            return SparseCodes.from_padded(self.padded.with_values(values), self.shape)
         codes = SparseCodes(self.values * factor[self.features], self.tokens, self.features, self.shape)
         codes.index = self.index
         return codes
@@ -185,13 +188,3 @@ class SparseCodes:
 
     def __repr__(self) -> str:
         return f"SparseCodes(shape={self.shape}, kept={self.count()}, l0={self.l0():.2f})"
-
-
-class Selection(NamedTuple):
-    """What a batch keeps.
-
-    codes: with gradient. hint: where the next batch's search may start, a number or a tensor [1].
-    """
-
-    codes: SparseCodes
-    hint: float | Tensor | None

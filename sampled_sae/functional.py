@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .codes import SparseCodes
 from .config import POOLS, SELECTS
+from .impl.hints import Rule
 from .impl.interface import implementation, resolve_impl
-from .impl.pool import find_pool
+from .impl.pool import PoolRule, find_pool
 from .impl.torch import layer as torch_layer
 from .impl.torch.pool import candidate_pool as _candidate_pool
 from .impl.torch.scores import threshold_counts as _threshold_counts
@@ -54,12 +55,13 @@ def column_scores(
     Raises:
         ValueError, TypeError: naming the argument.
 
-    Source: arXiv 2508.21324; the entropy in this form is METHOD.md's.
+    Source: arXiv 2508.21324; the entropy in this form is docs/method.md's.
     """
     check_choice("score", score, SCORES)
     check_encoder(x, W_enc, b_enc, scale)
     parts = implementation(resolve_impl(impl, x.device, x.dtype))
-    return parts.column_scores(x.detach().reshape(-1, x.shape[-1]), W_enc.detach().t(), b_enc.detach(), score, scale)
+    encoder = parts.encoder(x.reshape(-1, x.shape[-1]), W_enc.t(), b_enc, scale=scale)
+    return parts.column_scores(encoder.operands, score)
 
 
 def threshold_counts(
@@ -84,19 +86,17 @@ def threshold_counts(
     if not bool((thresholds >= 0).all()) or not bool((thresholds.diff() >= 0).all()):
         raise ValueError("thresholds: must be >= 0 and ascending")
     check_same(x=x, thresholds=thresholds)
-    x = torch_layer.centre(x.reshape(-1, x.shape[-1]), None)
-    b = b_enc.detach().to(x.dtype)
-    scale = None if scale is None else scale.detach().to(x.dtype)
-    return _threshold_counts(x, W_enc.detach().t(), b, thresholds.to(x.dtype), scale)
+    operands = torch_layer.encoder(x.reshape(-1, x.shape[-1]), W_enc.t(), b_enc, scale=scale).operands
+    return _threshold_counts(operands, thresholds.to(operands.x.dtype))
 
 
-def candidate_pool(scores: Tensor, size: int, how: str = "top", generator: torch.Generator | None = None) -> Tensor:
+def candidate_pool(scores: Tensor, size: int, pool: str = "top", generator: torch.Generator | None = None) -> Tensor:
     """The candidate features: int64 [min(size, F)], ascending.
 
     Args:
         scores: [F], >= 0.
         size: P >= 1.
-        how: "top": highest scores, ties to the lower index; equivalent to
+        pool: "top": highest scores, ties to the lower index; equivalent to
             `scores.sort(descending=True, stable=True).indices[:size].sort().values`. "sample": without
             replacement with probability proportional to the score (Gumbel top-k); a feature of score 0 only
             after all others.
@@ -105,13 +105,13 @@ def candidate_pool(scores: Tensor, size: int, how: str = "top", generator: torch
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    check_choice("how", how, POOLS)
+    check_choice("pool", pool, POOLS)
     check_integer("size", size, 1)
     if not isinstance(scores, Tensor) or scores.dim() != 1 or scores.numel() == 0:
         raise ValueError(f"scores={describe(scores)}: must be a tensor of shape [F]")
     if not bool((scores >= 0).all()):
         raise ValueError("scores: every value must be a number >= 0")
-    return _candidate_pool(scores, size, how, generator)
+    return _candidate_pool(scores, size, pool, generator)
 
 
 def sampled_topk(
@@ -127,7 +127,7 @@ def sampled_topk(
     generator: torch.Generator | None = None,
     impl: str = "auto",
 ) -> SparseCodes:
-    """The kept activations of a batch: steps 1 to 4 of METHOD.md.
+    """The kept activations of a batch: steps 1 to 4 of docs/method.md.
 
     Args:
         x: [..., d], centred by the caller; leading dimensions are flattened to B tokens.
@@ -158,11 +158,9 @@ def sampled_topk(
     check_encoder(x, W_enc, b_enc, scale)
     check_budget(k, l, W_enc.shape[1], select)
     parts = implementation(resolve_impl(impl, x.device, x.dtype))
-    x, W = x.reshape(-1, x.shape[-1]), W_enc.t()
-    centred = parts.centre(x, None)
-    found = find_pool(parts, centred, W, b_enc, k=k, l=l, score=score, pool=pool, scale=scale, generator=generator)
-    members = None if found is None else found.members
-    return parts.select(x, None, centred, W, b_enc, members, k=k, select=select, scale=scale).codes
+    encoder = parts.encoder(x.reshape(-1, x.shape[-1]), W_enc.t(), b_enc, scale=scale)
+    found = find_pool(parts, encoder.operands, PoolRule(k, l, score, pool), generator)
+    return parts.select(encoder, None if found is None else found.members, Rule(k, select))
 
 
 def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, impl: str = "auto") -> Tensor:

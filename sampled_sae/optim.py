@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .impl.adam_step import RowGrads, Rule, rows_first
+from .impl.adam_step import AdamStep, Moments, ParameterGradient, rows_first
 from .impl.interface import Implementation, implementation
 from .support.argument_checks import check_choice, check_number
 from .support.reused_memory import on_huge_pages
@@ -132,8 +132,8 @@ class RowAdam(Optimizer):
         matrix = group["name"] in ("W_enc", "W_dec")
         return self.moments if self.moments is not None and matrix else group["params"][0].dtype
 
-    def _collect(self) -> dict[str, RowGrads]:
-        grads = {g["name"]: RowGrads(g["name"], g["params"][0]) for g in self.param_groups}
+    def _collect(self) -> dict[str, ParameterGradient]:
+        grads = {g["name"]: ParameterGradient(g["name"], g["params"][0]) for g in self.param_groups}
         for part in self.sae.row_grads:
             if part.rows.grad is not None:
                 grads[part.name].parts.append((part.features, part.rows.grad))
@@ -149,41 +149,37 @@ class RowAdam(Optimizer):
         self.grad_norm = torch.linalg.vector_norm(torch.stack(norms))
         return None if self.clip is None else (self.clip / (self.grad_norm + 1e-6)).clamp(max=1.0)
 
-    def _update(self, index: int, group: dict[str, Any], grad: RowGrads, factor: Tensor | None) -> None:
+    def _update(self, index: int, group: dict[str, Any], grad: ParameterGradient, factor: Tensor | None) -> None:
         parameter, weight = group["params"][0], grad.weight
         state = self.state[parameter]
-        rule = Rule(
-            lr=float(group["lr"]),
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            # every element of b_dec has a gradient in every step
-            mode=self.mode if grad.name != "b_dec" else "dense",
-            project=grad.name == "W_dec",
-            renormalize=grad.name == "W_dec",
-        )
+        # every element of b_dec has a gradient in every step
+        mode = self.mode if grad.name != "b_dec" else "dense"
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
             like = weight.new_empty(0, dtype=self._moment_dtype(group))
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = rows_first(grad.name, on_huge_pages(like, *weight.shape).zero_())
-        if rule.mode == "decayed" and "last" not in state:
+        if mode == "decayed" and "last" not in state:
             # in a state that another mode has left behind, every row has just moved
             state["last"] = state["step"].to(torch.int32).expand(weight.shape[0]).clone()
         state["step"] += 1
+        step = AdamStep(
+            number=state["step"],
+            factor=factor,
+            lr=float(group["lr"]),
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            mode=mode,
+            project=grad.name == "W_dec",
+            renormalize=grad.name == "W_dec",
+            seed=index,
+        )
+        exp_avg, exp_avg_sq = (rows_first(grad.name, state[name]) for name in ("exp_avg", "exp_avg_sq"))
+        moments = Moments(exp_avg, exp_avg_sq, state["last"] if mode == "decayed" else None)
         # Rows are worked on in memory order: a weight of another layout as a copy.
         rows = weight.contiguous()
-        self._parts.row_adam_(
-            rows,
-            *(rows_first(grad.name, state[name]) for name in ("exp_avg", "exp_avg_sq")),
-            grad.values(),
-            grad.features(),
-            state["step"],
-            factor,
-            state["last"] if rule.mode == "decayed" else None,
-            index,
-            rule,
-        )
+        self._parts.row_adam_(rows, moments, grad.values(), grad.features(), step)
         if rows is not weight:
             weight.copy_(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -11,9 +11,6 @@ from torch import Tensor
 
 from .support.argument_checks import FLOATS
 from .support.atomic_files import read_json, write_atomically, write_json
-
-if TYPE_CHECKING:
-    from .sae import SampledSAE
 
 FORMAT = "sampled-sae"
 VERSION = 1
@@ -23,13 +20,13 @@ WEIGHT_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 TENSORS = (*WEIGHT_NAMES, "threshold", "threshold_steps", "tokens_since_active")
 
 
-def save_pretrained(sae: SampledSAE, folder: Path) -> None:
+def save_pretrained(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """W_enc is written as [d_in, d_sae], row-major, as SAELens and SAEBench have it."""
-    tensors = {name: getattr(sae, name).detach().cpu().contiguous() for name in TENSORS}
+    tensors = {name: tensors[name].detach().cpu().contiguous() for name in TENSORS}
     # One entry: safetensors writes several in a random order, and the same SAE should give the same bytes.
     metadata = {"format": f"{FORMAT} {VERSION}"}
     write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
-    write_json(folder / CONFIG, {"format": FORMAT, "version": VERSION, "sae": sae.cfg.to_dict()})
+    write_json(folder / CONFIG, {"format": FORMAT, "version": VERSION, "sae": config})
 
 
 def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

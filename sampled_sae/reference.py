@@ -46,9 +46,9 @@ def column_scores(a: Tensor, score: str = "l2") -> Tensor:
     raise ValueError(f"score={score!r}")
 
 
-def candidate_pool(scores: Tensor, size: int, how: str = "top", generator: torch.Generator | None = None) -> Tensor:
+def candidate_pool(scores: Tensor, size: int, pool: str = "top", generator: torch.Generator | None = None) -> Tensor:
     """Step 3: the pool C of `size` features, int64 ascending. Ties go to the lower index."""
-    if how == "sample":
+    if pool == "sample":
         device = None if generator is None else generator.device
         u = torch.rand(scores.shape, dtype=torch.float64, generator=generator, device=device)
         scores = scores.double().log() - (-u.to(scores.device).log()).log()

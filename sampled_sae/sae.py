@@ -12,17 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .codes import Selection, SparseCodes
+from .codes import SparseCodes
 from .config import SampledSAEConfig
+from .impl.dead_features import AuxRule
+from .impl.encoder import Encoder
+from .impl.hints import Rule
 from .impl.interface import Implementation, implementation, resolve_impl
-from .impl.pool import KeptPool, Pool, find_pool
+from .impl.pool import Pool, PoolRule, find_pool
 from .impl.row_gradients import RowGradient, RowSource
-from .pretrained import load_pretrained, save_pretrained
+from .impl.step_memory import StepMemory
+from .pretrained import TENSORS, load_pretrained, save_pretrained
 from .support.argument_checks import check_activations, check_number, check_same
-from .support.cuda_graphs import capturing
 from .support.geometric_median import geometric_median
-from .support.late_values import FiniteInputs
-from .support.reused_memory import Workspace
 
 
 @dataclass
@@ -56,8 +57,8 @@ class SampledSAE(nn.Module):
     batch. Trained from scratch, decoder rows are kept at unit norm by `sampled_sae.optim.RowAdam`, or by
     calling `normalize_decoder()` after another optimizer's step.
 
-    Equivalent, in training mode with l=None, to BatchTopK (arXiv 2412.06410); the pool is
-    arXiv 2508.21324's, read as METHOD in the README says.
+    Equivalent, in training mode with l=None, to BatchTopK (arXiv 2412.06410); the pool is arXiv 2508.21324's, read as
+    docs/method.md says.
 
     Args:
         cfg: a `SampledSAEConfig`.
@@ -97,12 +98,7 @@ class SampledSAE(nn.Module):
         self.register_buffer("tokens_since_active", torch.zeros(cfg.d_sae, dtype=torch.int64, device=device))
         self.row_grads: list[RowGradient] = []
         self.generator = torch.Generator().manual_seed(cfg.seed)
-        self._hint: float | Tensor | None = None
-        self.kept_pool = KeptPool(cfg.pool_every)
-        self._workspace = Workspace()
-        self._finite = FiniteInputs()
-        self._most_idle: tuple[int, int] | None = None
-        self._captured = False
+        self.memory = StepMemory(cfg.pool_every)
 
     @property
     def impl_in_use(self) -> str:
@@ -133,41 +129,37 @@ class SampledSAE(nn.Module):
 
     def _train_batch(self, x: Tensor) -> SampledSAEOutput:
         c, parts = self.cfg, self._parts
-        flat = self._flatten(x)
-        rows = RowSource(c.row_grads, self._workspace)
-        pool = self.kept_pool.next(lambda: self._score(flat))
-        codes, hint = self._select(flat, pool, rows)
-        self._keep_hint(hint)
-        x_hat = parts.decode(codes, self.W_dec, self.b_dec, rows)
-        mse = (flat.to(x_hat.dtype) - x_hat).square().sum(-1).mean()
+        encoder = self._encoder(x, self.memory.rows(c.row_grads))
+        pool = self.memory.pool.next(lambda: self._find_pool(encoder))
+        codes = parts.select(encoder, None if pool is None else pool.members, Rule(c.k, c.select), self.memory.hints)
+        x_hat = parts.decode(codes, self.W_dec, self.b_dec, encoder.rows)
+        mse = (encoder.x.to(x_hat.dtype) - x_hat).square().sum(-1).mean()
         aux = mse.new_zeros(())
-        if c.aux_coefficient > 0 and self._may_have_dead():
-            aux = parts.aux_loss(
-                flat,
-                x_hat,
-                self._input_bias(),
-                self.W_enc.t(),
-                self.b_enc,
-                self.W_dec,
-                self.dead,
-                k_aux=c.aux_features,
-                aux_pool=c.aux_pool,
-                score=c.score,
-                scores=None if pool is None else pool.scores,
-                rows=rows,
-            )
-        self.row_grads += rows.gradients
-        self._count(codes)
+        if c.aux_coefficient > 0 and self.memory.idle.may_reach(self.tokens_since_active, c.dead_after):
+            rule = AuxRule(c.aux_features, c.aux_pool, c.score)
+            aux = parts.aux_loss(encoder, x_hat, self.W_dec, self.dead, rule, None if pool is None else pool.scores)
+        self.row_grads += encoder.rows.gradients
+        self.memory.idle.count_(self.tokens_since_active, codes)
+        self._move_threshold(codes)
         loss = mse + c.aux_coefficient * aux
         return SampledSAEOutput(loss, mse, aux, x_hat.to(x.dtype).view(x.shape), codes)
+
+    def _evaluate(self, x: Tensor) -> SampledSAEOutput:
+        encoder = self._encoder(x)
+        codes = self._parts.above_threshold(encoder, self.threshold)
+        x_hat = self._parts.decode(codes, self.W_dec, self.b_dec)
+        mse = (encoder.x.to(x_hat.dtype) - x_hat).square().sum(-1).mean()
+        return SampledSAEOutput(mse, mse, mse.new_zeros(()), x_hat.to(x.dtype).view(x.shape), codes)
 
     @torch.compiler.disable
     def encode_sparse(self, x: Tensor) -> SparseCodes:
         """Codes of x [..., d_in]: by the batch in training mode, by the threshold in evaluation mode."""
-        flat = self._flatten(x)
-        if self.training:
-            return self._select(flat, self._score(flat), RowSource()).codes
-        return self._encode_threshold(flat)
+        encoder = self._encoder(x)
+        if not self.training:
+            return self._parts.above_threshold(encoder, self.threshold)
+        pool = self._find_pool(encoder)
+        members = None if pool is None else pool.members
+        return self._parts.select(encoder, members, Rule(self.cfg.k, self.cfg.select), self.memory.hints)
 
     def encode(self, x: Tensor) -> Tensor:
         """`encode_sparse` as a dense tensor [..., d_sae]; equivalent in evaluation mode to
@@ -192,14 +184,15 @@ class SampledSAE(nn.Module):
             x: [..., d_in], activations of the kind the SAE will see; tens of thousands of tokens are enough.
             l0: target, in (0, d_sae].
         """
-        flat = self._flatten(x)
+        encoder = self._encoder(x)
+        n_tokens = encoder.shape[0]
         target = self.cfg.k if l0 is None else l0
         check_number("l0", target, 0, self.cfg.d_sae)
         if target == 0:
             raise ValueError(f"l0={target!r}: must be in (0, {self.cfg.d_sae}]")
-        n = round(len(flat) * target)
-        budget = min(n + 1, len(flat) * self.cfg.d_sae)
-        codes = self._select(flat, None, RowSource(), k=budget / len(flat), select="batch", hint=None).codes
+        n = round(n_tokens * target)
+        budget = min(n + 1, n_tokens * self.cfg.d_sae)
+        codes = self._parts.select(encoder, None, Rule(budget / n_tokens))
         self.threshold.fill_(float(codes.smallest()) if codes.count() > n else 0.0)
         self.threshold_steps.fill_(max(1, int(self.threshold_steps)))
         return float(self.threshold)
@@ -228,12 +221,12 @@ class SampledSAE(nn.Module):
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As in torch; the next step looks for a pool of the new weights."""
-        self.kept_pool.reset()
+        self.memory.pool.reset()
         return super().load_state_dict(*args, **kwargs)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `sae.safetensors`, each to a temporary name that is then renamed."""
-        save_pretrained(self, Path(folder))
+        save_pretrained(Path(folder), self.cfg.to_dict(), {name: getattr(self, name) for name in TENSORS})
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], device: torch.device | str | None = None) -> SampledSAE:
@@ -254,8 +247,7 @@ class SampledSAE(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SampledSAE:
         """`.to(bfloat16)` and the like leave the threshold in float32: rounded, it would miss its L0."""
         threshold = self.threshold
-        self._hint = None
-        self.kept_pool.reset()
+        self.memory.forget()
         super()._apply(fn, recurse)
         if self.threshold.dtype in (torch.float16, torch.bfloat16):
             self.threshold = threshold.to(self.threshold.device, torch.float32)
@@ -264,81 +256,23 @@ class SampledSAE(nn.Module):
     def _flatten(self, x: Tensor) -> Tensor:
         check_activations(x, self.cfg.d_in)
         check_same(x=x, W_enc=self.W_enc)
-        self._finite.check(x)
+        self.memory.inputs.check(x)
         return x.reshape(-1, self.cfg.d_in)
 
-    def _input_bias(self) -> Tensor | None:
-        return self.b_dec if self.cfg.apply_b_dec_to_input else None
+    def _encoder(self, x: Tensor, rows: RowSource | None = None) -> Encoder:
+        b_dec = self.b_dec if self.cfg.apply_b_dec_to_input else None
+        return self._parts.encoder(self._flatten(x), self.W_enc.t(), self.b_enc, b_dec, None, rows)
 
     @property
     def _parts(self) -> Implementation:
         return implementation(self.impl_in_use)
 
-    def _score(self, flat: Tensor) -> Pool | None:
-        """The pool of this batch."""
-        c = self.cfg
-        return find_pool(
-            self._parts,
-            self._parts.centre(flat, self._input_bias()),
-            self.W_enc.t(),
-            self.b_enc,
-            k=c.k,
-            l=c.l,
-            score=c.score,
-            pool=c.pool,
-            generator=self.generator,
-            score_tokens=c.score_tokens,
-        )
-
-    def _select(self, flat: Tensor, pool: Pool | None, rows: RowSource, **other: Any) -> Selection:
-        rule = {"k": self.cfg.k, "select": self.cfg.select, "hint": self._hint, **other}
-        centred = self._parts.centre(flat, self._input_bias())
-        members = None if pool is None else pool.members
-        W = self.W_enc.t()
-        return self._parts.select(flat, self._input_bias(), centred, W, self.b_enc, members, rows=rows, **rule)
-
-    def _keep_hint(self, hint: float | Tensor | None) -> None:
-        """A tensor stays at one address, where a CUDA graph finds it again."""
-        if isinstance(hint, Tensor) and isinstance(self._hint, Tensor):
-            self._hint.copy_(hint)
-        else:
-            self._hint = hint
-
-    def _may_have_dead(self) -> bool:
-        """Whether the aux loss must be computed; without asking a GPU for more than it has told before."""
-        if self.impl_in_use != "triton":
-            return bool(self.dead.any())
-        if torch.compiler.is_compiling():
-            return True
-        # from then on replays may move the counts unseen
-        self._captured = self._captured or capturing()
-        if self._captured:
-            return True
-        version = self.tokens_since_active._version
-        if self._most_idle is None or self._most_idle[0] != version:
-            self._most_idle = (version, int(self.tokens_since_active.max()))
-        return self._most_idle[1] >= self.cfg.dead_after
-
-    def _evaluate(self, x: Tensor) -> SampledSAEOutput:
-        flat = self._flatten(x)
-        codes = self._encode_threshold(flat)
-        x_hat = self._parts.decode(codes, self.W_dec, self.b_dec)
-        mse = (flat.to(x_hat.dtype) - x_hat).square().sum(-1).mean()
-        return SampledSAEOutput(mse, mse, mse.new_zeros(()), x_hat.to(x.dtype).view(x.shape), codes)
-
-    def _encode_threshold(self, flat: Tensor) -> SparseCodes:
-        return self._parts.above_threshold(flat, self._input_bias(), self.W_enc.t(), self.b_enc, self.threshold)
+    def _find_pool(self, encoder: Encoder) -> Pool | None:
+        return find_pool(self._parts, encoder.operands, PoolRule.of(self.cfg), self.generator)
 
     @torch.no_grad()
-    def _count(self, codes: SparseCodes) -> None:
-        """Threshold (a running mean that starts at its first value), dead counts."""
-        idle = self._most_idle
-        if idle is not None and (torch.compiler.is_compiling() or idle[0] != self.tokens_since_active._version):
-            idle = None
-        self.tokens_since_active.add_(codes.shape[0]).masked_fill_(codes.active_mask(), 0)
-        if idle is not None:
-            idle = (self.tokens_since_active._version, idle[1] + codes.shape[0])
-        self._most_idle = idle
+    def _move_threshold(self, codes: SparseCodes) -> None:
+        """A running mean of the smallest kept activation that starts at its first value."""
         smallest = codes.smallest().to(self.threshold.dtype)
         moved = self.threshold.lerp(smallest, 1 - self.cfg.threshold_decay)
         moved = torch.where(self.threshold_steps == 0, smallest, moved)

@@ -9,7 +9,7 @@ from makers import make_sae, problem, tokens
 
 from sampled_sae import SampledSAE, SampledSAEConfig, SparseCodes
 from sampled_sae import functional as F
-from sampled_sae.impl import interface as implementations
+from sampled_sae.impl import interface
 
 IMPLS = ["torch", "reference"]
 BASE = {"d_in": 12, "d_sae": 96, "k": 4}
@@ -169,7 +169,7 @@ def test_rule_of_sampled_topk(field, value, error, words):
     [
         (torch.ones(4), 0, "top", ValueError, "size=0: must be a whole number >= 1"),
         (torch.ones(4), 1.5, "top", TypeError, "size=1.5: must be a whole number >= 1"),
-        (torch.ones(4), 2, "bottom", ValueError, "how='bottom': must be one of 'top', 'sample'"),
+        (torch.ones(4), 2, "bottom", ValueError, "pool='bottom': must be one of 'top', 'sample'"),
         (torch.ones(2, 2), 2, "top", ValueError, "scores=tensor (2, 2): must be a tensor of shape [F]"),
         (torch.ones(0), 2, "top", ValueError, "scores=tensor (0,): must be a tensor of shape [F]"),
         ([1.0], 2, "top", ValueError, "scores=[1.0]: must be a tensor of shape [F]"),
@@ -230,7 +230,7 @@ def test_triton_says_where_it_cannot_run(monkeypatch):
         (torch.float64, "torch.float64 has no Triton form"),
         (torch.float32, "needs tensors on a GPU"),
     ):
-        monkeypatch.setattr(implementations, "interpreted", lambda: False)
+        monkeypatch.setattr(interface, "interpreted", lambda: False)
         x, W_enc, b_enc = (t[name].to(dtype) for name in ("x", "W_enc", "b_enc"))
         with pytest.raises(ValueError, match=f"impl='triton': {message}"):
             F.sampled_topk(x, W_enc, b_enc, k=2, impl="triton")
@@ -240,7 +240,7 @@ def test_triton_says_where_it_cannot_run(monkeypatch):
             F.decode(CODES, W_DEC.to(dtype), impl="triton")
         with pytest.raises(ValueError, match=f"impl='triton': {message}"):
             SampledSAE(SampledSAEConfig(d_in=4, d_sae=8, k=2, impl="triton"), dtype=dtype)
-    monkeypatch.setattr(implementations, "HAS_TRITON", False)
+    monkeypatch.setattr(interface, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="impl='triton': the package triton is not installed"):
         F.decode(CODES, W_DEC, impl="triton")
     assert F.resolve_impl("auto", "cuda") == "torch"

@@ -9,7 +9,7 @@ import torch
 from makers import D, same_weights, write_store
 
 from sampled_sae import SAEGroup, SampledSAEConfig
-from sampled_sae.support import late_values as finite
+from sampled_sae.support import late_values
 from sampled_sae.training import sweep
 from sampled_sae.training.activation_store import ActivationStore
 from sampled_sae.training.batches import ShuffledStream
@@ -179,7 +179,7 @@ class Late:
 def test_a_loss_of_a_gpu_is_looked_at_later_but_before_anything_is_saved(store, tmp_path, monkeypatch, every, step):
     """Losses arrive late, as from a GPU: the step that was at fault is named, and no checkpoint holds its weights."""
     monkeypatch.setattr(
-        finite.LateScalars, "put", lambda self, number, loss: self._pending.append((number, loss.detach(), Late()))
+        late_values.LateScalars, "put", lambda self, number, loss: self._pending.append((number, loss.detach(), Late()))
     )
     trainer = Trainer(OVERFLOWS, replace(TRAIN, checkpoint_every=every, log_every=100), store, tmp_path)
     with pytest.raises(FloatingPointError, match=r"^loss=inf at step 5; the last checkpoint in \S+ is intact$"):

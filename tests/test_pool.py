@@ -62,7 +62,7 @@ def test_scores_of_a_share_of_the_tokens(impl):
     pool = members(sae, some)
     assert not torch.equal(pool, members(sae, x))
     assert not outside(sae(x).codes, pool)
-    assert torch.equal(sae._score(x).members, pool)
+    assert torch.equal(sae._find_pool(sae._encoder(x)).members, pool)
 
 
 @pytest.mark.parametrize(
@@ -92,17 +92,17 @@ def test_kept_scores_serve_the_aux_loss(impl):
 
 def test_the_kept_pool_travels_with_a_checkpoint():
     sae = make_sae(pool_every=3, pool="sample")
-    assert sae.kept_pool.state_dict() == {}
+    assert sae.memory.pool.state_dict() == {}
     sae(tokens(20, 12))
     twin = make_sae(pool_every=3, pool="sample")
     twin.load_state_dict(sae.state_dict())
-    twin.kept_pool.load_state_dict(copy.deepcopy(sae.kept_pool.state_dict()), "cpu")
+    twin.memory.pool.load_state_dict(copy.deepcopy(sae.memory.pool.state_dict()), "cpu")
     twin.generator.set_state(sae.generator.get_state())
     for step in range(6):
         x = tokens(20, 12, seed=10 + step)
         assert torch.equal(sae(x).codes.to_dense(), twin(x).codes.to_dense())
-    twin.kept_pool.load_state_dict({}, "cpu")
-    assert twin.kept_pool.state_dict() == {}
+    twin.memory.pool.load_state_dict({}, "cpu")
+    assert twin.memory.pool.state_dict() == {}
 
 
 def test_what_a_cuda_graph_would_freeze_is_refused(monkeypatch):

@@ -6,15 +6,15 @@ from makers import make_sae, problem, run, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sampled_sae import SparseCodes, reference
-from sampled_sae.impl.torch import scores, stream
+from sampled_sae.impl.encoder import Operands
+from sampled_sae.impl.torch import products, scores, stream
 from sampled_sae.testing import whole_numbers
 
 
 @pytest.fixture(params=[2048, 7])
 def block_tokens(request, monkeypatch):
     """Tokens that are taken at a time: all of a small batch, or a few."""
-    monkeypatch.setattr(stream, "BLOCK_TOKENS", request.param)
-    monkeypatch.setattr(scores, "BLOCK_TOKENS", request.param)
+    monkeypatch.setattr(products, "BLOCK_TOKENS", request.param)
 
 
 def dense_entries(dense):
@@ -35,7 +35,7 @@ def test_batch_stream_is_exact_whatever_the_hint(hint, n, members):
     expected = dense_entries(torch.where(reference.select_batch(a, n), a, 0))
     if hint == "exact":
         hint = float(expected[0].min()) if len(expected[0]) else 0.0
-    for ours, theirs in zip(stream.stream_batch(x, W, b, None, members, n, hint), expected):
+    for ours, theirs in zip(stream.stream_batch(Operands(x, W, b, None, members), n, hint), expected):
         assert torch.equal(ours, theirs)
 
 
@@ -51,7 +51,7 @@ def test_token_stream(k, members):
     if members is not None:
         a = torch.zeros_like(a).index_copy_(1, members, a[:, members])
     expected = dense_entries(torch.where(reference.select_token(a, k), a, 0))
-    for ours, theirs in zip(stream.stream_token(x, t["W_enc"].t(), b, None, members, k), expected):
+    for ours, theirs in zip(stream.stream_token(Operands(x, t["W_enc"].t(), b, None, members), k), expected):
         assert torch.equal(ours, theirs)
 
 
@@ -61,7 +61,7 @@ def test_stream_above(tau):
     t = whole_numbers(40, 5, 1000)
     a = reference.encode(t["x"], t["W_enc"], t["b_enc"])
     expected = dense_entries(torch.where((a > 0) & (a >= tau), a, 0))
-    for ours, theirs in zip(stream.stream_above(t["x"], t["W_enc"].t(), t["b_enc"], None, None, tau), expected):
+    for ours, theirs in zip(stream.stream_above(Operands(t["x"], t["W_enc"].t(), t["b_enc"]), tau), expected):
         assert torch.equal(ours, theirs)
 
 
@@ -70,7 +70,7 @@ def test_stream_above(tau):
 def test_scores(score):
     t = problem(40, 5, 300)
     scale = torch.linspace(0.5, 2, 300, dtype=torch.float64)
-    found = scores.column_statistics(t["x"], t["W_enc"].t(), t["b_enc"], score, scale)
+    found = scores.column_statistics(Operands(t["x"], t["W_enc"].t(), t["b_enc"], scale), score)
     expected = reference.column_scores(reference.encode(t["x"], t["W_enc"], t["b_enc"]) * scale, score)
     torch.testing.assert_close(scores.finish_scores(found, score), expected)
 
@@ -80,7 +80,7 @@ def test_threshold_counts():
     t = problem(40, 5, 300)
     a = reference.encode(t["x"], t["W_enc"], t["b_enc"])
     thresholds = torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64)
-    found = scores.threshold_counts(t["x"], t["W_enc"].t(), t["b_enc"], thresholds)
+    found = scores.threshold_counts(Operands(t["x"], t["W_enc"].t(), t["b_enc"]), thresholds)
     assert found.tolist() == [int((a > threshold).sum()) for threshold in thresholds]
 
 
@@ -126,7 +126,7 @@ def one_loud_token(t):
 )
 def test_no_full_matrix_is_ever_allocated(rule, tokens, monkeypatch):
     B, d, n_features = 256, 8, 8192
-    monkeypatch.setattr(scores, "CHUNK_ELEMENTS", B * n_features // 8)
+    monkeypatch.setattr(products, "CHUNK_ELEMENTS", B * n_features // 8)
     tensors = problem(B, d, n_features, torch.float32)
     tokens(tensors)
     with LargestTensor() as seen:

@@ -10,7 +10,7 @@ import torch
 
 from sampled_sae import check, cli, optim, reference, testing
 from sampled_sae import functional as F
-from sampled_sae.impl import interface as implementations
+from sampled_sae.impl import interface
 
 RULE = {"k": 3, "l": 4, "score": "l2"}
 SHAPE = (33, 17, 252)
@@ -169,7 +169,7 @@ def test_check_exits_1_where_something_is_wrong(name, wrong, found, monkeypatch,
 
 
 def test_check_finds_a_wrong_optimizer(monkeypatch):
-    parts = implementations.implementation("torch")
+    parts = interface.implementation("torch")
 
     def wrong(weight, *rest):
         parts.row_adam_(weight, *rest)

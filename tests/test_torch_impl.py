@@ -7,8 +7,9 @@ from makers import assert_same_entries, leaves, make_sae, problem, run, tokens
 from sampled_sae import functional as F
 from sampled_sae import reference
 from sampled_sae.config import pool_size
+from sampled_sae.impl.encoder import Operands
 from sampled_sae.impl.row_gradients import RowSource
-from sampled_sae.impl.torch.layer import use_block
+from sampled_sae.impl.torch.block import use_block
 from sampled_sae.impl.torch.scores import column_statistics, finish_scores
 from sampled_sae.support.argument_checks import SCORES
 from sampled_sae.testing import NAMES, assert_matches_reference, normal, relative_error, separated, whole_numbers
@@ -266,7 +267,7 @@ def test_no_worse_than_eager_pytorch(dtype, select, l, score):
 def test_statistics_of_two_batches_add_up(score):
     t = problem(30, 5, 200)
     W, b = t["W_enc"].t(), t["b_enc"]
-    parts = [column_statistics(x, W, b, score) for x in t["x"].split([11, 19])]
+    parts = [column_statistics(Operands(x, W, b), score) for x in t["x"].split([11, 19])]
     whole = reference.column_scores(reference.encode(t["x"], t["W_enc"], b), score)
     torch.testing.assert_close(finish_scores(parts[0] + parts[1], score), whole, **TOLERANCE)
 

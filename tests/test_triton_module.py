@@ -177,7 +177,7 @@ def test_trains_to_the_same_loss_curve_as_torch():
 @pytest.mark.parametrize("dead_after", [10, 10**7])
 def test_no_step_waits_for_the_device(rule, dead_after, form, monkeypatch):
     sae = make_sae(torch.float32, device=DEVICE, impl="triton", aux_coefficient=1.0, dead_after=dead_after, **rule)
-    monkeypatch.setattr(sae._finite, "check", lambda x: None)
+    monkeypatch.setattr(sae.memory.inputs, "check", lambda x: None)
     x = tokens(12, 12, dtype=torch.float32).to(DEVICE)
     sae(x).loss.backward()
     for _ in range(2):

@@ -80,7 +80,7 @@ def test_resume_is_bit_for_bit(mode, moments):
 @pytest.mark.parametrize("mode", MODES)
 def test_no_step_waits_for_the_device(mode, monkeypatch):
     sae = make("triton")
-    monkeypatch.setattr(sae._finite, "check", lambda x: None)
+    monkeypatch.setattr(sae.memory.inputs, "check", lambda x: None)
     optimizer = RowAdam(sae, mode=mode)
     trained(sae, optimizer, 3)
     x = tokens(10, 12, dtype=torch.float32).to(DEVICE)

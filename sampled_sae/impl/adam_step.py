@@ -1,9 +1,10 @@
-"""What an optimizer of rows works with: a parameter's gradient, as rows of some features or dense, and the rule."""
+"""What an optimizer of rows works with: a parameter's gradient, as rows of some features or dense, and the step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,27 @@ from torch import Tensor, nn
 Union = Callable[[list[Tensor], int], Tensor]
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How rows are updated, as in RowAdam; `project` and `renormalize` are for the decoder."""
+class Moments(NamedTuple):
+    """Of one parameter, features first: exp_avg and exp_avg_sq as in torch.optim.Adam.
 
+    last: int32 [F], for mode "decayed": the step in which each row moved last.
+    """
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    last: Tensor | None
+
+
+@dataclass(frozen=True)
+class AdamStep:
+    """How the rows of one parameter are updated, as in RowAdam; `project` and `renormalize` are for the decoder.
+
+    number: 0-dim, 1 in the first step. factor: 0-dim, multiplies the gradient; None for 1. seed: with the number, of
+    the stochastic rounding of 16-bit moments beside a wider weight.
+    """
+
+    number: Tensor
+    factor: Tensor | None
     lr: float
     beta1: float
     beta2: float
@@ -23,9 +41,10 @@ class Rule:
     mode: str
     project: bool
     renormalize: bool
+    seed: int
 
 
-class RowGrads:
+class ParameterGradient:
     """(features, rows) pairs that `merge` makes one, or a dense tensor; W_enc is seen as W_enc.T."""
 
     def __init__(self, name: str, parameter: nn.Parameter) -> None:

@@ -11,10 +11,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..codes import Selection, SparseCodes
+from ..codes import Entries, SparseCodes
 from ..config import IMPLS
 from ..support.argument_checks import check_choice
-from . import reference_form as reference_layer
+from . import reference_form
+from .adam_step import AdamStep, Moments
+from .encoder import Encoder, Operands
 from .torch import aux_loss as torch_aux
 from .torch import layer as torch_layer
 from .torch import row_adam as torch_row_adam
@@ -26,16 +28,21 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Implementation:
-    """The layer's parts, each under one signature; W is W_enc.T, [F, d]. See torch_impl for what they take."""
+    """The layer's parts, each under one signature: see torch/layer.py, torch/aux_loss.py and torch/row_adam.py.
 
-    centre: Callable[[Tensor, Tensor | None], Tensor]
-    column_scores: Callable[..., Tensor]
+    `encoder` makes the value that the others are given, once a step.
+    """
+
+    encoder: Callable[..., Encoder]
+    column_scores: Callable[[Operands, str], Tensor]
     candidate_pool: Callable[..., Tensor]
-    select: Callable[..., Selection]
-    above_threshold: Callable[..., SparseCodes]
+    select: Callable[..., SparseCodes]
+    encode_at: Callable[[Encoder, Entries], SparseCodes]
+    above_threshold: Callable[[Encoder, Tensor], SparseCodes]
     decode: Callable[..., Tensor]
     aux_loss: Callable[..., Tensor]
-    row_adam_: Callable[..., None]
+    dead_candidates: Callable[..., Tensor]
+    row_adam_: Callable[[Tensor, Moments, Tensor, Tensor | None, AdamStep], None]
     union: Callable[[list[Tensor], int], Tensor]
 
 
@@ -83,18 +90,20 @@ def implementation(name: str) -> Implementation:
         return parts_of(triton_layer, triton_aux, triton_row_adam)
     if name == "torch":
         return parts_of(torch_layer, torch_aux, torch_row_adam)
-    return parts_of(reference_layer, reference_layer, torch_row_adam)
+    return parts_of(reference_form, reference_form, torch_row_adam)
 
 
 def parts_of(layer: ModuleType, aux: ModuleType, optimizer: ModuleType) -> Implementation:
     return Implementation(
-        layer.centre,
+        layer.encoder,
         layer.column_scores,
         layer.candidate_pool,
         layer.select,
+        layer.encode_at,
         layer.above_threshold,
         layer.decode,
         aux.aux_loss,
+        aux.dead_candidates,
         optimizer.row_adam_,
         optimizer.union,
     )

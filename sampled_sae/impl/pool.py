@@ -1,16 +1,31 @@
-"""The candidate pool of a batch: steps 2 and 3 of METHOD.md, the same for every implementation."""
+"""The candidate pool of a batch: steps 2 and 3 of docs/method.md, the same for every implementation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..config import pool_size
 from ..support.cuda_graphs import capturing
-from .interface import Implementation
+from .encoder import Operands
+
+
+class PoolRule(NamedTuple):
+    """Which features are candidates; see `SampledSAEConfig` for what each field means."""
+
+    k: float
+    l: float | None
+    score: str = "l2"
+    pool: str = "top"
+    score_tokens: float = 1.0
+
+    @classmethod
+    def of(cls, config: Any) -> PoolRule:
+        """From anything that has these fields."""
+        return cls(config.k, config.l, config.score, config.pool, config.score_tokens)
 
 
 class Pool(NamedTuple):
@@ -18,6 +33,16 @@ class Pool(NamedTuple):
 
     members: Tensor
     scores: Tensor
+
+
+class Scoring(Protocol):
+    """What a pool asks of an implementation."""
+
+    @property
+    def column_scores(self) -> Callable[[Operands, str], Tensor]: ...
+
+    @property
+    def candidate_pool(self) -> Callable[[Tensor, int, str, torch.Generator | None], Tensor]: ...
 
 
 class KeptPool:
@@ -62,25 +87,15 @@ class KeptPool:
 
 
 def find_pool(
-    parts: Implementation,
-    centred: Tensor,
-    W: Tensor,
-    b: Tensor,
-    *,
-    k: float,
-    l: float | None,
-    score: str = "l2",
-    pool: str = "top",
-    scale: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    score_tokens: float = 1.0,
+    parts: Scoring, operands: Operands, rule: PoolRule, generator: torch.Generator | None = None
 ) -> Pool | None:
-    """The pool of centred x [B, d] under W [F, d], b [F]; None where it would be the whole dictionary."""
-    size = pool_size(k, l, W.shape[0])
-    if size == W.shape[0]:
+    """The pool of a batch; None where it would be the whole dictionary."""
+    size = pool_size(rule.k, rule.l, operands.n_features)
+    if size == operands.n_features:
         return None
-    scores = parts.column_scores(share_of(centred, score_tokens), W, b, score, scale)
-    return Pool(parts.candidate_pool(scores, size, pool, generator), scores)
+    seen = operands.of_tokens(share_of(operands.x, rule.score_tokens))
+    scores = parts.column_scores(seen, rule.score)
+    return Pool(parts.candidate_pool(scores, size, rule.pool, generator), scores)
 
 
 def share_of(x: Tensor, share: float) -> Tensor:

@@ -1,84 +1,102 @@
-"""`impl="reference"`: the specification behind the interface that torch_impl/layer.py and triton_impl/layer.py share.
+"""`impl="reference"`: the specification behind the interface that torch/layer.py and triton/layer.py share.
 
-W is W_enc.T, [F, d]. Gradients are dense and autograd's; `rows` and `hint` have no meaning here.
+Gradients are dense and autograd's; where rows of gradients go and where a search starts have no meaning here.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..codes import Selection, SparseCodes
+from ..codes import Entries, SparseCodes
 from ..reference import candidate_pool
+from .dead_features import AuxRule
+from .encoder import Encoder, Operands
+from .hints import Rule, ThresholdHints
+from .row_gradients import RowSource
 
-__all__ = ["above_threshold", "aux_loss", "candidate_pool", "centre", "column_scores", "decode", "select"]
+__all__ = [
+    "above_threshold",
+    "aux_loss",
+    "candidate_pool",
+    "column_scores",
+    "dead_candidates",
+    "decode",
+    "encode_at",
+    "encoder",
+    "select",
+]
 
 
-def centre(x: Tensor, b_dec: Tensor | None) -> Tensor:
-    """x - b_dec with its gradient, in the dtype to compute in."""
+def encoder(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    b_dec: Tensor | None = None,
+    scale: Tensor | None = None,
+    rows: RowSource | None = None,
+) -> Encoder:
+    """What this step computes with, in the dtype to compute in."""
+    operands = Operands(centred(x, b_dec).detach(), W.detach(), b.detach(), None if scale is None else scale.detach())
+    return Encoder(x, W, b, b_dec, scale, rows if rows is not None else RowSource(), operands)
+
+
+def centred(x: Tensor, b_dec: Tensor | None) -> Tensor:
+    """x - b_dec with its gradient."""
     dtype = reference.compute_dtype(x)
     return x.to(dtype) if b_dec is None else x.to(dtype) - b_dec.to(dtype)
 
 
-def column_scores(x: Tensor, W: Tensor, b: Tensor, score: str, scale: Tensor | None) -> Tensor:
-    return reference.column_scores(reference.encode(x, W.t(), b, scale), score)
+def activations(encoder: Encoder) -> Tensor:
+    """[B, F], with gradient."""
+    x = centred(encoder.x, encoder.b_dec)
+    return reference.encode(x, encoder.W.t(), encoder.b, encoder.scale)
 
 
-def select(
-    x: Tensor,
-    b_dec: Tensor | None,
-    centred: Tensor,
-    W: Tensor,
-    b: Tensor,
-    members: Tensor | None,
-    *,
-    k: float,
-    select: str = "batch",
-    scale: Tensor | None = None,
-    hint: Any = None,
-    rows: Any = None,
-) -> Selection:
-    a = reference.encode(centred, W.t(), b, scale)
-    return Selection(SparseCodes.from_dense(reference.select_inside(a, members, k, select)), None)
+def column_scores(operands: Operands, score: str) -> Tensor:
+    a = reference.encode(operands.x, operands.W.t(), operands.b, operands.scale)
+    return reference.column_scores(a, score)
 
 
-def above_threshold(x: Tensor, b_dec: Tensor | None, W: Tensor, b: Tensor, threshold: Tensor) -> SparseCodes:
-    a = reference.encode(centre(x, b_dec), W.t(), b)
+def select(encoder: Encoder, members: Tensor | None, rule: Rule, hints: ThresholdHints | None = None) -> SparseCodes:
+    return SparseCodes.from_dense(reference.select_inside(activations(encoder), members, rule.k, rule.select))
+
+
+def encode_at(encoder: Encoder, entries: Entries) -> SparseCodes:
+    values = activations(encoder)[entries.tokens, entries.features]
+    return SparseCodes(values, entries.tokens, entries.features, encoder.shape)
+
+
+def above_threshold(encoder: Encoder, threshold: Tensor) -> SparseCodes:
+    a = activations(encoder)
     return SparseCodes.from_dense(torch.where(a > threshold, a, 0))
 
 
-def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, rows: Any = None) -> Tensor:
+def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, rows: RowSource | None = None) -> Tensor:
     return reference.decode(codes.to_dense(), W_dec, b_dec)
 
 
 def aux_loss(
-    x: Tensor,
-    x_hat: Tensor,
-    b_dec: Tensor | None,
-    W: Tensor,
-    b: Tensor,
-    W_dec: Tensor,
-    dead: Tensor,
-    *,
-    k_aux: int,
-    aux_pool: int | None,
-    score: str,
-    scores: Tensor | None = None,
-    rows: Any = None,
+    encoder: Encoder, x_hat: Tensor, W_dec: Tensor, dead: Tensor, rule: AuxRule, scores: Tensor | None = None
 ) -> Tensor:
-    centred = centre(x, b_dec).detach()
     return reference.aux_loss(
-        x.to(x_hat.dtype),
+        encoder.x.to(x_hat.dtype),
         x_hat,
-        centred,
-        W.t(),
-        b,
+        encoder.operands.x,
+        encoder.W.t(),
+        encoder.b,
         W_dec,
         dead,
-        k_aux=k_aux,
-        aux_pool=aux_pool,
-        scores=column_scores(centred, W, b, score, None) if scores is None else scores,
+        k_aux=rule.k_aux,
+        aux_pool=rule.aux_pool,
+        scores=column_scores(encoder.operands, rule.score) if scores is None else scores,
     )
+
+
+def dead_candidates(operands: Operands, dead: Tensor, rule: AuxRule, scores: Tensor | None = None) -> Tensor:
+    members = dead.nonzero().squeeze(1)
+    if rule.aux_pool is None or len(members) <= rule.aux_pool:
+        return members
+    scores = column_scores(operands, rule.score) if scores is None else scores
+    return members[candidate_pool(scores[members], rule.aux_pool)]

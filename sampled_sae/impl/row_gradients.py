@@ -26,13 +26,13 @@ class GatherRows(torch.autograd.Function):
         return scattered(ctx, grad), None, None, None
 
 
-class RowSlot(torch.autograd.Function):
-    """A slot of shape W[features] and no memory, to receive their gradient; its values must not be read."""
+class RowReceiver(torch.autograd.Function):
+    """A tensor of the shape of W[features] without memory, to receive their gradient; its values must not be read."""
 
     @staticmethod
     def forward(ctx: Any, W: Tensor, features: Tensor, dtype: torch.dtype, workspace: Workspace) -> Tensor:
         remember(ctx, W, features, workspace)
-        return empty_slot(W, features, dtype)
+        return empty_receiver(W, features, dtype)
 
     @staticmethod
     @once_differentiable
@@ -55,7 +55,7 @@ def scattered(ctx: Any, grad: Tensor) -> Tensor:
     return dense.index_copy_(0, features, grad)
 
 
-def empty_slot(W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
+def empty_receiver(W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
     return W.new_zeros((), dtype=dtype).expand(len(features), *W.shape[1:])
 
 
@@ -92,11 +92,11 @@ class RowSource:
             return GatherRows.apply(W, features, dtype, self.workspace)
         return self._leaf(name, W, features, W.detach().index_select(0, features).to(dtype))
 
-    def slot(self, name: str, W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
+    def receiver(self, name: str, W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
         """A place of the shape of W[features] for the gradient alone; it holds no values."""
         if not self.keep:
-            return RowSlot.apply(W, features, dtype, self.workspace)
-        return self._leaf(name, W, features, empty_slot(W, features, dtype))
+            return RowReceiver.apply(W, features, dtype, self.workspace)
+        return self._leaf(name, W, features, empty_receiver(W, features, dtype))
 
     def _leaf(self, name: str, W: Tensor, features: Tensor, rows: Tensor) -> Tensor:
         if W.requires_grad and torch.is_grad_enabled():

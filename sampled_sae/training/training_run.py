@@ -106,7 +106,7 @@ class TrainingRun:
             "seconds": self.seconds,
             "sae": self.sae.state_dict(),
             "generator": self.sae.generator.get_state(),
-            "pool": self.sae.kept_pool.state_dict(),
+            "pool": self.sae.memory.pool.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "metrics": self.metrics,
         }
@@ -176,7 +176,7 @@ class TrainingRun:
                 raise ValueError(f"{path}: made with other settings ({part}: {', '.join(differ)}); use another folder")
         self.sae.load_state_dict(state["sae"])
         self.sae.generator.set_state(state["generator"])
-        self.sae.kept_pool.load_state_dict(state["pool"], self.feed.device)
+        self.sae.memory.pool.load_state_dict(state["pool"], self.feed.device)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.seconds = state["seconds"]

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from sampled_sae import reference
+from sampled_sae.impl.encoder import Operands
 from sampled_sae.impl.triton import products, stream
 
 pytestmark = pytest.mark.usefixtures("poisoned", "small_chunks")
@@ -48,9 +49,12 @@ def integers(shape, dtype, device, seed=0):
     return x.to(device, dtype), W.to(device, dtype), b.float().to(device), scale.float().to(device)
 
 
+def zeros(W):
+    return torch.zeros(len(W), device=W.device)
+
+
 def activations(x, W, b, scale, members=None):
-    zero = torch.zeros(len(W), device=x.device)
-    a = reference.encode(x, W.t(), zero if b is None else b, scale).float()
+    a = reference.encode(x, W.t(), b, scale).float()
     return a if members is None else torch.zeros_like(a).index_copy_(1, members, a[:, members])
 
 
@@ -92,7 +96,7 @@ def test_batch_is_exact_whatever_the_hint(hint, n, members, device):
     x, W, b, scale = integers((20, 5, 140), torch.float32, device)
     members = None if members is None else torch.tensor(members, device=device)
     a = activations(x, W, b, scale, members)
-    assert_batch(stream.stream_batch(x, W, b, scale, members, n, as_hint(hint, a, n)), a, n)
+    assert_batch(stream.stream_batch(Operands(x, W, b, scale, members), n, as_hint(hint, a, n)), a, n)
 
 
 @pytest.mark.parametrize("n", [1000, 2799, 2800, 3000])
@@ -102,16 +106,16 @@ def test_budgets_that_are_not_filled(n, device):
     a = activations(x, W, b - 4, scale)
     assert 0 < int((a > 0).sum()) < 1000
     for hint in (None, torch.zeros(1, device=device), torch.full((1,), 2.0, device=device)):
-        assert_batch(stream.stream_batch(x, W, b - 4, scale, None, n, hint), a, n)
+        assert_batch(stream.stream_batch(Operands(x, W, b - 4, scale, None), n, hint), a, n)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("has_vectors", [True, False])
-def test_dtypes_and_optional_arguments(has_vectors, dtype, device):
+@pytest.mark.parametrize("has_scale", [True, False])
+def test_dtypes_with_and_without_a_scale(has_scale, dtype, device):
     x, W, b, scale = integers((20, 5, 140), dtype, device)
-    b, scale = (b, scale) if has_vectors else (None, None)
+    b, scale = (b, scale) if has_scale else (zeros(W), None)
     a = activations(x, W, b, scale)
-    assert_batch(stream.stream_batch(x, W, b, scale, None, 300), a, 300)
+    assert_batch(stream.stream_batch(Operands(x, W, b, scale, None), 300), a, 300)
 
 
 def all_tokens_equal(x, W, b):
@@ -146,7 +150,7 @@ def test_hard_batches(n, change, device):
     a = activations(x, W, b, None)
     hint = None
     for _ in range(2):
-        *found, hint = stream.stream_batch(x, W, b, None, None, n, hint)
+        *found, hint = stream.stream_batch(Operands(x, W, b, None, None), n, hint)
         assert_batch((*found, hint), a, n)
 
 
@@ -154,9 +158,9 @@ def test_hard_batches(n, change, device):
 def test_empty(shape, device):
     x, W, b, scale = integers(shape, torch.float32, device)
     a = torch.zeros(shape[0], shape[2], device=device)
-    assert_batch(stream.stream_batch(x, W, b, scale, None, 4), a, 4)
-    assert_same(stream.stream_token(x, W, b, scale, None, 2), entries(a, a > 0, 2 * shape[0]))
-    assert all(len(t) == 0 for t in stream.stream_above(x, W, b, scale, None, 0.0))
+    assert_batch(stream.stream_batch(Operands(x, W, b, scale, None), 4), a, 4)
+    assert_same(stream.stream_token(Operands(x, W, b, scale, None), 2), entries(a, a > 0, 2 * shape[0]))
+    assert all(len(t) == 0 for t in stream.stream_above(Operands(x, W, b, scale, None), 0.0))
 
 
 def normal_batch(seed, device, dtype=torch.float32):
@@ -169,7 +173,7 @@ def test_hints_of_like_batches_need_no_repair(repairs, device):
     W = torch.randn(200, 8, generator=torch.Generator().manual_seed(1)).to(device)
     hint = None
     for seed in range(4):
-        values, _, _, hint = stream.stream_batch(normal_batch(seed, device), W, None, None, None, 2000, hint)
+        values, _, _, hint = stream.stream_batch(Operands(normal_batch(seed, device), W, zeros(W)), 2000, hint)
         assert values.min() > 0
     assert repairs == [False] * 4
 
@@ -178,14 +182,14 @@ def test_hint_recovers_after_a_repair(repairs, device):
     W = torch.randn(200, 8, generator=torch.Generator().manual_seed(1)).to(device)
     hint = torch.full((1,), 1e9, device=device)
     for seed in range(3):
-        *_, hint = stream.stream_batch(normal_batch(seed, device), W, None, None, None, 2000, hint)
+        *_, hint = stream.stream_batch(Operands(normal_batch(seed, device), W, zeros(W)), 2000, hint)
     assert repairs == [True, False, False]
 
 
 def test_the_hint_is_not_changed(device):
     x, W, b, scale = integers((20, 5, 140), torch.float32, device)
     hint = torch.full((1,), 3.0, device=device)
-    stream.stream_batch(x, W, b, scale, None, 50, hint)
+    stream.stream_batch(Operands(x, W, b, scale, None), 50, hint)
     assert hint.tolist() == [3.0]
 
 
@@ -198,15 +202,15 @@ def test_token_stream(k, members, device):
     members = None if members is None else torch.tensor(members, device=device)
     a = activations(x, W, b, scale, members)
     expected = entries(a, reference.select_token(a, k), 20 * k)
-    assert_same(stream.stream_token(x, W, b, scale, members, k), expected)
+    assert_same(stream.stream_token(Operands(x, W, b, scale, members), k), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_token_stream_dtypes(dtype, device):
     x, W, _, _ = integers((20, 5, 140), dtype, device)
-    a = activations(x, W, None, None)
+    a = activations(x, W, zeros(W), None)
     expected = entries(a, reference.select_token(a, 4), 80)
-    assert_same(stream.stream_token(x, W, None, None, None, 4), expected)
+    assert_same(stream.stream_token(Operands(x, W, zeros(W)), 4), expected)
 
 
 @pytest.mark.parametrize("members", [None, range(3, 140, 3)], ids=["all", "pool"])
@@ -218,17 +222,17 @@ def test_above_is_strict(guess, tau, members, device, monkeypatch):
     members = None if members is None else torch.tensor(members, device=device)
     a = activations(x, W, b, scale, members)
     mask = (a > 0) & (a > tau)
-    values, tokens, features = stream.stream_above(x, W, b, scale, members, tau)
+    values, tokens, features = stream.stream_above(Operands(x, W, b, scale, members), tau)
     expected = entries(a, mask, int(mask.sum()))
     assert_same((values, tokens.int(), features.int()), expected)
     assert tokens.dtype == features.dtype == torch.int64
-    again = stream.stream_above(x, W, b, scale, members, torch.tensor(tau, device=device))
+    again = stream.stream_above(Operands(x, W, b, scale, members), torch.tensor(tau, device=device))
     assert_same(again, (values, tokens, features))
 
 
 def test_keys_beyond_32_bits_are_sorted(device):
     keys = torch.tensor([2**40, 5, 2**31, 2**32 + 1], device=device)
-    values, ordered = stream.in_order(torch.arange(4.0, device=device), keys, 2**40)
+    values, ordered = stream.in_order(torch.arange(4.0, device=device), keys, (2**20, 2**20))
     assert ordered.tolist() == [5, 2**31, 2**32 + 1, 2**40]
     assert values.tolist() == [1, 2, 3, 0]
 
@@ -258,11 +262,11 @@ def test_product_is_fp32_whatever_the_inputs(dtype, device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter has nothing to wait for")
 def test_nothing_waits_for_the_gpu(device):
     x, W, b, scale = integers((20, 5, 140), torch.bfloat16, device)
-    stream.stream_batch(x, W, b, scale, None, 60)
+    stream.stream_batch(Operands(x, W, b, scale, None), 60)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        *_, hint = stream.stream_batch(x, W, b, scale, None, 60)
-        stream.stream_batch(x, W, b, scale, None, 60, hint)
-        stream.stream_token(x, W, b, scale, None, 3)
+        *_, hint = stream.stream_batch(Operands(x, W, b, scale, None), 60)
+        stream.stream_batch(Operands(x, W, b, scale, None), 60, hint)
+        stream.stream_token(Operands(x, W, b, scale, None), 3)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,72 +1,76 @@
-"""The dead-feature loss of METHOD.md, step 6 (arXiv 2406.04093, appendix A.2), without a [B, F] tensor."""
+"""The dead-feature loss of docs/method.md, step 6 (arXiv 2406.04093, appendix A.2), without a [B, F] tensor."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ...codes import SparseCodes
-from ..row_gradients import RowSource
-from . import layer
+from ..dead_features import AuxRule
+from ..encoder import Encoder, Operands
+from ..hints import Rule
+from .block import block_mask
+from .entries import entry_codes
+from .layer import decode
 from .pool import candidate_pool
-from .scores import column_statistics, finish_scores
+from .products import without_autocast
+from .scores import column_scores
 from .stream import stream_token
 
 
-@layer.without_autocast
+@without_autocast
 def aux_loss(
-    x: Tensor,
-    x_hat: Tensor,
-    b_dec: Tensor | None,
-    W: Tensor,
-    b: Tensor,
-    W_dec: Tensor,
-    dead: Tensor,
-    *,
-    k_aux: int,
-    aux_pool: int | None,
-    score: str,
-    scores: Tensor | None = None,
-    rows: RowSource | None = None,
+    encoder: Encoder, x_hat: Tensor, W_dec: Tensor, dead: Tensor, rule: AuxRule, scores: Tensor | None = None
 ) -> Tensor:
     """The share of the residual's variance that the dead features leave unexplained.
 
     Args:
-        x, x_hat: [B, d]; no gradient flows into them, nor into b_dec, [d] or None, which is subtracted from x.
-        W, b, W_dec: [F, d], [F], [F, d]; the only tensors that receive gradient.
+        encoder: gradient reaches its W and b alone; its scale serves the scores, not the activations.
+        x_hat: [B, d]; no gradient flows into it.
+        W_dec: [F, d]; receives gradient.
         dead: bool [F].
-        k_aux: features a token; the largest positive activations among the candidates.
-        aux_pool: with more dead features than this, those of highest column score are the candidates.
-        score, scores: the score's name, and the scores [F] of this batch where the pool needed them.
+        scores: [F], of this batch, where the pool needed them.
 
     Returns:
         mean ||e - e_hat||^2 / mean ||e - mean(e)||^2 with e = x - x_hat, 0-dim; 0 with no dead feature or a zero
         denominator.
     """
-    rows = rows if rows is not None else RowSource()
-    residual = (x.to(x_hat.dtype) - x_hat).detach()
-    centred = layer.centre(x, b_dec)
-    members = dead.nonzero().squeeze(1)
+    residual = (encoder.x.to(x_hat.dtype) - x_hat).detach()
     denominator = (residual - residual.mean(0)).square().sum(-1).mean()
+    members = dead_candidates(encoder.operands, dead, rule, scores)
     if len(members) == 0 or denominator == 0:
         return residual.new_zeros(())
-    if aux_pool is not None and len(members) > aux_pool:
-        if scores is None:
-            few = W.detach()[members]
-            bias = b.detach()[members].to(centred.dtype)
-            dead_scores = finish_scores(column_statistics(centred, few, bias, score), score)
-        else:
-            dead_scores = scores[members]
-        members = members[candidate_pool(dead_scores, aux_pool)]
-    if aux_pool is not None:
-        taken = rows.gather("W_enc", W, members, centred.dtype)
-        b_taken = rows.gather("b_enc", b, members, centred.dtype)
-        a = torch.addmm(b_taken, centred, taken.t())
-        block = torch.where(layer.block_mask(a.detach(), k_aux, "token"), a, 0)
-        codes = SparseCodes.from_block(block, members, W.shape[0])
+    x, W, b, _, _, rows, operands = alone = encoder.weights_alone()
+    if rule.aux_pool is not None:
+        taken = rows.gather("W_enc", W, members, x.dtype)
+        b_taken = rows.gather("b_enc", b, members, x.dtype)
+        a = torch.addmm(b_taken, x, taken.t())
+        block = torch.where(block_mask(a.detach(), Rule(rule.k_aux, "token")), a, 0)
+        codes = SparseCodes.from_block(block, members, operands.n_features)
     else:
-        bias = b.detach().to(centred.dtype)
-        found = stream_token(centred, W.detach(), bias, None, members, min(k_aux, len(members)))
-        codes = layer.entry_codes(centred, None, W, b, centred, None, found, rows)
-    e_hat = layer.decode(codes, W_dec, None, rows)
+        codes = entry_codes(alone, stream_token(operands.among(members), min(rule.k_aux, len(members))))
+    e_hat = decode(codes, W_dec, None, rows)
     return (residual - e_hat).square().sum(-1).mean() / denominator
+
+
+def dead_candidates(
+    operands: Operands,
+    dead: Tensor,
+    rule: AuxRule,
+    scores: Tensor | None = None,
+    score: Callable[[Operands, str], Tensor] = column_scores,
+) -> Tensor:
+    """int64, ascending: the dead features, of dead bool [F]; of more than `aux_pool` those of highest column score.
+
+    scores: [F], where they are known; else `score` finds those of the dead features.
+    """
+    members = dead.nonzero().squeeze(1)
+    if rule.aux_pool is None or len(members) <= rule.aux_pool:
+        return members
+    if scores is None:
+        dead_scores = score(operands.of_features(members), rule.score)
+    else:
+        dead_scores = scores[members]
+    return members[candidate_pool(dead_scores, rule.aux_pool)]

@@ -16,7 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
+from ...codes import Entries, SparseCodes
 from ...support.reused_memory import Workspace
+from ..encoder import Encoder
+from ..row_gradients import RowSource
 
 SLICE_ELEMENTS = 1 << 19
 # Said once a process by torch for every CSR tensor; the operations used here are covered by our tests.
@@ -110,11 +113,41 @@ class EntryIndex:
         return torch.sparse.sampled_addmm(pattern, left, W.to(left.dtype).t(), beta=0.0).values()
 
 
+def entry_codes(encoder: Encoder, found: Entries) -> SparseCodes:
+    """Selected entries, sorted by token, with their gradient attached."""
+    x, W, b, b_dec, _, rows, operands = encoder
+    codes = SparseCodes(*found, encoder.shape)
+    index = entry_index(codes, rows)
+    if torch.is_grad_enabled():
+        W_rows = rows.receiver("W_enc", W, index.touched, operands.x.dtype)
+        b_rows = rows.receiver("b_enc", b, index.touched, operands.x.dtype)
+        values = EncodeEntries.apply(
+            x, b_dec, W_rows, b_rows, found.values, operands.x, operands.W, operands.scale, index
+        )
+        codes = SparseCodes(values, found.tokens, found.features, codes.shape)
+        codes.index = index
+    return codes
+
+
+def decode_entries(codes: SparseCodes, W_dec: Tensor, rows: RowSource) -> Tensor:
+    """sum_j c_ij W_dec_j, [B, d]."""
+    index = entry_index(codes, rows)
+    W_rows = rows.receiver("W_dec", W_dec, index.touched, codes.values.dtype)
+    return DecodeEntries.apply(codes.values, W_rows, W_dec.detach(), index)
+
+
+def entry_index(codes: SparseCodes, rows: RowSource) -> EntryIndex:
+    """The codes' index, made once."""
+    if codes.index is None:
+        codes.index = EntryIndex(codes.tokens, codes.features, *codes.shape, rows.workspace)
+    return codes.index
+
+
 class EncodeEntries(torch.autograd.Function):
     """The kept activations, as functions of x [B, d], b_dec [d] or None, and rows of W_enc and b_enc.
 
-    `W_rows` [T, d] and `b_rows` [T] are slots (rows.py) for the gradients of the touched features: the values
-    were computed by the selection.
+    `W_rows` [T, d] and `b_rows` [T] receive the gradients of the touched features (row_gradients.py); their values are
+    not read, for the kept activations were computed by the selection.
     """
 
     @staticmethod
@@ -154,7 +187,7 @@ class EncodeEntries(torch.autograd.Function):
 
 
 class DecodeEntries(torch.autograd.Function):
-    """sum_j values_ij W_dec_j, [B, d]; `W_rows` [T, d] is the slot for the touched rows' gradient."""
+    """sum_j values_ij W_dec_j, [B, d]; `W_rows` [T, d] receives the touched rows' gradient."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, W_rows: Tensor, W_dec: Tensor, index: EntryIndex) -> Tensor:

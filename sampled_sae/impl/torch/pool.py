@@ -41,13 +41,13 @@ def largest_mask(values: Tensor, n: int) -> Tensor:
     return mask
 
 
-def candidate_pool(scores: Tensor, size: int, how: str = "top", generator: torch.Generator | None = None) -> Tensor:
+def candidate_pool(scores: Tensor, size: int, pool: str = "top", generator: torch.Generator | None = None) -> Tensor:
     """The `size` features of highest score, or a draw in proportion to the score.
 
     Args:
         scores: [F], >= 0.
         size: P, clipped to F.
-        how: "top", ties to the lower index; "sample": without replacement, by the Gumbel top-k trick on
+        pool: "top", ties to the lower index; "sample": without replacement, by the Gumbel top-k trick on
             ln(score), features of score 0 only after all others.
         generator: source of randomness for "sample".
 
@@ -55,6 +55,6 @@ def candidate_pool(scores: Tensor, size: int, how: str = "top", generator: torch
         int64 [P], ascending. For "top" equivalent to
         `scores.sort(descending=True, stable=True).indices[:size].sort().values`.
     """
-    if how == "sample":
+    if pool == "sample":
         scores = gumbel_keys(scores, generator)
     return largest_mask(scores, size).nonzero().squeeze(1)

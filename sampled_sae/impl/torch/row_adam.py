@@ -12,77 +12,63 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..adam_step import Rule
+from ..adam_step import AdamStep, Moments
 
 CHUNK_ELEMENTS = 1 << 19
 
 Prepared = Callable[[Tensor, Tensor], Tensor]
-Chunk = tuple[slice | Tensor, Tensor, Tensor]
+RowChunk = tuple[slice | Tensor, Tensor, Tensor]
 
 
-def row_adam_(
-    weight: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
-    features: Tensor | None,
-    step: Tensor,
-    factor: Tensor | None,
-    last: Tensor | None,
-    seed: int,
-    rule: Rule,
-) -> None:
+def row_adam_(weight: Tensor, moments: Moments, grad: Tensor, features: Tensor | None, step: AdamStep) -> None:
     """One step on weight [F, d] or [F] and its moments, in place.
 
     Args:
         grad: [T, d] or [T], the gradient of `features` [T], ascending; or of all rows, for None.
-        step: 0-dim, 1 in the first step.
-        factor: 0-dim, multiplies the gradient; None for 1.
-        last: int32 [F], for mode "decayed": the step in which each row moved last.
-        seed: with the step, of the stochastic rounding of 16-bit moments beside a wider weight.
     """
 
     def prepared(slope: Tensor, W: Tensor) -> Tensor:
         slope = slope.to(W.dtype)
-        if factor is not None:
-            slope = slope * factor
-        return slope - (slope * W).sum(1, keepdim=True) * W if rule.project else slope
+        if step.factor is not None:
+            slope = slope * step.factor
+        return slope - (slope * W).sum(1, keepdim=True) * W if step.project else slope
 
-    chunks = every_row if rule.mode == "dense" else touched_rows
+    exp_avg, exp_avg_sq, last = moments
+    chunks = every_row if step.mode == "dense" else touched_rows
     generator = None
     if exp_avg.dtype != weight.dtype:
-        generator = torch.Generator(weight.device).manual_seed((int(step) << 8) + seed)
+        generator = torch.Generator(weight.device).manual_seed((int(step.number) << 8) + step.seed)
     for rows, W, slope in chunks(weight, grad, features, prepared):
-        moments = [taken(t, rows).to(weight.dtype) for t in (exp_avg, exp_avg_sq)]
+        taken = [rows_of(t, rows).to(weight.dtype) for t in (exp_avg, exp_avg_sq)]
         if last is not None and isinstance(rows, Tensor):
-            missed = (step - 1 - last[rows]).to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
-            for moment, beta in zip(moments, (rule.beta1, rule.beta2)):
+            missed = (step.number - 1 - last[rows]).to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
+            for moment, beta in zip(taken, (step.beta1, step.beta2)):
                 moment.mul_(beta**missed)
-            last[rows] = int(step)
+            last[rows] = int(step.number)
         torch._fused_adam_(
             [W],
             [slope],
-            moments[:1],
-            moments[1:],
+            taken[:1],
+            taken[1:],
             [],
-            [step.to(weight.device)],
-            lr=rule.lr,
-            beta1=rule.beta1,
-            beta2=rule.beta2,
-            weight_decay=rule.weight_decay,
-            eps=rule.eps,
+            [step.number.to(weight.device)],
+            lr=step.lr,
+            beta1=step.beta1,
+            beta2=step.beta2,
+            weight_decay=step.weight_decay,
+            eps=step.eps,
             amsgrad=False,
             maximize=False,
         )
-        if rule.renormalize:
+        if step.renormalize:
             W.div_(torch.linalg.vector_norm(W, dim=1, keepdim=True).clamp_min_(1e-12))
         if isinstance(rows, Tensor):
             weight.index_copy_(0, rows, W)
-        for target, moment in zip((exp_avg, exp_avg_sq), moments):
+        for target, moment in zip((exp_avg, exp_avg_sq), taken):
             put(target, rows, moment, generator)
 
 
-def taken(t: Tensor, rows: slice | Tensor) -> Tensor:
+def rows_of(t: Tensor, rows: slice | Tensor) -> Tensor:
     """Those rows of t: a view of a slice, a copy of a list."""
     return t[rows] if isinstance(rows, slice) else t.index_select(0, rows)
 
@@ -111,7 +97,7 @@ def rows_a_chunk(weight: Tensor) -> int:
     return max(1, CHUNK_ELEMENTS // (weight.shape[1] if weight.dim() > 1 else 1))
 
 
-def every_row(weight: Tensor, grad: Tensor, features: Tensor | None, prepared: Prepared) -> Iterator[Chunk]:
+def every_row(weight: Tensor, grad: Tensor, features: Tensor | None, prepared: Prepared) -> Iterator[RowChunk]:
     """(rows, their weights, their prepared gradient) chunk by chunk; zero in rows that are not in `features`."""
     size = rows_a_chunk(weight)
     starts = range(0, weight.shape[0], size)
@@ -135,7 +121,7 @@ def every_row(weight: Tensor, grad: Tensor, features: Tensor | None, prepared: P
         here.index_fill_(0, touched, 0)
 
 
-def touched_rows(weight: Tensor, grad: Tensor, features: Tensor | None, prepared: Prepared) -> Iterator[Chunk]:
+def touched_rows(weight: Tensor, grad: Tensor, features: Tensor | None, prepared: Prepared) -> Iterator[RowChunk]:
     """The same for copies of the rows in `features` alone, without those whose gradient is zero throughout."""
     moving = (grad != 0).flatten(1).any(1) if grad.dim() > 1 else grad != 0
     for at in moving.nonzero().squeeze(1).split(rows_a_chunk(weight)):

@@ -1,40 +1,29 @@
-"""Column scores of relu(x W^T + b), chunk of features by chunk of features.
-
-2BdF FLOP in products; the activations of a chunk (about 4 MB) never leave the cache. Larger batches are taken in
-blocks of tokens: a chunk of all of them would be too few features wide for a product at full rate.
-"""
+"""Column scores without a [B, F] tensor: step 2 of docs/method.md, from sums over the tokens."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ...support.reused_memory import scratch
-
-CHUNK_ELEMENTS = 1 << 20
-BLOCK_TOKENS = 2048
+from ..encoder import Operands
+from .products import feature_chunks, without_autocast
 
 
-def chunk_features(n_tokens: int) -> int:
-    """Features a chunk: a multiple of 64 that keeps [B, C] near 1M elements."""
-    return max(64, CHUNK_ELEMENTS // n_tokens // 64 * 64)
+@without_autocast
+def column_scores(operands: Operands, score: str) -> Tensor:
+    """[F], of every feature; no gradient."""
+    return finish_scores(column_statistics(operands, score), score)
 
 
-def column_statistics(x: Tensor, W: Tensor, b: Tensor, score: str, scale: Tensor | None = None) -> Tensor:
+def column_statistics(operands: Operands, score: str) -> Tensor:
     """Sums over the tokens from which the score follows; adding those of two batches gives those of both.
-
-    Args:
-        x: [B, d] float32 or float64, centred.
-        W, b, scale: [F, d], [F], [F] or None.
 
     Returns:
         [S, F] float: sum a^2 for l2 and l2_squared; sum a and sum a ln a for entropy; the number of
         positive entries for uniform. To be reduced across processes, then given to `finish_scores`.
     """
-    stats = x.new_zeros(2 if score == "entropy" else 1, W.shape[0])
-    for at, a in feature_chunks(x, W, b, scale):
+    stats = operands.x.new_zeros(2 if score == "entropy" else 1, operands.n_features)
+    for at, a in feature_chunks(operands):
         if score == "entropy":
             stats[0, at] += a.sum(1)
             stats[1, at] -= torch.special.entr(a).sum(1)
@@ -43,39 +32,6 @@ def column_statistics(x: Tensor, W: Tensor, b: Tensor, score: str, scale: Tensor
         else:
             stats[0, at] += torch.linalg.vector_norm(a, dim=1).square_()
     return stats
-
-
-def threshold_counts(x: Tensor, W: Tensor, b: Tensor, thresholds: Tensor, scale: Tensor | None = None) -> Tensor:
-    """How many activations lie strictly above each threshold; those of two batches add up.
-
-    Args:
-        x, W, b, scale: as for `column_statistics`.
-        thresholds: [m] >= 0, ascending.
-
-    Returns:
-        int64 [m].
-    """
-    counts = torch.zeros(len(thresholds) + 1, dtype=torch.int64, device=x.device)
-    for _, a in feature_chunks(x, W, b, scale):
-        # bucketize counts the thresholds strictly below each activation.
-        above = torch.bucketize(a[a > thresholds[0]], thresholds)
-        counts += torch.bincount(above, minlength=len(counts))
-    return counts.flip(0).cumsum(0).flip(0)[1:]
-
-
-def feature_chunks(x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """(features, their activations [C, T]) chunk by chunk, for one block of T tokens after another."""
-    n_features = W.shape[0]
-    for tokens in x.split(BLOCK_TOKENS):
-        step = chunk_features(len(tokens))
-        buffer = scratch(x, min(step, n_features), len(tokens))
-        for start in range(0, n_features, step):
-            at = slice(start, min(start + step, n_features))
-            a = buffer[: at.stop - start]
-            torch.addmm(b[at, None], W[at].to(x.dtype), tokens.t(), out=a).relu_()
-            if scale is not None:
-                a.mul_(scale[at, None])
-            yield at, a
 
 
 def finish_scores(stats: Tensor, score: str) -> Tensor:
@@ -93,3 +49,21 @@ def finish_scores(stats: Tensor, score: str) -> Tensor:
     limits = torch.finfo(stats.dtype)
     entropy = torch.where(entropy > 4 * limits.eps * (1 + log_total.abs()), entropy, limits.tiny)
     return torch.where(fires, entropy, 0)
+
+
+@without_autocast
+def threshold_counts(operands: Operands, thresholds: Tensor) -> Tensor:
+    """How many activations lie strictly above each threshold; those of two batches add up.
+
+    Args:
+        thresholds: [m] >= 0, ascending.
+
+    Returns:
+        int64 [m].
+    """
+    counts = torch.zeros(len(thresholds) + 1, dtype=torch.int64, device=thresholds.device)
+    for _, a in feature_chunks(operands):
+        # bucketize counts the thresholds strictly below each activation.
+        above = torch.bucketize(a[a > thresholds[0]], thresholds)
+        counts += torch.bincount(above, minlength=len(counts))
+    return counts.flip(0).cumsum(0).flip(0)[1:]

@@ -3,115 +3,91 @@
 A chunk [B, C] is filtered in cache: maxima of blocks of 32 features tell which blocks hold an entry at or
 above the running threshold tau, and only those blocks are looked at again. tau starts low and rises: whenever
 the candidates number twice the budget they are cut to the exact best so far, whose last member is the new
-tau. So the result is exact, whatever the first tau; one that was too high is seen by the count. Large batches are
-taken in blocks of tokens.
+tau. So the result is exact, whatever the first tau; one that was too high is seen by the count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from ...support.reused_memory import scratch
+from ...codes import Entries
+from ..encoder import Operands
 from .pool import nth_largest, nth_largest_of_rows
-from .scores import BLOCK_TOKENS, chunk_features
+from .products import BLOCK_FEATURES, activation_chunks, token_blocks
 
-BLOCK = 32
 FIRST_CHUNK = 128
 WIDEST_TABLE = 16
 
-Entries = tuple[Tensor, Tensor, Tensor]
 
-
-def stream_above(x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None, members: Tensor | None, tau: float) -> Entries:
-    """Every entry > 0 and >= tau: (values, tokens, features), sorted by token, then feature."""
-    floor = x.new_full((1,), tau)
+def stream_above(operands: Operands, tau: float) -> Entries:
+    """Every entry > 0 and >= tau, sorted by token, then feature."""
+    floor = operands.x.new_full((1,), tau)
     found = [
         filter_chunk(a, token, base, floor)
-        for token, tokens in token_blocks(x)
-        for base, a in activation_chunks(tokens, W, b, scale, members)
+        for token, block in token_blocks(operands)
+        for base, a in activation_chunks(block)
     ]
-    return sort_entries(join(found), members)
+    return sort_entries(join(found), operands.members)
 
 
-def stream_batch(
-    x: Tensor,
-    W: Tensor,
-    b: Tensor,
-    scale: Tensor | None,
-    members: Tensor | None,
-    n: int,
-    hint: float | None = None,
-) -> Entries:
+def stream_batch(operands: Operands, n: int, hint: float | None = None) -> Entries:
     """The n largest strictly positive entries of the batch, ties to the lower token, then feature.
 
     Args:
-        x, W, b, scale: [B, d], [F, d], [F], [F] or None.
-        members: int64 [P] ascending, the features to look at; None for all.
         hint: a guess of the n-th largest; a bad one costs time, never exactness.
     """
-    floor = x.new_full((1,), 0.0 if hint is None else hint)
+    floor = operands.x.new_full((1,), 0.0 if hint is None else hint)
     kept: list[Entries] = []
     count = 0
-    for token, tokens in token_blocks(x):
-        for base, a in activation_chunks(tokens, W, b, scale, members, FIRST_CHUNK if hint is None else None):
+    for token, block in token_blocks(operands):
+        for base, a in activation_chunks(block, FIRST_CHUNK if hint is None else None):
             kept.append(filter_chunk(a, token, base, floor))
-            count += len(kept[-1][0])
+            count += len(kept[-1].values)
             if count >= 2 * n and n > 0:
-                kept = [keep_best(join(kept), n, W.shape[0])]
-                floor.fill_(kept[0][0].min())
+                kept = [keep_best(join(kept), n, operands.n_features)]
+                floor.fill_(kept[0].values.min())
                 count = n
     if count < n and hint is not None:
-        return stream_batch(x, W, b, scale, members, n)
-    return sort_entries(keep_best(join(kept), n, W.shape[0]), members)
+        return stream_batch(operands, n)
+    return sort_entries(keep_best(join(kept), n, operands.n_features), operands.members)
 
 
-def stream_token(
-    x: Tensor,
-    W: Tensor,
-    b: Tensor,
-    scale: Tensor | None,
-    members: Tensor | None,
-    k: int,
-    hint: float | None = None,
-) -> Entries:
+def stream_token(operands: Operands, k: int, hint: float | None = None) -> Entries:
     """The k largest strictly positive entries of each token, ties to the lower feature.
 
     Args:
         hint: a guess of the k-th largest over the token's norm; tokens for which it was too high are done again.
     """
-    n_tokens = x.shape[0]
+    x, n_tokens = operands.x, operands.n_tokens
     floor = x.new_zeros(n_tokens) if hint is None else hint * torch.linalg.vector_norm(x, dim=1)
     blocks = []
-    for token, block in token_blocks(x):
-        values, tokens, features = best_of_tokens(block, W, b, scale, members, k, floor[token : token + len(block)])
-        blocks.append((values, tokens + token, features))
+    for token, block in token_blocks(operands):
+        values, tokens, features = best_of_tokens(block, k, floor[token : token + block.n_tokens])
+        blocks.append(Entries(values, tokens + token, features))
     best = join(blocks)
     if hint is not None:
-        short = torch.bincount(best[1], minlength=n_tokens) < k
+        short = torch.bincount(best.tokens, minlength=n_tokens) < k
         again = short.nonzero().squeeze(1)
         if len(again):
-            values, tokens, features = best_of_tokens(x[again], W, b, scale, members, k, x.new_zeros(len(again)))
-            done = (~short[best[1]]).nonzero().squeeze(1)
-            best = join([take(best, done), (values, again[tokens], features)])
-    return sort_entries(best, members)
+            values, tokens, features = best_of_tokens(operands.of_tokens(x[again]), k, x.new_zeros(len(again)))
+            done = (~short[best.tokens]).nonzero().squeeze(1)
+            best = join([take(best, done), Entries(values, again[tokens], features)])
+    return sort_entries(best, operands.members)
 
 
-def best_of_tokens(
-    x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None, members: Tensor | None, k: int, floor: Tensor
-) -> Entries:
+def best_of_tokens(operands: Operands, k: int, floor: Tensor) -> Entries:
     """The k largest entries of each token among those > 0 and >= floor [B], in any order."""
+    n_tokens = operands.n_tokens
     kept: list[Entries] = []
     count = 0
-    for base, a in activation_chunks(x, W, b, scale, members, None if floor.any() else FIRST_CHUNK):
+    for base, a in activation_chunks(operands, None if floor.any() else FIRST_CHUNK):
         kept.append(filter_chunk(a, 0, base, floor))
-        count += len(kept[-1][0])
-        if count >= 4 * k * x.shape[0]:
-            best, floor = keep_best_of_tokens(join(kept), k, x.shape[0])
-            kept, count = [best], len(best[0])
-    return keep_best_of_tokens(join(kept), k, x.shape[0])[0]
+        count += len(kept[-1].values)
+        if count >= 4 * k * n_tokens:
+            best, floor = keep_best_of_tokens(join(kept), k, n_tokens)
+            kept, count = [best], len(best.values)
+    return keep_best_of_tokens(join(kept), k, n_tokens)[0]
 
 
 def batch_hint(entries: Entries, n: int) -> float | None:
@@ -119,7 +95,7 @@ def batch_hint(entries: Entries, n: int) -> float | None:
 
     None where the budget n was not filled: there is no threshold to guess, and a guess would be run twice.
     """
-    return 0.9 * float(entries[0].min()) if 0 < n == len(entries[0]) else None
+    return 0.9 * float(entries.values.min()) if 0 < n == len(entries.values) else None
 
 
 def token_hint(entries: Entries, x: Tensor, k: int) -> float | None:
@@ -136,52 +112,20 @@ def token_hint(entries: Entries, x: Tensor, k: int) -> float | None:
     return 0.95 * float(ratio.kthvalue(1 + few).values) if len(ratio) > max(few, len(x) - few - 1) else None
 
 
-def token_blocks(x: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first token, some tokens of x [T, d]) block by block."""
-    return ((i * BLOCK_TOKENS, tokens) for i, tokens in enumerate(x.split(BLOCK_TOKENS)))
-
-
-def activation_chunks(
-    x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None, members: Tensor | None, first: int | None = None
-) -> Iterator[tuple[int, Tensor]]:
-    """(first column, x W^T + b before the relu [B, C]), C a multiple of BLOCK, padded with -inf.
-
-    Where nothing is known of the threshold, chunks start with `first` columns and double, so that the first cut
-    of the candidates comes early. One buffer serves all of them.
-    """
-    n_features = W.shape[0] if members is None else len(members)
-    largest = chunk_features(x.shape[0])
-    memory = scratch(x, x.shape[0] * min(largest, -(-n_features // BLOCK) * BLOCK))
-    start, width = 0, min(first or largest, largest)
-    while start < n_features:
-        stop = min(start + width, n_features)
-        at = slice(start, stop) if members is None else members[start:stop]
-        padded = -(-(stop - start) // BLOCK) * BLOCK
-        a = memory[: x.shape[0] * padded].view(x.shape[0], padded)
-        inner = a[:, : stop - start]
-        if padded > stop - start:
-            a[:, stop - start :] = -torch.inf
-        torch.addmm(b[at], x, W[at].to(x.dtype).t(), out=inner)
-        if scale is not None:
-            inner.mul_(scale[at])
-        yield start, a
-        start, width = stop, min(2 * width, largest)
-
-
 def filter_chunk(a: Tensor, token: int, base: int, floor: Tensor) -> Entries:
     """Entries > 0 and >= floor ([1] or [B]) of a chunk [B, C], sorted by token, then column.
 
     The chunk's first row is that of token `token`, its first column number `base`.
     """
-    n_blocks = a.shape[1] // BLOCK
+    n_blocks = a.shape[1] // BLOCK_FEATURES
     floor = floor.clamp_min(smallest_positive(a.dtype))
-    top = a.view(-1, BLOCK).amax(1).view(-1, n_blocks)  # [B, C / BLOCK]
+    top = a.view(-1, BLOCK_FEATURES).amax(1).view(-1, n_blocks)  # [B, C / 32]
     hits = (top >= floor[:, None]).flatten().nonzero().squeeze(1)
-    inside = a.view(-1, BLOCK).index_select(0, hits)  # [H, BLOCK]
+    inside = a.view(-1, BLOCK_FEATURES).index_select(0, hits)  # [H, 32]
     least = floor.index_select(0, hits // n_blocks) if len(floor) > 1 else floor
     at = (inside >= least[:, None]).flatten().nonzero().squeeze(1)
-    place = hits.index_select(0, at // BLOCK) * BLOCK + at % BLOCK  # in the flat chunk
-    return inside.flatten().index_select(0, at), place // a.shape[1] + token, place % a.shape[1] + base
+    place = hits.index_select(0, at // BLOCK_FEATURES) * BLOCK_FEATURES + at % BLOCK_FEATURES  # in the flat chunk
+    return Entries(inside.flatten().index_select(0, at), place // a.shape[1] + token, place % a.shape[1] + base)
 
 
 def smallest_positive(dtype: torch.dtype) -> float:
@@ -194,7 +138,7 @@ def keep_best(entries: Entries, n: int, n_features: int) -> Entries:
     if len(values) <= n:
         return entries
     if n == 0:
-        return values[:0], tokens[:0], features[:0]
+        return Entries(values[:0], tokens[:0], features[:0])
     cut = nth_largest(values, n)
     mask = values > cut
     ties = (values == cut).nonzero().squeeze(1)
@@ -212,7 +156,7 @@ def keep_best_of_tokens(entries: Entries, k: int, n_tokens: int) -> tuple[Entrie
     Entries come in order of features within a token, so that a stable sort by token keeps the tie rule. A
     table [B, width] is fastest; where one token has far more entries than k it would be large, and a sort it is.
     """
-    order = torch.argsort(entries[1], stable=True)
+    order = torch.argsort(entries.tokens, stable=True)
     values, tokens, features = take(entries, order)
     counts = torch.bincount(tokens, minlength=n_tokens)
     first = counts.cumsum(0) - counts
@@ -225,31 +169,29 @@ def keep_best_of_tokens(entries: Entries, k: int, n_tokens: int) -> tuple[Entrie
         last = by_value[rank == k - 1]
         cut[tokens[last]] = values[last]
         at = by_value[rank < k].sort().values
-        return take((values, tokens, features), at), cut
+        return take(Entries(values, tokens, features), at), cut
     table = values.new_zeros(n_tokens, width)
     table[tokens, torch.arange(len(tokens), device=tokens.device) - first[tokens]] = values
     cut = nth_largest_of_rows(table, k)  # [B]
     least = cut.index_select(0, tokens)
     at = (values >= least).nonzero().squeeze(1)
     if len(at) == int(counts.clamp(max=k).sum()):
-        return take((values, tokens, features), at), cut
+        return take(Entries(values, tokens, features), at), cut
     above = values > least
     tied = values == least
     rank = tied.cumsum(0)
     before = torch.cat((rank.new_zeros(1), rank))[first]
     room = k - torch.zeros_like(counts).index_add_(0, tokens, above.long())
     at = (above | (tied & (rank - before[tokens] <= room[tokens]))).nonzero().squeeze(1)
-    return take((values, tokens, features), at), cut
+    return take(Entries(values, tokens, features), at), cut
 
 
 def take(entries: Entries, at: Tensor) -> Entries:
-    values, tokens, features = (column.index_select(0, at) for column in entries)
-    return values, tokens, features
+    return Entries(*(column.index_select(0, at) for column in entries))
 
 
 def join(parts: list[Entries]) -> Entries:
-    values, tokens, features = (torch.cat(column) for column in zip(*parts))
-    return values, tokens, features
+    return Entries(*(torch.cat(column) for column in zip(*parts)))
 
 
 def sort_entries(entries: Entries, members: Tensor | None) -> Entries:
@@ -258,4 +200,4 @@ def sort_entries(entries: Entries, members: Tensor | None) -> Entries:
     if members is not None:
         features = members[features]
     order = torch.argsort(tokens * (int(features.max()) + 1 if len(features) else 1) + features)
-    return take((values, tokens, features), order)
+    return take(Entries(values, tokens, features), order)

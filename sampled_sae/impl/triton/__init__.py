@@ -1,5 +1,5 @@
-"""`impl="triton"`: the layer from the kernels, without a [B, F] tensor and without a look at the device.
+"""`impl="triton"`: the layer from Triton kernels and cuBLAS products, as `torch.library` operators `sampled_sae::*`.
 
-W is W_enc.T, [F, d], contiguous. Products are cuBLAS's where the kernels do not fold them into something smaller;
-everything that is chosen, the kept entries above all, is chosen on the device in tensors of a size known before.
+Nothing reads a value back to the host: sizes follow from the shapes and the budget alone, so a step can be compiled
+whole and captured in a CUDA graph.
 """

@@ -1,4 +1,4 @@
-"""The dead-feature loss of METHOD.md, step 6, in sizes that do not depend on how many features are dead.
+"""The dead-feature loss of docs/method.md, step 6, in sizes that do not depend on how many features are dead.
 
 The candidates are always `aux_pool` features: the dead ones of highest score and, where fewer are dead, live ones
 whose activations are put out by a bias of -inf. One dense product, one selection per token, one dense product.
@@ -6,46 +6,39 @@ whose activations are put out by a bias of -inf. One dense product, one selectio
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from ..row_gradients import RowSource
-from ..torch import aux_loss as torch_aux
-from . import layer
-from .ops import top_pool
+from ..dead_features import AuxRule
+from ..encoder import Encoder
+from ..hints import Rule
+from ..torch import aux_loss as torch_form
+from ..torch.layer import encoder as torch_encoder
+from .block import block_codes
+from .layer import decode
+from .pool import top_pool
+from .scores import column_scores
+
+dead_candidates = functools.partial(torch_form.dead_candidates, score=column_scores)
 
 
 def aux_loss(
-    x: Tensor,
-    x_hat: Tensor,
-    b_dec: Tensor | None,
-    W: Tensor,
-    b: Tensor,
-    W_dec: Tensor,
-    dead: Tensor,
-    *,
-    k_aux: int,
-    aux_pool: int | None,
-    score: str,
-    scores: Tensor | None = None,
-    rows: RowSource | None = None,
+    encoder: Encoder, x_hat: Tensor, W_dec: Tensor, dead: Tensor, rule: AuxRule, scores: Tensor | None = None
 ) -> Tensor:
-    """As torch_impl's, which serves for aux_pool=None, where the number of dead features has to be known."""
-    rows = rows if rows is not None else RowSource()
-    if aux_pool is None:
-        return torch_aux.aux_loss(
-            x, x_hat, b_dec, W, b, W_dec, dead, k_aux=k_aux, aux_pool=None, score=score, rows=rows
-        )
-    residual = (x.to(x_hat.dtype) - x_hat).detach()
-    centred = layer.centre(x, b_dec)
+    """As the torch form's, which serves for aux_pool=None, where the number of dead features has to be known."""
+    if rule.aux_pool is None:
+        return torch_form.aux_loss(torch_encoder(*encoder[:-1]), x_hat, W_dec, dead, rule)
+    residual = (encoder.x.to(x_hat.dtype) - x_hat).detach()
     if scores is None:
-        scores = layer.column_scores(centred, W.detach(), b.detach(), score, None)
+        scores = column_scores(encoder.operands, rule.score)
     # One bit pattern up: a dead feature of score 0 still ranks above every live one.
     keys = torch.where(dead, (scores.view(torch.int32) + 1).view(torch.float32), 0)
-    members = top_pool(keys, min(aux_pool, W.shape[0]))
-    b_masked = torch.where(dead, b, -torch.inf)
-    codes = layer.block_codes(x.detach(), None, W, b_masked, centred, None, members, k_aux, True, rows)
-    e_hat = layer.decode(codes, W_dec, None, rows)
+    members = top_pool(keys, min(rule.aux_pool, encoder.shape[1]))
+    masked = torch.where(dead, encoder.b, -torch.inf)
+    codes = block_codes(encoder.weights_alone(), members, Rule(rule.k_aux, "token"), masked)
+    e_hat = decode(codes, W_dec, None, encoder.rows)
     denominator = (residual - residual.mean(0)).square().sum(-1).mean()
     defined = dead.any() & (denominator > 0)
     share = (residual - e_hat).square().sum(-1).mean() / torch.where(defined, denominator, 1)

@@ -7,10 +7,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...codes import SparseCodes
+from ...config import batch_budget
 from ...kernels.batch_topk import keep_largest_
 from ...kernels.token_topk import keep_rows_
-from .ops import no_second_derivative
+from ..encoder import Encoder
+from ..hints import Rule
+from ..row_gradients import RowSource
+from .double_backward import no_second_derivative
 from .products import lowered, product, raised
+
+# candidates of a pool that is handled as one block
+BLOCK_FEATURES = 8192
+
+
+def block_codes(encoder: Encoder, members: Tensor, rule: Rule, b: Tensor | None = None) -> SparseCodes:
+    """The kept entries of a small pool, int64 [P]; `b` [F] stands in for the encoder's."""
+    x, W, bias, b_dec, _, rows, operands = encoder
+    taken = gather(rows, "W_enc", W, members)
+    b_taken = gather(rows, "b_enc", bias if b is None else b, members)
+    scale = None if operands.scale is None else operands.scale.index_select(0, members)
+    per_token = rule.select == "token"
+    budget = int(rule.k) if per_token else batch_budget(operands.n_tokens, rule.k)
+    block, low = select_block(x, b_dec, taken, b_taken, operands.x, scale, budget, per_token)
+    return SparseCodes.from_block(block, members, operands.n_features, low)
+
+
+def decode_codes(codes: SparseCodes, W_dec: Tensor, rows: RowSource, dtype: torch.dtype) -> Tensor:
+    """block W_dec[pool], fp32 [B, d]; products take operands of `dtype`."""
+    assert codes.block is not None
+    assert codes.pool is not None
+    block = codes.block.float()
+    low = codes.low_block
+    if low is None or (low.numel() == 0) != (dtype == torch.float32) or low.dtype != dtype:
+        low = block.detach().to(dtype) if dtype != torch.float32 else block.new_empty(0)
+    return decode_block(block, low, gather(rows, "W_dec", W_dec, codes.pool))
+
+
+def gather(rows: RowSource, name: str, W: Tensor, features: Tensor) -> Tensor:
+    """W[features]; its gradient goes to W, or to `rows` where rows are wanted."""
+    return rows.gather(name, W, features, W.dtype) if rows.keep else W.index_select(0, features)
 
 
 @torch.library.custom_op("sampled_sae::select_block", mutates_args=())

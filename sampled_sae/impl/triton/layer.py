@@ -1,4 +1,4 @@
-"""The steps of METHOD.md from the Triton operators: the same interface as torch_impl/layer.py.
+"""The steps of docs/method.md from the Triton operators: the same functions as torch/layer.py.
 
 A pool of up to BLOCK_FEATURES is computed as one block [B, P] with dense tensor-core products, a larger one and the
 whole dictionary are streamed and handled entry by entry. Products take 16-bit operands where the inputs have 16
@@ -10,18 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...codes import Selection, Slots, SparseCodes
+from ...codes import Entries, SparseCodes
 from ...config import batch_budget
-from ...kernels.segment_sum import feature_order
-from ..pool_sampling import gumbel_keys
+from ..encoder import Encoder, Operands
+from ..hints import Rule, ThresholdHints
 from ..row_gradients import RowSource
-from ..torch.scores import finish_scores
-from .block import decode_block, select_block
-from .entries import decode_entries, entry_values, select_entries
-from .ops import column_statistics, top_pool
+from . import block, entries
+from .block import BLOCK_FEATURES, block_codes
+from .entries import narrow, padded_codes, select_entries
+from .pool import candidate_pool
+from .scores import column_scores
 from .stream import stream_above
 
-BLOCK_FEATURES = 8192
+__all__ = ["above_threshold", "candidate_pool", "column_scores", "decode", "encode_at", "encoder", "select"]
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -31,171 +32,59 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def centre(x: Tensor, b_dec: Tensor | None) -> Tensor:
-    """x - b_dec without a gradient, rounded once, to the dtype of the products."""
-    centred = x.detach() if b_dec is None else x.detach().float() - b_dec.detach().float()
-    return centred.to(product_dtype(x)).contiguous()
-
-
-def weights_for(centred: Tensor, W: Tensor) -> Tensor:
-    """W as an operand of products with `centred`: each feature's weights contiguous, no gradient."""
-    return W.detach().to(centred.dtype).contiguous()
-
-
-def vector(v: Tensor) -> Tensor:
-    """Biases and scales: fp32, contiguous, no gradient."""
-    return v.detach().float().contiguous()
-
-
-def column_scores(x: Tensor, W: Tensor, b: Tensor, score: str, scale: Tensor | None) -> Tensor:
-    """[F] of x [B, d], already centred."""
-    x = centre(x, None)
-    scale = None if scale is None else vector(scale)
-    return finish_scores(column_statistics(x, weights_for(x, W), vector(b), score, scale), score)
-
-
-def candidate_pool(scores: Tensor, size: int, how: str = "top", generator: torch.Generator | None = None) -> Tensor:
-    """As `ranking.candidate_pool`, without a look at the device."""
-    if how == "top":
-        return top_pool(scores, size)
-    order = torch.sort(gumbel_keys(scores, generator), descending=True, stable=True).indices
-    return order[:size].sort().values
-
-
-def select(
+def encoder(
     x: Tensor,
-    b_dec: Tensor | None,
-    centred: Tensor,
     W: Tensor,
     b: Tensor,
-    members: Tensor | None,
-    *,
-    k: float,
-    select: str = "batch",
+    b_dec: Tensor | None = None,
     scale: Tensor | None = None,
-    hint: Tensor | None = None,
     rows: RowSource | None = None,
-) -> Selection:
-    """What x [B, d] keeps under W [F, d], b [F] inside the pool `members` [P], or everywhere for None.
+) -> Encoder:
+    """What this step computes with: x - b_dec rounded once, and W, in the dtype of the products; biases in fp32."""
+    dtype = product_dtype(x)
+    centred = x.detach() if b_dec is None else x.detach().float() - b_dec.detach().float()
+    weights = W.detach().to(dtype).contiguous()
+    scales = None if scale is None else scale.detach().float().contiguous()
+    operands = Operands(centred.to(dtype).contiguous(), weights, b.detach().float().contiguous(), scales)
+    return Encoder(x, W, b, b_dec, scale, rows if rows is not None else RowSource(), operands)
 
-    centred: `centre(x, b_dec)`. hint: that of the last batch under the same rule.
-    """
-    rows = rows if rows is not None else RowSource()
-    scale = None if scale is None else vector(scale)
-    per_token = select == "token"
-    budget = int(k) if per_token else batch_budget(x.shape[0], k)
+
+def select(encoder: Encoder, members: Tensor | None, rule: Rule, hints: ThresholdHints | None = None) -> SparseCodes:
+    """What a batch keeps inside the pool `members`, int64 [P], or everywhere for None."""
     if members is not None and len(members) <= BLOCK_FEATURES:
-        return Selection(block_codes(x, b_dec, W, b, centred, scale, members, budget, per_token, rows), None)
-    weights = weights_for(centred, W)
-    values, tokens, features, hint = select_entries(
-        centred, weights, vector(b), scale, members, budget, per_token, hint
-    )
-    slots = by_feature(values, tokens, features, members, x.shape[0], W.shape[0])
-    slots = slots.with_values(attach(x, b_dec, W, b, centred, weights, scale, slots, rows))
-    return Selection(SparseCodes.from_slots(slots, (x.shape[0], W.shape[0])), None if per_token else hint)
+        return block_codes(encoder, members, rule)
+    x, W, b, scale, _ = encoder.operands
+    if rule.select == "token":
+        *found, _ = select_entries(x, W, b, scale, members, int(rule.k), True, None)
+        return padded_codes(encoder, Entries(*found), members)
+    hints = hints if hints is not None else ThresholdHints()
+    budget = batch_budget(encoder.operands.n_tokens, rule.k)
+    hint = hints.of(rule, members)
+    hint = hint if isinstance(hint, Tensor) else None
+    *found, hint = select_entries(x, W, b, scale, members, budget, False, hint)
+    hints.keep(rule, members, hint)
+    return padded_codes(encoder, Entries(*found), members)
 
 
-def block_codes(
-    x: Tensor,
-    b_dec: Tensor | None,
-    W: Tensor,
-    b: Tensor,
-    centred: Tensor,
-    scale: Tensor | None,
-    members: Tensor,
-    budget: int,
-    per_token: bool,
-    rows: RowSource,
-) -> SparseCodes:
-    """The kept entries of a small pool."""
-    taken, b_taken = gather(rows, "W_enc", W, members), gather(rows, "b_enc", b, members)
-    scale = None if scale is None else scale.index_select(0, members)
-    block, low = select_block(x, b_dec, taken, b_taken, centred, scale, budget, per_token)
-    return SparseCodes.from_block(block, members, W.shape[0], low)
+def encode_at(encoder: Encoder, entries: Entries) -> SparseCodes:
+    """Activations at entries that the caller has chosen and computed, with their gradient.
 
-
-def above_threshold(x: Tensor, b_dec: Tensor | None, W: Tensor, b: Tensor, threshold: Tensor) -> SparseCodes:
-    """Every activation strictly above the threshold (0-dim), with its gradient; waits for the GPU to count them."""
-    centred = centre(x, b_dec)
-    weights = weights_for(centred, W)
-    values, tokens, features = stream_above(centred, weights, vector(b), None, None, threshold)
-    slots = by_feature(values, tokens.int(), features.int(), None, x.shape[0], W.shape[0])
-    slots = slots.with_values(attach(x, b_dec, W, b, centred, weights, None, slots, RowSource()))
-    return SparseCodes.from_slots(slots, (x.shape[0], W.shape[0]))
-
-
-def by_feature(
-    values: Tensor, tokens: Tensor, features: Tensor, members: Tensor | None, n_tokens: int, n_features: int
-) -> Slots:
-    """Entries sorted by token, and by feature for the backward pass."""
-    every_token = torch.arange(n_tokens + 1, dtype=torch.int32, device=tokens.device)
-    token_ends = torch.searchsorted(tokens, every_token, out_int32=True)
-    rows = gradient_rows(features, members, n_features)
-    order, row_ends = feature_order(features, rows)
-    return Slots(values, tokens, features, token_ends, order, row_ends, rows)
-
-
-def gradient_rows(features: Tensor, members: Tensor | None, n_features: int) -> Tensor:
-    """Distinct features int64 [R], ascending, that include all in the list; R is known without looking.
-
-    The candidates themselves, or where these outnumber the list's slots as many features as it has slots.
+    Args:
+        entries: sorted by token; `values` are taken as they are.
     """
-    n_slots = len(features)
-    if members is not None and len(members) <= n_slots:
-        return members
-    if n_features <= n_slots:
-        return torch.arange(n_features, device=features.device)
-    touched = torch.zeros(n_features + 1, device=features.device).index_fill_(0, features.long(), 1.0)
-    return top_pool(touched[:-1], n_slots)
+    return padded_codes(encoder, narrow(entries), None)
 
 
-def attach(
-    x: Tensor,
-    b_dec: Tensor | None,
-    W: Tensor,
-    b: Tensor,
-    centred: Tensor,
-    weights: Tensor,
-    scale: Tensor | None,
-    slots: Slots,
-    rows: RowSource,
-) -> Tensor:
-    """The kept values with their gradient."""
-    W_slot, b_slot = slot(rows, "W_enc", W, slots.rows), slot(rows, "b_enc", b, slots.rows)
-    values, *where = slots
-    return entry_values(x, b_dec, W_slot, b_slot, values, centred, weights, scale, *where)
+def above_threshold(encoder: Encoder, threshold: Tensor) -> SparseCodes:
+    """Every activation strictly above the threshold (0-dim), with its gradient; waits for the GPU to count them."""
+    return padded_codes(encoder, narrow(stream_above(encoder.operands, threshold)), None)
 
 
 def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, rows: RowSource | None = None) -> Tensor:
     """[B, d] fp32: a dense product on a block, gathered rows on entries."""
     rows = rows if rows is not None else RowSource()
     dtype = product_dtype(W_dec)
-    if codes.block is not None:
-        assert codes.pool is not None
-        block = codes.block.float()
-        low = codes.low_block
-        if low is None or (low.numel() == 0) != (dtype == torch.float32) or low.dtype != dtype:
-            low = block.detach().to(dtype) if dtype != torch.float32 else block.new_empty(0)
-        x_hat = decode_block(block, low, gather(rows, "W_dec", W_dec, codes.pool))
-        return x_hat if b_dec is None else x_hat + b_dec.float()
-    slots = codes.slots if codes.slots is not None else slots_of(codes)
-    values, *where = slots
-    W_slot = slot(rows, "W_dec", W_dec, slots.rows)
-    b_dec = None if b_dec is None else b_dec.contiguous()
-    return decode_entries(values, W_slot, b_dec, W_dec.detach().to(dtype).contiguous(), *where)
-
-
-def slots_of(codes: SparseCodes) -> Slots:
-    """Entries listed by someone else, sorted by token."""
-    values, tokens, features = codes.entries()
-    return by_feature(values.float(), tokens.int(), features.int(), None, *codes.shape)
-
-
-def gather(rows: RowSource, name: str, W: Tensor, features: Tensor) -> Tensor:
-    """W[features]; its gradient goes to W, or to `rows` where rows are wanted."""
-    return rows.gather(name, W, features, W.dtype) if rows.keep else W.index_select(0, features)
-
-
-def slot(rows: RowSource, name: str, W: Tensor, features: Tensor) -> Tensor:
-    """Where an operator of entry_ops.py sends its gradient: W itself, or rows of it."""
-    return rows.slot(name, W, features, W.dtype) if rows.keep else W
+    if codes.block is None:
+        return entries.decode_codes(codes, W_dec, b_dec, rows, dtype)
+    x_hat = block.decode_codes(codes, W_dec, rows, dtype)
+    return x_hat if b_dec is None else x_hat + b_dec.float()

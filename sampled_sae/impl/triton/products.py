@@ -1,4 +1,4 @@
-"""Products in fp32, and the encoder's by chunks of features.
+"""Products in fp32, and the encoder's chunk by chunk of features.
 
 A chunk [B, C] is written once and read once, in one buffer for all chunks.
 """
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ...kernels.interpreter import INTERPRETED
+from ..encoder import Operands
 
 CHUNK_ELEMENTS = 1 << 25
 # features a chunk, at least and at most
 NARROWEST, WIDEST = (64, 64) if INTERPRETED.value else (1024, 8192)
 
 
-class Chunk(NamedTuple):
+class ProductChunk(NamedTuple):
     """The product z [B, C] for the candidates `at`, and what belongs to them.
 
     features: int64 [C], or the first of C in a row. The next chunk overwrites z.
@@ -27,7 +28,7 @@ class Chunk(NamedTuple):
     at: slice
     features: Tensor | int
     z: Tensor
-    b: Tensor | None
+    b: Tensor
     scale: Tensor | None
 
 
@@ -63,11 +64,10 @@ def chunk_width(n_tokens: int) -> int:
     return min(max(CHUNK_ELEMENTS // max(n_tokens, 1) // 256 * 256, NARROWEST), WIDEST)
 
 
-def encoder_chunks(
-    x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor | None, members: Tensor | None
-) -> Iterator[Chunk]:
-    """The product of x [B, d] with the rows of W [F, d] chunk by chunk; with those in `members`, where given."""
-    n_tokens, size = x.shape[0], W.shape[0] if members is None else len(members)
+def encoder_chunks(operands: Operands) -> Iterator[ProductChunk]:
+    """The product of x with the rows of W chunk by chunk; with those of the candidates, where there are some."""
+    x, W, b, scale, members = operands
+    n_tokens, size = operands.n_tokens, operands.n_candidates
     width = min(chunk_width(n_tokens), size)
     buffer = torch.empty(n_tokens * width, dtype=torch.float32, device=x.device)
     for start in range(0, size, max(width, 1)):
@@ -75,10 +75,9 @@ def encoder_chunks(
         z = buffer[: n_tokens * (at.stop - start)].view(n_tokens, at.stop - start)
         if members is None:
             product(x, W[at].t(), out=z)
-            yield Chunk(at, start, z, None if b is None else b[at], None if scale is None else scale[at])
+            yield ProductChunk(at, start, z, b[at], None if scale is None else scale[at])
         else:
             features = members[at]
-            rows, b_rows, scales = (None if t is None else t.index_select(0, features) for t in (W, b, scale))
-            assert rows is not None
-            product(x, rows.t(), out=z)
-            yield Chunk(at, features, z, b_rows, scales)
+            part = operands.of_features(features)
+            product(x, part.W.t(), out=z)
+            yield ProductChunk(at, features, z, part.b, part.scale)

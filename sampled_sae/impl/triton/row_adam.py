@@ -1,4 +1,4 @@
-"""The optimizer's step on rows by one kernel a parameter, without a look at the device."""
+"""The optimizer's step on rows by one kernel a parameter, without a host synchronisation."""
 
 from __future__ import annotations
 
@@ -6,45 +6,34 @@ import torch
 from torch import Tensor
 
 from ...kernels import row_adam as kernel
-from ..adam_step import Rule
-from ..torch import row_adam as torch_row_adam
-from .layer import gradient_rows
+from ..adam_step import AdamStep, Moments
+from ..torch import row_adam as torch_form
+from .entries import gradient_rows
 
 
-def row_adam_(
-    weight: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
-    features: Tensor | None,
-    step: Tensor,
-    factor: Tensor | None,
-    last: Tensor | None,
-    seed: int,
-    rule: Rule,
-) -> None:
-    """As torch_impl's, which serves for weights that are not float32."""
+def row_adam_(weight: Tensor, moments: Moments, grad: Tensor, features: Tensor | None, step: AdamStep) -> None:
+    """As the torch form's, which serves for weights that are not float32."""
     if weight.dtype != torch.float32:
-        torch_row_adam.row_adam_(weight, exp_avg, exp_avg_sq, grad, features, step, factor, last, seed, rule)
+        torch_form.row_adam_(weight, moments, grad, features, step)
         return
     kernel.row_adam_(
         weight,
-        exp_avg,
-        exp_avg_sq,
+        moments.exp_avg,
+        moments.exp_avg_sq,
         grad,
         features,
-        step,
-        factor=factor,
-        lr=rule.lr,
-        beta1=rule.beta1,
-        beta2=rule.beta2,
-        eps=rule.eps,
-        weight_decay=rule.weight_decay,
-        mode=rule.mode,
-        last=last,
-        project=rule.project,
-        renormalize=rule.renormalize,
-        seed=seed,
+        step.number,
+        factor=step.factor,
+        lr=step.lr,
+        beta1=step.beta1,
+        beta2=step.beta2,
+        eps=step.eps,
+        weight_decay=step.weight_decay,
+        mode=step.mode,
+        last=moments.last,
+        project=step.project,
+        renormalize=step.renormalize,
+        seed=step.seed,
     )
 
 

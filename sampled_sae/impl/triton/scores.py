@@ -10,17 +10,22 @@ from ...kernels.chunk_scores import chunk_statistics
 from ...kernels.column_scores import STATISTICS, statistics_of
 from ...kernels.column_scores import column_statistics as fused_statistics
 from ...kernels.configs import architecture, largest_fused_d
+from ..encoder import Operands
+from ..torch.scores import finish_scores
 from .products import encoder_chunks
 
-__all__ = ["STATISTICS", "column_statistics"]
+
+def column_scores(operands: Operands, score: str) -> Tensor:
+    """[F], of every feature; no gradient."""
+    x, W, b, scale, _ = operands
+    return finish_scores(column_statistics(x, W, b, score, scale), score)
 
 
-def column_statistics(x: Tensor, W: Tensor, b: Tensor | None, score: str, scale: Tensor | None = None) -> Tensor:
-    """Sums over the tokens from which the score follows, fp32 [S, F]; adding those of two batches gives those of both.
+@torch.library.custom_op("sampled_sae::column_statistics", mutates_args=())
+def column_statistics(x: Tensor, W: Tensor, b: Tensor, score: str, scale: Tensor | None) -> Tensor:
+    """Sums over the tokens of a = relu(x W^T + b) * scale, fp32 [S, F], from which the score follows.
 
-    Args:
-        x: [B, d] fp32, bf16 or fp16, centred.
-        W, b, scale: [F, d] in x's dtype; [F] or None.
+    The sums of two batches add up to those of both. x [B, d] and W [F, d] are fp32, bf16 or fp16, x is centred.
 
     The fused kernel saves writing and reading [B, F] and multiplies slower than cuBLAS: it wins up to some d. It
     knows no TF32: whoever allows that gets cuBLAS.
@@ -28,13 +33,19 @@ def column_statistics(x: Tensor, W: Tensor, b: Tensor | None, score: str, scale:
     tf32 = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     if not tf32 and (x.ndim != 2 or x.shape[1] <= largest_fused_d(architecture(x.device), x.dtype)):
         return fused_statistics(x, W, b, score, scale)
-    return chunked_statistics(x, W, b, score, scale)
+    return chunked_statistics(Operands(x, W, b, scale), score)
 
 
-def chunked_statistics(x: Tensor, W: Tensor, b: Tensor | None, score: str, scale: Tensor | None = None) -> Tensor:
+@column_statistics.register_fake
+def _(x: Tensor, W: Tensor, b: Tensor, score: str, scale: Tensor | None) -> Tensor:
+    return x.new_empty(STATISTICS[score], W.shape[0], dtype=torch.float32)
+
+
+def chunked_statistics(operands: Operands, score: str) -> Tensor:
     """The same, by cuBLAS's product of one chunk of features after another and one pass over each."""
+    x, W, b, scale, _ = operands
     check_encoder(x, W, b, scale)
     statistics = torch.empty(statistics_of(score), W.shape[0], dtype=torch.float32, device=x.device)
-    for chunk in encoder_chunks(x, W, b, scale, None):
+    for chunk in encoder_chunks(operands):
         statistics[:, chunk.at] = chunk_statistics(chunk.z, chunk.b, chunk.scale, score)
     return statistics

@@ -1,4 +1,4 @@
-"""Exact selection over many features without [B, F] and without a look at the device.
+"""Exact selection over many features without [B, F] and without a host synchronisation.
 
 Chunks of the encoder product pass a filter by a guessed threshold tau, whose hits go to a list with room for
 CAPACITY times the budget. A tau that lets too many or too few through is seen by their count, on the device, and
@@ -9,14 +9,17 @@ are ordered by key, token * F + feature, before anything depends on their order.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...codes import Entries
 from ...kernels.batch_topk import compact_largest
 from ...kernels.chunk_filter import append_above_, first_threshold, next_threshold
 from ...kernels.exact_fallback import refill_exactly_
 from ...kernels.token_topk import merge_rows_
+from ..encoder import Operands
 from .products import encoder_chunks
 
 CAPACITY = 2
@@ -30,106 +33,91 @@ FEWEST_TOKENS = 64
 # of a threshold chosen by the caller: guessed entries a token
 ABOVE_PER_TOKEN = 128
 
-Entries = tuple[Tensor, Tensor, Tensor]
+
+class Hits(NamedTuple):
+    """Entries that a filter let through, in any order: values fp32 [cap], keys int64 [cap], how many int64 [1].
+
+    Unused places hold value 0 and key B * F; a number above cap says that some are missing.
+    """
+
+    values: Tensor
+    keys: Tensor
+    found: Tensor
 
 
-def stream_batch(
-    x: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    scale: Tensor | None,
-    members: Tensor | None,
-    n: int,
-    hint: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def stream_batch(operands: Operands, n: int, hint: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The n largest strictly positive entries of the batch, ties to the lower token, then feature.
 
     Args:
-        x, W, b, scale: [B, d], [F, d], [F] or None, [F] or None.
-        members: int64 [P] ascending, the features to look at; None for all.
         hint: fp32 [1], what the last batch returned.
 
     Returns:
-        values fp32, tokens int32 and features int32, each [n], sorted by token, then feature; unused slots at the
-        end hold 0, B and F. The next batch's hint, fp32 [1]; 0 where the budget was not filled.
+        values fp32, tokens int32 and features int32, each [n], sorted by token, then feature; padding at the
+        end holds 0, B and F. The next batch's hint, fp32 [1]; 0 where the budget was not filled.
     """
-    size = x.shape[0] * (W.shape[0] if members is None else len(members))
+    x, W, b, scale, members = operands
+    shape = operands.n_tokens, operands.n_features
+    size = operands.n_tokens * operands.n_candidates
     if n == 0 or size == 0:
         nothing = x.new_zeros(0, dtype=torch.float32)
-        kept = compact_largest(nothing, nothing.long(), n, x.shape[0], W.shape[0])
-        return *kept, x.new_zeros(1, dtype=torch.float32)
+        return *compact_largest(nothing, nothing.long(), n, *shape), x.new_zeros(1, dtype=torch.float32)
     cap = min(CAPACITY * n + SLACK, size)
     if cap == size:
         tau = x.new_zeros(1, dtype=torch.float32)
     else:
-        tau = sampled_threshold(x, W, b, scale, members, n) if hint is None else hint
-    values, keys, count = entries_above(x, W, b, scale, members, tau, cap)
+        tau = sampled_threshold(operands, n) if hint is None else hint
+    hits = hits_above(operands, tau, cap)
     if cap < size:
-        refill_exactly_(x, W, b, scale, members, n, tau, values, keys, count)
-    values, keys = in_order(values, keys, x.shape[0] * W.shape[0])
-    kept = compact_largest(values, keys, n, x.shape[0], W.shape[0])
-    return *kept, next_threshold(kept[0].amin(), tau, count, n)
+        refill_exactly_(x, W, b, scale, members, n, tau, *hits)
+    kept = compact_largest(*in_order(hits.values, hits.keys, shape), n, *shape)
+    return *kept, next_threshold(kept[0].amin(), tau, hits.found, n)
 
 
-def stream_token(
-    x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor | None, members: Tensor | None, k: int
-) -> Entries:
+def stream_token(operands: Operands, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The k largest strictly positive entries of each token, ties to the lower feature; [B * k], as `stream_batch`."""
-    n_tokens, n_features = x.shape[0], W.shape[0]
-    values = x.new_zeros(n_tokens, k, dtype=torch.float32)
-    features = torch.full((n_tokens, k), 2**31 - 1, dtype=torch.int32, device=x.device)
-    for chunk in encoder_chunks(x, W, b, scale, members):
+    n_tokens, n_features = operands.n_tokens, operands.n_features
+    values = operands.x.new_zeros(n_tokens, k, dtype=torch.float32)
+    features = torch.full((n_tokens, k), 2**31 - 1, dtype=torch.int32, device=values.device)
+    for chunk in encoder_chunks(operands):
         merge_rows_(values, features, chunk.z, chunk.features, chunk.b, chunk.scale)
-    tokens = torch.arange(n_tokens, device=x.device)
+    tokens = torch.arange(n_tokens, device=values.device)
     keys = tokens[:, None] * n_features + features
     return compact_largest(values.flatten(), keys.flatten(), n_tokens * k, n_tokens, n_features)
 
 
-def stream_above(
-    x: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    scale: Tensor | None,
-    members: Tensor | None,
-    tau: Tensor | float,
-) -> Entries:
+def stream_above(operands: Operands, tau: Tensor | float) -> Entries:
     """Every entry > 0 and > tau: values fp32, tokens and features int64, sorted by token, then feature.
 
     Waits for the device to count them, and runs again where there are more than was guessed.
     """
-    size = x.shape[0] * (W.shape[0] if members is None else len(members))
-    least = torch.as_tensor(tau, dtype=torch.float32, device=x.device).reshape(1)
+    n_tokens, n_features = operands.n_tokens, operands.n_features
+    least = torch.as_tensor(tau, dtype=torch.float32, device=operands.x.device).reshape(1)
     least = torch.nextafter(least, torch.full_like(least, torch.inf))
-    cap = min(ABOVE_PER_TOKEN * x.shape[0], size)
-    values, keys, count = entries_above(x, W, b, scale, members, least, cap)
-    found = int(count)
+    cap = min(ABOVE_PER_TOKEN * n_tokens, n_tokens * operands.n_candidates)
+    hits = hits_above(operands, least, cap)
+    found = int(hits.found)
     if found > cap:
-        values, keys, _ = entries_above(x, W, b, scale, members, least, found)
-    values, keys = in_order(values[:found], keys[:found], x.shape[0] * W.shape[0])
-    tokens = keys // max(W.shape[0], 1)
-    return values, tokens, keys - tokens * W.shape[0]
+        hits = hits_above(operands, least, found)
+    values, keys = in_order(hits.values[:found], hits.keys[:found], (n_tokens, n_features))
+    tokens = keys // max(n_features, 1)
+    return Entries(values, tokens, keys - tokens * n_features)
 
 
-def entries_above(
-    x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor | None, members: Tensor | None, tau: Tensor, cap: int
-) -> Entries:
-    """Entries > 0 and >= tau in any order: values fp32 [cap], keys int64 [cap], their number int64 [1].
-
-    Unused slots hold value 0 and key B * F; a number above cap says that some are missing.
-    """
-    values = x.new_zeros(cap, dtype=torch.float32)
-    keys = torch.full((cap,), x.shape[0] * W.shape[0], dtype=torch.int64, device=x.device)
-    count = x.new_zeros(1, dtype=torch.int64)
-    for chunk in encoder_chunks(x, W, b, scale, members):
-        append_above_(chunk.z, chunk.b, chunk.scale, chunk.features, W.shape[0], tau, values, keys, count)
-    return values, keys, count
+def hits_above(operands: Operands, tau: Tensor, cap: int) -> Hits:
+    """Entries > 0 and >= tau."""
+    n_features = operands.n_features
+    values = operands.x.new_zeros(cap, dtype=torch.float32)
+    keys = torch.full((cap,), operands.n_tokens * n_features, dtype=torch.int64, device=values.device)
+    count = operands.x.new_zeros(1, dtype=torch.int64)
+    for chunk in encoder_chunks(operands):
+        append_above_(chunk.z, chunk.b, chunk.scale, chunk.features, n_features, tau, values, keys, count)
+    return Hits(values, keys, count)
 
 
-def sampled_threshold(
-    x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor | None, members: Tensor | None, n: int
-) -> Tensor:
+def sampled_threshold(operands: Operands, n: int) -> Tensor:
     """A threshold that about MARGIN * n entries of the batch reach, judged by every s-th token: fp32 [1]."""
-    n_tokens, size = x.shape[0], W.shape[0] if members is None else len(members)
+    x, W, b, scale, members = operands
+    n_tokens, size = operands.n_tokens, operands.n_candidates
     step = max(1, min(SAMPLE_STEP, n_tokens // FEWEST_TOKENS), n_tokens * size // SAMPLE_ELEMENTS)
     some = x[::step]
     rank = MARGIN * n * len(some) / n_tokens
@@ -139,14 +127,14 @@ def sampled_threshold(
     if rank >= len(some) * size:
         return x.new_zeros(1, dtype=torch.float32)
     z = torch.empty(len(some), size, dtype=torch.float32, device=x.device)
-    for chunk in encoder_chunks(some, W, None, None, members):
+    for chunk in encoder_chunks(Operands(some, W, b, None, members)):
         z[:, chunk.at] = chunk.z
     if members is not None:
-        b, scale = (None if t is None else t.index_select(0, members) for t in (b, scale))
+        b, scale = b.index_select(0, members), None if scale is None else scale.index_select(0, members)
     return first_threshold(z, b, scale, max(1, round(rank)))
 
 
-def in_order(values: Tensor, keys: Tensor, last: int) -> tuple[Tensor, Tensor]:
-    """Sorted by key, all of which are at most `last`: 32 bits, where they suffice, take half the passes."""
-    keys, order = torch.sort(keys.int() if last < 2**31 else keys)
+def in_order(values: Tensor, keys: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Sorted by key, all of which are at most B * F: 32 bits, where they suffice, take half the passes."""
+    keys, order = torch.sort(keys.int() if shape[0] * shape[1] < 2**31 else keys)
     return values.index_select(0, order), keys.long()

@@ -251,5 +251,5 @@ def from_peer_names(module: SampledDictionary, state: dict[str, Tensor], prefix:
             state[prefix + ours] = tensor.t() if transposed else tensor
     state[prefix + "sae.threshold_steps"] = (state[prefix + "sae.threshold"] >= 0).long()
     state[prefix + "sae.tokens_since_active"] = module.sae.tokens_since_active
-    module.sae.kept_pool.reset()
+    module.sae.memory.pool.reset()
     module.sae.cfg = replace(module.sae.cfg, k=int(state[prefix + "k"]))

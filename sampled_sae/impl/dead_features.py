@@ -1,0 +1,57 @@
+"""Tokens since each feature was last selected, and whether any feature may be dead."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..codes import SparseCodes
+from ..support.cuda_graphs import capturing
+
+
+class AuxRule(NamedTuple):
+    """The dead-feature loss, step 6 of docs/method.md.
+
+    k_aux: features a token. aux_pool: at most so many dead features take part, those of highest column score; None
+    for all. score: which one.
+    """
+
+    k_aux: int
+    aux_pool: int | None = None
+    score: str = "l2"
+
+
+class IdleTokens:
+    """Moves the counts, int64 [F], and bounds their greatest, so that a GPU is rarely asked for it.
+
+    The counts are the caller's, who may also move them in other ways: the bound holds for one version of them.
+    """
+
+    def __init__(self) -> None:
+        self._bound: tuple[int, int] | None = None
+        self._captured = False
+
+    @torch.no_grad()
+    def count_(self, counts: Tensor, codes: SparseCodes) -> None:
+        """`counts += B`, and 0 for the features that have a kept entry."""
+        bound = self._bound
+        if torch.compiler.is_compiling() or (bound is not None and bound[0] != counts._version):
+            bound = None
+        counts.add_(codes.shape[0]).masked_fill_(codes.active_mask(), 0)
+        self._bound = None if bound is None else (counts._version, bound[1] + codes.shape[0])
+
+    def may_reach(self, counts: Tensor, dead_after: int) -> bool:
+        """False where surely no count has reached `dead_after`."""
+        if torch.compiler.is_compiling():
+            return True
+        # from then on replays of the graph may move the counts unseen
+        self._captured = self._captured or capturing()
+        if self._captured:
+            return True
+        known = self._bound is not None and self._bound[0] == counts._version
+        if not known or (not counts.is_cuda and self._bound is not None and self._bound[1] >= dead_after):
+            self._bound = (counts._version, int(counts.max()))
+        assert self._bound is not None
+        return self._bound[1] >= dead_after

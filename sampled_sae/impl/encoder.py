@@ -1,0 +1,79 @@
+"""What an encoder computes with, said once a step: a = relu((x - b_dec) W^T + b) * scale, [B, F].
+
+B tokens, d = d_in, F = d_sae; W is W_enc.T, each feature's weights contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .row_gradients import RowSource
+
+
+class Operands(NamedTuple):
+    """What scores and searches multiply: no gradient, in the dtype of the products, centred.
+
+    x: [B, d]. W: [F, d]. b: [F]. scale: [F] or None. members: int64 [P], ascending, the features that a search looks
+    at; None for all.
+    """
+
+    x: Tensor
+    W: Tensor
+    b: Tensor
+    scale: Tensor | None = None
+    members: Tensor | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def n_features(self) -> int:
+        """F, whatever `members` says."""
+        return self.W.shape[0]
+
+    @property
+    def n_candidates(self) -> int:
+        """P, or F where all features are candidates."""
+        return self.W.shape[0] if self.members is None else len(self.members)
+
+    def among(self, members: Tensor | None) -> Operands:
+        """The same with these candidates."""
+        return Operands(self.x, self.W, self.b, self.scale, members)
+
+    def of_tokens(self, x: Tensor) -> Operands:
+        """The same for other tokens, [T, d]."""
+        return Operands(x, self.W, self.b, self.scale, self.members)
+
+    def of_features(self, features: Tensor) -> Operands:
+        """An encoder of those features alone, int64 [P]: their weights are copied."""
+        scale = None if self.scale is None else self.scale.index_select(0, features)
+        return Operands(self.x, self.W.index_select(0, features), self.b.index_select(0, features), scale)
+
+
+class Encoder(NamedTuple):
+    """The leaves of a step, with their gradients, and the operands made of them.
+
+    x: [B, d], b_dec not yet subtracted. W: [F, d]. b: [F]. b_dec: [d], or None where it is not subtracted. scale: [F]
+    or None; it gets no gradient. rows: where the gradients of W and b go. operands: see there.
+    """
+
+    x: Tensor
+    W: Tensor
+    b: Tensor
+    b_dec: Tensor | None
+    scale: Tensor | None
+    rows: RowSource
+    operands: Operands
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, F), that of the codes."""
+        return self.x.shape[0], self.W.shape[0]
+
+    def weights_alone(self) -> Encoder:
+        """An encoder of the same centred input whose gradient reaches W and b alone; no scale."""
+        x, W, b, _, members = self.operands
+        return Encoder(x, self.W, self.b, None, None, self.rows, Operands(x, W, b, None, members))

@@ -1,0 +1,47 @@
+"""Where a search for the largest entries starts: the threshold at which the last one of the same rule ended."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+MOST_KEPT = 8
+
+
+class Rule(NamedTuple):
+    """How many entries are kept: round(B*k) in a batch for select="batch", int(k) in each token for "token"."""
+
+    k: float
+    select: str = "batch"
+
+
+class ThresholdHints:
+    """A hint for each rule, kept from one batch to the next. A wrong one costs time, never exactness.
+
+    A search among candidates and one through the whole dictionary are two rules.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[float, str, bool], float | Tensor] = {}
+
+    def of(self, rule: Rule, members: Tensor | None) -> float | Tensor | None:
+        """The threshold to start from: a number, or fp32 [1] on the device; None where nothing is known."""
+        return self._known.get((rule.k, rule.select, members is None))
+
+    def keep(self, rule: Rule, members: Tensor | None, hint: float | Tensor | None) -> None:
+        """What the search of this batch found. A tensor stays at one address, where a CUDA graph finds it again."""
+        key = (rule.k, rule.select, members is None)
+        known = self._known.get(key)
+        if isinstance(hint, Tensor) and isinstance(known, Tensor):
+            known.copy_(hint)
+        elif hint is None:
+            self._known.pop(key, None)
+        else:
+            if known is None and len(self._known) == MOST_KEPT:
+                self._known.pop(next(iter(self._known)))
+            self._known[key] = hint
+
+    def forget(self) -> None:
+        """For other weights, or another device."""
+        self._known = {}

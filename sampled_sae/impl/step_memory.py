@@ -1,0 +1,35 @@
+"""What one training step leaves for the next and no state dict holds."""
+
+from __future__ import annotations
+
+from ..support.late_values import FiniteInputs
+from ..support.reused_memory import Workspace
+from .dead_features import IdleTokens
+from .hints import ThresholdHints
+from .pool import KeptPool
+from .row_gradients import RowSource
+
+
+class StepMemory:
+    """One object a layer.
+
+    Attributes:
+        hints: where searches start. pool: the candidate pool that `pool_every` keeps. idle: a bound on the tokens since
+            a feature was selected. inputs: the check for NaN and inf. workspace: memory for gradients.
+    """
+
+    def __init__(self, pool_every: int = 1) -> None:
+        self.hints = ThresholdHints()
+        self.pool = KeptPool(pool_every)
+        self.idle = IdleTokens()
+        self.inputs = FiniteInputs()
+        self.workspace = Workspace()
+
+    def rows(self, keep: bool = False) -> RowSource:
+        """Where this step's gradients of rows go."""
+        return RowSource(keep, self.workspace)
+
+    def forget(self) -> None:
+        """What belongs to weights that are no longer there."""
+        self.hints.forget()
+        self.pool.reset()
