@@ -57,7 +57,7 @@ demo: $(BIN)/.demo
 		--scores l2,entropy --steps 300 --batch-size 1024 --lr 3e-3 --dead-after 50000
 
 bench: $(BIN)/.installed
-	$(BIN)/python benchmarks/cpu_step.py --out benchmarks/results/cpu_step.json
+	$(BIN)/python -m benchmarks.steps cpu_step
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -15,13 +15,10 @@ of a step above what the process holds between steps (gradients count), in units
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -32,11 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from benchmarks.measure import in_turn, machine, product, spread_columns, table, version, write_result
-from benchmarks.peers import DISTRIBUTIONS, Setup, Weights, initial_weights
+from benchmarks.measure import PEERS, Row, machine, parser, product, spread_columns, table, version, write_result
+from benchmarks.peers import Setup, Weights, initial_weights
 from benchmarks.peers.candidate import ENDLESS
+from benchmarks.steps.harness import figures, samples_in_turn
 from benchmarks.worker import Worker, WorkerError
-from benchmarks.workloads import CPU_STEPS, REHEARSAL, Workload, activations
+from benchmarks.workloads import CPU_STEPS, REHEARSAL, Workload
+from sampled_sae.bench import activations
 from sampled_sae.support.timing import peak_memory, timed
 from sampled_sae.training.activation_store import ActivationStore
 from sampled_sae.training.batches import Feed
@@ -156,8 +155,8 @@ class LoopSession:
         self.workload, self.setup = workload, setup
         make, _, self.rule = LIBRARIES[library]
         if store is None:
-            self.batch = lambda t: activations(workload, t)
-            self.held_out = activations(workload, 10**6)
+            self.batch = lambda t: activations(setup.B, setup.d, t)
+            self.held_out = activations(setup.B, setup.d, 10**6)
         else:
             opened = ActivationStore.open(store)
             feed = Feed(opened, setup.B, seed=0)
@@ -168,24 +167,21 @@ class LoopSession:
         loop, self.trained = make(setup, with_us)
         self.loop = MeteredLoop(loop)
 
-    def sample(self, round_: int) -> tuple[float, float]:
+    def sample(self) -> dict[str, float]:
         """Seconds of the next step, and of the product before it."""
-        return self._step(self.floor)
+        own, floor = self.loop.step(self._next_batch(), self.floor)
+        return {"product": floor, "step": own}
 
-    def train(self, steps: int) -> None:
-        for _ in range(steps):
-            self._step(None)
-
-    def taken(self) -> int:
-        """Steps so far."""
+    def train(self, until: int) -> int:
+        """Goes on until there were so many steps; returns how many there were."""
+        while self.steps < until:
+            self.loop.step(self._next_batch())
         return self.steps
 
-    def memory(self) -> float:
-        """Peak of two steps above what is held between steps, of one float32 [B, F]."""
-        batches = [self.batch(self.steps + i) for i in range(2)]
-        self.steps += 2
-        peak = peak_memory(lambda: [self.loop.step(x) for x in batches])
-        return peak / (4 * self.workload.B * self.workload.F)
+    def peak_bytes(self) -> int:
+        """Of two steps, above what is held between steps."""
+        batches = [self._next_batch() for _ in range(2)]
+        return peak_memory(lambda: [self.loop.step(x) for x in batches])
 
     @torch.no_grad()
     def fvu(self) -> float:
@@ -194,17 +190,14 @@ class LoopSession:
         mse = self.trained().sae(self.setup.k, **self.rule)(x).mse
         return float(mse / (x - x.mean(0)).square().sum(1).mean())
 
-    def _step(self, floor: Callable[[], Any] | None) -> tuple[float, float]:
-        x = self.batch(self.steps)
+    def _next_batch(self) -> Tensor:
         self.steps += 1
-        return self.loop.step(x, floor)
+        return self.batch(self.steps - 1)
 
 
-def measure(
-    library: str, workload: Workload, store: Path | None, rounds: int, steps: int, threads: int
-) -> dict[str, Any]:
+def measure(library: str, workload: Workload, store: Path | None, rounds: int, steps: int, threads: int) -> Row:
     """The row of a library at a size; without figures but with a `reason` where there can be none."""
-    row: dict[str, Any] = {"library": library, **asdict(workload), "real": store is not None}
+    row: Row = {"library": library, **workload.columns(), "real": store is not None}
     if version(LIBRARIES[library][1]) is None:
         return {**row, "reason": "not installed"}
     sides: dict[str, Worker] = {}
@@ -216,16 +209,17 @@ def measure(
         row["first_fvu"] = first
         if abs(first["with us"] / first["alone"] - 1) > TOLERANCE:
             return {**row, "reason": f"FVU after one step {first['with us']:.6g}, alone {first['alone']:.6g}"}
-        samples = in_turn({side: partial(worker.call, "sample") for side, worker in sides.items()}, rounds)
+        samples, failures = samples_in_turn(sides, rounds)
+        if failures:
+            return {**row, "reason": "; ".join(failures.values())}
         for side, worker in sides.items():
-            row[side] = figures(samples[side]) | {"peak_extra_memory": worker.call("memory")}
+            row[side] = figures(samples[side], workload, worker.call("peak_bytes"))
         pairs = zip(samples["alone"], samples["with us"], strict=True)
-        row |= spread_columns([alone / ours for (alone, _), (ours, _) in pairs], "speedup")
-        taken = sides["alone"].call("taken")
-        for start in range(taken, steps, SLICE):
+        row |= spread_columns([alone["step"] / ours["step"] for alone, ours in pairs], "speedup")
+        taken = sides["alone"].call("train", 0)
+        for until in [*range(taken, steps, SLICE)[1:], max(taken, steps)]:
             for worker in sides.values():
-                worker.call("train", min(SLICE, steps - start))
-        row["steps"] = max(taken, steps)
+                row["steps"] = worker.call("train", until)
         for side, worker in sides.items():
             row[side]["fvu"] = worker.call("fvu")
     except WorkerError as failure:
@@ -240,14 +234,6 @@ def origin(store: Path) -> str:
     """Model and layer of harvested activations."""
     manifest = ActivationStore.open(store).manifest
     return f"{manifest['model']}, layer {manifest['layer']}"
-
-
-def figures(samples: list[tuple[float, float]]) -> dict[str, Any]:
-    return {
-        **spread_columns([1e3 * own for own, _ in samples], "step_ms"),
-        **spread_columns([own / floor for own, floor in samples], "ratio"),
-        "rounds": len(samples),
-    }
 
 
 def markdown_table(result: dict[str, Any]) -> str:
@@ -278,25 +264,23 @@ def markdown_table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write; a table goes beside it")
-    parser.add_argument(
+    names = [workload.name for workload in WORKLOADS]
+    command = parser(__doc__)
+    command.add_argument(
         "--activations", type=Path, nargs="+", default=[], help="folders that `sampled-sae harvest` wrote"
     )
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each side")
-    parser.add_argument("--steps", type=int, default=300, help="steps on real activations before the last FVU")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--libraries", nargs="+", choices=list(LIBRARIES), default=list(LIBRARIES))
-    names = [workload.name for workload in WORKLOADS]
-    parser.add_argument("--workloads", nargs="+", choices=names, default=names)
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, to see that nothing is broken")
-    args = parser.parse_args()
+    command.add_argument("--rounds", type=int, default=7, help="timed steps of each side")
+    command.add_argument("--steps", type=int, default=300, help="steps on real activations before the last FVU")
+    command.add_argument("--libraries", nargs="+", choices=list(LIBRARIES), default=list(LIBRARIES))
+    command.add_argument("--workloads", nargs="+", choices=names, default=names)
+    command.add_argument("--rehearse", action="store_true", help="tiny sizes, to see that nothing is broken")
+    args = command.parse_args()
     torch.set_num_threads(args.threads)
     os.environ["TQDM_DISABLE"] = "1"  # for the workers: the loops' progress bars
     stores = {ActivationStore.open(folder).d_in: folder for folder in args.activations}
     rows = []
     origins = [origin(folder) for folder in args.activations]
-    result = {**machine(distributions=DISTRIBUTIONS), "activations": origins, "lr": Setup(1, 1, 1, 1).lr, "rows": rows}
+    result = {**machine(distributions=PEERS), "activations": origins, "lr": Setup(1, 1, 1, 1).lr, "rows": rows}
     workloads = REHEARSAL if args.rehearse else [w for w in WORKLOADS if w.name in args.workloads]
     for workload in workloads:
         store = stores.get(workload.d)

@@ -12,7 +12,6 @@ SampledSAE, are calibrated to L0 = k by a threshold, and are evaluated on held-o
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from dataclasses import asdict
@@ -23,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.measure import machine, table, write_result
-from benchmarks.peers import CANDIDATES, DISTRIBUTIONS, Entry, Setup, Weights, initial_weights, installed, make, ours
+from benchmarks.measure import PEERS, Row, machine, parser, table, write_result
+from benchmarks.peers import CANDIDATES, Entry, Setup, Weights, initial_weights, installed, make, ours
 from benchmarks.worker import Worker, WorkerError
 from sampled_sae.lm import SpliceEvaluator, load_model
 from sampled_sae.support.timing import timed
@@ -46,7 +45,7 @@ class TrainingSession:
         torch.set_num_threads(threads)
         self.setup = setup
         self.feed = Feed(ActivationStore.open(store), setup.B, seed=0, device=setup.device)
-        weights = initial_weights(setup, b_dec=self.feed.batch(0).median.cpu())
+        weights = initial_weights(setup, b_dec=self.feed.batch(0).median)
         self.candidate = make(entry, setup, weights)
         self.seconds, self.steps = 0.0, 0
 
@@ -62,11 +61,9 @@ class TrainingSession:
         self.candidate.weights().save(path)
 
 
-def train_all(
-    names: list[str], store: Path, setup: Setup, marks: list[float], folder: Path, threads: int
-) -> list[dict[str, Any]]:
+def train_all(names: list[str], store: Path, setup: Setup, marks: list[float], folder: Path, threads: int) -> list[Row]:
     """Rows of (candidate, seconds, steps, file of the weights) at each mark; of (candidate, reason) for a failure."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     workers: dict[str, Worker] = {}
     for name in names:
         if not installed(ENTRIES[name]):
@@ -123,34 +120,25 @@ def markdown_table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("activations", type=Path, help="folder that `sampled-sae harvest` wrote")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write; a table goes beside it")
-    parser.add_argument("--marks", type=float, nargs="+", default=[15, 30, 60, 90], help="seconds of training steps")
-    parser.add_argument("--features", type=int, default=16384)
-    parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--warm-up", type=int, default=10, help="steps")
-    parser.add_argument("--dead-after", type=int, default=50_000, help="tokens")
-    parser.add_argument("--model", default="smollm2-135m", help="none: without loss recovered")
-    parser.add_argument("--splice-rows", type=int, default=16)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--candidates", nargs="+", choices=list(ENTRIES))
-    args = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("activations", type=Path, help="folder that `sampled-sae harvest` wrote")
+    command.add_argument("--marks", type=float, nargs="+", default=[15, 30, 60, 90], help="seconds of training steps")
+    command.add_argument("--features", type=int, default=16384)
+    command.add_argument("--k", type=int, default=32)
+    command.add_argument("--batch-size", type=int, default=1024)
+    command.add_argument("--lr", type=float, default=3e-3)
+    command.add_argument("--warm-up", type=int, default=10, help="steps")
+    command.add_argument("--dead-after", type=int, default=50_000, help="tokens")
+    command.add_argument("--model", default="smollm2-135m", help="none: without loss recovered")
+    command.add_argument("--splice-rows", type=int, default=16)
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command.add_argument("--candidates", nargs="+", choices=list(ENTRIES))
+    args = command.parse_args()
     torch.set_num_threads(args.threads)
     store = ActivationStore.open(args.activations)
-    setup = Setup(
-        args.batch_size,
-        store.d_in,
-        args.features,
-        args.k,
-        lr=args.lr,
-        warm_up=args.warm_up,
-        dead_after=args.dead_after,
-        device=args.device,
-    )
+    about = {"lr": args.lr, "warm_up": args.warm_up, "dead_after": args.dead_after, "device": args.device}
+    about["dtype"] = "float32" if args.device == "cpu" else "bfloat16"
+    setup = Setup(args.batch_size, store.d_in, args.features, args.k, **about)
     marks = sorted(args.marks)
     names = args.candidates or [name for name in ENTRIES if name not in LEFT_OUT]
     splice = None  # made first: what is missing is better known before half an hour of training
@@ -168,7 +156,7 @@ def main() -> None:
                 print(row, flush=True)
     source = {name: store.manifest[name] for name in ("model", "layer", "source")}
     result = {
-        **machine(args.device, DISTRIBUTIONS),
+        **machine(args.device, PEERS),
         "activations": source,
         "setup": asdict(setup),
         "marks": marks,

@@ -1,7 +1,8 @@
-"""What the benchmarks share: turns, the floor, the machine's description, tables and result files."""
+"""What the benchmarks share: the command line, the floor, the machine's description, tables and result files."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import shlex
@@ -10,29 +11,27 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sampled_sae.impl.torch.scores import BLOCK_TOKENS, chunk_features
 from sampled_sae.support.timing import spread
 
-Sample = TypeVar("Sample")
+Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "sae-lens", "dictionary-learning", "overcomplete", "eai-sparsify")
+RESULTS = ROOT / "benchmarks" / "results"
+PEERS = ("sae-lens", "dictionary-learning", "overcomplete", "eai-sparsify")
 
 
-def in_turn(samplers: Mapping[str, Callable[[int], Sample]], rounds: int, warm_up: int = 2) -> dict[str, list[Sample]]:
-    """`rounds` samples of each; sampler(round) is called for all of them in turn, the first `warm_up` rounds for
-    nothing."""
-    samples: dict[str, list[Sample]] = {name: [] for name in samplers}
-    for round_ in range(rounds + warm_up):
-        for name, sampler in samplers.items():
-            sample = sampler(round_)
-            if round_ >= warm_up:
-                samples[name].append(sample)
-    return samples
+def parser(about: str | None, out: Path | None = None) -> argparse.ArgumentParser:
+    """Of a command that writes a result file, to `out` unless another is named."""
+    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "" if out is None else f"; {in_repository(str(out))} unless named"
+    written = "JSON file to write; a table goes beside it" + default
+    made.add_argument("--out", type=Path, required=out is None, default=out, help=written)
+    made.add_argument("--threads", type=int, default=2)
+    return made
 
 
 def spread_columns(values: Sequence[float], name: str) -> dict[str, float]:
@@ -49,6 +48,8 @@ def product(x: Tensor, W: Tensor) -> Callable[[], Any]:
 
 def product_in_chunks(x: Tensor, W: Tensor) -> Callable[[], Any]:
     """The same products, some tokens and features at a time into one buffer: the floor of a step without [B, F]."""
+    from sampled_sae.impl.torch.scores import BLOCK_TOKENS, chunk_features
+
     blocks = x.split(BLOCK_TOKENS)
     width = chunk_features(len(blocks[0]))
     out = torch.empty(len(blocks[0]), width, dtype=x.dtype, device=x.device)
@@ -111,7 +112,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def with_caption(markdown: str, result: Mapping[str, Any]) -> str:
     """The table, and below it on what, with what, when and how the result was measured."""
     threads = [] if "NVIDIA" in result["device"] else [f"{result['threads']} threads"]
-    packages = [f"{name} {result[name]}" for name in PACKAGES if result.get(name) is not None]
+    packages = [f"{name} {result[name]}" for name in ("torch", *PEERS) if result.get(name) is not None]
     about = [result["device"], *threads, *packages, f"Python {result['python']}", result["date"]]
     return f"{markdown}\n{', '.join(about)}: `{result['command']}`\n"
 

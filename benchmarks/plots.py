@@ -59,29 +59,27 @@ def axes_of(columns: int, rows: int = 1, width: float = 5.2, height: float = 3.8
 
 def peer_steps(result: Result) -> Figure:
     """A bar for each candidate at each size: multiples of the encoder product, p20 to p80 as a line."""
-    workloads = result["workloads"]
-    figure, axes = axes_of(len(workloads), height=4.4)
-    for axis, workload in zip(axes, workloads, strict=True):
-        rows = [row for row in workload["rows"] if "reason" not in row][::-1]
+    timed = [row for row in result["rows"] if "reason" not in row][::-1]
+    sizes = list(dict.fromkeys(row["workload"] for row in result["rows"]))
+    figure, axes = axes_of(len(sizes), height=4.4)
+    for axis, size in zip(axes, sizes, strict=True):
+        rows = [row for row in timed if row["workload"] == size]
         colors = ["C0" if row["candidate"].startswith("ours") else "C1" for row in rows]
         ratios = [row["ratio"] for row in rows]
-        errors = [
-            [row["ratio"] - row["ratio_p20"] for row in rows],
-            [row["ratio_p80"] - row["ratio"] for row in rows],
-        ]
+        errors = [[row["ratio"] - row["ratio_p20"] for row in rows], [row["ratio_p80"] - row["ratio"] for row in rows]]
         names = [row["candidate"] for row in rows]
         bars = axis.barh(names, ratios, xerr=errors, color=colors, ecolor=GREY)
         axis.bar_label(bars, [f" {ratio:.1f}" for ratio in ratios], padding=4)
         axis.axvline(1, color=GREY, linestyle="--", linewidth=1)
         axis.margins(x=0.2)
         axis.set_xlabel("training step / encoder product")
-        axis.set_title("B={B}, d={d}, F={F}, k={k}".format(**workload))
+        axis.set_title("B={B}, d={d}, F={F}, k={k}".format(**rows[0]))
     return figure
 
 
 def scaling(result: Result) -> Figure:
     """Against each size milliseconds, with the encoder product as the floor, and below peak memory, with [B, F]."""
-    names = list(dict.fromkeys(row["axis"] for row in result["rows"]))
+    names = list(dict.fromkeys(row["workload"] for row in result["rows"]))
     measures = {
         "step_ms": ("ms a training step", "encoder product", lambda row: row["floor_ms"]),
         "peak_mb": ("peak extra memory, MB", "a float32 [B, F]", lambda row: 4e-6 * row["B"] * row["F"]),
@@ -90,9 +88,9 @@ def scaling(result: Result) -> Figure:
     places = [(measure, name) for measure in measures for name in names]
     for axis, (measure, name) in zip(axes, places, strict=True):
         label, beside, yardstick = measures[measure]
-        rows = [{**row, "peak_mb": 1e-6 * row["peak_bytes"]} for row in result["rows"] if row["axis"] == name]
-        for rule in dict.fromkeys(row["rule"] for row in rows):
-            line(axis, [row for row in rows if row["rule"] == rule], "value", measure, rule)
+        rows = [{**row, "peak_mb": 1e-6 * row["peak_bytes"]} for row in result["rows"] if row["workload"] == name]
+        for rule in dict.fromkeys(row["candidate"] for row in rows):
+            line(axis, [row for row in rows if row["candidate"] == rule], "value", measure, rule)
         dashed = {row["value"]: yardstick(row) for row in rows}
         axis.plot(list(dashed), list(dashed.values()), color=GREY, linestyle="--", label=beside)
         axis.set(yscale="log", xlabel=name, ylabel=label)
@@ -139,8 +137,4 @@ def line(axis: Axes, rows: Sequence[Result], x: str, y: str, label: str, **style
     axis.plot([row[x] for row in rows], [row[y] for row in rows], marker="o", markersize=4, label=label, **style)
 
 
-PLOTS: dict[str, Callable[[Result], Figure]] = {
-    "peer_steps": peer_steps,
-    "scaling": scaling,
-    "equal_time": equal_time,
-}
+PLOTS: dict[str, Callable[[Result], Figure]] = {"peer_steps": peer_steps, "scaling": scaling, "equal_time": equal_time}

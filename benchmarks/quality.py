@@ -10,7 +10,6 @@ steps in turn, so that times compare: they are those of all steps, in units of t
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.measure import machine, table, write_result
+from benchmarks.measure import machine, parser, table, write_result
 from sampled_sae import SampledSAEConfig
 from sampled_sae.lm import SpliceEvaluator, load_model
 from sampled_sae.support.atomic_files import read_json, write_json
@@ -102,18 +101,16 @@ def markdown_table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("activations", type=Path)
-    parser.add_argument("folder", type=Path, help="of the trained SAEs")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write; a table goes beside it")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--dead-after", type=int, default=50_000)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--splice-rows", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("activations", type=Path)
+    command.add_argument("folder", type=Path, help="of the trained SAEs")
+    command.add_argument("--steps", type=int, default=200)
+    command.add_argument("--batch-size", type=int, default=1024)
+    command.add_argument("--lr", type=float, default=3e-3)
+    command.add_argument("--dead-after", type=int, default=50_000)
+    command.add_argument("--model", default="smollm2-135m")
+    command.add_argument("--splice-rows", type=int, default=16)
+    args = command.parse_args()
     torch.set_num_threads(args.threads)
     store = ActivationStore.open(args.activations)
     model, _ = load_model(args.model, None)

@@ -1,7 +1,9 @@
-"""From the result files to their tables, plots, and the README's tables.
+"""From the result files to their tables and plots, and to the tables in README.md and docs/*.md.
 
-    python benchmarks/report.py            writes results/*.md, results/plots/*.png and .svg, and README.md
+    python benchmarks/report.py            writes results/*.md, results/plots/*.png and .svg, and the pages' tables
     python benchmarks/report.py --check    says which tables and plots are not what the result files say, and exits 1
+
+A page shows a table between `<!-- table: benchmarks/results/NAME.md -->` and `<!-- end -->`.
 
 Each table ends with the device, versions, date and command of its result file; that of the demo is the sweep's own.
 """
@@ -14,31 +16,28 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import block_or_entries, cpu_step, drop_in, equal_time, peer_steps, quality, scaling
-from benchmarks.kernels import table as kernels
-from benchmarks.measure import with_caption
+from benchmarks import drop_in, equal_time, quality
+from benchmarks.measure import RESULTS, ROOT, with_caption
+from benchmarks.operations import table as operations
+from benchmarks.steps.tables import markdown_table
 from sampled_sae.training import sweep
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 DEMO, PLOTS = RESULTS / "demo", RESULTS / "plots"
-README = ROOT / "README.md"
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
+STEPS = ("cpu_step", "peer_steps", "scaling", "block_or_entries", "before_after")
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "cpu_step": cpu_step.markdown_table,
+    **{name: partial(markdown_table, name) for name in STEPS},
     "quality": quality.markdown_table,
-    "block_or_entries": block_or_entries.markdown_table,
-    "peer_steps": peer_steps.markdown_table,
     "drop_in": drop_in.markdown_table,
     "drop_in_768": drop_in.markdown_table,
-    "scaling": scaling.markdown_table,
     "equal_time": equal_time.markdown_table,
-    "kernels": lambda result: kernels.markdown(result["rows"]),
+    "kernels": lambda result: operations.markdown(result["rows"]),
 }
 
 
@@ -64,14 +63,19 @@ def stale_plots() -> list[Path]:
         return [old for new, old in pairs if not old.is_file() or old.read_text() != new.read_text()]
 
 
-def readme(text: str, made: dict[Path, str]) -> str:
-    """The README with the tables of today; those of other files than `made` as the files are."""
+def pages() -> list[Path]:
+    """Those that may show tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def with_tables(page: str, made: dict[Path, str]) -> str:
+    """The page with the tables of today; those of other files than `made` as the files are."""
 
     def place(match: re.Match[str]) -> str:
         file = ROOT / match[2]
         return match[1] + (made[file] if file in made else file.read_text(encoding="utf-8")).strip() + "\n" + match[4]
 
-    return PLACE.sub(place, text)
+    return PLACE.sub(place, page)
 
 
 def main() -> int:
@@ -79,7 +83,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something differs")
     args = parser.parse_args()
     made = tables()
-    files = {**made, README: readme(README.read_text(encoding="utf-8"), made)}
+    files = {**made, **{page: with_tables(page.read_text(encoding="utf-8"), made) for page in pages()}}
     stale = [file for file, text in files.items() if not file.is_file() or file.read_text(encoding="utf-8") != text]
     if args.check:
         stale += stale_plots()

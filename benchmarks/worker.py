@@ -1,9 +1,13 @@
-"""A session in a process of its own, so that its memory, threads and imports disturb no other."""
+"""A session in a process of its own, so that its memory, threads and imports disturb no other; or in this one."""
 
 from __future__ import annotations
 
 import multiprocessing
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 
@@ -19,16 +23,18 @@ class Worker:
     Args:
         session: a class that the new process can import.
         args: what it is made with; anything that can be pickled.
+        tree: a folder that comes first on the new process's path.
 
     Raises:
         WorkerError: here and in `call`: an exception in the worker, or its death.
     """
 
-    def __init__(self, session: type, *args: Any) -> None:
+    def __init__(self, session: type, *args: Any, tree: Path | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, session, args), daemon=True)
-        self._process.start()
+        with first_on_path(tree):
+            self._process.start()
         theirs.close()
         self._answer()
 
@@ -57,6 +63,42 @@ class Worker:
         return value
 
 
+class Here:
+    """The same in this process, for the time that starting another takes."""
+
+    def __init__(self, session: type, *args: Any, tree: None = None) -> None:
+        self._session: Any = None
+        self._session = self._made(session, *args)
+
+    def call(self, method: str, *args: Any) -> Any:
+        return self._made(getattr(self._session, method), *args)
+
+    def close(self) -> None:
+        self._session = None
+
+    def _made(self, function: Any, *args: Any) -> Any:
+        try:
+            return function(*args)
+        except Exception as error:
+            self.close()
+            raise WorkerError(one_line(error)) from None
+
+
+@contextmanager
+def first_on_path(tree: Path | None) -> Iterator[None]:
+    """For the processes that are started meanwhile."""
+    before = sys.path[:]
+    sys.path[:0] = [] if tree is None else [str(tree)]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def serve(pipe: Connection, session: type, args: tuple[Any, ...]) -> None:
     """The worker's side: until the pipe is closed."""
     try:
@@ -69,4 +111,4 @@ def serve(pipe: Connection, session: type, args: tuple[Any, ...]) -> None:
                 return
             pipe.send((True, getattr(made, method)(*given)))
     except Exception as error:
-        pipe.send((False, " ".join(f"{type(error).__name__}: {error}".split())))
+        pipe.send((False, one_line(error)))

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from sampled_sae import bench
-
 
 @dataclass(frozen=True)
 class Workload:
@@ -37,10 +33,7 @@ GPU_STEPS = (
     Workload("Llama-3-8B", 4096, 4096, 131072, 64),
 )
 
-CPU_KERNELS = (
-    Workload("SmolLM2-135M", 2048, 576, 16384, 32),
-    Workload("Pythia-160M", 2048, 768, 32768, 64),
-)
+CPU_KERNELS = (Workload("SmolLM2-135M", 2048, 576, 16384, 32), Workload("Pythia-160M", 2048, 768, 32768, 64))
 LARGE_KERNELS = (
     Workload("Pythia-160M, wide", 8192, 768, 65536, 64),
     Workload("Gemma-2-2B", 4096, 2304, 65536, 64),
@@ -54,8 +47,3 @@ GPU_KERNELS = (
 )
 
 REHEARSAL = (Workload("rehearsal", 12, 16, 100, 2),)
-
-
-def activations(workload: Workload, seed: int) -> Tensor:
-    """[B, d] float32, as `sampled_sae.bench.activations`."""
-    return bench.activations(workload.B, workload.d, seed)

@@ -1,4 +1,4 @@
-"""What scores, filters and exact selection share: tiles of a = relu(x @ W.T + b) * scale.
+"""What the kernels share of a = relu(x @ W.T + b) * scale: tiles of the product, and the activation.
 
 FLOPs: 2d an entry. Bytes, at the least: the rows of x and of W that a tile multiplies. Features lie on M and
 tokens on N, so that a sum over tokens stays inside a thread up to a last shuffle. Kernels that must agree to
@@ -19,9 +19,9 @@ FAST_LOG = torch.version.hip is None and not INTERPRETED.value
 def tile_of_block(pid, n_features, n_tokens, GROUP: tl.constexpr):
     """Take GROUP feature tiles through all token tiles before the next group, whose weights stay in L2."""
     first = pid // (GROUP * n_tokens) * GROUP
-    rows = tl.minimum(n_features - first, GROUP)
+    size = tl.minimum(n_features - first, GROUP)
     at = pid % (GROUP * n_tokens)
-    return first + at % rows, at // rows
+    return first + at % size, at // size
 
 
 @triton.jit
@@ -47,13 +47,13 @@ def product_tile(
 
 
 @triton.jit
-def activation(b_z, b, scale, b_f, AXIS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr):
-    """relu(z + b) * scale; features b_f, all of which must exist, lie along the axis of z other than AXIS."""
+def activation(b_z, b, scale, o_f, m_f, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr):
+    """relu(z + b) * scale for the features o_f, in a shape that broadcasts to z's; b and scale are 0 outside m_f."""
     if HAS_BIAS:
-        b_z += tl.expand_dims(tl.load(b + b_f).to(tl.float32), AXIS)  # as z
+        b_z += tl.load(b + o_f, mask=m_f, other=0.0).to(tl.float32)  # as z
     b_a = tl.maximum(b_z, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as z
     if HAS_SCALE:
-        b_a *= tl.expand_dims(tl.load(scale + b_f).to(tl.float32), AXIS)  # as z
+        b_a *= tl.load(scale + o_f, mask=m_f, other=0.0).to(tl.float32)  # as z
     return b_a
 
 

@@ -1,6 +1,6 @@
 """The n largest strictly positive entries of a whole block, ties to the lower flat index: exact, without a sort.
 
-A radix selection (radix.py) finds the cut, the counts of each chunk around it say how many entries equal to the
+A radix selection (radix.py) finds the cut, the counts of each span around it say how many entries equal to the
 cut are kept before each program, and one more kernel writes. For a block of N entries: 4N bytes read by each of
 four passes, 4N written by the first, 4N read and written by the last kernel (and 2N for a copy): 32N to 34N.
 No step waits for another program, none for the host.
@@ -13,7 +13,7 @@ import triton.language as tl
 from sampled_sae.kernels.arguments import check_vector
 from sampled_sae.kernels.configs import launch
 from sampled_sae.kernels.interpreter import rounded
-from sampled_sae.kernels.radix import chunk_of_program, cut_of_chunk, find_cut, is_kept, sort_bits
+from sampled_sae.kernels.radix import cut_of_span, find_cut, is_kept, sort_bits, span_of_program
 from sampled_sae.kernels.token_topk import check_block, keep_rows_
 
 
@@ -21,50 +21,41 @@ from sampled_sae.kernels.token_topk import check_block, keep_rows_
 def write_pool_kernel(
     z,
     copy,
-    smallest,
-    rows,
+    histograms,
     counts,
     N,
     HAS_COPY: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    SPANS: tl.constexpr,
 ):
-    start, length = chunk_of_program(N, TILES, BLOCK)
-    cut, end, _, _ = cut_of_chunk(z, rows, counts, N, True, TILES, BLOCK, CHUNKS)
-    # the cut itself is kept, unless fewer than n entries are positive: then it is 0
-    INF: tl.constexpr = 0x7F800000
-    least = tl.where(cut > 0, cut, INF)
+    start, length = span_of_program(N, TILES, BLOCK)
+    cut, end, _, _ = cut_of_span(z, histograms, counts, N, True, TILES, BLOCK, SPANS)
     for i in range(0, TILES):
         o_v = i * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
         m_v = o_v < length  # [BLOCK]
         p_z = z + start + o_v  # [BLOCK]
         b_z = tl.load(p_z, mask=m_v, other=0.0)  # [BLOCK]
-        b_u = sort_bits(b_z)  # [BLOCK]
-        b_z = tl.where(is_kept(b_u, o_v, cut, end), b_z, 0.0)  # [BLOCK]
+        b_z = tl.where(is_kept(sort_bits(b_z), o_v, cut, end), b_z, 0.0)  # [BLOCK]
         tl.store(p_z, b_z, mask=m_v)
         if HAS_COPY:
             tl.store(copy + start + o_v, rounded(b_z, copy.dtype.element_ty), mask=m_v)
-        if cut == 0:
-            least = tl.minimum(least, tl.min(tl.where(b_u > 0, b_u, INF)))
-    if least < INF:
-        tl.atomic_min(smallest, least, sem="relaxed")
 
 
 @triton.jit
 def write_indices_kernel(
-    scores, indices, rows, counts, N, TILES: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr
+    scores, indices, histograms, counts, N, TILES: tl.constexpr, BLOCK: tl.constexpr, SPANS: tl.constexpr
 ):
-    start, length = chunk_of_program(N, TILES, BLOCK)
-    cut, end, before, _ = cut_of_chunk(scores, rows, counts, N, False, TILES, BLOCK, CHUNKS)
+    start, length = span_of_program(N, TILES, BLOCK)
+    cut, end, before, _ = cut_of_span(scores, histograms, counts, N, False, TILES, BLOCK, SPANS)
     # small tiles, for the scan takes many registers
-    PART: tl.constexpr = BLOCK // 4
+    SMALL: tl.constexpr = BLOCK // 4
     for i in range(0, 4 * TILES):
-        o_v = i * PART + tl.arange(0, PART)  # [PART]
-        m_v = o_v < length  # [PART]
-        b_u = sort_bits(tl.load(scores + start + o_v, mask=m_v, other=0.0))  # [PART]
-        b_keep = m_v & is_kept(b_u, o_v, cut, end)  # [PART]
-        b_rank = tl.cumsum(b_keep.to(tl.int32))  # [PART]
+        o_v = i * SMALL + tl.arange(0, SMALL)  # [SMALL]
+        m_v = o_v < length  # [SMALL]
+        b_u = sort_bits(tl.load(scores + start + o_v, mask=m_v, other=0.0))  # [SMALL]
+        b_keep = m_v & is_kept(b_u, o_v, cut, end)  # [SMALL]
+        b_rank = tl.cumsum(b_keep.to(tl.int32))  # [SMALL]
         tl.store(indices + (before + b_rank - 1), start + o_v, mask=b_keep)
         before += tl.sum(b_keep.to(tl.int32))
 
@@ -76,7 +67,7 @@ def write_entries_kernel(
     kept_values,
     tokens,
     features,
-    rows,
+    histograms,
     counts,
     N,
     n,
@@ -85,29 +76,29 @@ def write_entries_kernel(
     NARROW: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    SPANS: tl.constexpr,
 ):
-    start, length = chunk_of_program(N, TILES, BLOCK)
-    cut, end, before, total = cut_of_chunk(values, rows, counts, N, True, TILES, BLOCK, CHUNKS)
+    start, length = span_of_program(N, TILES, BLOCK)
+    cut, end, before, total = cut_of_span(values, histograms, counts, N, True, TILES, BLOCK, SPANS)
     # small tiles, for the scan takes many registers
-    PART: tl.constexpr = BLOCK // 4
+    SMALL: tl.constexpr = BLOCK // 4
     for i in range(0, 4 * TILES):
-        o_v = i * PART + tl.arange(0, PART)  # [PART]
-        m_v = o_v < length  # [PART]
-        b_v = tl.load(values + start + o_v, mask=m_v, other=0.0)  # [PART]
-        b_keep = m_v & is_kept(sort_bits(b_v), o_v, cut, end)  # [PART]
-        o_n = before + tl.cumsum(b_keep.to(tl.int32)) - 1  # [PART]
-        b_key = tl.load(keys + start + o_v, mask=b_keep, other=0)  # [PART]
+        o_v = i * SMALL + tl.arange(0, SMALL)  # [SMALL]
+        m_v = o_v < length  # [SMALL]
+        b_v = tl.load(values + start + o_v, mask=m_v, other=0.0)  # [SMALL]
+        b_keep = m_v & is_kept(sort_bits(b_v), o_v, cut, end)  # [SMALL]
+        o_n = before + tl.cumsum(b_keep.to(tl.int32)) - 1  # [SMALL]
+        b_key = tl.load(keys + start + o_v, mask=b_keep, other=0)  # [SMALL]
         if NARROW:
-            b_key = b_key.to(tl.int32)  # [PART]
+            b_key = b_key.to(tl.int32)  # [SMALL]
         tl.store(kept_values + o_n, b_v, mask=b_keep)
         tl.store(tokens + o_n, (b_key // n_features).to(tl.int32), mask=b_keep)
         tl.store(features + o_n, (b_key % n_features).to(tl.int32), mask=b_keep)
         before += tl.sum(b_keep.to(tl.int32))
 
         # the grid covers all n slots as well: each program fills the unused ones at its own positions
-        o_n = start + i * PART + tl.arange(0, PART)  # [PART]
-        m_n = (o_n >= total) & (o_n < n)  # [PART]
+        o_n = start + i * SMALL + tl.arange(0, SMALL)  # [SMALL]
+        m_n = (o_n >= total) & (o_n < n)  # [SMALL]
         tl.store(kept_values + o_n, 0.0, mask=m_n)
         tl.store(tokens + o_n, n_tokens, mask=m_n)
         tl.store(features + o_n, n_features, mask=m_n)
@@ -118,33 +109,27 @@ def keep_largest_(
     n: int,
     b: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
-    activate: bool = True,
     copy: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Mask z [B, P] in place to its n largest strictly positive entries; the smallest kept value, 0-dim, or inf.
+) -> None:
+    """Overwrite z [B, P], a raw product, by a = relu(z + b) * scale, the n largest strictly positive entries alone.
 
-    z is a raw product, taken as a = relu(z + b) * scale, or >= 0 already where `activate` is off. Ties go to the
-    lower token, then to the lower column. `copy` [B, P] is written with the result in its own dtype.
+    Ties go to the lower token, then to the lower column. `copy` [B, P] is written with the result in its own dtype.
     Equivalent to `a * mask_of_n_largest(a)`; no gradient.
     """
-    check_block(z, b, scale, activate, copy)
+    check_block(z, b, scale, copy)
     if n < 0:
         raise ValueError(f"n must be at least 0, got {n}")
     if n == 0 or n >= z.numel():
-        return keep_rows_(z, min(n, z.shape[1]), b, scale, activate, copy)
-    smallest = torch.full((), float("inf"), dtype=torch.float32, device=z.device)
-    cut = find_cut(z, n, b, scale, activate)
-    with torch.cuda.device_of(z):
-        launch(
-            write_pool_kernel,
-            (cut.config,),
-            (),
-            cut.programs(z.numel()),
-            (z, copy, smallest.view(torch.int32), cut.rows, cut.counts, z.numel()),
-            HAS_COPY=copy is not None,
-            TILES=cut.TILES,
-        )
-    return smallest
+        return keep_rows_(z, min(n, z.shape[1]), b, scale, copy)
+    cut = find_cut(z, n, b, scale)
+    launch(
+        write_pool_kernel,
+        cut.config,
+        cut.programs(z.numel()),
+        (z, copy, cut.histograms, cut.counts, z.numel()),
+        HAS_COPY=copy is not None,
+        TILES=cut.TILES,
+    )
 
 
 def largest_indices(scores: torch.Tensor, size: int) -> torch.Tensor:
@@ -162,9 +147,8 @@ def largest_indices(scores: torch.Tensor, size: int) -> torch.Tensor:
     if size == 0:
         return indices
     cut = find_cut(scores, size)
-    with torch.cuda.device_of(scores):
-        arguments = (scores, indices, cut.rows, cut.counts, F)
-        launch(write_indices_kernel, (cut.config,), (), cut.programs(F), arguments, TILES=cut.TILES)
+    arguments = (scores, indices, cut.histograms, cut.counts, F)
+    launch(write_indices_kernel, cut.config, cut.programs(F), arguments, TILES=cut.TILES)
     return indices
 
 
@@ -188,14 +172,12 @@ def compact_largest(
     if n == 0 or N == 0:
         return kept_values.zero_(), tokens.fill_(n_tokens), features.fill_(n_features)
     cut = find_cut(values, min(n, N))
-    with torch.cuda.device_of(values):
-        launch(
-            write_entries_kernel,
-            (cut.config,),
-            (),
-            cut.programs(max(n, N)),
-            (values, keys, kept_values, tokens, features, cut.rows, cut.counts, N, n, n_tokens, n_features),
-            NARROW=n_tokens * n_features < 2**31,
-            TILES=cut.TILES,
-        )
+    launch(
+        write_entries_kernel,
+        cut.config,
+        cut.programs(max(n, N)),
+        (values, keys, kept_values, tokens, features, cut.histograms, cut.counts, N, n, n_tokens, n_features),
+        NARROW=n_tokens * n_features < 2**31,
+        TILES=cut.TILES,
+    )
     return kept_values, tokens, features

@@ -2,7 +2,7 @@
 
 Bytes: the product z [B, C] once, 4BC, and 12 for each entry found; a few FLOPs an entry, so bound by memory.
 The threshold is read on the device. A tile of BT tokens x BF features without hits leaves at once; one with
-hits takes its places by one integer atomic and prefix sums. The order of the tiles in the list is that of the
+hits takes its slots by one integer atomic and prefix sums. The order of the tiles in the list is that of the
 atomics, so entries carry a unique key by which they are sorted later. Whoever appends more than fits learns it
 from the count.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 from sampled_sae.kernels.activation import activation
 from sampled_sae.kernels.arguments import check_products, check_vector
 from sampled_sae.kernels.configs import SCALAR, architecture, chunk_filter_config, launch
-from sampled_sae.kernels.radix import find_cut, picked
+from sampled_sae.kernels.radix import PASSES, find_cut, picked
 
 
 @triton.jit
@@ -57,21 +57,21 @@ def append_above_kernel(
     n_features = tl.cdiv(C, BF)
     o_f = tl.program_id(0) % n_features * BF + tl.arange(0, BF)  # [BF]
     o_t = (tl.program_id(0) // n_features * BT + tl.arange(0, BT)).to(tl.int64)  # [BT]
-    m_z = (o_t < B)[:, None] & (o_f < C)[None, :]  # [BT, BF]
-    b_f = tl.minimum(o_f, C - 1)  # [BF]
+    m_f = o_f < C  # [BF]
+    m_z = (o_t < B)[:, None] & m_f[None, :]  # [BT, BF]
     b_z = tl.load(z + o_t[:, None] * stride_z + o_f[None, :], mask=m_z, other=0.0)  # [BT, BF]
-    b_a = activation(b_z, b, scale, b_f, 0, HAS_BIAS, HAS_SCALE)  # [BT, BF]
+    b_a = activation(b_z, b, scale, o_f[None, :], m_f[None, :], HAS_BIAS, HAS_SCALE)  # [BT, BF]
     m_hit = m_z & (b_a > 0) & (b_a >= tl.load(tau))  # [BT, BF]
     if HAS_FEATURES:
-        b_f = tl.load(features + b_f)  # [BF]
+        b_f = tl.load(features + o_f, mask=m_f, other=0)  # [BF]
     else:
-        b_f = b_f.to(tl.int64) + first  # [BF]
+        b_f = o_f.to(tl.int64) + first  # [BF]
     append(m_hit, b_a, o_t[:, None] * F + b_f[None, :], values, keys, count, cap)
 
 
 @triton.jit
-def first_threshold_kernel(rows, out):
-    cut, _ = picked(rows, 3)
+def first_threshold_kernel(histograms, out):
+    cut, _ = picked(histograms, PASSES - 1)
     tl.store(out, cut.to(tl.float32, bitcast=True))
 
 
@@ -115,17 +115,15 @@ def append_above_(
     if B == 0 or C == 0:
         return
     listed, first = (features, 0) if has_features else (None, features)
-    with torch.cuda.device_of(z):
-        launch(
-            append_above_kernel,
-            (chunk_filter_config(architecture(z.device)),),
-            (),
-            lambda meta: (triton.cdiv(B, meta["BT"]) * triton.cdiv(C, meta["BF"]),),
-            (z, b, scale, listed, tau, values, keys, count, B, C, n_features, first, len(values), z.stride(0)),
-            HAS_BIAS=b is not None,
-            HAS_SCALE=scale is not None,
-            HAS_FEATURES=has_features,
-        )
+    launch(
+        append_above_kernel,
+        chunk_filter_config(architecture(z.device)),
+        lambda meta: (triton.cdiv(B, meta["BT"]) * triton.cdiv(C, meta["BF"]),),
+        (z, b, scale, listed, tau, values, keys, count, B, C, n_features, first, len(values), z.stride(0)),
+        HAS_BIAS=b is not None,
+        HAS_SCALE=scale is not None,
+        HAS_FEATURES=has_features,
+    )
 
 
 def first_threshold(z: torch.Tensor, b: torch.Tensor | None, scale: torch.Tensor | None, n: int) -> torch.Tensor:
@@ -136,9 +134,8 @@ def first_threshold(z: torch.Tensor, b: torch.Tensor | None, scale: torch.Tensor
     if not 0 < n <= z.numel():
         raise ValueError(f"n must be between 1 and {z.numel()}, got {n}")
     out = torch.empty(1, dtype=torch.float32, device=z.device)
-    cut = find_cut(z, n, b, scale, activate=True)
-    with torch.cuda.device_of(z):
-        launch(first_threshold_kernel, (SCALAR,), (), (1,), (cut.rows, out))
+    cut = find_cut(z, n, b, scale)
+    launch(first_threshold_kernel, SCALAR, (1,), (cut.histograms, out))
     return out
 
 
@@ -152,6 +149,5 @@ def next_threshold(smallest: torch.Tensor, tau: torch.Tensor, count: torch.Tenso
     check_vector("tau", tau, torch.float32, 1)
     check_vector("count", count, torch.int64, 1)
     out = torch.empty_like(tau)
-    with torch.cuda.device_of(tau):
-        launch(next_threshold_kernel, (SCALAR,), (), (1,), (smallest, tau, count, out, n))
+    launch(next_threshold_kernel, SCALAR, (1,), (smallest, tau, count, out, n))
     return out

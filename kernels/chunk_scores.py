@@ -37,7 +37,6 @@ def chunk_partials_kernel(
     T = tl.num_programs(1)
     o_f = tl.program_id(0) * BF + tl.arange(0, BF)  # [BF]
     m_f = o_f < C  # [BF]
-    b_f = tl.minimum(o_f, C - 1)  # [BF]
 
     b_s = tl.zeros([BT, BF], dtype=tl.float32)  # [BT, BF]
     b_l = tl.zeros([BT, BF], dtype=tl.float32)  # [BT, BF]
@@ -46,7 +45,8 @@ def chunk_partials_kernel(
         m_t = (o_t < B)[:, None]  # [BT, 1]
         p_z = z + o_t.to(tl.int64)[:, None] * stride_z + o_f[None, :]  # [BT, BF]
         b_z = tl.load(p_z, mask=m_t & m_f[None, :], other=0.0)  # [BT, BF]
-        b_a = tl.where(m_t, activation(b_z, b, scale, b_f, 0, HAS_BIAS, HAS_SCALE), 0.0)  # [BT, BF]
+        b_a = activation(b_z, b, scale, o_f[None, :], m_f[None, :], HAS_BIAS, HAS_SCALE)  # [BT, BF]
+        b_a = tl.where(m_t, b_a, 0.0)  # [BT, BF]
         if SCORE == "entropy":
             b_s += b_a  # [BT, BF]
             b_l += times_log2(b_a, FAST_LOG)  # [BT, BF]
@@ -71,16 +71,14 @@ def chunk_statistics(z: torch.Tensor, b: torch.Tensor | None, scale: torch.Tenso
     config = chunk_scores_config(architecture(z.device))
     T = triton.cdiv(B, config.kwargs["BT"] * config.kwargs["STEPS"])
     partials = torch.empty(S * T * C, dtype=torch.float32, device=z.device)
-    with torch.cuda.device_of(z):
-        launch(
-            chunk_partials_kernel,
-            (config,),
-            (),
-            lambda meta: (triton.cdiv(C, meta["BF"]), T),
-            (z, b, scale, partials, B, C, z.stride(0)),
-            SCORE="l2" if score == "l2_squared" else score,
-            HAS_BIAS=b is not None,
-            HAS_SCALE=scale is not None,
-            FAST_LOG=FAST_LOG,
-        )
-        return fold_partials(partials, S, T, C)
+    launch(
+        chunk_partials_kernel,
+        config,
+        lambda meta: (triton.cdiv(C, meta["BF"]), T),
+        (z, b, scale, partials, B, C, z.stride(0)),
+        SCORE="l2" if score == "l2_squared" else score,
+        HAS_BIAS=b is not None,
+        HAS_SCALE=scale is not None,
+        FAST_LOG=FAST_LOG,
+    )
+    return fold_partials(partials, S, T, C)

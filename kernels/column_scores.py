@@ -12,7 +12,7 @@ import triton.language as tl
 
 from sampled_sae.kernels.activation import FAST_LOG, activation, product_tile, tile_of_block, times_log2
 from sampled_sae.kernels.arguments import check_encoder, contiguous_rows
-from sampled_sae.kernels.configs import FOLD, architecture, column_scores_configs, launch
+from sampled_sae.kernels.configs import FOLD, architecture, column_scores_config, launch
 
 STATISTICS = {"l2": 1, "l2_squared": 1, "entropy": 2, "uniform": 1}
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -46,7 +46,7 @@ def column_partials_kernel(
     m_f = o_f < F  # [BM]
     b_f = tl.minimum(o_f, F - 1)  # [BM]
     b_a = product_tile(x, W, tl.minimum(o_t, B - 1), b_f, stride_x, stride_W, D, BM, BN, BD)  # [BM, BN]
-    b_a = activation(b_a, b, scale, b_f, 1, HAS_BIAS, HAS_SCALE)  # [BM, BN]
+    b_a = activation(b_a, b, scale, o_f[:, None], m_f[:, None], HAS_BIAS, HAS_SCALE)  # [BM, BN]
     b_a = tl.where((o_t < B)[None, :], b_a, 0.0)  # [BM, BN]
 
     p_s = partials + i_t.to(tl.int64) * F + o_f  # [BM]
@@ -75,12 +75,11 @@ def fold_partials_kernel(partials, statistics, T, F, CEIL_T: tl.constexpr, BT: t
 
 
 def fold_partials(partials: torch.Tensor, S: int, T: int, F: int) -> torch.Tensor:
-    """The first S*T*F of partials as [S, T, F], summed over T in a fixed order: fp32 [S, F]."""
+    """partials, S*T*F as [S, T, F], summed over T in a fixed order: fp32 [S, F]."""
     statistics = torch.empty(S, F, dtype=torch.float32, device=partials.device)
     launch(
         fold_partials_kernel,
-        (FOLD,),
-        (),
+        FOLD,
         lambda meta: (triton.cdiv(F, meta["BF"]), S),
         (partials, statistics, T, F),
         CEIL_T=triton.next_power_of_2(T),
@@ -110,20 +109,18 @@ def column_statistics(
         return x.new_zeros(S, F, dtype=torch.float32)
     x = contiguous_rows(x)
 
-    configs = column_scores_configs(architecture(x.device), x.dtype, D)
-    T = triton.cdiv(B, min(config.kwargs["BN"] for config in configs))
+    config = column_scores_config(architecture(x.device), x.dtype, D)
+    T = triton.cdiv(B, config.kwargs["BN"])
     partials = torch.empty(S * T * F, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        config = launch(
-            column_partials_kernel,
-            configs,
-            ("F", "D", "SCORE"),
-            lambda meta: (triton.cdiv(F, meta["BM"]) * triton.cdiv(B, meta["BN"]),),
-            (x, W, b, scale, partials, B, F, x.stride(0), W.stride(0)),
-            D=D,
-            SCORE="l2" if score == "l2_squared" else score,
-            HAS_BIAS=b is not None,
-            HAS_SCALE=scale is not None,
-            FAST_LOG=FAST_LOG,
-        )
-        return fold_partials(partials, S, triton.cdiv(B, config.kwargs["BN"]), F)
+    launch(
+        column_partials_kernel,
+        config,
+        lambda meta: (triton.cdiv(F, meta["BM"]) * T,),
+        (x, W, b, scale, partials, B, F, x.stride(0), W.stride(0)),
+        D=D,
+        SCORE="l2" if score == "l2_squared" else score,
+        HAS_BIAS=b is not None,
+        HAS_SCALE=scale is not None,
+        FAST_LOG=FAST_LOG,
+    )
+    return fold_partials(partials, S, T, F)

@@ -1,20 +1,16 @@
 """The one blessed configuration of each kernel for each architecture, operand width and size of d.
 
-Rows were chosen from compiled code (registers, spills, shared memory, blocks an SM), not by timing.
-SAMPLED_SAE_AUTOTUNE=1, read at import, times all rows of the architecture instead (not in the interpreter).
+They were chosen from compiled code (registers, spills, shared memory, blocks an SM), not by timing;
+`benchmarks/gpu.py` times others against them.
 """
 
-import functools
-import os
 import sys
-from collections.abc import Callable
 
 import torch
 import triton
 
 from sampled_sae.kernels.interpreter import INTERPRETED
 
-AUTOTUNE = os.environ.get("SAMPLED_SAE_AUTOTUNE") == "1" and not INTERPRETED.value
 SMALL_D = 1024
 
 
@@ -23,8 +19,8 @@ def tile(BM: int, BN: int, BD: int, num_warps: int, num_stages: int) -> triton.C
     return triton.Config(blocks, num_warps=num_warps, num_stages=num_stages)
 
 
-def sliced(config: triton.Config, ROWS: int) -> triton.Config:
-    blocks = {**config.kwargs, "ROWS": ROWS}
+def sliced(config: triton.Config, BS: int) -> triton.Config:
+    blocks = {**config.kwargs, "BS": BS}
     return triton.Config(blocks, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
@@ -51,7 +47,7 @@ FOLD = triton.Config({"BT": 32, "BF": 64}, num_warps=4, num_stages=1)
 # (architecture, operand bits) -> the largest d for which scores are fused into the product, where not SMALL_D
 LARGEST_FUSED_D = {("interpreter", bits): sys.maxsize for bits in (16, 32)}
 # One pass over a product [B, C] in memory, BT tokens x BF features at a time (STEPS times, to sum them up). Most
-# tiles of the filter have hits: one warp a tile needs no barriers for their places.
+# tiles of the filter have hits: one warp a tile needs no barriers for their slots.
 CHUNK_SCORES = {
     "nvidia": triton.Config({"BT": 16, "BF": 128, "STEPS": 16}, num_warps=4, num_stages=2),
     "gfx942": triton.Config({"BT": 16, "BF": 128, "STEPS": 16}, num_warps=4, num_stages=2),
@@ -81,7 +77,7 @@ ENTRY_DOTS = {
     ("interpreter", 16): triton.Config({"BE": 8, "BD": 16}),
     ("interpreter", 32): triton.Config({"BE": 8, "BD": 16}),
 }
-# Tiles as for the column scores; ROWS features at a time are then searched, which also needs registers.
+# Tiles as for the column scores; BS features at a time are then searched, which also needs registers.
 EXACT_FALLBACK = {
     ("nvidia", 16): sliced(tile(128, 128, 64, 8, 3), 16),
     ("nvidia", 32): sliced(tile(128, 64, 16, 8, 3), 32),
@@ -90,11 +86,11 @@ EXACT_FALLBACK = {
     ("interpreter", 16): sliced(tile(32, 32, 16, 4, 1), 16),
     ("interpreter", 32): sliced(tile(32, 32, 16, 4, 1), 16),
 }
-# Flat selection by radix: tiles of BLOCK entries, at most CHUNKS programs, each with consecutive tiles.
+# Flat selection by radix: tiles of BLOCK entries, at most SPANS programs, each with consecutive tiles.
 RADIX = {
-    "nvidia": triton.Config({"BLOCK": 2048, "CHUNKS": 2048}, num_warps=8),
-    "gfx942": triton.Config({"BLOCK": 2048, "CHUNKS": 2048}, num_warps=8),
-    "interpreter": triton.Config({"BLOCK": 64, "CHUNKS": 4}),
+    "nvidia": triton.Config({"BLOCK": 2048, "SPANS": 2048}, num_warps=8),
+    "gfx942": triton.Config({"BLOCK": 2048, "SPANS": 2048}, num_warps=8),
+    "interpreter": triton.Config({"BLOCK": 64, "SPANS": 4}),
 }
 # Selection by rows: (longest row, warps) of a row that one program holds in registers, shortest first, and the tile
 # of a longer one. A row within one warp needs no barrier; more than 32 entries a thread would spill.
@@ -122,7 +118,7 @@ LONGEST_ADAM_ROW = 16384
 
 
 def architecture(device: torch.device) -> str:
-    """The name under which the tables hold the rows for `device`."""
+    """The name under which the tables list `device`."""
     if INTERPRETED.value:
         return "interpreter"
     if device.type != "cuda":
@@ -137,12 +133,10 @@ def architecture(device: torch.device) -> str:
     return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100")
 
 
-def column_scores_configs(arch: str, dtype: torch.dtype, d: int) -> tuple[triton.Config, ...]:
-    """The blessed configuration alone, or every row of the architecture when autotuning."""
+def column_scores_config(arch: str, dtype: torch.dtype, d: int) -> triton.Config:
+    """For x and W of this dtype and d."""
     small, large = COLUMN_SCORES[arch, 8 * dtype.itemsize]
-    if AUTOTUNE:
-        return small, large
-    return (small,) if d <= SMALL_D else (large,)
+    return small if d <= SMALL_D else large
 
 
 def family(arch: str) -> str:
@@ -217,19 +211,10 @@ def row_adam_config(arch: str, d: int) -> triton.Config:
     return triton.Config({"BR": max(1, elements // BD), "BD": BD}, num_warps=warps)
 
 
-@functools.cache
-def autotuner(kernel: Callable, configs: tuple[triton.Config, ...], key: tuple[str, ...]):
-    return triton.autotune(list(configs), key=list(key))(kernel)
-
-
-def launch(kernel, configs, key, grid, args, **constexprs) -> triton.Config:
-    """Run `kernel` with the only configuration, or the fastest for these values of the arguments in `key`.
+def launch(kernel, config: triton.Config, grid, args, **constexprs) -> None:
+    """Run `kernel` in this configuration, on the device of its first argument.
 
     Contraction to FMA is asked for by name, because Triton 3.10 changes its default.
     """
-    if len(configs) == 1:
-        kernel[grid](*args, **constexprs, **configs[0].all_kwargs(), enable_fp_fusion=True)
-        return configs[0]
-    tuner = autotuner(kernel, configs, key)
-    tuner[grid](*args, **constexprs, enable_fp_fusion=True)
-    return tuner.best_config
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, **constexprs, **config.all_kwargs(), enable_fp_fusion=True)

@@ -2,10 +2,10 @@
 
 A radix selection that stores no activation: every pass multiplies all tiles anew, 2BPd FLOPs, by the same code in
 one compiled kernel, so that all passes see the same bits. Four passes of 8 bits find the cut; where more entries
-equal it than are left to find, passes over the digits of token and feature go on; the last pass appends. What a
-pass counted is picked by every program of the next one, in a slot of its own: no pass waits for the host, and a
-pass with nothing to do leaves at once, as all do where the filter was right. Programs are as many as the GPU
-holds and walk over the tiles, which makes such a pass cheap.
+equal it than are left to find, passes over the digits of token and feature go on; the last pass appends. Each pass
+counts in a histogram of its own, from which every program of the next one picks: no pass waits for the host, and a
+pass with nothing to do leaves at once, as all do where the filter was right. Programs are as many as the GPU holds
+and walk over the tiles, which makes such a pass cheap.
 """
 
 import torch
@@ -21,17 +21,17 @@ from sampled_sae.kernels.radix import pick_digit
 VALUE_DIGITS = tl.constexpr(4)
 # of each pass: 256 bins, then the search as it begins: status, digits found, entries left to find, and the digits
 # of value, token and feature
-ROW = tl.constexpr(262)
+WIDTH = tl.constexpr(262)
 IDLE, SEARCHING, FOUND = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def search_so_far(p_row, token_digits):
-    """The search at the begin of a pass, narrowed by what it counted."""
-    status, found, left = tl.load(p_row + 256), tl.load(p_row + 257), tl.load(p_row + 258)
-    value, token, feature = tl.load(p_row + 259), tl.load(p_row + 260), tl.load(p_row + 261)
+def search_so_far(p_pass, token_digits):
+    """The search as a pass began it, narrowed by what that pass counted."""
+    status, found, left = tl.load(p_pass + 256), tl.load(p_pass + 257), tl.load(p_pass + 258)
+    value, token, feature = tl.load(p_pass + 259), tl.load(p_pass + 260), tl.load(p_pass + 261)
     if status == SEARCHING:
-        b_count = tl.load(p_row + tl.arange(0, 256))  # [256]
+        b_count = tl.load(p_pass + tl.arange(0, 256))  # [256]
         if tl.sum(b_count) <= left:
             status += 1
         else:
@@ -65,8 +65,8 @@ def refill_kernel(
     values,
     keys,
     count,
-    rows,
-    tiles,
+    histograms,
+    scratch,
     B,
     P,
     F,
@@ -85,12 +85,12 @@ def refill_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
+    BS: tl.constexpr,
 ):
     i = tl.program_id(0)
-    # row 0 is that of a pass before the first, and all zeros
-    p_row = rows + (i_pass + 1) * ROW
-    status, found, left, value, token, feature = search_so_far(p_row - ROW, token_digits)
+    # the first histogram is that of a pass before the first, and all zeros
+    p_pass = histograms + (i_pass + 1) * WIDTH
+    status, found, left, value, token, feature = search_so_far(p_pass - WIDTH, token_digits)
     if i_pass == 0:
         appended = tl.load(count)
         floor = tl.load(tau)
@@ -99,12 +99,12 @@ def refill_kernel(
         status += failed.to(tl.int64)
         left += n
     if i == 0:
-        tl.store(p_row + 256, status)
-        tl.store(p_row + 257, found)
-        tl.store(p_row + 258, left)
-        tl.store(p_row + 259, value)
-        tl.store(p_row + 260, token)
-        tl.store(p_row + 261, feature)
+        tl.store(p_pass + 256, status)
+        tl.store(p_pass + 257, found)
+        tl.store(p_pass + 258, left)
+        tl.store(p_pass + 259, value)
+        tl.store(p_pass + 260, token)
+        tl.store(p_pass + 261, feature)
     if (i_pass == 1) & (status != IDLE):
         if i == 0:
             tl.store(count, 0)
@@ -133,50 +133,51 @@ def refill_kernel(
     n_tiles = tl.cdiv(P, BM) * T
     if (status != SEARCHING) & ((status == IDLE) | (i_pass < digits)):
         n_tiles = 0
-    p_tile = tiles + i.to(tl.int64) * (BM * BN)
+    p_tile = scratch + i.to(tl.int64) * (BM * BN)
     b_count = tl.zeros([256], dtype=tl.int32)  # [256]
     while i < n_tiles:
         i_f, i_t = tile_of_block(i, tl.cdiv(P, BM), T, GROUP)
         o_m = tl.arange(0, BM)  # [BM]
         o_n = tl.arange(0, BN)  # [BN]
         o_t = i_t * BN + o_n  # [BN]
+        m_f = i_f * BM + o_m < P  # [BM]
         b_f = tl.minimum(i_f * BM + o_m, P - 1)  # [BM]
         if HAS_MEMBERS:
             b_f = tl.load(members + b_f)  # [BM]
         b_z = product_tile(x, W, tl.minimum(o_t, B - 1), b_f, stride_x, stride_W, D, BM, BN, BD)  # [BM, BN]
-        b_z = activation(b_z, b, scale, b_f, 1, HAS_BIAS, HAS_SCALE)  # [BM, BN]
+        b_z = activation(b_z, b, scale, b_f[:, None], m_f[:, None], HAS_BIAS, HAS_SCALE)  # [BM, BN]
         tl.store(p_tile + o_m[:, None] * BN + o_n[None, :], b_z)
         # other threads read it by slices
         tl.debug_barrier()
-        for row in range(0, BM, ROWS):
-            o_s = row + tl.arange(0, ROWS)  # [ROWS]
-            o_f = i_f * BM + o_s  # [ROWS]
-            b_a = tl.load(p_tile + o_s[:, None] * BN + o_n[None, :])  # [ROWS, BN]
-            m_a = (b_a > 0) & (o_f < P)[:, None] & (o_t < B)[None, :]  # [ROWS, BN]
+        for i_s in range(0, BM, BS):
+            o_s = i_s + tl.arange(0, BS)  # [BS]
+            o_f = i_f * BM + o_s  # [BS]
+            b_a = tl.load(p_tile + o_s[:, None] * BN + o_n[None, :])  # [BS, BN]
+            m_a = (b_a > 0) & (o_f < P)[:, None] & (o_t < B)[None, :]  # [BS, BN]
             # lower tokens and features go first, larger values do: all three sort downwards
-            b_value = b_a.to(tl.int32, bitcast=True)  # [ROWS, BN]
+            b_value = b_a.to(tl.int32, bitcast=True)  # [BS, BN]
             b_token = (B - 1 - o_t)[None, :]  # [1, BN]
-            b_feature = (P - 1 - o_f)[:, None]  # [ROWS, 1]
-            b_top = b_value >> value_shift  # [ROWS, BN]
+            b_feature = (P - 1 - o_f)[:, None]  # [BS, 1]
+            b_top = b_value >> value_shift  # [BS, BN]
             m_token = (b_token >> token_shift) == token  # [1, BN]
             if is_last:
-                m_place = m_token & ((b_feature >> feature_shift) >= feature)  # [ROWS, BN]
-                m_place |= (b_token >> token_shift) > token  # [ROWS, BN]
-                m_hit = m_a & ((b_top > value) | ((b_top == value) & m_place))  # [ROWS, BN]
-                b_s = tl.minimum(o_f, P - 1)  # [ROWS]
+                m_place = m_token & ((b_feature >> feature_shift) >= feature)  # [BS, BN]
+                m_place |= (b_token >> token_shift) > token  # [BS, BN]
+                m_hit = m_a & ((b_top > value) | ((b_top == value) & m_place))  # [BS, BN]
+                b_s = tl.minimum(o_f, P - 1)  # [BS]
                 if HAS_MEMBERS:
-                    b_s = tl.load(members + b_s)  # [ROWS]
+                    b_s = tl.load(members + b_s)  # [BS]
                 append(m_hit, b_a, o_t.to(tl.int64)[None, :] * F + b_s[:, None], values, keys, count, cap)
             else:
-                m_place = m_token & ((b_feature >> feature_shift) == feature)  # [ROWS, BN]
-                m_within = m_a & (b_top == value) & m_place  # [ROWS, BN]
+                m_place = m_token & ((b_feature >> feature_shift) == feature)  # [BS, BN]
+                m_within = m_a & (b_top == value) & m_place  # [BS, BN]
                 if tl.max(tl.max(m_within.to(tl.int32), axis=1), axis=0) > 0:
-                    b_word = tl.where(in_value, b_value, tl.where(in_token, b_token, b_feature))  # [ROWS, BN]
-                    b_digit = tl.reshape((b_word >> digit_shift) & 255, [ROWS * BN])  # [ROWS * BN]
-                    b_count += tl.histogram(b_digit, 256, mask=tl.reshape(m_within, [ROWS * BN]))  # [256]
+                    b_word = tl.where(in_value, b_value, tl.where(in_token, b_token, b_feature))  # [BS, BN]
+                    b_digit = tl.reshape((b_word >> digit_shift) & 255, [BS * BN])  # [BS * BN]
+                    b_count += tl.histogram(b_digit, 256, mask=tl.reshape(m_within, [BS * BN]))  # [256]
         tl.debug_barrier()
         i += tl.num_programs(0)
-    tl.atomic_add(p_row + tl.arange(0, 256), b_count.to(tl.int64), mask=b_count > 0, sem="relaxed")
+    tl.atomic_add(p_pass + tl.arange(0, 256), b_count.to(tl.int64), mask=b_count > 0, sem="relaxed")
 
 
 def digits_of(length: int) -> int:
@@ -222,19 +223,17 @@ def refill_exactly_(
     programs = min(resident_programs(x.device), triton.cdiv(P, BM) * triton.cdiv(B, BN))
     token_digits, feature_digits = digits_of(B), digits_of(P)
     passes = VALUE_DIGITS.value + token_digits + feature_digits + 1
-    rows = torch.zeros(passes + 1, ROW.value, dtype=torch.int64, device=x.device)
-    tiles = torch.empty(programs * BM * BN, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        for i_pass in range(passes):
-            arguments = (x, W, b, scale, members, tau, values, keys, count, rows, tiles, B, P, F, n, len(values))
-            launch(
-                refill_kernel,
-                (config,),
-                (),
-                (programs,),
-                (*arguments, i_pass, token_digits, feature_digits, x.stride(0), W.stride(0)),
-                D=D,
-                HAS_BIAS=b is not None,
-                HAS_SCALE=scale is not None,
-                HAS_MEMBERS=members is not None,
-            )
+    histograms = torch.zeros(passes + 1, WIDTH.value, dtype=torch.int64, device=x.device)
+    scratch = torch.empty(programs * BM * BN, dtype=torch.float32, device=x.device)
+    for i_pass in range(passes):
+        arguments = (x, W, b, scale, members, tau, values, keys, count, histograms, scratch, B, P, F, n, len(values))
+        launch(
+            refill_kernel,
+            config,
+            (programs,),
+            (*arguments, i_pass, token_digits, feature_digits, x.stride(0), W.stride(0)),
+            D=D,
+            HAS_BIAS=b is not None,
+            HAS_SCALE=scale is not None,
+            HAS_MEMBERS=members is not None,
+        )

@@ -103,13 +103,11 @@ def entry_dots(
     if n == 0:
         return out
     left = contiguous_rows(left)
-    with torch.cuda.device_of(W):
-        launch(
-            entry_dots_kernel,
-            (entry_dots_config(architecture(W.device), W.dtype),),
-            (),
-            lambda meta: (triton.cdiv(n, meta["BE"]),),
-            (left, W, tokens, features, token_ends, out, B, n, left.stride(0), W.stride(0)),
-            D=D,
-        )
+    launch(
+        entry_dots_kernel,
+        entry_dots_config(architecture(W.device), W.dtype),
+        lambda meta: (triton.cdiv(n, meta["BE"]),),
+        (left, W, tokens, features, token_ends, out, B, n, left.stride(0), W.stride(0)),
+        D=D,
+    )
     return out

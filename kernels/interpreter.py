@@ -5,7 +5,6 @@
 - libdevice is missing: launchers turn FAST_LOG off.
 - A `for` with a run-time bound fails with numpy >= 2.4 up to Triton 3.6: bounds are constexprs, or it is a `while`.
 - A constexpr plus or minus a tensor remains a constexpr in Triton 3.8, which functions refuse: the tensor comes first.
-- Autotuning over several configurations asks for a GPU: `configs.AUTOTUNE` is off.
 """
 
 import triton

@@ -2,10 +2,10 @@
 
 Four passes of 8 bits read 4N bytes each (the first writes as many where it activates) and count the digits of
 the entries that share the prefix found so far; every program of a pass picks the digit of the pass before from
-its histogram, which costs no launch. Programs own consecutive chunks of at most CHUNKS equal parts, so ties are
-settled in flat order from CHUNKS counts. The last pass counts each chunk's entries over and within the last
-prefix, so that only chunks within it are read again for the exact counts. Offsets and histograms are int64;
-counts of a chunk are int32 (N / CHUNKS entries). Integer atomics: the same result in every run.
+its histogram, which costs no launch. Each program owns one of at most SPANS equal spans of consecutive entries, so
+ties are settled in flat order from SPANS counts. The last pass counts each span's entries above and within the last
+prefix, so that only spans with entries within it are read again for the exact counts. Offsets and histograms are
+int64; counts of a span are int32 (N / SPANS entries). Integer atomics: the same result in every run.
 """
 
 from typing import NamedTuple
@@ -14,17 +14,21 @@ import torch
 import triton
 import triton.language as tl
 
+from sampled_sae.kernels.activation import activation
 from sampled_sae.kernels.configs import architecture, launch, radix_config
 
-PASSES = 4
-# of each pass: 256 bins, then its state: the prefix of the digits before, and how many entries remain to be found
-ROW = tl.constexpr(258)
+PASSES = tl.constexpr(4)
+# of each pass: 256 bins, then the prefix of the digits before, and how many entries remain to be found
+WIDTH = tl.constexpr(258)
 
 
 class Cut(NamedTuple):
-    """Where `find_cut` left its result: read by `cut_of_chunk` in kernels launched with `config` and `TILES`."""
+    """What `find_cut` found, for `cut_of_span` in kernels that are launched with `config` and `TILES`.
 
-    rows: torch.Tensor
+    histograms: int64 [PASSES, WIDTH]. counts: of the entries above the cut and equal to it, by span, int32 [2, SPANS].
+    """
+
+    histograms: torch.Tensor
     counts: torch.Tensor
     config: triton.Config
     TILES: int
@@ -40,16 +44,6 @@ def sort_bits(b_v):
 
 
 @triton.jit
-def activated(b_z, b, scale, o_f, m_f, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr):
-    if HAS_BIAS:
-        b_z += tl.load(b + o_f, mask=m_f, other=0.0).to(tl.float32)
-    b_z = tl.maximum(b_z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if HAS_SCALE:
-        b_z *= tl.load(scale + o_f, mask=m_f, other=0.0).to(tl.float32)
-    return b_z
-
-
-@triton.jit
 def pick_digit(b_count, remaining):
     """The digit of the remaining-th largest entry, and how many of those are left to find within the digit."""
     b_from = tl.cumsum(b_count, reverse=True)  # [256]
@@ -58,16 +52,16 @@ def pick_digit(b_count, remaining):
 
 
 @triton.jit
-def picked(rows, PASS: tl.constexpr):
+def picked(histograms, PASS: tl.constexpr):
     """Prefix up to the digit of PASS, int32, and entries left to find within it, int64."""
-    p_row = rows + PASS * ROW
-    b_count = tl.load(p_row + tl.arange(0, 256))  # [256]
-    digit, remaining = pick_digit(b_count, tl.load(p_row + 257))
-    return (tl.load(p_row + 256) * 256 + digit).to(tl.int32), remaining
+    p_pass = histograms + PASS * WIDTH
+    b_count = tl.load(p_pass + tl.arange(0, 256))  # [256]
+    digit, remaining = pick_digit(b_count, tl.load(p_pass + 257))
+    return (tl.load(p_pass + 256) * 256 + digit).to(tl.int32), remaining
 
 
 @triton.jit
-def chunk_of_program(N, TILES: tl.constexpr, BLOCK: tl.constexpr):
+def span_of_program(N, TILES: tl.constexpr, BLOCK: tl.constexpr):
     """Flat index of its first entry, int64, and how many entries it has, int32."""
     start = tl.program_id(0).to(tl.int64) * (TILES * BLOCK)
     return start, tl.minimum(N - start, TILES * BLOCK).to(tl.int32)
@@ -78,30 +72,29 @@ def count_digits_kernel(
     values,
     b,
     scale,
-    rows,
+    histograms,
     counts,
     N,
     P,
     n,
     PASS: tl.constexpr,
-    LAST: tl.constexpr,
     ACTIVATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    SPANS: tl.constexpr,
 ):
-    i_c = tl.program_id(0)
-    start, length = chunk_of_program(N, TILES, BLOCK)
-    p_row = rows + PASS * ROW
+    i_s = tl.program_id(0)
+    start, length = span_of_program(N, TILES, BLOCK)
+    p_pass = histograms + PASS * WIDTH
     if PASS == 0:
         prefix, remaining = 0, n
     else:
-        prefix, remaining = picked(rows, PASS - 1)
-    if i_c == 0:
-        tl.store(p_row + 256, prefix)
-        tl.store(p_row + 257, remaining)
+        prefix, remaining = picked(histograms, PASS - 1)
+    if i_s == 0:
+        tl.store(p_pass + 256, prefix)
+        tl.store(p_pass + 257, remaining)
 
     # the sign bit is 0: a shift by 31 leaves the empty prefix of the first pass
     SHIFT: tl.constexpr = 31 if PASS == 0 else 32 - 8 * PASS
@@ -115,12 +108,12 @@ def count_digits_kernel(
         b_v = tl.load(p_v, mask=m_v, other=0.0)  # [BLOCK]
         if ACTIVATE:
             o_f = ((start % P).to(tl.int32) + o_v) % P  # [BLOCK]
-            b_v = activated(b_v, b, scale, o_f, m_v, HAS_BIAS, HAS_SCALE)  # [BLOCK]
+            b_v = activation(b_v, b, scale, o_f, m_v, HAS_BIAS, HAS_SCALE)  # [BLOCK]
             tl.store(p_v, b_v, mask=m_v)
         b_u = sort_bits(b_v)  # [BLOCK]
         m_prefix = m_v & ((b_u >> SHIFT) == prefix)  # [BLOCK]
         b_digit = (b_u >> (24 - 8 * PASS)) & 255  # [BLOCK]
-        if LAST:
+        if PASS == PASSES - 1:
             # both counts in one sum: neither passes BLOCK < 2**15
             both = tl.sum(((b_u >> SHIFT) > prefix).to(tl.int32) + (m_prefix.to(tl.int32) << 16))
             above += both & 0xFFFF
@@ -130,20 +123,20 @@ def count_digits_kernel(
                 b_count += tl.histogram(b_digit, 256, mask=m_prefix)  # [256]
         else:
             b_count += tl.histogram(b_digit, 256, mask=m_prefix)  # [256]
-    if LAST:
-        tl.store(counts + i_c, above)
-        tl.store(counts + CHUNKS + i_c, within)
-    p_bin = p_row + tl.arange(0, 256)  # [256]
+    if PASS == PASSES - 1:
+        tl.store(counts + i_s, above)
+        tl.store(counts + SPANS + i_s, within)
+    p_bin = p_pass + tl.arange(0, 256)  # [256]
     tl.atomic_add(p_bin, b_count.to(tl.int64), mask=b_count > 0, sem="relaxed")
 
 
 @triton.jit
-def count_cut_kernel(values, rows, counts, N, TILES: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Counts over and within the last prefix become counts above the cut and equal to it."""
+def count_cut_kernel(values, histograms, counts, N, TILES: tl.constexpr, BLOCK: tl.constexpr, SPANS: tl.constexpr):
+    """Counts above and within the last prefix become counts above the cut and equal to it."""
     p_above = counts + tl.program_id(0)
-    if tl.load(p_above + CHUNKS) > 0:
-        cut, _ = picked(rows, 3)
-        start, length = chunk_of_program(N, TILES, BLOCK)
+    if tl.load(p_above + SPANS) > 0:
+        cut, _ = picked(histograms, PASSES - 1)
+        start, length = span_of_program(N, TILES, BLOCK)
         above = 0
         equal = 0
         for i in range(0, TILES):
@@ -153,31 +146,31 @@ def count_cut_kernel(values, rows, counts, N, TILES: tl.constexpr, BLOCK: tl.con
             above += tl.sum((b_u > cut).to(tl.int32))
             equal += tl.sum((m_v & (b_u == cut)).to(tl.int32))
         tl.store(p_above, above)
-        tl.store(p_above + CHUNKS, equal)
+        tl.store(p_above + SPANS, equal)
 
 
 @triton.jit
-def cut_of_chunk(
-    values, rows, counts, N, POSITIVE: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr
+def cut_of_span(
+    values, histograms, counts, N, POSITIVE: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, SPANS: tl.constexpr
 ):
-    """What a program that writes its chunk needs to know; POSITIVE keeps no zeros.
+    """What a program that writes its span needs to know; POSITIVE keeps no zeros.
 
-    The cut; the index in the chunk before which entries equal to it are kept; how many entries are kept before
-    this chunk; how many in all. Only the chunk in which the ties run out is read for that index.
+    The cut; the index in the span before which entries equal to it are kept; how many entries are kept before
+    this span; how many in all. Only the span in which the ties run out is read for that index.
     """
-    i_c = tl.program_id(0)
-    cut, ties = picked(rows, 3)
+    i_s = tl.program_id(0)
+    cut, ties = picked(histograms, PASSES - 1)
     if POSITIVE:
         ties = tl.where(cut > 0, ties, 0)
-    o_c = tl.arange(0, CHUNKS)  # [CHUNKS]
-    m_c = o_c < tl.cdiv(N, TILES * BLOCK)  # [CHUNKS]
-    b_above = tl.load(counts + o_c, mask=m_c, other=0).to(tl.int64)  # [CHUNKS]
-    b_ties = tl.load(counts + CHUNKS + o_c, mask=m_c, other=0).to(tl.int64)  # [CHUNKS]
-    equal_before = tl.sum(tl.where(o_c < i_c, b_ties, 0))
-    equal_here = tl.sum(tl.where(o_c == i_c, b_ties, 0))
-    kept_before = tl.sum(tl.where(o_c < i_c, b_above, 0)) + tl.minimum(equal_before, ties)
+    o_s = tl.arange(0, SPANS)  # [SPANS]
+    m_s = o_s < tl.cdiv(N, TILES * BLOCK)  # [SPANS]
+    b_above = tl.load(counts + o_s, mask=m_s, other=0).to(tl.int64)  # [SPANS]
+    b_ties = tl.load(counts + SPANS + o_s, mask=m_s, other=0).to(tl.int64)  # [SPANS]
+    equal_before = tl.sum(tl.where(o_s < i_s, b_ties, 0))
+    equal_here = tl.sum(tl.where(o_s == i_s, b_ties, 0))
+    kept_before = tl.sum(tl.where(o_s < i_s, b_above, 0)) + tl.minimum(equal_before, ties)
 
-    start, length = chunk_of_program(N, TILES, BLOCK)
+    start, length = span_of_program(N, TILES, BLOCK)
     left = ties - equal_before
     end = tl.where(left > 0, length, 0)
     if (left > 0) & (left < equal_here):
@@ -201,40 +194,31 @@ def is_kept(b_u, o_v, cut, end):
     return b_u >= tl.where(o_v < end, cut, cut + 1)
 
 
-def find_cut(
-    values: torch.Tensor,
-    n: int,
-    b: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    activate: bool = False,
-) -> Cut:
-    """The n-th largest of contiguous fp32 values >= 0, for 1 <= n <= values.numel(), and the counts around it.
+def find_cut(values: torch.Tensor, n: int, b: torch.Tensor | None = None, scale: torch.Tensor | None = None) -> Cut:
+    """The n-th largest of contiguous fp32 values, for 1 <= n <= values.numel(), and the counts around it.
 
-    `activate` takes values as a raw product [B, P] and first changes it in place to relu(values + b) * scale.
+    values [N] are >= 0; values [B, P] are a raw product, which is first changed in place to relu(values + b) * scale.
     """
     N = values.numel()
     config = radix_config(architecture(values.device))
-    BLOCK, CHUNKS = config.kwargs["BLOCK"], config.kwargs["CHUNKS"]
+    BLOCK, SPANS = config.kwargs["BLOCK"], config.kwargs["SPANS"]
     # a power of two, so that a varying N compiles few kernels
-    TILES = triton.next_power_of_2(triton.cdiv(N, BLOCK * CHUNKS))
-    rows = torch.zeros(PASSES, ROW.value, dtype=torch.int64, device=values.device)
-    counts = torch.empty(2, CHUNKS, dtype=torch.int32, device=values.device)
-    cut = Cut(rows, counts, config, TILES)
+    TILES = triton.next_power_of_2(triton.cdiv(N, BLOCK * SPANS))
+    histograms = torch.zeros(PASSES.value, WIDTH.value, dtype=torch.int64, device=values.device)
+    counts = torch.empty(2, SPANS, dtype=torch.int32, device=values.device)
+    cut = Cut(histograms, counts, config, TILES)
     grid = cut.programs(N)
-    with torch.cuda.device_of(values):
-        for i in range(PASSES):
-            launch(
-                count_digits_kernel,
-                (config,),
-                (),
-                grid,
-                (values, b, scale, rows, counts, N, values.shape[-1], n),
-                PASS=i,
-                LAST=i == PASSES - 1,
-                ACTIVATE=activate and i == 0,
-                HAS_BIAS=b is not None,
-                HAS_SCALE=scale is not None,
-                TILES=TILES,
-            )
-        launch(count_cut_kernel, (config,), (), grid, (values, rows, counts, N), TILES=TILES)
+    for i in range(PASSES.value):
+        launch(
+            count_digits_kernel,
+            config,
+            grid,
+            (values, b, scale, histograms, counts, N, values.shape[-1], n),
+            PASS=i,
+            ACTIVATE=values.ndim == 2 and i == 0,
+            HAS_BIAS=b is not None,
+            HAS_SCALE=scale is not None,
+            TILES=TILES,
+        )
+    launch(count_cut_kernel, config, grid, (values, histograms, counts, N), TILES=TILES)
     return cut

@@ -197,33 +197,31 @@ def row_adam_(
     if R == 0 or D == 0:
         return
     grad = contiguous_rows(grad)
-    with torch.cuda.device_of(weight):
-        positions = None
-        if features is not None and not lazy:
-            places = torch.arange(len(grad), dtype=torch.int32, device=weight.device)
-            positions = torch.full((F,), -1, dtype=torch.int32, device=weight.device).index_copy_(0, features, places)
-            features = None
-        launch(
-            row_adam_kernel,
-            (row_adam_config(architecture(weight.device), D),),
-            (),
-            lambda meta: (triton.cdiv(R, meta["BR"]),),
-            (
-                *(weight, exp_avg, exp_avg_sq, grad, features, positions, last, copy, step, factor),
-                *(R, weight.stride(0), grad.stride(0), 0 if copy is None else copy.stride(0)),
-                *(float(lr), 1.0 - beta1, 1.0 - beta2, log_of(beta1), log_of(beta2)),
-                *(float(eps), float(weight_decay), seed),
-            ),
-            D=D,
-            LAZY=lazy,
-            PROJECT=project,
-            RENORMALIZE=renormalize,
-            HAS_FEATURES=features is not None,
-            HAS_POSITIONS=positions is not None,
-            HAS_LAST=last is not None,
-            HAS_COPY=copy is not None,
-            HAS_FACTOR=factor is not None,
-        )
+    positions = None
+    if features is not None and not lazy:
+        places = torch.arange(len(grad), dtype=torch.int32, device=weight.device)
+        positions = torch.full((F,), -1, dtype=torch.int32, device=weight.device).index_copy_(0, features, places)
+        features = None
+    launch(
+        row_adam_kernel,
+        row_adam_config(architecture(weight.device), D),
+        lambda meta: (triton.cdiv(R, meta["BR"]),),
+        (
+            *(weight, exp_avg, exp_avg_sq, grad, features, positions, last, copy, step, factor),
+            *(R, weight.stride(0), grad.stride(0), 0 if copy is None else copy.stride(0)),
+            *(float(lr), 1.0 - beta1, 1.0 - beta2, log_of(beta1), log_of(beta2)),
+            *(float(eps), float(weight_decay), seed),
+        ),
+        D=D,
+        LAZY=lazy,
+        PROJECT=project,
+        RENORMALIZE=renormalize,
+        HAS_FEATURES=features is not None,
+        HAS_POSITIONS=positions is not None,
+        HAS_LAST=last is not None,
+        HAS_COPY=copy is not None,
+        HAS_FACTOR=factor is not None,
+    )
 
 
 def log_of(beta: float) -> float:

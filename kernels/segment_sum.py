@@ -4,11 +4,11 @@ Each entry reads its row of source once, d * itemsize bytes, for 2d FLOPs, and e
 once: bound by memory. A program is one warp with as much of d as it loads at 16 bytes a lane: rows are added
 inside threads, and BE are in flight. Tiles of d are the slow axis of the grid: all programs pass over one stripe
 of source before the next, so rows that are used often come from L2.
-Most features have a few entries, some one for every token. The list is therefore cut at the multiples of PIECE: at
-most one segment goes on across each cut. A first kernel sums what follows a cut, a second each segment up to its
-first cut and adds the partial sums of the rest. No program sums more than PIECE entries, grids follow from n, R and
-PIECE alone, n / PIECE rows of partial sums are all the memory it takes, and the order of summation is fixed by the
-list: no atomics, and the same bits in every run.
+Most features have a few entries, some one for every token. The list is therefore divided into pieces of PIECE
+entries: at most one segment goes on from a piece into the next. A first kernel sums the rest of that segment in each
+piece, a second each segment to the end of its first piece and adds the partial sums of the rest. No program sums
+more than PIECE entries, grids follow from n, R and PIECE alone, n / PIECE rows of partial sums are all the memory it
+takes, and the order of summation is fixed by the list: no atomics, and the same bits in every run.
 """
 
 import torch
@@ -54,7 +54,7 @@ def sum_of_rows(
 
 
 @triton.jit(do_not_specialize=["R"])
-def after_cuts_kernel(
+def rests_kernel(
     weights,
     indices,
     order,
@@ -72,22 +72,22 @@ def after_cuts_kernel(
     BD: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    i_c = tl.program_id(0)
+    i_p = tl.program_id(0)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
-    cut = i_c * PIECE
-    i_r = tl.load(ends_before + i_c) - 1
+    first = i_p * PIECE
+    i_r = tl.load(ends_before + i_p) - 1
     start = tl.load(ends + i_r)
     # in the unused slots at the end there is no segment: i_r is R
     end = tl.load(ends + tl.minimum(i_r + 1, R))
-    # what begins at the cut is not the rest of a segment
-    if (start < cut) & (cut < end):
-        end = tl.minimum(end, cut + PIECE)
+    # a segment that starts with the piece is not the rest of one
+    if (start < first) & (first < end):
+        end = tl.minimum(end, first + PIECE)
         b_out, b_s = sum_of_rows(
-            weights, indices, order, cut, end, source, stride_source, o_d, D, HAS_ORDER, BE, BD
+            weights, indices, order, first, end, source, stride_source, o_d, D, HAS_ORDER, BE, BD
         )  # [BD], [BE]
-        tl.store(partials + i_c.to(tl.int64) * D + o_d, b_out, mask=o_d < D)
+        tl.store(partials + i_p.to(tl.int64) * D + o_d, b_out, mask=o_d < D)
         if HAS_SUMS:
-            tl.store(partial_sums + i_c, tl.sum(b_s, axis=0), mask=tl.program_id(1) == 0)
+            tl.store(partial_sums + i_p, tl.sum(b_s, axis=0), mask=tl.program_id(1) == 0)
 
 
 @triton.jit
@@ -115,22 +115,22 @@ def segments_kernel(
 ):
     i_r = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
-    o_c = tl.arange(0, BE)  # [BE]
+    o_p = tl.arange(0, BE)  # [BE]
     m_d = o_d < D  # [BD]
     start = tl.load(ends + i_r)
     end = tl.load(ends + i_r + 1)
-    i_c = start // PIECE + 1
-    cut = tl.minimum(end, i_c * PIECE)
+    i_p = start // PIECE + 1
+    end_first = tl.minimum(end, i_p * PIECE)
     b_out, b_s = sum_of_rows(
-        weights, indices, order, start, cut, source, stride_source, o_d, D, HAS_ORDER, BE, BD
+        weights, indices, order, start, end_first, source, stride_source, o_d, D, HAS_ORDER, BE, BD
     )  # [BD], [BE]
-    while i_c * PIECE < end:
-        m_c = (i_c + o_c) * PIECE < end  # [BE]
-        p_p = partials + (i_c + o_c).to(tl.int64)[:, None] * D + o_d[None, :]  # [BE, BD]
-        b_out += tl.sum(tl.load(p_p, mask=m_c[:, None] & m_d[None, :], other=0.0), axis=0)  # [BD]
+    while i_p * PIECE < end:
+        m_p = (i_p + o_p) * PIECE < end  # [BE]
+        p_p = partials + (i_p + o_p).to(tl.int64)[:, None] * D + o_d[None, :]  # [BE, BD]
+        b_out += tl.sum(tl.load(p_p, mask=m_p[:, None] & m_d[None, :], other=0.0), axis=0)  # [BD]
         if HAS_SUMS:
-            b_s += tl.load(partial_sums + i_c + o_c, mask=m_c, other=0.0)  # [BE]
-        i_c += BE
+            b_s += tl.load(partial_sums + i_p + o_p, mask=m_p, other=0.0)  # [BE]
+        i_p += BE
     if HAS_BIAS:
         b_out += tl.load(bias + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
     if HAS_ROWS:
@@ -162,35 +162,32 @@ def sum_segments(
     source = contiguous_rows(source)
     config = segment_sum_config(architecture(source.device), source.dtype)
     PIECE = config.kwargs["PIECE"]
-    C = triton.cdiv(n, PIECE)
-    partials = torch.empty(C * D, dtype=torch.float32, device=source.device)
-    partial_sums = torch.empty(C, dtype=torch.float32, device=source.device)
-    with torch.cuda.device_of(source):
-        if C > 1:
-            cuts = torch.arange(0, n, PIECE, dtype=torch.int32, device=source.device)
-            ends_before = torch.searchsorted(ends, cuts, right=True, out_int32=True)
-            launch(
-                after_cuts_kernel,
-                (config,),
-                (),
-                lambda meta: (C, triton.cdiv(D, meta["BD"])),
-                (weights, indices, order, ends, ends_before, source, partials, partial_sums, R, source.stride(0)),
-                D=D,
-                HAS_ORDER=order is not None,
-                HAS_SUMS=sums is not None,
-            )
+    pieces = triton.cdiv(n, PIECE)
+    partials = torch.empty(pieces * D, dtype=torch.float32, device=source.device)
+    partial_sums = torch.empty(pieces, dtype=torch.float32, device=source.device)
+    if pieces > 1:
+        firsts = torch.arange(0, n, PIECE, dtype=torch.int32, device=source.device)
+        ends_before = torch.searchsorted(ends, firsts, right=True, out_int32=True)
         launch(
-            segments_kernel,
-            (config,),
-            (),
-            lambda meta: (R, triton.cdiv(D, meta["BD"])),
-            (weights, indices, order, ends, source, bias, partials, partial_sums, rows, out, sums, source.stride(0)),
+            rests_kernel,
+            config,
+            lambda meta: (pieces, triton.cdiv(D, meta["BD"])),
+            (weights, indices, order, ends, ends_before, source, partials, partial_sums, R, source.stride(0)),
             D=D,
             HAS_ORDER=order is not None,
-            HAS_BIAS=bias is not None,
-            HAS_ROWS=rows is not None,
             HAS_SUMS=sums is not None,
         )
+    launch(
+        segments_kernel,
+        config,
+        lambda meta: (R, triton.cdiv(D, meta["BD"])),
+        (weights, indices, order, ends, source, bias, partials, partial_sums, rows, out, sums, source.stride(0)),
+        D=D,
+        HAS_ORDER=order is not None,
+        HAS_BIAS=bias is not None,
+        HAS_ROWS=rows is not None,
+        HAS_SUMS=sums is not None,
+    )
 
 
 def feature_order(features: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
 """The k largest strictly positive entries of each token, ties to the lower column: exact, without a sort.
 
-One program a row: 4P bytes read and written (and 2P for a copy). Rows of up to IN_REGISTERS entries stay in
+One program a row: 4P bytes read and written (and 2P for a copy). Rows that `rows_config` has a place for stay in
 registers, and a binary search on the bits counts entries until exactly k are left, or until only equal ones
 are: at most 31 counts, 2P operations each, fewer where the k-th entry stands apart. Ties are ranked only in
 rows that have them. Longer rows are read five times, for four histograms of 8 bits and to write.
@@ -12,14 +12,23 @@ import torch
 import triton
 import triton.language as tl
 
-from sampled_sae.kernels.arguments import check_features
+from sampled_sae.kernels.activation import activation
+from sampled_sae.kernels.arguments import check_features, check_vector
 from sampled_sae.kernels.configs import MERGED_ROWS, architecture, launch, long_rows_config, merge_config, rows_config
 from sampled_sae.kernels.interpreter import rounded
-from sampled_sae.kernels.radix import activated, is_kept, pick_digit, sort_bits
+from sampled_sae.kernels.radix import is_kept, pick_digit, sort_bits
 
 COPIES = (torch.bfloat16, torch.float16)
 MAX_K = 512
 MAX_CHUNK = MERGED_ROWS[-1][0]
+
+
+@triton.jit
+def activated_row(z, b, scale, o_p, P, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr):
+    """relu(z + b) * scale in the columns o_p of a row of P, and 0 past its end."""
+    m_p = o_p < P  # as o_p
+    b_z = tl.load(z + o_p, mask=m_p, other=0.0)  # as o_p
+    return activation(b_z, b, scale, o_p, m_p, HAS_BIAS, HAS_SCALE)
 
 
 @triton.jit
@@ -75,34 +84,26 @@ def keep_rows_kernel(
     b,
     scale,
     copy,
-    minima,
     P,
     k,
-    ACTIVATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_COPY: tl.constexpr,
     BP: tl.constexpr,
 ):
     i_t = tl.program_id(0).to(tl.int64)
+    z += i_t * P
     o_p = tl.arange(0, BP)  # [BP]
-    m_p = o_p < P  # [BP]
-    p_z = z + i_t * P + o_p  # [BP]
-    b_z = tl.load(p_z, mask=m_p, other=0.0)  # [BP]
-    if ACTIVATE:
-        b_z = activated(b_z, b, scale, o_p, m_p, HAS_BIAS, HAS_SCALE)  # [BP]
-    b_u = sort_bits(b_z)  # [BP]
+    b_u = sort_bits(activated_row(z, b, scale, o_p, P, HAS_BIAS, HAS_SCALE))  # [BP]
     cut, n_cut, n_above = search_cut(b_u, None, k, 1, False)
     end = P
     if n_cut > k:
         end = search_end(b_u, o_p, cut, k - n_above, BP)
-    b_keep = is_kept(b_u, o_p, cut, end)  # [BP]
 
-    b_z = tl.where(b_keep, b_u.to(tl.float32, bitcast=True), 0.0)  # [BP]
-    tl.store(p_z, b_z, mask=m_p)
+    b_z = tl.where(is_kept(b_u, o_p, cut, end), b_u.to(tl.float32, bitcast=True), 0.0)  # [BP]
+    tl.store(z + o_p, b_z, mask=o_p < P)
     if HAS_COPY:
-        tl.store(copy + i_t * P + o_p, rounded(b_z, copy.dtype.element_ty), mask=m_p)
-    tl.store(minima + i_t, tl.min(tl.where(b_keep, b_z, float("inf"))))
+        tl.store(copy + i_t * P + o_p, rounded(b_z, copy.dtype.element_ty), mask=o_p < P)
 
 
 @triton.jit
@@ -111,10 +112,8 @@ def keep_long_rows_kernel(
     b,
     scale,
     copy,
-    minima,
     k,
     P: tl.constexpr,
-    ACTIVATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_COPY: tl.constexpr,
@@ -129,13 +128,9 @@ def keep_long_rows_kernel(
         b_count = tl.zeros([256], dtype=tl.int32)  # [256]
         for i in range(0, P, BP):
             o_p = i + tl.arange(0, BP)  # [BP]
-            m_p = o_p < P  # [BP]
-            b_z = tl.load(z + o_p, mask=m_p, other=0.0)  # [BP]
-            if ACTIVATE:
-                b_z = activated(b_z, b, scale, o_p, m_p, HAS_BIAS, HAS_SCALE)  # [BP]
-            b_u = sort_bits(b_z)  # [BP]
+            b_u = sort_bits(activated_row(z, b, scale, o_p, P, HAS_BIAS, HAS_SCALE))  # [BP]
             # the sign bit is 0: a shift by 31 leaves the empty prefix of the first pass
-            m_p &= (b_u >> min(31, 32 - 8 * i_pass)) == cut  # [BP]
+            m_p = (o_p < P) & ((b_u >> min(31, 32 - 8 * i_pass)) == cut)  # [BP]
             b_count += tl.histogram((b_u >> (24 - 8 * i_pass)) & 255, 256, mask=m_p)  # [256]
         digit, left = pick_digit(b_count, left)
         equal = tl.sum(tl.where(tl.arange(0, 256) == digit, b_count, 0))
@@ -144,24 +139,18 @@ def keep_long_rows_kernel(
     left = tl.where(cut > 0, left, 0)
     is_split = (left > 0) & (left < equal)
     floor = tl.where((left > 0) & (left == equal), cut, cut + 1)
-    b_least = tl.full([BP], float("inf"), dtype=tl.float32)  # [BP]
     for i in range(0, P, BP):
         o_p = i + tl.arange(0, BP)  # [BP]
-        m_p = o_p < P  # [BP]
-        b_z = tl.load(z + o_p, mask=m_p, other=0.0)  # [BP]
-        if ACTIVATE:
-            b_z = activated(b_z, b, scale, o_p, m_p, HAS_BIAS, HAS_SCALE)  # [BP]
+        b_z = activated_row(z, b, scale, o_p, P, HAS_BIAS, HAS_SCALE)  # [BP]
         b_u = sort_bits(b_z)  # [BP]
         b_keep = b_u >= floor  # [BP]
         if is_split:
             b_keep |= first_equal(b_u, cut, left)  # [BP]
             left -= tl.sum((b_u == cut).to(tl.int32))
-        b_least = tl.minimum(b_least, tl.where(b_keep, b_z, float("inf")))  # [BP]
         b_z = tl.where(b_keep, b_z, 0.0)  # [BP]
-        tl.store(z + o_p, b_z, mask=m_p)
+        tl.store(z + o_p, b_z, mask=o_p < P)
         if HAS_COPY:
-            tl.store(copy + i_t * P + o_p, rounded(b_z, copy.dtype.element_ty), mask=m_p)
-    tl.store(minima + i_t, tl.min(b_least))
+            tl.store(copy + i_t * P + o_p, rounded(b_z, copy.dtype.element_ty), mask=o_p < P)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -169,13 +158,13 @@ def merge_rows_kernel(
     best_values,
     best_features,
     z,
-    members,
+    features,
     b,
     scale,
     C,
     k,
     first,
-    HAS_MEMBERS: tl.constexpr,
+    HAS_FEATURES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     BK: tl.constexpr,
@@ -186,14 +175,12 @@ def merge_rows_kernel(
     o_k = tl.arange(0, BK)  # [BK]
     o_c = tl.arange(0, BC)  # [BC]
     m_k = o_k < k  # [BK]
-    m_c = o_c < C  # [BC]
     best_values += i_t * k
     best_features += i_t * k
+    z += i_t * C
     b_best = tl.load(best_values + o_k, mask=m_k, other=0.0)  # [BK]
-    b_z = tl.load(z + i_t * C + o_c, mask=m_c, other=0.0)  # [BC]
-    b_z = activated(b_z, b, scale, o_c, m_c, HAS_BIAS, HAS_SCALE)  # [BC]
     b_u = sort_bits(b_best)  # [BK]
-    b_w = sort_bits(b_z)  # [BC]
+    b_w = sort_bits(activated_row(z, b, scale, o_c, C, HAS_BIAS, HAS_SCALE))  # [BC]
     # 0 while a slot is unused, else the k-th best so far, to which a newcomer loses ties
     least = tl.min(tl.where(m_k, b_u, 0x7FFFFFFF))
     if tl.max(b_w) <= least:
@@ -218,15 +205,13 @@ def merge_rows_kernel(
     taken = tl.sum(b_stay)
     for i in range(0, BC, BS):
         o_s = i + tl.arange(0, BS)  # [BS]
-        m_s = o_s < C  # [BS]
-        b_a = tl.load(z + i_t * C + o_s, mask=m_s, other=0.0)  # [BS]
-        b_a = activated(b_a, b, scale, o_s, m_s, HAS_BIAS, HAS_SCALE)  # [BS]
+        b_a = activated_row(z, b, scale, o_s, C, HAS_BIAS, HAS_SCALE)  # [BS]
         b_enter = is_kept(sort_bits(b_a), o_s, cut, end_enter).to(tl.int32)  # [BS]
         n_enter = tl.sum(b_enter)
         if n_enter > 0:
             o_new = taken + tl.cumsum(b_enter) - 1  # [BS]
-            if HAS_MEMBERS:
-                b_new = tl.load(members + o_s, mask=b_enter > 0, other=0).to(tl.int32)  # [BS]
+            if HAS_FEATURES:
+                b_new = tl.load(features + o_s, mask=b_enter > 0, other=0).to(tl.int32)  # [BS]
             else:
                 b_new = first + o_s  # [BS]
             tl.store(best_values + o_new, b_a, mask=b_enter > 0)
@@ -239,16 +224,14 @@ def keep_rows_(
     k: int,
     b: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
-    activate: bool = True,
     copy: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Mask z [B, P] in place to the k largest strictly positive entries of each row; the smallest kept, 0-dim, or inf.
+) -> None:
+    """Overwrite z [B, P], a raw product, by a = relu(z + b) * scale, of each row the k largest positive entries alone.
 
-    z is a raw product, taken as a = relu(z + b) * scale, or >= 0 already where `activate` is off. Ties go to the
-    lower column. `copy` [B, P] is written with the result in its own dtype.
+    Ties go to the lower column. `copy` [B, P] is written with the result in its own dtype.
     Equivalent to `a * zeros_like(a).scatter(1, a.topk(k).indices, 1)`, ties aside; no gradient.
     """
-    check_block(z, b, scale, activate, copy)
+    check_block(z, b, scale, copy)
     if k < 0:
         raise ValueError(f"k must be at least 0, got {k}")
     B, P = z.shape
@@ -256,38 +239,32 @@ def keep_rows_(
         z.zero_()
         if copy is not None:
             copy.zero_()
-        return torch.full((), float("inf"), dtype=torch.float32, device=z.device)
-    minima = torch.empty(B, dtype=torch.float32, device=z.device)
+        return
     arch = architecture(z.device)
     config = rows_config(arch, P)
-    shape = {"ACTIVATE": activate, "HAS_BIAS": b is not None, "HAS_SCALE": scale is not None}
-    with torch.cuda.device_of(z):
-        if config is not None:
-            arguments = (z, b, scale, copy, minima, P, k)
-            launch(keep_rows_kernel, (config,), (), (B,), arguments, HAS_COPY=copy is not None, **shape)
-        else:
-            config = long_rows_config(arch)
-            arguments = (z, b, scale, copy, minima, min(k, P))
-            launch(keep_long_rows_kernel, (config,), (), (B,), arguments, P=P, HAS_COPY=copy is not None, **shape)
-    return minima.amin()
+    given = {"HAS_BIAS": b is not None, "HAS_SCALE": scale is not None, "HAS_COPY": copy is not None}
+    if config is not None:
+        launch(keep_rows_kernel, config, (B,), (z, b, scale, copy, P, k), **given)
+    else:
+        launch(keep_long_rows_kernel, long_rows_config(arch), (B,), (z, b, scale, copy, min(k, P)), P=P, **given)
 
 
 def merge_rows_(
     best_values: torch.Tensor,
     best_features: torch.Tensor,
     z: torch.Tensor,
-    first: int | torch.Tensor,
+    features: int | torch.Tensor,
     b: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
 ) -> None:
     """Merge a chunk of features into the k best so far of each token, in place; repeated, TopK over all features.
 
     best_values [B, k] fp32 and best_features [B, k] int32 are in ascending feature order; unused slots, at the
-    end, hold 0 and 2**31 - 1. z [B, C] is the raw product of the chunk, taken as relu(z + b) * scale. `first` is
-    the feature of its first column, or the features of all columns, [C], ascending; all are higher than those
-    merged before. Ties go to the lower feature. Equivalent to the k largest strictly positive of both together.
+    end, hold 0 and 2**31 - 1. z [B, C] is the raw product of the chunk, taken as relu(z + b) * scale. `features`
+    are those of its columns, int64 [C], ascending, or the first of C in a row; all are higher than those merged
+    before. Ties go to the lower feature. Equivalent to the k largest strictly positive of both together.
     """
-    check_block(z, b, scale, True, None)
+    check_block(z, b, scale)
     B, C = z.shape
     if best_values.ndim != 2 or best_values.shape[0] != B or best_values.dtype != torch.float32:
         raise ValueError(f"best_values must be fp32 [{B}, k], got {best_values.dtype} {list(best_values.shape)}")
@@ -299,36 +276,30 @@ def merge_rows_(
     k = best_values.shape[1]
     if C > MAX_CHUNK or k > MAX_K:
         raise ValueError(f"chunks of at most {MAX_CHUNK} features and k of at most {MAX_K}, got {C} and {k}")
-    members = first if isinstance(first, torch.Tensor) else None
-    if members is not None and (
-        members.dtype not in (torch.int32, torch.int64) or members.shape != (C,) or not members.is_contiguous()
-    ):
-        raise ValueError(f"first must be an int or contiguous int32 or int64 [{C}], got {list(members.shape)}")
+    has_features = isinstance(features, torch.Tensor)
+    if has_features:
+        check_vector("features", features, torch.int64, C)
     if z.numel() == 0 or k == 0:
         return
-    with torch.cuda.device_of(z):
-        launch(
-            merge_rows_kernel,
-            (merge_config(C),),
-            (),
-            (B,),
-            (best_values, best_features, z, members, b, scale, C, k, 0 if members is not None else first),
-            HAS_MEMBERS=members is not None,
-            HAS_BIAS=b is not None,
-            HAS_SCALE=scale is not None,
-            BK=triton.next_power_of_2(k),
-        )
+    listed, first = (features, 0) if has_features else (None, features)
+    launch(
+        merge_rows_kernel,
+        merge_config(C),
+        (B,),
+        (best_values, best_features, z, listed, b, scale, C, k, first),
+        HAS_FEATURES=has_features,
+        HAS_BIAS=b is not None,
+        HAS_SCALE=scale is not None,
+        BK=triton.next_power_of_2(k),
+    )
 
 
 def check_block(
-    z: torch.Tensor, b: torch.Tensor | None, scale: torch.Tensor | None, activate: bool, copy: torch.Tensor | None
+    z: torch.Tensor, b: torch.Tensor | None, scale: torch.Tensor | None, copy: torch.Tensor | None = None
 ) -> None:
     """What every function that selects inside a block of products asks of its arguments."""
     if z.ndim != 2 or z.dtype != torch.float32 or not z.is_contiguous():
         raise ValueError(f"z must be contiguous fp32 [B, P], got {z.dtype} {list(z.shape)}")
-    for name, vector in (("b", b), ("scale", scale)):
-        if vector is not None and not activate:
-            raise ValueError(f"{name} is only used to activate: leave it out, or set activate")
     check_features(b, scale, z.shape[1])
     if copy is not None and (copy.shape != z.shape or copy.dtype not in COPIES or not copy.is_contiguous()):
         shape = list(z.shape)

@@ -1,4 +1,4 @@
-"""SAEs to convert, and the peers' files looked into and changed, without the peers."""
+"""SAEs to convert, and functions that read and change the peers' files without the peers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OURS = ("config.json", "sae.safetensors")
 
 
 def trained(dtype=torch.float32, **rule):
-    """An SAE with decoder rows away from unit norm, counts of idle tokens and a calibrated threshold."""
+    """An SAE with decoder rows away from unit norm, counted idle tokens and a calibrated threshold."""
     sae = make_sae(dtype, **rule)
     with torch.no_grad():
         sae.W_dec.mul_(torch.linspace(0.5, 2, 96).to(dtype).unsqueeze(1))
@@ -36,7 +36,7 @@ def trained(dtype=torch.float32, **rule):
 
 
 def rule_for(to):
-    """sparsify takes SAEs with a threshold only when told to."""
+    """Options of an export to this format: to sparsify an SAE with a threshold goes only as a TopK."""
     return {"inference": "topk"} if to == "sparsify" else {}
 
 
@@ -58,6 +58,7 @@ def same_files(a, b, names):
 
 
 def without_extra(folder):
+    """The folder as the peer itself would have written it, without this package's own file."""
     (folder / "sampled_sae.safetensors").unlink()
     return folder
 
@@ -74,6 +75,7 @@ def changed_tensors(folder, to, change):
     torch.save(tensors, file) if file.suffix == ".pt" else save_file(tensors, file)
 
 
+# Changes that a test makes to a folder: of dictionary_learning's config, of a cfg.json, of the tensors.
 def trainer(**values):
     return lambda f: changed_config(f, "config.json", lambda c: c["trainer"].update(values))
 

@@ -1,4 +1,4 @@
-"""Shared makers: problems, their float64 answers, a run of one implementation with its gradients, stores."""
+"""What many tests start from: inputs, a small SAE, one step of an implementation with its gradients, a store."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ D = 12
 
 
 def problem(B, d, n_features, dtype=torch.float64, seed=0):
-    """x [B, d], W_enc [d, F], b_enc [F], W_dec [F, d], b_dec [d], normal."""
+    """x [B, d], W_enc [d, F], b_enc [F], W_dec [F, d], b_dec [d] by name, all drawn from a normal distribution."""
     return testing.normal(B, d, n_features, dtype, seed)
 
 
 def leaves(tensors):
+    """Copies that take gradients."""
     return {name: t.clone().requires_grad_() for name, t in tensors.items()}
 
 
 def run(tensors, impl, generator_seed=None, scale=None, **rule):
-    """(codes, x_hat, loss, gradients by name) of one step through the functional interface."""
+    """(codes, x_hat, loss, gradients by name) of one step by the functions of sampled_sae.functional."""
     t = leaves(tensors)
     generator = None if generator_seed is None else torch.Generator().manual_seed(generator_seed)
     codes = F.sampled_topk(
@@ -42,7 +43,7 @@ def assert_same_entries(ours, theirs):
 
 
 def make_sae(dtype=torch.float64, seed=0, device="cpu", **changes):
-    """A small SAE with every parameter away from its initial value."""
+    """A small SAE (d_in 12, d_sae 96, k 4) with every parameter away from its initial value."""
     settings = {"d_in": 12, "d_sae": 96, "k": 4, "l": 3.0, "aux_coefficient": 0.0, **changes}
     sae = SampledSAE(SampledSAEConfig(**settings), device=device, dtype=dtype)
     g = torch.Generator().manual_seed(seed)
@@ -55,7 +56,7 @@ def make_sae(dtype=torch.float64, seed=0, device="cpu", **changes):
 
 
 def tokens(*shape, dtype=torch.float64, seed=1):
-    """Activations of the given shape."""
+    """Normally distributed activations of the given shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
@@ -68,7 +69,7 @@ def same_weights(a, b):
 
 
 def write_store(folder, n=(200, 130, 170), n_holdout=150, d=D, seed=5, **changes):
-    """A store of correlated activations, written as the harvest does."""
+    """Correlated activations in a folder like that of `sampled-sae harvest`; `changes` are of its manifest."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(40, d, generator=generator)
 

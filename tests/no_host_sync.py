@@ -1,4 +1,4 @@
-"""Finds what would make a GPU's host wait, without a GPU."""
+"""Finds host synchronisation without a GPU: operations whose result the host would have to wait for."""
 
 import torch
 from torch._library.custom_ops import OPDEFS
@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class NoHostSync(TorchDispatchMode):
-    """Fails where an operation would have to wait for a GPU to tell the host a value or a size."""
+    """Fails at an operation that reads a value or a size from the device."""
 
     FORBIDDEN = (
         "_local_scalar_dense",

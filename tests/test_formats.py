@@ -1,6 +1,8 @@
-"""Conversions to the peers' files and back, without the peers: round trips, and what the files mean."""
+"""Conversions to the peers' files and back, without the peers: round trips, what the files mean, the two commands."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,6 @@ from format_makers import (
     FILES,
     OURS,
     RULES,
-    changed_config,
     config_of,
     rule_for,
     same_files,
@@ -19,10 +20,10 @@ from format_makers import (
     trained,
     without_extra,
 )
-from makers import make_sae, tokens
-from safetensors.torch import load_file, save_file
+from makers import tokens, write_store
 
-from sampled_sae import formats
+from sampled_sae import SampledSAE, formats
+from sampled_sae.cli import main
 
 
 @pytest.mark.parametrize("to", formats.FORMATS)
@@ -168,130 +169,9 @@ def test_the_files_mean_what_the_sae_computes(tmp_path, to, centred, inference, 
     torch.testing.assert_close((codes @ W_dec + b_dec) * scale, sae.decode(expected))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda f: changed_config(f, "cfg.json", lambda c: c.update(k=9)),
-        lambda f: changed_config(f, "cfg.json", lambda c: c.update(apply_b_dec_to_input=False)),
-        lambda f: save_file({n: -t for n, t in tensors_of(f, "saelens").items()}, f / "sae_weights.safetensors"),
-    ],
-)
-def test_files_that_have_changed_since_the_export_count_alone(tmp_path, change):
-    said = []
-    formats.export(trained(dead_after=9, l=None, select="token"), tmp_path, to="saelens")
-    assert formats.load(tmp_path, say=said.append).cfg.dead_after == 9
-    assert said == ["configuration and training state are those that were exported"]
-    change(tmp_path)
-    loaded = formats.load(tmp_path, say=said.append)
-    assert "sampled_sae.safetensors is of other weights" in said[1]
-    assert not loaded.tokens_since_active.any()
-    assert torch.equal(loaded.W_dec, tensors_of(tmp_path, "saelens")["W_dec"])
-
-
-def test_k_is_whole_where_it_must_be(tmp_path):
-    sae = trained(k=2.5)
-    formats.export(sae, tmp_path / "jumprelu", to="saelens")
-    assert formats.load(without_extra(tmp_path / "jumprelu")).cfg.k == 2.5
-    assert formats.load(tmp_path / "jumprelu", k=3).cfg.k == 3
-    for to in ("dictionary_learning", "sparsify", "saelens"):
-        for k, shown in ((None, "2.5"), (97, "97"), (0, "0")):
-            with pytest.raises(ValueError, match=rf"k={shown}: .*whole numbers in \[1, 96\] only; choose one with"):
-                formats.export(sae, tmp_path / to, to=to, inference="topk", k=k)
-        assert not (tmp_path / to).exists()
-        formats.export(sae, tmp_path / to, to=to, inference="topk", k=3)
-        assert formats.load(tmp_path / to).cfg == sae.cfg
-        assert formats.load(without_extra(tmp_path / to)).cfg.k == 3
-
-
-def test_another_k_is_said_where_the_threshold_was_set_for_the_old_one(tmp_path):
-    formats.export(trained(), tmp_path, to="saelens")
-    for prepare in (lambda f: f, without_extra):
-        said = []
-        loaded = formats.load(prepare(tmp_path), k=5.0, say=said.append)
-        assert repr(loaded.cfg.k) == "5"
-        assert said[-1] == "k=5.0 in place of 4: the threshold stays as it is; calibrate(x) sets it for this k"
-        formats.load(tmp_path, k=4, say=said.append)
-        assert "in place of" not in said[-1]
-
-
 def test_what_inference_auto_chooses():
     choices = {name: formats.inference_rule(trained(**rule).cfg, "auto") for name, rule in RULES.items()}
     assert choices == {name: "topk" if name == "topk" else "threshold" for name in RULES}
-
-
-@pytest.mark.parametrize("unset", [0.0, -1.0])
-def test_a_threshold_that_was_never_set(tmp_path, unset):
-    """-1 is what dictionary_learning's trainers start with."""
-    sae, said = make_sae(torch.float32), []
-    sae.threshold.fill_(unset)
-    formats.export(sae, tmp_path / "d", to="dictionary_learning", say=said.append)
-    assert "the threshold was never set" in said[0]
-    assert float(tensors_of(tmp_path / "d", "dictionary_learning")["threshold"]) == -1
-    formats.export(sae, tmp_path / "s", to="saelens")
-    assert not tensors_of(tmp_path / "s", "saelens")["threshold"].any()
-    assert float(formats.load(tmp_path / "s").threshold) == unset
-    loaded = formats.load(without_extra(tmp_path / "d"), say=said.append)
-    assert (float(loaded.threshold), int(loaded.threshold_steps)) == (0, 0)
-    assert "call calibrate(x)" in said[-1]
-
-
-def test_a_threshold_below_zero_is_zero_in_their_files(tmp_path):
-    sae = trained()
-    sae.threshold.fill_(-0.5)
-    for to in ("saelens", "dictionary_learning"):
-        formats.export(sae, tmp_path / to, to=to)
-        assert not tensors_of(tmp_path / to, to)["threshold"].any()
-
-
-def test_a_threshold_for_each_feature(tmp_path):
-    sae, said = trained(torch.float64), []
-    formats.export(sae, tmp_path, to="saelens")
-    file = without_extra(tmp_path) / "sae_weights.safetensors"
-    t = load_file(file)
-    own = torch.linspace(0.5, 2, 96, dtype=torch.float64) * t["threshold"]
-    save_file({**t, "threshold": own}, file)
-    with pytest.raises(ValueError, match=r"sae_weights\.safetensors: threshold of each feature.*--rescale-features"):
-        formats.load(tmp_path)
-    loaded = formats.load(tmp_path, rescale_features=True, say=said.append).eval()
-    assert any("features are rescaled" in line for line in said)
-    x = tokens(40, 12, seed=4)
-    a = torch.relu((x - t["b_dec"]) @ t["W_enc"] + t["b_enc"])
-    codes = a * (a > own)
-    assert torch.equal(loaded.encode(x) > 0, codes > 0)
-    torch.testing.assert_close(loaded.decode(loaded.encode(x)), codes @ t["W_dec"] + t["b_dec"])
-    torch.testing.assert_close(loaded.encode(x), codes * (loaded.threshold / own))
-    save_file({**t, "threshold": own - own[0]}, file)
-    with pytest.raises(ValueError, match="1 of 96 are not positive"):
-        formats.load(tmp_path, rescale_features=True)
-
-
-def test_thresholds_equal_up_to_rounding_are_one(tmp_path):
-    sae, said = trained(), []
-    formats.export(sae, tmp_path, to="saelens")
-    file = without_extra(tmp_path) / "sae_weights.safetensors"
-    t = load_file(file)
-    t["threshold"][::2] *= 1 + 1e-7
-    assert len(t["threshold"].unique()) == 2
-    save_file(t, file)
-    loaded = formats.load(tmp_path, say=said.append)
-    assert float(loaded.threshold) in t["threshold"].tolist()
-    assert "equal up to rounding" in said[0]
-    t["threshold"][::2] *= 1 + 1e-5
-    save_file(t, file)
-    with pytest.raises(ValueError, match="threshold of each feature"):
-        formats.load(tmp_path)
-
-
-def test_a_16_bit_threshold_stays_exact_in_the_file(tmp_path):
-    sae, said = trained(torch.bfloat16), []
-    sae.threshold.fill_(1 + 2**-20)
-    formats.export(sae, tmp_path / "exact", to="saelens", say=said.append)
-    assert tensors_of(tmp_path / "exact", "saelens")["threshold"].dtype == torch.float32
-    assert "SAELens rounds the threshold to bfloat16" in said[0]
-    sae.threshold.fill_(1.5)
-    formats.export(sae, tmp_path / "short", to="saelens", say=said.append)
-    assert tensors_of(tmp_path / "short", "saelens")["threshold"].dtype == torch.bfloat16
-    assert len(said) == 1
 
 
 def test_what_is_read_is_recorded(tmp_path):
@@ -315,3 +195,100 @@ def test_two_exports_give_the_same_bytes(tmp_path):
             formats.export(trained(), tmp_path / to / name, to=to, **rule_for(to))
         names = [*FILES[to], "sampled_sae.safetensors"]
         assert same_files(tmp_path / to / "a", tmp_path / to / "b", names)
+
+
+def of_a_training(folder, sae, **activations):
+    """As `sampled-sae train` leaves it."""
+    sae.save_pretrained(folder)
+    activations = {"model": "org/model", "layer": 3, "context": 64, "scale": 0.5, **activations}
+    (folder / "run.json").write_text(json.dumps({"activations": activations}))
+    return sae
+
+
+def test_an_sae_of_the_command_line_there_and_back(tmp_path, capsys):
+    sae = of_a_training(tmp_path / "sae", trained())
+    assert main(["export", str(tmp_path / "sae"), str(tmp_path / "out"), "--to", "saelens"]) == 0
+    said = capsys.readouterr().out
+    assert "divided by 0.5" in said
+    assert str(tmp_path / "out/cfg.json") in said
+    metadata = config_of(tmp_path / "out", "saelens")["metadata"]
+    assert (metadata["model_name"], metadata["hook_name"]) == ("org/model", "blocks.3.hook_resid_post")
+    assert torch.equal(tensors_of(tmp_path / "out", "saelens")["b_dec"], sae.b_dec * 2)
+    assert main(["import", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
+    assert same_files(tmp_path / "sae", tmp_path / "back", OURS)
+    assert "configuration and training state" in capsys.readouterr().out
+
+
+def test_what_the_training_was_on_is_overruled(tmp_path):
+    sae = of_a_training(tmp_path / "sae", trained(), scale=0.25)
+    store = write_store(tmp_path / "store")
+    there = ["export", str(tmp_path / "sae"), str(tmp_path / "out"), "--to", "saelens"]
+    for options, factor in (([], 4), (["--scale", "1"], 1), (["--activations", str(store)], 2)):
+        assert main([*there, *options]) == 0
+        assert torch.equal(tensors_of(tmp_path / "out", "saelens")["b_dec"], sae.b_dec * factor)
+    assert main([*there, "--model-name", "m", "--layer", "7"]) == 0
+    metadata = config_of(tmp_path / "out", "saelens")["metadata"]
+    assert (metadata["model_name"], metadata["hook_layer"], metadata["context_size"]) == ("m", 7, 64)
+    assert metadata["hook_name"] == "blocks.7.hook_resid_post"
+
+
+@pytest.mark.parametrize("to", formats.FORMATS)
+def test_theirs_there_and_back_says_the_same(tmp_path, to):
+    """Weights, configuration, origin and scale, by way of a folder of ours."""
+    origin = formats.Origin("org/model", 5, "blocks.5.hook_resid_pre", 128)
+    formats.export(trained(), tmp_path / "theirs", to=to, scale=0.25, origin=origin, **rule_for(to))
+    assert main(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 0
+    inference = [text for name, value in rule_for(to).items() for text in (f"--{name}", value)]
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "again"), "--to", to, *inference]) == 0
+    assert same_files(tmp_path / "theirs", tmp_path / "again", [*FILES[to], "sampled_sae.safetensors"])
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "moved"), "--to", "saelens", "--layer", "6"]) == 0
+    assert config_of(tmp_path / "moved", "saelens")["metadata"]["hook_name"] == "blocks.6.hook_resid_post"
+
+
+def test_what_a_folder_says_of_its_sae_stays_true(tmp_path, capsys):
+    of_a_training(tmp_path / "sae", trained())
+    there = ["export", str(tmp_path / "sae"), str(tmp_path / "out"), "--to", "saelens"]
+    assert main(there) == 0
+    before = (tmp_path / "sae/sae.safetensors").read_bytes()
+    assert main(["import", str(tmp_path / "out"), str(tmp_path / "sae")]) == 1
+    assert "sae: holds run.json of an SAE that was trained there" in capsys.readouterr().err
+    assert (tmp_path / "sae/sae.safetensors").read_bytes() == before
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/checkpoint.pt").write_bytes(b"")
+    assert main(["import", str(tmp_path / "out"), str(tmp_path / "begun")]) == 1
+    assert "begun: holds checkpoint.pt of an SAE that was trained there" in capsys.readouterr().err
+    (tmp_path / "sae/run.json").write_text("{}")
+    assert main(there) == 1
+    assert "run.json: activations=None: must say what the SAE was trained on" in capsys.readouterr().err
+    (tmp_path / "sae/run.json").rename(tmp_path / "sae/origin.json")
+    (tmp_path / "sae/origin.json").write_text('{"hook": 3}')
+    assert main(there) == 1
+    assert "origin.json: " in capsys.readouterr().err
+
+
+def test_errors_of_the_commands_exit_with_1(tmp_path, capsys):
+    trained().save_pretrained(tmp_path / "sae")
+    out = tmp_path / "out"
+    assert main(["export", str(tmp_path / "sae"), str(out), "--to", "sparsify"]) == 1
+    assert "(--inference topk)" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "sae"), str(out), "--to", "sparsify", "--inference", "topk", "--k", "3"]) == 0
+    assert main(["import", str(out), str(out)]) == 1
+    assert "holds an SAE in the format 'sparsify'" in capsys.readouterr().err
+    assert main(["import", str(tmp_path / "nothing"), str(tmp_path / "b")]) == 1
+    assert "no SAE in a known format" in capsys.readouterr().err
+    assert main(["import", str(out), str(tmp_path / "b"), "--from", "saelens"]) == 1
+    assert "sae_weights.safetensors: no such file" in capsys.readouterr().err
+    without_extra(out)
+    assert main(["import", str(out), str(tmp_path / "b"), "--scale", "2", "--k", "5"]) == 0
+    assert SampledSAE.from_pretrained(tmp_path / "b").cfg.k == 5
+    assert torch.equal(SampledSAE.from_pretrained(tmp_path / "b").b_dec, trained().b_dec * 2)
+
+
+def test_the_installed_command(tmp_path):
+    trained().save_pretrained(tmp_path / "sae")
+    folders = [tmp_path / "sae", tmp_path / "out"]
+    command = [sys.executable, "-m", "sampled_sae", "export", *folders, "--to", "dictionary_learning"]
+    done = subprocess.run([*command, "--threads", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "out/ae.pt") in done.stdout
+    assert formats.load(tmp_path / "out").cfg == trained().cfg

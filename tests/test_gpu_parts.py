@@ -10,9 +10,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from benchmarks.kernels import race
+
 from benchmarks.gpu_parts import compiling, kernels, peers, score, steps, summary, tunable, tuning, visit
 from benchmarks.gpu_parts.visit import Visit
-from benchmarks.kernels import race
 from benchmarks.workloads import REHEARSAL
 from sampled_sae.kernels import configs
 

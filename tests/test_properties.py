@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from makers import problem
 
@@ -16,7 +16,8 @@ from sampled_sae.impl.torch.pool import largest_mask, nth_largest
 from sampled_sae.support.argument_checks import SCORES
 from sampled_sae.testing import whole_numbers
 
-quick = settings(max_examples=60, deadline=None)
+# No clock: neither how long an example takes nor how long one takes to make.
+quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 levels = st.sampled_from([0.0, 0.5, 1.0, 1.0, 3.0])
 
 

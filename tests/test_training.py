@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -168,29 +167,49 @@ def test_widths_and_sizes_that_do_not_fit(store, tmp_path):
         TrainConfig(lr=-1)
 
 
-def test_a_killed_process_leaves_a_checkpoint_from_which_the_run_is_completed(tmp_path):
+# The command line of a process that sends itself SIGKILL: right before step 33, or with the checkpoint of step 40
+# written but not yet in place.
+DIES = {
+    "in a step": """
+from sampled_sae.training.batches import ShuffledStream
+whole = ShuffledStream.batch
+def batch(stream, t):
+    if t == 33:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(stream, t)
+ShuffledStream.batch = batch
+""",
+    "in a save": """
+replace = os.replace
+def dies(source, target):
+    saves.append(target) if target.name == "checkpoint.pt" else None
+    if len(saves) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(source, target)
+saves, os.replace = [], dies
+""",
+}
+
+
+@pytest.mark.parametrize("when", DIES)
+def test_a_killed_process_leaves_a_checkpoint_from_which_the_run_is_completed(tmp_path, when):
     folder = write_store(tmp_path / "activations")
     out = tmp_path / "run"
-    steps = 800
+    steps = 60
+    code = f"import os, signal, sys\n{DIES[when]}\nfrom sampled_sae.cli import main\nsys.exit(main(sys.argv[1:]))"
     command = [
-        *[sys.executable, "-m", "sampled_sae", "train", str(folder), str(out), "--features", "96", "--k", "3"],
+        *[sys.executable, "-c", code, "train", str(folder), str(out), "--features", "96", "--k", "3"],
         *["--l", "2", "--steps", str(steps), "--batch-size", "64", "--checkpoint-every", "20", "--quiet"],
         *["--threads", str(torch.get_num_threads())],  # sums are equal to the bit at equal threads
     ]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (out / CHECKPOINT).exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     config = SampledSAEConfig(d_in=D, d_sae=96, k=3.0, l=2.0)
     train = TrainConfig(steps=steps, batch_size=64, checkpoint_every=20)
     store = ActivationStore.open(folder)
     resumed = Trainer(config, train, store, out)
-    assert resumed.step >= 20
-    assert resumed.step % 20 == 0
+    assert resumed.step == 20
     whole = Trainer(config, train, store, tmp_path / "whole").run(progress=False)
     assert same_weights(resumed.run(progress=False), whole)
 

@@ -68,11 +68,7 @@ class Case:
         aligned = [n for n in aligned if types[n] != "constexpr" and n not in self.unaligned]
         attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
         source = ASTSource(self.kernel, {n: types[n] for n in names}, constexprs, attrs)
-        options = {
-            "num_warps": self.config.num_warps,
-            "num_stages": self.config.num_stages,
-            "enable_fp_fusion": True,
-        }
+        options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages, "enable_fp_fusion": True}
         return triton.compile(source, target=target, options=options)
 
 

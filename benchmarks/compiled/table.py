@@ -21,10 +21,7 @@ def compiled(arch: str, only: str | None = None) -> dict[str, dict[str, int | bo
         if only is None or path.stem == only:
             module = importlib.import_module(f"benchmarks.compiled.cases.{path.stem}")
             for name, case in module.cases(arch).items():
-                found[f"{path.stem}: {name}"] = {
-                    **resources(case.compile(arch), arch),
-                    "wants matrix": case.matrix,
-                }
+                found[f"{path.stem}: {name}"] = {**resources(case.compile(arch), arch), "wants matrix": case.matrix}
     return found
 
 

@@ -7,6 +7,8 @@ import importlib
 import os
 from pathlib import Path
 
+MODULES = {"ceilings": "operations", "score": "operations", "kernels": "operations", "peers": "steps"}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -20,7 +22,7 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     from benchmarks.gpu_parts.visit import Visit
 
-    part = importlib.import_module(f"benchmarks.gpu_parts.{args.part}")
+    part = importlib.import_module(f"benchmarks.gpu_parts.{MODULES.get(args.part, args.part)}")
     part.run(Visit(args.part, args.out, args.seconds, args.rehearse))
 
 

@@ -15,7 +15,7 @@ if INTERPRETER:
     CHUNK_FILTER = (Config({"BT": 4, "BF": 64}),)
     SEGMENT_SUM = (Config({"BE": 8, "BD": 16, "PIECE": 32}),)
     ENTRY_DOTS = (Config({"BE": 4, "BD": 16}),)
-    RADIX = (Config({"BLOCK": 128, "CHUNKS": 4}),)
+    RADIX = (Config({"BLOCK": 128, "SPANS": 4}),)
     WARPS = (2,)
     ADAM_SHAPES = ((128, 1),)
 else:
@@ -52,7 +52,7 @@ else:
         Config({"BE": e, "BD": d}, num_warps=w) for e, d, w in ((4, 256, 4), (16, 256, 4), (8, 512, 4), (8, 256, 8))
     )
     RADIX = tuple(
-        Config({"BLOCK": b, "CHUNKS": c}, num_warps=w)
+        Config({"BLOCK": b, "SPANS": c}, num_warps=w)
         for b, c, w in ((1024, 2048, 4), (2048, 1024, 8), (4096, 1024, 8), (4096, 2048, 16))
     )
     WARPS = (1, 2, 4, 8, 16)

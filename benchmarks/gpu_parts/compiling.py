@@ -47,10 +47,10 @@ def compile_all(visit: Visit, make: Make, cases: Sequence[tuple[Any, ...]]) -> N
         if process.is_alive():
             process.kill()
             process.join()
-            visit.add({"name": "compiling", "note": "a process was stopped: its last compilation took too long"})
+            visit.add({"name": "compiling", "reason": "a process was stopped: its last compilation took too long"})
         elif process.exitcode:
-            visit.add({"name": "compiling", "note": f"a process died with exit code {process.exitcode}"})
-        visit.add(*({"name": f"compiling {name}", "note": why} for name, why in received(receiver)))
+            visit.add({"name": "compiling", "reason": f"a process died with exit code {process.exitcode}"})
+        visit.add(*({"name": f"compiling {name}", "reason": why} for name, why in received(receiver)))
 
 
 def received(receiver: Connection) -> Iterator[tuple[str, str]]:

@@ -10,11 +10,10 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-from benchmarks.gpu_parts.visit import Row, Visit
+from benchmarks.gpu_parts.visit import Visit
+from benchmarks.measure import ROOT, Row
 
-ROOT = Path(__file__).parents[2]
 LEFT_OUT = ("-k", "not memory_checker")
 PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--color=no", *LEFT_OUT)
 # Most of the time is compilation on the CPU. Tests at real sizes need the GPU's memory for themselves.

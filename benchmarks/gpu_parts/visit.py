@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +16,10 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.measure import machine
-from benchmarks.peer_steps import BATCHES
-from benchmarks.peers import DISTRIBUTIONS
-from benchmarks.workloads import GPU_STEPS, REHEARSAL, Workload, activations
+from benchmarks.measure import PEERS, Row, machine
+from benchmarks.worker import one_line
+from benchmarks.workloads import GPU_STEPS, REHEARSAL, Workload
 from sampled_sae.support.atomic_files import write_json, write_text
-
-Row = dict[str, Any]
 
 # Linux: which NVIDIA driver is loaded
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -60,10 +56,6 @@ class Visit:
         return REHEARSAL if self.rehearse else GPU_STEPS
 
     @property
-    def rounds(self) -> int:
-        return 1 if self.rehearse else 15
-
-    @property
     def left(self) -> float:
         """Seconds until the part should end; without end in a rehearsal, which must see everything."""
         return float("inf") if self.rehearse else self.seconds - (time.perf_counter() - self._start)
@@ -85,30 +77,25 @@ class Visit:
             writer.writerows(self.rows)
             write_text(self.out / f"{self.part}.csv", text.getvalue())
 
-    def attempt(
-        self, row: Row, measure: Callable[..., Iterable[Row]], *args: Any, least: float = 1.0, reason: str = "note"
-    ) -> bool:
-        """Adds the rows that `measure(*args)` finds, or `row` with the reason why there are none; whether it came
-        through.
+    def attempt(self, row: Row, measure: Callable[..., Iterable[Row]], *args: Any, least: float = 1.0) -> None:
+        """Adds the rows that `measure(*args)` finds, or `row` with the reason why there are none.
 
         It is not begun where less than `least` seconds are left.
         """
         if self.left < least:
-            self.add({**row, reason: "no time left"})
-            return False
+            self.add({**row, "reason": "no time left"})
+            return
         try:
             self.release()
             self.add(*measure(*args))
         except Exception as error:
-            self.add({**row, reason: failure(error)})
-            return False
-        return True
+            self.add({**row, "reason": failure(error)})
 
     @cached_property
     def head(self) -> Row:
         """Of the JSON: device, versions, date and command, as `benchmarks.measure.machine` has them, and more."""
         return {
-            **machine(self.device, DISTRIBUTIONS),
+            **machine(self.device, PEERS),
             "device": "rehearsal, no GPU" if self.rehearse else torch.cuda.get_device_name(),
             "triton": triton.__version__,
             "cuda": torch.version.cuda,
@@ -131,20 +118,4 @@ def driver() -> str | None:
 
 def failure(error: Exception) -> str:
     """In one line for a row."""
-    return " ".join(f"FAILED: {type(error).__name__}: {error}".split())[:LONGEST_REASON]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def batches(w: Workload, device: str) -> Iterator[torch.Tensor]:
-    """Several, over and over: a threshold guessed from the last one is as good as in training, not perfect."""
-    return itertools.cycle([activations(w, seed).to(device) for seed in range(BATCHES)])
-
-
-def operands(w: Workload, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random x [B, d] and W [F, d]."""
-    generator = torch.Generator(device).manual_seed(1)
-    x, W = (torch.randn(n, w.d, generator=generator, device=device) for n in (w.B, w.F))
-    return x.to(dtype), (W / w.d**0.5).to(dtype)
+    return f"FAILED: {one_line(error)}"[:LONGEST_REASON]

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import version
 from benchmarks.peers.candidate import Candidate, Setup, Weights, initial_weights
 
-__all__ = [
-    "CANDIDATES",
-    "DISTRIBUTIONS",
-    "Candidate",
-    "Entry",
-    "Setup",
-    "Weights",
-    "initial_weights",
-    "installed",
-    "make",
-    "ours",
-]
+__all__ = ["CANDIDATES", "Entry", "Setup", "Weights", "initial_weights", "installed", "make", "ours", "plain"]
 
 BATCH: dict[str, Any] = {"l": None}
 TOKEN: dict[str, Any] = {"l": None, "select": "token"}
@@ -34,17 +24,32 @@ class Entry:
         module, options: module of this package, and what its `Library` class is made with.
         rule: of the SampledSAEConfig that computes the same codes.
         distribution: the package that has to be installed; None for none.
+        steps: steps in one sample, whose mean is taken.
+        beside: another candidate, of whose time this one's is given as a multiple too.
+        tree: folder with another revision of this repository, which its process imports.
+        graph: the step is captured as a CUDA graph.
     """
 
     module: str
     rule: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
     distribution: str | None = None
+    steps: int = 1
+    beside: str | None = None
+    tree: Path | None = None
+    graph: bool = False
 
 
-def ours(mode: str = "dense", **rule: Any) -> Entry:
-    codes = {name: rule[name] for name in ("l", "select") if name in rule}
-    return Entry("ours", codes, {"mode": mode, "rule": rule})
+def ours(optimizer: str = "dense", form: str | None = None, **rule: Any) -> Entry:
+    """Our step: RowAdam in this mode, or "Adam"; `form` forces "block" or "entries" for the pool."""
+    codes = {name: rule[name] for name in ("l", "select", "score_tokens") if name in rule}
+    options = {"optimizer": optimizer, "form": form, "rule": rule}
+    return Entry("ours", codes, options, steps=rule.get("pool_every", 1))
+
+
+def plain(compiled: bool = False, **rule: Any) -> Entry:
+    """Plain PyTorch under the same rule."""
+    return Entry("plain", rule, {"compiled": compiled, **rule})
 
 
 CANDIDATES = {
@@ -58,23 +63,16 @@ CANDIDATES = {
     "overcomplete BatchTopK": Entry("overcomplete", BATCH, {}, "overcomplete"),
     "sparsify TopK": Entry("sparsify", TOKEN, {"optimizer": "signum"}, "eai-sparsify"),
     "sparsify TopK, Adam": Entry("sparsify", TOKEN, {"optimizer": "adam"}, "eai-sparsify"),
-    "eager PyTorch BatchTopK": Entry("plain", BATCH, {"compiled": False}),
-    "torch.compile BatchTopK": Entry("plain", BATCH, {"compiled": True}),
+    "eager PyTorch BatchTopK": plain(**BATCH),
+    "torch.compile BatchTopK": plain(compiled=True, **BATCH),
 }
-DISTRIBUTIONS = ("sae-lens", "dictionary-learning", "overcomplete", "eai-sparsify")
 
 
-def installed(candidate: str | Entry) -> bool:
+def installed(entry: Entry) -> bool:
     """Whether the library behind a candidate is there."""
-    distribution = entry_of(candidate).distribution
-    return distribution is None or version(distribution) is not None
+    return entry.distribution is None or version(entry.distribution) is not None
 
 
-def make(candidate: str | Entry, setup: Setup, weights: Weights) -> Candidate:
-    """One of CANDIDATES by its name, or another entry, with these initial weights; imports its library."""
-    entry = entry_of(candidate)
+def make(entry: Entry, setup: Setup, weights: Weights) -> Candidate:
+    """With these initial weights; imports its library."""
     return import_module(f"{__name__}.{entry.module}").Library(setup, weights, **entry.options)
-
-
-def entry_of(candidate: str | Entry) -> Entry:
-    return CANDIDATES[candidate] if isinstance(candidate, str) else candidate

@@ -25,7 +25,7 @@ class Setup:
         B, d, F, k: tokens a batch, width, features, active features a token.
         lr, warm_up: Adam's learning rate and the steps over which it rises; constant from then on.
         dead_after: tokens without being selected after which a feature is dead.
-        device: "cpu" in float32, or "cuda" in bfloat16 autocast.
+        device, dtype: where, and "float32" or "bfloat16" for products under autocast.
     """
 
     B: int
@@ -36,18 +36,19 @@ class Setup:
     warm_up: int = 0
     dead_after: int = 10_000_000
     device: str = "cpu"
+    dtype: str = "float32"
 
     def lr_at(self, step: int) -> float:
         """lr of step 0, 1, ..."""
         return self.lr * min(1.0, (step + 1) / max(1, self.warm_up))
 
     def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.device != "cpu")
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """An SAE as relu((x - b_dec) W_enc^T + b_enc) and c W_dec + b_dec; float32, on the CPU.
+    """An SAE as relu((x - b_dec) W_enc^T + b_enc) and c W_dec + b_dec; float32.
 
     W_enc, W_dec [F, d]; b_enc [F]; b_dec [d].
     """
@@ -59,7 +60,7 @@ class Weights:
 
     @classmethod
     def copied(cls, *tensors: Tensor) -> Weights:
-        """Of a library's own tensors, in the order of the fields."""
+        """Of a library's own tensors, in the order of the fields; on the CPU."""
         return cls(*(t.detach().float().cpu().clone(memory_format=torch.contiguous_format) for t in tensors))
 
     def folded(self) -> Weights:
@@ -83,20 +84,25 @@ class Weights:
         return sae
 
     def sae(self, k: float, **rule: Any) -> SampledSAE:
-        """A SampledSAE of these weights."""
+        """A SampledSAE of these weights, where they are."""
         F, d = self.W_dec.shape
-        return self.copy_to(SampledSAE(SampledSAEConfig(d_in=d, d_sae=F, k=k, **rule)))
+        return self.copy_to(SampledSAE(SampledSAEConfig(d_in=d, d_sae=F, k=k, **rule), device=self.W_dec.device))
 
 
 def initial_weights(setup: Setup, b_dec: Tensor | None = None) -> Weights:
-    """Unit decoder rows, tied encoder, no encoder bias; b_dec is zero unless given."""
-    rows = torch.randn(setup.F, setup.d, generator=torch.Generator().manual_seed(0))
+    """Unit decoder rows, tied encoder, no encoder bias; b_dec is zero unless given. On the setup's device."""
+    device = setup.device
+    rows = torch.randn(setup.F, setup.d, generator=torch.Generator(device).manual_seed(0), device=device)
     rows = torch.nn.functional.normalize(rows, dim=1)
-    return Weights(rows.clone(), torch.zeros(setup.F), rows, torch.zeros(setup.d) if b_dec is None else b_dec)
+    b_dec = torch.zeros(setup.d, device=device) if b_dec is None else b_dec.to(device)
+    return Weights(rows.clone(), torch.zeros(setup.F, device=device), rows, b_dec)
 
 
 class Candidate(ABC):
     """One SAE in training."""
+
+    setup: Setup
+    steps = 0
 
     @abstractmethod
     def step(self, x: Tensor) -> Tensor | float:
@@ -108,3 +114,9 @@ class Candidate(ABC):
     @abstractmethod
     def weights(self) -> Weights:
         """As they are now."""
+
+    def set_lr(self, optimizer: torch.optim.Optimizer) -> None:
+        """That of the next step, by the setup's warm-up."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.setup.lr_at(self.steps)
+        self.steps += 1

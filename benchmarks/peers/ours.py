@@ -1,36 +1,63 @@
-"""SampledSAE with RowAdam on row gradients."""
+"""SampledSAE with RowAdam on row gradients, or with torch's fused Adam on dense ones.
+
+Imports what users import, and nothing else without being asked: the package may be that of another revision.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.peers.candidate import Candidate, Setup, Weights
 from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig
 
+CLIP = 1.0
+
 
 class Library(Candidate):
-    def __init__(self, setup: Setup, weights: Weights, mode: str, rule: dict[str, Any]) -> None:
-        self.setup = setup
+    def __init__(self, setup: Setup, weights: Weights, optimizer: str, form: str | None, rule: dict[str, Any]) -> None:
+        self.setup, self.dense = setup, optimizer == "Adam"
         cfg = SampledSAEConfig(
-            d_in=setup.d, d_sae=setup.F, k=setup.k, dead_after=setup.dead_after, row_grads=True, **rule
+            d_in=setup.d, d_sae=setup.F, k=setup.k, dead_after=setup.dead_after, row_grads=not self.dense, **rule
         )
         self.sae = weights.copy_to(SampledSAE(cfg, device=setup.device))
-        self.optimizer = RowAdam(self.sae, lr=setup.lr, mode=mode)
-        self.steps = 0
+        if self.dense:
+            on_gpu = setup.device != "cpu"
+            self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
+                self.sae.parameters(), lr=setup.lr, fused=True, capturable=on_gpu
+            )
+        else:
+            self.optimizer = RowAdam(self.sae, lr=setup.lr, clip=CLIP, mode=optimizer)
+        if form is not None:
+            from sampled_sae.impl.torch import layer
+
+            layer.use_block = lambda *_: form == "block"
+
+    def forward_backward(self, x: Tensor) -> None:
+        """A step without its optimizer."""
+        self._backward(x)
+        self.optimizer.zero_grad()
 
     def step(self, x: Tensor) -> Tensor:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.setup.lr_at(self.steps)
-        with self.setup.autocast():
-            out = self.sae(x)
-        out.loss.backward()
+        self.set_lr(self.optimizer)
+        mse = self._backward(x)
+        if self.dense:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), CLIP)
+            self.sae.project_decoder_grad()
         self.optimizer.step()
+        if self.dense:
+            self.sae.normalize_decoder()
         self.optimizer.zero_grad()
-        self.steps += 1
-        return out.mse.detach()
+        return mse
 
     def weights(self) -> Weights:
         sae = self.sae
         return Weights.copied(sae.W_enc.t(), sae.b_enc, sae.W_dec, sae.b_dec)
+
+    def _backward(self, x: Tensor) -> Tensor:
+        with self.setup.autocast():
+            out = self.sae(x)
+        out.loss.backward()
+        return out.mse.detach()

@@ -46,11 +46,9 @@ class Library(Candidate):
             self.sae.encoder.bias.copy_(weights.b_enc)
             self.sae.dictionary._weights.copy_(weights.W_dec)
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=setup.lr)
-        self.steps = 0
 
     def step(self, x: Tensor) -> Tensor:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.setup.lr_at(self.steps)
+        self.set_lr(self.optimizer)
         errors = []
 
         def criterion(x: Tensor, x_hat: Tensor, pre_codes: Tensor, codes: Tensor, dictionary: Tensor) -> Tensor:
@@ -58,17 +56,9 @@ class Library(Candidate):
             errors.append(mse.detach() * self.setup.d)
             return mse
 
+        once = {"nb_epochs": 1, "monitoring": 0, "device": self.setup.device}
         with self.setup.autocast():
-            train_sae(
-                self.sae,
-                [x - self.centre],
-                criterion,
-                self.optimizer,
-                nb_epochs=1,
-                monitoring=0,
-                device=self.setup.device,
-            )
-        self.steps += 1
+            train_sae(self.sae, [x - self.centre], criterion, self.optimizer, **once)
         return errors[0]
 
     def weights(self) -> Weights:

@@ -23,7 +23,7 @@ def trainer_config(setup: Setup, steps: int) -> SAETrainerConfig:
         lr_end=setup.lr,
         lr_warm_up_steps=setup.warm_up,
         device=setup.device,
-        autocast=setup.device != "cpu",
+        autocast=setup.dtype == "bfloat16",
         dead_feature_window=max(1, setup.dead_after // setup.B),
     )
 

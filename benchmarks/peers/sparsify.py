@@ -41,12 +41,10 @@ class Library(Candidate):
             self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=setup.lr)
         self.idle = torch.zeros(setup.F, dtype=torch.int64, device=setup.device)
         self.fired = torch.zeros(setup.F, dtype=torch.bool, device=setup.device)
-        self.steps = 0
 
     def step(self, x: Tensor) -> Tensor:
         if not self.schedule_free:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.setup.lr_at(self.steps)
+            self.set_lr(self.optimizer)
         self.sae.set_decoder_norm_to_unit_norm()
         variance = (x - x.mean(0)).pow(2).sum()
         out = self.sae(x, total_variance=variance)
@@ -58,7 +56,6 @@ class Library(Candidate):
         self.idle += len(x)
         self.idle[self.fired] = 0
         self.fired.zero_()
-        self.steps += 1
         return out.fvu.detach() * variance / len(x)
 
     def weights(self) -> Weights:

@@ -41,7 +41,7 @@ def add(command: Command) -> None:
         help="the SAE was trained on activations times this: fold it in; that of the training when absent, 1 for none",
     )
     scale.add_argument(
-        "--activations", type=Path, default=None, help="folder written by harvest, whose scale is folded in"
+        "--activations", type=Path, default=None, help="folder of the activations, whose scale is folded in"
     )
     p.add_argument("--model-name", default=None, help="recorded; that of the training when absent")
     p.add_argument("--layer", type=int, default=None, help="recorded; that of the training when absent")

@@ -56,4 +56,5 @@ def harvest(args: argparse.Namespace) -> None:
         progress=not args.quiet,
     )
     tokens = sum(shard["tokens"] for shard in manifest["shards"])
-    print(f"{tokens} training tokens, {manifest['holdout']['tokens']} held out, in {args.out}")
+    held_out = manifest["holdout"]["tokens"] if manifest["holdout"] else 0
+    print(f"{tokens} training tokens, {held_out} held out, in {args.out}")

@@ -18,10 +18,12 @@ from ..training.train_config import TrainConfig
 from ..training.trainer import Trainer
 from .arguments import Command, model_arguments, pool_multiplier
 
+SPLICE_ROWS = 16
+
 
 def add(command: Command) -> None:
-    p = command("train", train, "Train one SAE on harvested activations; resumes from the folder's checkpoint.")
-    p.add_argument("activations", type=Path, help="folder written by harvest")
+    p = command("train", train, "Train one SAE on stored activations; resumes from the folder's checkpoint.")
+    p.add_argument("activations", type=Path, help="folder written by harvest or ActivationStore.write")
     p.add_argument("out", type=Path, help="folder for checkpoint, metrics and the SAE")
     _sae_arguments(p)
     p.add_argument("--l", type=pool_multiplier, default=4.0, help="pool multiplier, or none for BatchTopK / TopK")
@@ -32,12 +34,12 @@ def add(command: Command) -> None:
 
     p = command("evaluate", run_evaluate, "Evaluate a trained SAE on held-out activations and in the model.")
     p.add_argument("sae", type=Path, help="folder of a trained SAE; evaluation.json is written there")
-    p.add_argument("activations", type=Path, help="folder written by harvest, with holdout rows")
+    p.add_argument("activations", type=Path, help="folder of activations with a held-out part")
     p.add_argument("--batch-size", type=int, default=2048, help="tokens a batch")
     _splice_arguments(p)
 
     p = command("sweep", sweep, "Train over l, scores and seeds at equal k, evaluate at equal L0, compare.")
-    p.add_argument("activations", type=Path, help="folder written by harvest, with holdout rows")
+    p.add_argument("activations", type=Path, help="folder of activations with a held-out part")
     p.add_argument("out", type=Path, help="folder for the runs, results.csv, results.md, report.md and plots")
     _sae_arguments(p)
     p.add_argument("--ls", type=_list(pool_multiplier), default=[1.0, 2.0, 4.0, 16.0, None], help="comma-separated")
@@ -58,7 +60,13 @@ def _list(kind: Any) -> Any:
 
 
 def _splice_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--splice-rows", type=int, default=16, help="held-out rows for spliced cross-entropy; 0: none")
+    p.add_argument(
+        "--splice-rows",
+        type=int,
+        default=None,
+        help=f"held-out rows for spliced cross-entropy, 0 for none; {SPLICE_ROWS} when absent, none for activations "
+        "without text",
+    )
     model_arguments(p)
 
 
@@ -164,11 +172,14 @@ def sweep(args: argparse.Namespace) -> None:
 
 def _splice(args: argparse.Namespace, store: ActivationStore) -> Splice | None:
     """The function that measures spliced cross-entropy, with the clean and ablated runs done once."""
-    if args.splice_rows == 0:
+    count = args.splice_rows
+    if count is None:
+        count = SPLICE_ROWS if store.has_text else 0
+    if count == 0:
         return None
+    rows = store.holdout_rows()[:count]
     from ..lm import SpliceEvaluator, load_model
 
-    rows = store.holdout()[1][: args.splice_rows]
     model, _ = load_model(args.model, args.cache)
     evaluator = SpliceEvaluator(
         model, rows, store.manifest["layer"], scale=store.scale, max_norm=store.manifest["max_norm"]
@@ -187,9 +198,11 @@ def _plots(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def _report(rows: list[dict[str, Any]], args: argparse.Namespace, store: ActivationStore, plots: list[Path]) -> str:
-    m = store.manifest
+    about = store.manifest
+    what = f"layer {about['layer']} of {about['model']}" if "model" in about else "activations"
+    where = about.get("source") or store.folder.name
     heading = (
-        f"# Sampled-SAE on layer {m['layer']} of {m['model']}, {m['source']}\n\n"
+        f"# Sampled-SAE on {what}, {where}\n\n"
         f"d_in={store.d_in}, d_sae={args.features}, k={args.k:g}; {args.steps} steps of {args.batch_size} tokens from "
         f"{sum(store.tokens)} distinct training tokens; evaluated on {rows[0]['tokens']} held-out tokens with the "
         f"threshold calibrated to L0 = k on training activations, so all rows are at equal L0.\n\n"

@@ -24,8 +24,8 @@ from ..support.atomic_files import read_json
 from . import dictionary_learning, saelens, sparsify
 from .origin import Origin
 from .portable import RULES, PortableSAE, Say, plain_number, silent
-from .supplement import FILE as EXTRA_FILE
-from .supplement import Extra
+from .supplement import FILE as SUPPLEMENT_FILE
+from .supplement import Supplement
 
 __all__ = ["FORMATS", "INFERENCE", "Loaded", "Origin", "PortableSAE", "detect", "export", "load", "read"]
 
@@ -101,10 +101,10 @@ def export(
     packed = peer.unpack(tensors, config, path)
     if k is not None and packed.k != k:
         raise ValueError(f"k={k!r}: {to} has no place for it beside a threshold; leave it out or export for topk")
-    extra = Extra.of(sae, packed, scale, origin)
+    supplement = Supplement.of(sae, packed, scale, origin)
     peer.write(path, tensors, config)
-    extra.write(path)
-    return [path / name for name in (peer.WEIGHTS, peer.CONFIG, EXTRA_FILE)]
+    supplement.write(path)
+    return [path / name for name in (peer.WEIGHTS, peer.CONFIG, SUPPLEMENT_FILE)]
 
 
 def load(
@@ -148,7 +148,9 @@ def read(
     rescale_features: bool = False,
     say: Say = silent,
 ) -> Loaded:
-    """`load`, with what else `export` takes: `export(loaded.sae, ..., scale=loaded.scale, origin=loaded.origin)`."""
+    """`load`, and what `export` takes to write the SAE again:
+    `export(loaded.sae, ..., scale=loaded.scale, origin=loaded.origin)`.
+    """
     path = Path(folder)
     peer = PEERS[_format_of(path, format)]
     if scale is not None:
@@ -156,16 +158,16 @@ def read(
     tensors, described = peer.read(path)
     portable = peer.unpack(tensors, described, path, say)
     origin = peer.origin(described)
-    extra = Extra.read(path)
-    if extra is not None and extra.fingerprint != portable.fingerprint():
-        say(f"{EXTRA_FILE} is of other weights than {peer.WEIGHTS} and is left aside")
-        extra = None
+    supplement = Supplement.read(path)
+    if supplement is not None and supplement.fingerprint != portable.fingerprint():
+        say(f"{SUPPLEMENT_FILE} is of other weights than {peer.WEIGHTS} and is left aside")
+        supplement = None
     recorded: float | None
-    if extra is not None:
-        scale = extra.scale if scale is None else scale
-        config, recorded = extra.config, extra.config.k
-        state = extra.state(portable, scale)
-        origin = origin.filled_by(extra.origin)
+    if supplement is not None:
+        scale = supplement.scale if scale is None else scale
+        config, recorded = supplement.config, supplement.config.k
+        state = supplement.state(portable, scale)
+        origin = origin.filled_by(supplement.origin)
         say("configuration and training state are those that were exported")
     else:
         scale = 1.0 if scale is None else scale

@@ -1,4 +1,4 @@
-"""What a peer's files may say besides weights and rule: what the SAE reads, and how it was trained."""
+"""What a peer's files may say besides weights and rule: which activations the SAE reads, how it was trained."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 from ..config import SampledSAEConfig
 
-# Of the weights, of the file's own rule, or of the machine it was trained on.
+# These come from the weights, from the file's own rule, or from the machine.
 NOT_OF_THE_TRAINING = ("d_in", "d_sae", "k", "apply_b_dec_to_input", "impl")
 TRAINING_FIELDS = tuple(f.name for f in fields(SampledSAEConfig) if f.name not in NOT_OF_THE_TRAINING)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What the SAE reads, as far as it is known: the peers' files have places for it.
+    """Which activations the SAE reads, as far as it is known; recorded where a peer's files have a place for it.
 
     Args:
-        model_name: of the language model.
-        layer: block whose output is read, from 0.
-        hook_name: in TransformerLens' words; that of the residual stream after `layer` when absent.
+        model_name: name of the language model.
+        layer: index of the block whose output is read, from 0.
+        hook_name: TransformerLens' name of the place; when absent, that of the residual stream after `layer`.
         context_size: tokens a row of the texts.
     """
 
@@ -37,13 +37,13 @@ class Origin:
         return f"blocks.{self.layer}.hook_resid_post"
 
     def filled_by(self, other: Origin) -> Origin:
-        """What is not known here is the other's."""
+        """This origin, with what it lacks taken from the other."""
         own, others = vars(self), vars(other)
         return Origin(**{name: others[name] if value is None else value for name, value in own.items()})
 
 
 def training_fields(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Those of `values` that are a SampledSAEConfig's and outlive the training; others are not looked at.
+    """The entries of `values` that are fields of SampledSAEConfig and describe the training; others are ignored.
 
     Raises:
         ValueError: a value that a SampledSAEConfig does not take, naming the file.

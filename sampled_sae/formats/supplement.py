@@ -1,7 +1,7 @@
-"""`sampled_sae.safetensors`: what a peer's files have no place for, so that ours -> theirs -> ours is complete.
+"""`sampled_sae.safetensors`: what a peer's files have no place for, so that ours -> theirs -> ours loses nothing.
 
-The peers' loaders open their own files by name and do not see it. It counts only while the peer's files say what
-they said when it was written.
+The peers' loaders open their own files by name and ignore this one. It is used only as long as the peer's files hold
+what they held when it was written.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Extra:
-    """The SAE's configuration and state, and which files they belong to.
+class Supplement:
+    """Configuration and state of an exported SAE, and the fingerprint of the files that they belong to.
 
     Attributes:
         config: of the exported SAE.
-        scale: what the export folded in.
-        fingerprint: of the peer's files as read.
+        scale: factor of the activations that the export folded into the weights.
+        fingerprint: of what the peer's files hold.
         tensors: `threshold`, `threshold_steps`, `tokens_since_active`, and those weights that the peer's files do
             not give back bit for bit.
         origin: what the SAE reads.
@@ -50,7 +50,7 @@ class Extra:
     origin: Origin
 
     @classmethod
-    def of(cls, sae: SampledSAE, packed: PortableSAE, scale: float, origin: Origin) -> Extra:
+    def of(cls, sae: SampledSAE, packed: PortableSAE, scale: float, origin: Origin) -> Supplement:
         """For an SAE whose exported files read as `packed`."""
         tensors = {name: getattr(sae, name).detach().cpu() for name in TENSORS}
         back = packed.read_at(scale)
@@ -80,7 +80,7 @@ class Extra:
         write_atomically(folder / FILE, lambda path: save_file(tensors, path, {KEY: json.dumps(about)}))
 
     @classmethod
-    def read(cls, folder: Path) -> Extra | None:
+    def read(cls, folder: Path) -> Supplement | None:
         """None where the folder has none.
 
         Raises:
@@ -107,6 +107,6 @@ class Extra:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Also where they hold zeros of either sign."""
+    """Whether a and b are equal bit for bit: 0 and -0 differ."""
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
     return a.dtype == b.dtype and torch.equal(a.view(whole), b.view(whole))

@@ -1,30 +1,33 @@
-"""Harvest the activations of one layer into shards on disk, resumable at any moment.
+"""Harvest the activations of one layer into a store on disk, resumable at any moment.
 
-The folder holds `shard_00000.safetensors`, ... (tensor `activations` [n, d], raw), `holdout.safetensors`
-(the same for rows kept apart, and the rows themselves) and `manifest.json`. A file becomes visible only when
-whole, and counts only once the manifest lists it: a killed harvest loses at most the shard under way.
+The files are those of `sampled_sae.training.store_writer`. The manifest is written after each of them: a killed
+harvest loses at most the shard under way.
 """
 
 import hashlib
 import json
 import math
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from sampled_sae.lm.hooks import capture
 from sampled_sae.lm.models import check_layer, check_rows
-from sampled_sae.support.atomic_files import write_atomically, write_json
-from sampled_sae.training.activation_store import FORMAT, MANIFEST, VERSION
-
-HOLDOUT = "holdout.safetensors"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from sampled_sae.support.argument_checks import check_integer
+from sampled_sae.training.store_writer import (
+    DTYPES,
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    StoreWriter,
+    as_stored,
+    installed_version,
+    new_manifest,
+)
 
 
 def harvest(
@@ -77,7 +80,10 @@ def harvest(
     folder = Path(out_dir)
     check_layer(model, layer)
     check_rows(model, rows)
-    _check_settings(batch_size, rows_per_shard, dtype, compute_dtype, max_norm_ratio, holdout_rows, len(rows))
+    batch_size = check_integer("batch_size", batch_size, 1)
+    rows_per_shard = check_integer("rows_per_shard", rows_per_shard, 1)
+    holdout_rows = check_integer("holdout_rows", holdout_rows, 0)
+    _check_settings(dtype, compute_dtype, max_norm_ratio, holdout_rows, len(rows))
     model.eval()
     settings = {
         "model": str(model.name_or_path if model_name is None else model_name),
@@ -99,55 +105,34 @@ def harvest(
     manifest = _read_manifest(folder, settings)
     if manifest is None:
         manifest = _new_manifest(model, rows[:batch_size], settings)
-        write_json(folder / MANIFEST, manifest)
-    manifest["complete"] = False  # until every file has been looked at
+        StoreWriter(folder, manifest).write_manifest()
+    writer = StoreWriter(folder, manifest)
 
     train_rows = rows[: len(rows) - holdout_rows]
-    recorded = {shard["file"]: shard for shard in manifest["shards"]}
     with tqdm(total=rows.numel(), unit="token", unit_scale=True, desc="harvest", disable=not progress) as bar:
         for index, start in enumerate(range(0, len(train_rows), rows_per_shard)):
-            file = f"shard_{index:05d}.safetensors"
             shard_rows = train_rows[start : start + rows_per_shard]
-            if _is_whole(folder, recorded.get(file)):
+            if writer.has_shard(index):
                 bar.update(shard_rows.numel())
                 bar.initial = bar.n  # so that the speed shown is that of this call
                 continue
-            activations = _activations(model, shard_rows, start, manifest, bar)
-            entry = _save(folder / file, {"activations": activations})
-            entry["sum_squares"] = float(activations.double().square().sum())
-            recorded[file] = entry
-            manifest["shards"] = [recorded[name] for name in sorted(recorded)]
-            manifest["scale"] = _scale(manifest)
-            write_json(folder / MANIFEST, manifest)
-        if holdout_rows and not _is_whole(folder, manifest["holdout"]):
+            writer.write_shard(index, _activations(model, shard_rows, start, manifest, bar))
+            writer.write_manifest()
+        if holdout_rows and not writer.has_holdout():
             held = rows[len(train_rows) :]
-            activations = _activations(model, held, len(train_rows), manifest, bar)
-            entry = _save(folder / HOLDOUT, {"rows": held.contiguous(), "activations": activations})
-            manifest["holdout"] = {**entry, "rows": holdout_rows}
-    manifest["complete"] = True
-    write_json(folder / MANIFEST, manifest)
+            writer.write_holdout(_activations(model, held, len(train_rows), manifest, bar), held)
+    writer.write_manifest(complete=True)
     return manifest
 
 
-def _check_settings(
-    batch_size: int,
-    rows_per_shard: int,
-    dtype: str,
-    compute_dtype: str,
-    max_norm_ratio: float,
-    holdout_rows: int,
-    rows: int,
-) -> None:
-    for name, value in (("batch_size", batch_size), ("rows_per_shard", rows_per_shard)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+def _check_settings(dtype: str, compute_dtype: str, max_norm_ratio: float, holdout_rows: int, rows: int) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     if compute_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"compute_dtype={compute_dtype!r} must be float32 or bfloat16")
     if not (math.isfinite(max_norm_ratio) and max_norm_ratio >= 1):
         raise ValueError(f"max_norm_ratio={max_norm_ratio} must be a finite number of at least 1")
-    if not 0 <= holdout_rows < rows:
+    if holdout_rows >= rows:
         raise ValueError(f"holdout_rows={holdout_rows} must be from 0 to {rows - 1}: there are {rows} rows")
 
 
@@ -172,6 +157,8 @@ def _read_manifest(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | N
         raise ValueError(f"{path} is not a manifest of harvested activations: choose another folder") from error
     if not known:
         raise ValueError(f"{path} is not a manifest of format {FORMAT!r}, version {VERSION}")
+    if "model" not in before:
+        raise ValueError(f"{folder} holds activations that no harvest wrote: choose another folder")
     for field in sorted({*before, *settings}, key=[*settings, *before].index):
         if before.get(field) != settings.get(field):
             raise ValueError(
@@ -184,27 +171,10 @@ def _read_manifest(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | N
 def _new_manifest(model: Any, first_rows: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
     x = next(_residual_batches(model, first_rows, 0, settings))
     max_norm = settings["max_norm_ratio"] * float(x.flatten(0, 1).norm(dim=-1).median())
-    packages = ("sampled-sae", "torch", "transformers", "safetensors")
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        **{field: settings[field] for field in ("model", "layer", "context", "dtype", "source")},
-        "d_in": x.shape[-1],
-        "scale": None,
-        "max_norm": max_norm,
-        "shards": [],
-        "holdout": None,
-        "complete": False,
-        "settings": settings,
-        "versions": {package: _installed_version(package) for package in packages},
-    }
-
-
-def _installed_version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    about = {field: settings[field] for field in ("model", "layer", "context", "source")}
+    manifest = new_manifest(x.shape[-1], settings["dtype"], settings, max_norm=max_norm, **about)
+    manifest["versions"]["transformers"] = installed_version("transformers")
+    return manifest
 
 
 def _residual_batches(
@@ -232,32 +202,8 @@ def _residual_batches(
 
 def _activations(model: Any, rows: Tensor, first_row: int, manifest: dict[str, Any], bar: Any) -> Tensor:
     """The vectors [n, d] of the rows that the filter keeps, on the CPU in the stored dtype."""
-    dtype = DTYPES[manifest["dtype"]]
     kept = []
     for x in _residual_batches(model, rows, first_row, manifest["settings"], bar):
         flat = x.flatten(0, 1)
-        kept.append(flat[flat.norm(dim=-1) <= manifest["max_norm"]].to(dtype).cpu())
-    activations = torch.cat(kept)
-    if not activations.isfinite().all():
-        raise ValueError(f"dtype={manifest['dtype']!r} cannot hold these activations: use 'float32'")
-    return activations
-
-
-def _scale(manifest: dict[str, Any]) -> float:
-    tokens = sum(shard["tokens"] for shard in manifest["shards"])
-    total = math.fsum(shard["sum_squares"] for shard in manifest["shards"])
-    if total == 0:
-        raise ValueError("all activations are zero: there is no scale to normalise them with")
-    return math.sqrt(manifest["d_in"] * tokens / total)
-
-
-def _is_whole(folder: Path, entry: dict[str, Any] | None) -> bool:
-    if entry is None:
-        return False
-    path = folder / entry["file"]
-    return path.is_file() and path.stat().st_size == entry["bytes"]
-
-
-def _save(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    write_atomically(path, lambda temporary: save_file(tensors, temporary))
-    return {"file": path.name, "tokens": len(tensors["activations"]), "bytes": path.stat().st_size}
+        kept.append(as_stored(flat[flat.norm(dim=-1) <= manifest["max_norm"]], manifest["dtype"]))
+    return torch.cat(kept)

@@ -19,13 +19,15 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
 
 
-def check_integer(name: str, value: Any, least: int) -> None:
+def check_integer(name: str, value: Any, least: int) -> int:
+    """`value` as an int; whole numbers of numpy and torch are taken too."""
     try:
         whole = not isinstance(value, bool) and operator.index(value) >= least
     except TypeError:
         raise TypeError(f"{name}={value!r}: must be a whole number >= {least}") from None
     if not whole:
         raise ValueError(f"{name}={value!r}: must be a whole number >= {least}")
+    return int(operator.index(value))
 
 
 def check_device(device: torch.device | str) -> torch.device:

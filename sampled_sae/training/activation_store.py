@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..support.argument_checks import check_choice, check_integer
 from ..support.atomic_files import read_json
+from .store_writer import DTYPES, FORMAT, MANIFEST, VERSION
+from .tensor_writer import write_tensors
 
-FORMAT = "sampled-sae activations"
-VERSION = 1
-MANIFEST = "manifest.json"
+SHARD_TOKENS = 32_768
 
 
 @dataclass(frozen=True)
 class ActivationStore:
-    """A folder of activations that `sampled-sae harvest` wrote.
+    """A folder of activations that `sampled-sae harvest` or `ActivationStore.write` wrote.
 
     Attributes:
         folder, manifest: where and what; `manifest` is `manifest.json` as a dict.
@@ -30,7 +34,7 @@ class ActivationStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> ActivationStore:
-        """Reads the manifest.
+        """Opens a store by its manifest; the activations stay on disk until they are asked for.
 
         Raises:
             ValueError: no manifest, a foreign one, or a harvest that has not finished.
@@ -42,6 +46,40 @@ class ActivationStore:
         if not manifest.get("complete"):
             raise ValueError(f"{path}: the harvest has not finished; run the same harvest command again")
         return cls(Path(folder), manifest)
+
+    @classmethod
+    def write(
+        cls,
+        folder: str | Path,
+        x: Tensor | np.ndarray | Iterable[Tensor | np.ndarray],
+        holdout: int = 0,
+        shard_tokens: int = SHARD_TOKENS,
+        dtype: str | torch.dtype = "float32",
+        source: str = "",
+    ) -> ActivationStore:
+        """Makes a store from activations in memory and opens it. What fails leaves no store behind.
+
+        Args:
+            folder: made if need be; must be empty.
+            x: activations [n, d] as they are, or an iterator of chunks [m, d] of any sizes, which is never held whole;
+                float16, bfloat16, float32 or float64, on any device.
+            holdout: how many tokens, the last ones, are kept for evaluation and never trained on; held in memory.
+                Neighbours in a text are alike, so that a random choice would not be independent of the others.
+                Training shuffles by itself; shuffle x only where its end is of another kind than the rest.
+            shard_tokens: tokens a file.
+            dtype: of the files, "float32", "float16" or "bfloat16".
+            source: where the activations come from, as recorded.
+
+        Raises:
+            ValueError, TypeError: naming the argument, its value and what is allowed: NaN or inf (with the place), all
+                zero, no tokens, other shapes or dtypes, a folder that is not empty.
+        """
+        holdout = check_integer("holdout", holdout, 0)
+        shard_tokens = check_integer("shard_tokens", shard_tokens, 1)
+        name = str(dtype).removeprefix("torch.")
+        check_choice("dtype", name, tuple(DTYPES))
+        write_tensors(Path(folder), x, holdout, shard_tokens, name, source)
+        return cls.open(folder)
 
     @property
     def d_in(self) -> int:
@@ -65,7 +103,7 @@ class ActivationStore:
         """
         path = self.folder / entry["file"]
         if not path.is_file():
-            raise ValueError(f"{path}: no such file, but the manifest lists it; harvest again")
+            raise ValueError(f"{path}: no such file, but the manifest lists it; make the store again")
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise ValueError(f"{path}: corrupt, {size} bytes where the manifest says {entry['bytes']}")
@@ -84,10 +122,38 @@ class ActivationStore:
         """Normalised activations [n, d] of one shard."""
         return self.load(self.manifest["shards"][i])["activations"]
 
-    def holdout(self) -> tuple[Tensor, Tensor]:
-        """(normalised activations [n, d], token rows int64 [N, context]) never trained on."""
+    def holdout(self) -> tuple[Tensor, Tensor | None]:
+        """What is never trained on: (normalised activations [n, d], token rows int64 [N, context]).
+
+        The rows are None in a store that was made from activations without text.
+
+        Raises:
+            ValueError: the store has no held-out part.
+        """
         entry = self.manifest.get("holdout")
         if not entry:
-            raise ValueError(f"{self.folder}: harvested without holdout rows, which evaluation needs")
+            raise ValueError(
+                f"{self.folder}: has no held-out part, which evaluation needs; harvest with --holdout-rows, "
+                "or ActivationStore.write with holdout"
+            )
         tensors = self.load(entry)
-        return tensors["activations"], tensors["rows"]
+        return tensors["activations"], tensors.get("rows")
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there are held-out token rows to run a language model on."""
+        return bool((self.manifest.get("holdout") or {}).get("rows"))
+
+    def holdout_rows(self) -> Tensor:
+        """Held-out token rows, int64 [N, context].
+
+        Raises:
+            ValueError: the store has no held-out part, or one without text.
+        """
+        rows = self.holdout()[1]
+        if rows is None:
+            raise ValueError(
+                f"{self.folder}: has no token rows, being made from activations alone; evaluation in a language "
+                "model needs a store that harvest wrote"
+            )
+        return rows

@@ -1,4 +1,4 @@
-"""Batches of one store for any number of SAEs: each is fetched, moved and measured once."""
+"""Batches of a store in a shuffled order; several SAEs share them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ GROUP_BYTES = 1 << 30
 class ShuffledStream:
     """Batches of a store in an order that depends on (seed, batch number) alone.
 
-    Each epoch visits the shards in a new order, in groups of up to 1 GiB that are shuffled in memory; what is
-    left over at the end of a group (less than a batch) is dropped. There is no state to save: batch t of a
-    resumed run is batch t.
+    Each epoch visits the shards in a new order, in groups of up to 1 GiB that are shuffled in memory. The tokens
+    left at the end of a group, fewer than a batch, are dropped. A resumed run needs no saved state: it asks for
+    the batch of its step.
 
     Args:
         store: an ActivationStore.
@@ -86,8 +86,8 @@ class ShuffledStream:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + part)
 
 
-class Batch:
-    """Activations x [B, d] with what every SAE asks of them, computed when first asked."""
+class TrainingBatch:
+    """Activations x [B, d] and what several SAEs need of them, computed once, when first asked for."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
@@ -104,7 +104,9 @@ class Batch:
 
 
 class Feed:
-    """A store's shuffled batches on a device; the last one is kept, so that several SAEs share it.
+    """What training reads from: the batches of a ShuffledStream, moved to the device of the SAEs.
+
+    The last batch is kept, so that several SAEs of one process read, move and measure it once.
 
     Args:
         store: an ActivationStore.
@@ -119,14 +121,14 @@ class Feed:
         self.device = check_device(device)
         self.store = store
         self.stream = ShuffledStream(store, batch_size, seed)
-        self._last: tuple[int, Batch] | None = None
+        self._last: tuple[int, TrainingBatch] | None = None
 
-    def batch(self, t: int) -> Batch:
+    def batch(self, t: int) -> TrainingBatch:
         """Batch t of the stream."""
         if self._last is None or self._last[0] != t:
-            # A view of the stream's group of shards: kept, it would hold them beside the next group.
+            # The batch is a view of its group of shards; released first, the next group takes the memory of this one.
             self._last = None
-            self._last = t, Batch(self._moved(self.stream.batch(t)))
+            self._last = t, TrainingBatch(self._moved(self.stream.batch(t)))
         return self._last[1]
 
     def calibration(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""What an SAE is worth: reconstruction, sparsity, use of the dictionary, cost to the language model."""
+"""Metrics of an SAE on activations: reconstruction, sparsity, use of the dictionary."""
 
 from __future__ import annotations
 
@@ -17,15 +17,22 @@ HISTOGRAM_EDGES = [0.0, *(10.0 ** (e / 2) for e in range(-9, 0)), 1.0]
 
 @torch.no_grad()
 def evaluate_activations(sae: SampledSAE, x: Tensor, batch_size: int = 2048) -> dict[str, Any]:
-    """Metrics on held-out activations x [n, d_in], on the CPU, normalised as in training; the SAE may be elsewhere.
+    """Metrics on held-out activations x [n, d_in], on the CPU, normalised as in training.
 
-    Returns a dict. By the inference threshold: `fvu` (sum of squared errors over sum of squared deviations from
-    the mean), `explained_variance` (mean over dimensions of 1 - error variance / variance), `cosine`, `l0`,
-    `dead_share` (features that no token activates), `frequency_histogram` (features by the share of tokens that
-    activate them; edges in `frequency_edges`, features never active in `never_active`), `features_for_90`
-    (how many features hold 90% of the kept entries), `jaccard` (mean overlap of the feature sets of consecutive
-    batches). By the batch rule, with a pool of each batch's own: `batch_l0`, `batch_fvu`, `batch_features_for_90`,
-    `batch_jaccard`.
+    The SAE may be on another device, and is left as it was. Returns a dict:
+
+    - `tokens`: n.
+    - `fvu`: sum of squared errors over sum of squared deviations from the mean.
+    - `explained_variance`: mean over dimensions of 1 - error variance / variance.
+    - `cosine`, `l0`: means over tokens.
+    - `dead_share`, `never_active`: share and number of features that no token activates.
+    - `frequency_histogram`: numbers of features by the share of tokens that activate them, between the
+      `frequency_edges`; without features never active.
+    - `features_for_90`: how many features hold 90% of the kept entries.
+    - `jaccard`: mean overlap of the feature sets of consecutive batches.
+    - `threshold`: the inference threshold, by which the metrics above select.
+    - `batch_l0`, `batch_fvu`, `batch_features_for_90`, `batch_jaccard`: the same by the rule of training, with pool and
+      selection made for each batch.
     """
     was_training = sae.training
     state = {name: getattr(sae, name).clone() for name in ("threshold", "threshold_steps", "tokens_since_active")}
@@ -101,7 +108,7 @@ def features_for_share(counts: Tensor, share: float) -> int:
 
 
 def reconstruct_with(sae: SampledSAE) -> Callable[[Tensor], Tensor]:
-    """x [n, d_in] -> reconstruction by the threshold, as `sampled_sae.lm.splice` asks for."""
+    """The function x [n, d_in] -> reconstruction by the threshold, for `sampled_sae.lm.SpliceEvaluator.evaluate`."""
 
     @torch.no_grad()
     def reconstruct(x: Tensor) -> Tensor:

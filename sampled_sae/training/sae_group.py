@@ -17,18 +17,17 @@ from .training_run import TrainingRun, train_to_end
 class SAEGroup:
     """Trains a SampledSAE for each of several configs in one process.
 
-    They share each batch (read, shuffled, moved to the device once), its variance, the geometric median
-    that b_dec starts from and the tokens that calibrate the thresholds; not the encoder product. Each has the
-    folder `folder`/name with the files that `Trainer` writes, and comes out equal bit for bit to what `Trainer`
-    makes of the same config, TrainConfig and store. A group holds the weights and the optimizer state of all its
-    members at once.
+    The members share each batch (read, shuffled and moved to the device once), its variance, the geometric median
+    that b_dec starts from, and the tokens that calibrate the thresholds. They do not share the encoder product.
+    Each writes to `folder`/name the files that `Trainer` writes, equal bit for bit to those of a `Trainer` with the
+    same config, TrainConfig and store. The weights and optimizer states of all members are in memory at once.
 
-    Started again after a kill, it goes on from the checkpoints; members that are ahead wait for the others.
+    Started again after a kill, a group goes on from the checkpoints; members that are ahead wait for the others.
 
     Args:
-        configs: name -> config; any l, k, score, select, seed, also d_in where the stores allow it.
-        train: how all of them are trained; its seed gives the order of the tokens, a config's its first weights.
-        stores: activations for all members, or name -> activations for each, such as another layer's.
+        configs: name -> config; all fields may differ, d_in where each member has a store of its own width.
+        train: how all of them are trained. Its seed sets the order of the tokens, a config's seed the first weights.
+        stores: one store for all members, or name -> store, such as one for each layer.
         folder: where the members' folders are.
         device: where they are trained.
 
@@ -36,8 +35,8 @@ class SAEGroup:
         members: name -> TrainingRun.
 
     Raises:
-        ValueError: no configs, a name that cannot be a folder's, stores for other names than those of the configs,
-            and what Trainer raises, with the member's name.
+        ValueError: no configs, a name that cannot be a folder's, stores for other names than the configs have;
+            with the member's name, what Trainer raises.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Trains over pool multipliers, scores and seeds at equal k, evaluates at equal L0, writes the comparison."""
+"""A sweep: SAEs over pool multipliers, scores and seeds, trained at equal k, evaluated at equal L0, compared."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def variants(
     seeds: Sequence[int],
     topk: bool,
 ) -> dict[str, SampledSAEConfig]:
-    """name -> config. l=None needs no score, so it is trained once a seed; `topk` adds the TopK SAE."""
+    """name -> config, all combinations. BatchTopK (l=None) uses no score: one a seed; `topk` adds the TopK SAE."""
     found: dict[str, SampledSAEConfig] = {}
     for seed in seeds:
         suffix = f"_seed{seed}" if len(seeds) > 1 else ""
@@ -77,13 +77,25 @@ def run_sweep(
     together: int = 4,
     device: torch.device | str = "cpu",
 ) -> list[dict[str, Any]]:
-    """Trains and evaluates each config in `folder`/name, then writes the table; what is done is not redone.
+    """Trains and evaluates each config in `folder`/name, then writes the table. What is evaluated is not redone.
 
     Trains `together` configs at a time as one SAEGroup, on `device`; the results do not depend on how many. All
-    see the tokens in the order of `train.seed`: a config's own seed is that of its initial weights alone.
+    see the tokens in the order of `train.seed`; a config's own seed is that of its initial weights alone.
 
-    Writes `results.csv`, `results.md`, `sweep.json`; and in each run's folder the trainer's files and
-    `evaluation.json`, which is complete when it exists. A run's checkpoint is removed once it is evaluated.
+    Writes `results.csv`, `results.md` and `sweep.json`, and in each run's folder the trainer's files and
+    `evaluation.json`. A run's checkpoint is removed once the run is evaluated.
+
+    Args:
+        configs: name -> config.
+        store: with a held-out part.
+        splice: measures a reconstruction in the language model, such as `SpliceEvaluator.evaluate`.
+        progress, say: whether to show a progress bar; what to call with each line of news.
+
+    Returns:
+        A dict for each config, in their order.
+
+    Raises:
+        ValueError: a store without held-out part, results of other settings in `folder`, and what SAEGroup raises.
     """
     check_integer("together", together, 1)
     held_out, _ = store.holdout()
@@ -100,7 +112,7 @@ def run_sweep(
             say(f"{place[name]}: already evaluated")
 
     def train_and_evaluate(names: list[str]) -> None:
-        """A function, so that the memory of one group is free before the next is made."""
+        """One group; its memory is free when this returns, before the next is made."""
         for name in names:
             say(f"{place[name]}: training in {folder / name}")
         group = SAEGroup({name: configs[name] for name in names}, train, store, folder, device)
@@ -126,11 +138,15 @@ def _row(name: str, config: SampledSAEConfig, result: dict[str, Any]) -> dict[st
 
 
 def evaluate(sae: SampledSAE, held_out: Tensor, batch_size: int, splice: Splice | None) -> dict[str, Any]:
-    """Activation metrics and, with a language model at hand, spliced ones."""
+    """The metrics of `evaluate_activations` and, where there is `splice`, those in the language model.
+
+    `tokens` counts the held-out activations, `predicted_tokens` those that the language model predicts.
+    """
     result = evaluate_activations(sae, held_out, batch_size)
     if splice is not None:
         with torch.no_grad():
-            result |= splice(reconstruct_with(sae))
+            spliced = splice(reconstruct_with(sae))
+        result |= {"predicted_tokens" if name == "tokens" else name: value for name, value in spliced.items()}
     return result
 
 
@@ -146,7 +162,7 @@ def write_table(rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of `COLUMNS`, those that at least one row has."""
+    """A Markdown table of those `COLUMNS` that at least one row has."""
     columns = [c for c in COLUMNS if any(row.get(c) is not None for row in rows)]
     if len({row["seed"] for row in rows}) == 1:
         columns.remove("seed")

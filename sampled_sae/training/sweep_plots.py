@@ -41,7 +41,7 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def _quality(rows: list[dict[str, Any]], folder: Path) -> Path:
-    """FVU, shared structure and loss recovered against l, a line a score; baselines as level lines."""
+    """FVU, features in use and loss recovered against l, a line for each score; SAEs without a pool as level lines."""
     shown = [("fvu", "FVU (held out)"), ("features_for_90", "features holding 90% of entries")]
     if all(row.get("loss_recovered_zero") is not None for row in rows):
         shown.append(("loss_recovered_zero", "loss recovered"))
@@ -78,7 +78,7 @@ def _training(rows: list[dict[str, Any]], folder: Path) -> Path:
 
 
 def _frequency(rows: list[dict[str, Any]], folder: Path) -> Path:
-    """Features by how often they are active."""
+    """How many features are active how often."""
     figure, (axis,) = _figure(1)
     centres = [(a * b) ** 0.5 if a else b / 3 for a, b in pairwise(HISTOGRAM_EDGES)]
     for row in rows:

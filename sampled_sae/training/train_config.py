@@ -14,10 +14,10 @@ class TrainConfig:
 
     Args:
         steps: batches to train on.
-        batch_size: tokens a batch; part of the method, since scores and selection are the batch's.
+        batch_size: tokens a batch; changes what is learned, since pool and selection are made for a batch.
         lr: peak learning rate of Adam.
-        warmup: share of the steps over which lr rises from 0.
-        decay: share of the steps, at the end, over which lr falls to 0.
+        warmup: share of the steps, at the start, over which lr rises to its peak.
+        decay: share of the steps, at the end, over which lr falls towards 0.
         clip: largest gradient norm.
         adam: RowAdam's mode, "dense", "lazy" or "decayed".
         moments: dtype of RowAdam's moments, "float32" or "bfloat16".
@@ -39,8 +39,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
-            check_integer(name, getattr(self, name), 1)
-        check_integer("seed", self.seed, 0)
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), 1))
+        object.__setattr__(self, "seed", check_integer("seed", self.seed, 0))
         check_choice("adam", self.adam, MODES)
         check_choice("moments", self.moments, ("float32", "bfloat16"))
         check_number("lr", self.lr, 0, None)

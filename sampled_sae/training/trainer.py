@@ -15,15 +15,15 @@ from .training_run import TrainingRun, train_to_end
 
 
 class Trainer(TrainingRun):
-    """Trains a SampledSAE and keeps `folder` such that a kill loses at most `checkpoint_every` steps.
+    """Trains a SampledSAE and writes it to `folder`; a kill loses at most `checkpoint_every` steps.
 
     Writes `checkpoint.pt` (weights, optimizer, step), `metrics.jsonl` (a line every `log_every` steps), and at
     the end the SAE itself (`config.json`, `sae.safetensors`) and `run.json`. Started on a folder that holds a
-    checkpoint of the same settings, it goes on from there, and the result equals that of an uninterrupted run.
+    checkpoint of the same settings, it goes on from there; the result equals that of an uninterrupted run.
 
     Args:
-        sae_config, train_config: what and how; `row_grads` is switched on.
-        store: activations.
+        sae_config, train_config: the SAE and how it is trained; `row_grads` is switched on in training.
+        store: activations to train on.
         folder: where everything is written.
         device: where the SAE is trained; a checkpoint may be loaded on another.
 

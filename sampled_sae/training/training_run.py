@@ -1,4 +1,4 @@
-"""One SAE in training, resumable to the bit, and the loop that takes one or several of them to the end."""
+"""`TrainingRun`: one SAE in training, resumed bit for bit. `train_to_end`: the loop over one or several of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..optim import RowAdam
 from ..sae import SampledSAE, SampledSAEOutput
 from ..support.atomic_files import write_atomically, write_json, write_text
 from ..support.late_values import LateScalars
-from .batches import Batch, Feed
+from .batches import Feed, TrainingBatch
 from .train_config import TrainConfig
 
 CHECKPOINT = "checkpoint.pt"
@@ -27,18 +27,19 @@ METRICS = "metrics.jsonl"
 
 
 class TrainingRun:
-    """One SAE in training and its folder; the batches come from outside.
+    """One SAE in training, its optimizer and its folder; the caller fetches the batches.
 
     Args:
-        sae_config, train_config: what and how; `row_grads` is switched on in training.
+        sae_config, train_config: the SAE and how it is trained; `row_grads` is switched on in training.
         feed: where its batches come from, and the device it is trained on; may be shared by several runs.
         folder: where everything is written.
 
     Attributes:
-        sae, optimizer, metrics: what is trained, by what, and the lines of metrics.jsonl so far.
-        step: steps done; that of the checkpoint where the folder holds one.
-        seconds: spent in those steps, by this process's clock. A GPU works on while the clock of the next run
-            is on, so that there only the sum over the runs of a process is exact.
+        sae, optimizer: what is trained, and by what.
+        metrics: the lines of metrics.jsonl so far.
+        step: steps done, those before a resumed checkpoint included.
+        seconds: spent in those steps. A GPU may still work on one run while the next is timed: there only the
+            sum over the runs of a process is exact.
 
     Raises:
         ValueError: a checkpoint of other settings in the folder, a corrupt one, widths that differ.
@@ -70,12 +71,12 @@ class TrainingRun:
             with torch.no_grad():
                 self.sae.b_dec.copy_(feed.batch(0).median)
 
-    def train_on(self, batch: Batch) -> dict[str, float] | None:
+    def train_on(self, batch: TrainingBatch) -> dict[str, float] | None:
         """One step; `batch` is number `self.step` of the feed. Returns the line of metrics where one is due.
 
         Raises:
-            FloatingPointError: a loss that is NaN or inf. On a CPU that of this step, and the weights are left as they
-                were; a GPU is not waited for, and it may be that of the step before.
+            FloatingPointError: a loss that is NaN or inf. On a CPU it is the loss of this step, and the weights stay as
+                they were. A GPU's loss arrives later, so that there it may be that of the step before.
         """
         start = time.perf_counter()
         for group in self.optimizer.param_groups:
@@ -115,7 +116,7 @@ class TrainingRun:
 
     def finish(self, x: Tensor) -> None:
         """Calibrates the threshold to L0 = k on x [n, d_in]; writes the SAE and run.json."""
-        # saved as it was asked for: who trains it on with another optimizer looks for dense gradients
+        # Saved with the row_grads that was asked for: another optimizer that trains it on needs dense gradients.
         self.sae.cfg = replace(self.sae.cfg, row_grads=self.row_grads)
         self.sae.eval()
         self.sae.calibrate(x)
@@ -128,7 +129,7 @@ class TrainingRun:
         }
         write_json(self.folder / "run.json", run)
 
-    def _measure(self, batch: Batch, out: SampledSAEOutput) -> dict[str, float]:
+    def _measure(self, batch: TrainingBatch, out: SampledSAEOutput) -> dict[str, float]:
         """One line of metrics.jsonl. FVU is that of the batch; no time, so that runs compare bit for bit."""
         self._check_losses(wait=True)
         norm = self.optimizer.grad_norm
@@ -152,7 +153,7 @@ class TrainingRun:
                 raise FloatingPointError(f"loss={loss} at step {step}; the last checkpoint in {self.folder} is intact")
 
     def _settings(self) -> dict[str, Any]:
-        """What a checkpoint must have been made with; shards of two layers may be of equal sizes."""
+        """What a checkpoint must have been made with. Model and layer too: their shards may be of equal sizes."""
         manifest = self.feed.store.manifest
         return {
             "sae": self.sae.cfg.to_dict(),
@@ -184,7 +185,9 @@ class TrainingRun:
 
 
 def train_to_end(runs: Mapping[str, TrainingRun], progress: bool) -> None:
-    """Trains runs of one TrainConfig from the least of their steps; a run that is ahead waits for the others.
+    """Trains runs of one TrainConfig, starting from the smallest of their steps; a run ahead waits for the others.
+
+    At the end each run is saved, calibrated and written out. `runs` is name -> run.
 
     Raises:
         FloatingPointError: a loss that is NaN or inf, with the run's name where there are several.
@@ -224,7 +227,7 @@ def train_to_end(runs: Mapping[str, TrainingRun], progress: bool) -> None:
 
 
 def _summary(lines: list[dict[str, float]]) -> dict[str, str]:
-    """For the progress bar: the values of one run, or the range over several."""
+    """For the progress bar: the values of one run, or smallest and largest over several."""
     shown = {"loss": ("loss", ".4g"), "L0": ("l0", ".1f"), "FVU": ("fvu", ".3f"), "dead": ("dead_share", ".1%")}
     found = {}
     for label, (name, form) in shown.items():

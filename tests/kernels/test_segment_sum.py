@@ -16,14 +16,14 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = torch.finfo(torch.float32).eps
-# entries of each segment; the interpreter sums 4 at once, cuts the list after every 16, and adds 4 pieces at once;
-# a GPU cuts after every 256, and there segments and d are 16 times as long
+# entries of each segment; the interpreter sums 4 at once, divides the list after every 16, and adds 4 pieces at once;
+# a GPU divides it after every 256, and there segments and d are 16 times as long
 LENGTHS = [
     pytest.param([1], id="one entry"),
-    pytest.param([3, 0, 1, 0, 0, 9, 2, 0], id="no cut"),
-    pytest.param([6, 15], id="one cut"),
-    pytest.param([0, 16, 16, 0, 0, 32, 16, 0], id="cuts between segments"),
-    pytest.param([5, 0, 30, 13, 16, 0, 17, 1, 0, 14], id="cuts inside segments"),
+    pytest.param([3, 0, 1, 0, 0, 9, 2, 0], id="one piece"),
+    pytest.param([6, 15], id="two pieces"),
+    pytest.param([0, 16, 16, 0, 0, 32, 16, 0], id="pieces end between segments"),
+    pytest.param([5, 0, 30, 13, 16, 0, 17, 1, 0, 14], id="pieces end inside segments"),
     pytest.param([7, 121, 0, 2], id="a long segment"),
     pytest.param([0, 150, 0], id="all in one segment"),
     pytest.param([0, 0, 0], id="empty segments"),

@@ -29,10 +29,6 @@ def masked(a, k):
     return torch.where(kept > 0, a, 0.0)
 
 
-def least_positive(a):
-    return torch.where(a > 0, a, INF).amin()
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("levels", [None, 1, 4])
 def test_keeps_the_largest_of_each_row(levels, shape, device):
@@ -40,11 +36,8 @@ def test_keeps_the_largest_of_each_row(levels, shape, device):
     a = (z + b).relu() * scale
     for k in {0, 1, 2, shape[1] // 7, shape[1] // 3, shape[1] - 1, shape[1], shape[1] + 3}:
         found = z.clone()
-        smallest = keep_rows_(found, k, b, scale)
-        expected = masked(a, k)
-        assert torch.equal(found, expected), k
-        assert smallest.shape == ()
-        assert smallest == least_positive(expected), k
+        keep_rows_(found, k, b, scale)
+        assert torch.equal(found, masked(a, k)), k
 
 
 @pytest.mark.parametrize("P", [64, 77])
@@ -66,7 +59,7 @@ def test_values_that_differ_in_the_last_bits(P, device):
     a = bits.to(torch.int32).view(torch.float32)[None].to(device)
     for k in (1, P // 4, P // 2, P // 2 + 1, P - 5):
         found = a.clone()
-        assert keep_rows_(found, k, activate=False) == a[0].sort(descending=True).values[k - 1]
+        keep_rows_(found, k)
         assert torch.equal(found, masked(a, k)), k
 
 
@@ -91,20 +84,12 @@ def test_copy_is_the_rounded_result(dtype, P, device):
 
 
 @pytest.mark.parametrize("P", [37, 77])
-def test_without_activation(P, device):
-    a = products((5, P), device)[0].relu()
-    a[0, :4] = -0.0
-    expected = masked(a, 6)
-    keep_rows_(a, 6, activate=False)
-    assert torch.equal(a, expected)
-    assert not a.signbit().any()
-
-
-@pytest.mark.parametrize("P", [37, 77])
 def test_nothing_positive(P, device):
     z = -torch.rand(5, P, device=device)
-    assert keep_rows_(z, 6) == INF
+    z[0, :4] = -0.0
+    keep_rows_(z, 6)
     assert torch.equal(z, torch.zeros_like(z))
+    assert not z.signbit().any()
 
 
 @pytest.mark.parametrize("P", [37, 77])
@@ -130,7 +115,7 @@ def test_unaligned_rows_and_same_bits(P, device):
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
 def test_empty_block(shape, device):
-    assert keep_rows_(torch.zeros(shape, device=device), 3) == INF
+    keep_rows_(torch.zeros(shape, device=device), 3)
 
 
 def streamed(z, k, C, b=None, scale=None, features=None):
@@ -176,15 +161,14 @@ def test_chunks_of_every_configuration(device):
             assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("has_scale", [True, False])
-def test_chunks_of_listed_features(has_bias, has_scale, dtype, device):
+def test_chunks_of_listed_features(has_bias, has_scale, device):
     z, b, scale = products((6, 40), device)
     b, scale = b if has_bias else None, scale if has_scale else None
     a = (z + (0 if b is None else b)).relu() * (1 if scale is None else scale)
     features = torch.arange(40, device=device) * 3 + 1_000_000
-    found = streamed(z, 5, 16, b, scale, features.to(dtype))
+    found = streamed(z, 5, 16, b, scale, features)
     for f, e in zip(found, sorted_entries(a, 5, features)):
         assert torch.equal(f, e)
 
@@ -243,7 +227,6 @@ def test_rows_fit_their_configuration(arch):
         ({"k": -1}, "k must be"),
         ({"b": torch.ones(4)}, "b must be"),
         ({"scale": torch.ones(14)[::2]}, "scale must be"),
-        ({"scale": torch.ones(7), "activate": False}, "scale is only used to activate"),
         ({"copy": torch.ones(7, 4).half().t()}, "copy must be"),
     ],
 )
@@ -260,13 +243,13 @@ def test_wrong_block_arguments(change, message):
         ({"best_values": torch.ones(3, 2)}, "best_values must be"),
         ({"best_features": torch.ones(4, 2)}, "best_features must be"),
         ({"best_values": torch.ones(2, 4).t()}, "must be contiguous"),
-        ({"first": torch.arange(6)}, "first must be"),
-        ({"first": torch.ones(7)}, "first must be"),
+        ({"features": torch.arange(6)}, "features must be"),
+        ({"features": torch.ones(7)}, "features must be"),
         ({"z": torch.ones(4, MAX_CHUNK + 1)}, "chunks of at most"),
         ({"best_values": torch.ones(4, MAX_K + 1), "best_features": torch.ones(4, MAX_K + 1).int()}, "k of at most"),
     ],
 )
 def test_wrong_merge_arguments(change, message):
-    good = {"best_values": torch.ones(4, 2), "best_features": torch.ones(4, 2).int(), "z": torch.ones(4, 7), "first": 9}
+    best = {"best_values": torch.ones(4, 2), "best_features": torch.ones(4, 2).int()}
     with pytest.raises(ValueError, match=message):
-        merge_rows_(**(good | change))
+        merge_rows_(**({**best, "z": torch.ones(4, 7), "features": 9} | change))

@@ -5,12 +5,14 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import CONTEXT, VOCABULARY, D, llama
 
 from sampled_sae.lm import capture, harvest
+from sampled_sae.training.activation_store import ActivationStore
 
 
 def run_harvest(model, rows, folder, **changes):
@@ -181,3 +183,18 @@ def test_harvest_bad_arguments(small_llama, rows, tmp_path, changes):
 def test_harvest_bad_rows(small_llama, tmp_path, bad):
     with pytest.raises(ValueError, match="rows"):
         run_harvest(small_llama, bad, tmp_path)
+
+
+def test_a_harvest_does_not_go_on_in_a_written_store(small_llama, rows, tmp_path):
+    store = ActivationStore.write(tmp_path, torch.ones(3, D))
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="activations that no harvest wrote"):
+        run_harvest(small_llama, rows, store.folder)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("number", [np.int64(2), torch.tensor(2)])
+def test_harvest_takes_numbers_of_other_libraries(small_llama, rows, tmp_path, number):
+    run_harvest(small_llama, rows, tmp_path / "a")
+    run_harvest(small_llama, rows, tmp_path / "b", batch_size=number, holdout_rows=number)
+    assert contents(tmp_path / "b") == contents(tmp_path / "a")

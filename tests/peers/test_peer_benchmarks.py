@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.scaling import exponent
 from makers import write_store
 
 from benchmarks import peer_steps
 from benchmarks.drop_in import LIBRARIES
 from benchmarks.peers import CANDIDATES, Setup, Weights, initial_weights, make
-from benchmarks.scaling import exponent
 from benchmarks.worker import Worker, WorkerError
 from benchmarks.workloads import REHEARSAL, Workload, activations
 

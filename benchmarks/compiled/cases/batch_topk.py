@@ -1,12 +1,12 @@
 from benchmarks.compiled.case import Case
 from sampled_sae.kernels import batch_topk, configs
 
-CUT = {"rows": "*i64", "counts": "*i32"}
+CUT = {"histograms": "*i64", "counts": "*i32"}
 
 
 def cases(arch: str) -> dict[str, Case]:
     config = configs.radix_config(arch)
-    pool = {"z": "*fp32", "smallest": "*i32", **CUT}
+    pool = {"z": "*fp32", **CUT}
     kept = {"kept_values": "*fp32", "tokens": "*i32", "features": "*i32"}
     entries = {"values": "*fp32", "keys": "*i64", **kept, **CUT}
     integers = ("N", "n", "n_tokens", "n_features")

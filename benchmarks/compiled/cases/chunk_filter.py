@@ -3,7 +3,7 @@ from sampled_sae.kernels import chunk_filter, configs
 
 
 def cases(arch: str) -> dict[str, Case]:
-    first = Case(chunk_filter.first_threshold_kernel, configs.SCALAR, {"rows": "*i64", "out": "*fp32"})
+    first = Case(chunk_filter.first_threshold_kernel, configs.SCALAR, {"histograms": "*i64", "out": "*fp32"})
     threshold = Case(
         chunk_filter.next_threshold_kernel,
         configs.SCALAR,

@@ -27,7 +27,7 @@ def cases(arch: str) -> dict[str, Case]:
 
 
 def partials(arch: str, operand: str, d: int, score: str, has_vectors: bool) -> Case:
-    (config,) = configs.column_scores_configs(arch, DTYPES[operand], d)
+    config = configs.column_scores_config(arch, DTYPES[operand], d)
     return Case(
         column_scores.column_partials_kernel,
         config,

@@ -28,8 +28,8 @@ def refill(arch: str, operand: str, d: int, has_members: bool) -> Case:
             "values": "*fp32",
             "keys": "*i64",
             "count": "*i64",
-            "rows": "*i64",
-            "tiles": "*fp32",
+            "histograms": "*i64",
+            "scratch": "*fp32",
         },
         ("B", "P", "F", "n", "cap", "i_pass", "token_digits", "feature_digits", "stride_x", "stride_W"),
         {

@@ -16,16 +16,16 @@ OPTIONAL = {"order": "*i32", "bias": "*fp32", "rows": "*i64", "sums": "*fp32"}
 
 
 def cases(arch: str) -> dict[str, Case]:
-    return {f"after cuts {name}": after_cuts(arch, *operands) for name, operands in OPERANDS.items()} | {
+    return {f"rests {name}": rests(arch, *operands) for name, operands in OPERANDS.items()} | {
         f"segments {name}": segments(arch, *operands) for name, operands in OPERANDS.items()
     }
 
 
-def after_cuts(arch: str, operand: str, d: int, given: set[str]) -> Case:
+def rests(arch: str, operand: str, d: int, given: set[str]) -> Case:
     order = {"order": "*i32"} if "order" in given else {}
     absent = {} if order else {"order": None}
     return Case(
-        segment_sum.after_cuts_kernel,
+        segment_sum.rests_kernel,
         configs.segment_sum_config(arch, DTYPES[operand]),
         {**POINTERS, "ends_before": "*i32", "source": f"*{operand}", **order},
         ("R", "stride_source"),

@@ -2,7 +2,7 @@ from benchmarks.compiled.case import Case
 from sampled_sae.kernels import configs, token_topk
 
 VECTORS = {"b": "*fp32", "scale": "*fp32"}
-ROWS = {"z": "*fp32", "copy": "*bf16", "minima": "*fp32", **VECTORS}
+ROWS = {"z": "*fp32", "copy": "*bf16", **VECTORS}
 MERGED = {"best_values": "*fp32", "best_features": "*i32", "z": "*fp32", **VECTORS}
 ALL = {"HAS_BIAS": True, "HAS_SCALE": True}
 
@@ -14,13 +14,13 @@ def cases(arch: str) -> dict[str, Case]:
         configs.long_rows_config(arch),
         ROWS,
         ("k",),
-        {"P": 32768, "ACTIVATE": True, "HAS_COPY": True, **ALL},
+        {"P": 32768, "HAS_COPY": True, **ALL},
     )
     return found | {f"merge {C} into {k}": merge(C, k) for C, k in ((1024, 32), (4096, 64), (8192, 512))}
 
 
 def rows(arch: str, P: int) -> Case:
-    constexprs = {"ACTIVATE": True, "HAS_COPY": True, **ALL}
+    constexprs = {"HAS_COPY": True, **ALL}
     return Case(token_topk.keep_rows_kernel, configs.rows_config(arch, P), ROWS, ("P", "k"), constexprs)
 
 
@@ -30,6 +30,6 @@ def merge(C: int, k: int) -> Case:
         configs.merge_config(C),
         MERGED,
         ("C", "k", "first"),
-        {"members": None, "HAS_MEMBERS": False, "BK": k, **ALL},
+        {"features": None, "HAS_FEATURES": False, "BK": k, **ALL},
         unaligned=("first",),
     )

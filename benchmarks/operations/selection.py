@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.operation import Inputs, Operation, some
+from benchmarks.operations.operation import Inputs, Operation, some
 from sampled_sae import reference
 from sampled_sae.codes import SparseCodes
 from sampled_sae.impl.torch.entries import EntryIndex
@@ -70,11 +70,11 @@ def block_top(inputs: Inputs, l: float, select: str) -> Operation:
     a = torch.relu(z)
     return Operation(
         ours,
-        eager_top,
-        lambda: (z, n, select),
         check,
         bytes=z.numel() * (8 + (0 if low is None else low.element_size())),
         flops=0,
+        eager=eager_top,
+        arguments=lambda: (z, n, select),
         eager_bytes=12 * z.numel() + 12 * inputs.budget,
         prepare=(lambda: None) if inputs.impl == "torch" else (lambda: work.copy_(z)),
         rivals={"torch.topk": lambda: torch_topk(a, n, select)},
@@ -87,7 +87,7 @@ def select(inputs: Inputs, l: float | None, select: str, first_batch: bool = Fal
     The threshold to begin with is guessed from another batch, as in training, or with `first_batch` not at all.
     """
     w, members = inputs.workload, inputs.members(l)
-    size = w.F if members is None else len(members)
+    size = inputs.width(l)
     n = w.k if select == "token" else inputs.budget
     with torch.no_grad():
         hint = None if first_batch else inputs.select(l, select, x=inputs.other_x).hint
@@ -102,11 +102,11 @@ def select(inputs: Inputs, l: float | None, select: str, first_batch: bool = Fal
 
     return Operation(
         ours,
-        eager_select,
-        lambda: (inputs.x, inputs.W, inputs.b, members, n, select),
         lambda: check_selection(inputs, ours(), members, select),
         bytes=inputs.bytes_of(w.B + size) + 4 * size + 12 * inputs.budget,
         flops=2 * w.B * w.d * size,
+        eager=eager_select,
+        arguments=lambda: (inputs.x, inputs.W, inputs.b, members, n, select),
         eager_bytes=4 * w.B * size * inputs.x.element_size() + 12 * inputs.budget,
     )
 

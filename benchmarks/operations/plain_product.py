@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from sampled_sae.kernels.activation import product_tile, tile_of_block
-from sampled_sae.kernels.configs import architecture, column_scores_configs, launch
+from sampled_sae.kernels.configs import architecture, column_scores_config, launch
 from sampled_sae.kernels.interpreter import rounded
 
 
@@ -47,17 +47,15 @@ def plain_product_kernel(
 def plain_product(x: torch.Tensor, W: torch.Tensor, write: bool) -> torch.Tensor:
     """W x^T, [F, B] in x's dtype, or its sums over the tokens of each tile, fp32 [tiles, F]."""
     (B, D), F = x.shape, W.shape[0]
-    configs = column_scores_configs(architecture(x.device), x.dtype, D)[:1]
-    T = triton.cdiv(B, configs[0].kwargs["BN"])
+    config = column_scores_config(architecture(x.device), x.dtype, D)
+    T = triton.cdiv(B, config.kwargs["BN"])
     out = x.new_empty(F, B) if write else x.new_empty(T, F, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        launch(
-            plain_product_kernel,
-            configs,
-            (),
-            lambda meta: (triton.cdiv(F, meta["BM"]) * T,),
-            (x, W, out, B, F, x.stride(0), W.stride(0)),
-            D=D,
-            WRITE=write,
-        )
+    launch(
+        plain_product_kernel,
+        config,
+        lambda meta: (triton.cdiv(F, meta["BM"]) * T,),
+        (x, W, out, B, F, x.stride(0), W.stride(0)),
+        D=D,
+        WRITE=write,
+    )
     return out

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from benchmarks.kernels import adam, decoding, scores, selection
-from benchmarks.kernels.operation import Inputs, Operation
+from benchmarks.operations import adam, decoding, scores, selection
+from benchmarks.operations.operation import Inputs, Operation
 
-OPERATIONS: dict[str, Callable[[Inputs], Operation]] = {
+Operations = dict[str, Callable[[Inputs], Operation]]
+
+OPERATIONS: Operations = {
     "score l2": partial(scores.scores, score="l2"),
     "score entropy": partial(scores.scores, score="entropy"),
     "pool l=4": partial(scores.pool, l=4.0),
@@ -27,3 +29,6 @@ OPERATIONS: dict[str, Callable[[Inputs], Operation]] = {
     "row-Adam dense": partial(adam.row_adam, mode="dense"),
     "row-Adam decayed": partial(adam.row_adam, mode="decayed"),
 }
+# the product by cuBLAS or MKL, and the forms of the score kernel that decide up to which d scores are fused into it
+PRODUCT: Operations = {"product": partial(scores.form, name="product")}
+SCORE_FORMS: Operations = {name: partial(scores.form, name=name) for name in scores.TRITON_FORMS}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.kernels.race import Row
-from benchmarks.measure import table
+from benchmarks.measure import Row, table
 
 OTHERS = ("torch.topk", "embedding_bag")
 HEAD = (

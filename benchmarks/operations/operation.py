@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.workloads import Workload, activations
-from sampled_sae.codes import Selection
+from benchmarks.workloads import Workload
+from sampled_sae.bench import activations
+from sampled_sae.codes import Selection, SparseCodes
 from sampled_sae.config import batch_budget, pool_size
 from sampled_sae.impl.interface import implementation, resolve_impl
+from sampled_sae.impl.row_gradients import RowSource
 from sampled_sae.testing import Comparison
-
-Check = Callable[[], list[Comparison]]
 
 
 @dataclass(frozen=True)
@@ -25,21 +25,21 @@ class Operation:
 
     Attributes:
         ours: the call; `prepare` puts back, untimed, what it overwrites.
+        check: compares ours with float64 and the eager form; an AssertionError tells of wrong entries.
+        bytes, flops: inputs read once, outputs written once; multiplications and additions that no form can avoid.
         eager, arguments: the same in eager PyTorch, a pure function for torch.compile, and what it is called with.
+        eager_bytes: what the eager form takes beyond the inputs, about.
         to_compile: the form that torch.compile gets, where not `eager`.
         rivals: other calls, by name.
-        bytes, flops: inputs read once, outputs written once; multiplications and additions that no form can avoid.
-        eager_bytes: what the eager form takes beyond the inputs, about.
-        check: compares ours with float64 and the eager form; an AssertionError tells of wrong entries.
     """
 
     ours: Callable[[], Any]
-    eager: Callable[..., Any]
-    arguments: Callable[[], tuple[Any, ...]]
-    check: Check
+    check: Callable[[], list[Comparison]]
     bytes: int
     flops: int
-    eager_bytes: int
+    eager: Callable[..., Any] | None = None
+    arguments: Callable[[], tuple[Any, ...]] = tuple
+    eager_bytes: int = 0
     prepare: Callable[[], Any] = lambda: None
     to_compile: Callable[..., Any] | None = None
     rivals: dict[str, Callable[[], Any]] = field(default_factory=dict)
@@ -66,14 +66,17 @@ class Inputs:
         W = torch.randn(workload.F, workload.d, generator=generator, device=device)
         self.W = torch.nn.functional.normalize(W, dim=1).to(dtype)
         self.b = 0.01 * torch.randn(workload.F, generator=generator, device=device)
-        self.x, self.other_x = (activations(workload, seed).to(device, dtype) for seed in range(2))
+        self.x, self.other_x = (activations(workload.B, workload.d, seed).to(device, dtype) for seed in range(2))
         self._members: dict[float | None, Tensor | None] = {}
-        self._codes: dict[float | None, Selection] = {}
+        self._kept: dict[float | None, SparseCodes] = {}
+
+    def column_scores(self, score: str) -> Tensor:
+        return self.parts.column_scores(self.x, self.W, self.b, score, None)
 
     @cached_property
     def scores(self) -> Tensor:
         """l2, [F]."""
-        return self.parts.column_scores(self.x, self.W, self.b, "l2", None)
+        return self.column_scores("l2")
 
     def members(self, l: float | None) -> Tensor | None:
         """The pool, int64 [P]; None for the whole dictionary."""
@@ -83,18 +86,30 @@ class Inputs:
             self._members[l] = None if whole else self.parts.candidate_pool(self.scores, size)
         return self._members[l]
 
-    def kept(self, l: float | None) -> Selection:
+    def width(self, l: float | None) -> int:
+        """How many features are candidates."""
+        members = self.members(l)
+        return self.workload.F if members is None else len(members)
+
+    def kept(self, l: float | None) -> SparseCodes:
         """What the batch keeps, without a gradient."""
-        if l not in self._codes:
+        if l not in self._kept:
             with torch.no_grad():
-                self._codes[l] = self.select(l, "batch")
-        return self._codes[l]
+                self._kept[l] = self.select(l, "batch").codes
+        return self._kept[l]
 
     def select(self, l: float | None, select: str, hint: Any = None, x: Tensor | None = None) -> Selection:
         """The layer's own selection, from the batch x unless another is given."""
-        x, k = self.x if x is None else x, self.workload.k
-        centred = self.parts.centre(x, None)
+        x = self.x if x is None else x
+        centred, k = self.parts.centre(x, None), self.workload.k
         return self.parts.select(x, None, centred, self.W, self.b, self.members(l), k=k, select=select, hint=hint)
+
+    def decoded(self, l: float | None, rows: RowSource) -> tuple[SparseCodes, Tensor]:
+        """Codes and reconstruction with gradients of the rows of W_enc, b_enc and W_dec."""
+        W_enc, W_dec, b = (t.clone().requires_grad_() for t in (self.W, self.W, self.b))
+        centred, k = self.parts.centre(self.x, None), self.workload.k
+        codes = self.parts.select(self.x, None, centred, W_enc, b, self.members(l), k=k, rows=rows).codes
+        return codes.detach(), self.parts.decode(codes, W_dec, None, rows)
 
     @property
     def budget(self) -> int:

@@ -8,9 +8,9 @@ see the same clock and the same neighbours. Figures of all of them stand in the 
 import pytest
 import torch
 
-from benchmarks.kernels import OPERATIONS
-from benchmarks.kernels.operation import Inputs
-from benchmarks.kernels.race import Race
+from benchmarks.operations import OPERATIONS
+from benchmarks.operations.operation import Inputs
+from benchmarks.operations.race import Race
 from benchmarks.workloads import CPU_KERNELS, GPU_KERNELS, LARGE_KERNELS
 
 ON_GPU = torch.cuda.is_available()

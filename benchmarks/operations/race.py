@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
 
-from benchmarks.kernels.operation import Inputs, Operation
+from benchmarks.measure import Row, product
+from benchmarks.operations.operation import Inputs, Operation
+from benchmarks.worker import one_line
 from sampled_sae.support.timing import Call, free_memory, on_gpu, peak_memory, spread, timed
-
-Row = dict[str, Any]
 
 COPY_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 # columns of the product that measures the ceiling: enough for the full rate
 PRODUCT_FEATURES = {"cpu": 4096, "cuda": 1 << 16}
+# the same for a rehearsal
+FEW_ELEMENTS, FEW_FEATURES = 1 << 12, 64
+CEILINGS = ("copy", "product")
 # of what is free, the share that the eager form may ask for
 SHARE_OF_MEMORY = 0.8
 
@@ -38,15 +40,17 @@ class Race:
     ) -> None:
         self.name, self.inputs, self.operation = name, inputs, operation
         self.left_out: dict[str, str] = {}
-        kind = torch.device(inputs.device).type
-        ceilings = self._ceilings(1 << 12 if small else COPY_ELEMENTS[kind], 64 if small else PRODUCT_FEATURES[kind])
         self.calls: dict[str, Call] = {"ours": operation.ours, **operation.rivals}
-        needed = operation.eager_bytes
-        if needed > SHARE_OF_MEMORY * free_memory(inputs.device):
-            self.left_out["eager"] = f"needs about {needed / 1e9:.0f} GB"
-        else:
-            self._rivals(backend)
-        self.calls |= ceilings
+        if operation.eager_bytes > SHARE_OF_MEMORY * free_memory(inputs.device):
+            self.left_out["eager"] = f"needs about {operation.eager_bytes / 1e9:.0f} GB"
+        elif operation.eager is not None:
+            self.calls |= eager_forms(operation, backend)
+        kind = torch.device(inputs.device).type
+        elements = FEW_ELEMENTS if small else COPY_ELEMENTS[kind]
+        source, target = (torch.ones(elements, device=inputs.device) for _ in range(2))
+        W = inputs.W[: FEW_FEATURES if small else PRODUCT_FEATURES[kind]]
+        self.calls |= {"copy": lambda: target.copy_(source), "product": product(inputs.x, W)}
+        self._least = {"copy": 2 * target.nbytes, "product": 2 * inputs.x.numel() * len(W)}
         self._warm_up()
         self.samples: dict[str, list[float]] = {call: [] for call in self.calls}
 
@@ -85,58 +89,32 @@ class Race:
     def rows(self) -> list[Row]:
         """One row for ours, then one for each rival; a speedup only if the check on these inputs passes."""
         verdict = self._verdict()
-        ceilings = {name: spread(self.samples[name]).ms for name in ("copy", "product")}
-        copy = 1e-6 * self._copy_bytes / ceilings["copy"]
-        product = 1e-9 * self._product_flops / ceilings["product"]
-        w = self.inputs.workload
-        same = {**w.columns(), "dtype": str(self.inputs.dtype).removeprefix("torch."), "operation": self.name}
-        least = {"bytes": self.operation.bytes, "flops": self.operation.flops}
+        copy, rate = (self._least[name] / spread(self.samples[name]).ms for name in CEILINGS)
+        dtype = str(self.inputs.dtype).removeprefix("torch.")
+        same = {**self.inputs.workload.columns(), "dtype": dtype, "operation": self.name}
         rows = []
-        for name, samples in self.samples.items():
-            if name in ceilings:
-                continue
-            times = spread(samples)
-            rates = {"GB/s": 1e-6 * least["bytes"] / times.ms, "TFLOP/s": 1e-9 * least["flops"] / times.ms}
-            ratio = spread([theirs / ours for theirs, ours in zip(samples, self.samples["ours"])]).ms
+        for name in [name for name in self.samples if name not in CEILINGS]:
+            times = spread(self.samples[name])
+            bytes_a_ms, flops_a_ms = self.operation.bytes / times.ms, self.operation.flops / times.ms
+            ratio = spread([theirs / ours for theirs, ours in zip(self.samples[name], self.samples["ours"])]).ms
             rows.append(
                 {
                     **same,
                     "form": f"ours ({self.inputs.impl})" if name == "ours" else name,
                     **vars(times),
-                    **least,
-                    **rates,
-                    "of copy": rates["GB/s"] / copy,
-                    "of product": rates["TFLOP/s"] / product,
+                    "bytes": self.operation.bytes,
+                    "flops": self.operation.flops,
+                    "GB/s": 1e-6 * bytes_a_ms,
+                    "TFLOP/s": 1e-9 * flops_a_ms,
+                    "of copy": bytes_a_ms / copy,
+                    "of product": flops_a_ms / rate,
                     "peak bytes": self._peak(name),
                     "ours is faster by": ratio if name != "ours" and verdict == "passed" else None,
                     "check": verdict,
                 }
             )
-        rows += [{**same, "form": name, "left out": why} for name, why in self.left_out.items()]
-        ours = rows[0]
-        ours |= {"copy GB/s": copy, "product TFLOP/s": product}
-        return rows
-
-    def _ceilings(self, elements: int, features: int) -> dict[str, Call]:
-        """A copy, and a product with some of the features."""
-        inputs = self.inputs
-        source, target = (torch.ones(elements, device=inputs.device) for _ in range(2))
-        x, W = inputs.x, inputs.W[:features]
-        out = torch.empty(len(x), len(W), dtype=inputs.dtype, device=inputs.device)
-        self._copy_bytes, self._product_flops = 2 * target.nbytes, 2 * out.numel() * x.shape[1]
-        # closures without self: a cycle would hold the memory until the next garbage collection
-        return {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(x, W.t(), out=out)}
-
-    def _rivals(self, backend: str | None) -> None:
-        operation = self.operation
-        arguments = operation.arguments()
-        self.calls["eager"] = lambda: operation.eager(*arguments)
-        if backend is not None:
-            torch._dynamo.reset()
-            form = torch.compile(operation.to_compile or operation.eager, backend=backend, dynamic=False)
-            self.calls["torch.compile" if backend == "inductor" else f"torch.compile, {backend}"] = lambda: form(
-                *arguments
-            )
+        rows[0] |= {"copy GB/s": 1e-6 * copy, "product TFLOP/s": 1e-9 * rate}
+        return rows + [{**same, "form": name, "reason": why} for name, why in self.left_out.items()]
 
     @torch.no_grad()
     def _warm_up(self) -> None:
@@ -145,24 +123,23 @@ class Race:
                 self.operation.prepare()
                 self.calls[name]()
             except Exception as error:
-                if name in ("ours", "copy", "product"):
+                if name in ("ours", *CEILINGS):
                     raise
                 del self.calls[name]
-                self.left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                self.left_out[name] = one_line(error)[:200]
 
     def _verdict(self) -> str:
         """ "passed", or what is wrong."""
         self.operation.prepare()
         try:
-            comparisons = self.operation.check()
+            wrong = [c for c in self.operation.check() if not c.passed]
         except AssertionError as error:
             return str(error)
-        for c in comparisons:
-            if not c.passed:
-                return (
-                    f"{c.name}: error {c.error:.2g}, eager PyTorch has {c.eager_error:.2g}, allowed are {c.allowed:.2g}"
-                )
-        return "passed"
+        reasons = (
+            f"{c.name}: error {c.error:.2g}, eager PyTorch has {c.eager_error:.2g}, allowed are {c.allowed:.2g}"
+            for c in wrong
+        )
+        return next(reasons, "passed")
 
     def _peak(self, name: str) -> int | None:
         self.operation.prepare()
@@ -170,3 +147,16 @@ class Race:
             return peak_memory(self.calls[name], self.inputs.device)
         except OSError:
             return None
+
+
+def eager_forms(operation: Operation, backend: str | None) -> dict[str, Call]:
+    """In eager PyTorch, and by torch.compile."""
+    arguments, eager = operation.arguments(), operation.eager
+    assert eager is not None
+    calls: dict[str, Call] = {"eager": lambda: eager(*arguments)}
+    if backend is not None:
+        torch._dynamo.reset()
+        form = torch.compile(operation.to_compile or eager, backend=backend, dynamic=False)
+        name = "torch.compile" if backend == "inductor" else f"torch.compile, {backend}"
+        calls[name] = lambda: form(*arguments)
+    return calls

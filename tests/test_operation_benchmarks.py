@@ -1,4 +1,4 @@
-"""benchmarks/kernels at tiny sizes: every operation is right, and a wrong one gets no speedup."""
+"""benchmarks/operations at tiny sizes: every operation is right, and a wrong one gets no speedup."""
 
 import dataclasses
 import json
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kernels import OPERATIONS
-from benchmarks.kernels.operation import Inputs
-from benchmarks.kernels.race import Race
-from benchmarks.kernels.table import markdown
+from benchmarks.operations import OPERATIONS
+from benchmarks.operations.operation import Inputs
+from benchmarks.operations.race import Race
+from benchmarks.operations.table import markdown
 from benchmarks.workloads import Workload
 from sampled_sae.codes import Selection
 
@@ -95,10 +95,10 @@ def test_a_dropped_or_doubled_entry_is_noticed(select, l):
 
 
 def test_the_eager_form_is_left_out_where_it_does_not_fit(monkeypatch):
-    monkeypatch.setattr("benchmarks.kernels.race.free_memory", lambda device: 1000)
+    monkeypatch.setattr("benchmarks.operations.race.free_memory", lambda device: 1000)
     ours, *others = rows_of(Inputs(SIZES, "cpu", torch.float32, "torch"), "score l2")
     assert ours["check"] == "passed"
-    assert [(row["form"], row["left out"]) for row in others] == [("eager", "needs about 0 GB")]
+    assert [(row["form"], row["reason"]) for row in others] == [("eager", "needs about 0 GB")]
 
 
 @pytest.mark.slow

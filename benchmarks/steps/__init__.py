@@ -1,0 +1,1 @@
+"""Whole training steps: which candidates at which sizes is data, and one harness times them."""

@@ -1,0 +1,151 @@
+"""What is timed under which name: candidates, sizes, what stands beside a step, and the columns of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers import BATCH, CANDIDATES, TOKEN, Entry, ours, plain
+from benchmarks.steps.harness import Task
+from benchmarks.workloads import CPU_STEPS, GPU_STEPS, REHEARSAL, Workload
+
+Tasks = list[Task]
+SIZES = {"cpu": CPU_STEPS, "cuda": GPU_STEPS}
+
+RULES: dict[str, dict[str, Any]] = {"l=4": {"l": 4.0}, "l=None (BatchTopK)": BATCH, "token (TopK)": TOKEN}
+VARIANTS = {
+    "l=4": ours(l=4.0),
+    "l=16": ours(l=16.0),
+    "l=None (BatchTopK)": ours(**BATCH),
+    "token (TopK)": ours(**TOKEN),
+    "l=4, decayed": ours("decayed", l=4.0),
+    "l=4, score_tokens=0.25": ours(l=4.0, score_tokens=0.25),
+    "l=4, pool_every=4": ours(l=4.0, pool_every=4),
+    "l=4, decayed, pool_every=4": ours("decayed", l=4.0, pool_every=4),
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """
+    Attributes:
+        about: for the command's help.
+        tasks: those of (rehearse, device).
+        columns: heading -> field of a row, for the table.
+        options: of the Harness.
+    """
+
+    about: str
+    tasks: Callable[[bool, str], Tasks]
+    columns: dict[str, str]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def grid(entries: dict[str, Entry], sizes: tuple[Workload, ...]) -> Tasks:
+    """Every candidate at every size; those of one size in turn."""
+    return [Task(name, entry, w, group=w.name) for w in sizes for name, entry in entries.items()]
+
+
+def at_all_sizes(entries: dict[str, Entry], most: int | None = None) -> Callable[[bool, str], Tasks]:
+    return lambda rehearse, device: grid(entries, REHEARSAL if rehearse else SIZES[device][:most])
+
+
+def along_axes(rehearse: bool, device: str) -> Tasks:
+    """Each axis alone; all sizes of one axis and rule in turn, so that a machine that slows down bends no curve.
+
+    F goes to a million at d = 128 and 512 tokens, so that weights, moments and the product's result fit into memory;
+    there Adam, which does not shrink with the batch, weighs more than in a usual training.
+    """
+    base = {"B": 32, "d": 16, "F": 128, "k": 2} if rehearse else {"B": 1024, "d": 256, "F": 16384, "k": 32}
+    wide = base if rehearse else {"B": 512, "d": 128, "F": 16384, "k": 32}
+    exponents = {"F": (wide, range(14, 21)), "B": (base, range(8, 14)), "k": (base, range(3, 9))}
+    tasks = []
+    for axis, (fixed, powers) in exponents.items():
+        values = [fixed[axis], 2 * fixed[axis]] if rehearse else [2**i for i in powers]
+        for name, rule in RULES.items():
+            for value in values:
+                size = Workload(axis, **{**fixed, axis: value})
+                tasks.append(Task(name, ours(**rule), size, f"{axis}, {name}", {"value": value}))
+    for l in (1, 2) if rehearse else (1, 2, 4, 8, 16, 32, 64):
+        tasks.append(Task("l", ours(l=float(l)), Workload("l", **base), "l", {"value": l}))
+    return tasks
+
+
+def both_forms() -> dict[str, Entry]:
+    found = {}
+    for l in (2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0):
+        found[f"l={l:g}, as a block"] = ours(form="block", l=l)
+        found[f"l={l:g}, by entries"] = replace(ours(form="entries", l=l), beside=f"l={l:g}, as a block")
+    return found
+
+
+def before_and_after(tree: Path) -> dict[str, Entry]:
+    """The variants by the package in `tree`, and by ours."""
+    found = {}
+    for name, entry in VARIANTS.items():
+        found[f"{name}, before"] = replace(entry, tree=tree)
+        found[name] = replace(entry, beside=f"{name}, before")
+    return found
+
+
+def on_a_gpu(graph: bool) -> dict[str, Entry]:
+    """Every rule with RowAdam, l=4 with torch's Adam and decayed too, as CUDA graphs or with eager steps of the rules.
+
+    The aux loss is off: no feature is dead, and a graph would compute it all the same.
+    """
+    fixed = {"impl": "triton", "aux_coefficient": 0.0}
+    rules = {**RULES, "l=1": {"l": 1.0}, "l=16": {"l": 16.0}}
+    optimizers = {"Adam": "Adam", "RowAdam dense": "dense", "RowAdam decayed": "decayed"}
+    found = {}
+    for name, rule in rules.items():
+        for shown, optimizer in optimizers.items():
+            if optimizer == "dense" or name == "l=4":
+                entry = replace(ours(optimizer, **fixed, **rule), graph=graph)
+                found[f"{name}, {shown}" + ", graph" * graph] = entry
+    return found if graph else found | {f"{name}, eager PyTorch": plain(**rule) for name, rule in RULES.items()}
+
+
+SIZE, RATIO = {"(B, d, F, k)": "size"}, {"step / product": "ratio", "p20–p80": "ratio spread"}
+MEMORY = {"peak extra memory": "peak_extra_memory"}
+EXPERIMENTS = {
+    "cpu_step": Experiment(
+        "our step with each rule and setting",
+        at_all_sizes(VARIANTS),
+        {**SIZE, "variant": "candidate", **RATIO, "step / allocating product": "ratio_to_allocating_product", **MEMORY},
+        {"beside": ("product", "allocating")},
+    ),
+    "peer_steps": Experiment(
+        "our step and those of the peers, each as its own library does it",
+        at_all_sizes(CANDIDATES),
+        {**SIZE, "step of": "candidate", **RATIO, "ms": "step_ms", **MEMORY},
+    ),
+    "scaling": Experiment(
+        "our step against F, B, k and l, with fitted exponents",
+        along_axes,
+        {"axis": "workload", "at": "value", **SIZE, "rule": "candidate", "step / floor": "ratio"}
+        | {"p20–p80": "ratio spread", "ms": "step_ms", **MEMORY},
+        {"beside": ("product", "chunks"), "checked": False},
+    ),
+    "block_or_entries": Experiment(
+        "up to which l a pool is better computed as a dense block; sets BLOCK_PER_K of impl/torch/layer.py",
+        at_all_sizes(both_forms(), 2),
+        {**SIZE, "pool": "candidate", "step / product": "ratio"},
+    ),
+    "before_after": Experiment(
+        "our step by another revision of this repository (--revision) and by this one",
+        at_all_sizes(VARIANTS),
+        {**SIZE, "variant": "candidate", **RATIO, "after / before": "quotient", "its p20–p80": "quotient spread"}
+        | {"ms": "step_ms", **MEMORY},
+    ),
+    "gpu_steps": Experiment(
+        "every rule under bf16 autocast, with and without its optimizer, and the eager step of the same rule",
+        at_all_sizes(on_a_gpu(graph=False)),
+        {**SIZE, "step of": "candidate", **RATIO, "without optimizer": "ratio_without_optimizer", **MEMORY},
+        {"beside": ("product", "without_optimizer")},
+    ),
+    "gpu_graphs": Experiment(
+        "the same as CUDA graphs", at_all_sizes(on_a_gpu(graph=True)), {**SIZE, "step of": "candidate", **RATIO}
+    ),
+}

@@ -1,0 +1,195 @@
+"""Times candidates in turn, each beside the encoder product, and refuses those whose first error is wrong."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.measure import Row, spread_columns
+from benchmarks.peers import Entry, Setup, installed
+from benchmarks.steps.session import ReferenceSession, StepSession
+from benchmarks.worker import Worker, WorkerError
+from benchmarks.workloads import Workload
+
+# relative, of the first batch's error; bfloat16 moves some kept entries
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
+# of the calls beside a step, those of which the faster is the floor
+FLOORS = ("product", "chunks")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One candidate at one size.
+
+    Attributes:
+        name, entry, workload: the candidate, and the size.
+        group: tasks of one group take their samples in turn.
+        labels: further columns of its row.
+    """
+
+    name: str
+    entry: Entry
+    workload: Workload
+    group: str
+    labels: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def row(self) -> Row:
+        """Without figures."""
+        return {**self.workload.columns(), **self.labels, "candidate": self.name}
+
+
+@dataclass(frozen=True)
+class Harness:
+    """How steps are timed.
+
+    Attributes:
+        beside: calls that are timed before each step (`StepSession`).
+        device, dtype, threads: where, and in what.
+        rounds, seconds: samples of each candidate, fewer where those of a group take so long.
+        warm_up: rounds for nothing before them.
+        memory: bytes that the processes of a group may take together.
+        checked: whether the first error has to be the reference's.
+        start: `Worker`, or `Here` for one candidate after the other in this process.
+    """
+
+    beside: tuple[str, ...] = ("product",)
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 2
+    rounds: int = 7
+    seconds: float = math.inf
+    warm_up: int = 2
+    memory: float = 18 * 2.0**30
+    checked: bool = True
+    start: type = Worker
+
+    def measure(self, tasks: Sequence[Task]) -> Iterator[Row]:
+        """A row for each task; one that failed has a `reason` and no figures."""
+        for name in dict.fromkeys(task.group for task in tasks):
+            for group in fitting([task for task in tasks if task.group == name], self.memory):
+                yield from self.measure_group(group)
+
+    def measure_group(self, tasks: Sequence[Task]) -> list[Row]:
+        """The rows of tasks whose samples are taken in turn."""
+        rows = [task.row for task in tasks]
+        running = {}
+        expected = self.expected_errors(tasks)
+        for i, task in enumerate(tasks):
+            if not installed(task.entry):
+                rows[i]["reason"] = "not installed"
+                continue
+            try:
+                running[i] = self.started(task, rows[i], expected[i])
+            except WorkerError as failure:
+                rows[i]["reason"] = str(failure)
+        samples, failures = samples_in_turn(running, self.rounds, self.seconds, self.warm_up)
+        for i, worker in running.items():
+            if i in failures:
+                rows[i]["reason"] = failures[i]
+                continue
+            rows[i] |= figures(samples[i], tasks[i].workload, worker.call("peak_bytes"))
+            worker.close()
+        by_name = {task.name: i for i, task in enumerate(tasks)}
+        for i, task in enumerate(tasks):
+            if task.entry.beside is not None:
+                rows[i] |= beside(rows[i], samples.get(i), samples.get(by_name.get(task.entry.beside, -1)))
+        return rows
+
+    def setup(self, workload: Workload) -> Setup:
+        w = workload
+        return Setup(w.B, w.d, w.F, w.k, device=self.device, dtype=self.dtype)
+
+    def started(self, task: Task, row: Row, expected: float) -> Any:
+        """A worker whose first step was right."""
+        args = (task.entry, self.setup(task.workload), self.threads, self.beside)
+        worker = self.start(StepSession, *args, tree=task.entry.tree)
+        error = worker.call("first_error")
+        row["first_error"] = error
+        if not self.checked:
+            return worker
+        row["reference_error"] = expected
+        if not abs(error / expected - 1) <= TOLERANCE[self.dtype]:
+            worker.close()
+            raise WorkerError(f"error {error:.6g} on the first batch, the reference has {expected:.6g}")
+        return worker
+
+    def expected_errors(self, tasks: Sequence[Task]) -> list[float]:
+        """The first batch's error by each task's rule, by the reference implementation; nan without `checked`."""
+        found = [math.nan] * len(tasks)
+        for workload in dict.fromkeys(task.workload for task in tasks if self.checked):
+            worker = self.start(ReferenceSession, self.setup(workload), self.threads)
+            for i, task in enumerate(tasks):
+                if task.workload == workload and installed(task.entry):
+                    found[i] = worker.call("error", task.entry.rule)
+            worker.close()
+        return found
+
+
+def samples_in_turn(
+    workers: dict[Any, Any], rounds: int, seconds: float = math.inf, warm_up: int = 2
+) -> tuple[dict[Any, list[dict[str, float]]], dict[Any, str]]:
+    """What each worker's `sample` gives, round by round, after `warm_up` rounds for nothing; why others failed."""
+    found: dict[Any, list[dict[str, float]]] = {name: [] for name in workers}
+    failures: dict[Any, str] = {}
+    start = time.perf_counter()
+    for round_ in range(warm_up + rounds):
+        for name in list(found):
+            try:
+                sample = workers[name].call("sample")
+            except WorkerError as failure:
+                failures[name] = str(failure)
+                del found[name]
+                continue
+            if round_ >= warm_up:
+                found[name].append(sample)
+        if round_ >= warm_up and time.perf_counter() - start > seconds:
+            break
+    return found, failures
+
+
+def fitting(tasks: Sequence[Task], limit: float) -> Iterator[list[Task]]:
+    """Tasks that fit into `limit` bytes together: weights, moments and a [B, F] each, ten [B, F] for a step.
+
+    A task stays with the one it stands beside.
+    """
+    group: list[Task] = []
+    taken = largest = 0.0
+    for task in tasks:
+        w = task.workload
+        block = 4 * w.B * w.F
+        each = 4 * 7 * w.d * w.F + block + 2**29
+        if group and task.entry.beside is None and taken + each + 10 * max(largest, block) > limit:
+            yield group
+            group, taken, largest = [], 0.0, 0.0
+        group.append(task)
+        taken, largest = taken + each, max(largest, block)
+    if group:
+        yield group
+
+
+def figures(samples: Sequence[dict[str, float]], workload: Workload, peak: int | None) -> Row:
+    """Milliseconds, ratios to the floor, and memory."""
+    columns: Row = {}
+    for name in samples[0]:
+        columns |= spread_columns([1e3 * sample[name] for sample in samples], f"{name}_ms")
+    floor = min((name for name in FLOORS if name in samples[0]), key=lambda name: columns[f"{name}_ms"])
+    ratios = spread_columns([sample["step"] / sample[floor] for sample in samples], "ratio")
+    more: Row = {"floor_ms": columns[f"{floor}_ms"]}
+    if "allocating" in samples[0]:
+        more["ratio_to_allocating_product"] = statistics.median(s["step"] / s["allocating"] for s in samples)
+    if "without_optimizer" in samples[0]:
+        more["ratio_without_optimizer"] = statistics.median(s["without_optimizer"] / s[floor] for s in samples)
+    memory = None if peak is None else peak / (4 * workload.B * workload.F)
+    return {**ratios, **columns, **more, "rounds": len(samples), "peak_bytes": peak, "peak_extra_memory": memory}
+
+
+def beside(row: Row, own: list[dict[str, float]] | None, other: list[dict[str, float]] | None) -> Row:
+    """Of the step's time in another candidate's, round by round."""
+    if own is None or other is None:
+        return {"reason": row.get("reason", "what it stands beside has no figures")}
+    return spread_columns([mine["step"] / theirs["step"] for mine, theirs in zip(own, other)], "quotient")

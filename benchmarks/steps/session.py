@@ -1,0 +1,119 @@
+"""One candidate in training at one size, beside the encoder product; and what the reference says of its first batch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sampled_sae
+from benchmarks.measure import product, product_in_chunks
+from benchmarks.peers import Entry, Setup, initial_weights, make
+from sampled_sae.bench import activations
+from sampled_sae.support.timing import peak_memory, timed
+
+BATCHES, GRAPH_WARM_UP = 4, 3
+
+
+class Size:
+    """What all candidates of one size are given: weights, batches, and the products beside which they are timed."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.weights = initial_weights(setup)
+        # several: a threshold guessed from the last one is as good as in training, not perfect
+        self.batches = [activations(setup.B, setup.d, seed).to(setup.device) for seed in range(BATCHES)]
+        dtype = getattr(torch, setup.dtype)
+        x, W = self.batches[0].to(dtype), self.weights.W_enc.to(dtype)
+        self.errors: dict[str, float] = {}
+        self.products: dict[str, Callable[[], Callable[[], Any]]] = {
+            "product": lambda: product(x, W),
+            "chunks": lambda: product_in_chunks(x, W),
+            "allocating": lambda: lambda: torch.mm(x, W.t()),
+        }
+
+
+size_of = lru_cache(maxsize=1)(Size)
+
+
+class StepSession:
+    """Candidate and products; `calls` names what is timed before each step: products, or "without_optimizer"."""
+
+    def __init__(self, entry: Entry, setup: Setup, threads: int, calls: tuple[str, ...]) -> None:
+        torch.set_num_threads(threads)
+        imported = Path(sampled_sae.__file__).resolve()
+        if entry.tree is not None and not imported.is_relative_to(entry.tree.resolve()):
+            raise RuntimeError(f"sampled_sae was imported from {imported}, not from the revision that is to be timed")
+        self.size, self.device, self.steps = size_of(setup), setup.device, entry.steps
+        self.candidate = make(entry, setup, self.size.weights)
+        self.calls = {name: self.size.products[name]() for name in calls if name in self.size.products}
+        self.batches = itertools.cycle(self.size.batches)
+        if "without_optimizer" in calls and hasattr(self.candidate, "forward_backward"):
+            self.calls["without_optimizer"] = lambda: self.candidate.forward_backward(next(self.batches))
+        self.step: Callable[[], Any] = lambda: self.candidate.step(next(self.batches))
+        self.graph = entry.graph
+
+    def first_error(self) -> float:
+        """Of batch 0 and the initial weights, by a whole step."""
+        error = float(self.candidate.step(next(self.batches)))
+        if self.graph:
+            self.step = self._captured()
+        return error
+
+    def sample(self) -> dict[str, float]:
+        """Seconds of each of the calls, and of a step after them."""
+        for call in itertools.islice(self.calls.values(), 1):
+            call()  # wakes threads and caches after the other processes' turns
+        seconds = {name: timed(call, self.device) for name, call in self.calls.items()}
+        steps = [timed(self.step, self.device) for _ in range(self.steps)]
+        return {**seconds, "step": sum(steps) / len(steps)}
+
+    def peak_bytes(self) -> int | None:
+        """Of two steps or more, above what is held between steps.
+
+        None for a graph, which holds all of it, and where the system does not tell.
+        """
+        try:
+            call = lambda: [self.step() for _ in range(max(2, self.steps))]  # noqa: E731
+            return None if self.graph else peak_memory(call, self.device)
+        except OSError:
+            return None
+
+    def _captured(self) -> Callable[[], Any]:
+        """One step on the next batch, which is copied to where the graph reads it; what came before is its warm-up."""
+        x = next(self.batches).clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(GRAPH_WARM_UP):
+                x.copy_(next(self.batches))
+                self.candidate.step(x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.candidate.step(x)
+
+        def replay() -> None:
+            x.copy_(next(self.batches))
+            graph.replay()
+
+        return replay
+
+
+class ReferenceSession:
+    """What the reference implementation says of the first batch."""
+
+    def __init__(self, setup: Setup, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.size, self.k = size_of(setup), setup.k
+
+    @torch.no_grad()
+    def error(self, rule: dict[str, Any]) -> float:
+        """By this rule."""
+        errors, x = self.size.errors, self.size.batches[0]
+        if str(rule) not in errors:
+            errors[str(rule)] = float(self.size.weights.sae(self.k, impl="reference", **rule)(x).mse)
+        return errors[str(rule)]

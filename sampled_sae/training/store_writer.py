@@ -1,0 +1,138 @@
+"""The files of a store of activations, written one by one, and the manifest that lists them.
+
+The folder holds `shard_00000.safetensors`, ... (tensor `activations` [n, d], raw), `holdout.safetensors` (the same
+for tokens kept for evaluation, and their token rows where there is text) and `manifest.json`. A file becomes visible
+only when whole, and counts only once the manifest lists it.
+"""
+
+from __future__ import annotations
+
+import math
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..support.atomic_files import write_atomically, write_json
+
+FORMAT = "sampled-sae activations"
+VERSION = 1
+MANIFEST = "manifest.json"
+HOLDOUT = "holdout.safetensors"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def new_manifest(d_in: int, dtype: str, settings: dict[str, Any], **about: Any) -> dict[str, Any]:
+    """The manifest of a store without files; `about` is what else a reader wants to know of the activations."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        **about,
+        "d_in": d_in,
+        "dtype": dtype,
+        "scale": None,
+        "shards": [],
+        "holdout": None,
+        "complete": False,
+        "settings": settings,
+        "versions": {package: installed_version(package) for package in ("sampled-sae", "torch", "safetensors")},
+    }
+
+
+def installed_version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def as_stored(x: Tensor, dtype: str) -> Tensor:
+    """A copy of x on the CPU, in the dtype of the shards.
+
+    Raises:
+        ValueError: values of x that this dtype cannot hold.
+    """
+    stored = x.detach().to("cpu", DTYPES[dtype], copy=True)
+    if not stored.isfinite().all():
+        raise ValueError(f"dtype={dtype!r} cannot hold these activations, which reach {float(x.abs().max()):.3g}")
+    return stored
+
+
+class StoreWriter:
+    """Writes files into the folder of a store and keeps the manifest of them.
+
+    Args:
+        folder: of the store.
+        manifest: from `new_manifest`, or that of a store whose writing goes on.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        manifest["complete"] = False  # until every file has been looked at
+        self._shards: dict[str, dict[str, Any]] = {shard["file"]: shard for shard in manifest["shards"]}
+        self._written: list[str] = []
+
+    def has_shard(self, index: int) -> bool:
+        """Whether the manifest lists this shard and the file is whole."""
+        return self._is_whole(self._shards.get(_shard_name(index)))
+
+    def has_holdout(self) -> bool:
+        """Whether the manifest lists the held-out part and the file is whole."""
+        return self._is_whole(self.manifest["holdout"])
+
+    def write_shard(self, index: int, activations: Tensor) -> None:
+        """activations [n, d], raw, in the dtype of the shards."""
+        entry = self._write(_shard_name(index), {"activations": activations})
+        self._shards[entry["file"]] = {**entry, "sum_squares": float(activations.double().square().sum())}
+        self.manifest["shards"] = [self._shards[file] for file in sorted(self._shards)]
+
+    def write_holdout(self, activations: Tensor, rows: Tensor | None = None) -> None:
+        """activations [n, d], raw; rows int64 [N, context], the token ids that they were computed from."""
+        if rows is None:
+            self.manifest["holdout"] = self._write(HOLDOUT, {"activations": activations})
+        else:
+            entry = self._write(HOLDOUT, {"rows": rows.contiguous(), "activations": activations})
+            self.manifest["holdout"] = {**entry, "rows": len(rows)}
+
+    def write_manifest(self, complete: bool = False) -> None:
+        """Lists the files written so far, with the scale that their activations have together.
+
+        Raises:
+            ValueError: all activations are zero.
+        """
+        if self._shards:
+            self.manifest["scale"] = self._scale()
+        self.manifest["complete"] = complete
+        write_json(self.folder / MANIFEST, self.manifest)
+
+    def delete_files(self) -> None:
+        """Takes back what this writer has written, and the manifest."""
+        for file in (MANIFEST, *self._written):
+            (self.folder / file).unlink(missing_ok=True)
+
+    def _scale(self) -> float:
+        """Training activations times this have mean ||x||^2 = d."""
+        tokens = sum(shard["tokens"] for shard in self._shards.values())
+        total = math.fsum(shard["sum_squares"] for shard in self._shards.values())
+        if total == 0:
+            raise ValueError("all activations are zero: there is no scale to normalise them with")
+        return math.sqrt(self.manifest["d_in"] * tokens / total)
+
+    def _is_whole(self, entry: dict[str, Any] | None) -> bool:
+        if entry is None:
+            return False
+        path = self.folder / entry["file"]
+        return path.is_file() and path.stat().st_size == entry["bytes"]
+
+    def _write(self, file: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        path = self.folder / file
+        self._written.append(file)
+        write_atomically(path, lambda temporary: save_file(tensors, temporary))
+        return {"file": file, "tokens": len(tensors["activations"]), "bytes": path.stat().st_size}
+
+
+def _shard_name(index: int) -> str:
+    return f"shard_{index:05d}.safetensors"

@@ -1,0 +1,65 @@
+"""The scripts in examples/, run as a reader runs them, with sizes for seconds."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sampled_sae import SampledSAE
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_example(name, *arguments):
+    """What the script prints; the figures of its last lines by name."""
+    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = {name: float(value) for name, value in re.findall(r"^(\w+): (\S+)$", done.stdout, re.MULTILINE)}
+    return done.stdout, figures
+
+
+def test_train_on_tensor(tmp_path):
+    sizes = ["--tokens", 2000, "--holdout", 256, "--d", 16, "--features", 64, "--k", 4, "--steps", 60]
+    arguments = ["--out", tmp_path, *sizes, "--batch-size", 128]
+    _, figures = run_example("train_on_tensor.py", *arguments)
+    assert figures["tokens"] == 256
+    assert 0 < figures["fvu"] < 1
+    assert SampledSAE.from_pretrained(tmp_path / "sae").cfg.d_in == 16
+    assert run_example("train_on_tensor.py", *arguments)[1] == figures, "the second start goes on from the first's end"
+
+
+def test_train_on_model(tmp_path):
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    words = [f"w{i}" for i in range(40)]
+    vocabulary = {word: i for i, word in enumerate(["<|endoftext|>", "<unk>", *words])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    folder = tmp_path / "model"
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|endoftext|>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=42, n_embd=16, n_layer=3, n_head=2, n_positions=16)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    texts = tmp_path / "texts.jsonl"
+    order = torch.randint(0, 40, (60, 30)).tolist()
+    texts.write_text("".join(json.dumps({"text": " ".join(words[i] for i in line)}) + "\n" for line in order))
+
+    sizes = ["--layer", 1, "--rows", 60, "--context", 16, "--holdout-rows", 8, "--features", 64, "--k", 3]
+    arguments = ["--model", folder, "--texts", texts, "--out", tmp_path / "out", *sizes, "--steps", 40]
+    _, figures = run_example("train_on_model.py", *arguments, "--batch-size", 128)
+    assert {"fvu", "l0", "dead_share", "ce_clean", "ce_spliced", "ce_zero", "loss_recovered_zero"} == set(figures)
+    assert 0 < figures["fvu"] < 1
+    assert SampledSAE.from_pretrained(tmp_path / "out" / "sae").cfg.d_in == 16
+
+
+def test_kernels_alone():
+    printed, _ = run_example("kernels_alone.py", "--d", 16, "--features", 64, "--batch-size", 64, "--steps", 60)
+    assert printed.count("as specified") == 4
+    lost = [float(share) for share in re.findall(r"lost (\S+),", printed)]
+    assert lost[-1] < lost[0]
