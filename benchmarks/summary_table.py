@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.measure import table
+
 CANDIDATES = (
     "ours, l=4",
     "ours, l=None (BatchTopK)",
@@ -15,20 +17,18 @@ CANDIDATES = (
     "sparsify TopK",
 )
 FEATURES = 16384
-HEAD = ("", "step, ms", "step / encoder product", "peak extra memory", "FVU after {:.0f} s", "loss recovered")
 
 
 def markdown_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The table and its sources, from `peer_steps.json` and `equal_time.json` as dicts."""
     steps, race = results["peer_steps"], results["equal_time"]
-    (workload,) = [w for w in steps["workloads"] if w["F"] == FEATURES]
-    step = {row["candidate"]: row for row in workload["rows"]}
+    step = {row["candidate"]: row for row in steps["rows"] if row["F"] == FEATURES}
     end = max(row["seconds"] for row in race["rows"])
     last = {row["candidate"]: row for row in race["rows"] if row["seconds"] == end}
-    lines = [" | ".join(HEAD).format(end), "|".join(["---"] * len(HEAD))]
-    lines += [" | ".join(cells(name, step[name], last[name])) for name in CANDIDATES]
-    table = "".join(f"| {line} |\n" for line in lines)
-    return f"{table}\n{source('Step and memory', steps, workload)} {source('FVU', race, race['setup'])}\n"
+    head = ["", "step, ms", "step / product", "peak extra memory", f"FVU after {end:.0f} s", "loss recovered"]
+    made = table(head, [cells(name, step[name], last[name]) for name in CANDIDATES])
+    sources = source("Step and memory", steps, step[CANDIDATES[0]]), source("FVU and loss", race, race["setup"])
+    return f"{made}\n{' '.join(sources)}\n"
 
 
 def cells(name: str, step: Mapping[str, Any], last: Mapping[str, Any]) -> list[str]:
