@@ -46,7 +46,7 @@ def test_losses_and_gradients(kind, n_dead, rescale):
 
 @pytest.mark.parametrize("n_dead", [30, 100])
 def test_dead_features_in_several_chunks_of_tokens(n_dead, monkeypatch):
-    monkeypatch.setattr(dead, "CHUNK_ELEMENTS", 700)
+    monkeypatch.setattr(dead, "CPU_CHUNK_ELEMENTS", 700)
     assert_same_step("batchtopk", dead_mask(n_dead))
 
 

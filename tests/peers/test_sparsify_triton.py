@@ -14,7 +14,7 @@ from test_sparsify import (
 )
 
 from sampled_sae.impl.interface import resolve_impl
-from sampled_sae.integrations.sparsify import encoder, functions, patch_sparsify
+from sampled_sae.integrations.sparsify import encode_decode, encoder_call, patch_sparsify
 
 pytestmark = pytest.mark.gpu
 
@@ -23,9 +23,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def on_triton(monkeypatch):
-    for module in (encoder, functions):
+    for module in (encoder_call, encode_decode):
         monkeypatch.setattr(module, "resolve_impl", lambda impl, device, dtype: resolve_impl("triton", device, dtype))
-    monkeypatch.setattr(encoder, "DENSE", 1)
+    monkeypatch.setattr(encoder_call, "DENSE", 1)
     # on a GPU sparsify puts its forward under autocast, where no gradient is right to more than two digits
     monkeypatch.setattr(SparseCoder, "forward", SparseCoder.forward.__wrapped__)
 

@@ -13,57 +13,49 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...impl.row_gradients import RowSource
-from ...impl.torch import layer
-from ...impl.torch.pool import nth_largest_of_rows
-from ...impl.torch.scores import CHUNK_ELEMENTS
-from ...impl.torch.stream import Entries, join
-from ...support.reused_memory import Workspace, scratch
+from ...codes import Entries
+from ...impl.encoder import Encoder
+from ...impl.interface import implementation
+from ...support.nth_largest import nth_largest_of_rows
+from ...support.reused_memory import scratch
 
 DENSE_PER_K = 6
 # on a CPU a chunk stays in its cache; a GPU's is large enough that its launches do not count
-GPU_CHUNK_ELEMENTS = 1 << 25
+CPU_CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 1 << 20, 1 << 25
 
 
-@layer.without_autocast
-def dead_reconstruction_loss(
-    x: Tensor,
-    b_dec: Tensor | None,
-    W: Tensor,
-    b: Tensor,
-    W_dec: Tensor,
-    *,
-    residual: Tensor,
-    members: Tensor,
-    k: int,
-    scale: Tensor | None,
-    workspace: Workspace,
-) -> Tensor:
+def dead_reconstruction_loss(encoder: Encoder, W_dec: Tensor, residual: Tensor, members: Tensor, k: int) -> Tensor:
     """mean over tokens of ||residual - e_hat||^2, e_hat the reconstruction by `members` alone, 0-dim, at least float32.
 
     Equivalent to `a = (x - b_dec) @ W[members].T + b[members]; e_hat = keep_top_k(a, by=a * scale) @ W_dec[members]`.
 
     Args:
-        x, b_dec: [B, d], [d] or None.
-        W, b, W_dec: [F, d], [F], [F, d].
+        encoder: of the batch.
+        W_dec: [F, d].
         residual: [B, d], no gradient.
         members: int64 [D], the dead features, ascending.
-        k: entries a token, 1 <= k <= D, those of the largest activation times `scale` [F] or None.
+        k: entries a token, 1 <= k <= D, those of the largest activation times the encoder's scale.
     """
-    rows = RowSource(workspace=workspace)
-    centred = layer.centre(x, b_dec)
-    residual = residual.to(centred.dtype)
-    scale = None if scale is None else scale[members].to(centred.dtype)
-    if len(members) <= DENSE_PER_K * k:
-        taken = rows.gather("W_enc", W, members, centred.dtype)
-        b_taken = rows.gather("b_enc", b, members, centred.dtype)
-        decoder = rows.gather("W_dec", W_dec, members, centred.dtype)
-        return DeadReconstruction.apply(x, b_dec, taken, b_taken, decoder, residual, centred, scale, k)
-    taken, b_taken = W.detach()[members].to(centred.dtype), b.detach()[members].to(centred.dtype)
-    kept = join([largest(a, tokens.start, scale, k) for tokens, a in activations(centred, taken, b_taken)])
-    values, tokens, columns = kept
-    codes = layer.entry_codes(x, b_dec, W, b, centred, None, (values, tokens, members[columns]), rows)
-    return (layer.decode(codes, W_dec, None, rows) - residual).square().sum(-1).mean()
+    with torch.autocast(residual.device.type, enabled=False):
+        parts = implementation("torch")
+        x, W, b, b_dec, scale, rows, _ = encoder
+        # in float32 at least, whatever the form of the step
+        exact = parts.encoder(x, W, b, b_dec, None, rows)
+        centred = exact.operands.x
+        residual = residual.to(centred.dtype)
+        scale = None if scale is None else scale[members].to(centred.dtype)
+        if len(members) <= DENSE_PER_K * k:
+            taken = rows.gather("W_enc", W, members, centred.dtype)
+            b_taken = rows.gather("b_enc", b, members, centred.dtype)
+            decoder = rows.gather("W_dec", W_dec, members, centred.dtype)
+            return DeadReconstruction.apply(x, b_dec, taken, b_taken, decoder, residual, centred, scale, k)
+        some = exact.operands.of_features(members)
+        found = [
+            largest(a, tokens.start, scale, k) for tokens, a in activations(some.x, some.W.to(some.x.dtype), some.b)
+        ]
+        values, tokens, columns = (torch.cat(column) for column in zip(*found))
+        codes = parts.encode_at(exact, Entries(values, tokens, members[columns]))
+        return (parts.decode(codes, W_dec, None, rows) - residual).square().sum(-1).mean()
 
 
 class DeadReconstruction(torch.autograd.Function):
@@ -117,7 +109,7 @@ class DeadReconstruction(torch.autograd.Function):
 
 def activations(x: Tensor, W: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(tokens, x W^T + b of them [C, D]) chunk by chunk, all in one buffer."""
-    elements = CHUNK_ELEMENTS if x.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+    elements = CPU_CHUNK_ELEMENTS if x.device.type == "cpu" else GPU_CHUNK_ELEMENTS
     step = max(1, elements // len(W))
     buffer = scratch(x, min(step, len(x)), len(W))
     for first in range(0, len(x), step):
@@ -142,4 +134,4 @@ def largest(a: Tensor, first: int, scale: Tensor | None, k: int) -> Entries:
     """(values, tokens, columns) of the k largest of each row; the rows are the tokens from `first` on."""
     at = largest_mask_of_rows(a, scale, k).flatten().nonzero().squeeze(1)
     tokens, columns = at // a.shape[1], at % a.shape[1]
-    return a.flatten().index_select(0, at), tokens + first, columns
+    return Entries(a.flatten().index_select(0, at), tokens + first, columns)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 
+from ... import reference
 from ...codes import SparseCodes
 from ...config import batch_budget
+from ...impl.dead_features import AuxRule
+from ...impl.encoder import Encoder
+from ...impl.hints import Rule
 from ...impl.interface import Implementation, implementation, resolve_impl
-from ...impl.pool import KeptPool, Pool, find_pool
-from ...impl.row_gradients import RowSource
-from ...impl.torch.layer import block_mask
+from ...impl.pool import KeptPool, Pool, PoolRule, find_pool
 from ...support.argument_checks import check_number
 from .accelerated import SampledBatchTopKTrainingSAE
 from .configs import SampledTrainingSAEConfig
-from .step import Batch
+from .step import StepInputs
 
 
 class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
@@ -34,77 +35,61 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
 
     def prepare(self) -> None:
         super().prepare()
+        self._memory.pool = KeptPool(self.cfg.pool_every)
         self._generator = torch.Generator().manual_seed(self.cfg.seed)
 
     def forget(self) -> None:
         super().forget()
-        self._threshold_hint: Any = None
-        self._kept_pool = KeptPool(self.cfg.pool_every)
         self._in_dense_step = False
         self._pool_scores: Tensor | None = None
 
     def parts(self) -> Implementation:
         return implementation(resolve_impl(self.cfg.impl, self.W_enc.device, self.W_enc.dtype))
 
-    def next_pool(self, centred: Tensor, scale: Tensor | None) -> Pool | None:
+    def next_pool(self, encoder: Encoder) -> Pool | None:
         """The pool of one more batch; None for the whole dictionary. Its scores serve the batch's aux loss."""
-        pool = self._kept_pool.next(lambda: self._find_pool(centred, scale, self._generator))
+        pool = self._memory.pool.next(lambda: self._find_pool(encoder, self._generator))
         self._pool_scores = None if pool is None else pool.scores.detach()
         return pool
 
-    def peek_pool(self, centred: Tensor, scale: Tensor | None) -> Pool | None:
+    def peek_pool(self, encoder: Encoder) -> Pool | None:
         """What `next_pool` would return, without a trace."""
         generator = self._generator.clone_state()
-        return copy.copy(self._kept_pool).next(lambda: self._find_pool(centred, scale, generator))
+        return copy.copy(self._memory.pool).next(lambda: self._find_pool(encoder, generator))
 
-    def _find_pool(self, centred: Tensor, scale: Tensor | None, generator: torch.Generator) -> Pool | None:
-        c, parts, W = self.cfg, self.parts(), self.W_enc.detach().t()
-        rule: dict[str, Any] = {"k": c.k, "l": c.l, "score": c.score, "pool": c.pool, "score_tokens": c.score_tokens}
-        return find_pool(parts, centred, W, self.b_enc, scale=scale, generator=generator, **rule)
+    def _find_pool(self, encoder: Encoder, generator: torch.Generator) -> Pool | None:
+        return find_pool(self.parts(), encoder.operands, PoolRule.of(self.cfg), generator)
 
-    def select_codes(self, batch: Batch, rows: RowSource) -> SparseCodes:
-        pool = self.next_pool(batch.centred, batch.scale)
-        members = None if pool is None else pool.members
-        selection = self.select_among(members, batch, rows, k=self.cfg.k, select=self.cfg.select, hint=self._hint)
-        self._hint = selection.hint
-        return selection.codes
+    def select_codes(self, inputs: StepInputs) -> SparseCodes:
+        pool = self.next_pool(inputs.encoder)
+        members, rule = None if pool is None else pool.members, Rule(self.cfg.k, self.cfg.select)
+        return self.parts().select(inputs.encoder, members, rule, self._memory.hints)
 
-    def dead_loss(self, batch: Batch, levels: list[Tensor]) -> Tensor:
-        if self.cfg.aux_loss_coefficient == 0 or batch.dead is None or not bool(batch.dead.any()):
+    def dead_loss(self, inputs: StepInputs, levels: list[Tensor]) -> Tensor:
+        dead, coefficient = inputs.dead, self.cfg.aux_loss_coefficient
+        if coefficient == 0 or dead is None or not bool(dead.any()):
             return levels[-1].new_zeros(())
-        scores = self._pool_scores if self._pool_scores is not None else self.scores_of_dead(batch, batch.dead)
-        return self.cfg.aux_loss_coefficient * self.parts().aux_loss(
-            batch.x.detach(),
-            levels[-1].detach(),
-            self.input_bias(),
-            self.W_enc.t(),
-            self.b_enc,
-            self.W_dec,
-            batch.dead,
-            k_aux=self.cfg.k_aux if self.cfg.k_aux is not None else max(1, self.cfg.d_in // 2),
-            aux_pool=self.cfg.aux_pool,
-            score=self.cfg.score,
-            scores=scores,
-            rows=RowSource(workspace=self._workspace),
-        )
+        k_aux = self.cfg.k_aux if self.cfg.k_aux is not None else max(1, self.cfg.d_in // 2)
+        rule = AuxRule(k_aux, self.cfg.aux_pool, self.cfg.score)
+        scores = self._pool_scores if self._pool_scores is not None else self.scores_of_dead(inputs, dead)
+        x_hat = levels[-1].detach()
+        return coefficient * self.parts().aux_loss(inputs.encoder, x_hat, self.W_dec, dead, rule, scores)
 
     @torch.no_grad()
-    def scores_of_dead(self, batch: Batch, dead: Tensor) -> Tensor:
+    def scores_of_dead(self, inputs: StepInputs, dead: Tensor) -> Tensor:
         """[F], column scores where more features are in `dead` than the aux loss takes, 0 for all that need none."""
-        members, centred = dead.nonzero().squeeze(1), batch.centred
-        dtype = torch.promote_types(centred.dtype, torch.float32)
-        scores = torch.zeros(self.cfg.d_sae, dtype=dtype, device=centred.device)
+        members, operands = dead.nonzero().squeeze(1), inputs.encoder.operands
+        dtype = torch.promote_types(operands.x.dtype, torch.float32)
+        scores = torch.zeros(self.cfg.d_sae, dtype=dtype, device=operands.x.device)
         if self.cfg.aux_pool is not None and len(members) > self.cfg.aux_pool:
-            W, b = self.W_enc.t()[members], self.b_enc[members]
-            scale = None if batch.scale is None else batch.scale[members]
-            scores[members] = self.parts().column_scores(centred, W, b, self.cfg.score, scale)
+            scores[members] = self.parts().column_scores(operands.of_features(members), self.cfg.score)
         return scores
 
-    def after_selection(self, batch: Batch, codes: SparseCodes, output: TrainStepOutput) -> None:
+    def after_selection(self, inputs: StepInputs, codes: SparseCodes, output: TrainStepOutput) -> None:
         if self.cfg.is_batchtopk:
             self.move_threshold(codes.smallest())
-        elif batch.step % self.cfg.threshold_every == 0:
-            self.move_threshold(self.smallest_of_all(batch))
+        elif inputs.step % self.cfg.threshold_every == 0:
+            self.move_threshold(self.smallest_of_all(inputs.encoder))
         output.metrics["topk_threshold"] = self.topk_threshold
 
     @torch.no_grad()
@@ -117,12 +102,9 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         self.topk_threshold = torch.where(smallest.isfinite(), moved, self.topk_threshold)
 
     @torch.no_grad()
-    def smallest_of_all(self, batch: Batch) -> Tensor:
+    def smallest_of_all(self, encoder: Encoder) -> Tensor:
         """The smallest of the B*k largest activations in the whole dictionary, 0-dim; inf where none is positive."""
-        rule = {"k": self.cfg.k, "select": "batch", "hint": self._threshold_hint}
-        selection = self.select_among(None, batch, RowSource(), **rule)
-        self._threshold_hint = selection.hint
-        return selection.codes.smallest()
+        return self.parts().select(encoder, None, Rule(self.cfg.k), self._memory.hints).smallest()
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, l0: float | None = None) -> float:
@@ -135,11 +117,11 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         check_number("l0", target, 0, self.cfg.d_sae)
         if target == 0 or x.dim() != 2 or len(x) == 0:
             raise ValueError(f"l0={target!r}, x.shape={tuple(x.shape)}: must be in (0, {self.cfg.d_sae}] and [B, d_in]")
-        batch = self.batch(TrainStepInput(x, {}, None, 0, False))
+        encoder = self.step_inputs(TrainStepInput(x, {}, None, 0, False)).encoder
         n = batch_budget(len(x), target)
         budget = min(n + 1, len(x) * self.cfg.d_sae)
-        selection = self.select_among(None, batch, RowSource(), k=budget / len(x), select="batch", hint=None)
-        found = selection.codes.smallest() if selection.codes.count() > n else torch.zeros(())
+        codes = self.parts().select(encoder, None, Rule(budget / len(x)))
+        found = codes.smallest() if codes.count() > n else torch.zeros(())
         self.topk_threshold = torch.zeros_like(self.topk_threshold) + found.to(self.topk_threshold)
         return float(self.topk_threshold)
 
@@ -147,26 +129,22 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         """Dense codes and weighted activations before the relu, [..., d_sae], for all but the sparse step."""
         sae_in = self.process_sae_in(x)
         hidden_pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
-        scale = None
         if self.cfg.rescale_acts_by_decoder_norm:
-            scale = self.W_dec.detach().norm(dim=-1)
             hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
         flat = hidden_pre.reshape(-1, self.cfg.d_sae)
         if self.training:
-            mask = self._batch_mask(sae_in.detach().reshape(-1, self.cfg.d_in), flat.detach(), scale)
+            mask = self._batch_mask(sae_in.detach().reshape(-1, self.cfg.d_in), flat.detach())
         else:
             mask = flat > self.topk_threshold
         acts = torch.where(mask, flat, 0).view(hidden_pre.shape)
         return self.hook_sae_acts_post(acts), hidden_pre
 
-    def _batch_mask(self, centred: Tensor, a: Tensor, scale: Tensor | None) -> Tensor:
+    def _batch_mask(self, centred: Tensor, a: Tensor) -> Tensor:
         """What a batch keeps of a [B, F], bool."""
         find = self.next_pool if self._in_dense_step else self.peek_pool
-        pool = find(self.parts().centre(centred, None), scale)
-        if pool is None:
-            return block_mask(a, self.cfg.k, self.cfg.select)
-        kept = block_mask(a[:, pool.members], self.cfg.k, self.cfg.select)
-        return torch.zeros_like(a, dtype=torch.bool).index_copy_(1, pool.members, kept)
+        pool = find(self.encoder_of(centred, b_dec_subtracted=True))
+        members = None if pool is None else pool.members
+        return reference.select_inside(a, members, self.cfg.k, self.cfg.select) != 0
 
     def dense_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """SAELens' step around `encode_with_hidden_pre`, for hooks on dense activations."""
@@ -189,7 +167,6 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
     def calculate_aux_loss(
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
-        batch = self.batch(step_input)
-        flat = [t.reshape(-1, self.cfg.d_in) for t in (batch.x, batch.centred, batch.raw)]
-        batch.x, batch.centred, batch.raw = flat
-        return {"auxiliary_reconstruction_loss": self.dead_loss(batch, [sae_out.reshape(-1, self.cfg.d_in)])}
+        inputs = self.step_inputs(step_input)
+        inputs.raw = inputs.raw.reshape(-1, self.cfg.d_in)
+        return {"auxiliary_reconstruction_loss": self.dead_loss(inputs, [sae_out.reshape(-1, self.cfg.d_in)])}

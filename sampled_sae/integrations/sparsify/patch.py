@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType, TracebackType
+from contextlib import ExitStack
+from types import ModuleType
 from typing import Any
 
-from .functions import Functions
+from .encode_decode import Functions
 
 # every module that SparseCoder or its users take the two functions from
 TARGETS = (
@@ -17,29 +18,20 @@ TARGETS = (
 )
 
 
-class SparsifyPatch:
+class SparsifyPatch(ExitStack):
     """The functions that were replaced; `undo()`, or the end of a `with` block, puts them back.
 
     What was changed again in the meantime by someone else stays as it is.
     """
 
-    def __init__(self, replaced: list[tuple[ModuleType, str, Any, Any]]) -> None:
-        self._replaced = replaced
-
     def undo(self) -> None:
         """Puts back what this patch replaced; doing it twice does nothing."""
-        for module, name, theirs, ours in self._replaced:
-            if getattr(module, name) is ours:
-                setattr(module, name, theirs)
-        self._replaced = []
+        self.close()
 
-    def __enter__(self) -> SparsifyPatch:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.undo()
+def put_back(module: ModuleType, name: str, theirs: Any, ours: Any) -> None:
+    if getattr(module, name) is ours:
+        setattr(module, name, theirs)
 
 
 def patch_sparsify() -> SparsifyPatch:
@@ -48,10 +40,8 @@ def patch_sparsify() -> SparsifyPatch:
     Losses and selected activations stay the same up to rounding. Different are the gradients that were wrong: AuxK and
     Multi-TopK reach the encoder (theirs give it exactly zero), and an activation of 0 passes none on.
 
-    With 8 * k <= F no [N, F] tensor is made in an ordinary step, and a token with fewer than k positive activations is
-    filled up with activations of 0 under features that other tokens of the batch use, so that no feature counts as
-    fired through it as long as the batch uses k features. A larger k is selected from all activations, filled up as
-    sparsify does.
+    With 8 * k <= F no step makes an [N, F] tensor; all activations are computed only where `pre_acts` is used for more
+    than a selection.
 
     On a GPU the functions are our Triton kernels. Under autocast the encoder's products are rounded as they are there,
     the decoder's as little as there, and activations come in the dtype of the weights.
@@ -61,19 +51,16 @@ def patch_sparsify() -> SparsifyPatch:
     Raises:
         ImportError: sparsify is not installed, or has other functions than those of 1.3.
     """
-    ours = Functions()
-    replaced: list[tuple[ModuleType, str, Any, Any]] = []
-    for module_name, name in TARGETS:
-        try:
-            module = importlib.import_module(module_name)
-            theirs = getattr(module, name)
-        except (ImportError, AttributeError) as error:
-            for other, attribute, original, _ in replaced:
-                setattr(other, attribute, original)
-            raise ImportError(f"patch_sparsify: {error}; needs sparsify 1.3, `pip install eai-sparsify`") from error
-        if isinstance(getattr(theirs, "__self__", None), Functions):
-            continue
-        replacement = getattr(ours, name)
-        setattr(module, name, replacement)
-        replaced.append((module, name, theirs, replacement))
-    return SparsifyPatch(replaced)
+    functions = Functions()
+    with SparsifyPatch() as patch:  # puts back what was replaced if one cannot be
+        for module_name, name in TARGETS:
+            try:
+                module = importlib.import_module(module_name)
+                theirs = getattr(module, name)
+            except (ImportError, AttributeError) as error:
+                raise ImportError(f"patch_sparsify: {error}; needs sparsify 1.3, `pip install eai-sparsify`") from error
+            if not isinstance(getattr(theirs, "__self__", None), Functions):
+                ours = getattr(functions, name)
+                setattr(module, name, ours)
+                patch.callback(put_back, module, name, theirs, ours)
+        return patch.pop_all()

@@ -1,4 +1,4 @@
-"""The two functions of sparsify: encode to the k largest activations of each token, decode them."""
+"""The two functions of sparsify: encode to k activations of each token, decode them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...codes import SparseCodes
+from ...impl.hints import ThresholdHints
 from ...impl.interface import implementation, resolve_impl
+from ...impl.row_gradients import RowSource
 from ...support.argument_checks import check_choice, check_integer, describe
 from ...support.reused_memory import Workspace
-from .encoder import EncoderCall, Memory
-from .kept import kept_codes
-from .preactivations import PreActivations
+from .encoder_call import EncoderCall
+from .lazy_pre_acts import PreActivations
 
 ACTIVATIONS = ("topk", "groupmax")
 
@@ -25,7 +26,7 @@ class Functions(threading.local):
 
     def __init__(self) -> None:
         self._workspace = Workspace()
-        self._memories = WeakTensorKeyDictionary()
+        self._hints = WeakTensorKeyDictionary()
 
     def fused_encoder(self, input: Tensor, weight: Tensor, bias: Tensor | None, k: int, activation: str) -> Any:
         """As sparsify's, with right gradients through every result.
@@ -48,12 +49,15 @@ class Functions(threading.local):
 
         check_choice("activation", activation, ACTIVATIONS)
         check_integer("k", k, 1)
-        if k > weight.shape[0]:
-            raise ValueError(f"k={k}: must be at most {weight.shape[0]}, the number of features")
+        n_features = weight.shape[0]
+        if k > n_features:
+            raise ValueError(f"k={k}: must be at most {n_features}, the number of features")
+        if activation == "groupmax" and n_features % k:
+            raise ValueError(f"k={k}: groupmax needs a divisor of {n_features}, the number of features")
         if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
             raise ValueError(f"input={describe(input)}: the last dimension must be {weight.shape[1]}")
-        memory = self._memories.setdefault(weight, Memory())
-        call = EncoderCall(input, weight, bias, memory, self._workspace)
+        hints = self._hints.setdefault(weight, ThresholdHints())
+        call = EncoderCall(input, weight, bias, hints, RowSource(workspace=self._workspace))
         kept = call.topk(k) if activation == "topk" else call.group_max(k)
         return EncoderOutput(*kept, PreActivations(call))
 
@@ -73,21 +77,14 @@ class Functions(threading.local):
         if top_indices.shape != top_acts.shape:
             raise ValueError(f"top_indices={describe(top_indices)}: must have the shape of top_acts, {top_acts.shape}")
         W = W_dec.mT
-        lead = top_acts.shape[:-1]
+        lead, k = top_acts.shape[:-1], top_acts.shape[-1]
         if top_acts.numel() == 0:
             return (top_acts.unsqueeze(-1) * W[top_indices]).sum(-2)
-        exact = torch.promote_types(W.dtype, torch.float32)
-        codes = kept_codes(top_acts, top_indices, W.shape[0], exact)
-        if codes is None:
-            codes = listed_codes(top_acts.to(exact), top_indices, W.shape[0])
+        tokens = torch.arange(lead.numel(), device=top_acts.device).repeat_interleave(k)
+        values = top_acts.flatten().to(torch.promote_types(W.dtype, torch.float32))
+        codes = SparseCodes(values, tokens, top_indices.flatten().long(), (lead.numel(), W.shape[0]))
         parts = implementation(resolve_impl("auto", W.device, W.dtype))
         with torch.autocast(W.device.type, enabled=False):
-            return parts.decode(codes, W, None).to(W.dtype).view(*lead, W.shape[1])
-
-
-def listed_codes(top_acts: Tensor, top_indices: Tensor, n_features: int) -> SparseCodes:
-    """The codes of any table [..., k]."""
-    k = top_acts.shape[-1]
-    n_tokens = top_acts.numel() // k
-    tokens = torch.arange(n_tokens, device=top_acts.device).repeat_interleave(k)
-    return SparseCodes(top_acts.reshape(-1), tokens, top_indices.reshape(-1).long(), (n_tokens, n_features))
+            return (
+                parts.decode(codes, W, None, RowSource(workspace=self._workspace)).to(W.dtype).view(*lead, W.shape[1])
+            )

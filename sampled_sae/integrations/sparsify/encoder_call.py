@@ -1,0 +1,119 @@
+"""One call of sparsify's encoder relu(x W^T + b): its kept activations, and all of them where somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...codes import Entries
+from ...impl.encoder import Operands
+from ...impl.hints import Rule, ThresholdHints
+from ...impl.interface import implementation, resolve_impl
+from ...impl.row_gradients import RowSource
+
+# with more than a DENSE-th of all features kept, entries take more memory than the activations themselves
+DENSE = 8
+# tokens whose activations are in memory at a time, where a selection is made of all of them
+TOKENS = 256
+
+# (activations, features), both [..., k]
+Tables = tuple[Tensor, Tensor]
+
+
+class EncoderCall:
+    """x [..., d] under W [F, d], b [F] or None; all results have a gradient if there is one now.
+
+    Raises:
+        RuntimeError: by each method, once the input or the weights have been changed.
+    """
+
+    def __init__(self, x: Tensor, W: Tensor, b: Tensor | None, hints: ThresholdHints, rows: RowSource) -> None:
+        self.hints = hints
+        self.parts = implementation(resolve_impl("auto", x.device, x.dtype))
+        b = W.new_zeros(W.shape[0]) if b is None else b
+        self.encoder = self.parts.encoder(x.reshape(-1, x.shape[-1]), W, b, rows=rows)
+        self.shape = (*x.shape[:-1], W.shape[0])
+        self.dtype = W.dtype
+        self.with_gradient = torch.is_grad_enabled()
+        self._versions = self._now()
+
+    def topk(self, k: int) -> Tables:
+        """The k largest of each token, in any order; equivalent to `self.dense().topk(k, sorted=False)`."""
+        n_tokens, n_features = self.encoder.shape
+        if n_tokens == 0 or k * DENSE > n_features:
+            acts, features = self.dense().topk(k, dim=-1, sorted=False)
+            return acts, features
+        self._check_unchanged()
+        with torch.set_grad_enabled(self.with_gradient):
+            entries = self.parts.select(self.encoder, None, Rule(k, "token"), self.hints).entries()
+            if len(entries.values) == n_tokens * k:
+                return self._shaped(entries.values.view(-1, k), entries.features.view(-1, k))
+        return self._with_gradient(*self._filled(entries, k))
+
+    def topk_among(self, members: Tensor, k: int) -> Tables:
+        """The k largest of each token among `members` int64 [P], P >= k, in any order."""
+        self._check_unchanged()
+        acts, at = picked(self.encoder.operands.of_features(members), lambda a: a.topk(k, sorted=False))
+        return self._with_gradient(acts, members[at])
+
+    def group_max(self, k: int) -> Tables:
+        """The largest of each of k groups of neighbouring features; k divides F."""
+        acts, at = picked(self.encoder.operands, lambda a: a.unflatten(1, (k, -1)).max(-1))
+        n_features = self.encoder.shape[1]
+        first = torch.arange(0, n_features, n_features // k, device=at.device)
+        return self._with_gradient(acts, first + at)
+
+    def dense(self) -> Tensor:
+        """All activations, [..., F], in a new tensor."""
+        self._check_unchanged()
+        with torch.set_grad_enabled(self.with_gradient):
+            x, W, b = self.encoder[:3]
+            z = F.linear(x.to(W.dtype), W, b)
+            # a relu whose gradient does not need its result, which may be written to
+            return torch.where(z <= 0, 0, z).to(W.dtype).view(self.shape)
+
+    def _filled(self, entries: Entries, k: int) -> Tables:
+        """[N, k] of entries that are k a token, but for tokens with fewer positive activations, or with NaN."""
+        values, tokens, features = entries
+        operands = self.encoder.operands
+        short = torch.bincount(tokens, minlength=len(operands.x)) < k
+        full = ~short[tokens]
+        acts, at = values.new_empty(len(short), k), features.new_empty(len(short), k)
+        acts[~short], at[~short] = values.detach()[full].view(-1, k), features[full].view(-1, k)
+        found, at[short] = picked(operands.of_tokens(operands.x[short]), lambda a: a.topk(k, sorted=False))
+        acts[short] = found.to(acts.dtype)
+        return acts, at
+
+    def _with_gradient(self, acts: Tensor, features: Tensor) -> Tables:
+        """Tables [N, k] with the gradient of the activations; one of 0 passes none on."""
+        features, order = features.sort(1)
+        acts = acts.gather(1, order)
+        tokens = torch.arange(len(acts), device=acts.device).repeat_interleave(acts.shape[1])
+        with torch.set_grad_enabled(self.with_gradient):
+            codes = self.parts.encode_at(self.encoder, Entries(acts.flatten(), tokens, features.flatten()))
+            return self._shaped(torch.where(acts != 0, codes.values.view(acts.shape), 0), features)
+
+    def _shaped(self, acts: Tensor, features: Tensor) -> Tables:
+        """Tables [N, k] in the shape and dtype of the caller."""
+        shape = *self.shape[:-1], acts.shape[1]
+        return acts.to(self.dtype).view(shape), features.view(shape)
+
+    def _now(self) -> tuple[int, ...]:
+        """How often the tensors were written to, where torch keeps count."""
+        return tuple(0 if t.is_inference() else t._version for t in self.encoder[:3])
+
+    def _check_unchanged(self) -> None:
+        if self._now() != self._versions:
+            raise RuntimeError("pre_acts: the input or the weights have been changed since encode; use pre_acts before")
+
+
+@torch.no_grad()
+def picked(operands: Operands, pick: Callable[[Tensor], Any]) -> Tables:
+    """(activations, columns), [N, k] each, that `pick` takes of relu(x W^T + b), some tokens at a time."""
+    W, b = (t.to(operands.x.dtype) for t in operands[1:3])
+    acts, at = zip(*(pick(F.linear(x, W, b).relu_()) for x in operands.x.split(TOKENS)))
+    return torch.cat(acts), torch.cat(at)
