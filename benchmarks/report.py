@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import drop_in, equal_time, quality
 from benchmarks.measure import RESULTS, ROOT
-from benchmarks.operations import table as operations
+from benchmarks.operations.race import COLUMNS
 from benchmarks.record import markdown, with_caption
 from benchmarks.steps.experiments import EXPERIMENTS, table
 from sampled_sae.training import sweep
@@ -37,7 +37,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "drop_in": drop_in.markdown_table,
     "drop_in_768": drop_in.markdown_table,
     "equal_time": equal_time.markdown_table,
-    "kernels": lambda result: operations.table(result["rows"]),
+    "kernels": lambda result: markdown(COLUMNS, result["rows"]),
 }
 # the columns of a step in the README's table, and its size
 SUMMARY = {"": "{candidate}", "step, ms": "{step_ms:.0f}", "step / encoder product": "{ratio:.2f}"}

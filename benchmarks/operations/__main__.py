@@ -21,9 +21,8 @@ from benchmarks.gpu_parts.compiling import compile_all, small
 from benchmarks.measure import RESULTS, Row
 from benchmarks.operations import OPERATIONS, PRODUCT, SCORE_FORMS, Operations, first_calls
 from benchmarks.operations.operation import Inputs
-from benchmarks.operations.race import Race
-from benchmarks.operations.table import table
-from benchmarks.record import Record, parser
+from benchmarks.operations.race import COLUMNS, Race
+from benchmarks.record import Record, markdown, parser
 from benchmarks.workloads import CPU_KERNELS, GPU_KERNELS, LARGE_KERNELS, REHEARSAL, WIDTHS, Workload
 
 Case = tuple[Workload, torch.dtype]
@@ -60,35 +59,34 @@ def main() -> None:
     names = [name for name in races.operations if args.only is None or name in args.only]
     workloads = REHEARSAL if args.rehearse else races.workloads
     cases = [(w, getattr(torch, dtype)) for dtype in races.dtypes for w in workloads]
-    record = Record(args, lambda result: table(result["rows"]))
+    record = Record(args, lambda result: markdown(COLUMNS, result["rows"]))
     kernels = args.device == "cuda" or args.impl == "triton"
     if kernels and args.set != "ceilings":
         few = [(w, getattr(torch, dtype)) for dtype in races.dtypes for w in small(record, workloads)]
         compile_all(record, first_calls, [(*case, args.device, races.operations) for case in few])
     backend = "eager" if args.rehearse else "inductor"
-    for i, case in enumerate(cases):
-        race_all(record, args, case, names, (len(cases) - i) * len(names), None if kernels else backend)
+    passes: list[tuple[Case, str | None]] = [(case, None if kernels else backend) for case in cases]
     if kernels and races.operations is OPERATIONS:
         # last of all, at one size: nothing ends a compilation that takes too long
-        race_all(record, args, cases[0], names, len(names), backend, "torch.compile")
+        passes.append((cases[0], backend))
+    for i, (case, compiler) in enumerate(passes):
+        race_all(record, args, case, names, compiler, (len(passes) - i) * len(names))
 
 
-def race_all(
-    record: Record, args: Namespace, case: Case, names: list[str], of: int, backend: str | None, form: str = ""
-) -> None:
-    """Rows of these operations, which are the first of so many, or only those of forms whose names begin so."""
+def race_all(record: Record, args: Namespace, case: Case, names: list[str], compiler: str | None, of: int) -> None:
+    """Rows of these operations, which are the first of so many."""
     w, dtype = case
     inputs = Inputs(w, args.device, dtype, args.impl)
 
     def raced(name: str, seconds: float) -> list[Row]:
-        race = Race(name, inputs, SETS[args.set].operations[name](inputs), backend, small=args.rehearse)
+        race = Race(name, inputs, SETS[args.set].operations[name](inputs), compiler, small=args.rehearse)
         race.run(args.rounds, seconds)
-        return [row for row in race.rows() if row["form"].startswith(form)]
+        return [race.row()]
 
     for i, name in enumerate(names):
-        row = {**w.columns(), "dtype": str(dtype).removeprefix("torch."), "operation": name, "form": form or "all"}
+        row = {**w.columns(), "dtype": str(dtype).removeprefix("torch."), "operation": name}
         seconds = min(args.seconds, record.left / (of - i))
-        record.attempt([row], partial(raced, name, seconds), LEAST_TO_COMPILE if form else LEAST_SECONDS)
+        record.attempt([row], partial(raced, name, seconds), LEAST_TO_COMPILE if compiler else LEAST_SECONDS)
 
 
 if __name__ == "__main__":

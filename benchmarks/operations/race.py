@@ -8,15 +8,29 @@ import torch
 
 from benchmarks.measure import Row, product
 from benchmarks.operations.operation import Inputs, Operation
+from benchmarks.record import SIZE
 from benchmarks.worker import one_line
 from sampled_sae.support.timing import Call, free_memory, on_gpu, peak_memory, spread, timed
 
+RIVALS = ("eager", "torch.compile", "torch.topk", "embedding_bag")
 COPY_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 # columns of the product that measures the ceiling: enough for the full rate
 PRODUCT_FEATURES = {"cpu": 4096, "cuda": 1 << 16}
 # the same for a rehearsal
 FEW_ELEMENTS, FEW_FEATURES = 1 << 12, 64
 CEILINGS = ("copy", "product")
+COLUMNS = {
+    **SIZE,
+    "operation": "{operation}",
+    "ours, ms": "{ms:.3g}",
+    "p20–p80": "{p20:.3g}–{p80:.3g}",
+    "rounds": "{rounds}",
+    "GB/s (of copy)": "{GB/s:.3g} ({of copy:.2f})",
+    "TFLOP/s (of product)": "{TFLOP/s:.2g} ({of product:.2f})",
+    **{f"times as fast as {name}": f"{{rivals[{name}][factor]:.2f}}" for name in RIVALS},
+    "peak MB, ours / eager": "{peak MB:.0f} / {rivals[eager][peak MB]:.0f}",
+    "check": "{check}",
+}
 # of what is free, the share that the eager form may ask for
 SHARE_OF_MEMORY = 0.8
 
@@ -86,35 +100,33 @@ class Race:
         self.samples = {call: [] for call in self.calls}
         return min(most, max(least, int(seconds / took)))
 
-    def rows(self) -> list[Row]:
-        """One row for ours, then one for each rival; a speedup only if the check on these inputs passes."""
-        checked = verdict(self.operation)
+    def row(self) -> Row:
+        """Of ours, with its rivals by name; how many times faster ours is only if the check on these inputs passes."""
+        operation, times, checked = self.operation, spread(self.samples["ours"]), verdict(self.operation)
         copy, rate = (self._least[name] / spread(self.samples[name]).ms for name in CEILINGS)
-        dtype = str(self.inputs.dtype).removeprefix("torch.")
-        same = {**self.inputs.workload.columns(), "dtype": dtype, "operation": self.name}
-        rows = []
-        for name in [name for name in self.samples if name not in CEILINGS]:
-            times = spread(self.samples[name])
-            bytes_a_ms, flops_a_ms = self.operation.bytes / times.ms, self.operation.flops / times.ms
-            ratio = spread([theirs / ours for theirs, ours in zip(self.samples[name], self.samples["ours"])]).ms
-            rows.append(
-                {
-                    **same,
-                    "form": f"ours ({self.inputs.impl})" if name == "ours" else name,
-                    **vars(times),
-                    "bytes": self.operation.bytes,
-                    "flops": self.operation.flops,
-                    "GB/s": 1e-6 * bytes_a_ms,
-                    "TFLOP/s": 1e-9 * flops_a_ms,
-                    "of copy": bytes_a_ms / copy,
-                    "of product": flops_a_ms / rate,
-                    "peak bytes": self._peak(name),
-                    "ours is faster by": ratio if name != "ours" and checked == "passed" else None,
-                    "check": checked,
-                }
-            )
-        rows[0] |= {"copy GB/s": 1e-6 * copy, "product TFLOP/s": 1e-9 * rate}
-        return rows + [{**same, "form": name, "reason": why} for name, why in self.left_out.items()]
+        rivals: dict[str, Row] = {name: {"reason": why} for name, why in self.left_out.items()}
+        for name in [name for name in self.samples if name not in ("ours", *CEILINGS)]:
+            ratios = [theirs / own for theirs, own in zip(self.samples[name], self.samples["ours"])]
+            factor = spread(ratios).ms if checked == "passed" else None
+            rivals[name] = {**vars(spread(self.samples[name])), "peak MB": self._peak(name), "factor": factor}
+        return {
+            **self.inputs.workload.columns(),
+            "dtype": str(self.inputs.dtype).removeprefix("torch."),
+            "operation": self.name,
+            "impl": self.inputs.impl,
+            **vars(times),
+            "bytes": operation.bytes,
+            "flops": operation.flops,
+            "GB/s": 1e-6 * operation.bytes / times.ms,
+            "TFLOP/s": 1e-9 * operation.flops / times.ms,
+            "of copy": operation.bytes / times.ms / copy,
+            "of product": operation.flops / times.ms / rate,
+            "check": checked,
+            "copy GB/s": 1e-6 * copy,
+            "product TFLOP/s": 1e-9 * rate,
+            "peak MB": self._peak("ours"),
+            "rivals": rivals,
+        }
 
     @torch.no_grad()
     def _warm_up(self) -> None:
@@ -128,10 +140,10 @@ class Race:
                 del self.calls[name]
                 self.left_out[name] = one_line(error)[:200]
 
-    def _peak(self, name: str) -> int | None:
+    def _peak(self, name: str) -> float | None:
         self.operation.prepare()
         try:
-            return peak_memory(self.calls[name], self.inputs.device)
+            return 1e-6 * peak_memory(self.calls[name], self.inputs.device)
         except OSError:
             return None
 
