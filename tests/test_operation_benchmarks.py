@@ -12,34 +12,34 @@ import torch
 
 from benchmarks.operations import OPERATIONS
 from benchmarks.operations.operation import Inputs
-from benchmarks.operations.race import Race
-from benchmarks.operations.table import table
+from benchmarks.operations.race import COLUMNS, Race
+from benchmarks.record import markdown
 from benchmarks.workloads import Workload
 
 ROOT = Path(__file__).parents[1]
 SIZES = Workload("odd", 37, 17, 333, 3)
 
 
-def rows_of(inputs, name, backend=None):
+def row_of(inputs, name, backend=None):
     race = Race(name, inputs, OPERATIONS[name](inputs), backend, small=True)
     race.run(2, 60)
-    return race.rows()
+    return race.row()
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operations(name, dtype):
     inputs = Inputs(SIZES, "cpu", dtype, "torch")
-    ours, *rivals = rows_of(inputs, name, "eager")
-    assert ours["check"] == "passed"
-    assert ours["form"] == "ours (torch)"
-    assert ours["rounds"] == 2
-    assert ours["bytes"] > 0
-    assert ours["GB/s"] == pytest.approx(1e-6 * ours["bytes"] / ours["ms"])
-    assert ours["of product"] == pytest.approx(ours["TFLOP/s"] / ours["product TFLOP/s"])
-    assert {row["form"] for row in rivals} >= {"eager", "torch.compile, eager"}
-    assert all(row["ours is faster by"] > 0 for row in rivals)
-    assert f"| {name} |" in table([ours, *rivals])
+    row = row_of(inputs, name, "eager")
+    assert row["check"] == "passed"
+    assert row["impl"] == "torch"
+    assert row["rounds"] == 2
+    assert row["bytes"] > 0
+    assert row["GB/s"] == pytest.approx(1e-6 * row["bytes"] / row["ms"])
+    assert row["of product"] == pytest.approx(row["TFLOP/s"] / row["product TFLOP/s"])
+    assert set(row["rivals"]) >= {"eager", "torch.compile, eager"}
+    assert all(rival["factor"] > 0 for rival in row["rivals"].values())
+    assert f"| {name} |" in markdown(COLUMNS, [row])
 
 
 def nearly(parts):
@@ -71,10 +71,10 @@ def nearly(parts):
 def test_what_is_wrong_gets_no_speedup(name):
     inputs = Inputs(SIZES, "cpu", torch.float32, "torch")
     inputs.parts = nearly(inputs.parts)
-    ours, *rivals = rows_of(inputs, name)
-    assert ours["check"] != "passed"
-    assert [row["ours is faster by"] for row in rivals] == [None] * len(rivals)
-    assert "FAILED" in table([ours, *rivals])
+    row = row_of(inputs, name)
+    assert row["check"] != "passed"
+    assert [rival["factor"] for rival in row["rivals"].values()] == [None] * len(row["rivals"])
+    assert row["check"] in markdown(COLUMNS, [row])
 
 
 @pytest.mark.parametrize("select", ["batch", "token"])
@@ -90,14 +90,14 @@ def test_a_dropped_or_doubled_entry_is_noticed(select, l):
             return type(codes)(*change(*codes.entries()), codes.shape)
 
         inputs.parts = dataclasses.replace(inputs.parts, select=changed)
-        assert rows_of(inputs, name)[0]["check"] != "passed"
+        assert row_of(inputs, name)["check"] != "passed"
 
 
 def test_the_eager_form_is_left_out_where_it_does_not_fit(monkeypatch):
     monkeypatch.setattr("benchmarks.operations.race.free_memory", lambda device: 1000)
-    ours, *others = rows_of(Inputs(SIZES, "cpu", torch.float32, "torch"), "score l2")
-    assert ours["check"] == "passed"
-    assert [(row["form"], row["reason"]) for row in others] == [("eager", "needs about 0 GB")]
+    row = row_of(Inputs(SIZES, "cpu", torch.float32, "torch"), "score l2")
+    assert row["check"] == "passed"
+    assert row["rivals"] == {"eager": {"reason": "needs about 0 GB"}}
 
 
 @pytest.mark.slow
@@ -111,6 +111,6 @@ def test_the_pytest_entry(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (found,) = json.loads(out.read_text())["benchmarks"]
-    ours = found["extra_info"]["rows"][0]
+    ours = found["extra_info"]["row"]
     assert ours["check"] == "passed"
     assert ours["ms"] == pytest.approx(1e3 * found["stats"]["median"], rel=1e-3)
