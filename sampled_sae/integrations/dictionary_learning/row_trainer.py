@@ -13,16 +13,24 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from ...codes import SparseCodes
-from ...impl.interface import implementation
-from ...impl.pool import Pool, find_pool
-from ...impl.row_gradients import RowSource
+from ...impl.dead_features import AuxRule, IdleTokens
+from ...impl.encoder import Encoder
+from ...impl.hints import Rule
+from ...impl.interface import Implementation, implementation
+from ...impl.pool import Pool, PoolRule, find_pool
 from ...optim import RowAdam
 from ...support.argument_checks import check_activations, check_device, check_integer, check_number
-from ...support.late_values import FiniteInputs
-from ...support.reused_memory import Workspace
+from .decoder_projection import project_decoder_rows
 from .dictionaries import SampledDictionary
-from .step import Batch, aux_candidates, project_decoder_rows, selection, unexplained
 from .threshold import average_threshold, mean_smallest_of_tokens
+
+
+class StepInputs(NamedTuple):
+    """What a step computes with: the encoder on its batch, the pool, and whether it is only looked at for a log."""
+
+    encoder: Encoder
+    pool: Pool | None
+    logging: bool
 
 
 class LossLog(NamedTuple):
@@ -147,11 +155,6 @@ class RowTrainer(SAETrainer):
             "wandb_name": self.wandb_name,
             "submodule_name": submodule_name,
         }
-        self._workspace = Workspace()
-        self._finite = FiniteInputs()
-        self._hint: float | Tensor | None = None
-        self._aux_hint: float | Tensor | None = None
-        self._idle_version, self._most_idle = -1, 0
 
     @property
     def config(self) -> dict[str, Any]:
@@ -171,28 +174,27 @@ class RowTrainer(SAETrainer):
             ValueError, TypeError: wrong shape or dtype, an empty batch, NaN or inf.
         """
         sae = self.ae.sae
-        batch = self._batch(x, logging)
-        codes, hint = selection(
-            sae, batch, None if batch.pool is None else batch.pool.members, sae.cfg.k, sae.cfg.select, self._hint
-        )
-        x_hat = batch.parts.decode(codes, sae.W_dec, sae.b_dec, batch.rows)
-        if not logging:
-            self._hint = hint
-            if step is not None and step > self.threshold_start_step:
-                self.move_threshold(batch, codes, step - self.threshold_start_step - 1)
+        inputs = self._inputs(x, logging)
+        encoder, pool, _ = inputs
+        hints = None if logging else sae.memory.hints
+        rule = Rule(sae.cfg.k, sae.cfg.select)
+        codes = self.parts.select(encoder, None if pool is None else pool.members, rule, hints)
+        x_hat = self.parts.decode(codes, sae.W_dec, sae.b_dec, encoder.rows)
+        if not logging and step is not None and step > self.threshold_start_step:
+            self.move_threshold(inputs, codes, step - self.threshold_start_step - 1)
         dead = self._dead_after(codes, logging)
-        residual = batch.x - x_hat
+        residual = encoder.x - x_hat
         l2_loss = residual.square().sum(-1).mean()
-        auxk_loss = self._auxiliary_loss(batch, residual.detach(), dead)
+        auxk_loss = self._auxiliary_loss(inputs, residual.detach(), dead)
         loss = l2_loss + self.auxk_alpha * auxk_loss
         if not logging:
             self.effective_l0 = self.k
-            sae.row_grads += batch.rows.gradients
+            sae.row_grads += encoder.rows.gradients
             return loss
         self.effective_l0 = codes.l0()
         f = codes.to_dense().view(*x.shape[:-1], -1)
         losses = {"l2_loss": l2_loss.item(), "auxk_loss": auxk_loss.item(), "loss": loss.item()}
-        return LossLog(batch.x.view(x.shape), x_hat.view(x.shape), f, losses)
+        return LossLog(encoder.x.view(x.shape), x_hat.view(x.shape), f, losses)
 
     def update(self, step: int, x: Tensor) -> Tensor:
         """One training step on activations x [..., d]; before step 0 b_dec is set to their geometric median.
@@ -215,7 +217,7 @@ class RowTrainer(SAETrainer):
         """x as [B, d] on the dictionary's device, in its dtype."""
         check_activations(x, self.ae.activation_dim)
         flat = x.reshape(-1, self.ae.activation_dim).to(self.device, self.ae.sae.W_enc.dtype)
-        self._finite.check(flat)
+        self.ae.sae.memory.inputs.check(flat)
         return flat
 
     @torch.no_grad()
@@ -227,64 +229,53 @@ class RowTrainer(SAETrainer):
         else:  # theirs divides by zero where a token is the median
             self.ae.sae.init_b_dec(flat)
 
-    def _batch(self, x: Tensor, logging: bool) -> Batch:
-        sae, c = self.ae.sae, self.ae.sae.cfg
-        parts = implementation(sae.impl_in_use)
-        flat = self._tokens(x)
-        centred = parts.centre(flat, sae.b_dec)
+    @property
+    def parts(self) -> Implementation:
+        return implementation(self.ae.sae.impl_in_use)
+
+    def _inputs(self, x: Tensor, logging: bool) -> StepInputs:
+        sae = self.ae.sae
+        rows = sae.memory.rows(keep=True)
+        encoder = self.parts.encoder(self._tokens(x), sae.W_enc.t(), sae.b_enc, sae.b_dec, None, rows)
         generator = sae.generator.clone_state() if logging else sae.generator
 
         def find() -> Pool | None:
-            return find_pool(
-                parts,
-                centred,
-                sae.W_enc.t(),
-                sae.b_enc,
-                k=c.k,
-                l=c.l,
-                score=c.score,
-                pool=c.pool,
-                generator=generator,
-                score_tokens=c.score_tokens,
-            )
+            return find_pool(self.parts, encoder.operands, PoolRule.of(sae.cfg), generator)
 
-        pool = find() if logging else sae.kept_pool.next(find)
-        return Batch(parts, flat, centred, pool, RowSource(True, self._workspace), logging)
+        return StepInputs(encoder, find() if logging else sae.memory.pool.next(find), logging)
 
-    def _auxiliary_loss(self, batch: Batch, residual: Tensor, dead: Tensor | None) -> Tensor:
-        """The share of the residual's variance that the dead features leave unexplained, 0-dim."""
+    def _auxiliary_loss(self, inputs: StepInputs, residual: Tensor, dead: Tensor | None) -> Tensor:
+        """The share of the residual's variance that the dead features leave unexplained, 0-dim.
+
+        As in dictionary_learning, and other than in `SampledSAE`, b_dec receives its gradient too.
+        """
         self.dead_features = 0 if dead is None else dead.sum()
         self.pre_norm_auxk_loss = -1
         if self.auxk_alpha == 0 or dead is None:
             return residual.new_zeros(())
-        sae = self.ae.sae
-        members = aux_candidates(sae, batch, dead)
-        missed, hint = unexplained(sae, batch, members, residual, self.top_k_aux, self._aux_hint)
-        if not batch.logging:
-            self._aux_hint = hint
+        sae, (encoder, pool, logging) = self.ae.sae, inputs
+        rule = AuxRule(self.top_k_aux, sae.cfg.aux_pool, sae.cfg.score)
+        members = self.parts.dead_candidates(encoder.operands, dead, rule, None if pool is None else pool.scores)
+        if len(members) == 0:
+            return residual.new_zeros(())
+        largest = Rule(max(1, min(self.top_k_aux, len(members))), "token")
+        codes = self.parts.select(encoder, members, largest, None if logging else sae.memory.hints)
+        e_hat = self.parts.decode(codes, sae.W_dec, None, encoder.rows)
+        missed = (residual - e_hat).square().sum(-1).mean()
         self.pre_norm_auxk_loss = missed.detach()
         variance = (residual - residual.mean(0)).square().sum(-1).mean()
         return torch.where(variance > 0, missed / torch.where(variance > 0, variance, 1), 0)
 
-    @torch.no_grad()
     def _dead_after(self, codes: SparseCodes, logging: bool) -> Tensor | None:
-        """bool [F]: dead with this batch counted, which is kept unless `logging`; None where no feature is.
-
-        Asks the device only when what it said before, and the tokens since, leave the possibility.
-        """
-        counts = self.num_tokens_since_fired
-        known = self._idle_version == counts._version
+        """bool [F]: dead with this batch counted, which is kept unless `logging`; None where surely no feature is."""
+        counts, idle = self.num_tokens_since_fired, self.ae.sae.memory.idle
         if logging:
-            counts = counts.clone()
-        counts.add_(codes.shape[0]).masked_fill_(codes.active_mask(), 0)
-        most = self._most_idle + codes.shape[0]
-        if not known or most >= self.dead_feature_threshold:
-            most = int(counts.max())
-        if not logging:
-            self._idle_version, self._most_idle = counts._version, most
-        return counts >= self.dead_feature_threshold if most >= self.dead_feature_threshold else None
+            counts, idle = counts.clone(), IdleTokens()
+        idle.count_(counts, codes)
+        after = self.dead_feature_threshold
+        return counts >= after if idle.may_reach(counts, after) else None
 
-    def move_threshold(self, batch: Batch, codes: SparseCodes, steps: int) -> None:
+    def move_threshold(self, inputs: StepInputs, codes: SparseCodes, steps: int) -> None:
         """Toward the smallest kept activation, in the batch or a token; `steps`: 0 where it starts."""
         by_batch = self.ae.sae.cfg.select == "batch"
         smallest = codes.smallest() if by_batch else mean_smallest_of_tokens(codes)

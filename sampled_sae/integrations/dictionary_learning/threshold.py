@@ -15,7 +15,7 @@ def mean_smallest_of_tokens(codes: SparseCodes) -> Tensor:
         block = codes.block.detach()
         smallest = torch.where(block > 0, block, torch.inf).amin(1)
     else:
-        listed = codes.entries() if codes.slots is None else codes.slots
+        listed = codes.entries() if codes.padded is None else codes.padded
         values, tokens = listed[0].detach(), listed[1].long()
         unused = values.new_full((codes.shape[0] + 1,), torch.inf)
         smallest = unused.scatter_reduce(0, tokens, torch.where(values > 0, values, torch.inf), "amin")[:-1]

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from ...codes import SparseCodes
 from ...formats.dictionary_learning import TRAINING
-from ...impl.row_gradients import RowSource
+from ...impl.hints import Rule
 from ...support.argument_checks import check_integer
 from .dictionaries import AutoEncoderTopK, BatchTopKSAE
-from .row_trainer import RowTrainer
-from .step import Batch, selection
+from .row_trainer import RowTrainer, StepInputs
 from .threshold import average_threshold
 
 
@@ -81,7 +80,6 @@ class SampledTrainer(RowTrainer):
         self.adam = {"mode": adam, "moments": moments}
         super().__init__(*args, **{"wandb_name": "SampledSAE", **kwargs})
         self.threshold_every = threshold_every
-        self._threshold_hint: float | Tensor | None = None
         said = {"threshold_every": threshold_every, "adam": adam, "moments": str(moments or self.ae.b_dec.dtype)}
         self.config[TRAINING] = {**self.rule, **said}
 
@@ -97,13 +95,11 @@ class SampledTrainer(RowTrainer):
         c = self.ae.sae.cfg
         return c.l is None or (c.select == "batch" and c.pool_size == c.d_sae)
 
-    def move_threshold(self, batch: Batch, codes: SparseCodes, steps: int) -> None:
+    def move_threshold(self, inputs: StepInputs, codes: SparseCodes, steps: int) -> None:
         """Toward the smallest of the B*k largest activations in the whole dictionary; `steps`: 0 where it starts."""
         if self.selects_in_all:
-            super().move_threshold(batch, codes, steps)
+            super().move_threshold(inputs, codes, steps)
         elif steps % self.threshold_every == 0:
             with torch.no_grad():
-                alone = batch._replace(rows=RowSource())
-                found = selection(self.ae.sae, alone, None, self.k, "batch", self._threshold_hint)
-            self._threshold_hint = found.hint
-            average_threshold(self.ae.sae, found.codes.smallest(), self.threshold_beta**self.threshold_every)
+                codes = self.parts.select(inputs.encoder, None, Rule(self.k), self.ae.sae.memory.hints)
+            average_threshold(self.ae.sae, codes.smallest(), self.threshold_beta**self.threshold_every)

@@ -12,9 +12,8 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 
 from ...codes import SparseCodes
-from ...impl.row_gradients import RowSource
 from ...support.argument_checks import check_budget
-from .step import DENSE_METHODS, Batch, SparseStep, feature_major
+from .step import DENSE_METHODS, SparseStep, StepInputs, feature_major
 
 
 class SampledTopKTrainingSAE(SparseStep):
@@ -31,7 +30,7 @@ class SampledBatchTopKTrainingSAE(SparseStep, BatchTopKTrainingSAE):
         """SAELens rounds the entries of a batch down."""
         return int(self.cfg.k * n_tokens) / n_tokens
 
-    def after_selection(self, batch: Batch, codes: SparseCodes, output: TrainStepOutput) -> None:
+    def after_selection(self, inputs: StepInputs, codes: SparseCodes, output: TrainStepOutput) -> None:
         self.move_threshold(codes.smallest())
         output.metrics["topk_threshold"] = self.topk_threshold
 
@@ -49,7 +48,7 @@ class SampledMatryoshkaBatchTopKTrainingSAE(SampledBatchTopKTrainingSAE, Matryos
     def widths(self) -> list[int]:
         return self.cfg.matryoshka_widths[:-1]
 
-    def decode_levels(self, codes: SparseCodes, rows: RowSource) -> list[Tensor]:
+    def decode_levels(self, codes: SparseCodes, inputs: StepInputs) -> list[Tensor]:
         """A level's own features are decoded as if they were further tokens, then added to the level before."""
         values, tokens, features = codes.entries()
         ends = torch.tensor(self.widths(), device=features.device)
@@ -58,15 +57,15 @@ class SampledMatryoshkaBatchTopKTrainingSAE(SampledBatchTopKTrainingSAE, Matryos
         n_tokens, n_levels = codes.shape[0], len(ends) + 1
         tokens = (tokens + level * n_tokens)[order]
         apart = SparseCodes(values[order], tokens, features[order], (n_levels * n_tokens, codes.shape[1]))
-        own = self.parts().decode(apart, self.W_dec, None, rows)
+        own = self.parts().decode(apart, self.W_dec, None, inputs.encoder.rows)
         decoded = own.view(n_levels, n_tokens, -1).cumsum(0) + self.b_dec.to(own.dtype)
         return list(decoded.unbind(0))
 
-    def dead_loss(self, batch: Batch, levels: list[Tensor]) -> Tensor:
+    def dead_loss(self, inputs: StepInputs, levels: list[Tensor]) -> Tensor:
         if not self.cfg.use_matryoshka_aux_loss:
-            return super().dead_loss(batch, levels)
+            return super().dead_loss(inputs, levels)
         bounds = [0, *self.cfg.matryoshka_widths]
-        losses = [self.reconstruct_from_dead(batch, out, *part) for out, *part in zip(levels, bounds, bounds[1:])]
+        losses = [self.reconstruct_from_dead(inputs, out, *part) for out, *part in zip(levels, bounds, bounds[1:])]
         return torch.stack(losses).sum()
 
 

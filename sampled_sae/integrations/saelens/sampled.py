@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
@@ -11,14 +10,16 @@ from torch import Tensor
 
 from ...codes import SparseCodes
 from ...config import batch_budget
+from ...impl.dead_features import AuxRule
+from ...impl.encoder import Operands
+from ...impl.hints import Rule
 from ...impl.interface import Implementation, implementation, resolve_impl
-from ...impl.pool import KeptPool, Pool, find_pool
-from ...impl.row_gradients import RowSource
-from ...impl.torch.layer import block_mask
+from ...impl.pool import Pool, PoolRule, find_pool
+from ...impl.step_memory import StepMemory
 from ...support.argument_checks import check_number
 from .accelerated import SampledBatchTopKTrainingSAE
 from .configs import SampledTrainingSAEConfig
-from .step import Batch
+from .step import StepInputs
 
 
 class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
@@ -36,75 +37,48 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         super().prepare()
         self._generator = torch.Generator().manual_seed(self.cfg.seed)
 
-    def forget(self) -> None:
-        super().forget()
-        self._threshold_hint: Any = None
-        self._kept_pool = KeptPool(self.cfg.pool_every)
+    def new_memory(self) -> StepMemory:
         self._in_dense_step = False
         self._pool_scores: Tensor | None = None
+        return StepMemory(self.cfg.pool_every)
 
     def parts(self) -> Implementation:
         return implementation(resolve_impl(self.cfg.impl, self.W_enc.device, self.W_enc.dtype))
 
-    def next_pool(self, centred: Tensor, scale: Tensor | None) -> Pool | None:
+    def next_pool(self, operands: Operands) -> Pool | None:
         """The pool of one more batch; None for the whole dictionary. Its scores serve the batch's aux loss."""
-        pool = self._kept_pool.next(lambda: self._find_pool(centred, scale, self._generator))
+        pool = self.memory.pool.next(lambda: self._find_pool(operands, self._generator))
         self._pool_scores = None if pool is None else pool.scores.detach()
         return pool
 
-    def peek_pool(self, centred: Tensor, scale: Tensor | None) -> Pool | None:
+    def peek_pool(self, operands: Operands) -> Pool | None:
         """What `next_pool` would return, without a trace."""
         generator = self._generator.clone_state()
-        return copy.copy(self._kept_pool).next(lambda: self._find_pool(centred, scale, generator))
+        return copy.copy(self.memory.pool).next(lambda: self._find_pool(operands, generator))
 
-    def _find_pool(self, centred: Tensor, scale: Tensor | None, generator: torch.Generator) -> Pool | None:
-        c, parts, W = self.cfg, self.parts(), self.W_enc.detach().t()
-        rule: dict[str, Any] = {"k": c.k, "l": c.l, "score": c.score, "pool": c.pool, "score_tokens": c.score_tokens}
-        return find_pool(parts, centred, W, self.b_enc, scale=scale, generator=generator, **rule)
+    def _find_pool(self, operands: Operands, generator: torch.Generator) -> Pool | None:
+        return find_pool(self.parts(), operands, PoolRule.of(self.cfg), generator)
 
-    def select_codes(self, batch: Batch, rows: RowSource) -> SparseCodes:
-        pool = self.next_pool(batch.centred, batch.scale)
+    def select_codes(self, inputs: StepInputs) -> SparseCodes:
+        pool = self.next_pool(inputs.encoder.operands)
         members = None if pool is None else pool.members
-        selection = self.select_among(members, batch, rows, k=self.cfg.k, select=self.cfg.select, hint=self._hint)
-        self._hint = selection.hint
-        return selection.codes
+        rule = Rule(self.cfg.k, self.cfg.select)
+        return self.parts().select(inputs.encoder, members, rule, self.memory.hints)
 
-    def dead_loss(self, batch: Batch, levels: list[Tensor]) -> Tensor:
-        if self.cfg.aux_loss_coefficient == 0 or batch.dead is None or not bool(batch.dead.any()):
+    def dead_loss(self, inputs: StepInputs, levels: list[Tensor]) -> Tensor:
+        c = self.cfg
+        if c.aux_loss_coefficient == 0 or inputs.dead is None or not bool(inputs.dead.any()):
             return levels[-1].new_zeros(())
-        scores = self._pool_scores if self._pool_scores is not None else self.scores_of_dead(batch, batch.dead)
-        return self.cfg.aux_loss_coefficient * self.parts().aux_loss(
-            batch.x.detach(),
-            levels[-1].detach(),
-            self.input_bias(),
-            self.W_enc.t(),
-            self.b_enc,
-            self.W_dec,
-            batch.dead,
-            k_aux=self.cfg.k_aux if self.cfg.k_aux is not None else max(1, self.cfg.d_in // 2),
-            aux_pool=self.cfg.aux_pool,
-            score=self.cfg.score,
-            scores=scores,
-            rows=RowSource(workspace=self._workspace),
+        rule = AuxRule(c.k_aux if c.k_aux is not None else max(1, c.d_in // 2), c.aux_pool, c.score)
+        return c.aux_loss_coefficient * self.parts().aux_loss(
+            inputs.encoder, levels[-1].detach(), self.W_dec, inputs.dead, rule, self._pool_scores
         )
 
-    @torch.no_grad()
-    def scores_of_dead(self, batch: Batch, dead: Tensor) -> Tensor:
-        """[F], column scores where more features are in `dead` than the aux loss takes, 0 for all that need none."""
-        members, centred = dead.nonzero().squeeze(1), batch.centred
-        dtype = torch.promote_types(centred.dtype, torch.float32)
-        scores = torch.zeros(self.cfg.d_sae, dtype=dtype, device=centred.device)
-        if self.cfg.aux_pool is not None and len(members) > self.cfg.aux_pool:
-            W, b = self.W_enc.t()[members], self.b_enc[members]
-            scale = None if batch.scale is None else batch.scale[members]
-            scores[members] = self.parts().column_scores(centred, W, b, self.cfg.score, scale)
-        return scores
-
-    def after_selection(self, batch: Batch, codes: SparseCodes, output: TrainStepOutput) -> None:
+    def after_selection(self, inputs: StepInputs, codes: SparseCodes, output: TrainStepOutput) -> None:
         if self.cfg.is_batchtopk:
             self.move_threshold(codes.smallest())
-        elif batch.step % self.cfg.threshold_every == 0:
-            self.move_threshold(self.smallest_of_all(batch))
+        elif inputs.number % self.cfg.threshold_every == 0:
+            self.move_threshold(self.smallest_of_all(inputs))
         output.metrics["topk_threshold"] = self.topk_threshold
 
     @torch.no_grad()
@@ -117,12 +91,9 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         self.topk_threshold = torch.where(smallest.isfinite(), moved, self.topk_threshold)
 
     @torch.no_grad()
-    def smallest_of_all(self, batch: Batch) -> Tensor:
+    def smallest_of_all(self, inputs: StepInputs) -> Tensor:
         """The smallest of the B*k largest activations in the whole dictionary, 0-dim; inf where none is positive."""
-        rule = {"k": self.cfg.k, "select": "batch", "hint": self._threshold_hint}
-        selection = self.select_among(None, batch, RowSource(), **rule)
-        self._threshold_hint = selection.hint
-        return selection.codes.smallest()
+        return self.parts().select(inputs.encoder, None, Rule(self.cfg.k), self.memory.hints).smallest()
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, l0: float | None = None) -> float:
@@ -135,11 +106,11 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         check_number("l0", target, 0, self.cfg.d_sae)
         if target == 0 or x.dim() != 2 or len(x) == 0:
             raise ValueError(f"l0={target!r}, x.shape={tuple(x.shape)}: must be in (0, {self.cfg.d_sae}] and [B, d_in]")
-        batch = self.batch(TrainStepInput(x, {}, None, 0, False))
+        inputs = self.inputs(TrainStepInput(x, {}, None, 0, False))
         n = batch_budget(len(x), target)
         budget = min(n + 1, len(x) * self.cfg.d_sae)
-        selection = self.select_among(None, batch, RowSource(), k=budget / len(x), select="batch", hint=None)
-        found = selection.codes.smallest() if selection.codes.count() > n else torch.zeros(())
+        codes = self.parts().select(inputs.encoder, None, Rule(budget / len(x)))
+        found = codes.smallest() if codes.count() > n else torch.zeros(())
         self.topk_threshold = torch.zeros_like(self.topk_threshold) + found.to(self.topk_threshold)
         return float(self.topk_threshold)
 
@@ -147,25 +118,24 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         """Dense codes and weighted activations before the relu, [..., d_sae], for all but the sparse step."""
         sae_in = self.process_sae_in(x)
         hidden_pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
-        scale = None
         if self.cfg.rescale_acts_by_decoder_norm:
-            scale = self.W_dec.detach().norm(dim=-1)
             hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
         flat = hidden_pre.reshape(-1, self.cfg.d_sae)
         if self.training:
-            mask = self._batch_mask(sae_in.detach().reshape(-1, self.cfg.d_in), flat.detach(), scale)
+            mask = self._batch_mask(sae_in.detach().reshape(-1, self.cfg.d_in), flat.detach())
         else:
             mask = flat > self.topk_threshold
         acts = torch.where(mask, flat, 0).view(hidden_pre.shape)
         return self.hook_sae_acts_post(acts), hidden_pre
 
-    def _batch_mask(self, centred: Tensor, a: Tensor, scale: Tensor | None) -> Tensor:
+    def _batch_mask(self, centred: Tensor, a: Tensor) -> Tensor:
         """What a batch keeps of a [B, F], bool."""
         find = self.next_pool if self._in_dense_step else self.peek_pool
-        pool = find(self.parts().centre(centred, None), scale)
+        pool = find(self.encoder_of(centred, None).operands)
+        rule = Rule(self.cfg.k, self.cfg.select)
         if pool is None:
-            return block_mask(a, self.cfg.k, self.cfg.select)
-        kept = block_mask(a[:, pool.members], self.cfg.k, self.cfg.select)
+            return largest_mask(a, rule)
+        kept = largest_mask(a[:, pool.members], rule)
         return torch.zeros_like(a, dtype=torch.bool).index_copy_(1, pool.members, kept)
 
     def dense_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -189,7 +159,12 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
     def calculate_aux_loss(
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
-        batch = self.batch(step_input)
-        flat = [t.reshape(-1, self.cfg.d_in) for t in (batch.x, batch.centred, batch.raw)]
-        batch.x, batch.centred, batch.raw = flat
-        return {"auxiliary_reconstruction_loss": self.dead_loss(batch, [sae_out.reshape(-1, self.cfg.d_in)])}
+        inputs = self.inputs(step_input)
+        return {"auxiliary_reconstruction_loss": self.dead_loss(inputs, [sae_out.reshape(-1, self.cfg.d_in)])}
+
+
+def largest_mask(a: Tensor, rule: Rule) -> Tensor:
+    """bool, of a [B, P]: the rule's largest entries that are positive."""
+    rows, n = (a.reshape(1, -1), batch_budget(len(a), rule.k)) if rule.select == "batch" else (a, int(rule.k))
+    at = rows.topk(min(n, rows.shape[1]), dim=1, sorted=False).indices
+    return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, at, True).view(a.shape) & (a > 0)

@@ -6,8 +6,7 @@ value and gradient, so the norm is only a weight of the selection here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
@@ -15,10 +14,11 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 
 from ...codes import SparseCodes
+from ...impl.encoder import Encoder
+from ...impl.hints import Rule
 from ...impl.interface import Implementation, implementation, resolve_impl
-from ...impl.row_gradients import RowSource
+from ...impl.step_memory import StepMemory
 from ...support.argument_checks import check_budget
-from ...support.reused_memory import Workspace
 from .dead_feature_loss import dead_reconstruction_loss
 
 UNUSUAL_NORMS = ("constant_norm_rescale", "layer_norm")
@@ -37,21 +37,17 @@ DENSE_METHODS = (
 KNOWN_PACKAGES = ("sae_lens", __name__.partition(".")[0])
 
 
-@dataclass
-class Batch:
-    """A batch as the encoder sees it.
+class StepInputs(NamedTuple):
+    """What a step computes with.
 
-    x: [B, d], normalised, b_dec not yet subtracted. centred: without gradient, b_dec subtracted where the encoder
-    subtracts it. scale: [F], decoder norms, or None. dead: bool [F] or None. raw: what the loss compares with.
-    step: number of the training step.
+    encoder: on activations [B, d] as SAELens normalises them; its scale is the decoder norms. raw: [B, d], what the
+    loss compares with. dead: bool [F] or None. number: of the training step.
     """
 
-    x: Tensor
-    centred: Tensor
-    scale: Tensor | None
-    dead: Tensor | None
+    encoder: Encoder
     raw: Tensor
-    step: int
+    dead: Tensor | None
+    number: int
 
 
 def feature_major(t: Tensor) -> Tensor:
@@ -98,12 +94,10 @@ class SparseStep(TopKTrainingSAE):
         """
         check_budget(self.cfg.k, None, self.cfg.d_sae, self.selection)
         self.W_enc.data = feature_major(self.W_enc.data)
-        self._workspace = Workspace()
-        self.forget()
+        self.memory = self.new_memory()
 
-    def forget(self) -> None:
-        """Drops what the last batch left for the next: it belongs to these weights on this device."""
-        self._hint: Any = None
+    def new_memory(self) -> StepMemory:
+        return StepMemory()
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
@@ -116,7 +110,7 @@ class SparseStep(TopKTrainingSAE):
 
     def _apply(self, *args: Any, **kwargs: Any) -> SparseStep:
         super()._apply(*args, **kwargs)
-        self.forget()
+        self.memory.forget()
         return self
 
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
@@ -129,14 +123,14 @@ class SparseStep(TopKTrainingSAE):
         """As SAELens'; see the class."""
         if self._needs_dense(step_input):
             return self.dense_forward_pass(step_input)
-        batch = self.batch(step_input)
-        rows = RowSource(workspace=self._workspace)
-        codes = self.select_codes(batch, rows)
-        unscaled = codes if batch.scale is None else codes.scaled(1 / batch.scale)
-        levels = [self.run_time_activation_norm_fn_out(level) for level in self.decode_levels(unscaled, rows)]
+        inputs = self.inputs(step_input)
+        codes = self.select_codes(inputs)
+        scale = inputs.encoder.scale
+        unscaled = codes if scale is None else codes.scaled(1 / scale)
+        levels = [self.run_time_activation_norm_fn_out(level) for level in self.decode_levels(unscaled, inputs)]
         levels[-1] = self.hook_sae_recons(levels[-1])
-        errors = [self.mse_loss_fn(level, batch.raw).sum(dim=-1).mean() for level in levels]
-        losses = {"mse_loss": errors[-1], "auxiliary_reconstruction_loss": self.dead_loss(batch, levels)}
+        errors = [self.mse_loss_fn(level, inputs.raw).sum(dim=-1).mean() for level in levels]
+        losses = {"mse_loss": errors[-1], "auxiliary_reconstruction_loss": self.dead_loss(inputs, levels)}
         losses |= {f"inner_mse_loss_{width}": error for width, error in zip(self.widths(), errors[:-1])}
         acts = feature_acts(codes)
         output = TrainStepOutput(
@@ -147,66 +141,45 @@ class SparseStep(TopKTrainingSAE):
             loss=sum(losses.values(), start=losses["mse_loss"].new_zeros(())),
             losses=losses,
         )
-        self.after_selection(batch, codes, output)
+        self.after_selection(inputs, codes, output)
         return output
 
     def dense_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """SAELens' own step."""
         return super().training_forward_pass(step_input)
 
-    def select_codes(self, batch: Batch, rows: RowSource) -> SparseCodes:
-        """The kept activations, times `scale`."""
-        k = self.budget(len(batch.x))
-        selection = self.select_among(None, batch, rows, k=k, select=self.selection, hint=self._hint)
-        self._hint = selection.hint
-        return selection.codes
+    def select_codes(self, inputs: StepInputs) -> SparseCodes:
+        """The kept activations, times the scale."""
+        rule = Rule(self.budget(inputs.encoder.shape[0]), self.selection)
+        return self.parts().select(inputs.encoder, None, rule, self.memory.hints)
 
     def budget(self, n_tokens: int) -> float:
         """Entries a token, on average over a batch of n_tokens."""
         return self.cfg.k
 
-    def select_among(self, members: Tensor | None, batch: Batch, rows: RowSource, **rule: Any) -> Any:
-        """`Implementation.select` of this SAE's parameters."""
-        W, b_dec = self.W_enc.t(), self.input_bias()
-        scale = batch.scale
-        return self.parts().select(
-            batch.x, b_dec, batch.centred, W, self.b_enc, members, scale=scale, rows=rows, **rule
-        )
-
-    def decode_levels(self, codes: SparseCodes, rows: RowSource) -> list[Tensor]:
+    def decode_levels(self, codes: SparseCodes, inputs: StepInputs) -> list[Tensor]:
         """Reconstructions [B, d] by the first `widths()` features, the last by all of them."""
-        return [self.parts().decode(codes, self.W_dec, self.b_dec, rows)]
+        return [self.parts().decode(codes, self.W_dec, self.b_dec, inputs.encoder.rows)]
 
     def widths(self) -> list[int]:
         """Features of each level but the last."""
         return []
 
-    def dead_loss(self, batch: Batch, levels: list[Tensor]) -> Tensor:
+    def dead_loss(self, inputs: StepInputs, levels: list[Tensor]) -> Tensor:
         """The auxiliary loss, its coefficient included."""
-        return self.reconstruct_from_dead(batch, levels[-1], 0, self.cfg.d_sae)
+        return self.reconstruct_from_dead(inputs, levels[-1], 0, self.cfg.d_sae)
 
-    def reconstruct_from_dead(self, batch: Batch, sae_out: Tensor, first: int, last: int) -> Tensor:
+    def reconstruct_from_dead(self, inputs: StepInputs, sae_out: Tensor, first: int, last: int) -> Tensor:
         """SAELens' loss of the dead features in [first, last) on what `sae_out` leaves of the batch."""
-        residual = (batch.raw - sae_out).detach()
-        dead = residual.new_zeros(0).long() if batch.dead is None else batch.dead[first:last].nonzero().squeeze(1)
+        residual = (inputs.raw - sae_out).detach()
+        dead = residual.new_zeros(0).long() if inputs.dead is None else inputs.dead[first:last].nonzero().squeeze(1)
         if len(dead) == 0:
             return residual.new_zeros(())
-        k_aux = batch.raw.shape[-1] // 2
-        error = dead_reconstruction_loss(
-            batch.x,
-            self.input_bias(),
-            self.W_enc.t(),
-            self.b_enc,
-            self.W_dec,
-            residual=residual,
-            members=dead + first,
-            k=min(k_aux, len(dead)),
-            scale=batch.scale,
-            workspace=self._workspace,
-        )
+        k_aux = residual.shape[-1] // 2
+        error = dead_reconstruction_loss(inputs.encoder, self.W_dec, residual, dead + first, min(k_aux, len(dead)))
         return self.cfg.aux_loss_coefficient * min(len(dead) / k_aux, 1.0) * error
 
-    def after_selection(self, batch: Batch, codes: SparseCodes, output: TrainStepOutput) -> None:
+    def after_selection(self, inputs: StepInputs, codes: SparseCodes, output: TrainStepOutput) -> None:
         """Thresholds and metrics."""
 
     def input_bias(self) -> Tensor | None:
@@ -227,15 +200,18 @@ class SparseStep(TopKTrainingSAE):
         points = (self.hook_sae_acts_pre, self.hook_sae_acts_post)
         return any(p._forward_hooks or p._forward_pre_hooks or p._backward_hooks for p in points)
 
-    def batch(self, step_input: TrainStepInput) -> Batch:
-        """`process_sae_in` but for the bias, which the selection subtracts."""
+    def inputs(self, step_input: TrainStepInput) -> StepInputs:
+        """`process_sae_in` but for the bias, which the encoder subtracts."""
+        raw, dead = step_input.sae_in.reshape(-1, self.cfg.d_in), step_input.dead_neuron_mask
         x = self.hook_sae_input(step_input.sae_in.to(self.dtype))
-        x = self.run_time_activation_norm_fn_in(x)
-        centred = self.parts().centre(x, self.input_bias())
+        x = self.run_time_activation_norm_fn_in(x).reshape(-1, self.cfg.d_in)
+        return StepInputs(self.encoder_of(x, self.input_bias()), raw, dead, step_input.n_training_steps)
+
+    def encoder_of(self, x: Tensor, b_dec: Tensor | None) -> Encoder:
+        """On normalised activations x [B, d], less b_dec where it is not None."""
         scale = None
         if self.cfg.rescale_acts_by_decoder_norm:
-            dtype = torch.promote_types(centred.dtype, torch.float32)
+            dtype = torch.promote_types(x.dtype, torch.float32)
             scale = torch.linalg.vector_norm(self.W_dec.detach(), dim=-1, dtype=dtype)
             scale.clamp_min_(torch.finfo(scale.dtype).tiny)  # rows of zeros stay finite when divided by it
-        dead = step_input.dead_neuron_mask
-        return Batch(x, centred, scale, dead, step_input.sae_in, step_input.n_training_steps)
+        return self.parts().encoder(x, self.W_enc.t(), self.b_enc, b_dec, scale, self.memory.rows())

@@ -83,5 +83,5 @@ def largest(input: Any, k: int, dim: int = -1, largest: bool = True, sorted: boo
     return torch.return_types.topk((acts, features))
 
 
-SELECTIONS = {torch.where: masked, torch.topk: largest, torch.Tensor.topk: largest}
-WITHOUT_VALUES = {torch.Tensor.shape.__get__, torch.Tensor.dtype.__get__, torch.Tensor.device.__get__, torch.Tensor.dim}
+SELECTIONS: dict[Any, Any] = {torch.where: masked, torch.topk: largest, torch.Tensor.topk: largest}
+WITHOUT_VALUES = {getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device")} | {torch.Tensor.dim}
