@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.measure import PEERS, Row, machine, parser, table, write_result
+from benchmarks.measure import PEERS, Row, machine, markdown, parser, write_result
 from benchmarks.peers import CANDIDATES, Entry, Setup, Weights, initial_weights, installed, make, ours
+from benchmarks.quality import splice_of
 from benchmarks.worker import Worker, WorkerError
-from sampled_sae.lm import SpliceEvaluator, load_model
 from sampled_sae.support.timing import timed
 from sampled_sae.training.activation_store import ActivationStore
 from sampled_sae.training.batches import Feed
@@ -64,15 +64,15 @@ class TrainingSession:
 def train_all(names: list[str], store: Path, setup: Setup, marks: list[float], folder: Path, threads: int) -> list[Row]:
     """Rows of (candidate, seconds, steps, file of the weights) at each mark; of (candidate, reason) for a failure."""
     rows: list[Row] = []
-    workers: dict[str, Worker] = {}
-    for name in names:
-        if not installed(ENTRIES[name]):
-            rows.append({"candidate": name, "reason": "not installed"})
-            continue
+    workers = {name: Worker(TrainingSession, ENTRIES[name], store, setup, threads) for name in names}
+    for name, worker in list(workers.items()):
         try:
-            workers[name] = Worker(TrainingSession, ENTRIES[name], store, setup, threads)
+            if not installed(ENTRIES[name]):
+                raise WorkerError("not installed")
+            worker.call("train", 0.0)
         except WorkerError as failure:
             rows.append({"candidate": name, "reason": str(failure)})
+            workers.pop(name).close()
     done = 0.0
     while done < marks[-1]:
         done = min([done + SLICE, *(mark for mark in marks if mark > done)])
@@ -82,7 +82,7 @@ def train_all(names: list[str], store: Path, setup: Setup, marks: list[float], f
                 if done in marks:
                     path = folder / f"{len(rows)}.safetensors"
                     worker.call("save", path)
-                    rows.append({"candidate": name, "seconds": done, "steps": steps, "file": str(path)})
+                    rows.append({"candidate": name, "seconds": done, "steps": steps, "file": path})
             except WorkerError as failure:
                 rows.append({"candidate": name, "reason": str(failure)})
                 del workers[name]
@@ -103,20 +103,14 @@ def judge(weights: Weights, setup: Setup, store: ActivationStore, feed: Feed, sp
 
 def markdown_table(result: dict[str, Any]) -> str:
     """FVU and loss recovered at each mark, a line a candidate, with its steps at the last."""
-    marks = result["marks"]
-    lines = []
-    for name in dict.fromkeys(row["candidate"] for row in result["rows"]):
-        of = {row["seconds"]: row for row in result["rows"] if row["candidate"] == name and "fvu" in row}
-        reasons = [row["reason"] for row in result["rows"] if row["candidate"] == name and "reason" in row]
-        cells = [
-            f"{of[mark][measure]:.3f}" if mark in of and measure in of[mark] else "–"
-            for measure in ("fvu", "loss_recovered")
-            for mark in marks
-        ]
-        lines.append([name, str(of[marks[-1]]["steps"]) if marks[-1] in of else f"– ({reasons[0]})", *cells])
-    times = [f"{mark:g} s" for mark in marks]
-    head = ["candidate", "steps", *(f"FVU, {t}" for t in times), *(f"loss recovered, {t}" for t in times)]
-    return table(head, lines)
+    lines: dict[str, Row] = {}
+    for row in result["rows"]:
+        at = {f"{name} {row.get('seconds', 0):g}": value for name, value in row.items() if name != "reason"}
+        lines[row["candidate"]] = {**lines.get(row["candidate"], {}), **row, **at}
+    columns = {"candidate": "{candidate}", "steps": f"{{steps {result['marks'][-1]:g}}}"}
+    for name, heading in (("fvu", "FVU"), ("loss_recovered", "loss recovered")):
+        columns |= {f"{heading}, {mark:g} s": f"{{{name} {mark:g}:.3f}}" for mark in result["marks"]}
+    return markdown(columns, lines.values())
 
 
 def main() -> None:
@@ -141,27 +135,18 @@ def main() -> None:
     setup = Setup(args.batch_size, store.d_in, args.features, args.k, **about)
     marks = sorted(args.marks)
     names = args.candidates or [name for name in ENTRIES if name not in LEFT_OUT]
-    splice = None  # made first: what is missing is better known before half an hour of training
-    if args.model != "none":
-        model, _ = load_model(args.model)
-        held_out = store.holdout()[1][: args.splice_rows]
-        layer, norm = store.manifest["layer"], store.manifest["max_norm"]
-        splice = SpliceEvaluator(model, held_out, layer, scale=store.scale, max_norm=norm).evaluate
+    # made first: what is missing is better known before half an hour of training
+    splice = None if args.model == "none" else splice_of(args.model, store, args.splice_rows)
     with tempfile.TemporaryDirectory() as folder:
         rows = train_all(names, args.activations, setup, marks, Path(folder), args.threads)
         feed = Feed(store, args.batch_size, seed=0)
         for row in rows:
             if "file" in row:
-                row |= judge(Weights.load(Path(row.pop("file"))), setup, store, feed, splice)
+                row |= judge(Weights.load(row.pop("file")), setup, store, feed, splice)
                 print(row, flush=True)
     source = {name: store.manifest[name] for name in ("model", "layer", "source")}
-    result = {
-        **machine(args.device, PEERS),
-        "activations": source,
-        "setup": asdict(setup),
-        "marks": marks,
-        "rows": rows,
-    }
+    about = {"activations": source, "setup": asdict(setup), "marks": marks}
+    result = {**machine(args.device, PEERS), **about, "rows": rows}
     write_result(args.out, result, markdown_table(result))
     print(markdown_table(result))
 

@@ -7,7 +7,7 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -18,17 +18,19 @@ from torch import Tensor
 
 from sampled_sae.support.timing import spread
 
-Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PEERS = ("sae-lens", "dictionary-learning", "overcomplete", "eai-sparsify")
+Row = dict[str, Any]
+# heading -> format string over the names of a row, whose missing values are shown as dashes
+Columns = Mapping[str, str]
+SIZE = {"(B, d, F, k)": "({B}, {d}, {F}, {k})"}
 
 
 def parser(about: str | None, out: Path | None = None) -> argparse.ArgumentParser:
     """Of a command that writes a result file, to `out` unless another is named."""
     made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = "" if out is None else f"; {in_repository(str(out))} unless named"
-    written = "JSON file to write; a table goes beside it" + default
+    written = "JSON file to write; a table goes beside it"
     made.add_argument("--out", type=Path, required=out is None, default=out, help=written)
     made.add_argument("--threads", type=int, default=2)
     return made
@@ -48,7 +50,7 @@ def product(x: Tensor, W: Tensor) -> Callable[[], Any]:
 
 def product_in_chunks(x: Tensor, W: Tensor) -> Callable[[], Any]:
     """The same products, some tokens and features at a time into one buffer: the floor of a step without [B, F]."""
-    from sampled_sae.impl.torch.scores import BLOCK_TOKENS, chunk_features
+    from sampled_sae.impl.torch.products import BLOCK_TOKENS, chunk_features
 
     blocks = x.split(BLOCK_TOKENS)
     width = chunk_features(len(blocks[0]))
@@ -62,7 +64,7 @@ def product_in_chunks(x: Tensor, W: Tensor) -> Callable[[], Any]:
     return call
 
 
-def machine(device: str = "cpu", distributions: Sequence[str] = ()) -> dict[str, Any]:
+def machine(device: str = "cpu", distributions: Sequence[str] = ()) -> Row:
     """Device, versions, date and command, for the head of a result file."""
     return {
         "device": processor() if device == "cpu" else torch.cuda.get_device_name(),
@@ -91,8 +93,7 @@ def in_repository(path: str) -> str:
 
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def version(distribution: str) -> str | None:
@@ -103,22 +104,35 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table."""
-    lines = ["| " + " | ".join(line) + " |\n" for line in (head, *rows)]
-    return "".join([lines[0], "|---" * len(head) + "|\n", *lines[1:]])
+def markdown(columns: Columns, rows: Iterable[Row]) -> str:
+    """A table; a row with a `reason` shows it in place of its figures."""
+    head, *lines = ("| " + " | ".join(line) + " |\n" for line in (columns, *(cells(columns, row) for row in rows)))
+    return "".join([head, "|---" * len(columns) + "|\n", *lines])
 
 
-def with_caption(markdown: str, result: Mapping[str, Any]) -> str:
+def cells(columns: Columns, row: Row) -> list[str]:
+    found = []
+    for shown in columns.values():
+        try:
+            found.append(shown.format_map(row))
+        except (KeyError, TypeError):
+            found.append("–")
+    if "reason" in row:
+        first = found.index("–")
+        found[first:] = [f"– ({row['reason']})", *[""] * (len(found) - first - 1)]
+    return found
+
+
+def with_caption(table: str, result: Mapping[str, Any]) -> str:
     """The table, and below it on what, with what, when and how the result was measured."""
     threads = [] if "NVIDIA" in result["device"] else [f"{result['threads']} threads"]
     packages = [f"{name} {result[name]}" for name in ("torch", *PEERS) if result.get(name) is not None]
     about = [result["device"], *threads, *packages, f"Python {result['python']}", result["date"]]
-    return f"{markdown}\n{', '.join(about)}: `{result['command']}`\n"
+    return f"{table}\n{', '.join(about)}: `{result['command']}`\n"
 
 
-def write_result(out: Path, result: Mapping[str, Any], markdown: str) -> None:
+def write_result(out: Path, result: Mapping[str, Any], table: str) -> None:
     """`out` with the result as JSON, and the table with its caption beside it as .md."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
-    out.with_suffix(".md").write_text(with_caption(markdown, result))
+    out.with_suffix(".md").write_text(with_caption(table, result))

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.measure import machine, parser, table, write_result
+from benchmarks.measure import Row, machine, markdown, parser, write_result
 from sampled_sae import SampledSAEConfig
 from sampled_sae.lm import SpliceEvaluator, load_model
 from sampled_sae.support.atomic_files import read_json, write_json
@@ -54,12 +54,21 @@ SETTINGS = {
     "score_tokens=0.25": Setting({"score_tokens": 0.25}),
     "decayed, pool_every=4": Setting({"pool_every": 4}, {"adam": "decayed"}),
 }
-MEASURES = {
-    "fvu": "FVU",
-    "loss_recovered_zero": "loss recovered",
-    "dead_share": "never active",
-    "time": "time of the steps",
+COLUMNS = {
+    "setting": "{setting}",
+    "FVU": "{fvu[0]:.3f} ({fvu[1]:.3f}–{fvu[2]:.3f})",
+    "loss recovered": "{loss_recovered_zero[0]:.3f} ({loss_recovered_zero[1]:.3f}–{loss_recovered_zero[2]:.3f})",
+    "never active": "{dead_share[0]:.3f} ({dead_share[1]:.3f}–{dead_share[2]:.3f})",
+    "time of the steps": "{time[0]:.2f} ({time[1]:.2f}–{time[2]:.2f})",
 }
+MEASURES = ("fvu", "loss_recovered_zero", "dead_share", "time")
+
+
+def splice_of(name: str, store: ActivationStore, rows: int) -> Splice:
+    """Loss recovered on so many rows of the store's held-out text, by the model of this name."""
+    layer, norm = store.manifest["layer"], store.manifest["max_norm"]
+    held_out = store.holdout()[1][:rows]
+    return SpliceEvaluator(load_model(name)[0], held_out, layer, scale=store.scale, max_norm=norm).evaluate
 
 
 def train_seed(
@@ -89,15 +98,7 @@ def train_seed(
 
 def markdown_table(result: dict[str, Any]) -> str:
     """Means over the seeds with the smallest and largest."""
-    lines = []
-    for row in result["rows"]:
-        cells = [row["setting"]]
-        for measure in MEASURES:
-            mean, least, most = row[measure]
-            digits = 2 if measure == "time" else 3
-            cells.append(f"{mean:.{digits}f} ({least:.{digits}f}–{most:.{digits}f})")
-        lines.append(cells)
-    return table(["setting", *MEASURES.values()], lines)
+    return markdown(COLUMNS, result["rows"])
 
 
 def main() -> None:
@@ -113,39 +114,17 @@ def main() -> None:
     args = command.parse_args()
     torch.set_num_threads(args.threads)
     store = ActivationStore.open(args.activations)
-    model, _ = load_model(args.model, None)
-    evaluator = SpliceEvaluator(
-        model,
-        store.holdout()[1][: args.splice_rows],
-        store.manifest["layer"],
-        scale=store.scale,
-        max_norm=store.manifest["max_norm"],
-    )
+    splice = splice_of(args.model, store, args.splice_rows)
     train = TrainConfig(steps=args.steps, batch_size=args.batch_size, lr=args.lr)
-    by_seed = [
-        train_seed(store, args.folder / f"seed{seed}", train, args.dead_after, seed, evaluator.evaluate)
-        for seed in SEEDS
-    ]
-    rows = []
-    for name in SETTINGS:
-        row: dict[str, Any] = {"setting": name}
+    by_seed = [train_seed(store, args.folder / f"seed{s}", train, args.dead_after, s, splice) for s in SEEDS]
+    rows: list[Row] = [{"setting": name} for name in SETTINGS]
+    for row in rows:
         for measure in MEASURES:
-            values = [found[name][measure] for found in by_seed]
+            values = [found[row["setting"]][measure] for found in by_seed]
             row[measure] = (statistics.mean(values), min(values), max(values))
-        rows.append(row)
-    result = {
-        **machine(),
-        "model": args.model,
-        "layer": store.manifest["layer"],
-        "features": FEATURES,
-        "k": K,
-        "l": L,
-        "train": asdict(train),
-        "splice_rows": args.splice_rows,
-        "dead_after": args.dead_after,
-        "seeds": SEEDS,
-        "rows": rows,
-    }
+    about = {"model": args.model, "layer": store.manifest["layer"], "features": FEATURES, "k": K, "l": L}
+    setup = {"train": asdict(train), "splice_rows": args.splice_rows, "dead_after": args.dead_after, "seeds": SEEDS}
+    result = {**machine(), **about, **setup, "rows": rows}
     write_result(args.out, result, markdown_table(result))
     print(markdown_table(result))
 

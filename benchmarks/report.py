@@ -23,22 +23,25 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import drop_in, equal_time, quality
-from benchmarks.measure import RESULTS, ROOT, with_caption
+from benchmarks.measure import RESULTS, ROOT, markdown, with_caption
 from benchmarks.operations import table as operations
-from benchmarks.steps.tables import markdown_table
+from benchmarks.steps.experiments import EXPERIMENTS, table
 from sampled_sae.training import sweep
 
 DEMO, PLOTS = RESULTS / "demo", RESULTS / "plots"
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
-STEPS = ("cpu_step", "peer_steps", "scaling", "block_or_entries", "before_after")
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    **{name: partial(markdown_table, name) for name in STEPS},
+    **{name: partial(table, name) for name in EXPERIMENTS},
     "quality": quality.markdown_table,
     "drop_in": drop_in.markdown_table,
     "drop_in_768": drop_in.markdown_table,
     "equal_time": equal_time.markdown_table,
-    "kernels": lambda result: operations.markdown(result["rows"]),
+    "kernels": lambda result: operations.table(result["rows"]),
 }
+# the columns of a step in the README's table, and its size
+SUMMARY = {"": "{candidate}", "step, ms": "{step_ms:.0f}", "step / encoder product": "{ratio:.2f}"}
+SUMMARY |= {"peak extra memory": "{peak_extra_memory:.2f}"}
+FEATURES, NOT_SHOWN = 16384, ("sparsify TopK, Adam",)
 
 
 def results() -> dict[str, dict[str, Any]]:
@@ -49,8 +52,25 @@ def results() -> dict[str, dict[str, Any]]:
 
 def tables() -> dict[Path, str]:
     """What each table file has to say."""
-    made = {RESULTS / f"{name}.md": with_caption(TABLES[name](result), result) for name, result in results().items()}
-    return {**made, DEMO / "results.md": sweep.markdown_table(json.loads((DEMO / "sweep.json").read_text())["rows"])}
+    found = results()
+    made = {RESULTS / f"{name}.md": with_caption(TABLES[name](result), result) for name, result in found.items()}
+    demo = json.loads((DEMO / "sweep.json").read_text())["rows"]
+    return {**made, RESULTS / "summary.md": summary(found), DEMO / "results.md": sweep.markdown_table(demo)}
+
+
+def summary(found: dict[str, dict[str, Any]]) -> str:
+    """The README's one table: a step's time and memory, and what equal time buys, ours beside the peers."""
+    step, race = found["peer_steps"], found["equal_time"]
+    last = {row["candidate"]: row for row in race["rows"] if row.get("seconds") == race["marks"][-1]}
+    shown = [row for row in step["rows"] if row["F"] == FEATURES and row["candidate"] not in NOT_SHOWN]
+    rows = [row | last[row["candidate"]] for row in shown if row["candidate"] in last]
+    sources = [("Step and memory", rows[0], step), ("FVU", race["setup"], race)]
+    about = [
+        "{}: B={B}, d={d}, F={F}, k={k}; {device}, {threads} threads, {date}.".format(what, **{**size, **result})
+        for what, size, result in sources
+    ]
+    columns = SUMMARY | {f"FVU after {race['marks'][-1]:.0f} s": "{fvu:.3f}", "loss recovered": "{loss_recovered:.3f}"}
+    return markdown(columns, rows) + "\n" + " ".join(about) + "\n"
 
 
 def stale_plots() -> list[Path]:

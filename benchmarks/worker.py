@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,37 +23,42 @@ class Worker:
         session: a class that the new process can import.
         args: what it is made with; anything that can be pickled.
         tree: a folder that comes first on the new process's path.
-
-    Raises:
-        WorkerError: here and in `call`: an exception in the worker, or its death.
     """
 
     def __init__(self, session: type, *args: Any, tree: Path | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, session, args), daemon=True)
-        with first_on_path(tree):
-            self._process.start()
+        before = sys.path[:]
+        sys.path[:0] = [] if tree is None else [str(tree)]
+        self._process.start()
+        sys.path[:] = before
         theirs.close()
-        self._answer()
 
     def call(self, method: str, *args: Any) -> Any:
-        """What session.method(*args) returns."""
-        self._pipe.send((method, args))
-        return self._answer()
+        """What session.method(*args) returns.
 
-    def close(self) -> None:
-        """Ends the process and frees its memory."""
-        self._pipe.close()
-        self._process.join(10)
-        if self._process.is_alive():
+        Raises:
+            WorkerError: here and in `answer`: an exception in the worker, also one in making it, or its death.
+        """
+        self.ask(method, *args)
+        return self.answer()
+
+    def ask(self, method: str, *args: Any) -> None:
+        """Begins a call whose `answer` is fetched later."""
+        # one that is dead has left its reason in the pipe
+        with contextlib.suppress(BrokenPipeError):
+            self._pipe.send((method, args))
+
+    def answer(self, seconds: float | None = None) -> Any:
+        """What was asked for; a worker that gives it later than this is ended."""
+        if seconds is not None and not self._pipe.poll(max(0.0, seconds)):
             self._process.kill()
-            self._process.join()
-
-    def _answer(self) -> Any:
+            self.close()
+            raise WorkerError("the process was stopped: its last call took too long")
         try:
             done, value = self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self._process.join()
             raise WorkerError(f"the process died, exit code {self._process.exitcode}") from None
         if not done:
@@ -62,37 +66,31 @@ class Worker:
             raise WorkerError(value)
         return value
 
+    def close(self) -> None:
+        """Ends the process and frees its memory."""
+        self._pipe.close()
+        self._process.join(10)
+        self._process.kill()
+        self._process.join()
+
 
 class Here:
     """The same in this process, for the time that starting another takes."""
 
     def __init__(self, session: type, *args: Any, tree: None = None) -> None:
-        self._session: Any = None
-        self._session = self._made(session, *args)
+        self._session, self._args = session, args
+        self._made: Any = None
 
     def call(self, method: str, *args: Any) -> Any:
-        return self._made(getattr(self._session, method), *args)
-
-    def close(self) -> None:
-        self._session = None
-
-    def _made(self, function: Any, *args: Any) -> Any:
         try:
-            return function(*args)
+            self._made = self._made or self._session(*self._args)
+            return getattr(self._made, method)(*args)
         except Exception as error:
             self.close()
             raise WorkerError(one_line(error)) from None
 
-
-@contextmanager
-def first_on_path(tree: Path | None) -> Iterator[None]:
-    """For the processes that are started meanwhile."""
-    before = sys.path[:]
-    sys.path[:0] = [] if tree is None else [str(tree)]
-    try:
-        yield
-    finally:
-        sys.path[:] = before
+    def close(self) -> None:
+        self._made = None
 
 
 def one_line(error: Exception) -> str:
@@ -103,12 +101,9 @@ def serve(pipe: Connection, session: type, args: tuple[Any, ...]) -> None:
     """The worker's side: until the pipe is closed."""
     try:
         made = session(*args)
-        pipe.send((True, None))
-        while True:
-            try:
+        with contextlib.suppress(EOFError):
+            while True:
                 method, given = pipe.recv()
-            except EOFError:
-                return
-            pipe.send((True, getattr(made, method)(*given)))
+                pipe.send((True, getattr(made, method)(*given)))
     except Exception as error:
         pipe.send((False, one_line(error)))

@@ -1,4 +1,4 @@
-"""Sizes named after real work, and data shaped like a model's activations."""
+"""Sizes named after real work."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ CPU_STEPS = (
     Workload("Pythia-160M", 2048, 768, 16384, 32),
     Workload("Pythia-160M, wide", 2048, 768, 65536, 32),
 )
-
 GPU_STEPS = (
     Workload("SmolLM2-135M", 8192, 576, 32768, 64),
     Workload("Pythia-160M, wide", 8192, 768, 65536, 64),
     Workload("Gemma-2-2B", 8192, 2304, 65536, 64),
     Workload("Llama-3-8B", 4096, 4096, 131072, 64),
 )
-
-CPU_KERNELS = (Workload("SmolLM2-135M", 2048, 576, 16384, 32), Workload("Pythia-160M", 2048, 768, 32768, 64))
+CPU_KERNELS = (
+    Workload("SmolLM2-135M", 2048, 576, 16384, 32),
+    Workload("Pythia-160M", 2048, 768, 32768, 64),
+)
 LARGE_KERNELS = (
     Workload("Pythia-160M, wide", 8192, 768, 65536, 64),
     Workload("Gemma-2-2B", 4096, 2304, 65536, 64),
@@ -45,5 +46,4 @@ GPU_KERNELS = (
     Workload("Llama-3-8B", 4096, 4096, 131072, 128),
     Workload("Pythia-160M, a million features", 4096, 768, 1 << 20, 32),
 )
-
 REHEARSAL = (Workload("rehearsal", 12, 16, 100, 2),)

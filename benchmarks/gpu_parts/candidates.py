@@ -1,59 +1,61 @@
-"""What might be faster than the configurations of kernels/configs.py, table by table."""
+"""What might be faster than the configurations of kernels/configs.py, by the name of what chooses them there."""
 
 from __future__ import annotations
 
-from triton import Config
+import triton
 
 from sampled_sae.kernels.configs import INTERPRETED, tile
 
-INTERPRETER = bool(INTERPRETED.value)
+# names of blocks; then on a GPU, and in the interpreter, their values, warps and stages
+TRIED = {
+    "FOLD": ("BT BF", [(16, 64, 4, 1), (32, 128, 4, 1), (64, 64, 4, 1)], (16, 32, 4, 1)),
+    "chunk_scores_config": (
+        "BT BF STEPS",
+        [(16, 128, 8, 4, 2), (32, 128, 8, 4, 3), (16, 256, 16, 8, 2), (8, 256, 32, 4, 3)],
+        (4, 64, 2, 4, 3),
+    ),
+    "chunk_filter_config": ("BT BF", [(8, 128, 1, 3), (4, 256, 1, 3), (8, 256, 4, 3), (16, 128, 4, 3)], (4, 64, 4, 3)),
+    "segment_sum_config": (
+        "BE BD PIECE",
+        [(4, 256, 256, 1, 3), (16, 256, 256, 2, 3), (8, 512, 256, 2, 3), (8, 256, 128, 1, 3), (8, 256, 512, 1, 3)],
+        (8, 16, 32, 4, 3),
+    ),
+    "entry_dots_config": ("BE BD", [(4, 256, 4, 3), (16, 256, 4, 3), (8, 512, 4, 3), (8, 256, 8, 3)], (4, 16, 4, 3)),
+    "radix_config": (
+        "BLOCK SPANS",
+        [(1024, 2048, 4, 3), (2048, 1024, 8, 3), (4096, 1024, 8, 3), (4096, 2048, 16, 3)],
+        (128, 4, 4, 3),
+    ),
+}
+TILES = [(128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3)]
+TILES += [(128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (64, 256, 64, 4, 4), (128, 128, 32, 4, 5)]
+WARPS = (1, 2, 4, 8, 16)
+# elements that a program holds at once, and warps
+ADAM_SHAPES = ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 32))
 
-if INTERPRETER:
-    TILES_16 = TILES_32 = (tile(32, 32, 16, 4, 1),)
-    FOLDS = (Config({"BT": 16, "BF": 32}),)
-    CHUNK_SCORES = (Config({"BT": 4, "BF": 64, "STEPS": 2}),)
-    CHUNK_FILTER = (Config({"BT": 4, "BF": 64}),)
-    SEGMENT_SUM = (Config({"BE": 8, "BD": 16, "PIECE": 32}),)
-    ENTRY_DOTS = (Config({"BE": 4, "BD": 16}),)
-    RADIX = (Config({"BLOCK": 128, "SPANS": 4}),)
-    WARPS = (2,)
-    ADAM_SHAPES = ((128, 1),)
-else:
-    TILES_16 = (
-        tile(128, 128, 64, 4, 3),
-        tile(128, 128, 64, 4, 4),
-        tile(128, 128, 64, 8, 3),
-        tile(128, 256, 64, 8, 3),
-        tile(128, 256, 64, 8, 4),
-        tile(256, 128, 64, 8, 3),
-        tile(64, 256, 64, 4, 4),
-        tile(128, 128, 32, 4, 5),
-    )
-    TILES_32 = (
-        tile(64, 64, 32, 4, 3),
-        tile(128, 64, 16, 4, 3),
-        tile(128, 128, 16, 8, 3),
-        tile(64, 128, 32, 4, 3),
-        tile(128, 128, 32, 8, 3),
-    )
-    FOLDS = tuple(Config({"BT": t, "BF": f}, num_warps=4, num_stages=1) for t, f in ((16, 64), (32, 128), (64, 64)))
-    CHUNK_SCORES = tuple(
-        Config({"BT": t, "BF": f, "STEPS": s}, num_warps=w, num_stages=n)
-        for t, f, s, w, n in ((16, 128, 8, 4, 2), (32, 128, 8, 4, 3), (16, 256, 16, 8, 2), (8, 256, 32, 4, 3))
-    )
-    CHUNK_FILTER = tuple(
-        Config({"BT": t, "BF": f}, num_warps=w) for t, f, w in ((8, 128, 1), (4, 256, 1), (8, 256, 4), (16, 128, 4))
-    )
-    SEGMENT_SUM = tuple(
-        Config({"BE": e, "BD": d, "PIECE": p}, num_warps=w)
-        for e, d, p, w in ((4, 256, 256, 1), (16, 256, 256, 2), (8, 512, 256, 2), (8, 256, 128, 1), (8, 256, 512, 1))
-    )
-    ENTRY_DOTS = tuple(
-        Config({"BE": e, "BD": d}, num_warps=w) for e, d, w in ((4, 256, 4), (16, 256, 4), (8, 512, 4), (8, 256, 8))
-    )
-    RADIX = tuple(
-        Config({"BLOCK": b, "SPANS": c}, num_warps=w)
-        for b, c, w in ((1024, 2048, 4), (2048, 1024, 8), (4096, 1024, 8), (4096, 2048, 16))
-    )
-    WARPS = (1, 2, 4, 8, 16)
-    ADAM_SHAPES = ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 32))
+
+def candidates(choice: str, current: triton.Config) -> dict[str, triton.Config]:
+    """`current` first, and others, each as it would be written; of a row its length stays."""
+    if choice == "column_scores_config":
+        others = [tile(*blocks) for blocks in ([(32, 32, 16, 4, 1)] if INTERPRETED.value else TILES)]
+    elif choice == "rows_config":
+        others = [triton.Config(current.kwargs, num_warps=warps) for warps in WARPS]
+    elif choice == "row_adam_config":
+        BD = current.kwargs["BD"]
+        others = [triton.Config({"BR": max(1, n // BD), "BD": BD}, num_warps=warps) for n, warps in ADAM_SHAPES]
+    else:
+        names, on_a_gpu, interpreted = TRIED[choice]
+        others = [
+            triton.Config(dict(zip(names.split(), blocks)), num_warps=warps, num_stages=stages)
+            for *blocks, warps, stages in ([interpreted] if INTERPRETED.value else on_a_gpu)
+        ]
+    return {written(config): config for config in (current, *others)}
+
+
+def written(config: triton.Config) -> str:
+    """As it would stand in kernels/configs.py."""
+    k = config.kwargs
+    if {"BM", "BN", "BD", "GROUP"} == set(k):
+        return f"tile({k['BM']}, {k['BN']}, {k['BD']}, {config.num_warps}, {config.num_stages})"
+    blocks = ", ".join(f'"{name}": {value}' for name, value in k.items())
+    return f"triton.Config({{{blocks}}}, num_warps={config.num_warps}, num_stages={config.num_stages})"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from benchmarks.gpu_parts.visit import Visit, failure
+from benchmarks.worker import Worker, WorkerError
 from benchmarks.workloads import Workload
 
 # processes at most, each with a context of its own on the GPU
@@ -34,49 +33,36 @@ def compile_all(visit: Visit, make: Make, cases: Sequence[tuple[Any, ...]]) -> N
     """
     count = 1 if visit.rehearse else max(1, min(COMPILERS, (os.cpu_count() or 1) - SPARE_CORES))
     end = time.time() + SHARE * visit.left
-    context = multiprocessing.get_context("spawn")
-    workers = []
-    for i in range(count):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=compile_some, args=(sender, make, cases, i, count, end), daemon=True)
-        process.start()
-        sender.close()
-        workers.append((process, receiver))
-    for process, receiver in workers:
-        process.join(None if visit.rehearse else max(0.0, end + PATIENCE - time.time()))
-        if process.is_alive():
-            process.kill()
-            process.join()
-            visit.add({"name": "compiling", "reason": "a process was stopped: its last compilation took too long"})
-        elif process.exitcode:
-            visit.add({"name": "compiling", "reason": f"a process died with exit code {process.exitcode}"})
-        visit.add(*({"name": f"compiling {name}", "reason": why} for name, why in received(receiver)))
-
-
-def received(receiver: Connection) -> Iterator[tuple[str, str]]:
-    """What a process that is over has sent."""
-    try:
-        while receiver.poll():
-            yield receiver.recv()
-    except (EOFError, OSError):
-        return
-
-
-def compile_some(
-    sender: Connection, make: Make, cases: Sequence[tuple[Any, ...]], first: int, of: int, end: float
-) -> None:
-    """Makes every `of`-th call of each case from the `first` on, until `end`; sends which failed, and why."""
-    for case in cases:
+    workers = [Worker(Compiler) for _ in range(count)]
+    for i, worker in enumerate(workers):
+        worker.ask("run", make, cases, i, count, end)
+    for worker in workers:
         try:
-            for name, call in itertools.islice(make(*case), first, None, of):
-                if time.time() > end:
-                    return
-                try:
-                    call()
-                except Exception as error:
-                    sender.send((name, failure(error)))
-        except Exception as error:
-            sender.send((str(case[0]), failure(error)))
+            failed = worker.answer(None if visit.rehearse else end + PATIENCE - time.time())
+            visit.add(*({"name": f"compiling {name}", "reason": why} for name, why in failed))
+        except WorkerError as error:
+            visit.add({"name": "compiling", "reason": str(error)})
+        worker.close()
+
+
+class Compiler:
+    def run(
+        self, make: Make, cases: Sequence[tuple[Any, ...]], first: int, of: int, end: float
+    ) -> list[tuple[str, str]]:
+        """Makes every `of`-th call of each case from the `first` on, until `end`; returns which failed, and why."""
+        failed = []
+        for case in cases:
+            try:
+                for name, call in itertools.islice(make(*case), first, None, of):
+                    if time.time() > end:
+                        return failed
+                    try:
+                        call()
+                    except Exception as error:
+                        failed.append((name, failure(error)))
+            except Exception as error:
+                failed.append((str(case[0]), failure(error)))
+        return failed
 
 
 def small(visit: Visit, workloads: Iterable[Workload]) -> list[Workload]:

@@ -72,7 +72,7 @@ def steps(rows: list[Row]) -> list[str]:
 def tuning(rows: list[Row]) -> list[str]:
     """The best of each table's row at each size, where it is not the current one."""
     shown, tried = [], [row for row in rows if "ms" in row]
-    for key, own in by(tried, "table", "key", "workload"):
+    for key, own in by(tried, "table", "operation", "workload"):
         best = min(own, key=lambda row: row["of current"])
         if best["of current"] < 0.98:
             shown.append(f"{' '.join(key)}: {best['config']} takes {best['of current']:.2f} of the current one's time")

@@ -1,145 +1,160 @@
-"""Other configurations of each kernel against the blessed one, at the widths of real models.
+"""Other configurations of each kernel against the blessed one, in operations at the widths of real models.
 
-Each is first held to the result of the current one. Besides its rows the part writes tuning.txt, the lines for
-kernels/configs.py, and best.json, the best of each (d, F, B).
+A configuration under which an operation fails its check is refused. Besides its rows the part writes tuning.txt, the
+lines for kernels/configs.py, and best.json, the best of each (d, F, B).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from math import prod
 from typing import Any
 
 import torch
+import triton
 
+from benchmarks.gpu_parts.candidates import candidates
 from benchmarks.gpu_parts.compiling import Named, compile_all, small
-from benchmarks.gpu_parts.tunable import Tunable, tunables
-from benchmarks.gpu_parts.visit import Row, Visit, failure
+from benchmarks.gpu_parts.visit import Visit
+from benchmarks.measure import Row
+from benchmarks.operations import OPERATIONS, SCORE_FORMS
+from benchmarks.operations.operation import Inputs, Operation
+from benchmarks.operations.race import verdict
 from benchmarks.workloads import Workload
+from sampled_sae.kernels import configs
 from sampled_sae.support.atomic_files import write_json, write_text
 from sampled_sae.support.timing import interleaved, spread
-from sampled_sae.testing import relative_error
 
-# a sum in another order
-TOLERANCE = 1e-5
+# what chooses a configuration, and the operations that show how good it is; the most expensive first
+CHOICES = {
+    "column_scores_config": ("fused l2", "fused entropy"),
+    "FOLD": ("fused entropy",),
+    "chunk_scores_config": ("chunked entropy",),
+    "chunk_filter_config": ("select l=None",),
+    "segment_sum_config": ("decode l=None", "backward l=None"),
+    "entry_dots_config": ("backward l=None",),
+    "radix_config": ("top-k of the block, l=4",),
+    "rows_config": ("top-k of the block, l=4, token",),
+    "row_adam_config": ("row-Adam dense",),
+}
 # below this a candidate is not worth a change
 LEAST_GAIN = 0.02
 ROUNDS = 9
-DTYPE = torch.bfloat16
-# for all configurations of one table's row
+# for all configurations of one operation
 LEAST_SECONDS, MOST_SECONDS = 3, 5
 
 
 def run(visit: Visit) -> None:
     compile_all(visit, configurations, [(w, visit.device) for w in small(visit, visit.workloads)])
     for w in visit.workloads:
-        # what a kernel is timed on comes from other kernels, which may fail too
-        visit.attempt({"table": "all", "key": "", **w.columns()}, try_all, visit, w)
+        inputs = Inputs(w, visit.device, torch.bfloat16, "triton")
+        for choice, names in CHOICES.items():
+            for name in names:
+                row = {"table": choice, "operation": name, **w.columns()}
+                visit.attempt(row, tried, visit, inputs, row, least=LEAST_SECONDS)
         report(visit)
-
-
-def try_all(visit: Visit, w: Workload) -> list[Row]:
-    """Adds the rows of one workload; there are no others."""
-    for tunable in tunables(w, visit.device, DTYPE):
-        row = {"table": tunable.table, "key": tunable.key, **w.columns()}
-        visit.attempt(row, tried, tunable, w, visit, least=LEAST_SECONDS)
-    return []
 
 
 def configurations(w: Workload, device: str) -> Iterator[Named]:
     """To be compiled."""
-    for tunable in tunables(w, device, DTYPE):
-        for value in tunable.candidates:
-            yield f"{tunable.table} {tunable.written(value)}", partial(result_under, tunable, value)
+    inputs = Inputs(w, device, torch.bfloat16, "triton")
+    for choice, names in CHOICES.items():
+        operation = (OPERATIONS | SCORE_FORMS)[names[-1]](inputs)
+        for name, config in candidates_of(choice, operation).items():
+            yield f"{choice} {name}", partial(made, operation, choice, config)
 
 
-def tried(tunable: Tunable, w: Workload, visit: Visit) -> list[Row]:
+def tried(visit: Visit, inputs: Inputs, same: Row) -> list[Row]:
     """A row for each configuration, the current one first."""
-    same = {"table": tunable.table, "key": tunable.key, **w.columns()}
-    tunable.prepare()
-    expected = tunable.result(tunable.call()).clone()
-    rows, values = [], {}
-    current = tunable.written(tunable.current)
-    for value in (tunable.current, *tunable.candidates):
-        name = tunable.written(value)
-        if name in values:
-            continue
-        try:
-            wrong = difference(tunable, value, expected)
-        except Exception as error:
-            wrong = failure(error)
-        if wrong:
-            rows.append({**same, "config": name, "current": name == current, "note": wrong})
-        else:
-            values[name] = value
-    del expected
-    samples = race(tunable, values, visit)
-    measured = [
-        {**same, "config": name, "current": name == current, **vars(spread(own)), "of current": ratio}
-        for name, own in samples.items()
-        for ratio in [spread([a / c for a, c in zip(own, samples[current])]).ms]
-    ]
-    return measured + rows
-
-
-def difference(tunable: Tunable, value: Any, expected: torch.Tensor) -> str | None:
-    """How the result under `value` differs from the current one's, if it does."""
-    found = tunable.result(result_under(tunable, value))
-    if tunable.exact:
-        return None if torch.equal(found, expected) else "another result"
-    error = relative_error(found, expected.double())
-    return None if error <= TOLERANCE else f"differs by {error:.2g}"
-
-
-def result_under(tunable: Tunable, value: Any) -> Any:
-    """What the kernel returns in a configuration."""
-    tunable.prepare()
-    return called(tunable, value)
-
-
-def called(tunable: Tunable, value: Any) -> Any:
-    with tunable.using(value):
-        return tunable.call()
-
-
-def race(tunable: Tunable, values: dict[str, Any], visit: Visit) -> dict[str, list[float]]:
-    """Milliseconds by name, all in turn."""
-    return interleaved(
-        {name: partial(called, tunable, value) for name, value in values.items()},
+    choice, operation = same["table"], (OPERATIONS | SCORE_FORMS)[same["operation"]](inputs)
+    found = candidates_of(choice, operation)
+    wrong = {}
+    for name, config in found.items():
+        with using(choice, config):
+            wrong[name] = verdict(operation)
+    right = {name: config for name, config in found.items() if wrong[name] == "passed"}
+    samples = interleaved(
+        {name: partial(made, operation, choice, config) for name, config in right.items()},
         visit.device,
         1 if visit.rehearse else ROUNDS,
         visit.share(1, MOST_SECONDS),
         warm_up=False,
         queued=True,
-        prepare=tunable.prepare,
+        prepare=operation.prepare,
     )
+    rows = []
+    current = next(iter(found), "")
+    for name in found:
+        rows.append({**same, "config": name, "in use": current})
+        if name in samples:
+            ratios = [own / theirs for own, theirs in zip(samples[name], samples[current])]
+            rows[-1] |= {**vars(spread(samples[name])), "of current": spread(ratios).ms}
+        else:
+            rows[-1]["reason"] = wrong[name]
+    return rows
+
+
+def candidates_of(choice: str, operation: Operation) -> dict[str, triton.Config]:
+    """By how they are written, the current one first; none where the operation does not ask for any."""
+    real, asked = getattr(configs, choice), []
+    if isinstance(real, triton.Config):
+        asked.append(real)
+
+    def noted(*args: Any) -> triton.Config:
+        asked.append(real(*args))
+        return asked[-1]
+
+    with using(choice, real if asked else noted):
+        operation.prepare()
+        operation.ours()
+    return candidates(choice, asked[-1]) if asked and asked[-1] is not None else {}
+
+
+@contextmanager
+def using(choice: str, value: triton.Config | Callable[..., triton.Config]) -> Iterator[None]:
+    """With a configuration, or a function that chooses one, in every module of a kernel that knows the name."""
+    modules = [m for name, m in sys.modules.items() if name.startswith("sampled_sae.kernels.") and hasattr(m, choice)]
+    real = getattr(configs, choice)
+    constant = isinstance(value, triton.Config) and not isinstance(real, triton.Config)
+    for module in modules:
+        setattr(module, choice, (lambda *_: value) if constant else value)
+    try:
+        yield
+    finally:
+        for module in modules:
+            setattr(module, choice, real)
+
+
+def made(operation: Operation, choice: str, config: triton.Config) -> Any:
+    with using(choice, config):
+        return operation.ours()
 
 
 def report(visit: Visit) -> None:
     """best.json and tuning.txt, from the rows so far."""
-    timed_rows = [row for row in visit.rows if "ms" in row]
+    timed = [row for row in visit.rows if "ms" in row]
     best: dict[str, Row] = {}
-    for row in timed_rows:
-        place = f"{row['table']} {row['key']} at (B={row['B']}, d={row['d']}, F={row['F']})"
+    for row in timed:
+        place = "{table}, {operation} at (B={B}, d={d}, F={F})".format(**row)
         if place not in best or row["ms"] < best[place]["ms"]:
             best[place] = row
     write_json(visit.out / "best.json", best)
-    lines = ["# by the geometric mean over all sizes; rows that gain less than 2% stay as they are"]
-    for table, key in dict.fromkeys((row["table"], row["key"]) for row in timed_rows):
-        lines.append(advice(table, key, [r for r in timed_rows if (r["table"], r["key"]) == (table, key)]))
+    lines = ["# by the geometric mean over all sizes; rows that gain less than 2% stay as they are", *advice(timed)]
     write_text(visit.out / "tuning.txt", "\n".join(lines) + "\n")
 
 
-def advice(table: str, key: str, rows: list[Row]) -> str:
-    """The line for one row of a table."""
-    sizes = len({(r["B"], r["d"], r["F"]) for r in rows})
-    ratios: dict[str, list[float]] = {}
-    for row in rows:
-        ratios.setdefault(row["config"], []).append(row["of current"])
-    means = {name: prod(r) ** (1 / len(r)) for name, r in ratios.items() if len(r) == sizes}
-    name = min(means, key=lambda name: means[name])
-    current = next(row["config"] for row in rows if row["current"])
-    if means[name] > 1 - LEAST_GAIN:
-        return f"{table}[{key}]: {current}  # stays"
-    return f"{table}[{key}]: {name}  # {means[name]:.3f} of {current}"
+def advice(rows: list[Row]) -> Iterator[str]:
+    """A line for each configuration that is in use, with the one that should stand in its place."""
+    for table, current in dict.fromkeys((row["table"], row["in use"]) for row in rows):
+        own = [row for row in rows if (row["table"], row["in use"]) == (table, current)]
+        races = {(row["operation"], row["B"], row["d"], row["F"]) for row in own}
+        ratios: dict[str, list[float]] = {}
+        for row in own:
+            ratios.setdefault(row["config"], []).append(row["of current"])
+        means = {name: prod(found) ** (1 / len(found)) for name, found in ratios.items() if len(found) == len(races)}
+        name = min(means, key=lambda name: means[name])
+        stays = means[name] > 1 - LEAST_GAIN
+        yield f"{table}: {current}  # stays" if stays else f"{table}: {name}  # {means[name]:.3f} of {current}"

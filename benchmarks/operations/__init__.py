@@ -31,4 +31,4 @@ OPERATIONS: Operations = {
 }
 # the product by cuBLAS or MKL, and the forms of the score kernel that decide up to which d scores are fused into it
 PRODUCT: Operations = {"product": partial(scores.form, name="product")}
-SCORE_FORMS: Operations = {name: partial(scores.form, name=name) for name in scores.TRITON_FORMS}
+SCORE_FORMS: Operations = {name: partial(scores.form, name=name) for name in scores.FORMS}

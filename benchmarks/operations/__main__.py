@@ -12,7 +12,7 @@ from benchmarks.measure import RESULTS, Row, machine, parser, write_result
 from benchmarks.operations import OPERATIONS
 from benchmarks.operations.operation import Inputs
 from benchmarks.operations.race import Race
-from benchmarks.operations.table import markdown
+from benchmarks.operations.table import table
 from benchmarks.workloads import CPU_KERNELS, GPU_KERNELS, LARGE_KERNELS, REHEARSAL
 
 SIZES = {"small": CPU_KERNELS, "large": LARGE_KERNELS, "gpu": GPU_KERNELS, "rehearsal": REHEARSAL}
@@ -37,8 +37,8 @@ def main() -> None:
             race.run(args.rounds, args.seconds)
             found = race.rows()
             rows += found
-            print("\n".join(markdown(found).splitlines()[2:]), flush=True)
-            write_result(args.out, {**machine(args.device), "rows": rows}, markdown(rows))
+            print("\n".join(table(found).splitlines()[2:]), flush=True)
+            write_result(args.out, {**machine(args.device), "rows": rows}, table(rows))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.operations.operation import Inputs, Operation, some
-from sampled_sae.impl.adam_step import Rule
+from sampled_sae.impl.adam_step import AdamStep, Moments
 from sampled_sae.testing import Comparison
 
 LR, BETA1, BETA2, EPS, STEP = 1e-3, 0.9, 0.999, 1e-8, 10
@@ -62,8 +62,8 @@ def row_adam(inputs: Inputs, mode: str) -> Operation:
     step = torch.full((), float(STEP), device=device)
     last = torch.full((w.F,), STEP - 3, dtype=torch.int32, device=device) if mode == "decayed" else None
     arguments = (W, m, v, grad, features) if last is None else (W, m, v, grad, features, last)
-    project = {"project": True, "renormalize": True}
-    rule = Rule(lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=0.0, mode=mode, **project)
+    how = {"weight_decay": 0.0, "mode": mode, "project": True, "renormalize": True, "seed": 0}
+    adam_step = AdamStep(number=step, factor=None, lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS, **how)
     eager = eager_dense if last is None else eager_decayed
 
     def prepare() -> None:
@@ -71,7 +71,7 @@ def row_adam(inputs: Inputs, mode: str) -> Operation:
             last.fill_(STEP - 3)
 
     def ours() -> Tensor:
-        inputs.parts.row_adam_(W, m, v, grad, features, step, None, last, 0, rule)
+        inputs.parts.row_adam_(W, Moments(m, v, last), grad, features, adam_step)
         return W
 
     def exact(at: Tensor) -> Tensor:

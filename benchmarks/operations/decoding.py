@@ -10,6 +10,7 @@ from torch.nn.functional import embedding_bag
 
 from benchmarks.operations.operation import Inputs, Operation, some
 from sampled_sae.codes import SparseCodes
+from sampled_sae.impl.hints import Rule
 from sampled_sae.impl.row_gradients import RowSource
 from sampled_sae.testing import Comparison, comparison
 
@@ -84,7 +85,10 @@ def backward(inputs: Inputs, l: float | None) -> Operation:
     w, x, W, members, width = inputs.workload, inputs.x, inputs.W, inputs.members(l), inputs.width(l)
     grad = torch.randn(w.B, w.d, generator=torch.Generator().manual_seed(2)).to(inputs.device) / w.d**0.5
     rows = RowSource(keep=True)
-    codes, x_hat = inputs.decoded(l, rows)
+    W_enc, W_dec = (W.clone().requires_grad_() for _ in range(2))
+    encoder = inputs.encoder(W=W_enc, rows=rows)._replace(b=inputs.b.clone().requires_grad_())
+    selected = inputs.parts.select(encoder, members, Rule(w.k))
+    x_hat, codes = inputs.parts.decode(selected, W_dec, None, rows), selected.detach()
     leaves = [part.rows for part in rows.gradients]
 
     def ours() -> tuple[Tensor, ...]:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from benchmarks.workloads import Workload
 from sampled_sae.bench import activations
-from sampled_sae.codes import Selection, SparseCodes
+from sampled_sae.codes import SparseCodes
 from sampled_sae.config import batch_budget, pool_size
+from sampled_sae.impl.encoder import Encoder
+from sampled_sae.impl.hints import Rule, ThresholdHints
 from sampled_sae.impl.interface import implementation, resolve_impl
 from sampled_sae.impl.row_gradients import RowSource
 from sampled_sae.testing import Comparison
@@ -70,8 +72,12 @@ class Inputs:
         self._members: dict[float | None, Tensor | None] = {}
         self._kept: dict[float | None, SparseCodes] = {}
 
+    def encoder(self, x: Tensor | None = None, W: Tensor | None = None, rows: RowSource | None = None) -> Encoder:
+        """Of x and W, or of others in their place."""
+        return self.parts.encoder(self.x if x is None else x, self.W if W is None else W, self.b, rows=rows)
+
     def column_scores(self, score: str) -> Tensor:
-        return self.parts.column_scores(self.x, self.W, self.b, score, None)
+        return self.parts.column_scores(self.encoder().operands, score)
 
     @cached_property
     def scores(self) -> Tensor:
@@ -95,21 +101,23 @@ class Inputs:
         """What the batch keeps, without a gradient."""
         if l not in self._kept:
             with torch.no_grad():
-                self._kept[l] = self.select(l, "batch").codes
+                self._kept[l] = self.parts.select(self.encoder(), self.members(l), Rule(self.workload.k))
         return self._kept[l]
 
-    def select(self, l: float | None, select: str, hint: Any = None, x: Tensor | None = None) -> Selection:
-        """The layer's own selection, from the batch x unless another is given."""
-        x = self.x if x is None else x
-        centred, k = self.parts.centre(x, None), self.workload.k
-        return self.parts.select(x, None, centred, self.W, self.b, self.members(l), k=k, select=select, hint=hint)
+    def hints(self, l: float | None, rule: Rule, known: bool) -> Callable[[], ThresholdHints]:
+        """Makes what the layer knows of the threshold after another batch, or before the first one."""
+        members, first = self.members(l), ThresholdHints()
+        if known:
+            with torch.no_grad():
+                self.parts.select(self.encoder(self.other_x), members, rule, first)
+        hint = first.of(rule, members)
 
-    def decoded(self, l: float | None, rows: RowSource) -> tuple[SparseCodes, Tensor]:
-        """Codes and reconstruction with gradients of the rows of W_enc, b_enc and W_dec."""
-        W_enc, W_dec, b = (t.clone().requires_grad_() for t in (self.W, self.W, self.b))
-        centred, k = self.parts.centre(self.x, None), self.workload.k
-        codes = self.parts.select(self.x, None, centred, W_enc, b, self.members(l), k=k, rows=rows).codes
-        return codes.detach(), self.parts.decode(codes, W_dec, None, rows)
+        def made() -> ThresholdHints:
+            hints = ThresholdHints()
+            hints.keep(rule, members, hint.clone() if isinstance(hint, Tensor) else hint)
+            return hints
+
+        return made
 
     @property
     def budget(self) -> int:

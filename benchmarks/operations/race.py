@@ -88,7 +88,7 @@ class Race:
 
     def rows(self) -> list[Row]:
         """One row for ours, then one for each rival; a speedup only if the check on these inputs passes."""
-        verdict = self._verdict()
+        checked = verdict(self.operation)
         copy, rate = (self._least[name] / spread(self.samples[name]).ms for name in CEILINGS)
         dtype = str(self.inputs.dtype).removeprefix("torch.")
         same = {**self.inputs.workload.columns(), "dtype": dtype, "operation": self.name}
@@ -109,8 +109,8 @@ class Race:
                     "of copy": bytes_a_ms / copy,
                     "of product": flops_a_ms / rate,
                     "peak bytes": self._peak(name),
-                    "ours is faster by": ratio if name != "ours" and verdict == "passed" else None,
-                    "check": verdict,
+                    "ours is faster by": ratio if name != "ours" and checked == "passed" else None,
+                    "check": checked,
                 }
             )
         rows[0] |= {"copy GB/s": 1e-6 * copy, "product TFLOP/s": 1e-9 * rate}
@@ -127,19 +127,6 @@ class Race:
                     raise
                 del self.calls[name]
                 self.left_out[name] = one_line(error)[:200]
-
-    def _verdict(self) -> str:
-        """ "passed", or what is wrong."""
-        self.operation.prepare()
-        try:
-            wrong = [c for c in self.operation.check() if not c.passed]
-        except AssertionError as error:
-            return str(error)
-        reasons = (
-            f"{c.name}: error {c.error:.2g}, eager PyTorch has {c.eager_error:.2g}, allowed are {c.allowed:.2g}"
-            for c in wrong
-        )
-        return next(reasons, "passed")
 
     def _peak(self, name: str) -> int | None:
         self.operation.prepare()
@@ -160,3 +147,17 @@ def eager_forms(operation: Operation, backend: str | None) -> dict[str, Call]:
         name = "torch.compile" if backend == "inductor" else f"torch.compile, {backend}"
         calls[name] = lambda: form(*arguments)
     return calls
+
+
+def verdict(operation: Operation) -> str:
+    """ "passed", or what is wrong."""
+    operation.prepare()
+    try:
+        wrong = [c for c in operation.check() if not c.passed]
+    except Exception as error:
+        return str(error) if isinstance(error, AssertionError) else one_line(error)
+    reasons = (
+        f"{c.name}: error {c.error:.2g}, eager PyTorch has {c.eager_error:.2g}, allowed are {c.allowed:.2g}"
+        for c in wrong
+    )
+    return next(reasons, "passed")

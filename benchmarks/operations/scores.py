@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,19 +12,14 @@ from benchmarks.measure import product
 from benchmarks.operations.operation import Inputs, Operation, some
 from sampled_sae import reference
 from sampled_sae.config import pool_size
+from sampled_sae.impl.encoder import Operands
 from sampled_sae.testing import Comparison, comparison, relative_error
 
 CHECKED_COLUMNS = 512
 # what sums of float32 or bf16 products in another order may differ by, beside the rounding of the result
 TOLERANCE = 1e-3
-TRITON_FORMS = (
-    "Triton product, written",
-    "Triton product, summed",
-    "fused l2",
-    "fused entropy",
-    "chunked l2",
-    "chunked entropy",
-)
+# "fused uniform" has next to no epilogue: what the kernel's product costs
+FORMS = tuple(f"{how} {score}" for how in ("fused", "chunked") for score in ("uniform", "l2", "entropy"))
 
 
 def eager_scores(x: Tensor, W: Tensor, b: Tensor, score: str) -> Tensor:
@@ -38,70 +32,64 @@ def eager_pool(scores: Tensor, size: int) -> Tensor:
 
 
 def scores(inputs: Inputs, score: str) -> Operation:
-    w, x, W, b = inputs.workload, inputs.x, inputs.W, inputs.b
+    x, W, b = inputs.x, inputs.W, inputs.b
 
     def check() -> list[Comparison]:
         """Of some columns, all tokens."""
-        at = some(w.F, CHECKED_COLUMNS, inputs.device)
+        at = some(len(W), CHECKED_COLUMNS, inputs.device)
         exact = eager_scores(x.double(), W[at].double(), b[at], score)
         return [comparison(score, inputs.column_scores(score)[at], eager_scores(x, W[at], b[at], score), exact)]
 
     return Operation(
         lambda: inputs.column_scores(score),
         check,
-        bytes=inputs.bytes_of(w.B + w.F) + 8 * w.F,
-        flops=2 * w.B * w.d * w.F,
+        bytes=inputs.bytes_of(len(x) + len(W)) + 8 * len(W),
+        flops=2 * x.numel() * len(W),
         eager=eager_scores,
         arguments=lambda: (x, W, b, score),
-        eager_bytes=4 * w.B * w.F * x.element_size(),
+        eager_bytes=4 * len(x) * len(W) * x.element_size(),
     )
 
 
 def form(inputs: Inputs, name: str) -> Operation:
-    """The encoder product by torch ("product"), or one of TRITON_FORMS."""
-    w, x, W = inputs.workload, inputs.x, inputs.W
-    call = product(x, W) if name == "product" else triton_forms(x, W)[name]
+    """The encoder product by torch ("product"), or the statistics of a score in one of FORMS."""
+    x, W = inputs.x, inputs.W
+    how, _, score = name.partition(" ")
+    call = product(x, W) if name == "product" else statistics(inputs, how, score)
 
     def check() -> list[Comparison]:
         """Of some features, all tokens."""
-        at = some(w.F, CHECKED_COLUMNS, inputs.device)
+        at = some(len(W), CHECKED_COLUMNS, inputs.device)
         z = x.double() @ W[at].double().t()
-        kind = name.split()[-1]
-        result = call()
-        if kind in ("product", "written"):
-            pairs = [(result[:, at] if kind == "product" else result[at].t(), z)]
-        elif kind == "summed":
-            pairs = [(result[:, at].sum(0), z.sum(0))]
-        else:
-            a = z.relu()
-            sums = {"l2": (a.square().sum(0),), "entropy": (a.sum(0), torch.xlogy(a, a).sum(0))}
-            pairs = list(zip(result[:, at], sums[kind]))
-        return [
-            Comparison(name, relative_error(found, exact), 0.0, TOLERANCE + 4 * torch.finfo(found.dtype).eps)
-            for found, exact in pairs
-        ]
+        a = z.relu()
+        exact = {
+            "": z.t(),
+            "uniform": (a > 0).sum(0).double()[None],
+            "l2": a.square().sum(0)[None],
+            "entropy": torch.stack((a.sum(0), torch.xlogy(a, a).sum(0))),
+        }[score]
+        found = call()[:, at]
+        pairs = zip(found if score else [found.t()], exact if score else [exact])
+        allowed = TOLERANCE + 4 * torch.finfo(found.dtype).eps
+        return [Comparison(name, relative_error(one, right), 0.0, allowed) for one, right in pairs]
 
-    return Operation(call, check, bytes=inputs.bytes_of(w.B + w.F), flops=2 * w.B * w.d * w.F)
+    return Operation(call, check, bytes=inputs.bytes_of(len(x) + len(W)), flops=2 * x.numel() * len(W))
 
 
-def triton_forms(x: Tensor, W: Tensor) -> dict[str, Callable[[], Any]]:
-    from benchmarks.operations.plain_product import plain_product
+def statistics(inputs: Inputs, how: str, score: str) -> Callable[[], Tensor]:
+    """Of one kernel for product and epilogue, or of products in chunks."""
     from sampled_sae.impl.triton.scores import chunked_statistics
     from sampled_sae.kernels.column_scores import column_statistics
 
-    b = torch.zeros(len(W), device=W.device)
-    calls = (
-        partial(plain_product, x, W, True),
-        partial(plain_product, x, W, False),
-        *(partial(column_statistics, x, W, b, score) for score in ("l2", "entropy")),
-        *(partial(chunked_statistics, x, W, b, score) for score in ("l2", "entropy")),
-    )
-    return dict(zip(TRITON_FORMS, calls))
+    b = torch.zeros(len(inputs.W), device=inputs.device)
+    if how == "fused":
+        return lambda: column_statistics(inputs.x, inputs.W, b, score)
+    return lambda: chunked_statistics(Operands(inputs.x, inputs.W, b), score)
 
 
 def pool(inputs: Inputs, l: float) -> Operation:
-    w = inputs.workload
-    size = pool_size(w.k, l, w.F)
+    n_features = inputs.workload.F
+    size = pool_size(inputs.workload.k, l, n_features)
 
     def ours() -> Tensor:
         return inputs.parts.candidate_pool(inputs.scores, size)
@@ -115,10 +103,10 @@ def pool(inputs: Inputs, l: float) -> Operation:
     return Operation(
         ours,
         check,
-        bytes=4 * w.F + 8 * size,
+        bytes=4 * n_features + 8 * size,
         flops=0,
         eager=eager_pool,
         arguments=lambda: arguments,
-        eager_bytes=16 * w.F,
+        eager_bytes=16 * n_features,
         rivals={"torch.topk": lambda: torch.topk(inputs.scores, size)},
     )

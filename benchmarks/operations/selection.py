@@ -10,8 +10,9 @@ from torch import Tensor
 from benchmarks.operations.operation import Inputs, Operation, some
 from sampled_sae import reference
 from sampled_sae.codes import SparseCodes
+from sampled_sae.impl.hints import Rule
+from sampled_sae.impl.torch.block import block_mask
 from sampled_sae.impl.torch.entries import EntryIndex
-from sampled_sae.impl.torch.layer import block_mask
 from sampled_sae.testing import Comparison, comparison
 
 CHECKED_ENTRIES, CHECKED_FEATURES = 4096, 4096
@@ -51,7 +52,7 @@ def block_top(inputs: Inputs, l: float, select: str) -> Operation:
 
     def ours() -> Tensor:
         if inputs.impl == "torch":
-            return torch.where(block_mask(z, w.k, select), z, 0)
+            return torch.where(block_mask(z, Rule(w.k, select)), z, 0)
         from sampled_sae.kernels.batch_topk import keep_largest_
         from sampled_sae.kernels.token_topk import keep_rows_
 
@@ -86,15 +87,14 @@ def select(inputs: Inputs, l: float | None, select: str, first_batch: bool = Fal
 
     The threshold to begin with is guessed from another batch, as in training, or with `first_batch` not at all.
     """
-    w, members = inputs.workload, inputs.members(l)
-    size = inputs.width(l)
+    w, members, size, rule = inputs.workload, inputs.members(l), inputs.width(l), Rule(inputs.workload.k, select)
     n = w.k if select == "token" else inputs.budget
-    with torch.no_grad():
-        hint = None if first_batch else inputs.select(l, select, x=inputs.other_x).hint
+    made = inputs.hints(l, rule, known=not first_batch)
+    known = {"hints": made()}
 
     def ours() -> SparseCodes:
         with torch.no_grad():
-            codes = inputs.select(l, select, hint).codes
+            codes = inputs.parts.select(inputs.encoder(), members, rule, known["hints"])
         if isinstance(codes.index, EntryIndex):
             # made when they are first asked for: by whoever comes next, decode or backward
             _ = codes.index.token_ends, codes.index.by_feature
@@ -108,6 +108,7 @@ def select(inputs: Inputs, l: float | None, select: str, first_batch: bool = Fal
         eager=eager_select,
         arguments=lambda: (inputs.x, inputs.W, inputs.b, members, n, select),
         eager_bytes=4 * w.B * size * inputs.x.element_size() + 12 * inputs.budget,
+        prepare=lambda: known.update(hints=made()),
     )
 
 

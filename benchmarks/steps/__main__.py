@@ -21,31 +21,30 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import PEERS, RESULTS, ROOT, machine, write_result
-from benchmarks.steps.experiments import EXPERIMENTS, Tasks, at_all_sizes, before_and_after
+from benchmarks.steps.experiments import EXPERIMENTS, Tasks, at_all_sizes, before_and_after, table
 from benchmarks.steps.harness import Harness
-from benchmarks.steps.tables import markdown_table
 
 CLOCK = "sampled_sae/support/timing.py"
 
 
 def main() -> None:
     names = "".join(f"\n  {name:18}{experiment.about}" for name, experiment in EXPERIMENTS.items())
-    parser = argparse.ArgumentParser(
+    command = argparse.ArgumentParser(
         description=f"{__doc__}\nexperiments:{names}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", choices=list(EXPERIMENTS))
-    parser.add_argument("--out", type=Path, help="JSON file, a table goes beside it; benchmarks/results/NAME.json")
-    parser.add_argument("--rounds", type=int, default=7, help="samples of each candidate")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: bfloat16 autocast")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--memory", type=float, default=18.0, help="GiB that the processes may take together")
-    parser.add_argument("--candidates", nargs="+", help="these alone")
-    parser.add_argument("--workloads", nargs="+", help="these sizes alone, by name or axis")
-    parser.add_argument("--revision", help="for before_after: the older one, as git names it")
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes; without --out nothing is written")
-    args = parser.parse_args()
+    command.add_argument("name", choices=list(EXPERIMENTS))
+    command.add_argument("--out", type=Path, help="JSON file, a table goes beside it; benchmarks/results/NAME.json")
+    command.add_argument("--rounds", type=int, default=7, help="samples of each candidate")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: bfloat16 autocast")
+    command.add_argument("--threads", type=int, default=2)
+    command.add_argument("--memory", type=float, default=18.0, help="GiB that the processes may take together")
+    command.add_argument("--candidates", nargs="+", help="these alone")
+    command.add_argument("--workloads", nargs="+", help="these sizes alone, by name or axis")
+    command.add_argument("--revision", help="for before_after: the older one, as git names it")
+    command.add_argument("--rehearse", action="store_true", help="tiny sizes; without --out nothing is written")
+    args = command.parse_args()
     if (args.name == "before_after") != (args.revision is not None):
-        parser.error("--revision belongs to before_after, and before_after needs it")
+        command.error("--revision belongs to before_after, and before_after needs it")
     torch.set_num_threads(args.threads)
     experiment = EXPERIMENTS[args.name]
     dtype = "float32" if args.device == "cpu" else "bfloat16"
@@ -58,15 +57,14 @@ def main() -> None:
             tasks = at_all_sizes(before_and_after(exported(args.revision, Path(folder))))
             result |= {"before": described(args.revision), "after": described()}
         wanted = chosen(tasks(args.rehearse, args.device), args.candidates, args.workloads)
-        result["rows"] = []
+        rows = result["rows"] = []
         out = args.out or (None if args.rehearse else RESULTS / f"{args.name}.json")
         for row in harness.measure(wanted):
-            result["rows"].append(row)
-            text = markdown_table(args.name, result)
-            print(text.splitlines()[-1], flush=True)
+            rows.append(row)
+            print(table(args.name, result).splitlines()[-1], flush=True)
             if out is not None:
-                write_result(out, result, text)
-    print(markdown_table(args.name, result))
+                write_result(out, result, table(args.name, result))
+    print(table(args.name, result))
 
 
 def chosen(tasks: Tasks, candidates: list[str] | None, workloads: list[str] | None) -> Tasks:

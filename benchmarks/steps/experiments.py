@@ -1,12 +1,15 @@
-"""What is timed under which name: candidates, sizes, what stands beside a step, and the columns of the table."""
+"""What is timed under which name: candidates, sizes, what stands beside a step, and the columns of its table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import SIZE, Columns, Row, markdown
 from benchmarks.peers import BATCH, CANDIDATES, TOKEN, Entry, ours, plain
 from benchmarks.steps.harness import Task
 from benchmarks.workloads import CPU_STEPS, GPU_STEPS, REHEARSAL, Workload
@@ -29,17 +32,11 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """
-    Attributes:
-        about: for the command's help.
-        tasks: those of (rehearse, device).
-        columns: heading -> field of a row, for the table.
-        options: of the Harness.
-    """
+    """What it is about, its tasks by (rehearse, device), the columns of its table, and options of its Harness."""
 
     about: str
     tasks: Callable[[bool, str], Tasks]
-    columns: dict[str, str]
+    columns: Columns
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -107,45 +104,77 @@ def on_a_gpu(graph: bool) -> dict[str, Entry]:
     return found if graph else found | {f"{name}, eager PyTorch": plain(**rule) for name, rule in RULES.items()}
 
 
-SIZE, RATIO = {"(B, d, F, k)": "size"}, {"step / product": "ratio", "p20–p80": "ratio spread"}
-MEMORY = {"peak extra memory": "peak_extra_memory"}
+P20_P80 = "{ratio_p20:.2f}–{ratio_p80:.2f}"
+RATIO = {"step / product": "{ratio:.2f}", "p20–p80": P20_P80}
+MEMORY = {"peak extra memory": "{peak_extra_memory:.2f}"}
+VARIANT, STEP_OF, MS = {"variant": "{candidate}"}, {"step of": "{candidate}"}, {"ms": "{step_ms:.0f}"}
 EXPERIMENTS = {
     "cpu_step": Experiment(
         "our step with each rule and setting",
         at_all_sizes(VARIANTS),
-        {**SIZE, "variant": "candidate", **RATIO, "step / allocating product": "ratio_to_allocating_product", **MEMORY},
+        {**SIZE, **VARIANT, **RATIO, "step / allocating product": "{ratio_to_allocating_product:.2f}", **MEMORY},
         {"beside": ("product", "allocating")},
     ),
     "peer_steps": Experiment(
         "our step and those of the peers, each as its own library does it",
         at_all_sizes(CANDIDATES),
-        {**SIZE, "step of": "candidate", **RATIO, "ms": "step_ms", **MEMORY},
+        {**SIZE, **STEP_OF, **RATIO, **MS, **MEMORY},
     ),
     "scaling": Experiment(
         "our step against F, B, k and l, with fitted exponents",
         along_axes,
-        {"axis": "workload", "at": "value", **SIZE, "rule": "candidate", "step / floor": "ratio"}
-        | {"p20–p80": "ratio spread", "ms": "step_ms", **MEMORY},
+        {"axis": "{workload}", "at": "{value}", **SIZE, "rule": "{candidate}", "step / floor": "{ratio:.2f}"}
+        | {"p20–p80": P20_P80, **MS, **MEMORY},
         {"beside": ("product", "chunks"), "checked": False},
     ),
     "block_or_entries": Experiment(
         "up to which l a pool is better computed as a dense block; sets BLOCK_PER_K of impl/torch/layer.py",
         at_all_sizes(both_forms(), 2),
-        {**SIZE, "pool": "candidate", "step / product": "ratio"},
+        {**SIZE, "pool": "{candidate}", "step / product": "{ratio:.2f}"},
     ),
     "before_after": Experiment(
         "our step by another revision of this repository (--revision) and by this one",
         at_all_sizes(VARIANTS),
-        {**SIZE, "variant": "candidate", **RATIO, "after / before": "quotient", "its p20–p80": "quotient spread"}
-        | {"ms": "step_ms", **MEMORY},
+        {**SIZE, **VARIANT, **RATIO, "after / before": "{quotient:.2f}"}
+        | {"its p20–p80": "{quotient_p20:.2f}–{quotient_p80:.2f}", **MS, **MEMORY},
     ),
     "gpu_steps": Experiment(
         "every rule under bf16 autocast, with and without its optimizer, and the eager step of the same rule",
         at_all_sizes(on_a_gpu(graph=False)),
-        {**SIZE, "step of": "candidate", **RATIO, "without optimizer": "ratio_without_optimizer", **MEMORY},
+        {**SIZE, **STEP_OF, **RATIO, "without optimizer": "{ratio_without_optimizer:.2f}", **MEMORY},
         {"beside": ("product", "without_optimizer")},
     ),
     "gpu_graphs": Experiment(
-        "the same as CUDA graphs", at_all_sizes(on_a_gpu(graph=True)), {**SIZE, "step of": "candidate", **RATIO}
+        "the same as CUDA graphs", at_all_sizes(on_a_gpu(graph=True)), {**SIZE, **STEP_OF, **RATIO}
     ),
 }
+FITTED = {"step_ms": "step", "floor_ms": "floor", "peak_bytes": "memory"}
+
+
+def table(name: str, result: dict[str, Any]) -> str:
+    """The rows of an experiment; where one has no figures, the reason. For `scaling` the exponents come first."""
+    rows = markdown(EXPERIMENTS[name].columns, result["rows"])
+    if name != "scaling":
+        return rows
+    head = {"axis": "{axis}", "range": "{from} to {to}", "rule": "{rule}"}
+    fitted = {f"exponent of {short}": f"{{{short}:.2f}}" for short in FITTED.values()}
+    return markdown(head | fitted, exponents(result["rows"])) + "\n" + rows
+
+
+def exponents(rows: Sequence[Row]) -> list[Row]:
+    """For each axis and rule those of step, floor and memory."""
+    found = []
+    for axis, rule in dict.fromkeys((row["workload"], row["candidate"]) for row in rows if "reason" not in row):
+        same = [row for row in rows if (row["workload"], row["candidate"]) == (axis, rule) and "reason" not in row]
+        sizes = [row["value"] for row in same]
+        slopes = {short: exponent(sizes, [row[measure] or 0 for row in same]) for measure, short in FITTED.items()}
+        found.append({"axis": axis, "rule": rule, "from": min(sizes), "to": max(sizes), **slopes})
+    return found
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
+    """Slope of ln(values) against ln(sizes) by least squares; None for one point, or where a value is not positive."""
+    if len(sizes) < 2 or min(values) <= 0:
+        return None
+    x, y = [math.log(s) for s in sizes], [math.log(v) for v in values]
+    return statistics.linear_regression(x, y).slope

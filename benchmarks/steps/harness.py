@@ -19,23 +19,18 @@ from benchmarks.workloads import Workload
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 # of the calls beside a step, those of which the faster is the floor
 FLOORS = ("product", "chunks")
+Sample = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One candidate at one size.
-
-    Attributes:
-        name, entry, workload: the candidate, and the size.
-        group: tasks of one group take their samples in turn.
-        labels: further columns of its row.
-    """
+    """A candidate at a size; tasks of one group take their samples in turn; labels are further columns of its row."""
 
     name: str
     entry: Entry
     workload: Workload
     group: str
-    labels: dict[str, Any] = field(default_factory=dict)
+    labels: Row = field(default_factory=dict)
 
     @property
     def row(self) -> Row:
@@ -50,8 +45,8 @@ class Harness:
     Attributes:
         beside: calls that are timed before each step (`StepSession`).
         device, dtype, threads: where, and in what.
-        rounds, seconds: samples of each candidate, fewer where those of a group take so long.
-        warm_up: rounds for nothing before them.
+        rounds, seconds, warm_up: samples of each candidate, fewer where those of a group take so long, after some
+            rounds for nothing.
         memory: bytes that the processes of a group may take together.
         checked: whether the first error has to be the reference's.
         start: `Worker`, or `Here` for one candidate after the other in this process.
@@ -77,45 +72,48 @@ class Harness:
     def measure_group(self, tasks: Sequence[Task]) -> list[Row]:
         """The rows of tasks whose samples are taken in turn."""
         rows = [task.row for task in tasks]
-        running = {}
         expected = self.expected_errors(tasks)
+        running: dict[int, Any] = {}
         for i, task in enumerate(tasks):
-            if not installed(task.entry):
-                rows[i]["reason"] = "not installed"
-                continue
             try:
                 running[i] = self.started(task, rows[i], expected[i])
             except WorkerError as failure:
                 rows[i]["reason"] = str(failure)
         samples, failures = samples_in_turn(running, self.rounds, self.seconds, self.warm_up)
         for i, worker in running.items():
-            if i in failures:
-                rows[i]["reason"] = failures[i]
-                continue
-            rows[i] |= figures(samples[i], tasks[i].workload, worker.call("peak_bytes"))
+            try:
+                peak = None if i in failures else worker.call("peak_bytes")
+                rows[i] |= {"reason": failures[i]} if i in failures else figures(samples[i], tasks[i].workload, peak)
+            except WorkerError as failure:
+                rows[i]["reason"] = str(failure)
             worker.close()
-        by_name = {task.name: i for i, task in enumerate(tasks)}
+        names = [task.name for task in tasks]
         for i, task in enumerate(tasks):
-            if task.entry.beside is not None:
-                rows[i] |= beside(rows[i], samples.get(i), samples.get(by_name.get(task.entry.beside, -1)))
+            other = names.index(task.entry.beside) if task.entry.beside in names else None
+            if i in samples and other in samples:
+                pairs = zip(samples[i], samples[other])
+                rows[i] |= spread_columns([own["step"] / theirs["step"] for own, theirs in pairs], "quotient")
         return rows
 
-    def setup(self, workload: Workload) -> Setup:
-        w = workload
+    def setup(self, w: Workload) -> Setup:
         return Setup(w.B, w.d, w.F, w.k, device=self.device, dtype=self.dtype)
 
     def started(self, task: Task, row: Row, expected: float) -> Any:
-        """A worker whose first step was right."""
+        """A worker whose first step was right.
+
+        Raises:
+            WorkerError: there is none.
+        """
+        if not installed(task.entry):
+            raise WorkerError("not installed")
         args = (task.entry, self.setup(task.workload), self.threads, self.beside)
         worker = self.start(StepSession, *args, tree=task.entry.tree)
-        error = worker.call("first_error")
-        row["first_error"] = error
-        if not self.checked:
-            return worker
-        row["reference_error"] = expected
-        if not abs(error / expected - 1) <= TOLERANCE[self.dtype]:
-            worker.close()
-            raise WorkerError(f"error {error:.6g} on the first batch, the reference has {expected:.6g}")
+        row["first_error"] = error = worker.call("first_error")
+        if self.checked:
+            row["reference_error"] = expected
+            if not abs(error / expected - 1) <= TOLERANCE[self.dtype]:
+                worker.close()
+                raise WorkerError(f"error {error:.6g} on the first batch, the reference has {expected:.6g}")
         return worker
 
     def expected_errors(self, tasks: Sequence[Task]) -> list[float]:
@@ -132,22 +130,20 @@ class Harness:
 
 def samples_in_turn(
     workers: dict[Any, Any], rounds: int, seconds: float = math.inf, warm_up: int = 2
-) -> tuple[dict[Any, list[dict[str, float]]], dict[Any, str]]:
+) -> tuple[dict[Any, list[Sample]], dict[Any, str]]:
     """What each worker's `sample` gives, round by round, after `warm_up` rounds for nothing; why others failed."""
-    found: dict[Any, list[dict[str, float]]] = {name: [] for name in workers}
+    found: dict[Any, list[Sample]] = {name: [] for name in workers}
     failures: dict[Any, str] = {}
     start = time.perf_counter()
-    for round_ in range(warm_up + rounds):
+    for round_ in range(-warm_up, rounds):
         for name in list(found):
             try:
                 sample = workers[name].call("sample")
+                found[name] += [sample] if round_ >= 0 else []
             except WorkerError as failure:
                 failures[name] = str(failure)
                 del found[name]
-                continue
-            if round_ >= warm_up:
-                found[name].append(sample)
-        if round_ >= warm_up and time.perf_counter() - start > seconds:
+        if round_ >= 0 and time.perf_counter() - start > seconds:
             break
     return found, failures
 
@@ -168,28 +164,20 @@ def fitting(tasks: Sequence[Task], limit: float) -> Iterator[list[Task]]:
             group, taken, largest = [], 0.0, 0.0
         group.append(task)
         taken, largest = taken + each, max(largest, block)
-    if group:
-        yield group
+    yield group
 
 
-def figures(samples: Sequence[dict[str, float]], workload: Workload, peak: int | None) -> Row:
+def figures(samples: Sequence[Sample], workload: Workload, peak: int | None) -> Row:
     """Milliseconds, ratios to the floor, and memory."""
-    columns: Row = {}
+    found: Row = {"rounds": len(samples)}
     for name in samples[0]:
-        columns |= spread_columns([1e3 * sample[name] for sample in samples], f"{name}_ms")
-    floor = min((name for name in FLOORS if name in samples[0]), key=lambda name: columns[f"{name}_ms"])
-    ratios = spread_columns([sample["step"] / sample[floor] for sample in samples], "ratio")
-    more: Row = {"floor_ms": columns[f"{floor}_ms"]}
+        found |= spread_columns([1e3 * sample[name] for sample in samples], f"{name}_ms")
+    floor = min((name for name in FLOORS if name in samples[0]), key=lambda name: found[f"{name}_ms"])
+    found |= spread_columns([sample["step"] / sample[floor] for sample in samples], "ratio")
+    found["floor_ms"] = found[f"{floor}_ms"]
     if "allocating" in samples[0]:
-        more["ratio_to_allocating_product"] = statistics.median(s["step"] / s["allocating"] for s in samples)
+        found["ratio_to_allocating_product"] = statistics.median(s["step"] / s["allocating"] for s in samples)
     if "without_optimizer" in samples[0]:
-        more["ratio_without_optimizer"] = statistics.median(s["without_optimizer"] / s[floor] for s in samples)
+        found["ratio_without_optimizer"] = statistics.median(s["without_optimizer"] / s[floor] for s in samples)
     memory = None if peak is None else peak / (4 * workload.B * workload.F)
-    return {**ratios, **columns, **more, "rounds": len(samples), "peak_bytes": peak, "peak_extra_memory": memory}
-
-
-def beside(row: Row, own: list[dict[str, float]] | None, other: list[dict[str, float]] | None) -> Row:
-    """Of the step's time in another candidate's, round by round."""
-    if own is None or other is None:
-        return {"reason": row.get("reason", "what it stands beside has no figures")}
-    return spread_columns([mine["step"] / theirs["step"] for mine, theirs in zip(own, other)], "quotient")
+    return {**found, "peak_bytes": peak, "peak_extra_memory": memory}

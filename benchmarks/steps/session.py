@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import sampled_sae
 from benchmarks.measure import product, product_in_chunks
@@ -16,7 +17,9 @@ from benchmarks.peers import Entry, Setup, initial_weights, make
 from sampled_sae.bench import activations
 from sampled_sae.support.timing import peak_memory, timed
 
-BATCHES, GRAPH_WARM_UP = 4, 3
+# several: a threshold guessed from the last batch is as good as in training, not perfect
+BATCHES = 4
+GRAPH_WARM_UP = 3
 
 
 class Size:
@@ -24,11 +27,10 @@ class Size:
 
     def __init__(self, setup: Setup) -> None:
         self.weights = initial_weights(setup)
-        # several: a threshold guessed from the last one is as good as in training, not perfect
         self.batches = [activations(setup.B, setup.d, seed).to(setup.device) for seed in range(BATCHES)]
+        self.errors: dict[str, float] = {}
         dtype = getattr(torch, setup.dtype)
         x, W = self.batches[0].to(dtype), self.weights.W_enc.to(dtype)
-        self.errors: dict[str, float] = {}
         self.products: dict[str, Callable[[], Callable[[], Any]]] = {
             "product": lambda: product(x, W),
             "chunks": lambda: product_in_chunks(x, W),
@@ -47,28 +49,27 @@ class StepSession:
         imported = Path(sampled_sae.__file__).resolve()
         if entry.tree is not None and not imported.is_relative_to(entry.tree.resolve()):
             raise RuntimeError(f"sampled_sae was imported from {imported}, not from the revision that is to be timed")
-        self.size, self.device, self.steps = size_of(setup), setup.device, entry.steps
-        self.candidate = make(entry, setup, self.size.weights)
-        self.calls = {name: self.size.products[name]() for name in calls if name in self.size.products}
-        self.batches = itertools.cycle(self.size.batches)
+        self.entry, self.setup = entry, setup
+        size = size_of(setup)
+        self.batches: Iterator[Tensor] = itertools.cycle(size.batches)
+        self.candidate = make(entry, setup, size.weights)
+        self.step: Callable[[], Any] = lambda: self.candidate.step(next(self.batches))
+        self.calls = {name: size.products[name]() for name in calls if name in size.products}
         if "without_optimizer" in calls and hasattr(self.candidate, "forward_backward"):
             self.calls["without_optimizer"] = lambda: self.candidate.forward_backward(next(self.batches))
-        self.step: Callable[[], Any] = lambda: self.candidate.step(next(self.batches))
-        self.graph = entry.graph
 
     def first_error(self) -> float:
         """Of batch 0 and the initial weights, by a whole step."""
-        error = float(self.candidate.step(next(self.batches)))
-        if self.graph:
+        error = float(self.step())
+        if self.entry.graph:
             self.step = self._captured()
         return error
 
     def sample(self) -> dict[str, float]:
         """Seconds of each of the calls, and of a step after them."""
-        for call in itertools.islice(self.calls.values(), 1):
-            call()  # wakes threads and caches after the other processes' turns
-        seconds = {name: timed(call, self.device) for name, call in self.calls.items()}
-        steps = [timed(self.step, self.device) for _ in range(self.steps)]
+        self.calls["product"]()  # wakes threads and caches after the other processes' turns
+        seconds = {name: timed(call, self.setup.device) for name, call in self.calls.items()}
+        steps = [timed(self.step, self.setup.device) for _ in range(self.entry.steps)]
         return {**seconds, "step": sum(steps) / len(steps)}
 
     def peak_bytes(self) -> int | None:
@@ -76,9 +77,11 @@ class StepSession:
 
         None for a graph, which holds all of it, and where the system does not tell.
         """
+        if self.entry.graph:
+            return None
+        count = range(max(2, self.entry.steps))
         try:
-            call = lambda: [self.step() for _ in range(max(2, self.steps))]  # noqa: E731
-            return None if self.graph else peak_memory(call, self.device)
+            return peak_memory(lambda: [self.step() for _ in count], self.setup.device)
         except OSError:
             return None
 
@@ -89,18 +92,12 @@ class StepSession:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(GRAPH_WARM_UP):
-                x.copy_(next(self.batches))
-                self.candidate.step(x)
+                self.candidate.step(x.copy_(next(self.batches)))
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.candidate.step(x)
-
-        def replay() -> None:
-            x.copy_(next(self.batches))
-            graph.replay()
-
-        return replay
+        return lambda: (x.copy_(next(self.batches)), graph.replay())
 
 
 class ReferenceSession:

@@ -10,9 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from ...codes import SparseCodes
 from ...config import batch_budget
+from ...support.nth_largest import largest_mask, nth_largest_of_rows
 from ..encoder import Encoder
 from ..hints import Rule
-from .pool import largest_mask, nth_largest_of_rows
 
 # Dense products win while P is a few times k (measured: benchmarks/results/block_or_entries.md).
 BLOCK_PER_K = 6

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ...codes import Entries
+from ...support.nth_largest import nth_largest, nth_largest_of_rows
 from ..encoder import Operands
-from .pool import nth_largest, nth_largest_of_rows
 from .products import BLOCK_FEATURES, activation_chunks, token_blocks
 
 FIRST_CHUNK = 128

@@ -14,23 +14,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ...codes import SparseCodes
 from ...impl.dead_features import AuxRule, IdleTokens
-from ...impl.encoder import Encoder
 from ...impl.hints import Rule
-from ...impl.interface import Implementation, implementation
+from ...impl.interface import implementation
 from ...impl.pool import Pool, PoolRule, find_pool
 from ...optim import RowAdam
 from ...support.argument_checks import check_activations, check_device, check_integer, check_number
-from .decoder_projection import project_decoder_rows
 from .dictionaries import SampledDictionary
+from .step import StepInputs, project_decoder_rows, unexplained
 from .threshold import average_threshold, mean_smallest_of_tokens
-
-
-class StepInputs(NamedTuple):
-    """What a step computes with: the encoder on its batch, the pool, and whether it is only looked at for a log."""
-
-    encoder: Encoder
-    pool: Pool | None
-    logging: bool
 
 
 class LossLog(NamedTuple):
@@ -155,6 +146,7 @@ class RowTrainer(SAETrainer):
             "wandb_name": self.wandb_name,
             "submodule_name": submodule_name,
         }
+        self._memory = self.ae.sae.memory
 
     @property
     def config(self) -> dict[str, Any]:
@@ -175,11 +167,10 @@ class RowTrainer(SAETrainer):
         """
         sae = self.ae.sae
         inputs = self._inputs(x, logging)
-        encoder, pool, _ = inputs
-        hints = None if logging else sae.memory.hints
-        rule = Rule(sae.cfg.k, sae.cfg.select)
-        codes = self.parts.select(encoder, None if pool is None else pool.members, rule, hints)
-        x_hat = self.parts.decode(codes, sae.W_dec, sae.b_dec, encoder.rows)
+        encoder, members = inputs.encoder, None if inputs.pool is None else inputs.pool.members
+        hints = None if logging else self._memory.hints
+        codes = inputs.parts.select(encoder, members, Rule(sae.cfg.k, sae.cfg.select), hints)
+        x_hat = inputs.parts.decode(codes, sae.W_dec, sae.b_dec, encoder.rows)
         if not logging and step is not None and step > self.threshold_start_step:
             self.move_threshold(inputs, codes, step - self.threshold_start_step - 1)
         dead = self._dead_after(codes, logging)
@@ -217,7 +208,7 @@ class RowTrainer(SAETrainer):
         """x as [B, d] on the dictionary's device, in its dtype."""
         check_activations(x, self.ae.activation_dim)
         flat = x.reshape(-1, self.ae.activation_dim).to(self.device, self.ae.sae.W_enc.dtype)
-        self.ae.sae.memory.inputs.check(flat)
+        self._memory.inputs.check(flat)
         return flat
 
     @torch.no_grad()
@@ -229,46 +220,41 @@ class RowTrainer(SAETrainer):
         else:  # theirs divides by zero where a token is the median
             self.ae.sae.init_b_dec(flat)
 
-    @property
-    def parts(self) -> Implementation:
-        return implementation(self.ae.sae.impl_in_use)
-
     def _inputs(self, x: Tensor, logging: bool) -> StepInputs:
         sae = self.ae.sae
-        rows = sae.memory.rows(keep=True)
-        encoder = self.parts.encoder(self._tokens(x), sae.W_enc.t(), sae.b_enc, sae.b_dec, None, rows)
+        parts = implementation(sae.impl_in_use)
+        rows = self._memory.rows(keep=True)
+        encoder = parts.encoder(self._tokens(x), sae.W_enc.t(), sae.b_enc, sae.b_dec, None, rows)
         generator = sae.generator.clone_state() if logging else sae.generator
 
         def find() -> Pool | None:
-            return find_pool(self.parts, encoder.operands, PoolRule.of(sae.cfg), generator)
+            return find_pool(parts, encoder.operands, PoolRule.of(sae.cfg), generator)
 
-        return StepInputs(encoder, find() if logging else sae.memory.pool.next(find), logging)
+        pool = find() if logging else self._memory.pool.next(find)
+        return StepInputs(parts, encoder, pool, logging)
 
     def _auxiliary_loss(self, inputs: StepInputs, residual: Tensor, dead: Tensor | None) -> Tensor:
-        """The share of the residual's variance that the dead features leave unexplained, 0-dim.
-
-        As in dictionary_learning, and other than in `SampledSAE`, b_dec receives its gradient too.
-        """
+        """The share of the residual's variance that the dead features leave unexplained, 0-dim."""
         self.dead_features = 0 if dead is None else dead.sum()
         self.pre_norm_auxk_loss = -1
         if self.auxk_alpha == 0 or dead is None:
             return residual.new_zeros(())
-        sae, (encoder, pool, logging) = self.ae.sae, inputs
+        sae = self.ae.sae
         rule = AuxRule(self.top_k_aux, sae.cfg.aux_pool, sae.cfg.score)
-        members = self.parts.dead_candidates(encoder.operands, dead, rule, None if pool is None else pool.scores)
+        scores = None if inputs.pool is None else inputs.pool.scores
+        members = inputs.parts.dead_candidates(inputs.encoder.operands, dead, rule, scores)
         if len(members) == 0:
             return residual.new_zeros(())
-        largest = Rule(max(1, min(self.top_k_aux, len(members))), "token")
-        codes = self.parts.select(encoder, members, largest, None if logging else sae.memory.hints)
-        e_hat = self.parts.decode(codes, sae.W_dec, None, encoder.rows)
-        missed = (residual - e_hat).square().sum(-1).mean()
+        hints = None if inputs.logging else self._memory.hints
+        missed = unexplained(sae, inputs, members, residual, self.top_k_aux, hints)
         self.pre_norm_auxk_loss = missed.detach()
         variance = (residual - residual.mean(0)).square().sum(-1).mean()
         return torch.where(variance > 0, missed / torch.where(variance > 0, variance, 1), 0)
 
+    @torch.no_grad()
     def _dead_after(self, codes: SparseCodes, logging: bool) -> Tensor | None:
         """bool [F]: dead with this batch counted, which is kept unless `logging`; None where surely no feature is."""
-        counts, idle = self.num_tokens_since_fired, self.ae.sae.memory.idle
+        counts, idle = self.num_tokens_since_fired, self._memory.idle
         if logging:
             counts, idle = counts.clone(), IdleTokens()
         idle.count_(counts, codes)

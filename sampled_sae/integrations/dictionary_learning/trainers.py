@@ -12,7 +12,8 @@ from ...formats.dictionary_learning import TRAINING
 from ...impl.hints import Rule
 from ...support.argument_checks import check_integer
 from .dictionaries import AutoEncoderTopK, BatchTopKSAE
-from .row_trainer import RowTrainer, StepInputs
+from .row_trainer import RowTrainer
+from .step import StepInputs
 from .threshold import average_threshold
 
 
@@ -101,5 +102,5 @@ class SampledTrainer(RowTrainer):
             super().move_threshold(inputs, codes, steps)
         elif steps % self.threshold_every == 0:
             with torch.no_grad():
-                codes = self.parts.select(inputs.encoder, None, Rule(self.k), self.ae.sae.memory.hints)
-            average_threshold(self.ae.sae, codes.smallest(), self.threshold_beta**self.threshold_every)
+                found = inputs.parts.select(inputs.encoder, None, Rule(self.k), self._memory.hints)
+            average_threshold(self.ae.sae, found.smallest(), self.threshold_beta**self.threshold_every)

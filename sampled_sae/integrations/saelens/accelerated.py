@@ -48,7 +48,7 @@ class SampledMatryoshkaBatchTopKTrainingSAE(SampledBatchTopKTrainingSAE, Matryos
     def widths(self) -> list[int]:
         return self.cfg.matryoshka_widths[:-1]
 
-    def decode_levels(self, codes: SparseCodes, inputs: StepInputs) -> list[Tensor]:
+    def decode_levels(self, codes: SparseCodes) -> list[Tensor]:
         """A level's own features are decoded as if they were further tokens, then added to the level before."""
         values, tokens, features = codes.entries()
         ends = torch.tensor(self.widths(), device=features.device)
@@ -57,7 +57,7 @@ class SampledMatryoshkaBatchTopKTrainingSAE(SampledBatchTopKTrainingSAE, Matryos
         n_tokens, n_levels = codes.shape[0], len(ends) + 1
         tokens = (tokens + level * n_tokens)[order]
         apart = SparseCodes(values[order], tokens, features[order], (n_levels * n_tokens, codes.shape[1]))
-        own = self.parts().decode(apart, self.W_dec, None, inputs.encoder.rows)
+        own = self.parts().decode(apart, self.W_dec, None, self._memory.rows())
         decoded = own.view(n_levels, n_tokens, -1).cumsum(0) + self.b_dec.to(own.dtype)
         return list(decoded.unbind(0))
 

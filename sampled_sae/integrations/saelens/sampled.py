@@ -11,12 +11,12 @@ from torch import Tensor
 from ...codes import SparseCodes
 from ...config import batch_budget
 from ...impl.dead_features import AuxRule
-from ...impl.encoder import Operands
+from ...impl.encoder import Encoder
 from ...impl.hints import Rule
 from ...impl.interface import Implementation, implementation, resolve_impl
-from ...impl.pool import Pool, PoolRule, find_pool
-from ...impl.step_memory import StepMemory
+from ...impl.pool import KeptPool, Pool, PoolRule, find_pool
 from ...support.argument_checks import check_number
+from ...support.nth_largest import largest_mask
 from .accelerated import SampledBatchTopKTrainingSAE
 from .configs import SampledTrainingSAEConfig
 from .step import StepInputs
@@ -35,50 +35,61 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
 
     def prepare(self) -> None:
         super().prepare()
+        self._memory.pool = KeptPool(self.cfg.pool_every)
         self._generator = torch.Generator().manual_seed(self.cfg.seed)
 
-    def new_memory(self) -> StepMemory:
+    def forget(self) -> None:
+        super().forget()
         self._in_dense_step = False
         self._pool_scores: Tensor | None = None
-        return StepMemory(self.cfg.pool_every)
 
     def parts(self) -> Implementation:
         return implementation(resolve_impl(self.cfg.impl, self.W_enc.device, self.W_enc.dtype))
 
-    def next_pool(self, operands: Operands) -> Pool | None:
+    def next_pool(self, encoder: Encoder) -> Pool | None:
         """The pool of one more batch; None for the whole dictionary. Its scores serve the batch's aux loss."""
-        pool = self.memory.pool.next(lambda: self._find_pool(operands, self._generator))
+        pool = self._memory.pool.next(lambda: self._find_pool(encoder, self._generator))
         self._pool_scores = None if pool is None else pool.scores.detach()
         return pool
 
-    def peek_pool(self, operands: Operands) -> Pool | None:
+    def peek_pool(self, encoder: Encoder) -> Pool | None:
         """What `next_pool` would return, without a trace."""
         generator = self._generator.clone_state()
-        return copy.copy(self.memory.pool).next(lambda: self._find_pool(operands, generator))
+        return copy.copy(self._memory.pool).next(lambda: self._find_pool(encoder, generator))
 
-    def _find_pool(self, operands: Operands, generator: torch.Generator) -> Pool | None:
-        return find_pool(self.parts(), operands, PoolRule.of(self.cfg), generator)
+    def _find_pool(self, encoder: Encoder, generator: torch.Generator) -> Pool | None:
+        return find_pool(self.parts(), encoder.operands, PoolRule.of(self.cfg), generator)
 
     def select_codes(self, inputs: StepInputs) -> SparseCodes:
-        pool = self.next_pool(inputs.encoder.operands)
-        members = None if pool is None else pool.members
-        rule = Rule(self.cfg.k, self.cfg.select)
-        return self.parts().select(inputs.encoder, members, rule, self.memory.hints)
+        pool = self.next_pool(inputs.encoder)
+        members, rule = None if pool is None else pool.members, Rule(self.cfg.k, self.cfg.select)
+        return self.parts().select(inputs.encoder, members, rule, self._memory.hints)
 
     def dead_loss(self, inputs: StepInputs, levels: list[Tensor]) -> Tensor:
-        c = self.cfg
-        if c.aux_loss_coefficient == 0 or inputs.dead is None or not bool(inputs.dead.any()):
+        dead, coefficient = inputs.dead, self.cfg.aux_loss_coefficient
+        if coefficient == 0 or dead is None or not bool(dead.any()):
             return levels[-1].new_zeros(())
-        rule = AuxRule(c.k_aux if c.k_aux is not None else max(1, c.d_in // 2), c.aux_pool, c.score)
-        return c.aux_loss_coefficient * self.parts().aux_loss(
-            inputs.encoder, levels[-1].detach(), self.W_dec, inputs.dead, rule, self._pool_scores
-        )
+        k_aux = self.cfg.k_aux if self.cfg.k_aux is not None else max(1, self.cfg.d_in // 2)
+        rule = AuxRule(k_aux, self.cfg.aux_pool, self.cfg.score)
+        scores = self._pool_scores if self._pool_scores is not None else self.scores_of_dead(inputs, dead)
+        x_hat = levels[-1].detach()
+        return coefficient * self.parts().aux_loss(inputs.encoder, x_hat, self.W_dec, dead, rule, scores)
+
+    @torch.no_grad()
+    def scores_of_dead(self, inputs: StepInputs, dead: Tensor) -> Tensor:
+        """[F], column scores where more features are in `dead` than the aux loss takes, 0 for all that need none."""
+        members, operands = dead.nonzero().squeeze(1), inputs.encoder.operands
+        dtype = torch.promote_types(operands.x.dtype, torch.float32)
+        scores = torch.zeros(self.cfg.d_sae, dtype=dtype, device=operands.x.device)
+        if self.cfg.aux_pool is not None and len(members) > self.cfg.aux_pool:
+            scores[members] = self.parts().column_scores(operands.of_features(members), self.cfg.score)
+        return scores
 
     def after_selection(self, inputs: StepInputs, codes: SparseCodes, output: TrainStepOutput) -> None:
         if self.cfg.is_batchtopk:
             self.move_threshold(codes.smallest())
-        elif inputs.number % self.cfg.threshold_every == 0:
-            self.move_threshold(self.smallest_of_all(inputs))
+        elif inputs.step % self.cfg.threshold_every == 0:
+            self.move_threshold(self.smallest_of_all(inputs.encoder))
         output.metrics["topk_threshold"] = self.topk_threshold
 
     @torch.no_grad()
@@ -91,9 +102,9 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         self.topk_threshold = torch.where(smallest.isfinite(), moved, self.topk_threshold)
 
     @torch.no_grad()
-    def smallest_of_all(self, inputs: StepInputs) -> Tensor:
+    def smallest_of_all(self, encoder: Encoder) -> Tensor:
         """The smallest of the B*k largest activations in the whole dictionary, 0-dim; inf where none is positive."""
-        return self.parts().select(inputs.encoder, None, Rule(self.cfg.k), self.memory.hints).smallest()
+        return self.parts().select(encoder, None, Rule(self.cfg.k), self._memory.hints).smallest()
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, l0: float | None = None) -> float:
@@ -106,10 +117,10 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         check_number("l0", target, 0, self.cfg.d_sae)
         if target == 0 or x.dim() != 2 or len(x) == 0:
             raise ValueError(f"l0={target!r}, x.shape={tuple(x.shape)}: must be in (0, {self.cfg.d_sae}] and [B, d_in]")
-        inputs = self.inputs(TrainStepInput(x, {}, None, 0, False))
+        encoder = self.step_inputs(TrainStepInput(x, {}, None, 0, False)).encoder
         n = batch_budget(len(x), target)
         budget = min(n + 1, len(x) * self.cfg.d_sae)
-        codes = self.parts().select(inputs.encoder, None, Rule(budget / len(x)))
+        codes = self.parts().select(encoder, None, Rule(budget / len(x)))
         found = codes.smallest() if codes.count() > n else torch.zeros(())
         self.topk_threshold = torch.zeros_like(self.topk_threshold) + found.to(self.topk_threshold)
         return float(self.topk_threshold)
@@ -131,11 +142,11 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
     def _batch_mask(self, centred: Tensor, a: Tensor) -> Tensor:
         """What a batch keeps of a [B, F], bool."""
         find = self.next_pool if self._in_dense_step else self.peek_pool
-        pool = find(self.encoder_of(centred, None).operands)
+        pool = find(self.encoder_of(centred, b_dec_subtracted=True))
         rule = Rule(self.cfg.k, self.cfg.select)
         if pool is None:
-            return largest_mask(a, rule)
-        kept = largest_mask(a[:, pool.members], rule)
+            return kept_mask(a, rule)
+        kept = kept_mask(a[:, pool.members], rule)
         return torch.zeros_like(a, dtype=torch.bool).index_copy_(1, pool.members, kept)
 
     def dense_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -159,12 +170,16 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
     def calculate_aux_loss(
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
-        inputs = self.inputs(step_input)
+        inputs = self.step_inputs(step_input)
+        inputs.raw = inputs.raw.reshape(-1, self.cfg.d_in)
         return {"auxiliary_reconstruction_loss": self.dead_loss(inputs, [sae_out.reshape(-1, self.cfg.d_in)])}
 
 
-def largest_mask(a: Tensor, rule: Rule) -> Tensor:
-    """bool, of a [B, P]: the rule's largest entries that are positive."""
-    rows, n = (a.reshape(1, -1), batch_budget(len(a), rule.k)) if rule.select == "batch" else (a, int(rule.k))
-    at = rows.topk(min(n, rows.shape[1]), dim=1, sorted=False).indices
-    return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, at, True).view(a.shape) & (a > 0)
+def kept_mask(a: Tensor, rule: Rule) -> Tensor:
+    """bool, of a [B, P]: the rule's largest entries, if positive."""
+    if rule.select == "batch":
+        mask = largest_mask(a.flatten(), batch_budget(len(a), rule.k)).view(a.shape)
+    else:
+        at = a.topk(min(int(rule.k), a.shape[1]), dim=1, sorted=False).indices
+        mask = torch.zeros_like(a, dtype=torch.bool).scatter_(1, at, True)
+    return mask & (a > 0)

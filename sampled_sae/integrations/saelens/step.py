@@ -6,7 +6,8 @@ value and gradient, so the norm is only a weight of the selection here.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
@@ -37,17 +38,18 @@ DENSE_METHODS = (
 KNOWN_PACKAGES = ("sae_lens", __name__.partition(".")[0])
 
 
-class StepInputs(NamedTuple):
-    """What a step computes with.
+@dataclass
+class StepInputs:
+    """A batch as the step sees it.
 
-    encoder: on activations [B, d] as SAELens normalises them; its scale is the decoder norms. raw: [B, d], what the
-    loss compares with. dead: bool [F] or None. number: of the training step.
+    encoder: of the normalised activations, with decoder norms as scale where they weigh the selection. dead: bool [F]
+    or None. raw: what the loss compares with, [B, d]. step: number of the training step.
     """
 
     encoder: Encoder
-    raw: Tensor
     dead: Tensor | None
-    number: int
+    raw: Tensor
+    step: int
 
 
 def feature_major(t: Tensor) -> Tensor:
@@ -94,10 +96,12 @@ class SparseStep(TopKTrainingSAE):
         """
         check_budget(self.cfg.k, None, self.cfg.d_sae, self.selection)
         self.W_enc.data = feature_major(self.W_enc.data)
-        self.memory = self.new_memory()
+        self._memory = StepMemory()
+        self.forget()
 
-    def new_memory(self) -> StepMemory:
-        return StepMemory()
+    def forget(self) -> None:
+        """Drops what the last batch left for the next: it belongs to these weights on this device."""
+        self._memory.forget()
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
@@ -110,7 +114,7 @@ class SparseStep(TopKTrainingSAE):
 
     def _apply(self, *args: Any, **kwargs: Any) -> SparseStep:
         super()._apply(*args, **kwargs)
-        self.memory.forget()
+        self.forget()
         return self
 
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
@@ -123,11 +127,11 @@ class SparseStep(TopKTrainingSAE):
         """As SAELens'; see the class."""
         if self._needs_dense(step_input):
             return self.dense_forward_pass(step_input)
-        inputs = self.inputs(step_input)
-        codes = self.select_codes(inputs)
+        inputs = self.step_inputs(step_input)
         scale = inputs.encoder.scale
+        codes = self.select_codes(inputs)
         unscaled = codes if scale is None else codes.scaled(1 / scale)
-        levels = [self.run_time_activation_norm_fn_out(level) for level in self.decode_levels(unscaled, inputs)]
+        levels = [self.run_time_activation_norm_fn_out(level) for level in self.decode_levels(unscaled)]
         levels[-1] = self.hook_sae_recons(levels[-1])
         errors = [self.mse_loss_fn(level, inputs.raw).sum(dim=-1).mean() for level in levels]
         losses = {"mse_loss": errors[-1], "auxiliary_reconstruction_loss": self.dead_loss(inputs, levels)}
@@ -149,17 +153,17 @@ class SparseStep(TopKTrainingSAE):
         return super().training_forward_pass(step_input)
 
     def select_codes(self, inputs: StepInputs) -> SparseCodes:
-        """The kept activations, times the scale."""
+        """The kept activations, times `scale`."""
         rule = Rule(self.budget(inputs.encoder.shape[0]), self.selection)
-        return self.parts().select(inputs.encoder, None, rule, self.memory.hints)
+        return self.parts().select(inputs.encoder, None, rule, self._memory.hints)
 
     def budget(self, n_tokens: int) -> float:
         """Entries a token, on average over a batch of n_tokens."""
         return self.cfg.k
 
-    def decode_levels(self, codes: SparseCodes, inputs: StepInputs) -> list[Tensor]:
+    def decode_levels(self, codes: SparseCodes) -> list[Tensor]:
         """Reconstructions [B, d] by the first `widths()` features, the last by all of them."""
-        return [self.parts().decode(codes, self.W_dec, self.b_dec, inputs.encoder.rows)]
+        return [self.parts().decode(codes, self.W_dec, self.b_dec, self._memory.rows())]
 
     def widths(self) -> list[int]:
         """Features of each level but the last."""
@@ -175,7 +179,7 @@ class SparseStep(TopKTrainingSAE):
         dead = residual.new_zeros(0).long() if inputs.dead is None else inputs.dead[first:last].nonzero().squeeze(1)
         if len(dead) == 0:
             return residual.new_zeros(())
-        k_aux = residual.shape[-1] // 2
+        k_aux = inputs.raw.shape[-1] // 2
         error = dead_reconstruction_loss(inputs.encoder, self.W_dec, residual, dead + first, min(k_aux, len(dead)))
         return self.cfg.aux_loss_coefficient * min(len(dead) / k_aux, 1.0) * error
 
@@ -200,18 +204,19 @@ class SparseStep(TopKTrainingSAE):
         points = (self.hook_sae_acts_pre, self.hook_sae_acts_post)
         return any(p._forward_hooks or p._forward_pre_hooks or p._backward_hooks for p in points)
 
-    def inputs(self, step_input: TrainStepInput) -> StepInputs:
-        """`process_sae_in` but for the bias, which the encoder subtracts."""
-        raw, dead = step_input.sae_in.reshape(-1, self.cfg.d_in), step_input.dead_neuron_mask
+    def step_inputs(self, step_input: TrainStepInput) -> StepInputs:
+        """`process_sae_in` but for the bias, which the selection subtracts."""
         x = self.hook_sae_input(step_input.sae_in.to(self.dtype))
-        x = self.run_time_activation_norm_fn_in(x).reshape(-1, self.cfg.d_in)
-        return StepInputs(self.encoder_of(x, self.input_bias()), raw, dead, step_input.n_training_steps)
+        x = self.run_time_activation_norm_fn_in(x)
+        encoder = self.encoder_of(x.reshape(-1, x.shape[-1]))
+        return StepInputs(encoder, step_input.dead_neuron_mask, step_input.sae_in, step_input.n_training_steps)
 
-    def encoder_of(self, x: Tensor, b_dec: Tensor | None) -> Encoder:
-        """On normalised activations x [B, d], less b_dec where it is not None."""
+    def encoder_of(self, x: Tensor, b_dec_subtracted: bool = False) -> Encoder:
+        """The encoder of normalised activations x [B, d]."""
         scale = None
         if self.cfg.rescale_acts_by_decoder_norm:
             dtype = torch.promote_types(x.dtype, torch.float32)
             scale = torch.linalg.vector_norm(self.W_dec.detach(), dim=-1, dtype=dtype)
             scale.clamp_min_(torch.finfo(scale.dtype).tiny)  # rows of zeros stay finite when divided by it
-        return self.parts().encoder(x, self.W_enc.t(), self.b_enc, b_dec, scale, self.memory.rows())
+        b_dec = None if b_dec_subtracted else self.input_bias()
+        return self.parts().encoder(x, self.W_enc.t(), self.b_enc, b_dec, scale, self._memory.rows())
