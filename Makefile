@@ -5,10 +5,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+# most of what is installed is never imported: Python compiles what is
+INSTALL := pip install --quiet --no-compile
+PIP := $(BIN)/$(INSTALL) --constraint constraints.txt
 OLD_TRITON := $(VENV)/triton-3.6.0
 PEERS := $(VENV)/peers
-PEER_PIP := $(PEERS)/bin/pip install --quiet --constraint constraints-peers.txt
+PEER_PIP := $(PEERS)/bin/$(INSTALL) --constraint constraints-peers.txt
+ALL := -m "" -n 2 --dist worksteal
 RUNS := runs/demo
 
 .PHONY: test lint demo bench clean
@@ -34,7 +37,7 @@ lint: $(BIN)/.installed
 
 # the Triton that torch 2.11 pins; the pair with CI's torch is not one that pip would choose
 $(OLD_TRITON)/.installed: $(BIN)/.installed
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $(OLD_TRITON) triton==3.6.0
+	$(BIN)/$(INSTALL) --no-deps --upgrade --target $(OLD_TRITON) triton==3.6.0
 	touch $@
 
 # dictionary-learning and sae-bench ask for a torchvision that breaks importing every peer: only what they import
@@ -47,9 +50,9 @@ $(PEERS)/.installed: constraints-peers.txt pyproject.toml setup.py
 	touch $@
 
 test: lint $(OLD_TRITON)/.installed $(PEERS)/.installed
-	$(BIN)/pytest -m "" -n 2
-	PYTHONPATH=$(OLD_TRITON) $(BIN)/pytest -m "" -n 2 tests/kernels tests/test_triton_impl.py
-	$(PEERS)/bin/pytest -m "" -n 2 tests/peers
+	$(BIN)/pytest $(ALL)
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/pytest $(ALL) tests/kernels tests/test_triton_impl.py
+	$(PEERS)/bin/pytest $(ALL) tests/peers
 
 demo: $(BIN)/.demo
 	$(BIN)/sampled-sae harvest $(RUNS)/activations --model smollm2-135m --layer 15 --texts wiki-en --tokens 200000

@@ -19,15 +19,15 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import PEERS, SIZE, Row, machine, markdown, parser, spread_columns, write_result
+from benchmarks.measure import Row, spread_columns
 from benchmarks.peers import BATCH, TOKEN, Entry, Setup, installed
+from benchmarks.record import SIZE, Record, Result, markdown, parser
 from benchmarks.steps.harness import figures, samples_in_turn
 from benchmarks.steps.session import StepSession
 from benchmarks.worker import Worker, WorkerError
@@ -129,36 +129,28 @@ COLUMNS = {
 }
 
 
-def markdown_table(result: dict[str, Any]) -> str:
+def markdown_table(result: Result) -> str:
     """Both sides of each library; FVU with the steps it was taken after."""
     return markdown(COLUMNS, [{**row, "drawn": "" if row["real"] else ", drawn activations"} for row in result["rows"]])
 
 
 def main() -> None:
-    command = parser(__doc__)
+    command = parser(__doc__, "--out", "--rehearse", rounds=7, steps=300)
     harvested = "folders that `sampled-sae harvest` wrote"
     command.add_argument("--activations", type=Path, nargs="+", default=[], help=harvested)
-    command.add_argument("--rounds", type=int, default=7, help="timed steps of each side")
-    command.add_argument("--steps", type=int, default=300, help="steps on real activations before the last FVU")
     command.add_argument("--libraries", nargs="+", choices=list(LIBRARIES), default=list(LIBRARIES))
     command.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    command.add_argument("--rehearse", action="store_true", help="tiny sizes, to see that nothing is broken")
     args = command.parse_args()
-    torch.set_num_threads(args.threads)
     os.environ["TQDM_DISABLE"] = "1"  # for the workers: the loops' progress bars
     opened = [ActivationStore.open(folder) for folder in args.activations]
     stores = {store.d_in: store for store in opened}
     origins = [f"{store.manifest['model']}, layer {store.manifest['layer']}" for store in opened]
-    rows: list[Row] = []
-    result = {**machine(distributions=PEERS), "activations": origins, "lr": Setup(1, 1, 1, 1).lr, "rows": rows}
+    record = Record(args, markdown_table, activations=origins, lr=Setup(1, 1, 1, 1).lr)
     for workload in REHEARSAL if args.rehearse else [WORKLOADS[name] for name in args.workloads]:
         store = stores.get(workload.d)
         for library in args.libraries:
             folder, steps = (store.folder, args.steps) if store else (None, 0)
-            rows.append(measure(library, workload, folder, args.rounds, steps, args.threads))
-            write_result(args.out, result, markdown_table(result))
-            print(rows[-1], flush=True)
-    print(markdown_table(result))
+            record.add(measure(library, workload, folder, args.rounds, steps, args.threads))
 
 
 if __name__ == "__main__":

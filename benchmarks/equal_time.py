@@ -22,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.measure import PEERS, Row, machine, markdown, parser, write_result
+from benchmarks.measure import Row
 from benchmarks.peers import CANDIDATES, Entry, Setup, Weights, initial_weights, installed, make, ours
 from benchmarks.quality import splice_of
+from benchmarks.record import Record, Result, markdown, parser
 from benchmarks.worker import Worker, WorkerError
 from sampled_sae.support.timing import timed
 from sampled_sae.training.activation_store import ActivationStore
@@ -101,34 +102,28 @@ def judge(weights: Weights, setup: Setup, store: ActivationStore, feed: Feed, sp
     return {name: result[measure] for measure, name in wanted.items() if measure in result}
 
 
-def markdown_table(result: dict[str, Any]) -> str:
+def markdown_table(result: Result) -> str:
     """FVU and loss recovered at each mark, a line a candidate, with its steps at the last."""
     lines: dict[str, Row] = {}
+    marks = result["marks"]
     for row in result["rows"]:
-        at = {f"{name} {row.get('seconds', 0):g}": value for name, value in row.items() if name != "reason"}
-        lines[row["candidate"]] = {**lines.get(row["candidate"], {}), **row, **at}
-    columns = {"candidate": "{candidate}", "steps": f"{{steps {result['marks'][-1]:g}}}"}
+        at = marks.index(row["seconds"]) if "seconds" in row else "none"
+        named = {f"{name} {at}": value for name, value in row.items() if name != "reason"}
+        lines[row["candidate"]] = {**lines.get(row["candidate"], {}), **row, **named}
+    columns = {"candidate": "{candidate}", "steps": f"{{steps {len(marks) - 1}}}"}
     for name, heading in (("fvu", "FVU"), ("loss_recovered", "loss recovered")):
-        columns |= {f"{heading}, {mark:g} s": f"{{{name} {mark:g}:.3f}}" for mark in result["marks"]}
+        columns |= {f"{heading}, {mark:g} s": f"{{{name} {i}:.3f}}" for i, mark in enumerate(marks)}
     return markdown(columns, lines.values())
 
 
 def main() -> None:
-    command = parser(__doc__)
+    small = {"features": 16384, "k": 32, "batch_size": 1024, "lr": 3e-3, "warm_up": 10, "dead_after": 50_000}
+    command = parser(__doc__, "--out", "--device", model="smollm2-135m", splice_rows=16, **small)
+    command.set_defaults(device="cpu")
     command.add_argument("activations", type=Path, help="folder that `sampled-sae harvest` wrote")
     command.add_argument("--marks", type=float, nargs="+", default=[15, 30, 60, 90], help="seconds of training steps")
-    command.add_argument("--features", type=int, default=16384)
-    command.add_argument("--k", type=int, default=32)
-    command.add_argument("--batch-size", type=int, default=1024)
-    command.add_argument("--lr", type=float, default=3e-3)
-    command.add_argument("--warm-up", type=int, default=10, help="steps")
-    command.add_argument("--dead-after", type=int, default=50_000, help="tokens")
-    command.add_argument("--model", default="smollm2-135m", help="none: without loss recovered")
-    command.add_argument("--splice-rows", type=int, default=16)
-    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     command.add_argument("--candidates", nargs="+", choices=list(ENTRIES))
     args = command.parse_args()
-    torch.set_num_threads(args.threads)
     store = ActivationStore.open(args.activations)
     about = {"lr": args.lr, "warm_up": args.warm_up, "dead_after": args.dead_after, "device": args.device}
     about["dtype"] = "float32" if args.device == "cpu" else "bfloat16"
@@ -137,18 +132,15 @@ def main() -> None:
     names = args.candidates or [name for name in ENTRIES if name not in LEFT_OUT]
     # made first: what is missing is better known before half an hour of training
     splice = None if args.model == "none" else splice_of(args.model, store, args.splice_rows)
+    source = {name: store.manifest[name] for name in ("model", "layer", "source")}
+    record = Record(args, markdown_table, activations=source, setup=asdict(setup), marks=marks)
     with tempfile.TemporaryDirectory() as folder:
         rows = train_all(names, args.activations, setup, marks, Path(folder), args.threads)
         feed = Feed(store, args.batch_size, seed=0)
         for row in rows:
             if "file" in row:
                 row |= judge(Weights.load(row.pop("file")), setup, store, feed, splice)
-                print(row, flush=True)
-    source = {name: store.manifest[name] for name in ("model", "layer", "source")}
-    about = {"activations": source, "setup": asdict(setup), "marks": marks}
-    result = {**machine(args.device, PEERS), **about, "rows": rows}
-    write_result(args.out, result, markdown_table(result))
-    print(markdown_table(result))
+            record.add(row)
 
 
 if __name__ == "__main__":

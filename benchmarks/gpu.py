@@ -4,8 +4,8 @@
     python benchmarks/gpu.py OUTDIR --only steps score
     python benchmarks/gpu.py OUTDIR --rehearse      tiny sizes in Triton's interpreter, to see that nothing is broken
 
-Each part runs in a process of its own, so that a crash in one neither loses nor spoils the others, and writes
-OUTDIR/<part>.json and .csv row by row; what it printed is in <part>.log. A table of under 100 lines comes last.
+Each part is a command of its own, so that a crash in one neither loses nor spoils the others, and writes
+OUTDIR/<part>.json and .md row by row; what it printed is in <part>.log. A table of under 100 lines comes last.
 Times are medians with the 20th and 80th percentile over rounds that go through all candidates in turn: of kernels
 alone, with the L2 cache emptied before them; of whole steps with the host's work, as whoever trains sees it.
 """
@@ -27,9 +27,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.gpu_parts.summary import summary
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# seconds for each part; the last gets what the others leave
-PARTS = {"correctness": 150, "ceilings": 20, "score": 50, "kernels": 100, "steps": 85, "peers": 40, "tuning": 70}
+# seconds for each part, the last gets what the others leave; the command, and more of it for a GPU
+PARTS: dict[str, tuple[int, list[str], list[str]]] = {
+    "correctness": (150, ["gpu_parts.correctness"], []),
+    "ceilings": (20, ["operations", "--set", "ceilings"], ["--rounds", "15", "--seconds", "3"]),
+    "score": (50, ["operations", "--set", "score"], ["--rounds", "15", "--seconds", "3"]),
+    "kernels": (100, ["operations", "--set", "gpu"], ["--rounds", "11", "--seconds", "0.3"]),
+    "steps": (85, ["steps", "gpu_steps", "--here"], ["--rounds", "15"]),
+    "peers": (40, ["steps", "peer_steps", "--here"], ["--rounds", "15", "--workloads", "Pythia-160M, wide"]),
+    "tuning": (70, ["gpu_parts.tuning"], ["--rounds", "9"]),
+}
 # for a part to end by itself after its time
 GRACE = 10
 IN_ALL = 525
@@ -48,7 +55,7 @@ def main() -> int:
     for part in args.only:
         begun = time.monotonic()
         left = IN_ALL - GRACE - (begun - start)
-        share = left if part == args.only[-1] else min(PARTS[part], left)
+        share = left if part == args.only[-1] else min(PARTS[part][0], left)
         trouble = run_part(part, args.out.resolve(), share, args.rehearse)
         failed += trouble is not None
         table += report(part, args.out, trouble, time.monotonic() - begun)
@@ -65,15 +72,18 @@ def run_part(part: str, out: Path, seconds: float, rehearse: bool) -> str | None
     (out / f"{part}.json").unlink(missing_ok=True)
     if seconds < 1:
         return "no time left"
-    command = [sys.executable, "-m", "benchmarks.gpu_parts", part, str(out), f"{seconds:.0f}"]
-    command += ["--rehearse"] if rehearse else []
+    _, (module, *arguments), on_a_gpu = PARTS[part]
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--out", str(out / f"{part}.json"), *arguments]
+    command += ["--device", "cpu", "--rehearse", "--rounds", "1"] if rehearse else ["--device", "cuda", *on_a_gpu]
+    command += ["--impl", "triton"] if module == "operations" else []
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    interpreter = {"TRITON_INTERPRET": "1"} if rehearse else {}
     print(f"{part} ...", file=sys.stderr, flush=True)
     with (out / f"{part}.log").open("w") as log:
         process = subprocess.Popen(
-            command,
+            [*command, "--within", f"{seconds:.0f}"],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, **interpreter},
             stdout=log,
             stderr=subprocess.STDOUT,
             # with the processes it starts, which would slow the next part down if they outlived it

@@ -18,9 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 
-from benchmarks.measure import Row, machine, markdown, parser, write_result
+from benchmarks.measure import Row
+from benchmarks.record import Record, Result, markdown, parser
 from sampled_sae import SampledSAEConfig
 from sampled_sae.lm import SpliceEvaluator, load_model
 from sampled_sae.support.atomic_files import read_json, write_json
@@ -96,23 +96,17 @@ def train_seed(
     return found
 
 
-def markdown_table(result: dict[str, Any]) -> str:
+def markdown_table(result: Result) -> str:
     """Means over the seeds with the smallest and largest."""
     return markdown(COLUMNS, result["rows"])
 
 
 def main() -> None:
-    command = parser(__doc__)
+    small = {"steps": 200, "batch_size": 1024, "lr": 3e-3, "dead_after": 50_000, "splice_rows": 16}
+    command = parser(__doc__, "--out", model="smollm2-135m", **small)
     command.add_argument("activations", type=Path)
     command.add_argument("folder", type=Path, help="of the trained SAEs")
-    command.add_argument("--steps", type=int, default=200)
-    command.add_argument("--batch-size", type=int, default=1024)
-    command.add_argument("--lr", type=float, default=3e-3)
-    command.add_argument("--dead-after", type=int, default=50_000)
-    command.add_argument("--model", default="smollm2-135m")
-    command.add_argument("--splice-rows", type=int, default=16)
     args = command.parse_args()
-    torch.set_num_threads(args.threads)
     store = ActivationStore.open(args.activations)
     splice = splice_of(args.model, store, args.splice_rows)
     train = TrainConfig(steps=args.steps, batch_size=args.batch_size, lr=args.lr)
@@ -124,9 +118,7 @@ def main() -> None:
             row[measure] = (statistics.mean(values), min(values), max(values))
     about = {"model": args.model, "layer": store.manifest["layer"], "features": FEATURES, "k": K, "l": L}
     setup = {"train": asdict(train), "splice_rows": args.splice_rows, "dead_after": args.dead_after, "seeds": SEEDS}
-    result = {**machine(), **about, **setup, "rows": rows}
-    write_result(args.out, result, markdown_table(result))
-    print(markdown_table(result))
+    Record(args, markdown_table, **about, **setup).add(*rows)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import drop_in, equal_time, quality
-from benchmarks.measure import RESULTS, ROOT, markdown, with_caption
+from benchmarks.measure import RESULTS, ROOT
 from benchmarks.operations import table as operations
+from benchmarks.record import markdown, with_caption
 from benchmarks.steps.experiments import EXPERIMENTS, table
 from sampled_sae.training import sweep
 

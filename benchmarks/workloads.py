@@ -47,3 +47,5 @@ GPU_KERNELS = (
     Workload("Pythia-160M, a million features", 4096, 768, 1 << 20, 32),
 )
 REHEARSAL = (Workload("rehearsal", 12, 16, 100, 2),)
+# of real models, at one B and F, so that they compare
+WIDTHS = tuple(Workload(f"d={d}", 8192, d, 32768, 64) for d in (576, 768, 2304, 4096))

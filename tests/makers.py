@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -58,6 +59,15 @@ def make_sae(dtype=torch.float64, seed=0, device="cpu", **changes):
 def tokens(*shape, dtype=torch.float64, seed=1):
     """Normally distributed activations of the given shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def in_each_form(rules, without_pool="block"):
+    """Parameters `rule` and `form`: rules with a pool in both forms of one, rules without in one.
+
+    What a step keeps without a pool is the same in both forms; the aux loss has a pool of its own.
+    """
+    pairs = [(rule, form) for rule in rules for form in ("block", "entries") if rule["l"] or form == without_pool]
+    return pytest.mark.parametrize(("rule", "form"), pairs, indirect=["form"], ids=str)
 
 
 def gradients(sae):

@@ -13,9 +13,8 @@ import torch
 from benchmarks.operations import OPERATIONS
 from benchmarks.operations.operation import Inputs
 from benchmarks.operations.race import Race
-from benchmarks.operations.table import markdown
+from benchmarks.operations.table import table
 from benchmarks.workloads import Workload
-from sampled_sae.codes import Selection
 
 ROOT = Path(__file__).parents[1]
 SIZES = Workload("odd", 37, 17, 333, 3)
@@ -40,15 +39,15 @@ def test_operations(name, dtype):
     assert ours["of product"] == pytest.approx(ours["TFLOP/s"] / ours["product TFLOP/s"])
     assert {row["form"] for row in rivals} >= {"eager", "torch.compile, eager"}
     assert all(row["ours is faster by"] > 0 for row in rivals)
-    assert f"| {name} |" in markdown([ours, *rivals])
+    assert f"| {name} |" in table([ours, *rivals])
 
 
 def nearly(parts):
     """The same parts, each a little wrong."""
 
     def select(*args, **kwargs):
-        codes, hint = parts.select(*args, **kwargs)
-        return Selection(codes.scaled(torch.full((codes.shape[1],), 1.01)), hint)
+        codes = parts.select(*args, **kwargs)
+        return codes.scaled(torch.full((codes.shape[1],), 1.01))
 
     def pool(scores, size):
         members = parts.candidate_pool(scores, size)
@@ -75,7 +74,7 @@ def test_what_is_wrong_gets_no_speedup(name):
     ours, *rivals = rows_of(inputs, name)
     assert ours["check"] != "passed"
     assert [row["ours is faster by"] for row in rivals] == [None] * len(rivals)
-    assert "FAILED" in markdown([ours, *rivals])
+    assert "FAILED" in table([ours, *rivals])
 
 
 @pytest.mark.parametrize("select", ["batch", "token"])
@@ -87,8 +86,8 @@ def test_a_dropped_or_doubled_entry_is_noticed(select, l):
         whole = inputs.parts.select
 
         def changed(*args, whole=whole, change=change, **kwargs):
-            codes, hint = whole(*args, **kwargs)
-            return Selection(type(codes)(*change(*codes.entries()), codes.shape), hint)
+            codes = whole(*args, **kwargs)
+            return type(codes)(*change(*codes.entries()), codes.shape)
 
         inputs.parts = dataclasses.replace(inputs.parts, select=changed)
         assert rows_of(inputs, name)[0]["check"] != "passed"

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from makers import assert_same_entries, gradients, make_sae, tokens
+from makers import assert_same_entries, gradients, in_each_form, make_sae, tokens
 from no_host_sync import NoHostSync
 
 pytest.importorskip("triton")
@@ -15,9 +15,14 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def make(impl="triton", **settings):
+    """Two tiles of features in the interpreter, the second one not full."""
+    return make_sae(torch.float32, device=DEVICE, impl=impl, **{"d_sae": 48, **settings})
+
+
 def sae_pair(**settings):
-    """The same SAE as impl="triton" and impl="torch", in float32."""
-    made = [make_sae(torch.float32, device=DEVICE, impl=impl, **settings) for impl in ("triton", "torch")]
+    """The same SAE as impl="triton" and impl="torch"."""
+    made = [make(impl, **settings) for impl in ("triton", "torch")]
     assert [sae.impl_in_use for sae in made] == ["triton", "torch"]
     return made
 
@@ -31,7 +36,7 @@ MODULE_RULES = [
 ]
 
 
-@pytest.mark.parametrize("rule", MODULE_RULES, ids=str)
+@in_each_form(MODULE_RULES, without_pool="entries")
 def test_module_equals_the_torch_form_over_steps(rule, form):
     """Losses, gradients, threshold and dead counts, with the aux loss from the third step on."""
     ours, theirs = sae_pair(aux_coefficient=0.5, dead_after=25, k_aux=3, aux_pool=20, **rule)
@@ -59,11 +64,13 @@ def test_module_equals_the_torch_form_over_steps(rule, form):
     torch.testing.assert_close(ours(x).x_hat, theirs(x).x_hat)
 
 
-@pytest.mark.parametrize("aux_pool", [1, 7, 96, 1000, None])
-@pytest.mark.parametrize("rule", [{"l": 3.0}, {"l": None}], ids=str)
-@pytest.mark.parametrize("n_dead", [0, 1, 9, 96])
-def test_aux_loss(rule, aux_pool, n_dead):
-    ours, theirs = sae_pair(aux_coefficient=1.0, dead_after=50, k_aux=2, aux_pool=aux_pool, **rule)
+AUX = [(3.0, aux_pool, n_dead) for aux_pool in (1, 7, 48, 1000, None) for n_dead in (0, 1, 9, 48)]
+AUX += [(None, 1, 48), (None, 7, 9), (None, 48, 0), (None, 1000, 9), (None, None, 1)]
+
+
+@pytest.mark.parametrize(("l", "aux_pool", "n_dead"), AUX)
+def test_aux_loss(l, aux_pool, n_dead):
+    ours, theirs = sae_pair(l=l, aux_coefficient=1.0, dead_after=50, k_aux=2, aux_pool=aux_pool)
     x = tokens(12, 12, dtype=torch.float32).to(DEVICE)
     found = []
     for sae in (ours, theirs):
@@ -79,11 +86,9 @@ def test_aux_loss(rule, aux_pool, n_dead):
         torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", MODULE_RULES[:4], ids=str)
+@in_each_form(MODULE_RULES[:4])
 def test_row_gradients_are_the_rows_of_the_dense_ones(rule, form):
-    rows, dense = (
-        make_sae(torch.float32, device=DEVICE, impl="triton", row_grads=keep, **rule) for keep in (True, False)
-    )
+    rows, dense = (make(row_grads=keep, **rule) for keep in (True, False))
     x = tokens(5, 12, dtype=torch.float32).to(DEVICE)
     for sae in (rows, dense):
         sae(x).loss.backward()
@@ -116,7 +121,7 @@ def test_more_features_than_slots(monkeypatch):
         torch.testing.assert_close(*wholes, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", MODULE_RULES[:3], ids=str)
+@in_each_form(MODULE_RULES[:3])
 def test_autocast_takes_16_bit_products_and_keeps_float32_gradients(rule, form):
     ours, theirs = sae_pair(**rule)
     x = tokens(64, 12, dtype=torch.float32).to(DEVICE)
@@ -133,19 +138,19 @@ def test_autocast_takes_16_bit_products_and_keeps_float32_gradients(rule, form):
         assert torch.nn.functional.cosine_similarity(gradient.flatten(), other.flatten(), 0) > 0.95
 
 
-@pytest.mark.parametrize("factor", [1e-6, 1e6])
-@pytest.mark.parametrize("rule", MODULE_RULES[:3], ids=str)
-def test_float16_loses_no_gradient_to_its_range(rule, factor, form):
+@in_each_form(MODULE_RULES[:3])
+def test_float16_loses_no_gradient_to_its_range(rule, form):
     """A mean over many tokens makes gradients smaller than float16 has numbers for, a scaled loss larger ones."""
     found = []
-    for scale in (1.0, factor):
-        sae = make_sae(torch.float32, device=DEVICE, impl="triton", **rule)
+    for scale in (1.0, 1e-6, 1e6):
+        sae = make(**rule)
         with torch.autocast(DEVICE, torch.float16):
             out = sae(tokens(64, 12, dtype=torch.float32).to(DEVICE))
         (scale * out.loss).backward()
         found.append({name: gradient / scale for name, gradient in gradients(sae).items()})
     for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=0.02, atol=float(2e-3 * gradient.abs().max()))
+        for scaled in found[1:]:
+            torch.testing.assert_close(scaled[name], gradient, rtol=0.02, atol=float(2e-3 * gradient.abs().max()))
 
 
 @pytest.mark.slow
@@ -158,7 +163,7 @@ def test_trains_to_the_same_loss_curve_as_torch():
     for rule in ({"l": 4.0}, {"l": None}):
         curves = []
         for impl in ("triton", "torch"):
-            sae = make_sae(torch.float32, device=DEVICE, d_in=16, d_sae=64, k=3, impl=impl, **rule)
+            sae = make(impl, d_in=16, d_sae=64, k=3, **rule)
             optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
             losses = []
             for x in batches:
@@ -173,10 +178,10 @@ def test_trains_to_the_same_loss_curve_as_torch():
         torch.testing.assert_close(*curves, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("rule", MODULE_RULES, ids=str)
+@in_each_form(MODULE_RULES, without_pool="entries")
 @pytest.mark.parametrize("dead_after", [10, 10**7])
 def test_no_step_waits_for_the_device(rule, dead_after, form, monkeypatch):
-    sae = make_sae(torch.float32, device=DEVICE, impl="triton", aux_coefficient=1.0, dead_after=dead_after, **rule)
+    sae = make(aux_coefficient=1.0, dead_after=dead_after, **rule)
     monkeypatch.setattr(sae.memory.inputs, "check", lambda x: None)
     x = tokens(12, 12, dtype=torch.float32).to(DEVICE)
     sae(x).loss.backward()
@@ -190,7 +195,7 @@ def test_no_step_waits_for_the_device(rule, dead_after, form, monkeypatch):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule", [MODULE_RULES[0], MODULE_RULES[2], MODULE_RULES[3]], ids=str)
 def test_a_training_step_compiles_whole(rule, backend):
-    sae = make_sae(torch.float32, device=DEVICE, impl="triton", aux_coefficient=1.0, dead_after=20, **rule)
+    sae = make(aux_coefficient=1.0, dead_after=20, **rule)
     twin = copy.deepcopy(sae)
     torch._dynamo.reset()
     compiled = torch.compile(twin, fullgraph=True, backend=backend)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from benchmarks.gpu_parts.visit import Visit, failure
+from benchmarks.record import Record, failure
 from benchmarks.worker import Worker, WorkerError
 from benchmarks.workloads import Workload
 
@@ -26,22 +27,22 @@ Named = tuple[str, Callable[[], Any]]
 Make = Callable[..., Iterable[Named]]
 
 
-def compile_all(visit: Visit, make: Make, cases: Sequence[tuple[Any, ...]]) -> None:
+def compile_all(record: Record, make: Make, cases: Sequence[tuple[Any, ...]]) -> None:
     """Makes every call that `make(*case)` names, a case after the other; what fails gets a row.
 
     `make` is a function of a module. A process that dies, or is not done in time, does not stop the others.
     """
-    count = 1 if visit.rehearse else max(1, min(COMPILERS, (os.cpu_count() or 1) - SPARE_CORES))
-    end = time.time() + SHARE * visit.left
+    count = 1 if record.rehearse else max(1, min(COMPILERS, (os.cpu_count() or 1) - SPARE_CORES))
+    end = time.time() + SHARE * record.left
     workers = [Worker(Compiler) for _ in range(count)]
     for i, worker in enumerate(workers):
         worker.ask("run", make, cases, i, count, end)
     for worker in workers:
         try:
-            failed = worker.answer(None if visit.rehearse else end + PATIENCE - time.time())
-            visit.add(*({"name": f"compiling {name}", "reason": why} for name, why in failed))
+            failed = worker.answer(None if end == math.inf else end + PATIENCE - time.time())
+            record.add(*({"name": f"compiling {name}", "reason": why} for name, why in failed))
         except WorkerError as error:
-            visit.add({"name": "compiling", "reason": str(error)})
+            record.add({"name": "compiling", "reason": str(error)})
         worker.close()
 
 
@@ -65,9 +66,9 @@ class Compiler:
         return failed
 
 
-def small(visit: Visit, workloads: Iterable[Workload]) -> list[Workload]:
+def small(record: Record, workloads: Iterable[Workload]) -> list[Workload]:
     """One of few tokens and features for each width and k."""
-    if visit.rehearse:
+    if record.rehearse:
         return list(workloads)
     kept = {(w.d, w.k): w for w in workloads}
     return [Workload(w.name, FEW_TOKENS, w.d, FEW_FEATURES, w.k) for w in kept.values()]

@@ -10,9 +10,10 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-from benchmarks.gpu_parts.visit import Visit
 from benchmarks.measure import ROOT, Row
+from benchmarks.record import Record, markdown, parser
 
 LEFT_OUT = ("-k", "not memory_checker")
 PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--color=no", *LEFT_OUT)
@@ -20,55 +21,57 @@ PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider",
 AT_ONCE, ALONE = 8, "tests/gpu/"
 REHEARSED = "tests/kernels/test_chunk_scores.py"
 OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")
+COLUMNS = {name: f"{{{name}}}" for name in ("name", *OUTCOMES, "failures", "ended", "seconds")}
 
 
-def run(visit: Visit) -> None:
-    """Raises RuntimeError where a test fails, or does not end in time."""
-    files = test_files()
-    if visit.rehearse:
-        files = {REHEARSED: files[REHEARSED]}
+def main() -> None:
+    args = parser(__doc__, "--out", "--device", "--rehearse", "--within", rounds=1).parse_args()
+    record = Record(args, lambda result: markdown(COLUMNS, result["rows"]))
+    files = [REHEARSED] if args.rehearse else test_files()
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        together = [name for name in files if not name.startswith(ALONE)]
-        for row in pool.map(lambda name: tested(name, visit), together):
-            visit.add(row)
+        for row in pool.map(partial(tested, record), [name for name in files if not name.startswith(ALONE)]):
+            record.add(row)
     for name in files:
         if name.startswith(ALONE):
-            visit.add(tested(name, visit))
-    bad = [row for row in visit.rows if not row["ended"] or row["FAILED"] or row["ERROR"]]
+            record.add(tested(record, name))
+    bad = [row for row in record.rows if not row["ended"] or row["failures"]]
     if bad:
-        raise RuntimeError("; ".join(f"{row['name']}: {row['failures'] or 'did not end'}" for row in bad))
+        sys.exit("; ".join(f"{row['name']}: {row['failures'] or 'did not end'}" for row in bad))
 
 
-def test_files() -> dict[str, int]:
-    """Number of tests marked `gpu`, by file; the largest first."""
+def test_files() -> list[str]:
+    """Those with tests marked `gpu`; the largest first."""
     # a file that needs what is not installed here is no reason to leave out the others
     command = [*PYTEST, "--collect-only", "--continue-on-collection-errors", "-qq", "tests"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    found = {name: int(count) for name, count in re.findall(r"^(tests/\S+\.py): (\d+)$", done.stdout, re.MULTILINE)}
+    found = re.findall(r"^(tests/\S+\.py): (\d+)$", done.stdout, re.MULTILINE)
     if not found:
-        raise RuntimeError(f"pytest --collect-only: {done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+        sys.exit(f"pytest --collect-only: {done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    return [name for name, count in sorted(found, key=lambda item: -int(item[1]))]
 
 
-def tested(name: str, visit: Visit) -> Row:
+def tested(record: Record, name: str) -> Row:
     """Outcomes of one file's tests, whether or not pytest came to its end."""
     start = time.perf_counter()
-    log = visit.out / "tests" / (name.replace("/", ".") + ".log")
+    log = record.out.parent / "tests" / (name.replace("/", ".") + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as written:
-        try:
-            limit = None if visit.rehearse else max(1.0, visit.left)
-            command = [*PYTEST, "-v", "--tb=short", "--maxfail=10", name]
-            subprocess.run(command, cwd=ROOT, stdout=written, stderr=subprocess.STDOUT, timeout=limit)
-        except subprocess.TimeoutExpired:
-            pass
+    process = subprocess.Popen(
+        [*PYTEST, "-v", "--tb=short", "--maxfail=10", name], cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT
+    )
+    try:
+        process.wait(None if record.rehearse else max(1.0, record.left))
+    except subprocess.TimeoutExpired:
+        process.kill()
     text = log.read_text(errors="replace")
     outcomes = re.findall(rf"^(\S+::\S.*?) ({'|'.join(OUTCOMES)})\b", text, re.MULTILINE)
-    failures = [test.split("::", 1)[1] for test, outcome in outcomes if outcome in ("FAILED", "ERROR")]
     return {
         "name": name,
         **{kind: sum(outcome == kind for _, outcome in outcomes) for kind in OUTCOMES},
-        "failures": ", ".join(failures),
+        "failures": ", ".join(test.split("::", 1)[1] for test, outcome in outcomes if outcome in ("FAILED", "ERROR")),
         "ended": bool(re.search(r"^=+ .* in [\d.]+s", text, re.MULTILINE)),
         "seconds": round(time.perf_counter() - start, 1),
     }
+
+
+if __name__ == "__main__":
+    main()

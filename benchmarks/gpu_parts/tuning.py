@@ -18,12 +18,12 @@ import triton
 
 from benchmarks.gpu_parts.candidates import candidates
 from benchmarks.gpu_parts.compiling import Named, compile_all, small
-from benchmarks.gpu_parts.visit import Visit
 from benchmarks.measure import Row
 from benchmarks.operations import OPERATIONS, SCORE_FORMS
 from benchmarks.operations.operation import Inputs, Operation
 from benchmarks.operations.race import verdict
-from benchmarks.workloads import Workload
+from benchmarks.record import Record, markdown, parser
+from benchmarks.workloads import GPU_STEPS, REHEARSAL, Workload
 from sampled_sae.kernels import configs
 from sampled_sae.support.atomic_files import write_json, write_text
 from sampled_sae.support.timing import interleaved, spread
@@ -40,22 +40,26 @@ CHOICES = {
     "rows_config": ("top-k of the block, l=4, token",),
     "row_adam_config": ("row-Adam dense",),
 }
+COLUMNS = {name: f"{{{name}}}" for name in ("table", "operation", "B", "d", "F", "config")}
+COLUMNS |= {"ms": "{ms:.3g}", "of current": "{of current:.3f}"}
 # below this a candidate is not worth a change
 LEAST_GAIN = 0.02
-ROUNDS = 9
 # for all configurations of one operation
 LEAST_SECONDS, MOST_SECONDS = 3, 5
 
 
-def run(visit: Visit) -> None:
-    compile_all(visit, configurations, [(w, visit.device) for w in small(visit, visit.workloads)])
-    for w in visit.workloads:
-        inputs = Inputs(w, visit.device, torch.bfloat16, "triton")
+def main() -> None:
+    args = parser(__doc__, "--out", "--device", "--rehearse", "--within", rounds=9).parse_args()
+    record = Record(args, lambda result: markdown(COLUMNS, result["rows"]))
+    workloads = REHEARSAL if args.rehearse else GPU_STEPS
+    compile_all(record, configurations, [(w, args.device) for w in small(record, workloads)])
+    for w in workloads:
+        inputs = Inputs(w, args.device, torch.bfloat16, "triton")
         for choice, names in CHOICES.items():
             for name in names:
                 row = {"table": choice, "operation": name, **w.columns()}
-                visit.attempt(row, tried, visit, inputs, row, least=LEAST_SECONDS)
-        report(visit)
+                record.attempt([row], partial(tried, inputs, row, args.rounds), LEAST_SECONDS)
+        report(record)
 
 
 def configurations(w: Workload, device: str) -> Iterator[Named]:
@@ -67,7 +71,7 @@ def configurations(w: Workload, device: str) -> Iterator[Named]:
             yield f"{choice} {name}", partial(made, operation, choice, config)
 
 
-def tried(visit: Visit, inputs: Inputs, same: Row) -> list[Row]:
+def tried(inputs: Inputs, same: Row, rounds: int) -> list[Row]:
     """A row for each configuration, the current one first."""
     choice, operation = same["table"], (OPERATIONS | SCORE_FORMS)[same["operation"]](inputs)
     found = candidates_of(choice, operation)
@@ -78,9 +82,9 @@ def tried(visit: Visit, inputs: Inputs, same: Row) -> list[Row]:
     right = {name: config for name, config in found.items() if wrong[name] == "passed"}
     samples = interleaved(
         {name: partial(made, operation, choice, config) for name, config in right.items()},
-        visit.device,
-        1 if visit.rehearse else ROUNDS,
-        visit.share(1, MOST_SECONDS),
+        inputs.device,
+        rounds,
+        MOST_SECONDS,
         warm_up=False,
         queued=True,
         prepare=operation.prepare,
@@ -133,17 +137,17 @@ def made(operation: Operation, choice: str, config: triton.Config) -> Any:
         return operation.ours()
 
 
-def report(visit: Visit) -> None:
+def report(record: Record) -> None:
     """best.json and tuning.txt, from the rows so far."""
-    timed = [row for row in visit.rows if "ms" in row]
+    timed = [row for row in record.rows if "ms" in row]
     best: dict[str, Row] = {}
     for row in timed:
         place = "{table}, {operation} at (B={B}, d={d}, F={F})".format(**row)
         if place not in best or row["ms"] < best[place]["ms"]:
             best[place] = row
-    write_json(visit.out / "best.json", best)
+    write_json(record.out.parent / "best.json", best)
     lines = ["# by the geometric mean over all sizes; rows that gain less than 2% stay as they are", *advice(timed)]
-    write_text(visit.out / "tuning.txt", "\n".join(lines) + "\n")
+    write_text(record.out.parent / "tuning.txt", "\n".join(lines) + "\n")
 
 
 def advice(rows: list[Row]) -> Iterator[str]:
@@ -158,3 +162,7 @@ def advice(rows: list[Row]) -> Iterator[str]:
         name = min(means, key=lambda name: means[name])
         stays = means[name] > 1 - LEAST_GAIN
         yield f"{table}: {current}  # stays" if stays else f"{table}: {name}  # {means[name]:.3f} of {current}"
+
+
+if __name__ == "__main__":
+    main()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
+
+import torch
 
 from benchmarks.operations import adam, decoding, scores, selection
 from benchmarks.operations.operation import Inputs, Operation
+from benchmarks.workloads import Workload
 
 Operations = dict[str, Callable[[Inputs], Operation]]
 
@@ -32,3 +36,18 @@ OPERATIONS: Operations = {
 # the product by cuBLAS or MKL, and the forms of the score kernel that decide up to which d scores are fused into it
 PRODUCT: Operations = {"product": partial(scores.form, name="product")}
 SCORE_FORMS: Operations = {name: partial(scores.form, name=name) for name in scores.FORMS}
+
+
+def first_calls(
+    w: Workload, dtype: torch.dtype, device: str, operations: Operations
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Of the Triton form, to be compiled."""
+    inputs = Inputs(w, device, dtype, "triton")
+
+    def call(make: Callable[[Inputs], Operation]) -> None:
+        operation = make(inputs)
+        operation.prepare()
+        operation.ours()
+
+    for name, make in operations.items():
+        yield f"{name}, {w.name}", partial(call, make)

@@ -1,44 +1,94 @@
-"""Every operation at the sizes of benchmarks/workloads.py, to a JSON file and a table beside it.
+"""Every operation of a training step against its rivals, kernels alone on a GPU's clock.
 
-python -m benchmarks.operations
-python -m benchmarks.operations --out FILE.json --sizes large --only "score l2" "row-Adam dense"
+    python -m benchmarks.operations                    on a CPU, to benchmarks/results/kernels.json
+    python -m benchmarks.operations --set gpu --out FILE.json --only "score l2" "row-Adam dense"
+
+Sets: `small` and `large` for a CPU, `gpu`; `ceilings`: copy bandwidth, and the encoder product at the widths of real
+models; `score`: the score kernel with its epilogue and without, which decides up to which d scores are fused into the
+product (LARGEST_FUSED_D of kernels/configs.py).
 """
 
 from __future__ import annotations
 
+from argparse import Namespace
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
 import torch
 
-from benchmarks.measure import RESULTS, Row, machine, parser, write_result
-from benchmarks.operations import OPERATIONS
+from benchmarks.gpu_parts.compiling import compile_all, small
+from benchmarks.measure import RESULTS, Row
+from benchmarks.operations import OPERATIONS, PRODUCT, SCORE_FORMS, Operations, first_calls
 from benchmarks.operations.operation import Inputs
 from benchmarks.operations.race import Race
 from benchmarks.operations.table import table
-from benchmarks.workloads import CPU_KERNELS, GPU_KERNELS, LARGE_KERNELS, REHEARSAL
+from benchmarks.record import Record, parser
+from benchmarks.workloads import CPU_KERNELS, GPU_KERNELS, LARGE_KERNELS, REHEARSAL, WIDTHS, Workload
 
-SIZES = {"small": CPU_KERNELS, "large": LARGE_KERNELS, "gpu": GPU_KERNELS, "rehearsal": REHEARSAL}
+Case = tuple[Workload, torch.dtype]
+# what has to be left to begin an operation, and one that torch.compile has to compile first
+LEAST_SECONDS, LEAST_TO_COMPILE = 2.0, 12.0
+
+
+@dataclass(frozen=True)
+class Set:
+    """Operations at sizes, in their dtypes: the kernels' own first, in case the time runs out."""
+
+    operations: Operations
+    workloads: tuple[Workload, ...]
+    dtypes: tuple[str, ...] = ("bfloat16",)
+
+
+SETS = {
+    "small": Set(OPERATIONS, CPU_KERNELS, ("float32",)),
+    "large": Set(OPERATIONS, LARGE_KERNELS, ("float32",)),
+    "gpu": Set(OPERATIONS, GPU_KERNELS),
+    "ceilings": Set(PRODUCT, WIDTHS, ("bfloat16", "float32")),
+    "score": Set(SCORE_FORMS, WIDTHS, ("bfloat16", "float32")),
+}
 
 
 def main() -> None:
-    command = parser(__doc__, RESULTS / "kernels.json")
-    command.add_argument("--sizes", choices=list(SIZES), default="small")
-    command.add_argument("--only", choices=list(OPERATIONS), nargs="+", default=list(OPERATIONS), help="operations")
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), default=None, help="bfloat16 on a GPU")
-    command.add_argument("--rounds", type=int, default=7)
-    command.add_argument("--seconds", type=float, default=25.0, help="for the rounds of one operation")
+    command = parser(__doc__, "--device", "--rehearse", "--within", rounds=7, seconds=25.0, set="small", impl="auto")
+    command.add_argument("--out", type=Path, help="JSON file to write; a table goes beside it")
+    command.add_argument("--only", nargs="+", help="these operations")
     args = command.parse_args()
-    torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
-    rows: list[Row] = []
-    for workload in SIZES[args.sizes]:
-        inputs = Inputs(workload, args.device, dtype)
-        for name in args.only:
-            race = Race(name, inputs, OPERATIONS[name](inputs), small=args.sizes == "rehearsal")
-            race.run(args.rounds, args.seconds)
-            found = race.rows()
-            rows += found
-            print("\n".join(table(found).splitlines()[2:]), flush=True)
-            write_result(args.out, {**machine(args.device), "rows": rows}, table(rows))
+    if args.out is None and args.set == "small" and not args.rehearse:
+        args.out = RESULTS / "kernels.json"
+    races = SETS[args.set]
+    names = [name for name in races.operations if args.only is None or name in args.only]
+    workloads = REHEARSAL if args.rehearse else races.workloads
+    cases = [(w, getattr(torch, dtype)) for dtype in races.dtypes for w in workloads]
+    record = Record(args, lambda result: table(result["rows"]))
+    kernels = args.device == "cuda" or args.impl == "triton"
+    if kernels and args.set != "ceilings":
+        few = [(w, getattr(torch, dtype)) for dtype in races.dtypes for w in small(record, workloads)]
+        compile_all(record, first_calls, [(*case, args.device, races.operations) for case in few])
+    backend = "eager" if args.rehearse else "inductor"
+    for i, case in enumerate(cases):
+        race_all(record, args, case, names, (len(cases) - i) * len(names), None if kernels else backend)
+    if kernels and races.operations is OPERATIONS:
+        # last of all, at one size: nothing ends a compilation that takes too long
+        race_all(record, args, cases[0], names, len(names), backend, "torch.compile")
+
+
+def race_all(
+    record: Record, args: Namespace, case: Case, names: list[str], of: int, backend: str | None, form: str = ""
+) -> None:
+    """Rows of these operations, which are the first of so many, or only those of forms whose names begin so."""
+    w, dtype = case
+    inputs = Inputs(w, args.device, dtype, args.impl)
+
+    def raced(name: str, seconds: float) -> list[Row]:
+        race = Race(name, inputs, SETS[args.set].operations[name](inputs), backend, small=args.rehearse)
+        race.run(args.rounds, seconds)
+        return [row for row in race.rows() if row["form"].startswith(form)]
+
+    for i, name in enumerate(names):
+        row = {**w.columns(), "dtype": str(dtype).removeprefix("torch."), "operation": name, "form": form or "all"}
+        seconds = min(args.seconds, record.left / (of - i))
+        record.attempt([row], partial(raced, name, seconds), LEAST_TO_COMPILE if form else LEAST_SECONDS)
 
 
 if __name__ == "__main__":

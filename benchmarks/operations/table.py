@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.measure import SIZE, Row, markdown
+from benchmarks.measure import Row
+from benchmarks.record import SIZE, markdown
 
 OTHERS = ("torch.topk", "embedding_bag")
 COLUMNS = {
@@ -24,10 +25,10 @@ def table(rows: list[Row]) -> str:
     """Times of rivals as multiples of ours; a dash where ours failed its check or the rival could not run."""
     lines = []
     for ours in rows:
-        if not ours["form"].startswith("ours"):
+        if not ours.get("form", "").startswith("ours"):
             continue
-        key = [ours[name] for name in ("workload", "dtype", "operation")]
-        forms = {r["form"]: r for r in rows if [r[name] for name in ("workload", "dtype", "operation")] == key}
+        same = [r for r in rows if all(r.get(name) == ours[name] for name in ("workload", "dtype", "operation"))]
+        forms = {r["form"]: r for r in same}
         factors = {name: row["ours is faster by"] for name, row in forms.items() if row.get("ours is faster by")}
         others = [
             f"{name} {factors[name]:.2f}x" if name in factors else f"{name} –" for name in forms if name in OTHERS

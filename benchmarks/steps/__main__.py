@@ -12,68 +12,74 @@ step above what the process holds between steps (gradients count), in units of o
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import subprocess
 import tempfile
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
-import torch
-
-from benchmarks.measure import PEERS, RESULTS, ROOT, machine, write_result
-from benchmarks.steps.experiments import EXPERIMENTS, Tasks, at_all_sizes, before_and_after, table
+from benchmarks.gpu_parts.compiling import compile_all, small
+from benchmarks.measure import RESULTS, ROOT
+from benchmarks.record import Record, parser
+from benchmarks.steps.experiments import EXPERIMENTS, Tasks, at_all_sizes, before_and_after, first_steps, table
 from benchmarks.steps.harness import Harness
+from benchmarks.worker import Here
+from benchmarks.workloads import GPU_STEPS, REHEARSAL
 
 CLOCK = "sampled_sae/support/timing.py"
+# with --here: seconds for the rounds of a candidate; what has to be left to begin one, and one that is compiled first
+SECONDS, LEAST, LEAST_TO_COMPILE = 2.0, 3.0, 15.0
 
 
 def main() -> None:
     names = "".join(f"\n  {name:18}{experiment.about}" for name, experiment in EXPERIMENTS.items())
-    command = argparse.ArgumentParser(
-        description=f"{__doc__}\nexperiments:{names}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    about = f"{__doc__}\nexperiments, each to benchmarks/results/NAME.json unless rehearsed:{names}"
+    command = parser(about, "--device", "--rehearse", "--within", rounds=7, memory=18.0)
+    command.set_defaults(device="cpu")
+    command.add_argument("--out", type=Path, help="JSON file to write; a table goes beside it")
     command.add_argument("name", choices=list(EXPERIMENTS))
-    command.add_argument("--out", type=Path, help="JSON file, a table goes beside it; benchmarks/results/NAME.json")
-    command.add_argument("--rounds", type=int, default=7, help="samples of each candidate")
-    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: bfloat16 autocast")
-    command.add_argument("--threads", type=int, default=2)
-    command.add_argument("--memory", type=float, default=18.0, help="GiB that the processes may take together")
     command.add_argument("--candidates", nargs="+", help="these alone")
     command.add_argument("--workloads", nargs="+", help="these sizes alone, by name or axis")
     command.add_argument("--revision", help="for before_after: the older one, as git names it")
-    command.add_argument("--rehearse", action="store_true", help="tiny sizes; without --out nothing is written")
+    command.add_argument("--here", action="store_true", help="one candidate after the other in this process")
     args = command.parse_args()
     if (args.name == "before_after") != (args.revision is not None):
         command.error("--revision belongs to before_after, and before_after needs it")
-    torch.set_num_threads(args.threads)
     experiment = EXPERIMENTS[args.name]
-    dtype = "float32" if args.device == "cpu" else "bfloat16"
-    fixed = {"rounds": args.rounds, "memory": args.memory * 2**30, "threads": args.threads}
-    harness = Harness(device=args.device, dtype=dtype, **fixed, **experiment.options)
-    result = machine(args.device, PEERS)
+    if args.out is None and not args.rehearse:
+        args.out = RESULTS / f"{args.name}.json"
+    low = args.device == "cuda" or args.name == "gpu_steps"
+    how = {"device": args.device, "dtype": "bfloat16" if low else "float32", "threads": args.threads}
+    how |= {"start": Here, "memory": 0, "seconds": SECONDS} if args.here else {"memory": args.memory * 2**30}
+    how |= {"rounds": args.rounds, "warm_up": 0 if args.rehearse and args.here else 2}
+    harness = Harness(**how, **experiment.options)
     with tempfile.TemporaryDirectory() as folder:
-        tasks = experiment.tasks
+        tasks, head = experiment.tasks, {}
         if args.revision:
             tasks = at_all_sizes(before_and_after(exported(args.revision, Path(folder))))
-            result |= {"before": described(args.revision), "after": described()}
-        wanted = chosen(tasks(args.rehearse, args.device), args.candidates, args.workloads)
-        rows = result["rows"] = []
-        out = args.out or (None if args.rehearse else RESULTS / f"{args.name}.json")
-        for row in harness.measure(wanted):
-            rows.append(row)
-            print(table(args.name, result).splitlines()[-1], flush=True)
-            if out is not None:
-                write_result(out, result, table(args.name, result))
-    print(table(args.name, result))
+            head = {"before": described(args.revision), "after": described()}
+        record = Record(args, partial(table, args.name), **head)
+        if args.name == "gpu_steps":
+            sizes = small(record, REHEARSAL if args.rehearse else GPU_STEPS)
+            compile_all(record, first_steps, [(w, harness) for w in sizes])
+        for group in harness.groups(chosen(tasks(args.rehearse, args.device), args)):
+            least = 0.0 if not args.here else LEAST_TO_COMPILE if group[0].compiled else LEAST
+            record.attempt([task.row for task in group], partial(harness.measure_group, group), least)
+            # after a capture that failed, torch gives no memory back and captures nothing more
+            if group[0].entry.graph and "reason" in record.rows[-1] and not args.rehearse:
+                break
 
 
-def chosen(tasks: Tasks, candidates: list[str] | None, workloads: list[str] | None) -> Tasks:
-    found = [t for t in tasks if candidates is None or t.name in candidates]
-    found = [t for t in found if workloads is None or t.workload.name in workloads]
+def chosen(tasks: Tasks, args: Namespace) -> Tasks:
+    """Those that were asked for; graphs last, and before them what is compiled, which nothing ends in time."""
+    found = [t for t in tasks if args.candidates is None or t.name in args.candidates]
+    found = [t for t in found if args.workloads is None or t.workload.name in args.workloads]
     if not found:
         names = dict.fromkeys(t.name for t in tasks), dict.fromkeys(t.workload.name for t in tasks)
         raise SystemExit(f"no such candidate or workload; there are {list(names[0])} and {list(names[1])}")
-    return found
+    found = [t for t in found if not (args.rehearse and t.compiled)]
+    return sorted(found, key=lambda t: (t.entry.graph, t.compiled)) if args.here else found
 
 
 def exported(revision: str, folder: Path) -> Path:

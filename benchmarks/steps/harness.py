@@ -33,6 +33,11 @@ class Task:
     labels: Row = field(default_factory=dict)
 
     @property
+    def compiled(self) -> bool:
+        """By torch.compile."""
+        return bool(self.entry.options.get("compiled"))
+
+    @property
     def row(self) -> Row:
         """Without figures."""
         return {**self.workload.columns(), **self.labels, "candidate": self.name}
@@ -63,14 +68,13 @@ class Harness:
     checked: bool = True
     start: type = Worker
 
-    def measure(self, tasks: Sequence[Task]) -> Iterator[Row]:
-        """A row for each task; one that failed has a `reason` and no figures."""
+    def groups(self, tasks: Sequence[Task]) -> Iterator[list[Task]]:
+        """What takes its samples in turn, as far as it fits into the memory."""
         for name in dict.fromkeys(task.group for task in tasks):
-            for group in fitting([task for task in tasks if task.group == name], self.memory):
-                yield from self.measure_group(group)
+            yield from fitting([task for task in tasks if task.group == name], self.memory)
 
     def measure_group(self, tasks: Sequence[Task]) -> list[Row]:
-        """The rows of tasks whose samples are taken in turn."""
+        """The rows of tasks whose samples are taken in turn; one that failed has a `reason` and no figures."""
         rows = [task.row for task in tasks]
         expected = self.expected_errors(tasks)
         running: dict[int, Any] = {}
@@ -106,6 +110,8 @@ class Harness:
         """
         if not installed(task.entry):
             raise WorkerError("not installed")
+        if task.entry.graph and self.device == "cpu":
+            raise WorkerError("left out: a graph needs CUDA")
         args = (task.entry, self.setup(task.workload), self.threads, self.beside)
         worker = self.start(StepSession, *args, tree=task.entry.tree)
         row["first_error"] = error = worker.call("first_error")

@@ -42,8 +42,11 @@ class IdleTokens:
         counts.add_(codes.shape[0]).masked_fill_(codes.active_mask(), 0)
         self._bound = None if bound is None else (counts._version, bound[1] + codes.shape[0])
 
-    def may_reach(self, counts: Tensor, dead_after: int) -> bool:
-        """False where surely no count has reached `dead_after`."""
+    def may_reach(self, counts: Tensor, dead_after: int, may_wait: bool = True) -> bool:
+        """False where surely no count has reached `dead_after`.
+
+        may_wait: look at the counts again when the bound has reached it; a device that is ahead would be waited for.
+        """
         if torch.compiler.is_compiling():
             return True
         # from then on replays of the graph may move the counts unseen
@@ -51,7 +54,7 @@ class IdleTokens:
         if self._captured:
             return True
         known = self._bound is not None and self._bound[0] == counts._version
-        if not known or (not counts.is_cuda and self._bound is not None and self._bound[1] >= dead_after):
+        if not known or (may_wait and self._bound is not None and self._bound[1] >= dead_after):
             self._bound = (counts._version, int(counts.max()))
         assert self._bound is not None
         return self._bound[1] >= dead_after

@@ -10,7 +10,9 @@ from sampled_sae.support import timing
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
-def test_the_host_does_not_count_in_a_queued_call():
+def test_the_host_does_not_count_in_a_queued_call(monkeypatch):
+    """The GPU is kept busy for a tenth of a second, so that a busy host too has launched the call by then."""
+    monkeypatch.setattr(timing, "QUEUEING_CYCLES", 1 << 28)
     small = torch.ones(1024, device="cuda")
 
     def call():

@@ -175,7 +175,6 @@ def test_nan_is_reported_with_the_call_it_came_in():
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on this machine")
-@pytest.mark.timeout(1200)
 def test_the_memory_checker_finds_nothing():
     script = (
         "from tests.gpu.test_real_sizes import RULES, make, step\n"

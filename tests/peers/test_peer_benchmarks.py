@@ -9,24 +9,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.scaling import exponent
 from makers import write_store
 
-from benchmarks import peer_steps
 from benchmarks.drop_in import LIBRARIES
-from benchmarks.peers import CANDIDATES, Setup, Weights, initial_weights, make
-from benchmarks.worker import Worker, WorkerError
-from benchmarks.workloads import REHEARSAL, Workload, activations
+from benchmarks.peers import CANDIDATES, Setup, Weights, initial_weights, installed, ours
+from benchmarks.peers import make as made
+from benchmarks.steps import harness
+from benchmarks.steps.experiments import exponent, table
+from benchmarks.steps.harness import Harness, Task, fitting
+from benchmarks.steps.session import StepSession
+from benchmarks.worker import Here, Worker, WorkerError
+from benchmarks.workloads import REHEARSAL, Workload
+from sampled_sae.bench import activations
 
 ROOT = Path(__file__).parents[2]
 WORKLOAD = Workload("test", 48, 20, 160, 3)
 SETUP = Setup(48, 20, 160, 3, lr=1e-3, warm_up=2)
 COMPILED = "torch.compile BatchTopK"  # in a process of its own: some of the libraries' imports break the compiler
-NAMES = [name for name in CANDIDATES if name != COMPILED and peer_steps.installed(name)]
+NAMES = [name for name in CANDIDATES if name != COMPILED and installed(CANDIDATES[name])]
+
+
+def make(name, setup, weights):
+    return made(CANDIDATES[name], setup, weights)
 
 
 def batches(n):
-    return [activations(WORKLOAD, seed) + 0.3 for seed in range(n)]
+    return [activations(48, 20, seed) + 0.3 for seed in range(n)]
 
 
 def uneven_weights():
@@ -99,8 +107,8 @@ def test_same_rule_same_training():
 
 @pytest.mark.slow
 def test_compiled_step_computes_the_reference():
-    worker = Worker(peer_steps.StepSession, COMPILED, WORKLOAD, "cpu", 1)
-    expected = reference_error(initial_weights(SETUP), COMPILED, activations(WORKLOAD, 0))
+    worker = Worker(StepSession, CANDIDATES[COMPILED], SETUP, 1, ("product",))
+    expected = reference_error(initial_weights(SETUP), COMPILED, activations(48, 20, 0))
     assert worker.call("first_error") == pytest.approx(expected, rel=1e-5)
 
 
@@ -151,38 +159,60 @@ def test_worker():
     with pytest.raises(WorkerError, match="died, exit code 3"):
         dying.call("die")
     with pytest.raises(WorkerError, match="missing 1 required positional argument"):
-        Worker(Session)
+        Worker(Session).call("add", 1)
+
+
+def tasks(*names, workload=REHEARSAL[0]):
+    return [Task(name, CANDIDATES[name], workload, "") for name in names]
 
 
 def test_no_figure_without_the_right_answer(monkeypatch):
     """A candidate with another error than the reference's, and one that is not installed, give their reason only."""
-    ours, other = "ours, l=4", "SAELens BatchTopK"
-    monkeypatch.setattr(peer_steps, "installed", lambda name: name != other)
-    expected = peer_steps.expected_errors
-    monkeypatch.setattr(peer_steps, "expected_errors", lambda *a: {n: 1.01 * e for n, e in expected(*a).items()})
-    rows = {row["candidate"]: row for row in peer_steps.measure(REHEARSAL[0], [ours, other], 1, "cpu", 1, 2.0**34)}
-    assert rows[other] == {"candidate": other, "reason": "not installed"}
-    assert "on the first batch, the reference has" in rows[ours]["reason"]
-    assert "ratio" not in rows[ours]
-    table = peer_steps.markdown_table({"workloads": [{**asdict(REHEARSAL[0]), "rows": list(rows.values())}]})
-    assert "not installed" in table
-    assert "on the first batch" in table
+    right, other = "ours, l=4", "SAELens BatchTopK"
+    monkeypatch.setattr(harness, "installed", lambda entry: entry.distribution != "sae-lens")
+    one = Harness(rounds=1, threads=1, start=Here)
+    (row,) = one.measure_group(tasks(right))
+    assert row["ratio"] > 0
+    expected = Harness.expected_errors
+    monkeypatch.setattr(Harness, "expected_errors", lambda *a: [1.01 * error for error in expected(*a)])
+    rows = {row["candidate"]: row for row in one.measure_group(tasks(right, other))}
+    assert rows[other]["reason"] == "not installed"
+    assert "on the first batch, the reference has" in rows[right]["reason"]
+    assert not [name for row in rows.values() for name in row if name.startswith("ratio")]
+    shown = table("peer_steps", {"rows": list(rows.values())})
+    assert "not installed" in shown
+    assert "on the first batch" in shown
+
+
+def test_after_a_failure_the_others_go_on(monkeypatch):
+    monkeypatch.setattr(
+        StepSession, "sample", lambda self: 1 / 0 if self.entry.steps == 2 else {"product": 1, "step": 2}
+    )
+    broken = replace(ours(l=1.0), steps=2, beside="ours, l=4")
+    broken, right = Harness(rounds=1, threads=1, start=Here).measure_group(
+        [Task("broken", broken, REHEARSAL[0], ""), *tasks("ours, l=4")]
+    )
+    assert broken["reason"].startswith("ZeroDivisionError")
+    assert right["ratio"] == 2
 
 
 def test_groups_fit_into_memory():
-    names = list("abcdefg")
     wide = Workload("wide", 2048, 768, 65536, 32)
-    assert list(peer_steps.groups(names, wide, 1e12)) == [names]
-    parts = list(peer_steps.groups(names, wide, 11e9))
-    assert [name for part in parts for name in part] == names
+    seven = tasks(*["ours, l=4"] * 7, workload=wide)
+    assert list(fitting(seven, 1e12)) == [seven]
+    parts = list(fitting(seven, 11e9))
+    assert [task for part in parts for task in part] == seven
     assert max(map(len, parts)) == 2
-    assert list(peer_steps.groups(names, wide, 0)) == [[name] for name in names]
+    assert list(fitting(seven, 0)) == [[task] for task in seven]
+    pair = [*tasks("ours, l=1"), Task("after", replace(ours(l=1.0), beside="ours, l=1"), wide, "")]
+    assert list(fitting([*pair, *pair], 0)) == [pair, pair]
 
 
-def command(script, tmp_path, *arguments):
+def command(name, tmp_path, *arguments):
     """Runs a benchmark at tiny sizes; returns its result and its table."""
     out = tmp_path / "result.json"
-    words = [sys.executable, f"benchmarks/{script}", *map(str, arguments), "--threads", "1", "--out", str(out)]
+    module = ["-m", "benchmarks.steps"] if name.isidentifier() else []
+    words = [sys.executable, *module, name, *map(str, arguments), "--threads", "1", "--out", str(out)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     result = json.loads(out.read_text())
@@ -195,33 +225,45 @@ def command(script, tmp_path, *arguments):
 @pytest.mark.slow
 def test_peer_steps_command(tmp_path):
     names = ["ours, l=4", "dictionary_learning BatchTopK", "sparsify TopK"]
-    result, table = command("peer_steps.py", tmp_path, "--rehearse", "--rounds", 2, "--candidates", *names)
-    rows = result["workloads"][0]["rows"]
-    assert [row["candidate"] for row in rows] == names
-    for row in rows:
+    result, shown = command("peer_steps", tmp_path, "--rehearse", "--rounds", 2, "--candidates", *names)
+    assert [row["candidate"] for row in result["rows"]] == names
+    for row in result["rows"]:
         assert row["ratio_p20"] <= row["ratio"] <= row["ratio_p80"]
         assert row["first_error"] == pytest.approx(row["reference_error"], rel=1e-3)
-        assert row["candidate"] in table
+        assert row["candidate"] in shown
     assert result["dictionary-learning"] == "0.1.0"
+
+
+@pytest.mark.slow
+def test_scaling_command(tmp_path):
+    result, shown = command("scaling", tmp_path, "--rehearse", "--rounds", 1, "--workloads", "k")
+    assert [(row["workload"], row["value"]) for row in result["rows"]] == [("k", 2), ("k", 4)] * 3
+    assert "exponent of step" in shown
+
+
+@pytest.mark.slow
+def test_before_after_command(tmp_path):
+    """Against this very revision: both sides begin with the same error."""
+    names = ["l=4, before", "l=4"]
+    arguments = ["--rehearse", "--rounds", 1, "--revision", "HEAD", "--candidates", *names]
+    result, shown = command("before_after", tmp_path, *arguments)
+    before, after = result["rows"]
+    assert before["first_error"] == pytest.approx(after["first_error"], rel=1e-6)
+    assert "quotient" not in before
+    assert after["quotient"] > 0
+    assert "after / before" in shown
+    assert result["before"]
 
 
 @pytest.mark.slow
 def test_drop_in_command(tmp_path):
     """Each library's own loop, with us and alone, comes to the same weights."""
-    result, table = command("drop_in.py", tmp_path, "--rehearse", "--rounds", 2)
+    result, shown = command("benchmarks/drop_in.py", tmp_path, "--rehearse", "--rounds", 2)
     assert [row["library"] for row in result["rows"]] == list(LIBRARIES)
     for row in result["rows"]:
         assert row["alone"]["fvu"] == pytest.approx(row["with us"]["fvu"], rel=1e-3), row
         assert row["speedup_p20"] <= row["speedup"] <= row["speedup_p80"]
-        assert row["library"] in table
-
-
-@pytest.mark.slow
-def test_scaling_command(tmp_path):
-    result, table = command("scaling.py", tmp_path, "--rehearse", "--rounds", 1, "--axes", "k")
-    assert [(row["axis"], row["value"]) for row in result["rows"]] == [("k", 2)] * 3 + [("k", 4)] * 3
-    assert {row["rule"] for row in result["exponents"]} == {row["rule"] for row in result["rows"]}
-    assert "exponent of step" in table
+        assert row["library"] in shown
 
 
 @pytest.mark.slow
@@ -229,9 +271,9 @@ def test_equal_time_command(tmp_path):
     names = ["ours, l=None (BatchTopK)", "SAELens BatchTopK", "ours, l=4, decayed, pool_every=4"]
     store = write_store(tmp_path / "store")
     small = ["--features", 64, "--k", 3, "--batch-size", 16, "--marks", 0.05, 0.1, "--model", "none"]
-    result, table = command("equal_time.py", tmp_path, store, *small, "--candidates", *names)
+    result, shown = command("benchmarks/equal_time.py", tmp_path, store, *small, "--candidates", *names)
     assert [row["seconds"] for row in result["rows"]] == [0.05] * 3 + [0.1] * 3
     for row in result["rows"]:
         assert row["steps"] > 0
         assert 0 < row["fvu"] < 10
-        assert row["candidate"] in table
+        assert row["candidate"] in shown
