@@ -16,7 +16,7 @@ from ...impl.hints import Rule
 from ...impl.interface import Implementation, implementation, resolve_impl
 from ...impl.pool import KeptPool, Pool, PoolRule, find_pool
 from ...support.argument_checks import check_number
-from ...support.nth_largest import largest_mask
+from ...support.nth_largest import largest_mask, largest_mask_of_rows
 from .accelerated import SampledBatchTopKTrainingSAE
 from .configs import SampledTrainingSAEConfig
 from .step import StepInputs
@@ -180,6 +180,5 @@ def kept_mask(a: Tensor, rule: Rule) -> Tensor:
     if rule.select == "batch":
         mask = largest_mask(a.flatten(), batch_budget(len(a), rule.k)).view(a.shape)
     else:
-        at = a.topk(min(int(rule.k), a.shape[1]), dim=1, sorted=False).indices
-        mask = torch.zeros_like(a, dtype=torch.bool).scatter_(1, at, True)
+        mask = largest_mask_of_rows(a, int(rule.k))
     return mask & (a > 0)
