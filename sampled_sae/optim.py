@@ -46,7 +46,9 @@ class RowAdam(Optimizer):
         moments: dtype of the moments of W_enc and W_dec beside float32 weights; torch.bfloat16 halves their
             memory and is rounded stochastically. None for that of the weights.
 
-    The projection takes decoder rows to be of unit norm, as `normalize_decoder()` makes them.
+    The projection takes decoder rows to be of unit norm, as `normalize_decoder()` makes them. With `cfg.row_grads`
+    call `zero_grad()` after `step()` or before the forward pass: between forward and backward it would drop the rows,
+    and `step()` raises a RuntimeError.
 
     Attributes:
         grad_norm: the global norm of the last step's gradient before clipping, 0-dim tensor.
@@ -133,6 +135,13 @@ class RowAdam(Optimizer):
         return self.moments if self.moments is not None and matrix else group["params"][0].dtype
 
     def _collect(self) -> dict[str, ParameterGradient]:
+        sae = self.sae
+        gone = sae.cfg.row_grads and not sae.row_grads and sae.W_dec.requires_grad and sae.W_dec.grad is None
+        if gone and sae.b_dec.grad is not None:
+            raise RuntimeError(
+                "row_grads=True: the rows' gradients were dropped by a zero_grad() between forward and backward; "
+                "call it after step(), or before the forward pass"
+            )
         grads = {g["name"]: ParameterGradient(g["name"], g["params"][0]) for g in self.param_groups}
         for part in self.sae.row_grads:
             if part.rows.grad is not None:

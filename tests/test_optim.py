@@ -260,3 +260,20 @@ def test_moments_need_float32_weights():
 def test_bad_settings(settings, error, words):
     with pytest.raises(error, match=words):
         RowAdam(make_sae(), **settings)
+
+
+@pytest.mark.parametrize("zero_grad", ["optimizer", "module"])
+def test_rows_dropped_between_forward_and_backward_are_noticed(zero_grad):
+    sae = make_sae(row_grads=True)
+    optimizer = RowAdam(sae)
+    before = state_of(sae)
+    out = sae(tokens(10, 12))
+    (optimizer if zero_grad == "optimizer" else sae).zero_grad()
+    out.loss.backward()
+    with pytest.raises(RuntimeError, match=r"zero_grad\(\) between forward and backward"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in sae.named_parameters())
+    optimizer.zero_grad()
+    sae(tokens(10, 12)).loss.backward()
+    optimizer.step()
+    assert not torch.equal(sae.W_dec, before["W_dec"])

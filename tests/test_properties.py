@@ -12,8 +12,8 @@ from makers import problem
 from sampled_sae import SparseCodes, reference
 from sampled_sae import functional as F
 from sampled_sae.config import POOLS, SELECTS, batch_budget, pool_size
-from sampled_sae.impl.torch.pool import largest_mask, nth_largest
 from sampled_sae.support.argument_checks import SCORES
+from sampled_sae.support.nth_largest import largest_mask, nth_largest
 from sampled_sae.testing import whole_numbers
 
 # No clock: neither how long an example takes nor how long one takes to make.

@@ -37,3 +37,16 @@ def largest_mask(values: Tensor, n: int) -> Tensor:
     ties = (values == cut).nonzero().squeeze(1)
     mask[ties[: n - int(mask.sum())]] = True
     return mask
+
+
+def largest_mask_of_rows(a: Tensor, k: int) -> Tensor:
+    """Mask of the k largest of each row of [B, P]; among equals the lower column goes first."""
+    if k >= a.shape[1]:
+        return torch.ones_like(a, dtype=torch.bool)
+    cut = nth_largest_of_rows(a, k)[:, None]
+    within = a >= cut
+    if int(within.count_nonzero()) == k * a.shape[0]:
+        return within
+    above = a > cut
+    tied = within & ~above
+    return above | (tied & (tied.cumsum(1) <= k - above.sum(1, keepdim=True)))

@@ -44,18 +44,9 @@ def test_losses_and_gradients(kind, n_dead, rescale):
     assert_same_step(kind, dead_mask(n_dead), rescale_acts_by_decoder_norm=rescale)
 
 
-@pytest.mark.parametrize("n_dead", [30, 100])
-def test_dead_features_in_several_chunks_of_tokens(n_dead, monkeypatch):
-    monkeypatch.setattr(dead, "CPU_CHUNK_ELEMENTS", 700)
-    assert_same_step("batchtopk", dead_mask(n_dead))
-
-
-def test_dead_features_on_another_device_than_a_cpu():
-    """Chunks are large there, and no tie is counted on the host: a tensor on "meta" has no values to ask for."""
-    x, W = torch.empty(4096, 8, device="meta"), torch.empty(1 << 14, 8, device="meta")
-    chunks = [a for _, a in dead.activations(x, W, W[:, 0])]
-    assert [len(a) for a in chunks] == [2048, 2048]
-    assert dead.largest_mask_of_rows(chunks[0], None, 12).shape == (2048, 1 << 14)
+def test_dead_features_in_several_chunks_of_tokens(monkeypatch):
+    monkeypatch.setattr(dead, "CHUNK_ELEMENTS", 700)
+    assert_same_step("batchtopk", dead_mask(100))
 
 
 @pytest.mark.parametrize("kind", KINDS)

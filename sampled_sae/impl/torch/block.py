@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ...codes import SparseCodes
 from ...config import batch_budget
-from ...support.nth_largest import largest_mask, nth_largest_of_rows
+from ...support.nth_largest import largest_mask, largest_mask_of_rows
 from ..encoder import Encoder
 from ..hints import Rule
 
@@ -71,14 +71,4 @@ def block_mask(a: Tensor, rule: Rule) -> Tensor:
         if int(positive.count_nonzero()) <= budget:
             return positive
         return largest_mask(a.flatten(), budget).view(a.shape) & positive
-    k = int(rule.k)
-    if k >= a.shape[1]:
-        return positive
-    cut = nth_largest_of_rows(a, k)[:, None]
-    within = a >= cut
-    if int(within.count_nonzero()) == k * a.shape[0]:
-        return within & positive
-    above = a > cut
-    tied = a == cut
-    room = k - above.sum(1, keepdim=True)
-    return (above | (tied & (tied.cumsum(1) <= room))) & positive
+    return largest_mask_of_rows(a, int(rule.k)) & positive

@@ -8,7 +8,6 @@ import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 
-from ... import reference
 from ...codes import SparseCodes
 from ...config import batch_budget
 from ...impl.dead_features import AuxRule
@@ -17,6 +16,7 @@ from ...impl.hints import Rule
 from ...impl.interface import Implementation, implementation, resolve_impl
 from ...impl.pool import KeptPool, Pool, PoolRule, find_pool
 from ...support.argument_checks import check_number
+from ...support.nth_largest import largest_mask, largest_mask_of_rows
 from .accelerated import SampledBatchTopKTrainingSAE
 from .configs import SampledTrainingSAEConfig
 from .step import StepInputs
@@ -143,8 +143,11 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         """What a batch keeps of a [B, F], bool."""
         find = self.next_pool if self._in_dense_step else self.peek_pool
         pool = find(self.encoder_of(centred, b_dec_subtracted=True))
-        members = None if pool is None else pool.members
-        return reference.select_inside(a, members, self.cfg.k, self.cfg.select) != 0
+        rule = Rule(self.cfg.k, self.cfg.select)
+        if pool is None:
+            return kept_mask(a, rule)
+        kept = kept_mask(a[:, pool.members], rule)
+        return torch.zeros_like(a, dtype=torch.bool).index_copy_(1, pool.members, kept)
 
     def dense_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """SAELens' step around `encode_with_hidden_pre`, for hooks on dense activations."""
@@ -170,3 +173,12 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         inputs = self.step_inputs(step_input)
         inputs.raw = inputs.raw.reshape(-1, self.cfg.d_in)
         return {"auxiliary_reconstruction_loss": self.dead_loss(inputs, [sae_out.reshape(-1, self.cfg.d_in)])}
+
+
+def kept_mask(a: Tensor, rule: Rule) -> Tensor:
+    """bool, of a [B, P]: the rule's largest entries, if positive."""
+    if rule.select == "batch":
+        mask = largest_mask(a.flatten(), batch_budget(len(a), rule.k)).view(a.shape)
+    else:
+        mask = largest_mask_of_rows(a, int(rule.k))
+    return mask & (a > 0)
