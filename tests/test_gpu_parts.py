@@ -16,7 +16,6 @@ from benchmarks.operations import OPERATIONS, SCORE_FORMS
 from benchmarks.operations.operation import Inputs
 from benchmarks.operations.race import Race, verdict
 from benchmarks.record import Record
-from benchmarks.worker import Worker, WorkerError
 from benchmarks.workloads import REHEARSAL
 from sampled_sae.kernels import configs
 
@@ -95,19 +94,6 @@ def test_a_compiling_process_may_fail_or_crash(record, monkeypatch, how, reason)
     monkeypatch.setattr(compiling, "COMPILERS", 1)
     compiling.compile_all(record, fatal, [(how,)])
     assert [row["reason"] for row in record.rows] == [reason]
-
-
-class Hanging:
-    def call(self):
-        time.sleep(600)
-
-
-def test_a_process_that_hangs_is_stopped():
-    worker = Worker(Hanging)
-    worker.ask("call")
-    with pytest.raises(WorkerError, match="took too long"):
-        worker.answer(0)
-    assert not worker._process.is_alive()
 
 
 def test_driver_version(tmp_path, monkeypatch):

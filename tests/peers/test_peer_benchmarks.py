@@ -1,7 +1,6 @@
 """The benchmarks against the peers: every candidate computes what it is said to; the commands at tiny sizes."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -18,7 +17,7 @@ from benchmarks.steps import harness
 from benchmarks.steps.experiments import exponent, table
 from benchmarks.steps.harness import Harness, Task, fitting
 from benchmarks.steps.session import StepSession
-from benchmarks.worker import Here, Worker, WorkerError
+from benchmarks.worker import Here, Worker
 from benchmarks.workloads import REHEARSAL, Workload
 from sampled_sae.bench import activations
 
@@ -136,32 +135,6 @@ def test_exponent(slope):
     assert exponent(sizes, [0, 1, 2, 3]) is None
 
 
-class Session:
-    """For the tests of Worker."""
-
-    def __init__(self, start):
-        self.start = start
-
-    def add(self, x):
-        return self.start + x
-
-    def die(self):
-        os._exit(3)
-
-
-@pytest.mark.slow
-def test_worker():
-    worker = Worker(Session, 2)
-    assert worker.call("add", 3) == 5
-    with pytest.raises(WorkerError, match="TypeError: unsupported operand"):
-        worker.call("add", "x")
-    dying = Worker(Session, 2)
-    with pytest.raises(WorkerError, match="died, exit code 3"):
-        dying.call("die")
-    with pytest.raises(WorkerError, match="missing 1 required positional argument"):
-        Worker(Session).call("add", 1)
-
-
 def tasks(*names, workload=REHEARSAL[0]):
     return [Task(name, CANDIDATES[name], workload, "") for name in names]
 
@@ -236,8 +209,8 @@ def test_peer_steps_command(tmp_path):
 
 @pytest.mark.slow
 def test_scaling_command(tmp_path):
-    result, shown = command("scaling", tmp_path, "--rehearse", "--rounds", 1, "--workloads", "k")
-    assert [(row["workload"], row["value"]) for row in result["rows"]] == [("k", 2), ("k", 4)] * 3
+    result, shown = command("scaling", tmp_path, "--rehearse", "--rounds", 1, "--workloads", "k", "--candidates", "l=4")
+    assert [(row["workload"], row["value"]) for row in result["rows"]] == [("k", 2), ("k", 4)]
     assert "exponent of step" in shown
 
 
