@@ -10,6 +10,7 @@ from .support.argument_checks import SCORES, check_budget, check_choice, check_i
 
 POOLS = ("top", "sample")
 SELECTS = ("batch", "token")
+SCREENS = ("auto", "off", "bf16")
 IMPLS = ("auto", "triton", "torch", "reference")
 
 
@@ -45,6 +46,9 @@ class SampledSAEConfig:
         threshold_decay: decay of the running mean behind the inference threshold.
         row_grads: `loss.backward()` leaves the gradients of the touched features in `sae.row_grads`, for
             `sampled_sae.optim.RowAdam`, in place of dense ones in `W_enc.grad`, `b_enc.grad`, `W_dec.grad`.
+        screen: "auto", "off" or "bf16": whether scores and searches look through bfloat16 products first, whose error
+            is bounded, and compute in full what the bound leaves open. The result is the same; "auto" does so where it
+            is faster.
         impl: "auto", "triton", "torch" or "reference".
         seed: seed of the initial weights and of `pool="sample"`.
 
@@ -70,6 +74,7 @@ class SampledSAEConfig:
     dead_after: int = 10_000_000
     threshold_decay: float = 0.999
     row_grads: bool = False
+    screen: str = "auto"
     impl: str = "auto"
     seed: int = 0
 
@@ -79,6 +84,7 @@ class SampledSAEConfig:
         check_choice("score", self.score, SCORES)
         check_choice("pool", self.pool, POOLS)
         check_choice("select", self.select, SELECTS)
+        check_choice("screen", self.screen, SCREENS)
         check_choice("impl", self.impl, IMPLS)
         check_budget(self.k, self.l, self.d_sae, self.select)
         check_number("aux_coefficient", self.aux_coefficient, 0, None)

@@ -262,14 +262,17 @@ class SampledSAE(nn.Module):
 
     def _encoder(self, x: Tensor, rows: RowSource | None = None) -> Encoder:
         b_dec = self.b_dec if self.cfg.apply_b_dec_to_input else None
-        return self._parts.encoder(self._flatten(x), self.W_enc.t(), self.b_enc, b_dec, None, rows)
+        operands = self.W_enc.t(), self.b_enc, b_dec
+        return self._parts.encoder(self._flatten(x), *operands, rows=rows, screen=self.cfg.screen)
 
     @property
     def _parts(self) -> Implementation:
         return implementation(self.impl_in_use)
 
     def _find_pool(self, encoder: Encoder) -> Pool | None:
-        return find_pool(self._parts, encoder.operands, PoolRule.of(self.cfg), self.generator)
+        # scores that a pool keeps are complete: a later step may rank others of them
+        operands = encoder.operands if self.cfg.pool_every == 1 else encoder.operands.in_full()
+        return find_pool(self._parts, operands, PoolRule.of(self.cfg), self.generator)
 
     @torch.no_grad()
     def _move_threshold(self, codes: SparseCodes) -> None:

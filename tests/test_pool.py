@@ -70,7 +70,7 @@ def test_scores_of_a_share_of_the_tokens(impl):
 )
 def test_share_of(share, expected):
     x = torch.arange(12)[:, None]
-    found = pools.share_of(x, share)
+    found = x[pools.share_of(x, share)]
     assert found.squeeze(1).tolist() == (list(range(12)) if expected is None else expected)
 
 

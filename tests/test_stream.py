@@ -143,8 +143,8 @@ def test_a_batch_that_cannot_fill_its_budget_is_not_computed_twice(select, monke
     with torch.no_grad():
         sae.b_enc.fill_(-3.0)
     passes = []
-    chunks = stream.activation_chunks
-    monkeypatch.setattr(stream, "activation_chunks", lambda *a: passes.append(1) or chunks(*a))
+    spans = stream.candidate_spans
+    monkeypatch.setattr(stream, "candidate_spans", lambda *a: passes.append(1) or spans(*a))
     for seed in range(4):
         kept = sae(tokens(40, 12, seed=seed)).codes.count()
         assert 0 < kept < 40 * sae.cfg.k

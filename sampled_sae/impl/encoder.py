@@ -12,11 +12,25 @@ from torch import Tensor
 from .row_gradients import RowSource
 
 
+class RoundedTokens(NamedTuple):
+    """A batch in bfloat16, through which scores and searches may look.
+
+    x: bfloat16 [B, d]. norms: float32 [B], of its rows. errors: float32 [B], norms of what the rounding changed.
+    """
+
+    x: Tensor
+    norms: Tensor
+    errors: Tensor
+
+    def of_tokens(self, at: slice | Tensor) -> RoundedTokens:
+        return RoundedTokens(self.x[at], self.norms[at], self.errors[at])
+
+
 class Operands(NamedTuple):
     """What scores and searches multiply: no gradient, in the dtype of the products, centred.
 
     x: [B, d]. W: [F, d]. b: [F]. scale: [F] or None. members: int64 [P], ascending, the features that a search looks
-    at; None for all.
+    at; None for all. screen: x in bfloat16 where scores and searches look through such products first.
     """
 
     x: Tensor
@@ -24,6 +38,7 @@ class Operands(NamedTuple):
     b: Tensor
     scale: Tensor | None = None
     members: Tensor | None = None
+    screen: RoundedTokens | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -41,16 +56,22 @@ class Operands(NamedTuple):
 
     def among(self, members: Tensor | None) -> Operands:
         """The same with these candidates."""
-        return Operands(self.x, self.W, self.b, self.scale, members)
+        return self._replace(members=members)
 
-    def of_tokens(self, x: Tensor) -> Operands:
-        """The same for other tokens, [T, d]."""
-        return Operands(x, self.W, self.b, self.scale, self.members)
+    def of_tokens(self, at: slice | Tensor) -> Operands:
+        """The same for some of the tokens."""
+        screen = None if self.screen is None else self.screen.of_tokens(at)
+        return self._replace(x=self.x[at], screen=screen)
+
+    def in_full(self) -> Operands:
+        """The same without a screen."""
+        return self._replace(screen=None)
 
     def of_features(self, features: Tensor) -> Operands:
         """An encoder of those features alone, int64 [P]: their weights are copied."""
         scale = None if self.scale is None else self.scale.index_select(0, features)
-        return Operands(self.x, self.W.index_select(0, features), self.b.index_select(0, features), scale)
+        W, b = self.W.index_select(0, features), self.b.index_select(0, features)
+        return Operands(self.x, W, b, scale, screen=self.screen)
 
 
 class Encoder(NamedTuple):
@@ -75,5 +96,5 @@ class Encoder(NamedTuple):
 
     def weights_alone(self) -> Encoder:
         """An encoder of the same centred input whose gradient reaches W and b alone; no scale."""
-        x, W, b, _, members = self.operands
-        return Encoder(x, self.W, self.b, None, None, self.rows, Operands(x, W, b, None, members))
+        operands = self.operands._replace(scale=None)
+        return Encoder(operands.x, self.W, self.b, None, None, self.rows, operands)

@@ -16,6 +16,7 @@ from ..config import IMPLS
 from ..support.argument_checks import check_choice
 from . import reference_form
 from .adam_step import AdamStep, Moments
+from .column_bounds import ColumnBounds
 from .encoder import Encoder, Operands
 from .torch import aux_loss as torch_aux
 from .torch import layer as torch_layer
@@ -35,6 +36,7 @@ class Implementation:
 
     encoder: Callable[..., Encoder]
     column_scores: Callable[[Operands, str], Tensor]
+    column_bounds: Callable[[Operands, str], ColumnBounds | None]
     candidate_pool: Callable[..., Tensor]
     select: Callable[..., SparseCodes]
     encode_at: Callable[[Encoder, Entries], SparseCodes]
@@ -97,6 +99,7 @@ def parts_of(layer: ModuleType, aux: ModuleType, optimizer: ModuleType) -> Imple
     return Implementation(
         layer.encoder,
         layer.column_scores,
+        layer.column_bounds,
         layer.candidate_pool,
         layer.select,
         layer.encode_at,

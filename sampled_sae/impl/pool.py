@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ..config import pool_size
 from ..support.cuda_graphs import capturing
+from .column_bounds import ColumnBounds, largest_columns
 from .encoder import Operands
+from .pool_sampling import gumbel_noise
 
 
 class PoolRule(NamedTuple):
@@ -29,10 +31,10 @@ class PoolRule(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """members: int64 [P], ascending. scores: [F], from which they were chosen."""
+    """members: int64 [P], ascending. scores: [F], from which they were chosen, or bounds that were enough to do so."""
 
     members: Tensor
-    scores: Tensor
+    scores: Tensor | ColumnBounds
 
 
 class Scoring(Protocol):
@@ -40,6 +42,9 @@ class Scoring(Protocol):
 
     @property
     def column_scores(self) -> Callable[[Operands, str], Tensor]: ...
+
+    @property
+    def column_bounds(self) -> Callable[[Operands, str], ColumnBounds | None]: ...
 
     @property
     def candidate_pool(self) -> Callable[[Tensor, int, str, torch.Generator | None], Tensor]: ...
@@ -89,18 +94,25 @@ class KeptPool:
 def find_pool(
     parts: Scoring, operands: Operands, rule: PoolRule, generator: torch.Generator | None = None
 ) -> Pool | None:
-    """The pool of a batch; None where it would be the whole dictionary."""
+    """The pool of a batch; None where it would be the whole dictionary.
+
+    Where the operands have a screen, only the columns whose rank it leaves open are scored in full.
+    """
     size = pool_size(rule.k, rule.l, operands.n_features)
     if size == operands.n_features:
         return None
-    seen = operands.of_tokens(share_of(operands.x, rule.score_tokens))
-    scores = parts.column_scores(seen, rule.score)
-    return Pool(parts.candidate_pool(scores, size, rule.pool, generator), scores)
+    seen = operands if rule.score_tokens == 1 else operands.of_tokens(share_of(operands.x, rule.score_tokens))
+    bounds = parts.column_bounds(seen, rule.score)
+    if bounds is None:
+        scores = parts.column_scores(seen, rule.score)
+        return Pool(parts.candidate_pool(scores, size, rule.pool, generator), scores)
+    if rule.pool == "top":
+        return Pool(largest_columns(bounds, size), bounds)
+    noise = gumbel_noise(bounds.low, generator)
+    return Pool(largest_columns(bounds, size, lambda scores: scores.double().log() + noise), bounds)
 
 
 def share_of(x: Tensor, share: float) -> Tensor:
-    """round(share * B) tokens, at least one, at even distances: neighbours may belong to one text."""
-    if share == 1:
-        return x
+    """Indices int64 of round(share * B) tokens, at least one, at even distances: neighbours may belong to one text."""
     n = max(1, round(share * len(x)))
-    return x.index_select(0, torch.arange(n, device=x.device) * len(x) // n)
+    return torch.arange(n, device=x.device) * len(x) // n

@@ -10,10 +10,15 @@ from ..support.cuda_graphs import capturing
 
 def gumbel_keys(scores: Tensor, generator: torch.Generator | None) -> Tensor:
     """float64 [F], whose largest are a draw without replacement in proportion to the scores."""
+    return scores.double().log() + gumbel_noise(scores, generator)
+
+
+def gumbel_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """-ln(-ln u) with u uniform: float64 in the shape and on the device of `like`."""
     device = None if generator is None else generator.device
-    u = torch.rand(scores.shape, dtype=torch.float64, generator=generator, device=device)
-    if scores.device != u.device:
+    u = torch.rand(like.shape, dtype=torch.float64, generator=generator, device=device)
+    if like.device != u.device:
         if capturing():
             raise RuntimeError('pool="sample": every replay of a CUDA graph would draw the same pool; must be "top"')
-        u = u.pin_memory().to(scores.device, non_blocking=True) if scores.is_cuda else u.to(scores.device)
-    return scores.double().log() - (-u.log()).log()
+        u = u.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else u.to(like.device)
+    return -(-u.log()).log()

@@ -20,6 +20,7 @@ __all__ = [
     "above_threshold",
     "aux_loss",
     "candidate_pool",
+    "column_bounds",
     "column_scores",
     "dead_candidates",
     "decode",
@@ -36,6 +37,7 @@ def encoder(
     b_dec: Tensor | None = None,
     scale: Tensor | None = None,
     rows: RowSource | None = None,
+    screen: str = "off",
 ) -> Encoder:
     """What this step computes with, in the dtype to compute in."""
     operands = Operands(centred(x, b_dec).detach(), W.detach(), b.detach(), None if scale is None else scale.detach())
@@ -57,6 +59,10 @@ def activations(encoder: Encoder) -> Tensor:
 def column_scores(operands: Operands, score: str) -> Tensor:
     a = reference.encode(operands.x, operands.W.t(), operands.b, operands.scale)
     return reference.column_scores(a, score)
+
+
+def column_bounds(operands: Operands, score: str) -> None:
+    """Scores are computed in full here."""
 
 
 def select(encoder: Encoder, members: Tensor | None, rule: Rule, hints: ThresholdHints | None = None) -> SparseCodes:

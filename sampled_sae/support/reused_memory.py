@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 KEPT_SCRATCH = 1 << 26
-DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+# numpy knows no bfloat16: the same bytes by another name
+DTYPES = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.int16}
 
 
 def on_huge_pages(like: Tensor, *shape: int) -> Tensor:
     """`like.new_empty(shape)`, on huge pages where the system grants them."""
     if like.device.type != "cpu" or like.dtype not in DTYPES:
         return like.new_empty(shape)
-    return torch.from_numpy(np.empty(shape, DTYPES[like.dtype]))
+    return torch.from_numpy(np.empty(shape, DTYPES[like.dtype])).view(like.dtype)
 
 
 class Workspace:
@@ -53,7 +54,7 @@ class Workspace:
         memory = self._blocks[at][0]
         view = memory[:size].view(DTYPES[like.dtype]).reshape(shape)
         self._blocks[at] = memory, weakref.ref(view)
-        return torch.from_numpy(view)
+        return torch.from_numpy(view).view(like.dtype)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Workspace:
         return Workspace()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...codes import SparseCodes
+from ..column_bounds import ColumnBounds, largest_columns
 from ..dead_features import AuxRule
 from ..encoder import Encoder, Operands
 from ..hints import Rule
@@ -22,7 +23,12 @@ from .stream import stream_token
 
 @without_autocast
 def aux_loss(
-    encoder: Encoder, x_hat: Tensor, W_dec: Tensor, dead: Tensor, rule: AuxRule, scores: Tensor | None = None
+    encoder: Encoder,
+    x_hat: Tensor,
+    W_dec: Tensor,
+    dead: Tensor,
+    rule: AuxRule,
+    scores: Tensor | ColumnBounds | None = None,
 ) -> Tensor:
     """The share of the residual's variance that the dead features leave unexplained.
 
@@ -31,7 +37,7 @@ def aux_loss(
         x_hat: [B, d]; no gradient flows into it.
         W_dec: [F, d]; receives gradient.
         dead: bool [F].
-        scores: [F], of this batch, where the pool needed them.
+        scores: [F], of this batch, or their bounds, where the pool needed them.
 
     Returns:
         mean ||e - e_hat||^2 / mean ||e - mean(e)||^2 with e = x - x_hat, 0-dim; 0 with no dead feature or a zero
@@ -59,16 +65,19 @@ def dead_candidates(
     operands: Operands,
     dead: Tensor,
     rule: AuxRule,
-    scores: Tensor | None = None,
+    scores: Tensor | ColumnBounds | None = None,
     score: Callable[[Operands, str], Tensor] = column_scores,
 ) -> Tensor:
     """int64, ascending: the dead features, of dead bool [F]; of more than `aux_pool` those of highest column score.
 
-    scores: [F], where they are known; else `score` finds those of the dead features.
+    scores: [F], or their bounds, where they are known; else `score` finds those of the dead features.
     """
     members = dead.nonzero().squeeze(1)
     if rule.aux_pool is None or len(members) <= rule.aux_pool:
         return members
+
+    if isinstance(scores, ColumnBounds):
+        return members[largest_columns(scores.of_features(members), rule.aux_pool)]
     if scores is None:
         dead_scores = score(operands.of_features(members), rule.score)
     else:

@@ -7,7 +7,6 @@ an entry, nothing gathered).
 
 from __future__ import annotations
 
-import warnings
 from functools import cached_property
 from typing import Any
 
@@ -20,10 +19,9 @@ from ...codes import Entries, SparseCodes
 from ...support.reused_memory import Workspace
 from ..encoder import Encoder
 from ..row_gradients import RowSource
+from .products import ends_of_tokens, sampled_product
 
 SLICE_ELEMENTS = 1 << 19
-# Said once a process by torch for every CSR tensor; the operations used here are covered by our tests.
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 
 class EntryIndex:
@@ -37,8 +35,7 @@ class EntryIndex:
     @cached_property
     def token_ends(self) -> Tensor:
         """[B + 1] offsets of each token's entries."""
-        counts = torch.bincount(self.tokens, minlength=self.n_tokens)
-        return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        return ends_of_tokens(self.tokens, self.n_tokens)
 
     @cached_property
     def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,14 +100,7 @@ class EntryIndex:
 
     def dots(self, left: Tensor, W: Tensor) -> Tensor:
         """left_i . W_j at each entry (i, j), [n]."""
-        pattern = torch.sparse_csr_tensor(
-            self.token_ends,
-            self.features,
-            left.new_zeros(len(self.features)),
-            (self.n_tokens, self.n_features),
-            check_invariants=False,
-        )
-        return torch.sparse.sampled_addmm(pattern, left, W.to(left.dtype).t(), beta=0.0).values()
+        return sampled_product(left, W, self.token_ends, self.features)
 
 
 def entry_codes(encoder: Encoder, found: Entries) -> SparseCodes:

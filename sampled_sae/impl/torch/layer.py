@@ -18,9 +18,20 @@ from .entries import decode_entries, entry_codes
 from .pool import candidate_pool
 from .products import without_autocast
 from .scores import column_scores
+from .screen import rounded
+from .screen_columns import column_bounds
 from .stream import batch_hint, stream_above, stream_batch, stream_token, token_hint
 
-__all__ = ["above_threshold", "candidate_pool", "column_scores", "decode", "encode_at", "encoder", "select"]
+__all__ = [
+    "above_threshold",
+    "candidate_pool",
+    "column_bounds",
+    "column_scores",
+    "decode",
+    "encode_at",
+    "encoder",
+    "select",
+]
 
 
 def encoder(
@@ -30,6 +41,7 @@ def encoder(
     b_dec: Tensor | None = None,
     scale: Tensor | None = None,
     rows: RowSource | None = None,
+    screen: str = "auto",
 ) -> Encoder:
     """What this step computes with: float32 for 16-bit inputs, W in its own dtype until a chunk of it is needed."""
     dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
@@ -37,7 +49,7 @@ def encoder(
     if b_dec is not None:
         centred = centred - b_dec.detach().to(dtype)
     scales = None if scale is None else scale.detach().to(dtype)
-    operands = Operands(centred, W.detach(), b.detach().to(dtype), scales)
+    operands = Operands(centred, W.detach(), b.detach().to(dtype), scales, screen=rounded(centred, W, screen))
     return Encoder(x, W, b, b_dec, scale, rows if rows is not None else RowSource(), operands)
 
 

@@ -7,6 +7,7 @@ a chunk of all of them would be too few features wide for a product at full rate
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,8 +19,10 @@ from ..encoder import Operands
 
 CHUNK_ELEMENTS = 1 << 20
 BLOCK_TOKENS = 2048
-# A chunk of `activation_chunks` is a multiple of so many features wide, so that its maxima can be taken in blocks.
+# A chunk of a search is a multiple of so many features wide, so that its maxima can be taken in blocks.
 BLOCK_FEATURES = 32
+# Said once a process by torch for every CSR tensor; the operations used here are covered by our tests.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,14 +47,14 @@ def chunk_features(n_tokens: int) -> int:
 
 def token_blocks(operands: Operands) -> Iterator[tuple[int, Operands]]:
     """(first token, the operands of some tokens) block by block."""
-    for i, x in enumerate(operands.x.split(BLOCK_TOKENS)):
-        yield i * BLOCK_TOKENS, operands.of_tokens(x)
+    for start in range(0, operands.n_tokens, BLOCK_TOKENS):
+        yield start, operands.of_tokens(slice(start, start + BLOCK_TOKENS))
 
 
 def feature_chunks(operands: Operands) -> Iterator[tuple[slice, Tensor]]:
     """(features, their activations after the relu [C, T]) chunk by chunk, for one block of T tokens after another."""
     n_features = operands.n_features
-    for _, (x, W, b, scale, _) in token_blocks(operands):
+    for _, (x, W, b, scale, *_) in token_blocks(operands):
         step = chunk_features(len(x))
         buffer = scratch(x, min(step, n_features), len(x))
         for start in range(0, n_features, step):
@@ -63,27 +66,59 @@ def feature_chunks(operands: Operands) -> Iterator[tuple[slice, Tensor]]:
             yield at, a
 
 
-def activation_chunks(operands: Operands, first: int | None = None) -> Iterator[tuple[int, Tensor]]:
-    """(first candidate, activations before the relu [B, C]), C a multiple of BLOCK_FEATURES, padded with -inf.
+def candidate_spans(operands: Operands, first: int | None = None) -> Iterator[slice]:
+    """Which candidates are looked at together: as many as keep [B, C] near 1M elements.
 
-    Where nothing is known of the threshold, chunks start with `first` columns and double, so that the first cut
-    of the candidates comes early. One buffer serves all of them.
+    Where nothing is known of the threshold, spans start with `first` candidates and double, so that the first cut
+    comes early.
     """
-    x, W, b, scale, members = operands
-    n_candidates = operands.n_candidates
-    largest = chunk_features(len(x))
-    memory = scratch(x, len(x) * min(largest, -(-n_candidates // BLOCK_FEATURES) * BLOCK_FEATURES))
+    largest = chunk_features(operands.n_tokens)
     start, width = 0, min(first or largest, largest)
-    while start < n_candidates:
-        stop = min(start + width, n_candidates)
-        at = slice(start, stop) if members is None else members[start:stop]
-        padded = -(-(stop - start) // BLOCK_FEATURES) * BLOCK_FEATURES
-        a = memory[: len(x) * padded].view(len(x), padded)
-        inner = a[:, : stop - start]
-        if padded > stop - start:
-            a[:, stop - start :] = -torch.inf
-        torch.addmm(b[at], x, W[at].to(x.dtype).t(), out=inner)
-        if scale is not None:
-            inner.mul_(scale[at])
-        yield start, a
-        start, width = stop, min(2 * width, largest)
+    while start < operands.n_candidates:
+        yield slice(start, min(start + width, operands.n_candidates))
+        start, width = start + width, min(2 * width, largest)
+
+
+def padded_chunk(memory: Tensor, n_tokens: int, span: slice) -> tuple[Tensor, Tensor]:
+    """A chunk [B, C] in that memory, C a multiple of BLOCK_FEATURES, padded with -inf; and its part without padding."""
+    width = span.stop - span.start
+    padded = -(-width // BLOCK_FEATURES) * BLOCK_FEATURES
+    a = memory[: n_tokens * padded].view(n_tokens, padded)
+    a[:, width:] = -torch.inf
+    return a, a[:, :width]
+
+
+def chunk_memory(operands: Operands) -> Tensor:
+    """Room for the widest chunk of these operands."""
+    width = min(chunk_features(operands.n_tokens), -(-operands.n_candidates // BLOCK_FEATURES) * BLOCK_FEATURES)
+    return scratch(operands.x, operands.n_tokens * width)
+
+
+def features_of(operands: Operands, span: slice) -> slice | Tensor:
+    """The features of a span of candidates."""
+    return span if operands.members is None else operands.members[span]
+
+
+def activations_at(operands: Operands, span: slice, memory: Tensor) -> Tensor:
+    """Activations before the relu, as `padded_chunk` has them."""
+    x, W, b, scale, *_ = operands
+    at = features_of(operands, span)
+    a, inner = padded_chunk(memory, len(x), span)
+    torch.addmm(b[at], x, W[at].to(x.dtype).t(), out=inner)
+    if scale is not None:
+        inner.mul_(scale[at])
+    return a
+
+
+def sampled_product(left: Tensor, W: Tensor, token_ends: Tensor, features: Tensor) -> Tensor:
+    """left_i . W_j at each entry (i, j), [n]; sorted by token, of which `token_ends` [B + 1] are the offsets."""
+    pattern = torch.sparse_csr_tensor(
+        token_ends, features, left.new_zeros(len(features)), (len(left), len(W)), check_invariants=False
+    )
+    return torch.sparse.sampled_addmm(pattern, left, W.to(left.dtype).t(), beta=0.0).values()
+
+
+def ends_of_tokens(tokens: Tensor, n_tokens: int) -> Tensor:
+    """[B + 1] offsets of each token's entries, which are sorted by token."""
+    counts = torch.bincount(tokens, minlength=n_tokens)
+    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))

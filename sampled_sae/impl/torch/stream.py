@@ -4,9 +4,14 @@ A chunk [B, C] is filtered in cache: maxima of blocks of 32 features tell which 
 above the running threshold tau, and only those blocks are looked at again. tau starts low and rises: whenever
 the candidates number twice the budget they are cut to the exact best so far, whose last member is the new
 tau. So the result is exact, whatever the first tau; one that was too high is seen by the count.
+
+Where the operands have a screen, a chunk is a bfloat16 product (screen.py): what its bound does not rule out is a
+candidate, and is computed in full before it is compared with anything.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,21 +19,92 @@ from torch import Tensor
 from ...codes import Entries
 from ...support.nth_largest import nth_largest, nth_largest_of_rows
 from ..encoder import Operands
-from .products import BLOCK_FEATURES, activation_chunks, token_blocks
+from .products import (
+    BLOCK_FEATURES,
+    activations_at,
+    candidate_spans,
+    chunk_memory,
+    ends_of_tokens,
+    sampled_product,
+    token_blocks,
+)
+from .screen import UNIT, screened_at
 
 FIRST_CHUNK = 128
 WIDEST_TABLE = 16
+# a screen that lets more than this share of a chunk through costs more than it saves
+MOST_SCREENED = 1 / 16
+
+
+class Search:
+    """Entries > 0 and at or above a floor, which may rise from chunk to chunk."""
+
+    def __init__(self, operands: Operands) -> None:
+        self.operands = operands
+        self.screening = operands.screen is not None
+        self.found: list[Entries] = []
+        self.screened: list[Entries] = []
+        self.count = 0
+
+    def look_at(self, token: int, block: Operands, first: int | None, floor: Tensor) -> Iterator[None]:
+        """Through all candidates of a block of tokens, the first of which is `token`; stops after each chunk.
+
+        floor: [1] or [B], of the block; may be changed in between.
+        """
+        memory = chunk_memory(block)
+        for span in candidate_spans(block, first):
+            if not self._screened(token, block, span, memory, floor):
+                a = activations_at(block, span, memory)
+                self._add(self.found, filter_chunk(a, token, span.start, floor.clamp_min(smallest_positive(a.dtype))))
+            yield
+
+    def _screened(self, token: int, block: Operands, span: slice, memory: Tensor, floor: Tensor) -> bool:
+        """Whether a look through the screen was enough."""
+        if not self.screening or not floor.any():
+            return False
+        a, slack = screened_at(block, span, memory)
+        least = floor * (1 - UNIT) - slack
+        if bool(least.isfinite().all()):
+            candidates = filter_chunk(a, token, span.start, least)
+            if len(candidates.values) <= MOST_SCREENED * a.numel():
+                self._add(self.screened, candidates)
+                return True
+        self.screening = False
+        return False
+
+    def _add(self, entries: list[Entries], some: Entries) -> None:
+        entries.append(some)
+        self.count += len(some.values)
+
+    def in_full(self, floor: Tensor) -> Entries:
+        """All that was found, in full precision; floor [1] or [B], of the whole batch."""
+        if self.screened:
+            seen = in_order(join(self.screened), self.operands.n_candidates)
+            values = self._activations(seen)
+            least = floor if len(floor) == 1 else floor.index_select(0, seen.tokens)
+            at = (values >= least.clamp_min(smallest_positive(values.dtype))).nonzero().squeeze(1)
+            self.found.append(take(Entries(values, seen.tokens, seen.features), at))
+            self.screened = []
+        self.found = [join(self.found)]
+        self.count = len(self.found[0].values)
+        return self.found[0]
+
+    def _activations(self, entries: Entries) -> Tensor:
+        """Before the relu, at entries sorted by token."""
+        x, W, b, scale, members, _ = self.operands
+        features = entries.features if members is None else members.index_select(0, entries.features)
+        z = sampled_product(x, W, ends_of_tokens(entries.tokens, len(x)), features)
+        z += b.index_select(0, features)
+        return z if scale is None else z.mul_(scale.index_select(0, features))
 
 
 def stream_above(operands: Operands, tau: float) -> Entries:
     """Every entry > 0 and >= tau, sorted by token, then feature."""
-    floor = operands.x.new_full((1,), tau)
-    found = [
-        filter_chunk(a, token, base, floor)
-        for token, block in token_blocks(operands)
-        for base, a in activation_chunks(block)
-    ]
-    return sort_entries(join(found), operands.members)
+    floor, search = operands.x.new_full((1,), tau), Search(operands)
+    for token, block in token_blocks(operands):
+        for _ in search.look_at(token, block, None, floor):
+            pass
+    return sort_entries(search.in_full(floor), operands.members)
 
 
 def stream_batch(operands: Operands, n: int, hint: float | None = None) -> Entries:
@@ -37,20 +113,19 @@ def stream_batch(operands: Operands, n: int, hint: float | None = None) -> Entri
     Args:
         hint: a guess of the n-th largest; a bad one costs time, never exactness.
     """
-    floor = operands.x.new_full((1,), 0.0 if hint is None else hint)
-    kept: list[Entries] = []
-    count = 0
+    floor, search = operands.x.new_full((1,), 0.0 if hint is None else hint), Search(operands)
     for token, block in token_blocks(operands):
-        for base, a in activation_chunks(block, FIRST_CHUNK if hint is None else None):
-            kept.append(filter_chunk(a, token, base, floor))
-            count += len(kept[-1].values)
-            if count >= 2 * n and n > 0:
-                kept = [keep_best(join(kept), n, operands.n_features)]
-                floor.fill_(kept[0].values.min())
-                count = n
-    if count < n and hint is not None:
+        for _ in search.look_at(token, block, FIRST_CHUNK if hint is None else None, floor):
+            if search.count >= 2 * n > 0:
+                kept = keep_best(search.in_full(floor), n, operands.n_features)
+                search.found = [kept]
+                search.count = len(kept.values)
+                if search.count == n:
+                    floor.fill_(kept.values.min())
+    found = search.in_full(floor)
+    if len(found.values) < n and hint is not None:
         return stream_batch(operands, n)
-    return sort_entries(keep_best(join(kept), n, operands.n_features), operands.members)
+    return sort_entries(keep_best(found, n, operands.n_features), operands.members)
 
 
 def stream_token(operands: Operands, k: int, hint: float | None = None) -> Entries:
@@ -70,7 +145,7 @@ def stream_token(operands: Operands, k: int, hint: float | None = None) -> Entri
         short = torch.bincount(best.tokens, minlength=n_tokens) < k
         again = short.nonzero().squeeze(1)
         if len(again):
-            values, tokens, features = best_of_tokens(operands.of_tokens(x[again]), k, x.new_zeros(len(again)))
+            values, tokens, features = best_of_tokens(operands.of_tokens(again), k, x.new_zeros(len(again)))
             done = (~short[best.tokens]).nonzero().squeeze(1)
             best = join([take(best, done), Entries(values, again[tokens], features)])
     return sort_entries(best, operands.members)
@@ -78,16 +153,14 @@ def stream_token(operands: Operands, k: int, hint: float | None = None) -> Entri
 
 def best_of_tokens(operands: Operands, k: int, floor: Tensor) -> Entries:
     """The k largest entries of each token among those > 0 and >= floor [B], in any order."""
-    n_tokens = operands.n_tokens
-    kept: list[Entries] = []
-    count = 0
-    for base, a in activation_chunks(operands, None if floor.any() else FIRST_CHUNK):
-        kept.append(filter_chunk(a, 0, base, floor))
-        count += len(kept[-1].values)
-        if count >= 4 * k * n_tokens:
-            best, floor = keep_best_of_tokens(join(kept), k, n_tokens)
-            kept, count = [best], len(best.values)
-    return keep_best_of_tokens(join(kept), k, n_tokens)[0]
+    n_tokens, search = operands.n_tokens, Search(operands)
+    floor = floor.clone()
+    for _ in search.look_at(0, operands, None if floor.any() else FIRST_CHUNK, floor):
+        if search.count >= 4 * k * n_tokens:
+            best, cut = keep_best_of_tokens(search.in_full(floor), k, n_tokens)
+            search.found, search.count = [best], len(best.values)
+            floor.copy_(cut)
+    return keep_best_of_tokens(search.in_full(floor), k, n_tokens)[0]
 
 
 def batch_hint(entries: Entries, n: int) -> float | None:
@@ -113,12 +186,11 @@ def token_hint(entries: Entries, x: Tensor, k: int) -> float | None:
 
 
 def filter_chunk(a: Tensor, token: int, base: int, floor: Tensor) -> Entries:
-    """Entries > 0 and >= floor ([1] or [B]) of a chunk [B, C], sorted by token, then column.
+    """Entries >= floor ([1] or [B]) of a chunk [B, C], sorted by token, then column.
 
     The chunk's first row is that of token `token`, its first column number `base`.
     """
     n_blocks = a.shape[1] // BLOCK_FEATURES
-    floor = floor.clamp_min(smallest_positive(a.dtype))
     top = a.view(-1, BLOCK_FEATURES).amax(1).view(-1, n_blocks)  # [B, C / 32]
     hits = (top >= floor[:, None]).flatten().nonzero().squeeze(1)
     inside = a.view(-1, BLOCK_FEATURES).index_select(0, hits)  # [H, 32]
@@ -153,11 +225,9 @@ def keep_best(entries: Entries, n: int, n_features: int) -> Entries:
 def keep_best_of_tokens(entries: Entries, k: int, n_tokens: int) -> tuple[Entries, Tensor]:
     """The k largest of each token, and the smallest of them [B] (0 where a token has fewer than k).
 
-    Entries come in order of features within a token, so that a stable sort by token keeps the tie rule. A
-    table [B, width] is fastest; where one token has far more entries than k it would be large, and a sort it is.
+    A table [B, width] is fastest; where one token has far more entries than k it would be large, and a sort it is.
     """
-    order = torch.argsort(entries.tokens, stable=True)
-    values, tokens, features = take(entries, order)
+    values, tokens, features = in_order(entries)
     counts = torch.bincount(tokens, minlength=n_tokens)
     first = counts.cumsum(0) - counts
     width = max(int(counts.max()), k)
@@ -194,10 +264,18 @@ def join(parts: list[Entries]) -> Entries:
     return Entries(*(torch.cat(column) for column in zip(*parts)))
 
 
+def in_order(entries: Entries, n_columns: int | None = None) -> Entries:
+    """By token, then column."""
+    tokens, features = entries.tokens, entries.features
+    if n_columns is None:
+        n_columns = int(features.max()) + 1 if len(features) else 1
+    keys = tokens * n_columns + features
+    if bool((keys[1:] > keys[:-1]).all()):
+        return entries
+    return take(entries, torch.argsort(keys))
+
+
 def sort_entries(entries: Entries, members: Tensor | None) -> Entries:
     """By token, then feature; columns of the pool become features of the dictionary."""
-    values, tokens, features = entries
-    if members is not None:
-        features = members[features]
-    order = torch.argsort(tokens * (int(features.max()) + 1 if len(features) else 1) + features)
-    return take(Entries(values, tokens, features), order)
+    values, tokens, features = in_order(entries)
+    return Entries(values, tokens, features if members is None else members[features])

@@ -29,7 +29,7 @@ def aux_loss(
 ) -> Tensor:
     """As the torch form's, which serves for aux_pool=None, where the number of dead features has to be known."""
     if rule.aux_pool is None:
-        return torch_form.aux_loss(torch_encoder(*encoder[:-1]), x_hat, W_dec, dead, rule)
+        return torch_form.aux_loss(torch_encoder(*encoder[:-1], screen="off"), x_hat, W_dec, dead, rule)
     residual = (encoder.x.to(x_hat.dtype) - x_hat).detach()
     if scores is None:
         scores = column_scores(encoder.operands, rule.score)

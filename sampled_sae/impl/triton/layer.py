@@ -22,7 +22,16 @@ from .pool import candidate_pool
 from .scores import column_scores
 from .stream import stream_above
 
-__all__ = ["above_threshold", "candidate_pool", "column_scores", "decode", "encode_at", "encoder", "select"]
+__all__ = [
+    "above_threshold",
+    "candidate_pool",
+    "column_bounds",
+    "column_scores",
+    "decode",
+    "encode_at",
+    "encoder",
+    "select",
+]
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -39,6 +48,7 @@ def encoder(
     b_dec: Tensor | None = None,
     scale: Tensor | None = None,
     rows: RowSource | None = None,
+    screen: str = "off",
 ) -> Encoder:
     """What this step computes with: x - b_dec rounded once, and W, in the dtype of the products; biases in fp32."""
     dtype = product_dtype(x)
@@ -49,11 +59,15 @@ def encoder(
     return Encoder(x, W, b, b_dec, scale, rows if rows is not None else RowSource(), operands)
 
 
+def column_bounds(operands: Operands, score: str) -> None:
+    """Scores are computed in full here."""
+
+
 def select(encoder: Encoder, members: Tensor | None, rule: Rule, hints: ThresholdHints | None = None) -> SparseCodes:
     """What a batch keeps inside the pool `members`, int64 [P], or everywhere for None."""
     if members is not None and len(members) <= BLOCK_FEATURES:
         return block_codes(encoder, members, rule)
-    x, W, b, scale, _ = encoder.operands
+    x, W, b, scale, *_ = encoder.operands
     if rule.select == "token":
         *found, _ = select_entries(x, W, b, scale, members, int(rule.k), True, None)
         return padded_codes(encoder, Entries(*found), members)

@@ -17,7 +17,7 @@ from .products import encoder_chunks
 
 def column_scores(operands: Operands, score: str) -> Tensor:
     """[F], of every feature; no gradient."""
-    x, W, b, scale, _ = operands
+    x, W, b, scale, *_ = operands
     return finish_scores(column_statistics(x, W, b, score, scale), score)
 
 
@@ -43,7 +43,7 @@ def _(x: Tensor, W: Tensor, b: Tensor, score: str, scale: Tensor | None) -> Tens
 
 def chunked_statistics(operands: Operands, score: str) -> Tensor:
     """The same, by cuBLAS's product of one chunk of features after another and one pass over each."""
-    x, W, b, scale, _ = operands
+    x, W, b, scale, *_ = operands
     check_encoder(x, W, b, scale)
     statistics = torch.empty(statistics_of(score), W.shape[0], dtype=torch.float32, device=x.device)
     for chunk in encoder_chunks(operands):

@@ -60,7 +60,7 @@ def by_products(encoder: Encoder, W_dec: Tensor, members: Tensor, scale: Tensor 
 def by_entries(encoder: Encoder, W_dec: Tensor, members: Tensor, scale: Tensor | None, k: int) -> Tensor:
     """The same from the kept entries alone, some tokens at a time."""
     parts, elements = implementation("torch"), CHUNK_ELEMENTS if encoder.x.device.type == "cpu" else GPU_CHUNK_ELEMENTS
-    _, W, b, _, _ = encoder.operands.of_features(members)
+    _, W, b, *_ = encoder.operands.of_features(members)
     W = W.to(b.dtype)
     acts, columns = [], []
     for x in encoder.operands.x.split(max(1, elements // len(members))):

@@ -49,7 +49,7 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
     def next_pool(self, encoder: Encoder) -> Pool | None:
         """The pool of one more batch; None for the whole dictionary. Its scores serve the batch's aux loss."""
         pool = self._memory.pool.next(lambda: self._find_pool(encoder, self._generator))
-        self._pool_scores = None if pool is None else pool.scores.detach()
+        self._pool_scores = pool.scores.detach() if pool is not None and isinstance(pool.scores, Tensor) else None
         return pool
 
     def peek_pool(self, encoder: Encoder) -> Pool | None:
@@ -58,7 +58,7 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         return copy.copy(self._memory.pool).next(lambda: self._find_pool(encoder, generator))
 
     def _find_pool(self, encoder: Encoder, generator: torch.Generator) -> Pool | None:
-        return find_pool(self.parts(), encoder.operands, PoolRule.of(self.cfg), generator)
+        return find_pool(self.parts(), encoder.operands.in_full(), PoolRule.of(self.cfg), generator)
 
     def select_codes(self, inputs: StepInputs) -> SparseCodes:
         pool = self.next_pool(inputs.encoder)

@@ -84,7 +84,7 @@ class EncoderCall:
         full = ~short[tokens]
         acts, at = values.new_empty(len(short), k), features.new_empty(len(short), k)
         acts[~short], at[~short] = values.detach()[full].view(-1, k), features[full].view(-1, k)
-        found, at[short] = picked(operands.of_tokens(operands.x[short]), lambda a: a.topk(k, sorted=False))
+        found, at[short] = picked(operands.of_tokens(short), lambda a: a.topk(k, sorted=False))
         acts[short] = found.to(acts.dtype)
         return acts, at
 

@@ -1,0 +1,49 @@
+"""Between what and what the scores of the columns lie, and who is among the largest all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..support.nth_largest import largest_mask, nth_largest
+
+# more undecided columns than this share of all cost more than they save
+MOST_UNDECIDED = 1 / 4
+
+
+class ColumnBounds(NamedTuple):
+    """low, high: [F], of each column's score. exact: of some columns, int64 [U], in full precision; of all for None."""
+
+    low: Tensor
+    high: Tensor
+    exact: Callable[[Tensor | None], Tensor]
+
+    def of_features(self, features: Tensor) -> ColumnBounds:
+        """Of some columns, int64 [U], which are counted from 0 then."""
+        low, high = self.low[features], self.high[features]
+        return ColumnBounds(low, high, lambda at: self.exact(features if at is None else features[at]))
+
+
+def largest_columns(
+    bounds: ColumnBounds, size: int, keys: Callable[[Tensor], Tensor] = lambda scores: scores
+) -> Tensor:
+    """The `size` columns of highest key, int64 ascending; ties to the lower one.
+
+    Args:
+        keys: of scores [F], element by element; they rise with the scores.
+    """
+    low, high = keys(bounds.low), keys(bounds.high)
+    if size >= len(low):
+        return torch.arange(len(low), device=low.device)
+    sure = low > nth_largest(high, size + 1)
+    undecided = (~sure & ~(high < nth_largest(low, size))).nonzero().squeeze(1)
+    if len(undecided) > MOST_UNDECIDED * len(low):
+        return largest_mask(keys(bounds.exact(None)), size).nonzero().squeeze(1)
+    scores = bounds.low.clone()
+    scores[undecided] = bounds.exact(undecided)
+    taken = largest_mask(keys(scores)[undecided], size - int(sure.sum()))
+    sure[undecided[taken]] = True
+    return sure.nonzero().squeeze(1)

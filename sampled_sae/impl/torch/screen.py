@@ -1,0 +1,117 @@
+"""Activations seen through bfloat16 products, with a bound on what that changes: docs/method.md, "Screening".
+
+x^ = x + dx and w^ = w + dw are the operands rounded to bfloat16. z^_ij = x^_i . w^_j is summed in float32 and rounded
+to bfloat16 in turn. Before that last rounding
+
+    |z^_ij - z_ij| <= ||x^_i|| ||dw_j|| + ||dx_i|| ||w_j|| + 2 d 2^-24 ||x^_i|| ||w^_j||
+
+whose last term is the rounding of the sums, taken twice for safety. The last rounding moves z by at most 2^-8 |z|.
+Adding the bias and multiplying by a positive scale move the bound along; the ReLU does not widen it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...support.reused_memory import scratch
+from ..encoder import Operands, RoundedTokens
+from .products import features_of, padded_chunk
+
+# what rounding to bfloat16 moves a number by, at most, with the roundings of float32 that come on top
+UNIT = 1.01 * 2.0**-8
+# norms and bounds are themselves computed in float32
+MARGIN = 1.01
+# products and squares of what is larger may leave the range of float32
+LARGEST = 1e15
+# activations in a batch below which a product costs too little to be screened
+FEWEST_ACTIVATIONS = 1 << 20
+
+
+def rounded(x: Tensor, W: Tensor, screen: str) -> RoundedTokens | None:
+    """x [B, d] in bfloat16 where `screen` asks for it and the operands allow it; else None."""
+    if screen == "off" or x.dtype != torch.float32 or W.dtype != torch.float32 or x.device.type != "cpu":
+        return None
+    if screen == "auto" and (x.shape[0] * W.shape[0] < FEWEST_ACTIVATIONS or not fast_bfloat16()):
+        return None
+    if not sums_in_float32():
+        return None
+    low = x.bfloat16()
+    norms = row_norms(low.float())
+    if not float(norms.amax() if len(norms) else 0.0) < LARGEST:
+        return None
+    return RoundedTokens(low, norms, row_norms(x - low))
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """[B], never too small: a square below 2^-126 may be lost."""
+    return torch.linalg.vector_norm(rows, dim=1) + 2.0**-62 * rows.shape[1] ** 0.5
+
+
+@functools.cache
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32."""
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in asked)
+
+
+@functools.cache
+def sums_in_float32() -> bool:
+    """Whether bfloat16 products are summed in float32, as the bound says: 4,096 ones are 256 where they are not."""
+    ones = torch.ones(64, 4096, dtype=torch.bfloat16)
+    return bool((ones @ ones.t() == 4096).all())
+
+
+class FeatureRounding(NamedTuple):
+    """Some features in bfloat16: W [C, d]; float32 [C] norms of the rows before it, and of what it changed."""
+
+    W: Tensor
+    norms: Tensor
+    errors: Tensor
+
+    @classmethod
+    def of(cls, W: Tensor) -> FeatureRounding:
+        """Of W [C, d] float32, in memory that serves again."""
+        low = scratch(W.new_empty(0, dtype=torch.bfloat16), *W.shape).copy_(W)
+        change = torch.sub(W, low, out=scratch(W, *W.shape))
+        return cls(low, row_norms(W), row_norms(change))
+
+    def sum_errors(self, d: int) -> Tensor:
+        """[C]: what rounding the sums over d moves z^_ij by, at most, for ||x^_i|| = 1."""
+        return 2 * d * 2.0**-24 * (self.norms + self.errors) + smallest_normal() * d
+
+
+def smallest_normal() -> float:
+    """bfloat16 instructions take smaller numbers as zero."""
+    return float(torch.finfo(torch.bfloat16).tiny)
+
+
+def entry_slack(operands: Operands, at: slice | Tensor, features: FeatureRounding) -> Tensor:
+    """[B]: an activation of these features that is at least t > 0 is seen as at least (1 - UNIT) t - slack."""
+    seen = operands.screen
+    assert seen is not None
+    norms, errors, sums = features.norms, features.errors, features.sum_errors(operands.x.shape[1])
+    bias = operands.b[at].abs()
+    if operands.scale is not None:
+        scale = operands.scale[at]
+        norms, errors, sums, bias = (t * scale for t in (norms, errors, sums, bias))
+    by_entry = seen.norms * (errors.amax() + sums.amax()) + seen.errors * norms.amax()
+    return MARGIN * (1 + UNIT) * (by_entry + smallest_normal() * (1 + norms.amax())) + UNIT * bias.amax()
+
+
+def screened_at(operands: Operands, span: slice, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations as a bfloat16 product has them, like `activations_at`, and the `entry_slack` of its tokens."""
+    screen = operands.screen
+    assert screen is not None
+    at = features_of(operands, span)
+    a, inner = padded_chunk(memory, operands.n_tokens, span)
+    features = FeatureRounding.of(operands.W[at])
+    z = scratch(screen.x, operands.n_tokens, span.stop - span.start)
+    torch.mm(screen.x, features.W.t(), out=z)
+    inner.copy_(z).add_(operands.b[at])
+    if operands.scale is not None:
+        inner.mul_(operands.scale[at])
+    return a, entry_slack(operands, at, features)

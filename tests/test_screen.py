@@ -1,0 +1,266 @@
+"""Looking through bfloat16 products changes no pool and no kept pair, and its bounds hold."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from makers import make_sae, tokens
+
+from sampled_sae import RowAdam
+from sampled_sae.impl.encoder import Operands
+from sampled_sae.impl.hints import Rule, ThresholdHints
+from sampled_sae.impl.interface import implementation
+from sampled_sae.impl.pool import PoolRule, find_pool
+from sampled_sae.impl.torch import screen, screen_columns, stream
+from sampled_sae.testing import whole_numbers
+
+TORCH = implementation("torch")
+SCORED = [("l2", "top"), ("l2_squared", "top"), ("uniform", "top"), ("l2", "sample"), ("l2_squared", "sample")]
+quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+long = settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def low_rank(x, W, b, g):
+    left, right = torch.randn(len(x), 2, generator=g), torch.randn(2, x.shape[1], generator=g)
+    return left @ right + 1e-3 * x, W, b
+
+
+def huge_token(x, W, b, g):
+    x[0] *= 1e4
+    return x, W, b
+
+
+def huge_feature(x, W, b, g):
+    W[-1] *= 1e4
+    return x, W, b
+
+
+def heavy_tails(x, W, b, g):
+    return x * torch.randn(len(x), 1, generator=g).exp() ** 3, W * torch.randn(len(W), 1, generator=g).exp() ** 3, b
+
+
+def twins(x, W, b, g):
+    """Columns that differ by less than bfloat16 can tell."""
+    W[1::2] = W[: len(W) // 2 * 2 : 2] * (1 + 1e-4 * torch.rand(len(W) // 2, 1, generator=g))
+    return x, W, b
+
+
+def tiny(x, W, b, g):
+    return 1e-23 * x, W, 1e-23 * b
+
+
+def no_signal(x, W, b, g):
+    return torch.zeros_like(x), W, b
+
+
+KINDS = [None, low_rank, huge_token, huge_feature, heavy_tails, twins, tiny, no_signal]
+
+
+@st.composite
+def encoders(draw):
+    """(x, W, b, scale, tolerance): how far float32 rounding may move an activation, per unit of ||x|| ||w||."""
+    B, d, n = draw(st.integers(1, 40)), draw(st.integers(1, 24)), draw(st.integers(2, 300))
+    seed = draw(st.integers(0, 10**6))
+    if draw(st.booleans()):
+        # exact in float32, not in bfloat16; ties abound
+        t = whole_numbers(B, min(d, 8), n, seed=seed, largest=draw(st.sampled_from([1, 40, 700])))
+        return t["x"], t["W_enc"].t().contiguous(), t["b_enc"], None, 0.0
+    g = torch.Generator().manual_seed(seed)
+    x, W, b = torch.randn(B, d, generator=g), torch.randn(n, d, generator=g), 0.3 * torch.randn(n, generator=g)
+    kind = draw(st.sampled_from(KINDS))
+    if kind is not None:
+        x, W, b = kind(x, W, b, g)
+    scale = torch.rand(n, generator=g) + 0.5 if draw(st.booleans()) else None
+    return x, W, b, scale, 1e-6
+
+
+def both(x, W, b, scale):
+    """The encoder without and with a screen."""
+    seen = [TORCH.encoder(x, W, b, None, scale, screen=name) for name in ("off", "bf16")]
+    assert seen[0].operands.screen is None
+    return seen
+
+
+def activations(x, W, b, scale):
+    a = torch.relu(x.double() @ W.double().t() + b.double())
+    return a if scale is None else a * scale.double()
+
+
+def rounding(case):
+    """[B, F]: how far float32 may be from the activations."""
+    x, W, b, scale, tolerance = case
+    size = x.double().norm(dim=1)[:, None] * W.double().norm(dim=1) + b.double().abs()
+    return tolerance * (size if scale is None else size * scale)
+
+
+def assert_same_pairs(case, off, seen, threshold=None):
+    """Equal, but for pairs that float32 rounding alone may swap: as close to the cut as that."""
+    ours, theirs = off.to_dense() != 0, seen.to_dense() != 0
+    differ = ours != theirs
+    if not differ.any():
+        return
+    assert case[4] > 0, "whole numbers must give the same pairs"
+    a = activations(*case[:4])
+    cut = a[ours | theirs].min() if threshold is None else threshold
+    assert ((a[differ] - cut).abs() <= 2 * rounding(case)[differ] + 2 * rounding(case)[ours | theirs].max()).all()
+
+
+def check(case, k, l):
+    off, seen = both(*case[:4])
+    n_features = off.shape[1]
+    for select in ("batch", "token"):
+        rule, hints = Rule(min(k, n_features), select), [ThresholdHints(), ThresholdHints()]
+        for _ in range(2):  # without a hint, then with one
+            codes = [TORCH.select(e, None, rule, h) for e, h in zip((off, seen), hints)]
+            if select == "batch":
+                assert_same_pairs(case, *codes)
+            elif case[4] == 0:
+                assert torch.equal(codes[0].to_dense(), codes[1].to_dense())
+    for tau in (0.0, float(codes[0].smallest()) if codes[0].count() else 1.0):
+        assert_same_pairs(case, *(TORCH.above_threshold(e, torch.tensor(tau)) for e in (off, seen)), threshold=tau)
+    for score, pool in SCORED:
+        bounds = TORCH.column_bounds(seen.operands, score)
+        scores = TORCH.column_scores(off.operands, score)
+        if bounds is not None:
+            slack = 1e-5 * scores.abs() + 1e-30
+            assert (bounds.low <= scores + slack).all()
+            assert (scores <= bounds.high + slack).all()
+        rule = PoolRule(k, l, score, pool)
+        pools = [find_pool(TORCH, e.operands, rule, torch.Generator().manual_seed(3)) for e in (off, seen)]
+        if pools[0] is None:
+            continue
+        differ = set(pools[0].members.tolist()) ^ set(pools[1].members.tolist())
+        assert len(pools[0].members) == len(pools[1].members)
+        if score == "uniform" or (case[4] == 0 and pool == "top"):
+            assert not differ
+        elif pool == "top" and differ:
+            exact = activations(*case[:4]).norm(dim=0)
+            cut = exact[pools[0].members].min()
+            assert all(abs(exact[j] - cut) <= 1e-5 * cut + rounding(case)[:, j].norm() for j in differ)
+        else:
+            assert len(differ) <= 2  # keys that tie to float32's rounding
+
+
+@quick
+@given(encoders(), st.integers(1, 8), st.sampled_from([1.0, 2.0, 4.0]))
+def test_the_same_pool_and_pairs(case, k, l):
+    check(case, k, l)
+
+
+@pytest.mark.slow
+@long
+@given(encoders(), st.integers(1, 8), st.sampled_from([1.0, 2.0, 4.0]))
+def test_the_same_pool_and_pairs_of_many_problems(case, k, l):
+    check(case, k, l)
+
+
+def planted():
+    """An entry whose rounding is as large as the bound allows: 1 is seen where 1 + 2^-7 is true."""
+    x = torch.tensor([[1.0, 2.0**-8]])
+    W = torch.zeros(64, 2)
+    W[5] = torch.tensor([1 + 2.0**-8 - 2.0**-20, 1.0])
+    return x, W, torch.zeros(64)
+
+
+def narrower(monkeypatch, share):
+    monkeypatch.setattr(screen, "MARGIN", share * screen.MARGIN)
+    for module in (screen, screen_columns, stream):
+        monkeypatch.setattr(module, "UNIT", share * screen.UNIT) if module is not screen else None
+    monkeypatch.setattr(screen_columns, "MARGIN", share * screen_columns.MARGIN)
+    monkeypatch.setattr(screen, "UNIT", share * screen.UNIT)
+
+
+@pytest.mark.parametrize(("share", "found"), [(1.0, True), (0.9, False)])
+def test_the_entry_bound_is_needed(share, found, monkeypatch):
+    x, W, b = planted()
+    narrower(monkeypatch, share)
+    seen = TORCH.encoder(x, W, b, screen="bf16")
+    true = float(TORCH.above_threshold(TORCH.encoder(x, W, b, screen="off"), torch.tensor(0.5)).values[0])
+    just_below = torch.tensor(true).nextafter(torch.tensor(0.0))
+    assert len(TORCH.above_threshold(seen, just_below).values) == found
+
+
+@pytest.mark.parametrize(("share", "holds"), [(1.0, True), (0.9, False)])
+def test_the_column_bound_is_needed(share, holds, monkeypatch):
+    x, W, b = planted()
+    narrower(monkeypatch, share)
+    bounds = TORCH.column_bounds(TORCH.encoder(x, W, b, screen="bf16").operands, "l2")
+    assert (float(bounds.high[5]) >= 1 + 2.0**-7 - 2.0**-20) == holds
+
+
+def test_a_spectral_bound_is_one_and_not_a_loose_one():
+    for seed, shape in enumerate([(1, 1), (3, 40), (200, 30), (64, 64)]):
+        X = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * torch.logspace(0, -2, shape[1])
+        X = X.bfloat16()
+        exact = float(torch.linalg.matrix_norm(X.double(), 2))
+        assert exact <= screen_columns.spectral_bound(X) <= 1.2 * exact
+
+
+@pytest.mark.parametrize("value", [float("inf"), 3e38, 1e30, 1e-40])
+def test_values_at_the_ends_of_float32(value):
+    x, W, b = torch.ones(3, 4), torch.eye(4).repeat(16, 1), torch.zeros(64)
+    W[7, 1] = value
+    off, seen = both(x, W, b, None)
+    for threshold in (0.5, 1e-41):
+        codes = [TORCH.above_threshold(e, torch.tensor(threshold)) for e in (off, seen)]
+        assert torch.equal(codes[0].features, codes[1].features)
+    pools = [find_pool(TORCH, e.operands, PoolRule(2, 1)) for e in (off, seen)]
+    assert torch.equal(pools[0].members, pools[1].members)
+
+
+def test_what_the_screen_leaves_open_is_computed_in_full(monkeypatch):
+    """Columns that all tie in bfloat16, and a threshold that lets most entries through."""
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    W = torch.randn(1, 8, generator=torch.Generator().manual_seed(1)) * (1 + 1e-6 * torch.arange(128.0)[:, None])
+    off, seen = both(x, W, torch.zeros(128), None)
+    pools = [find_pool(TORCH, e.operands, PoolRule(4, 2)) for e in (off, seen)]
+    assert torch.equal(pools[0].members, pools[1].members)
+    search = stream.Search(seen.operands)
+    for _ in search.look_at(0, seen.operands, None, torch.tensor([1e-3])):
+        pass
+    assert not search.screening
+
+
+@pytest.mark.parametrize(
+    "rule", [{"l": 4.0}, {"l": None}, {"l": None, "select": "token"}, {"l": 2.0, "pool": "sample"}]
+)
+def test_training_takes_the_same_steps(rule):
+    """Twenty steps with dead features: each step keeps the same pairs, from weights equal up to rounding."""
+    saes = {
+        name: make_sae(
+            torch.float32, screen=name, aux_coefficient=1.0, dead_after=60, aux_pool=8, row_grads=True, **rule
+        )
+        for name in ("off", "bf16")
+    }
+    optimizers = {name: RowAdam(sae, lr=1e-2) for name, sae in saes.items()}
+    for step in range(20):
+        saes["bf16"].load_state_dict(saes["off"].state_dict())
+        kept = []
+        for name, sae in saes.items():
+            out = sae(tokens(32, 12, seed=step).float())
+            assert (sae._encoder(tokens(1, 12).float()).operands.screen is None) == (name == "off")
+            out.loss.backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+            kept.append(out)
+        assert torch.equal(*(out.codes.to_dense() != 0 for out in kept))
+        torch.testing.assert_close(kept[0].loss, kept[1].loss, rtol=1e-5, atol=1e-6)
+
+
+def test_auto_screens_large_products_alone(monkeypatch):
+    monkeypatch.setattr(screen, "fast_bfloat16", lambda: True)
+    x, W = torch.ones(1024, 2), torch.ones(1024, 2)
+    assert screen.rounded(x, W, "auto") is not None
+    for operands in ((x[:8], W), (x.double(), W.double()), (x, W.bfloat16())):
+        assert screen.rounded(*operands, "auto") is None
+    monkeypatch.setattr(screen, "fast_bfloat16", lambda: False)
+    assert screen.rounded(x, W, "auto") is None
+
+
+def test_operands_of_some_tokens_and_features_keep_their_screen():
+    x, W, b = torch.randn(6, 4), torch.randn(9, 4), torch.zeros(9)
+    operands = TORCH.encoder(x, W, b, screen="bf16").operands
+    assert torch.equal(operands.of_tokens(slice(2, 4)).screen.x, x[2:4].bfloat16())
+    assert operands.of_features(torch.tensor([1, 3])).screen is operands.screen
+    assert operands.in_full().screen is None
+    assert isinstance(operands.among(torch.arange(3)), Operands)
