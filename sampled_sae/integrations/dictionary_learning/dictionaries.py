@@ -26,7 +26,7 @@ NAMES = (
     ("b_dec", "sae.b_dec", False),
     ("threshold", "sae.threshold", False),
 )
-OURS_ALONE = ("sae.threshold_steps", "sae.tokens_since_active")
+OURS_ALONE = ("sae.threshold_steps", "sae.calibrated_at", "sae.tokens_since_active")
 
 
 class LinearView(NamedTuple):
@@ -165,8 +165,10 @@ class SampledDictionary(Dictionary):
         if by_threshold and float(self.threshold) < 0:
             # every positive activation: so many that a list of them is the larger form
             return self._activations(x)
-        self.sae.train(not by_threshold)
-        return self.sae.encode_sparse(x.to(self.sae.W_enc.dtype))
+        x = x.to(self.sae.W_enc.dtype)
+        if by_threshold:
+            return self.sae.encode_above_threshold(x)
+        return self.sae.train().encode_sparse(x)
 
     def _activations(self, x: Tensor) -> Tensor:
         """relu((x - b_dec) W_enc + b_enc), [..., F]."""
