@@ -64,9 +64,9 @@ class SampledDictionary(Dictionary):
         self, activation_dim: int, dict_size: int, k: int, device: torch.device | str | None = None, **rule: Any
     ) -> None:
         super().__init__()
-        check_integer("activation_dim", activation_dim, 1)
-        check_integer("dict_size", dict_size, 1)
-        check_integer("k", k, 1)
+        activation_dim = check_integer("activation_dim", activation_dim, 1)
+        dict_size = check_integer("dict_size", dict_size, 1)
+        k = check_integer("k", k, 1)
         rule = {"l": None, "select": self.select, "aux_pool": None, **rule}
         self.sae = SampledSAE(SampledSAEConfig(d_in=activation_dim, d_sae=dict_size, k=k, **rule), device=device)
         self.sae.threshold.fill_(UNSET)
