@@ -8,11 +8,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from .. import threshold
 from ..config import POOLS, SELECTS, SampledSAEConfig
 from ..sae import SampledSAE
 from ..support.argument_checks import SCORES
 from ..support.atomic_files import write_json, write_text
 from ..training.activation_store import ActivationStore
+from ..training.batches import CALIBRATION_TOKENS
 from ..training.sweep import Splice, evaluate, markdown_table, run_sweep, variants
 from ..training.train_config import TrainConfig
 from ..training.trainer import Trainer
@@ -135,6 +137,9 @@ def train(args: argparse.Namespace) -> None:
 def run_evaluate(args: argparse.Namespace) -> None:
     store = ActivationStore.open(args.activations)
     sae = SampledSAE.from_pretrained(args.sae)
+    if not sae.cfg.is_topk and not threshold.is_set(sae):
+        found = sae.calibrate(store.first(CALIBRATION_TOKENS).to(sae.W_enc.dtype))
+        print(f"The SAE has no threshold yet: {found:.4g}, calibrated to L0 = k on training activations, is used here")
     target = args.sae / "evaluation.json"
     print(f"Evaluates {args.sae} on the held-out part of {args.activations}, writes {target}", flush=True)
     result = evaluate(sae, store.holdout()[0], args.batch_size, _splice(args, store))
@@ -181,10 +186,7 @@ def _splice(args: argparse.Namespace, store: ActivationStore) -> Splice | None:
     from ..lm import SpliceEvaluator, load_model
 
     model, _ = load_model(args.model, args.cache)
-    evaluator = SpliceEvaluator(
-        model, rows, store.manifest["layer"], scale=store.scale, max_norm=store.manifest["max_norm"]
-    )
-    return evaluator.evaluate
+    return SpliceEvaluator(model, rows, store.manifest["layer"], max_norm=store.manifest["max_norm"]).evaluate
 
 
 def _plots(rows: list[dict[str, Any]], folder: Path) -> list[Path]:

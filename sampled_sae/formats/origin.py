@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import SampledSAEConfig
+from ..support.argument_checks import plain_number
 
-# These come from the weights, from the file's own rule, or from the machine.
-NOT_OF_THE_TRAINING = ("d_in", "d_sae", "k", "apply_b_dec_to_input", "impl")
+# These come from the weights, from the file's own rule, or from the machine; the scale is folded into the weights.
+NOT_OF_THE_TRAINING = ("d_in", "d_sae", "k", "apply_b_dec_to_input", "impl", "input_scale")
 TRAINING_FIELDS = tuple(f.name for f in fields(SampledSAEConfig) if f.name not in NOT_OF_THE_TRAINING)
 
 
@@ -28,6 +29,12 @@ class Origin:
     layer: int | None = None
     hook_name: str | None = None
     context_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("layer", "context_size"):
+            number = plain_number(getattr(self, name))
+            if number is not None and number == int(number):
+                object.__setattr__(self, name, int(number))
 
     @property
     def hook(self) -> str | None:

@@ -97,7 +97,7 @@ def run_sweep(
     Raises:
         ValueError: a store without held-out part, results of other settings in `folder`, and what SAEGroup raises.
     """
-    check_integer("together", together, 1)
+    together = check_integer("together", together, 1)
     held_out, _ = store.holdout()
     common = {"train": asdict(train), "spliced": splice is not None, "data": store.manifest["shards"]}
     settings = {name: {"sae": config.to_dict(), **common} for name, config in configs.items()}

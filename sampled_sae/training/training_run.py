@@ -30,7 +30,8 @@ class TrainingRun:
     """One SAE in training, its optimizer and its folder; the caller fetches the batches.
 
     Args:
-        sae_config, train_config: the SAE and how it is trained; `row_grads` is switched on in training.
+        sae_config, train_config: the SAE and how it is trained; `row_grads` is switched on in training, and
+            `input_scale` becomes that of the store.
         feed: where its batches come from, and the device it is trained on; may be shared by several runs.
         folder: where everything is written.
 
@@ -49,11 +50,17 @@ class TrainingRun:
         store = feed.store
         if sae_config.d_in != store.d_in:
             raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.folder} have {store.d_in}")
+        if sae_config.input_scale not in (1, store.scale):
+            raise ValueError(
+                f"input_scale={sae_config.input_scale!r}: the training multiplies the activations in {store.folder} by "
+                f"{store.scale}; leave it at 1 to have it set"
+            )
         self.config = train_config
         self.feed = feed
         self.folder = Path(folder)
         self.row_grads = sae_config.row_grads
-        self.sae = SampledSAE(replace(sae_config, row_grads=sae_config.impl != "reference"), device=feed.device)
+        in_training = replace(sae_config, row_grads=sae_config.impl != "reference", input_scale=store.scale)
+        self.sae = SampledSAE(in_training, device=feed.device)
         self.optimizer = RowAdam(
             self.sae,
             lr=train_config.lr,
@@ -81,7 +88,7 @@ class TrainingRun:
         start = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.step)
-        out = self.sae(batch.x)
+        out = self.sae(batch.x, scaled=True)
         self._losses.put(self.step, out.loss)
         self._check_losses()
         out.loss.backward()
@@ -115,11 +122,11 @@ class TrainingRun:
         write_text(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in self.metrics))
 
     def finish(self, x: Tensor) -> None:
-        """Calibrates the threshold to L0 = k on x [n, d_in]; writes the SAE and run.json."""
+        """Calibrates the threshold to L0 = k on x [n, d_in], scaled; writes the SAE and run.json."""
         # Saved with the row_grads that was asked for: another optimizer that trains it on needs dense gradients.
         self.sae.cfg = replace(self.sae.cfg, row_grads=self.row_grads)
         self.sae.eval()
-        self.sae.calibrate(x)
+        self.sae.calibrate(x, scaled=True)
         self.sae.save_pretrained(self.folder)
         manifest = {k: v for k, v in self.feed.store.manifest.items() if k not in ("shards", "settings")}
         run = {
@@ -172,6 +179,8 @@ class TrainingRun:
             raise ValueError(f"{path}: not a checkpoint of sampled-sae")
         for part, now in self._settings().items():
             then = state["settings"].get(part, {})
+            if part == "sae":  # an earlier version's: the scale stands among the settings of the activations
+                then = {"input_scale": now["input_scale"], **then}
             if then != now:
                 differ = [f for f in now if then.get(f) != now[f]] if isinstance(now, dict) else [part]
                 raise ValueError(f"{path}: made with other settings ({part}: {', '.join(differ)}); use another folder")
