@@ -6,7 +6,7 @@ the candidates number twice the budget they are cut to the exact best so far, wh
 tau. So the result is exact, whatever the first tau; one that was too high is seen by the count.
 
 Where the operands have a screen, a chunk is a bfloat16 product (screen.py): what its bound does not rule out is a
-candidate, and is computed in full before it is compared with anything.
+candidate.
 """
 
 from __future__ import annotations
@@ -37,13 +37,17 @@ MOST_SCREENED = 1 / 16
 
 
 class Search:
-    """Entries > 0 and at or above a floor, which may rise from chunk to chunk."""
+    """Entries > 0 and at or above a floor, which may rise from chunk to chunk.
+
+    With a screen every entry found is computed again, one by one, before it is compared with others: its value does not
+    depend on which chunks were screened.
+    """
 
     def __init__(self, operands: Operands) -> None:
         self.operands = operands
         self.screening = operands.screen is not None
         self.found: list[Entries] = []
-        self.screened: list[Entries] = []
+        self.settled: list[Entries] = []
         self.count = 0
 
     def look_at(self, token: int, block: Operands, first: int | None, floor: Tensor) -> Iterator[None]:
@@ -53,41 +57,43 @@ class Search:
         """
         memory = chunk_memory(block)
         for span in candidate_spans(block, first):
-            if not self._screened(token, block, span, memory, floor):
+            found = self._screened(token, block, span, memory, floor)
+            if found is None:
                 a = activations_at(block, span, memory)
-                self._add(self.found, filter_chunk(a, token, span.start, floor.clamp_min(smallest_positive(a.dtype))))
+                found = filter_chunk(a, token, span.start, floor.clamp_min(smallest_positive(a.dtype)))
+            self.found.append(found)
+            self.count += len(found.values)
             yield
 
-    def _screened(self, token: int, block: Operands, span: slice, memory: Tensor, floor: Tensor) -> bool:
-        """Whether a look through the screen was enough."""
+    def _screened(self, token: int, block: Operands, span: slice, memory: Tensor, floor: Tensor) -> Entries | None:
+        """What a look through the screen leaves; None where there is none, or it leaves too much."""
         if not self.screening or not floor.any():
-            return False
+            return None
         a, slack = screened_at(block, span, memory)
         least = floor * (1 - UNIT) - slack
         if bool(least.isfinite().all()):
             candidates = filter_chunk(a, token, span.start, least)
             if len(candidates.values) <= MOST_SCREENED * a.numel():
-                self._add(self.screened, candidates)
-                return True
+                return candidates
         self.screening = False
-        return False
+        return None
 
-    def _add(self, entries: list[Entries], some: Entries) -> None:
-        entries.append(some)
-        self.count += len(some.values)
-
-    def in_full(self, floor: Tensor) -> Entries:
+    def settle(self, floor: Tensor) -> Entries:
         """All that was found, in full precision; floor [1] or [B], of the whole batch."""
-        if self.screened:
-            seen = in_order(join(self.screened), self.operands.n_candidates)
+        if self.operands.screen is None:
+            self.settled += self.found
+        elif self.found:
+            seen = in_order(join(self.found), self.operands.n_candidates)
             values = self._activations(seen)
             least = floor if len(floor) == 1 else floor.index_select(0, seen.tokens)
             at = (values >= least.clamp_min(smallest_positive(values.dtype))).nonzero().squeeze(1)
-            self.found.append(take(Entries(values, seen.tokens, seen.features), at))
-            self.screened = []
-        self.found = [join(self.found)]
-        self.count = len(self.found[0].values)
-        return self.found[0]
+            self.settled.append(take(Entries(values, seen.tokens, seen.features), at))
+        return self.keep(join(self.settled))
+
+    def keep(self, entries: Entries) -> Entries:
+        """These alone of what was found so far."""
+        self.found, self.settled, self.count = [], [entries], len(entries.values)
+        return entries
 
     def _activations(self, entries: Entries) -> Tensor:
         """Before the relu, at entries sorted by token."""
@@ -104,7 +110,7 @@ def stream_above(operands: Operands, tau: float) -> Entries:
     for token, block in token_blocks(operands):
         for _ in search.look_at(token, block, None, floor):
             pass
-    return sort_entries(search.in_full(floor), operands.members)
+    return sort_entries(search.settle(floor), operands.members)
 
 
 def stream_batch(operands: Operands, n: int, hint: float | None = None) -> Entries:
@@ -117,12 +123,10 @@ def stream_batch(operands: Operands, n: int, hint: float | None = None) -> Entri
     for token, block in token_blocks(operands):
         for _ in search.look_at(token, block, FIRST_CHUNK if hint is None else None, floor):
             if search.count >= 2 * n > 0:
-                kept = keep_best(search.in_full(floor), n, operands.n_features)
-                search.found = [kept]
-                search.count = len(kept.values)
+                kept = search.keep(keep_best(search.settle(floor), n, operands.n_features))
                 if search.count == n:
                     floor.fill_(kept.values.min())
-    found = search.in_full(floor)
+    found = search.settle(floor)
     if len(found.values) < n and hint is not None:
         return stream_batch(operands, n)
     return sort_entries(keep_best(found, n, operands.n_features), operands.members)
@@ -157,10 +161,10 @@ def best_of_tokens(operands: Operands, k: int, floor: Tensor) -> Entries:
     floor = floor.clone()
     for _ in search.look_at(0, operands, None if floor.any() else FIRST_CHUNK, floor):
         if search.count >= 4 * k * n_tokens:
-            best, cut = keep_best_of_tokens(search.in_full(floor), k, n_tokens)
-            search.found, search.count = [best], len(best.values)
+            best, cut = keep_best_of_tokens(search.settle(floor), k, n_tokens)
+            search.keep(best)
             floor.copy_(cut)
-    return keep_best_of_tokens(search.in_full(floor), k, n_tokens)[0]
+    return keep_best_of_tokens(search.settle(floor), k, n_tokens)[0]
 
 
 def batch_hint(entries: Entries, n: int) -> float | None:
