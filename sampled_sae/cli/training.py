@@ -16,7 +16,7 @@ from ..training.activation_store import ActivationStore
 from ..training.sweep import Splice, evaluate, markdown_table, run_sweep, variants
 from ..training.train_config import TrainConfig
 from ..training.trainer import Trainer
-from .arguments import Command, model_arguments, pool_multiplier
+from .arguments import Command, listed, model_arguments, pool_multiplier, seed
 
 SPLICE_ROWS = 16
 
@@ -42,21 +42,14 @@ def add(command: Command) -> None:
     p.add_argument("activations", type=Path, help="folder of activations with a held-out part")
     p.add_argument("out", type=Path, help="folder for the runs, results.csv, results.md, report.md and plots")
     _sae_arguments(p)
-    p.add_argument("--ls", type=_list(pool_multiplier), default=[1.0, 2.0, 4.0, 16.0, None], help="comma-separated")
-    p.add_argument("--scores", type=_list(str), default=["l2", "entropy"], help="comma-separated")
-    p.add_argument("--seeds", type=_list(int), default=[0], help="of the initial weights, comma-separated")
+    p.add_argument("--ls", type=listed(pool_multiplier), default=[1.0, 2.0, 4.0, 16.0, None], help="comma-separated")
+    p.add_argument("--scores", type=listed(str), default=["l2", "entropy"], help="comma-separated")
+    p.add_argument("--seeds", type=listed(seed), default=[0], help="of the initial weights, comma-separated")
     p.add_argument("--order-seed", dest="seed", type=int, default=0, help="of the tokens' order, one for all SAEs")
     p.add_argument("--no-topk", action="store_true", help="leave the TopK baseline out")
     p.add_argument("--together", type=int, default=4, help="SAEs trained side by side, on the same batches")
     _train_arguments(p)
     _splice_arguments(p)
-
-
-def _list(kind: Any) -> Any:
-    def parse(text: str) -> list[Any]:
-        return [kind(part.strip()) for part in text.split(",")]
-
-    return parse
 
 
 def _splice_arguments(p: argparse.ArgumentParser) -> None:
@@ -136,7 +129,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
     store = ActivationStore.open(args.activations)
     sae = SampledSAE.from_pretrained(args.sae)
     target = args.sae / "evaluation.json"
-    print(f"Evaluates {args.sae} on the held-out part of {args.activations}, writes {target}", flush=True)
+    if not args.quiet:
+        print(f"Evaluates {args.sae} on the held-out part of {args.activations}, writes {target}", flush=True)
     result = evaluate(sae, store.holdout()[0], args.batch_size, _splice(args, store))
     write_json(target, result)
     for name, value in result.items():

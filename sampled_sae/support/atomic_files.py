@@ -1,16 +1,26 @@
-"""Writing so that a kill leaves the old file or the new one, never half of one."""
+"""Writing so that a kill leaves the old file or the new one, never half of one; reading JSON and its fields."""
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import NoneType
 from typing import Any
+
+from safetensors import SafetensorError
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write(temporary)`, flush to disk, rename to `path`. The folder is made if need be."""
+    """`write(temporary)`, flush to disk, rename to `path`. The folder is made if need be.
+
+    Raises:
+        OSError: naming `path` and the reason, a full disk too, of which torch and safetensors have errors of their own.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # One name for all tries: what a kill left behind is overwritten by the next.
     temporary = path.with_name(f".{path.name}.tmp")
@@ -22,8 +32,23 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if number := _system_error(error):
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _system_error(error: Exception) -> int | None:
+    """The system's number for what stopped a write; None where something else did."""
+    if isinstance(error, OSError):
+        return error.errno
+    if isinstance(error, SafetensorError):
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        return int(found[1]) if found else None
+    # torch says no more than that the file is shorter than what was written to it
+    return errno.ENOSPC if re.search("unexpected pos|file write failed|iostream", str(error)) else None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -44,8 +69,30 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must hold a JSON object, holds a {type(value).__name__}")
+    return value
+
+
+def field(where: Path | str, values: Any, name: str, kind: type | tuple[type, ...] = int, least: float = -math.inf) -> Any:
+    """`values[name]` of what a file holds, of the type it must have; numbers finite and not below `least`.
+
+    `where` is the file, or the place in it, as errors name it. True is no number, and 1 is a float.
+
+    Raises:
+        ValueError: naming the place, the field, its value and what is allowed.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: must hold named fields, holds a {type(values).__name__}")
+    value = values.get(name)
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+    if not fits or (isinstance(value, bool) and bool not in kinds):
+        names = " or ".join("null" if k is NoneType else k.__name__ for k in kinds)
+        found = repr(value) if name in values else "missing"
+        raise ValueError(f"{where}: {name}={found}: must be of type {names}")
+    if isinstance(value, (int, float)) and not least <= value < math.inf:
+        raise ValueError(f"{where}: {name}={value!r}: must be a finite number" + f" >= {least}" * (least > -math.inf))
     return value
