@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..support.argument_checks import check_choice, check_integer
 from ..support.atomic_files import read_json
-from .store_writer import DTYPES, FORMAT, MANIFEST, VERSION
+from .store_writer import DTYPES, FORMAT, MANIFEST, VERSION, damage
 from .tensor_writer import write_tensors
 
 SHARD_TOKENS = 32_768
@@ -31,6 +31,7 @@ class ActivationStore:
 
     folder: Path
     manifest: dict[str, Any]
+    _verified: set[Path] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: str | Path) -> ActivationStore:
@@ -96,17 +97,18 @@ class ActivationStore:
         return [int(shard["tokens"]) for shard in self.manifest["shards"]]
 
     def load(self, entry: dict[str, Any]) -> dict[str, Tensor]:
-        """The tensors of one file named in the manifest, checked; "activations" normalised, float32 [n, d].
+        """The tensors of one file named in the manifest; "activations" normalised, float32 [n, d].
+
+        Its checksum is verified when it is first read.
 
         Raises:
             ValueError: naming the file: missing, truncated, corrupt, or other than the manifest says.
         """
         path = self.folder / entry["file"]
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file, but the manifest lists it; make the store again")
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise ValueError(f"{path}: corrupt, {size} bytes where the manifest says {entry['bytes']}")
+        if path not in self._verified and (problem := damage(self.folder, entry)):
+            cure = "the same harvest command writes it again" if "model" in self.manifest else "make the store again"
+            raise ValueError(f"{path}: {problem}; {cure}")
+        self._verified.add(path)
         try:
             tensors = load_file(path)
         except SafetensorError as error:
