@@ -24,8 +24,8 @@ from .train_config import TrainConfig
 
 METRICS = "metrics.jsonl"
 RUN = "run.json"
-# Below this share of their mean square, what tells tokens apart is the rounding of float32.
-LEAST_VARIANCE = 1e-10
+# Below this share of their mean square, what tells tokens apart drowns in the rounding of float32.
+LEAST_VARIANCE = 1e-7
 # The aux loss is a share of the residual's variance: some ones at most, and more where that variance is rounding.
 LARGEST_AUX = 1e6
 
@@ -172,8 +172,8 @@ class TrainingRun:
         for step, aux in self._aux.arrived(wait):
             if aux > LARGEST_AUX:
                 raise FloatingPointError(
-                    f"aux={aux:.3g} at step {step}: the residuals of this batch are all but the same, as where tokens are "
-                    f"copies of each other; leave repeated tokens out of {self.feed.store.folder}; {intact}"
+                    f"aux={aux:.3g} at step {step}: the residuals of this batch are all but the same, as where tokens "
+                    f"are copies of each other; leave repeated tokens out of {self.feed.store.folder}; {intact}"
                 )
 
     def _check_variance(self, batch: TrainingBatch) -> None:
