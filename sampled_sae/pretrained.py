@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from .config import SampledSAEConfig
 from .support.argument_checks import FLOATS
-from .support.atomic_files import read_json, write_atomically, write_json
+from .support.atomic_files import read_json, read_tensors, write_atomically, write_json
 
 FORMAT = "sampled-sae"
 VERSION = 1
@@ -41,15 +41,14 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if config.get("version") != VERSION:
         raise ValueError(f"{folder / CONFIG}: version={config.get('version')!r}: this package reads {VERSION}")
     path = folder / WEIGHTS
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
+    tensors = read_tensors(path)
     fields = config["sae"]
     if not isinstance(fields, dict):
         raise ValueError(f"{folder / CONFIG}: sae={fields!r}: must be the fields of a SampledSAEConfig")
+    try:
+        SampledSAEConfig.from_dict(fields)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
     d_in, d_sae = fields.get("d_in"), fields.get("d_sae")
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
     shapes |= {"threshold": (), "threshold_steps": (), "tokens_since_active": (d_sae,)}

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..support.atomic_files import read_json, write_atomically, write_json
+from ..support.atomic_files import field, read_json, write_atomically, write_json
 from .origin import Origin, training_fields
-from .portable import PortableSAE, Say, check_one_dtype, check_tensors, field, narrowed, silent
+from .portable import PortableSAE, Say, check_one_dtype, check_tensors, narrowed, silent
 
 NAME = "dictionary_learning"
 WEIGHTS = "ae.pt"
