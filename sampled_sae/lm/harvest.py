@@ -5,7 +5,6 @@ harvest loses at most the shard under way.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,15 +17,15 @@ from tqdm import tqdm
 from sampled_sae.lm.hooks import capture
 from sampled_sae.lm.models import check_layer, check_rows
 from sampled_sae.support.argument_checks import check_integer
+from sampled_sae.support.atomic_files import field
 from sampled_sae.training.store_writer import (
     DTYPES,
-    FORMAT,
     MANIFEST,
-    VERSION,
     StoreWriter,
     as_stored,
     installed_version,
     new_manifest,
+    read_manifest,
 )
 
 
@@ -149,22 +148,19 @@ def _read_manifest(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | N
     path = folder / MANIFEST
     if not path.exists():
         return None
-    try:
-        manifest = json.loads(path.read_text())
-        known = (manifest["format"], manifest["version"]) == (FORMAT, VERSION)
-        before = manifest["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a manifest of harvested activations: choose another folder") from error
-    if not known:
-        raise ValueError(f"{path} is not a manifest of format {FORMAT!r}, version {VERSION}")
+    manifest = read_manifest(folder)
+    before = manifest["settings"]
     if "model" not in before:
         raise ValueError(f"{folder} holds activations that no harvest wrote: choose another folder")
-    for field in sorted({*before, *settings}, key=[*settings, *before].index):
-        if before.get(field) != settings.get(field):
+    for name in sorted({*before, *settings}, key=[*settings, *before].index):
+        if before.get(name) != settings.get(name):
             raise ValueError(
-                f"{folder} was harvested with {field}={before.get(field)!r}, this call has "
-                f"{field}={settings.get(field)!r}: use the same settings or another folder"
+                f"{folder} was harvested with {name}={before.get(name)!r}, this call has "
+                f"{name}={settings.get(name)!r}: use the same settings or another folder"
             )
+    field(path, manifest, "max_norm", float)
+    for i, shard in enumerate(manifest["shards"]):
+        field(f"{path}: shards[{i}]", shard, "sum_squares", float, 0)
     return manifest
 
 
