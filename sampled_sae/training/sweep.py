@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..config import SampledSAEConfig
 from ..sae import SampledSAE
 from ..support.argument_checks import check_integer
-from ..support.atomic_files import read_json, write_json, write_text
+from ..support.atomic_files import field, read_json, write_json, write_text
 from .activation_store import ActivationStore
 from .evaluation import evaluate_activations, reconstruct_with
 from .sae_group import SAEGroup
@@ -106,7 +107,7 @@ def run_sweep(
     for name in configs:
         done = folder / name / EVALUATION
         if done.exists():
-            results[name] = read_json(done)
+            results[name] = read_result(done)
             if results[name].get("settings") != settings[name]:
                 raise ValueError(f"{done}: made with other settings; use another folder")
             say(f"{place[name]}: already evaluated")
@@ -129,6 +130,17 @@ def run_sweep(
     write_table(rows, folder)
     write_json(folder / "sweep.json", {"rows": rows, "train": asdict(train)})
     return rows
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """An `evaluation.json`, with the types that tables and plots take."""
+    result = read_json(path)
+    for column in COLUMNS:
+        if column in result:
+            field(path, result, column, (float, NoneType))
+    for count in field(path, result, "frequency_histogram", list):
+        field(path, {"frequency_histogram": count}, "frequency_histogram", int, 0)
+    return result
 
 
 def _row(name: str, config: SampledSAEConfig, result: dict[str, Any]) -> dict[str, Any]:

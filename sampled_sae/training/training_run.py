@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..config import SampledSAEConfig
 from ..optim import RowAdam
 from ..sae import SampledSAE, SampledSAEOutput
-from ..support.atomic_files import write_atomically, write_json, write_text
+from ..support.atomic_files import field, write_atomically, write_json, write_text
 from ..support.late_values import LateScalars
 from .batches import Feed, TrainingBatch
 from .train_config import TrainConfig
@@ -171,17 +171,21 @@ class TrainingRun:
         if not isinstance(state, dict) or "settings" not in state:
             raise ValueError(f"{path}: not a checkpoint of sampled-sae")
         for part, now in self._settings().items():
-            then = state["settings"].get(part, {})
+            then = field(path, state["settings"], part, type(now))
             if then != now:
                 differ = [f for f in now if then.get(f) != now[f]] if isinstance(now, dict) else [part]
                 raise ValueError(f"{path}: made with other settings ({part}: {', '.join(differ)}); use another folder")
-        self.sae.load_state_dict(state["sae"])
-        self.sae.generator.set_state(state["generator"])
-        self.sae.memory.pool.load_state_dict(state["pool"], self.feed.device)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-        self.seconds = state["seconds"]
-        self.metrics = state["metrics"]
+        self.step = field(path, state, "step", int, 0)
+        self.seconds = field(path, state, "seconds", float, 0)
+        self.metrics = field(path, state, "metrics", list)
+        try:
+            self.sae.load_state_dict(field(path, state, "sae", dict))
+            self.sae.generator.set_state(field(path, state, "generator", Tensor))
+            self.sae.memory.pool.load_state_dict(field(path, state, "pool", dict), self.feed.device)
+            self.optimizer.load_state_dict(field(path, state, "optimizer", dict))
+        except (LookupError, AttributeError, TypeError, RuntimeError) as error:
+            said = " ".join(str(error).split())
+            raise ValueError(f"{path}: damaged, it does not fit its own settings ({said})") from error
 
 
 def train_to_end(runs: Mapping[str, TrainingRun], progress: bool) -> None:
