@@ -27,9 +27,11 @@ def sentence(error: BaseException, options: Mapping[str, str]) -> str:
     said = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         return said or "interrupted"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, RuntimeError) and NO_MEMORY.search(said):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and NO_MEMORY.search(said)
+    ):
         return f"not enough memory ({said or type(error).__name__}){smaller(options)}"
-    if isinstance(error, OverflowError) or isinstance(error, RuntimeError) and TOO_LARGE.search(said):
+    if isinstance(error, OverflowError) or (isinstance(error, RuntimeError) and TOO_LARGE.search(said)):
         return f"a number is too large ({said}){smaller(options)}"
     if isinstance(error, OSError) and error.strerror:
         return ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)

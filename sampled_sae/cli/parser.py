@@ -54,6 +54,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """"; did you mean ...?" where one of the names is near."""
+    """ "; did you mean ...?" where one of the names is near."""
     found = get_close_matches(name, list(names), n=1)
     return f"; did you mean {found[0]}?" if found else ""

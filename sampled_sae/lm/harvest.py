@@ -5,7 +5,6 @@ harvest loses at most the shard under way.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,15 +17,15 @@ from tqdm import tqdm
 from sampled_sae.lm.hooks import capture
 from sampled_sae.lm.models import check_layer, check_rows
 from sampled_sae.support.argument_checks import check_integer
+from sampled_sae.support.atomic_files import field
 from sampled_sae.training.store_writer import (
     DTYPES,
-    FORMAT,
     MANIFEST,
-    VERSION,
     StoreWriter,
     as_stored,
     installed_version,
     new_manifest,
+    read_manifest,
 )
 
 
@@ -92,7 +91,7 @@ def harvest(
         "source": source,
         "rows": len(rows),
         "rows_sha256": hashlib.sha256(rows.cpu().contiguous().numpy().tobytes()).hexdigest(),
-        "weights_sha256": _weights_digest(model),
+        "weights_sha256": weights_digest(model),
         "batch_size": batch_size,
         "rows_per_shard": rows_per_shard,
         "dtype": dtype,
@@ -136,7 +135,7 @@ def _check_settings(dtype: str, compute_dtype: str, max_norm_ratio: float, holdo
         raise ValueError(f"holdout_rows={holdout_rows} must be from 0 to {rows - 1}: there are {rows} rows")
 
 
-def _weights_digest(model: Any) -> str:
+def weights_digest(model: Any) -> str:
     """Fingerprint of the model: names, shapes and the first values of all parameters (not every value)."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -149,22 +148,19 @@ def _read_manifest(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | N
     path = folder / MANIFEST
     if not path.exists():
         return None
-    try:
-        manifest = json.loads(path.read_text())
-        known = (manifest["format"], manifest["version"]) == (FORMAT, VERSION)
-        before = manifest["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a manifest of harvested activations: choose another folder") from error
-    if not known:
-        raise ValueError(f"{path} is not a manifest of format {FORMAT!r}, version {VERSION}")
+    manifest = read_manifest(folder)
+    before = manifest["settings"]
     if "model" not in before:
         raise ValueError(f"{folder} holds activations that no harvest wrote: choose another folder")
-    for field in sorted({*before, *settings}, key=[*settings, *before].index):
-        if before.get(field) != settings.get(field):
+    for name in sorted({*before, *settings}, key=[*settings, *before].index):
+        if before.get(name) != settings.get(name):
             raise ValueError(
-                f"{folder} was harvested with {field}={before.get(field)!r}, this call has "
-                f"{field}={settings.get(field)!r}: use the same settings or another folder"
+                f"{folder} was harvested with {name}={before.get(name)!r}, this call has "
+                f"{name}={settings.get(name)!r}: use the same settings or another folder"
             )
+    field(path, manifest, "max_norm", float)
+    for i, shard in enumerate(manifest["shards"]):
+        field(f"{path}: shards[{i}]", shard, "sum_squares", float, 0)
     return manifest
 
 

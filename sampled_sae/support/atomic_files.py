@@ -1,4 +1,4 @@
-"""Writing so that a kill leaves the old file or the new one, never half of one; reading JSON and its fields."""
+"""Files written whole or not at all, and read with what they hold checked."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 READER_WAITS = 40  # of 0.05 s each, for readers that hold a file on Windows
 
@@ -137,25 +138,39 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file.
+
+    Raises:
+        ValueError: naming the file, when it is missing, truncated or foreign.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
+
+
 def field(
     where: Path | str, values: Any, name: str, kind: type | tuple[type, ...] = int, least: float = -math.inf
 ) -> Any:
     """`values[name]` of what a file holds, of the type it must have; numbers finite and not below `least`.
 
-    `where` is the file, or the place in it, as errors name it. True is no number, and 1 is a float.
+    `where` is the file, or the place in it, as errors name it. None stands for what is missing; an int is a float too,
+    a bool is no number.
 
     Raises:
         ValueError: naming the place, the field, its value and what is allowed.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: must hold named fields, holds a {type(values).__name__}")
+        raise ValueError(f"{where}: {values!r}: must be an object with the field {name!r}")
     value = values.get(name)
     kinds = kind if isinstance(kind, tuple) else (kind,)
     fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
     if not fits or (isinstance(value, bool) and bool not in kinds):
-        names = " or ".join("null" if k is NoneType else k.__name__ for k in kinds)
-        found = repr(value) if name in values else "missing"
-        raise ValueError(f"{where}: {name}={found}: must be of type {names}")
+        allowed = " or ".join(k.__name__.replace("NoneType", "null") for k in kinds)
+        raise ValueError(f"{where}: {name}={value!r}: must be of type {allowed}")
     if isinstance(value, (int, float)) and not least <= value < math.inf:
-        raise ValueError(f"{where}: {name}={value!r}: must be a finite number" + f" >= {least}" * (least > -math.inf))
+        raise ValueError(f"{where}: {name}={value!r}: must be a finite number >= {least}")
     return value

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -21,6 +23,23 @@ class Interrupted(KeyboardInterrupt):
         stopped = f"stopped by {signal.Signals(number).name}"
         super().__init__(f"{stopped}: {message}" if message else stopped)
         self.number = number
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """In its context SIGTERM raises Interrupted, as Ctrl-C raises KeyboardInterrupt; in the main thread alone."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Interruption:

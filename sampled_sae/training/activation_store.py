@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..support.argument_checks import check_choice, check_integer
-from ..support.atomic_files import read_json
-from .store_writer import DTYPES, FORMAT, MANIFEST, VERSION, damage
+from ..support.atomic_files import read_tensors
+from .store_writer import DTYPES, MANIFEST, damage, read_manifest
 from .tensor_writer import write_tensors
 
 SHARD_TOKENS = 32_768
@@ -40,11 +38,9 @@ class ActivationStore:
         Raises:
             ValueError: no manifest, a foreign one, or a harvest that has not finished.
         """
-        path = Path(folder) / MANIFEST
-        manifest = read_json(path)
-        if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-            raise ValueError(f"{path}: format={manifest.get('format')!r}: must be {FORMAT!r}, version {VERSION}")
-        if not manifest.get("complete"):
+        manifest = read_manifest(Path(folder))
+        if not manifest["complete"]:
+            path = Path(folder) / MANIFEST
             raise ValueError(f"{path}: the harvest has not finished; run the same harvest command again")
         return cls(Path(folder), manifest)
 
@@ -109,10 +105,7 @@ class ActivationStore:
             cure = "the same harvest command writes it again" if "model" in self.manifest else "make the store again"
             raise ValueError(f"{path}: {problem}; {cure}")
         self._verified.add(path)
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: corrupt, not readable as safetensors ({error})") from None
+        tensors = read_tensors(path)
         x = tensors.get("activations")
         if x is None or tuple(x.shape) != (entry["tokens"], self.d_in):
             found = None if x is None else tuple(x.shape)

@@ -15,11 +15,20 @@ import torch
 from torch import Tensor
 
 from ..support.argument_checks import check_finite
-from ..support.atomic_files import write_atomically
+from ..support.atomic_files import field, write_atomically
 from ..support.checksums import as_text, file_crc32
 
 CHECKPOINT = "checkpoint.pt"
-FIELDS = ("settings", "step", "seconds", "sae", "generator", "pool", "optimizer", "metrics")
+FIELDS: dict[str, type] = {
+    "settings": dict,
+    "step": int,
+    "seconds": float,
+    "sae": dict,
+    "generator": Tensor,
+    "pool": dict,
+    "optimizer": dict,
+    "metrics": list,
+}
 _MARK = b"sampled-sae crc32 "
 _TRAILER = len(_MARK) + 8
 _ZIP_END, _ZIP_END_BYTES = b"PK\x05\x06", 22
@@ -44,9 +53,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: truncated or not a checkpoint ({type(error).__name__}: {error})") from error
     if not isinstance(state, dict) or "settings" not in state:
         raise ValueError(f"{path}: not a checkpoint of sampled-sae")
-    missing = [name for name in FIELDS if name not in state]
-    if missing:
-        raise ValueError(f"{path}: not a whole checkpoint, without {', '.join(missing)}")
+    for name, kind in FIELDS.items():
+        field(path, state, name, kind)
     for part in ("sae", "optimizer"):
         for name, value in _tensors(part, state[part]):
             check_finite(value, f"{path}: {name}")

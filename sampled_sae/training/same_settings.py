@@ -16,7 +16,8 @@ def in_words(about: dict[str, Any]) -> str:
     """What activations are of, from an `identity`."""
     if about.get("model") is not None:
         layer = "an unknown layer" if about.get("layer") is None else f"layer {about['layer']}"
-        return f"{layer} of {about['model']}"
+        weights = f" (weights {about['weights_sha256'][:8]})" if about.get("weights_sha256") else ""
+        return f"{layer} of {about['model']}{weights}"
     return f"source {about['source']!r}" if about.get("source") else "activations without a name"
 
 
@@ -26,11 +27,12 @@ def is_same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return bool(one.get(name) == other.get(name))
 
 
-def is_of_another_kind(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether activations are of another model or layer or, where neither has a model, of another source."""
+def is_same_kind(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether activations are of the same model and layer or, where neither has a model, of the same source."""
     if one.get("model") is None and other.get("model") is None:
-        return bool((one.get("source") or "") != (other.get("source") or ""))
-    return not is_same_model(one, other) or one.get("layer") != other.get("layer")
+        return (one.get("source") or "") == (other.get("source") or "")
+    layers = {about["layer"] for about in (one, other) if about.get("layer") is not None}
+    return is_same_model(one, other) and len(layers) < 2
 
 
 def check_same_settings(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

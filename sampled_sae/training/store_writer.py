@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from importlib import metadata
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ..support.atomic_files import write_atomically, write_json
+from ..support.atomic_files import field, read_json, read_tensors, write_atomically, write_json
 from ..support.checksums import file_crc32
 
 FORMAT = "sampled-sae activations"
@@ -44,6 +44,40 @@ def new_manifest(d_in: int, dtype: str, settings: dict[str, Any], **about: Any) 
         "settings": settings,
         "versions": {package: installed_version(package) for package in ("sampled-sae", "torch", "safetensors")},
     }
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a store, finished or not, with every field that is read of it.
+
+    Raises:
+        ValueError: none, a foreign one, or one with a field of another type; naming the file and the field.
+    """
+    path = folder / MANIFEST
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise ValueError(f"{path}: format={manifest.get('format')!r}: must be {FORMAT!r}, version {VERSION}")
+    complete = field(path, manifest, "complete", bool)
+    field(path, manifest, "d_in", int, 1)
+    field(path, manifest, "settings", dict)
+    for name, kind in (("model", str), ("source", str), ("layer", int), ("context", int)):
+        field(path, manifest, name, (kind, NoneType))
+    for i, shard in enumerate(field(path, manifest, "shards", list)):
+        _check_entry(f"{path}: shards[{i}]", shard, 0)
+    if complete and field(path, manifest, "scale", float) <= 0:
+        raise ValueError(f"{path}: scale={manifest['scale']!r}: must be > 0")
+    held_out = field(path, manifest, "holdout", (dict, NoneType))
+    if held_out is not None:
+        _check_entry(f"{path}: holdout", held_out, 1)
+        if field(f"{path}: holdout", held_out, "rows", (int, NoneType)):
+            field(path, manifest, "layer", int, 0)
+            field(path, manifest, "max_norm", float)
+    return manifest
+
+
+def _check_entry(where: str, entry: Any, least: int) -> None:
+    field(where, entry, "file", str)
+    field(where, entry, "tokens", int, least)
+    field(where, entry, "bytes", int, 0)
 
 
 def installed_version(package: str) -> str:
@@ -88,8 +122,8 @@ def damage(folder: Path, entry: dict[str, Any]) -> str | None:
         )
     if "sum_squares" in entry:
         try:
-            found_sum = sum_squares(load_file(path)["activations"])
-        except (SafetensorError, KeyError) as error:
+            found_sum = sum_squares(read_tensors(path)["activations"])
+        except (ValueError, KeyError) as error:
             return f"corrupt, no readable activations ({error})"
         if not math.isclose(found_sum, entry["sum_squares"], rel_tol=1e-9):
             return f"corrupt, its squares sum to {found_sum:.9g} where the manifest says {entry['sum_squares']:.9g}"

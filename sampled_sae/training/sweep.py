@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import SampledSAEConfig
 from ..sae import SampledSAE
 from ..support.argument_checks import check_integer
-from ..support.atomic_files import read_json, without_nan, write_json
+from ..support.atomic_files import without_nan, write_json
 from ..support.output_folder import check_output_folder, locked
 from .activation_store import ActivationStore
 from .batches import Feed
@@ -21,7 +21,7 @@ from .checkpoint import CHECKPOINT
 from .evaluation import evaluate_activations, reconstruct_with
 from .sae_group import SAEGroup, check_names
 from .same_settings import check_same_settings, identity
-from .sweep_table import write_table
+from .sweep_table import read_result, write_table
 from .train_config import TrainConfig
 
 Splice = Callable[[Callable[[Tensor], Tensor]], dict[str, float]]
@@ -149,7 +149,7 @@ def _recorded(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         ValueError: one that was made with other settings.
     """
     for path in (folder / RESULT, folder / EVALUATION):
-        found = read_json(path) if path.exists() else {}
+        found = read_result(path) if path.exists() else {}
         if "settings" in found:
             check_same_settings(path, found["settings"], settings)
             return found

@@ -6,9 +6,10 @@ import csv
 import io
 import json
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from ..support.atomic_files import write_text
+from ..support.atomic_files import field, read_json, write_text
 from .training_run import METRICS
 
 COLUMNS = {
@@ -28,6 +29,21 @@ COLUMNS = {
     "jaccard": "Jaccard",
     "seconds": "train s",
 }
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The evaluation of an SAE, with the types that tables and plots take.
+
+    Raises:
+        ValueError: naming the file and the field.
+    """
+    result = read_json(path)
+    for column in COLUMNS:
+        if column in result:
+            field(path, result, column, (float, NoneType))
+    for count in field(path, result, "frequency_histogram", list):
+        field(path, {"frequency_histogram": count}, "frequency_histogram", int, 0)
+    return result
 
 
 def write_table(rows: list[dict[str, Any]], folder: Path) -> None:

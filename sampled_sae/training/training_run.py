@@ -23,7 +23,6 @@ from .same_settings import check_same_settings, identity
 from .train_config import TrainConfig
 
 METRICS = "metrics.jsonl"
-RUN = "run.json"
 # Below this share of their mean square, what tells tokens apart drowns in the rounding of float32.
 LEAST_VARIANCE = 1e-7
 # The aux loss is a share of the residual's variance: some ones at most, and more where that variance is rounding.
@@ -144,7 +143,7 @@ class TrainingRun:
             "activations": {**about, **identity(manifest)},
             "tokens": self.step * self.config.batch_size,
         }
-        write_json(self.folder / RUN, run)
+        write_json(self.folder / "run.json", run)
 
     def _measure(self, batch: TrainingBatch, out: SampledSAEOutput) -> dict[str, float]:
         """One line of metrics.jsonl. FVU is that of the batch; no time, so that runs compare bit for bit."""
@@ -208,8 +207,9 @@ class TrainingRun:
             self.sae.generator.set_state(state["generator"])
             self.sae.memory.pool.load_state_dict(state["pool"], self.feed.device)
             self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise ValueError(f"{path}: not a checkpoint of this SAE ({' '.join(str(error).split())})") from error
+        except (LookupError, AttributeError, TypeError, RuntimeError, ValueError) as error:
+            said = " ".join(str(error).split())
+            raise ValueError(f"{path}: damaged, it does not fit its own settings ({said})") from error
         self.step = state["step"]
         self.seconds = state["seconds"]
         self.metrics = state["metrics"]
