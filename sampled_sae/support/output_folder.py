@@ -21,8 +21,8 @@ else:
     import fcntl
 
 LOCK = ".lock"
-# of write_atomically and, inside it, of safetensors
-_LEFTOVER = re.compile(r"\..+\.tmp|\.tmp\w{6}")
+# the lock, and temporary files of write_atomically and, inside it, of safetensors
+_LEFTOVER = re.compile(re.escape(LOCK) + r"|\..+\.tmp|\.tmp\w{6}")
 _HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 
 
@@ -37,7 +37,7 @@ def check_output_folder(folder: Path, needed: int = 0) -> None:
         while not place.exists() and place != place.parent:
             place = place.parent
         if not place.is_dir():
-            raise ValueError(f"{folder}: must be a folder, but {place} is a file")
+            raise ValueError(f"{folder}: must be a folder, {'is' if place == folder else f'but {place} is'} a file")
         with tempfile.TemporaryFile(dir=place):
             pass
         free = shutil.disk_usage(place).free
@@ -45,6 +45,11 @@ def check_output_folder(folder: Path, needed: int = 0) -> None:
         raise ValueError(f"{folder}: cannot be written to ({error.strerror or error})") from None
     if free < needed:
         raise ValueError(f"{folder}: {free / 1e9:.3g} GB are free on this disk, {needed / 1e9:.3g} GB are needed")
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file is one that a killed process leaves behind."""
+    return _LEFTOVER.fullmatch(name) is not None
 
 
 @contextmanager
@@ -66,7 +71,7 @@ def locked(folder: Path, work: str) -> Iterator[None]:
         file.write(f"{work} (process {os.getpid()} on {socket.gethostname()})".encode())
         file.flush()
         for entry in folder.iterdir():
-            if _LEFTOVER.fullmatch(entry.name):
+            if is_leftover(entry.name) and entry.name != LOCK:
                 entry.unlink(missing_ok=True)
         try:
             yield
