@@ -23,6 +23,11 @@ def x():
     return tokens(500, D, dtype=torch.float32) + 0.3
 
 
+@pytest.fixture(autouse=True)
+def short_calibration(monkeypatch):
+    monkeypatch.setattr("sampled_sae.training.batches.CALIBRATION_TOKENS", 600)
+
+
 @pytest.fixture
 def store(x, tmp_path):
     return ActivationStore.write(tmp_path / "store", x, holdout=100, shard_tokens=150, source="made")

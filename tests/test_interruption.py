@@ -23,6 +23,11 @@ OPTIONS = ["--features", "96", "--k", "3", "--steps", "24", "--batch-size", "64"
 OPTIONS += ["--log-every", "2", "--quiet", "--threads", "1"]
 
 
+@pytest.fixture(autouse=True)
+def short_calibration(monkeypatch):
+    monkeypatch.setattr("sampled_sae.training.batches.CALIBRATION_TOKENS", 600)
+
+
 @pytest.fixture
 def store(tmp_path):
     return ActivationStore.open(write_store(tmp_path / "activations"))

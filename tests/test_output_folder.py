@@ -24,6 +24,11 @@ SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0)
 TRAIN = TrainConfig(steps=12, batch_size=64, checkpoint_every=6, log_every=2)
 
 
+@pytest.fixture(autouse=True)
+def short_calibration(monkeypatch):
+    monkeypatch.setattr("sampled_sae.training.batches.CALIBRATION_TOKENS", 600)
+
+
 @pytest.fixture
 def store(tmp_path):
     return ActivationStore.open(write_store(tmp_path / "activations"))

@@ -18,6 +18,7 @@ from ..sae import SampledSAE, SampledSAEOutput
 from ..support.atomic_files import append_text, field, json_line, write_json, write_text
 from ..support.late_values import LateScalars
 from ..support.output_folder import check_output_folder
+from .activation_store import ActivationStore
 from .batches import Feed, TrainingBatch
 from .checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from .same_settings import check_same_settings, identity
@@ -28,6 +29,17 @@ METRICS = "metrics.jsonl"
 LEAST_VARIANCE = 1e-7
 # The aux loss is a share of the residual's variance: some ones at most, and more where that variance is rounding.
 LARGEST_AUX = 1e6
+
+
+def check_fits(sae_config: SampledSAEConfig, store: ActivationStore) -> None:
+    """ValueError where an SAE cannot be trained on these activations."""
+    if sae_config.d_in != store.d_in:
+        raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.folder} have {store.d_in}")
+    if sae_config.input_scale not in (1, store.scale):
+        raise ValueError(
+            f"input_scale={sae_config.input_scale!r}: the training multiplies the activations in {store.folder} by "
+            f"{store.scale}; leave it at 1 to have it set"
+        )
 
 
 class TrainingRun:
@@ -53,13 +65,7 @@ class TrainingRun:
 
     def __init__(self, sae_config: SampledSAEConfig, train_config: TrainConfig, feed: Feed, folder: str | Path) -> None:
         store = feed.store
-        if sae_config.d_in != store.d_in:
-            raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.folder} have {store.d_in}")
-        if sae_config.input_scale not in (1, store.scale):
-            raise ValueError(
-                f"input_scale={sae_config.input_scale!r}: the training multiplies the activations in {store.folder} by "
-                f"{store.scale}; leave it at 1 to have it set"
-            )
+        check_fits(sae_config, store)
         self.config = train_config
         self.feed = feed
         self.folder = Path(folder)
