@@ -42,6 +42,12 @@ def check_fits(sae_config: SampledSAEConfig, store: ActivationStore) -> None:
         )
 
 
+def checkpoint_bytes(sae_config: SampledSAEConfig, train_config: TrainConfig) -> int:
+    """Of the weights, in float32, and of both moments."""
+    moments = 2 * getattr(torch, train_config.moments).itemsize
+    return 2 * sae_config.d_in * sae_config.d_sae * (4 + moments)
+
+
 class TrainingRun:
     """One SAE in training, its optimizer and its folder; the caller fetches the batches.
 
@@ -69,6 +75,7 @@ class TrainingRun:
         self.config = train_config
         self.feed = feed
         self.folder = Path(folder)
+        check_output_folder(self.folder, checkpoint_bytes(sae_config, train_config))
         self.row_grads = sae_config.row_grads
         in_training = replace(sae_config, row_grads=sae_config.impl != "reference", input_scale=store.scale)
         self.sae = SampledSAE(in_training, device=feed.device)
@@ -83,7 +90,6 @@ class TrainingRun:
         self.seconds = 0.0
         self.metrics: list[dict[str, float]] = []
         self._losses, self._aux = LateScalars(), LateScalars()
-        check_output_folder(self.folder, self._checkpoint_bytes())
         if (self.folder / CHECKPOINT).exists():
             self._load()
         else:
@@ -196,11 +202,6 @@ class TrainingRun:
                 f"{self.feed.store.folder}: the activations of the first {len(batch.x)} tokens are all but the same "
                 f"(variance {batch.variance:.3g} at a mean square of {size:.3g}): there is nothing to learn from them"
             )
-
-    def _checkpoint_bytes(self) -> int:
-        """Weights and both moments of Adam."""
-        moment = getattr(torch, self.config.moments).itemsize
-        return sum(p.numel() * (p.element_size() + 2 * moment) for p in self.sae.parameters())
 
     def _settings(self) -> dict[str, Any]:
         """What a checkpoint must have been made with. Model and layer too: their shards may be of equal sizes."""
