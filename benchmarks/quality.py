@@ -28,7 +28,8 @@ from sampled_sae.training.activation_store import ActivationStore
 from sampled_sae.training.batches import Feed
 from sampled_sae.training.sweep import Splice, evaluate
 from sampled_sae.training.train_config import TrainConfig
-from sampled_sae.training.training_run import TrainingRun, train_to_end
+from sampled_sae.training.training_loop import train_to_end
+from sampled_sae.training.training_run import TrainingRun
 
 FEATURES, K, L = 16384, 32, 4.0
 SEEDS = (0, 1, 2)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import SampledSAEConfig
 from .support.argument_checks import FLOATS
 from .support.atomic_files import read_json, read_tensors, write_atomically, write_json
+from .support.checksums import tensors_crc32
 
 FORMAT = "sampled-sae"
 VERSION = 1
@@ -40,7 +42,7 @@ def save_pretrained(folder: Path, config: dict[str, Any], tensors: dict[str, Ten
     check_target(folder)
     tensors = {name: tensors[name].detach().cpu().contiguous() for name in TENSORS}
     # One entry: safetensors writes several in a random order, and the same SAE should give the same bytes.
-    metadata = {"format": f"{FORMAT} {VERSION}"}
+    metadata = {"format": f"{FORMAT} {VERSION} crc32 {tensors_crc32(tensors)}"}
     write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
     write_json(folder / CONFIG, {"format": FORMAT, "version": VERSION, "sae": config})
 
@@ -58,6 +60,7 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{folder / CONFIG}: version={config.get('version')!r}: this package reads {VERSION}")
     path = folder / WEIGHTS
     tensors = read_tensors(path)
+    check_checksum(path, tensors)
     fields = config["sae"]
     if not isinstance(fields, dict):
         raise ValueError(f"{folder / CONFIG}: sae={fields!r}: must be the fields of a SampledSAEConfig")
@@ -76,3 +79,11 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if name in WEIGHT_NAMES and tensors[name].dtype not in FLOATS:
             raise ValueError(f"{path}: {name} is {tensors[name].dtype}, must be one of {', '.join(map(str, FLOATS))}")
     return fields, {name: tensors[name] for name in TENSORS}
+
+
+def check_checksum(path: Path, tensors: dict[str, Tensor]) -> None:
+    """ValueError unless the tensors have the checksum in the file's metadata; earlier versions wrote none."""
+    with safe_open(path, "pt") as file:
+        words = (file.metadata() or {}).get("format", "").split()
+    if "crc32" in words[:-1] and words[-1] != tensors_crc32(tensors):
+        raise ValueError(f"{path}: damaged, its tensors do not have the checksum that was written with them")

@@ -1,10 +1,11 @@
-"""`sampled-sae`: harvest activations, train, evaluate, sweep, check, convert, measure."""
+"""`sampled-sae`: harvest activations, train, evaluate, sweep, check, convert, measure, verify."""
 
 from __future__ import annotations
 
 import argparse
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,9 @@ from typing import Any
 
 import torch
 
+from ..support.interruption import terminable
 from ..support.version import __version__
-from . import bench, check, convert, harvest, training
+from . import bench, check, convert, harvest, training, verify
 from .arguments import threads
 from .errors import sentence
 from .parser import Parser
@@ -26,8 +28,8 @@ RESULTS = ("evaluate", "verify", "check", "bench")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status.
 
-    0, or with one line on standard error 1 for what went wrong and 130 for an interrupt. As in argparse, SystemExit
-    with 2 for arguments that are none, with 0 for --help and --version.
+    0, or with one line on standard error 1 for what went wrong, 130 for Ctrl-C and 143 for SIGTERM. As in argparse,
+    SystemExit with 2 for arguments that are none, with 0 for --help and --version.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file may hold what the terminal cannot show
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.threads is not None:
             torch.set_num_threads(args.threads)
-        with quiet(args.command in RESULTS) if args.quiet else written_out():
+        with terminable(), quiet(args.command in RESULTS) if args.quiet else written_out():
             return args.run(args) or 0
     except BrokenPipeError:  # the reader of the output has gone, as `head` does; Python flushes it again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -46,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         options = parser.commands()[args.command].options()
         print(f"sampled-sae {args.command}: {sentence(error, options)}", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
+        if isinstance(error, KeyboardInterrupt):
+            return 128 + getattr(error, "number", signal.SIGINT)
+        return 1
 
 
 def build_parser() -> Parser:
@@ -62,7 +66,7 @@ def build_parser() -> Parser:
         _everywhere(sub, threads=argparse.SUPPRESS, quiet=argparse.SUPPRESS, debug=argparse.SUPPRESS)
         return sub
 
-    for module in (harvest, training, convert, check, bench):
+    for module in (harvest, training, convert, verify, check, bench):
         module.add(command)
     return parser
 

@@ -80,11 +80,12 @@ def refusal(text: str, allowed: str) -> argparse.ArgumentTypeError:
     return argparse.ArgumentTypeError(f"{shown!r}: {allowed}")
 
 
-def model_arguments(p: argparse.ArgumentParser) -> None:
+def model_arguments(p: argparse.ArgumentParser, default: str | None = "smollm2-135m", absent: str = "") -> None:
+    """`absent` says in the help what is taken where there is no default."""
     p.add_argument(
         "--model",
-        default="smollm2-135m",
-        help="a Hugging Face causal model or encoder by name or folder, or one whose weights come in packages: "
-        "smollm2-135m, gemma3-270m, all-mpnet-base-v2 (an encoder)",
+        default=default,
+        help=f"{absent}a Hugging Face causal model or encoder by name or folder, or one whose weights come in "
+        "packages: smollm2-135m, gemma3-270m, all-mpnet-base-v2 (an encoder)",
     )
     p.add_argument("--cache", type=Path, default=None, help="folder for converted models")

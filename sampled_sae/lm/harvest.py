@@ -91,7 +91,7 @@ def harvest(
         "source": source,
         "rows": len(rows),
         "rows_sha256": hashlib.sha256(rows.cpu().contiguous().numpy().tobytes()).hexdigest(),
-        "weights_sha256": _weights_digest(model),
+        "weights_sha256": weights_digest(model),
         "batch_size": batch_size,
         "rows_per_shard": rows_per_shard,
         "dtype": dtype,
@@ -135,7 +135,7 @@ def _check_settings(dtype: str, compute_dtype: str, max_norm_ratio: float, holdo
         raise ValueError(f"holdout_rows={holdout_rows} must be from 0 to {rows - 1}: there are {rows} rows")
 
 
-def _weights_digest(model: Any) -> str:
+def weights_digest(model: Any) -> str:
     """Fingerprint of the model: names, shapes and the first values of all parameters (not every value)."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

@@ -7,13 +7,18 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+READER_WAITS = 40  # of 0.05 s each, for readers that hold a file on Windows
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -22,26 +27,64 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         OSError: naming `path` and the reason, a full disk too, of which torch and safetensors have errors of their own.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # One name for all tries: what a kill left behind is overwritten by the next.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        write(temporary)
-        # safetensors makes files only their owner can read; a shared folder wants the usual permissions.
-        os.umask(mask := os.umask(0))
-        temporary.chmod(0o666 & ~mask)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
+        with _errors_named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)
+            temporary.touch()
+            usual = stat.S_IMODE(temporary.stat().st_mode)
+            write(temporary)
+            # safetensors makes files only their owner can read; a shared folder wants the usual permissions.
+            temporary.chmod(usual)
+            # Windows flushes only what is open for writing.
+            with open(temporary, "r+b") as written:
+                os.fsync(written.fileno())
+            _replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+
+
+def append_text(path: Path, text: str) -> None:
+    """At once and to be seen by readers; not atomic. Errors as those of `write_atomically`."""
+    with _errors_named(path), open(path, "a", encoding="utf-8", newline="") as file:
+        file.write(text)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Windows refuses while a reader has the old file open: it is waited for."""
+    for _ in range(READER_WAITS):
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            time.sleep(0.05)
+    os.replace(temporary, path)
+
+
+def _flush_folder(folder: Path) -> None:
+    """The new name, to disk. Windows opens no folders, and some file systems flush none."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _errors_named(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if number := _system_error(error):
             raise OSError(number, os.strerror(number), str(path)) from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def _system_error(error: Exception) -> int | None:
+def _system_error(error: BaseException) -> int | None:
     """The system's number for what stopped a write; None where something else did."""
     if isinstance(error, OSError):
         return error.errno
@@ -53,11 +96,29 @@ def _system_error(error: Exception) -> int | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """In UTF-8, with the line ends as they are."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline=""))
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Strict JSON: NaN and inf become null."""
+    write_text(path, json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n")
+
+
+def json_line(value: Any) -> str:
+    """Strict JSON on one line."""
+    return json.dumps(without_nan(value), allow_nan=False) + "\n"
+
+
+def without_nan(value: Any) -> Any:
+    """`value` with None where it has NaN or inf, which JSON has no words for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(inner) for inner in value]
+    return value
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -68,7 +129,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..support.argument_checks import check_choice, check_integer
 from ..support.atomic_files import read_tensors
-from .store_writer import DTYPES, MANIFEST, read_manifest
+from .store_writer import DTYPES, MANIFEST, damage, read_manifest
 from .tensor_writer import write_tensors
 
 SHARD_TOKENS = 32_768
@@ -29,6 +29,7 @@ class ActivationStore:
 
     folder: Path
     manifest: dict[str, Any]
+    _verified: set[Path] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: str | Path) -> ActivationStore:
@@ -92,17 +93,18 @@ class ActivationStore:
         return [int(shard["tokens"]) for shard in self.manifest["shards"]]
 
     def load(self, entry: dict[str, Any]) -> dict[str, Tensor]:
-        """The tensors of one file named in the manifest, checked; "activations" normalised, float32 [n, d].
+        """The tensors of one file named in the manifest; "activations" normalised, float32 [n, d].
+
+        Its checksum is verified when it is first read.
 
         Raises:
             ValueError: naming the file: missing, truncated, corrupt, or other than the manifest says.
         """
         path = self.folder / entry["file"]
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file, but the manifest lists it; make the store again")
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise ValueError(f"{path}: corrupt, {size} bytes where the manifest says {entry['bytes']}")
+        if path not in self._verified and (problem := damage(self.folder, entry)):
+            cure = "the same harvest command writes it again" if "model" in self.manifest else "make the store again"
+            raise ValueError(f"{path}: {problem}; {cure}")
+        self._verified.add(path)
         tensors = read_tensors(path)
         x = tensors.get("activations")
         if x is None or tuple(x.shape) != (entry["tokens"], self.d_in):
