@@ -62,7 +62,7 @@ class LoopSession(StepSession):
             opened = ActivationStore.open(store)
             feed = Feed(opened, setup.B, seed=0)
             self.batch = lambda t: feed.batch(t).x
-            self.held_out = opened.holdout()[0][: setup.B]
+            self.held_out = opened.holdout()[0][: setup.B] * opened.scale
         self.batches = self._batches()
 
     def train(self, until: int) -> int:

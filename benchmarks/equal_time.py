@@ -95,8 +95,8 @@ def train_all(names: list[str], store: Path, setup: Setup, marks: list[float], f
 
 def judge(weights: Weights, setup: Setup, store: ActivationStore, feed: Feed, splice: Splice | None) -> dict[str, Any]:
     """At mean L0 = k by a threshold, on held-out activations."""
-    sae = weights.sae(setup.k, l=None).eval()
-    sae.calibrate(feed.calibration()[:CALIBRATION_TOKENS])
+    sae = weights.sae(setup.k, l=None, input_scale=store.scale).eval()
+    sae.calibrate(feed.calibration()[:CALIBRATION_TOKENS], scaled=True)
     result = evaluate(sae, store.holdout()[0], setup.B, splice)
     wanted = {"fvu": "fvu", "l0": "l0", "dead_share": "never_active", "loss_recovered_zero": "loss_recovered"}
     return {name: result[measure] for measure, name in wanted.items() if measure in result}

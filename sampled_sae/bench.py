@@ -58,9 +58,9 @@ class Settings:
     seconds: float = 100
 
     def __post_init__(self) -> None:
-        check_integer("batch", self.batch, 1)
-        check_integer("rounds", self.rounds, 1)
-        check_number("seconds", self.seconds, 0, None)
+        for name in ("batch", "rounds"):
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), 1))
+        object.__setattr__(self, "seconds", check_number("seconds", self.seconds, 0, None))
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("adam", self.adam, MODES)
         self.config()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,7 +20,12 @@ VERSION = 1
 WEIGHTS = "sae.safetensors"
 CONFIG = "config.json"
 WEIGHT_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
-TENSORS = (*WEIGHT_NAMES, "threshold", "threshold_steps", "tokens_since_active")
+# Earlier versions wrote none of the first, nor `input_scale` in config.json.
+SINCE = ("calibrated_at",)
+TENSORS = (*WEIGHT_NAMES, "threshold", "threshold_steps", "tokens_since_active", *SINCE)
+# What `train` leaves beside an SAE, and what `import` does: model, layer, context and scale of its activations.
+RUN = "run.json"
+ORIGIN = "origin.json"
 
 
 def check_target(folder: Path) -> None:
@@ -70,15 +76,29 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
     d_in, d_sae = fields.get("d_in"), fields.get("d_sae")
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    shapes |= {"threshold": (), "threshold_steps": (), "tokens_since_active": (d_sae,)}
+    shapes |= {"threshold": (), "threshold_steps": (), "calibrated_at": (), "tokens_since_active": (d_sae,)}
     for name in TENSORS:
         if name not in tensors:
+            if name in SINCE:
+                continue
             raise ValueError(f"{path}: tensor {name!r} is missing; it holds {sorted(tensors)}")
         if tuple(tensors[name].shape) != shapes[name]:
             raise ValueError(f"{path}: {name} is {tuple(tensors[name].shape)}, config.json says {shapes[name]}")
         if name in WEIGHT_NAMES and tensors[name].dtype not in FLOATS:
             raise ValueError(f"{path}: {name} is {tensors[name].dtype}, must be one of {', '.join(map(str, FLOATS))}")
-    return fields, {name: tensors[name] for name in TENSORS}
+        if not torch.isfinite(tensors[name]).all():
+            raise ValueError(f"{path}: {name} holds NaN or inf")
+    if "input_scale" not in fields:
+        fields["input_scale"] = recorded_scale(folder)
+    return fields, {name: tensors[name] for name in TENSORS if name in tensors}
+
+
+def recorded_scale(folder: Path) -> Any:
+    """What a training or an import of an earlier version says that the SAE's activations are to be multiplied by."""
+    if (folder / RUN).is_file():
+        trained = read_json(folder / RUN).get("activations")
+        return trained.get("scale", 1.0) if isinstance(trained, dict) else 1.0
+    return read_json(folder / ORIGIN).get("scale", 1.0) if (folder / ORIGIN).is_file() else 1.0
 
 
 def check_checksum(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..pretrained import ORIGIN, RUN
 from ..support.atomic_files import field, read_json
 from ..training.activation_store import ActivationStore
 from ..training.same_settings import identity, in_words, is_same_kind, is_same_model
 from ..training.sweep import Splice, SpliceSource
-from .convert import ORIGIN, RUN
 
 SPLICE_ROWS = 16
 
@@ -77,10 +77,7 @@ def splice_source(args: argparse.Namespace, store: ActivationStore) -> SpliceSou
         model, _ = load_model(name, args.cache)
         if not args.insist:
             _check_model({"model": name, "weights_sha256": weights_digest(model)}, harvested, store)
-        evaluator = SpliceEvaluator(
-            model, rows, store.manifest["layer"], scale=store.scale, max_norm=store.manifest["max_norm"]
-        )
-        return evaluator.evaluate
+        return SpliceEvaluator(model, rows, store.manifest["layer"], max_norm=store.manifest["max_norm"]).evaluate
 
     # Without --insist the weights are those that were harvested, under whatever name.
     return SpliceSource({"model": name if args.insist else harvested["model"], "rows": count}, load)

@@ -9,12 +9,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from .. import threshold
 from ..config import POOLS, SELECTS, SampledSAEConfig
 from ..sae import SampledSAE
 from ..support.argument_checks import SCORES, check_integer
 from ..support.atomic_files import write_json, write_text
 from ..support.output_folder import check_output_folder
 from ..training.activation_store import ActivationStore
+from ..training.batches import CALIBRATION_TOKENS
 from ..training.sweep import EVALUATION, evaluate, run_sweep, variants
 from ..training.sweep_plots import plot_sweep
 from ..training.sweep_table import markdown_table
@@ -140,6 +142,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if not args.quiet:
         print(f"Evaluates {args.sae} on the held-out part of {args.activations}, writes {target}", flush=True)
     held_out, _ = store.holdout()
+    if not sae.cfg.is_topk and not threshold.is_set(sae):
+        found = sae.calibrate(store.first(CALIBRATION_TOKENS).to(sae.W_enc.dtype))
+        print(f"The SAE has no threshold yet: {found:.4g}, calibrated to L0 = k on training activations, is used here")
     result = evaluate(sae, held_out, args.batch_size, None if splice is None else splice.load())
     write_json(target, result)
     for name, value in result.items():

@@ -60,7 +60,7 @@ class Supplement:
         return cls(sae.cfg, scale, packed.fingerprint(), tensors, origin)
 
     def state(self, portable: PortableSAE, scale: float) -> dict[str, Tensor]:
-        """The state dict of the exported SAE, for activations times `scale`; `portable` is what the files hold.
+        """The state dict of the exported SAE, to be fed activations times `scale`; `portable` is what the files hold.
 
         Raises:
             ValueError: a bias that leaves the range of its dtype.
@@ -108,6 +108,8 @@ class Supplement:
         for name, t in tensors.items():
             if name not in TENSORS or tuple(t.shape) != shapes.get(name, ()):
                 raise ValueError(f"{path}: {name} is {tuple(t.shape)}, its configuration says {shapes.get(name, ())}")
+            if not torch.isfinite(t).all():
+                raise ValueError(f"{path}: {name} holds NaN or inf; delete the file to do without")
         return cls(config, scale, fingerprint, tensors, origin)
 
 

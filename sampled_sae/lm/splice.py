@@ -11,6 +11,7 @@ from torch.nn import functional as nnf
 
 from sampled_sae.lm.hooks import replace
 from sampled_sae.lm.models import check_layer, check_rows, transformer_blocks
+from sampled_sae.support.argument_checks import check_positive
 
 Reconstruct = Callable[[Tensor], Tensor]
 _LOGIT_BYTES = 1 << 28  # float32 logits held at a time
@@ -22,7 +23,7 @@ def spliced_cross_entropy(
     layer: int,
     reconstruct: Reconstruct,
     *,
-    scale: float,
+    scale: float = 1.0,
     max_norm: float = math.inf,
     batch_size: int = 4,
 ) -> dict[str, float]:
@@ -41,7 +42,8 @@ class SpliceEvaluator:
         model: causal language model; put in eval mode.
         rows: int64 [N, context] token ids.
         layer: index of the block, from 0.
-        scale: factor of the normalisation, the manifest's `scale`.
+        scale: what reconstructions are given the activations times; 1 for those that scale by themselves, as
+            `reconstruct_with(sae)` does.
         max_norm: largest norm of a raw vector that is replaced, the manifest's `max_norm`.
         batch_size: rows a forward pass, at most; fewer where their logits would take more than 256 MiB.
         mean: float [d], raw, for the mean ablation; default the mean of the replaced vectors of these rows.
@@ -62,7 +64,7 @@ class SpliceEvaluator:
         rows: Tensor,
         layer: int,
         *,
-        scale: float,
+        scale: float = 1.0,
         max_norm: float = math.inf,
         batch_size: int = 4,
         mean: Tensor | None = None,
@@ -71,8 +73,7 @@ class SpliceEvaluator:
         check_rows(model, rows)
         if model.get_output_embeddings() is None:
             raise ValueError(f"model must predict the next token: {type(model).__name__} has no head to do it with")
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale={scale} must be a finite number above 0")
+        scale = check_positive("scale", scale)
         if not max_norm > 0:
             raise ValueError(f"max_norm={max_norm} must be above 0")
         if batch_size < 1:
@@ -98,7 +99,7 @@ class SpliceEvaluator:
         """Splice one reconstruction in.
 
         Args:
-            reconstruct: takes float32 [n, d] normalised activations (x * scale) and returns the same shape.
+            reconstruct: takes float32 [n, d], activations times `scale`, and returns the same shape in the same units.
 
         Returns:
             ce_clean, ce_spliced, ce_zero, ce_mean in nats a token; loss_recovered_zero and
@@ -107,8 +108,11 @@ class SpliceEvaluator:
             predicted_tokens, and spliced_tokens replaced.
 
         Raises:
-            ValueError: if `reconstruct` returns another shape or values that are not finite.
+            ValueError: if `reconstruct` returns another shape or values that are not finite, or scales by itself where
+                `scale` is not 1.
         """
+        if self._scale != 1 and getattr(reconstruct, "scales", False):
+            raise ValueError(f"scale={self._scale}: the SAE multiplies by its own input_scale; leave scale= out")
         ce = self._run_spliced(lambda x: _checked(reconstruct(x * self._scale), x) / self._scale)
         return {
             "ce_clean": self.ce_clean,

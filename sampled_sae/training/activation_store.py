@@ -84,7 +84,7 @@ class ActivationStore:
 
     @property
     def scale(self) -> float:
-        """Raw activations times this have mean ||x||^2 = d_in."""
+        """Activations times this have mean ||x||^2 = d_in; training sets `SampledSAEConfig.input_scale` to it."""
         return float(self.manifest["scale"])
 
     @property
@@ -93,7 +93,7 @@ class ActivationStore:
         return [int(shard["tokens"]) for shard in self.manifest["shards"]]
 
     def load(self, entry: dict[str, Any]) -> dict[str, Tensor]:
-        """The tensors of one file named in the manifest; "activations" normalised, float32 [n, d].
+        """The tensors of one file named in the manifest; "activations" as they were made, float32 [n, d].
 
         Its checksum is verified when it is first read.
 
@@ -110,15 +110,24 @@ class ActivationStore:
         if x is None or tuple(x.shape) != (entry["tokens"], self.d_in):
             found = None if x is None else tuple(x.shape)
             raise ValueError(f"{path}: activations {found}, the manifest says {(entry['tokens'], self.d_in)}")
-        tensors["activations"] = x.float().mul_(self.scale)
+        tensors["activations"] = x.float()
         return tensors
 
     def shard(self, i: int) -> Tensor:
-        """Normalised activations [n, d] of one shard."""
+        """Activations [n, d] of one shard."""
         return self.load(self.manifest["shards"][i])["activations"]
 
+    def first(self, n: int) -> Tensor:
+        """The first n training activations, or all where there are fewer: [<= n, d]."""
+        found: list[Tensor] = []
+        for i in range(len(self.tokens)):
+            if (missing := n - sum(map(len, found))) <= 0:
+                break
+            found.append(self.shard(i)[:missing])
+        return torch.cat(found)
+
     def holdout(self) -> tuple[Tensor, Tensor | None]:
-        """What is never trained on: (normalised activations [n, d], token rows int64 [N, context]).
+        """What is never trained on: (activations [n, d] as they were made, token rows int64 [N, context]).
 
         The rows are None in a store that was made from activations without text.
 

@@ -23,7 +23,8 @@ class Trainer(TrainingRun):
     checkpoint of the same settings, it goes on from there; the result equals that of an uninterrupted run.
 
     Args:
-        sae_config, train_config: the SAE and how it is trained; `row_grads` is switched on in training.
+        sae_config, train_config: the SAE and how it is trained; `row_grads` is switched on in training, and
+            `input_scale` becomes that of the store.
         store: activations to train on.
         folder: where everything is written.
         device: where the SAE is trained; a checkpoint may be loaded on another.

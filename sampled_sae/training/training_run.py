@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..config import SampledSAEConfig
 from ..optim import RowAdam
+from ..pretrained import RUN
 from ..sae import SampledSAE, SampledSAEOutput
-from ..support.atomic_files import append_text, json_line, write_json, write_text
+from ..support.atomic_files import append_text, field, json_line, write_json, write_text
 from ..support.late_values import LateScalars
 from ..support.output_folder import check_output_folder
 from .batches import Feed, TrainingBatch
@@ -33,7 +34,8 @@ class TrainingRun:
     """One SAE in training, its optimizer and its folder; the caller fetches the batches.
 
     Args:
-        sae_config, train_config: the SAE and how it is trained; `row_grads` is switched on in training.
+        sae_config, train_config: the SAE and how it is trained; `row_grads` is switched on in training, and
+            `input_scale` becomes that of the store.
         feed: where its batches come from, and the device it is trained on; may be shared by several runs.
         folder: where everything is written.
 
@@ -53,11 +55,17 @@ class TrainingRun:
         store = feed.store
         if sae_config.d_in != store.d_in:
             raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.folder} have {store.d_in}")
+        if sae_config.input_scale not in (1, store.scale):
+            raise ValueError(
+                f"input_scale={sae_config.input_scale!r}: the training multiplies the activations in {store.folder} by "
+                f"{store.scale}; leave it at 1 to have it set"
+            )
         self.config = train_config
         self.feed = feed
         self.folder = Path(folder)
         self.row_grads = sae_config.row_grads
-        self.sae = SampledSAE(replace(sae_config, row_grads=sae_config.impl != "reference"), device=feed.device)
+        in_training = replace(sae_config, row_grads=sae_config.impl != "reference", input_scale=store.scale)
+        self.sae = SampledSAE(in_training, device=feed.device)
         self.optimizer = RowAdam(
             self.sae,
             lr=train_config.lr,
@@ -88,7 +96,7 @@ class TrainingRun:
         start = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.step)
-        out = self.sae(batch.x)
+        out = self.sae(batch.x, scaled=True)
         self._losses.put(self.step, out.loss)
         self._aux.put(self.step, out.aux)
         self._check_losses()
@@ -130,11 +138,11 @@ class TrainingRun:
         write_checkpoint(self.folder / CHECKPOINT, state)
 
     def finish(self, x: Tensor) -> None:
-        """Calibrates the threshold to L0 = k on x [n, d_in]; writes the SAE and run.json."""
+        """Calibrates the threshold to L0 = k on x [n, d_in], scaled; writes the SAE and run.json."""
         # Saved with the row_grads that was asked for: another optimizer that trains it on needs dense gradients.
         self.sae.cfg = replace(self.sae.cfg, row_grads=self.row_grads)
         self.sae.eval()
-        self.sae.calibrate(x)
+        self.sae.calibrate(x, scaled=True)
         self.sae.save_pretrained(self.folder)
         manifest = self.feed.store.manifest
         about = {k: v for k, v in manifest.items() if k not in ("shards", "settings")}
@@ -143,7 +151,7 @@ class TrainingRun:
             "activations": {**about, **identity(manifest)},
             "tokens": self.step * self.config.batch_size,
         }
-        write_json(self.folder / "run.json", run)
+        write_json(self.folder / RUN, run)
 
     def _measure(self, batch: TrainingBatch, out: SampledSAEOutput) -> dict[str, float]:
         """One line of metrics.jsonl. FVU is that of the batch; no time, so that runs compare bit for bit."""
@@ -201,7 +209,10 @@ class TrainingRun:
     def _load(self) -> None:
         path = self.folder / CHECKPOINT
         state = read_checkpoint(path)
-        check_same_settings(path, state["settings"], self._settings())
+        then, now = state["settings"], self._settings()
+        # an earlier version's: the scale stands among the settings of the activations
+        then["sae"] = {"input_scale": now["sae"]["input_scale"], **field(path, then, "sae", dict)}
+        check_same_settings(path, then, now)
         try:
             self.sae.load_state_dict(state["sae"])
             self.sae.generator.set_state(state["generator"])

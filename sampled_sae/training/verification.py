@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..pretrained import CONFIG, FORMAT, WEIGHTS, load_pretrained
+from ..pretrained import CONFIG, FORMAT, ORIGIN, RUN, WEIGHTS, load_pretrained
 from ..support.atomic_files import read_json
 from .checkpoint import CHECKPOINT, read_checkpoint
 from .store_writer import MANIFEST, damage, read_manifest
 from .training_run import METRICS
 
-RECORDS = ("run.json", "origin.json", "evaluation.json", "result.json", "sweep.json")
+RECORDS = (RUN, ORIGIN, "evaluation.json", "result.json", "sweep.json")
 # (file, what is wrong with it or None)
 Finding = tuple[Path, str | None]
 
@@ -68,7 +68,7 @@ def _has_sae(folder: Path) -> bool:
             return read_json(folder / CONFIG).get("format") == FORMAT
         except ValueError:
             return (folder / WEIGHTS).exists()
-    return (folder / "run.json").exists()
+    return (folder / RUN).exists()
 
 
 def _error(read: Callable[[Path], object], path: Path) -> ValueError | None:

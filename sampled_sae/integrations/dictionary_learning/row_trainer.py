@@ -90,14 +90,15 @@ class RowTrainer(SAETrainer):
         submodule_name: str | None = None,
     ) -> None:
         super().__init__(seed)
-        check_integer("steps", steps, 1)
+        steps = check_integer("steps", steps, 1)
+        warmup_steps = check_integer("warmup_steps", warmup_steps, 0)
         if layer is None or lm_name is None:
             raise ValueError(f"layer={layer!r}, lm_name={lm_name!r}: both must be given")
         if dict_class not in (None, self.dictionary, self.dictionary.peer):
             raise ValueError(f"dict_class={dict_class!r}: must be {self.dictionary.__name__}")
         check_schedule(steps, warmup_steps, decay_start)
-        check_number("auxk_alpha", auxk_alpha, 0, None)
-        check_number("threshold_beta", threshold_beta, 0, 1)
+        auxk_alpha = check_number("auxk_alpha", auxk_alpha, 0, None)
+        threshold_beta = check_number("threshold_beta", threshold_beta, 0, 1)
         self.layer = layer
         self.lm_name = lm_name
         self.submodule_name = submodule_name
@@ -269,7 +270,6 @@ class RowTrainer(SAETrainer):
 
 
 def check_schedule(steps: int, warmup_steps: int, decay_start: int | None) -> None:
-    check_integer("warmup_steps", warmup_steps, 0)
     if warmup_steps >= steps:
         raise ValueError(f"warmup_steps={warmup_steps!r}: must be below steps={steps}")
     if decay_start is not None and not warmup_steps < decay_start < steps:
