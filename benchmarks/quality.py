@@ -28,7 +28,8 @@ from sampled_sae.training.activation_store import ActivationStore
 from sampled_sae.training.batches import Feed
 from sampled_sae.training.sweep import Splice, evaluate
 from sampled_sae.training.train_config import TrainConfig
-from sampled_sae.training.training_run import TrainingRun, train_to_end
+from sampled_sae.training.training_loop import train_to_end
+from sampled_sae.training.training_run import TrainingRun
 
 FEATURES, K, L = 16384, 32, 4.0
 SEEDS = (0, 1, 2)
@@ -66,9 +67,8 @@ MEASURES = ("fvu", "loss_recovered_zero", "dead_share", "time")
 
 def splice_of(name: str, store: ActivationStore, rows: int) -> Splice:
     """Loss recovered on so many rows of the store's held-out text, by the model of this name."""
-    layer, norm = store.manifest["layer"], store.manifest["max_norm"]
     held_out = store.holdout()[1][:rows]
-    return SpliceEvaluator(load_model(name)[0], held_out, layer, scale=store.scale, max_norm=norm).evaluate
+    return SpliceEvaluator.of_harvest(load_model(name)[0], held_out, store.manifest, scale=store.scale).evaluate
 
 
 def train_seed(

@@ -50,7 +50,7 @@ def harvested(tiny, tmp_path_factory):
     return out
 
 
-TRAINING = ["--features", "64", "--k", "3", "--steps", "20", "--batch-size", "128", "--quiet"]
+TRAINING = ["--features", "64", "--k", "3", "--steps", "20", "--batch-size", "128"]
 
 
 def test_train_then_evaluate(tiny, harvested, tmp_path, capsys):
@@ -92,11 +92,11 @@ def test_sweep_writes_table_report_and_plots(tiny, harvested, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["train", "{missing}", "{out}"], "manifest.json: no such file"),
-        (["train", "{store}", "{out}", "--k", "0"], "k=0.0: must be in (0, 8192]"),
-        (["train", "{store}", "{out}", "--l", "0.5"], "l=0.5: must be a finite number >= 1"),
-        (["train", "{store}", "{out}", "--steps", "0"], "steps=0"),
-        (["train", "{store}", "{out}", "--device", "gpu"], "device='gpu': must be 'cpu', 'cuda' or 'cuda:N'"),
-        (["sweep", "{store}", "{out}", "--splice-rows", "0", "--together", "0"], "together=0: must be"),
+        (["train", "{store}", "{out}", "--k", "0"], "--k 0.0: must be in (0, 8192]"),
+        (["train", "{store}", "{out}", "--l", "0.5"], "--l 0.5: must be a finite number >= 1"),
+        (["train", "{store}", "{out}", "--steps", "0"], "--steps 0: must"),
+        (["train", "{store}", "{out}", "--device", "gpu"], "--device 'gpu': must be 'cpu', 'cuda' or 'cuda:N'"),
+        (["sweep", "{store}", "{out}", "--splice-rows", "0", "--together", "0"], "--together 0: must be"),
         (["evaluate", "{missing}", "{store}"], "config.json: no such file"),
     ],
 )
@@ -108,6 +108,6 @@ def test_errors_say_what_is_wrong_and_exit_with_1(harvested, tmp_path, capsys, a
 
 def test_every_option_has_help():
     commands = build_parser()._subparsers._group_actions[0].choices
-    assert set(commands) == {"harvest", "train", "evaluate", "sweep", "export", "import", "check", "bench"}
+    assert set(commands) == {"harvest", "train", "evaluate", "sweep", "export", "import", "verify", "check", "bench"}
     for sub in commands.values():
         assert all(action.help for action in sub._actions)

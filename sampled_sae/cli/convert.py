@@ -10,7 +10,7 @@ from typing import Any
 from .. import formats
 from ..pretrained import FORMAT
 from ..sae import SampledSAE
-from ..support.atomic_files import read_json, write_json
+from ..support.atomic_files import field, read_json, write_json
 from ..training.activation_store import ActivationStore
 from ..training.training_run import CHECKPOINT
 from .arguments import Command
@@ -88,17 +88,15 @@ def recorded(folder: Path) -> tuple[formats.Origin, float]:
         ValueError: a file that does not say it, with its name.
     """
     if (folder / RUN).is_file():
-        run = read_json(folder / RUN)
-        trained = run.get("activations")
-        if not isinstance(trained, dict):
-            raise ValueError(f"{folder / RUN}: activations={trained!r}: must say what the SAE was trained on")
+        trained = field(folder / RUN, read_json(folder / RUN), "activations", dict)
         origin = formats.Origin(trained.get("model"), trained.get("layer"), context_size=trained.get("context"))
-        return origin, trained.get("scale", 1.0)
+        return origin.checked(folder / RUN), field(folder / RUN, {"scale": 1.0, **trained}, "scale", float)
     if (folder / ORIGIN).is_file():
-        found: dict[str, Any] = read_json(folder / ORIGIN)
-        scale = found.pop("scale", 1.0)
+        found: dict[str, Any] = {"scale": 1.0, **read_json(folder / ORIGIN)}
+        scale = field(folder / ORIGIN, found, "scale", float)
+        del found["scale"]
         try:
-            return formats.Origin(**found), scale
+            return formats.Origin(**found).checked(folder / ORIGIN), scale
         except TypeError as error:
             raise ValueError(f"{folder / ORIGIN}: {error}") from None
     return formats.Origin(), 1.0

@@ -6,7 +6,7 @@ Everything here needs the extra `lm` (`pip install "sampled-sae[lm]"`), which is
 from sampled_sae.lm.blocks import transformer_blocks
 from sampled_sae.lm.bundled import BUNDLED_MODELS
 from sampled_sae.lm.dropped import special_tokens
-from sampled_sae.lm.harvest import harvest
+from sampled_sae.lm.harvest import harvest, weights_digest
 from sampled_sae.lm.hooks import capture, replace
 from sampled_sae.lm.models import load_model
 from sampled_sae.lm.rows import token_rows
@@ -26,4 +26,5 @@ __all__ = [
     "spliced_cross_entropy",
     "token_rows",
     "transformer_blocks",
+    "weights_digest",
 ]

@@ -5,9 +5,7 @@ harvest loses at most the shard under way.
 """
 
 import hashlib
-import json
 import math
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -23,15 +21,16 @@ from sampled_sae.lm.dropped import check_drop_tokens, dropped
 from sampled_sae.lm.hooks import capture
 from sampled_sae.lm.models import check_rows
 from sampled_sae.support.argument_checks import check_integer
+from sampled_sae.support.atomic_files import field
+from sampled_sae.support.output_folder import check_output_folder, locked
 from sampled_sae.training.store_writer import (
     DTYPES,
-    FORMAT,
     MANIFEST,
-    VERSION,
     StoreWriter,
     as_stored,
     installed_version,
     new_manifest,
+    read_manifest,
 )
 
 
@@ -83,17 +82,18 @@ def harvest(
         settings, versions. `dropped` counts the vectors left out by reason: first_position, special_token, norm.
 
     Raises:
-        ValueError: for bad arguments, a folder harvested with other settings (names the field), a manifest
-            that is none, or activations that are not finite (names the rows; finished shards stay).
-        OSError: for a folder that cannot be written to.
+        ValueError: for bad arguments, a folder that cannot be written to or was harvested with other settings
+            (names the field), a manifest that is none, or activations that are not finite (names the rows;
+            finished shards stay).
+        BlockingIOError: for a folder in which another process is at work.
     """
     folder = Path(out_dir)
     check_layer(model, layer)
     check_rows(model, rows)
     batch_size = check_integer("batch_size", batch_size, 1)
     rows_per_shard = check_integer("rows_per_shard", rows_per_shard, 1)
-    holdout_rows = check_integer("holdout_rows", holdout_rows, 0)
-    _check_settings(dtype, compute_dtype, max_norm_ratio, holdout_rows, len(rows))
+    holdout_rows = check_holdout(holdout_rows, len(rows))
+    _check_settings(dtype, compute_dtype, max_norm_ratio)
     model.eval()
     settings = {
         "model": str(model.name_or_path if model_name is None else model_name),
@@ -102,7 +102,7 @@ def harvest(
         "source": source,
         "rows": len(rows),
         "rows_sha256": hashlib.sha256(rows.cpu().contiguous().numpy().tobytes()).hexdigest(),
-        "weights_sha256": _weights_digest(model),
+        "weights_sha256": weights_digest(model),
         "batch_size": batch_size,
         "rows_per_shard": rows_per_shard,
         "dtype": dtype,
@@ -112,7 +112,13 @@ def harvest(
         "max_norm_ratio": float(max_norm_ratio),
         "holdout_rows": holdout_rows,
     }
-    check_writable(folder)
+    check_output_folder(folder)
+    with locked(folder, "harvest"):
+        return _write_files(folder, model, rows, settings, progress)
+
+
+def _write_files(folder: Path, model: Any, rows: Tensor, settings: dict[str, Any], progress: bool) -> dict[str, Any]:
+    batch_size, rows_per_shard, holdout_rows = (settings[n] for n in ("batch_size", "rows_per_shard", "holdout_rows"))
     manifest = _read_manifest(folder, settings)
     if manifest is None:
         manifest = _new_manifest(model, rows[:batch_size], settings)
@@ -145,32 +151,24 @@ def harvest(
     return manifest
 
 
-def check_writable(folder: Path) -> None:
-    """Makes the folder if need be and writes a file of no name into it.
-
-    Raises:
-        OSError: naming the folder, where that does not work.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"{folder} cannot be written to: {error.strerror or error}") from None
+def check_holdout(holdout_rows: int, rows: int) -> int:
+    """`holdout_rows` as an int; ValueError unless it leaves some of the rows to train on."""
+    count = check_integer("holdout_rows", holdout_rows, 0)
+    if count >= rows:
+        raise ValueError(f"holdout_rows={count} must be from 0 to {rows - 1}: there are {rows} rows")
+    return count
 
 
-def _check_settings(dtype: str, compute_dtype: str, max_norm_ratio: float, holdout_rows: int, rows: int) -> None:
+def _check_settings(dtype: str, compute_dtype: str, max_norm_ratio: float) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     if compute_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"compute_dtype={compute_dtype!r} must be float32 or bfloat16")
     if not (math.isfinite(max_norm_ratio) and max_norm_ratio >= 1):
         raise ValueError(f"max_norm_ratio={max_norm_ratio} must be a finite number of at least 1")
-    if holdout_rows >= rows:
-        raise ValueError(f"holdout_rows={holdout_rows} must be from 0 to {rows - 1}: there are {rows} rows")
 
 
-def _weights_digest(model: Any) -> str:
+def weights_digest(model: Any) -> str:
     """Fingerprint of the model: names, shapes and the first values of all parameters (not every value)."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -183,26 +181,23 @@ def _read_manifest(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | N
     path = folder / MANIFEST
     if not path.exists():
         return None
-    try:
-        manifest = json.loads(path.read_text())
-        known = (manifest["format"], manifest["version"]) == (FORMAT, VERSION)
-        before = manifest["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a manifest of harvested activations: choose another folder") from error
-    if not known:
-        raise ValueError(f"{path} is not a manifest of format {FORMAT!r}, version {VERSION}")
+    manifest = read_manifest(folder)
+    before = manifest["settings"]
     if "model" not in before:
         raise ValueError(f"{folder} holds activations that no harvest wrote: choose another folder")
     if "drop_tokens" not in before and settings.pop("drop_tokens"):
         warnings.warn(
             f"{folder} was begun without drop_tokens, and goes on without: special tokens stay in it", stacklevel=3
         )
-    for field in sorted({*before, *settings}, key=[*settings, *before].index):
-        if before.get(field) != settings.get(field):
+    for name in sorted({*before, *settings}, key=[*settings, *before].index):
+        if before.get(name) != settings.get(name):
             raise ValueError(
-                f"{folder} was harvested with {field}={before.get(field)!r}, this call has "
-                f"{field}={settings.get(field)!r}: use the same settings or another folder"
+                f"{folder} was harvested with {name}={before.get(name)!r}, this call has "
+                f"{name}={settings.get(name)!r}: use the same settings or another folder"
             )
+    field(path, manifest, "max_norm", float)
+    for i, shard in enumerate(manifest["shards"]):
+        field(f"{path}: shards[{i}]", shard, "sum_squares", float, 0)
     return manifest
 
 

@@ -63,6 +63,11 @@ def load_skeleton(name: str, cache_dir: str | Path | None = None) -> Any:
         return kind.from_config(config)
 
 
+def is_causal_model(name: str, cache_dir: str | Path | None = None) -> bool:
+    """Whether `load_model` gives a model that predicts the next token, by its configuration alone."""
+    return _architecture(name, cache_dir)[1] is _transformers().AutoModelForCausalLM
+
+
 def predicts_next_token(model: Any) -> bool:
     """Whether the model has a head for the next token; one that fills in masked tokens is none."""
     return model.get_output_embeddings() is not None and "MaskedLM" not in type(model).__name__

@@ -125,7 +125,7 @@ class SpliceEvaluator:
             ce_clean, ce_spliced, ce_zero, ce_mean in nats a token; loss_recovered_zero and
             loss_recovered_mean, (ce_ablated - ce_spliced) / (ce_ablated - ce_clean): 1 for a perfect
             reconstruction, 0 for one no better than the ablation, NaN where the ablation changes nothing;
-            tokens predicted, and spliced_tokens replaced.
+            predicted_tokens, and spliced_tokens replaced.
 
         Raises:
             ValueError: if `reconstruct` returns another shape or values that are not finite.
@@ -138,7 +138,7 @@ class SpliceEvaluator:
             "ce_mean": self.ce_mean,
             "loss_recovered_zero": _recovered(self.ce_zero, ce, self.ce_clean),
             "loss_recovered_mean": _recovered(self.ce_mean, ce, self.ce_clean),
-            "tokens": sum(batch[:, 1:].numel() for batch in self._batches),
+            "predicted_tokens": sum(batch[:, 1:].numel() for batch in self._batches),
             "spliced_tokens": self.spliced_tokens,
         }
 

@@ -11,7 +11,8 @@ from ..sae import SampledSAE
 from .activation_store import ActivationStore
 from .batches import Feed
 from .train_config import TrainConfig
-from .training_run import TrainingRun, train_to_end
+from .training_loop import train_to_end
+from .training_run import TrainingRun
 
 
 class Trainer(TrainingRun):
