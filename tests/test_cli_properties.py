@@ -60,7 +60,7 @@ def command_lines(draw, name):
     line = [name]
     for folder in folders:
         line.append(draw(st.sampled_from(PLACES)) if draw(st.integers(0, 7)) == 0 else f"{{{folder}}}")
-    line += SMALL[name].split()
+    line += SMALL.get(name, "").split()
     options = [a for a in COMMANDS[name]._actions if a.option_strings and not isinstance(a, argparse._HelpAction)]
     for action in draw(st.lists(st.sampled_from(options), min_size=1, max_size=4, unique_by=lambda a: a.dest)):
         line.append(action.option_strings[-1])

@@ -1,5 +1,7 @@
 """Language models by name: causal models and encoders of Hugging Face, and some that install through pip alone."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,8 @@ def load_model(
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise ValueError(f"dtype={dtype!r} must be a floating dtype, for example 'float32' or 'bfloat16'")
     _, kind, folder = _architecture(name, cache_dir)
-    model = kind.from_pretrained(folder, dtype=torch_dtype).eval()
+    with _naming(name):
+        model = kind.from_pretrained(folder, dtype=torch_dtype).eval()
     transformer_blocks(model)
     tokenizer = load_tokenizer(name, cache_dir)
     model.name_or_path = model.config.name_or_path = name
@@ -53,13 +56,14 @@ def load_model(
 
 def load_tokenizer(name: str, cache_dir: str | Path | None = None) -> Any:
     """The tokenizer of `load_model`, without the model."""
-    return _transformers().AutoTokenizer.from_pretrained(_folder(name, cache_dir))
+    with _naming(name):
+        return _transformers().AutoTokenizer.from_pretrained(_folder(name, cache_dir))
 
 
 def load_skeleton(name: str, cache_dir: str | Path | None = None) -> Any:
     """The model of `load_model` without its weights (on the meta device): for checks that need no weights."""
     config, kind, _ = _architecture(name, cache_dir)
-    with torch.device("meta"):
+    with _naming(name), torch.device("meta"):
         return kind.from_config(config)
 
 
@@ -73,6 +77,19 @@ def predicts_next_token(model: Any) -> bool:
     return model.get_output_embeddings() is not None and "MaskedLM" not in type(model).__name__
 
 
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """transformers has errors of every type for a folder that is damaged or none, and few say which model they mean."""
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise kind(f"model={name!r}: cannot be loaded: {said}") from error
+
+
 def _folder(name: str, cache_dir: str | Path | None) -> str | Path:
     return bundled_folder(name, cache_dir) if name in BUNDLED_MODELS else name
 
@@ -81,7 +98,8 @@ def _architecture(name: str, cache_dir: str | Path | None) -> tuple[Any, Any, st
     """(configuration, class that makes the model, where its files are)."""
     transformers = _transformers()
     folder = _folder(name, cache_dir)
-    config = transformers.AutoConfig.from_pretrained(folder)
+    with _naming(name):
+        config = transformers.AutoConfig.from_pretrained(folder)
     kind = transformers.AutoModelForCausalLM if _is_causal(config) else transformers.AutoModel
     return config, kind, folder
 
