@@ -47,7 +47,7 @@ def main() -> None:
         print(f"{name}: {result[name]:.4g}")
 
     # The model runs on the held-out rows with the layer's output replaced by its reconstruction.
-    evaluator = SpliceEvaluator(model, store.holdout_rows(), args.layer, max_norm=store.manifest["max_norm"])
+    evaluator = SpliceEvaluator.of_harvest(model, store.holdout_rows(), store.manifest)
     spliced = evaluator.evaluate(reconstruct_with(sae))
     for name in ("ce_clean", "ce_spliced", "ce_zero", "loss_recovered_zero"):
         print(f"{name}: {spliced[name]:.4g}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import reference
 from .config import SampledSAEConfig, batch_budget, pool_size
 from .impl.interface import Implementation
-from .optim import RowAdam
+from .optim import MODES, RowAdam
 from .sae import SampledSAE
 from .support.argument_checks import check_choice, check_device, check_integer, check_number
 from .support.timing import Call, Sections, Spread, free_memory, interleaved, peak_memory, spread
@@ -62,6 +62,8 @@ class Settings:
             object.__setattr__(self, name, check_integer(name, getattr(self, name), 1))
         object.__setattr__(self, "seconds", check_number("seconds", self.seconds, 0, None))
         check_choice("dtype", self.dtype, DTYPES)
+        check_choice("adam", self.adam, MODES)
+        self.config()
         if self.dtype == "bfloat16" and check_device(self.device).type == "cpu":
             raise ValueError("dtype='bfloat16': without a GPU the layer computes in float32")
 
@@ -95,8 +97,17 @@ def run(settings: Settings) -> Iterator[Measurement]:
     """The rows as they come: floor, our step with its parts, the eager step.
 
     No feature is dead, so the aux loss is 0.
+
+    Raises:
+        MemoryError: not even our step fits in what is free.
     """
     start = time.perf_counter()
+    needed, free = own_bytes(settings), free_memory(settings.device)
+    if needed > free:
+        raise MemoryError(
+            f"batch={settings.batch}, features={settings.features}, d={settings.d}: "
+            f"need about {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
+        )
     floor_ms = yield from own_rows(settings, start)
     yield from eager_rows(settings, floor_ms, settings.seconds - (time.perf_counter() - start))
 
@@ -184,6 +195,11 @@ def peak_of(call: Call, device: str) -> int | None:
     except OSError:
         call()
         return None
+
+
+def own_bytes(settings: Settings) -> int:
+    """What the floor and our step take at least: one [B, F], x, both weights and their moments."""
+    return settings.unit + 4 * settings.d * (settings.batch + 6 * settings.features)
 
 
 def eager_bytes(settings: Settings) -> int:

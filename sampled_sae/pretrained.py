@@ -28,8 +28,24 @@ RUN = "run.json"
 ORIGIN = "origin.json"
 
 
+def check_target(folder: Path) -> None:
+    """Whether an SAE may be written to a folder.
+
+    Raises:
+        ValueError: its config.json is not of an SAE of ours, but of a language model, say, and would be lost.
+    """
+    path = folder / CONFIG
+    if path.is_file() and read_json(path).get("format") != FORMAT:
+        raise ValueError(f"{path}: is of something else than a SampledSAE and would be replaced; use another folder")
+
+
 def save_pretrained(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """W_enc is written as [d_in, d_sae], row-major, as SAELens and SAEBench have it."""
+    """W_enc is written as [d_in, d_sae], row-major, as SAELens and SAEBench have it.
+
+    Raises:
+        ValueError: as `check_target`.
+    """
+    check_target(folder)
     tensors = {name: tensors[name].detach().cpu().contiguous() for name in TENSORS}
     # One entry: safetensors writes several in a random order, and the same SAE should give the same bytes.
     metadata = {"format": f"{FORMAT} {VERSION} crc32 {tensors_crc32(tensors)}"}

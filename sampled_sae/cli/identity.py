@@ -68,6 +68,8 @@ def splice_source(args: argparse.Namespace, store: ActivationStore) -> SpliceSou
     name = args.model or harvested["model"]
     if not name:
         raise ValueError(f"{store.folder}: does not name the language model it was harvested from; give its --model")
+    if not _has_loss(name, args, count):
+        return None
     if not args.insist and not harvested["weights_sha256"]:
         _check_model({"model": name}, harvested, store)
 
@@ -77,10 +79,22 @@ def splice_source(args: argparse.Namespace, store: ActivationStore) -> SpliceSou
         model, _ = load_model(name, args.cache)
         if not args.insist:
             _check_model({"model": name, "weights_sha256": weights_digest(model)}, harvested, store)
-        return SpliceEvaluator(model, rows, store.manifest["layer"], max_norm=store.manifest["max_norm"]).evaluate
+        return SpliceEvaluator.of_harvest(model, rows, store.manifest).evaluate
 
     # Without --insist the weights are those that were harvested, under whatever name.
     return SpliceSource({"model": name if args.insist else harvested["model"], "rows": count}, load)
+
+
+def _has_loss(name: str, args: argparse.Namespace, count: int) -> bool:
+    """Whether the model predicts a next token, so that a splice has a loss; says so where it has none."""
+    from ..lm.models import is_causal_model
+
+    if is_causal_model(name, args.cache):
+        return True
+    if args.splice_rows is not None:
+        raise ValueError(f"--splice-rows {count}: {name} predicts no next token; leave it out, or give 0")
+    print(f"No loss recovered: {name} is an encoder and predicts no next token", file=sys.stderr)
+    return False
 
 
 def _check_model(model: dict[str, Any], harvested: dict[str, Any], store: ActivationStore) -> None:

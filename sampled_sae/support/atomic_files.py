@@ -128,13 +128,30 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: naming the file, when it is missing, unreadable or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path, path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: no such file") from None
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place for errors, JSON object) for each line.
+
+    Raises:
+        ValueError: naming the line that is none.
+    """
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        where = f"{path}: line {number}"
+        yield where, parse_json(where, line)
+
+
+def parse_json(where: Path | str, text: bytes) -> dict[str, Any]:
+    """A JSON object in UTF-8; ValueError that begins with `where` for anything else."""
+    try:
+        value = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object, holds a {type(value).__name__}")
+        raise ValueError(f"{where}: must hold a JSON object, holds a {type(value).__name__}")
     return value
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from ..support.atomic_files import field, read_json, write_text
+from ..support.atomic_files import field, read_json, read_json_lines, write_text
+from .evaluation import HISTOGRAM_EDGES
 from .training_run import METRICS
 
 COLUMNS = {
@@ -41,7 +41,10 @@ def read_result(path: Path) -> dict[str, Any]:
     for column in COLUMNS:
         if column in result:
             field(path, result, column, (float, NoneType))
-    for count in field(path, result, "frequency_histogram", list):
+    counts = field(path, result, "frequency_histogram", list)
+    if len(counts) != len(HISTOGRAM_EDGES) - 1:
+        raise ValueError(f"{path}: frequency_histogram={counts!r}: must have {len(HISTOGRAM_EDGES) - 1} numbers")
+    for count in counts:
         field(path, {"frequency_histogram": count}, "frequency_histogram", int, 0)
     return result
 
@@ -80,5 +83,11 @@ def _cell(column: str, value: Any) -> str:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+    """The lines of a run's metrics.jsonl, with the types that plots take."""
+    lines = []
+    for where, line in read_json_lines(folder / METRICS):
+        field(where, line, "tokens", int, 0)
+        for name in ("fvu", "l0"):
+            field(where, line, name, (float, NoneType))
+        lines.append(line)
+    return lines

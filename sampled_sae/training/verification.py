@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..pretrained import CONFIG, FORMAT, ORIGIN, RUN, WEIGHTS, load_pretrained
-from ..support.atomic_files import read_json
+from ..support.atomic_files import read_json, read_json_lines
 from .checkpoint import CHECKPOINT, read_checkpoint
 from .store_writer import MANIFEST, damage, read_manifest
 from .training_run import METRICS
@@ -84,8 +83,5 @@ def _finding(path: Path, error: ValueError | None) -> Finding:
 
 
 def _read_lines(path: Path) -> None:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}: line {number} is not valid JSON ({error})") from None
+    for _ in read_json_lines(path):
+        pass
