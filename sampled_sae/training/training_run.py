@@ -75,7 +75,9 @@ class TrainingRun:
         self.config = train_config
         self.feed = feed
         self.folder = Path(folder)
-        check_output_folder(self.folder, checkpoint_bytes(sae_config, train_config))
+        # A checkpoint is written beside the one before it.
+        copies = 1 if (self.folder / CHECKPOINT).exists() else 2
+        check_output_folder(self.folder, copies * checkpoint_bytes(sae_config, train_config))
         self.row_grads = sae_config.row_grads
         in_training = replace(sae_config, row_grads=sae_config.impl != "reference", input_scale=store.scale)
         self.sae = SampledSAE(in_training, device=feed.device)
