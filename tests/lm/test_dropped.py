@@ -65,7 +65,9 @@ def test_tokens_left_out_by_id(rows, tmp_path, ids, given, dropped):
         special = int(torch.isin(part[:, 1:], torch.tensor(dropped)).sum())
         assert entry["dropped"] == {"first_position": len(part), "special_token": special, "norm": 0}
         assert entry["tokens"] + sum(entry["dropped"].values()) == part.numel()
-    assert manifest["dropped"]["special_token"] == sum(shard["dropped"]["special_token"] for shard in manifest["shards"])
+    assert manifest["dropped"]["special_token"] == sum(
+        shard["dropped"]["special_token"] for shard in manifest["shards"]
+    )
 
 
 def test_each_vector_is_counted_once_and_sinks_do_not_move_the_limit(rows, tmp_path):

@@ -35,7 +35,9 @@ def gpt_like():
 
 
 def llama_like(prefix):
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], max_token_length=8)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], max_token_length=8
+    )
     steps = [normalizers.Replace(" ", "▁")]
     steps = [normalizers.Prepend("▁"), *steps] if prefix else steps
     return trained(
@@ -154,7 +156,7 @@ def test_chats_go_through_the_template():
     want = token_rows(["<user>a fox<assistant>it jumps over dogs"], tokenizer, 4)
     assert torch.equal(token_rows([CHAT], tokenizer, 4), want)
     tokenizer.chat_template = "{{ raise_exception('system first') }}"
-    with pytest.raises(ValueError, match="chat template refuses .*a fox.*system first"):
+    with pytest.raises(ValueError, match=r"chat template refuses .*a fox.*system first"):
         token_rows([CHAT], tokenizer, 4)
 
 
