@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ..config import SampledSAEConfig
 from ..optim import RowAdam
-from ..pretrained import RUN
+from ..pretrained import RUN, check_target
 from ..sae import SampledSAE, SampledSAEOutput
 from ..support.atomic_files import append_text, field, json_line, write_json, write_text
 from ..support.late_values import LateScalars
 from ..support.output_folder import check_output_folder
+from ..support.timing import check_memory
 from .batches import Feed, TrainingBatch
 from .checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from .same_settings import check_same_settings, identity
@@ -64,6 +65,10 @@ class TrainingRun:
         self.feed = feed
         self.folder = Path(folder)
         self.row_grads = sae_config.row_grads
+        needed = self._bytes(sae_config)
+        check_memory(f"d_sae={sae_config.d_sae}", needed, feed.device)
+        check_output_folder(self.folder, needed)
+        check_target(self.folder)
         in_training = replace(sae_config, row_grads=sae_config.impl != "reference", input_scale=store.scale)
         self.sae = SampledSAE(in_training, device=feed.device)
         self.optimizer = RowAdam(
@@ -77,7 +82,6 @@ class TrainingRun:
         self.seconds = 0.0
         self.metrics: list[dict[str, float]] = []
         self._losses, self._aux = LateScalars(), LateScalars()
-        check_output_folder(self.folder, self._checkpoint_bytes())
         if (self.folder / CHECKPOINT).exists():
             self._load()
         else:
@@ -191,10 +195,10 @@ class TrainingRun:
                 f"(variance {batch.variance:.3g} at a mean square of {size:.3g}): there is nothing to learn from them"
             )
 
-    def _checkpoint_bytes(self) -> int:
-        """Weights and both moments of Adam."""
-        moment = getattr(torch, self.config.moments).itemsize
-        return sum(p.numel() * (p.element_size() + 2 * moment) for p in self.sae.parameters())
+    def _bytes(self, sae: SampledSAEConfig) -> int:
+        """Both weights and both moments of Adam, in memory and in a checkpoint."""
+        moment: torch.dtype = getattr(torch, self.config.moments)
+        return 2 * sae.d_in * sae.d_sae * (torch.float32.itemsize + 2 * moment.itemsize)
 
     def _settings(self) -> dict[str, Any]:
         """What a checkpoint must have been made with. Model and layer too: their shards may be of equal sizes."""
