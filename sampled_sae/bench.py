@@ -15,7 +15,7 @@ from .impl.interface import Implementation
 from .optim import MODES, RowAdam
 from .sae import SampledSAE
 from .support.argument_checks import check_choice, check_device, check_integer, check_number
-from .support.timing import Call, Sections, Spread, free_memory, interleaved, peak_memory, spread
+from .support.timing import Call, Sections, Spread, check_memory, free_memory, interleaved, peak_memory, spread
 
 DTYPES = ("float32", "bfloat16")
 PARTS = {"column_scores": "scores", "candidate_pool": "pool", "select": "select", "decode": "decode"}
@@ -97,17 +97,8 @@ def run(settings: Settings) -> Iterator[Measurement]:
     """The rows as they come: floor, our step with its parts, the eager step.
 
     No feature is dead, so the aux loss is 0.
-
-    Raises:
-        MemoryError: not even our step fits in what is free.
     """
     start = time.perf_counter()
-    needed, free = own_bytes(settings), free_memory(settings.device)
-    if needed > free:
-        raise MemoryError(
-            f"batch={settings.batch}, features={settings.features}, d={settings.d}: "
-            f"need about {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
-        )
     floor_ms = yield from own_rows(settings, start)
     yield from eager_rows(settings, floor_ms, settings.seconds - (time.perf_counter() - start))
 
@@ -197,9 +188,10 @@ def peak_of(call: Call, device: str) -> int | None:
         return None
 
 
-def own_bytes(settings: Settings) -> int:
-    """What the floor and our step take at least: one [B, F], x, both weights and their moments."""
-    return settings.unit + 4 * settings.d * (settings.batch + 6 * settings.features)
+def check_fits(settings: Settings) -> None:
+    """MemoryError where the floor and our step do not fit: one [B, F], x, both weights and their moments."""
+    needed = settings.unit + 4 * settings.d * (settings.batch + 6 * settings.features)
+    check_memory(f"batch={settings.batch}, features={settings.features}, d={settings.d}", needed, settings.device)
 
 
 def eager_bytes(settings: Settings) -> int:

@@ -139,7 +139,7 @@ def hold(file, write, name, commands, fresh, capsys):
                 out.write(f"{status} {file} {name} {text}\t{err.strip().splitlines()[-1:]}\t{raised} {where}\n")
 
 
-AMOUNTS = pytest.mark.parametrize("count", [10, pytest.param(None, marks=pytest.mark.slow)])
+AMOUNTS = pytest.mark.parametrize("count", [8, pytest.param(150, marks=pytest.mark.slow)])
 
 
 @AMOUNTS

@@ -10,6 +10,7 @@ from typing import Any
 from .. import formats
 from ..pretrained import FORMAT, ORIGIN, RUN
 from ..sae import SampledSAE
+from ..support.argument_checks import check_integer
 from ..support.atomic_files import field, read_json, write_json
 from ..training.activation_store import ActivationStore
 from ..training.training_run import CHECKPOINT
@@ -64,7 +65,7 @@ def export(args: argparse.Namespace) -> None:
     origin = recorded(args.sae)
     scale = args.scale if args.activations is None else ActivationStore.open(args.activations).scale
     if args.layer is not None:
-        origin = replace(origin, layer=args.layer, hook_name=None)
+        origin = replace(origin, layer=check_integer("layer", args.layer, 0), hook_name=None)
     given = formats.Origin(model_name=args.model_name, hook_name=args.hook_name)
     origin = given.filled_by(origin)
     written = formats.export(

@@ -30,7 +30,7 @@ def sentence(error: BaseException, options: Mapping[str, str]) -> str:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and NO_MEMORY.search(said)
     ):
-        return f"not enough memory ({said or type(error).__name__}){smaller(options)}"
+        return f"not enough memory ({in_options(said, options) or 'no more was given'}){smaller(options)}"
     if isinstance(error, OverflowError) or (isinstance(error, RuntimeError) and TOO_LARGE.search(said)):
         return f"a number is too large ({said}){smaller(options)}"
     if isinstance(error, OSError) and error.strerror:

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ..config import SampledSAEConfig
 from ..optim import RowAdam
-from ..pretrained import RUN
+from ..pretrained import RUN, check_target
 from ..sae import SampledSAE, SampledSAEOutput
 from ..support.atomic_files import append_text, field, json_line, write_json, write_text
 from ..support.late_values import LateScalars
 from ..support.output_folder import check_output_folder
+from ..support.timing import check_memory
 from .activation_store import ActivationStore
 from .batches import Feed, TrainingBatch
 from .checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
@@ -75,10 +76,12 @@ class TrainingRun:
         self.config = train_config
         self.feed = feed
         self.folder = Path(folder)
+        needed = checkpoint_bytes(sae_config, train_config)
+        check_memory(f"d_sae={sae_config.d_sae}", needed, feed.device)
         # A checkpoint is written beside the one before it.
-        copies = 1 if (self.folder / CHECKPOINT).exists() else 2
-        check_output_folder(self.folder, copies * checkpoint_bytes(sae_config, train_config))
+        check_output_folder(self.folder, needed if (self.folder / CHECKPOINT).exists() else 2 * needed)
         self.row_grads = sae_config.row_grads
+        check_target(self.folder)
         in_training = replace(sae_config, row_grads=sae_config.impl != "reference", input_scale=store.scale)
         self.sae = SampledSAE(in_training, device=feed.device)
         self.optimizer = RowAdam(
