@@ -317,6 +317,11 @@ def test_names_that_are_no_folder_s_on_some_system(store, tmp_path, name):
         SAEGroup({name: SAE}, TRAIN, store, tmp_path)
 
 
+def test_names_that_are_one_folder_on_some_systems(store, tmp_path):
+    with pytest.raises(ValueError, match=r"configs=\['A', 'a', 'b'\]: names must differ by more than case"):
+        SAEGroup(dict.fromkeys(("a", "b", "A"), SAE), TRAIN, store, tmp_path)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_json_is_strict(tmp_path, value):
     def strict(text):

@@ -51,6 +51,7 @@ class SpliceEvaluator:
         ce_clean, ce_zero, ce_mean: cross-entropy of the next token in nats a token, of the model as it is and
             with the replaced vectors all zero, or all their mean.
         spliced_tokens: how many vectors are replaced.
+        about: name of the model and number of rows, which a sweep records.
 
     Raises:
         ValueError: for bad arguments (an encoder, which predicts no next token, among them), or rows of which
@@ -81,6 +82,7 @@ class SpliceEvaluator:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         model.eval()
         self._model, self._layer, self._scale = model, layer, scale
+        self.about = {"model": str(getattr(model, "name_or_path", "")), "rows": len(rows)}
         vocabulary = model.config.get_text_config().vocab_size
         size = min(batch_size, max(1, _LOGIT_BYTES // (4 * rows.shape[1] * vocabulary)))
         self._batches = list(rows.to(model.device).split(size))
