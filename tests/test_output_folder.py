@@ -136,8 +136,9 @@ def test_what_killed_writes_left_is_removed_by_the_next_start(store, tmp_path):
     (tmp_path / "run").mkdir()
     for name in (*left, *kept):
         (tmp_path / "run" / name).write_text("half")
+    (tmp_path / "run" / ".cache.tmp").mkdir()
     Trainer(SAE, TRAIN, store, tmp_path / "run").run(progress=False)
-    assert names(tmp_path / "run") & {*left, *kept} == set(kept)
+    assert names(tmp_path / "run") & {*left, *kept, ".cache.tmp"} == {*kept, ".cache.tmp"}
     (tmp_path / "written").mkdir()
     for name in (".shard_00000.safetensors.tmp", LOCK):
         (tmp_path / "written" / name).write_text("half")
