@@ -88,7 +88,8 @@ class SpliceEvaluator:
         self._batches = list(rows.to(model.device).split(size))
         self._residuals: list[Tensor] = []  # [b, T, d] each
         self._replaced: list[Tensor] = []  # bool [b, T] each
-        self._tuple_sizes: list[int] = []  # of what blocks 0 to layer return; 0: a bare tensor
+        # of what blocks 0 to layer return; 0: a bare tensor, None: neither that nor a tuple or list
+        self._tuple_sizes: list[int | None] = []
         self.ce_clean = self._run_clean(drop_first, check_drop_tokens(model, drop_tokens), max_norm)
         self.spliced_tokens = sum(int(replaced.sum()) for replaced in self._replaced)
         if self.spliced_tokens == 0:
@@ -194,6 +195,8 @@ class SpliceEvaluator:
         A model whose later blocks use more of the earlier ones than the residual stream (shared keys and
         values, say) fails this, and then runs whole.
         """
+        if None in self._tuple_sizes:
+            return False
         row, residual = self._batches[0][:1], self._residuals[0][:1]
         self._skips_prefix = False
         whole = self._logits(row, residual)
@@ -207,7 +210,8 @@ class SpliceEvaluator:
     def _recorded_structure(self) -> Iterator[None]:
         def note(module: Any, args: Any, output: Any) -> None:
             if len(self._tuple_sizes) <= self._layer:
-                self._tuple_sizes.append(len(output) if isinstance(output, (tuple, list)) else 0)
+                several = isinstance(output, (tuple, list))
+                self._tuple_sizes.append(len(output) if several else 0 if isinstance(output, Tensor) else None)
 
         handles = [block.register_forward_hook(note) for block in self._prefix()]
         try:
