@@ -26,7 +26,7 @@ from sampled_sae.lm import SpliceEvaluator, load_model
 from sampled_sae.support.atomic_files import read_json, write_json
 from sampled_sae.training.activation_store import ActivationStore
 from sampled_sae.training.batches import Feed
-from sampled_sae.training.sweep import Splice, evaluate
+from sampled_sae.training.sweep import Splice, evaluate, merged
 from sampled_sae.training.train_config import TrainConfig
 from sampled_sae.training.training_loop import train_to_end
 from sampled_sae.training.training_run import TrainingRun
@@ -89,7 +89,7 @@ def train_seed(
     first = next(iter(runs.values())).seconds
     found = {}
     for name, run in runs.items():
-        result = evaluate(run.sae, held_out, train.batch_size, splice) | {"time": run.seconds / first}
+        result = merged(evaluate(run.sae, held_out, train.batch_size, splice), {"time": run.seconds / first})
         found[name] = {measure: result[measure] for measure in (*MEASURES, "l0")}
         print(f"seed {seed}, {name}: {found[name]}", flush=True)
     write_json(done, found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +20,11 @@ from .impl.interface import Implementation, implementation, resolve_impl
 from .impl.pool import KeptPool, Pool, PoolRule, find_pool
 from .impl.row_gradients import RowGradient, RowSource
 from .impl.step_memory import StepMemory
+from .output import SampledSAEOutput
 from .pretrained import TENSORS, load_pretrained, save_pretrained
 from .support.argument_checks import HALF, check_activations, check_positive, check_same
 from .support.geometric_median import geometric_median
 from .threshold import ThresholdNotice
-
-
-@dataclass
-class SampledSAEOutput:
-    """What a forward pass gives.
-
-    Attributes:
-        loss: mse + aux_coefficient * aux, 0-dim.
-        mse: mean over tokens of ||x - x_hat||^2, summed over d_in, in the units that the SAE is trained in: those of
-            x times `cfg.input_scale`.
-        aux: the dead-feature loss before its coefficient; 0 when no feature is dead and in evaluation.
-        x_hat: reconstruction, the shape and dtype of x.
-        codes: kept activations, [B, F] with the leading dimensions of x flattened.
-    """
-
-    loss: Tensor
-    mse: Tensor
-    aux: Tensor
-    x_hat: Tensor
-    codes: SparseCodes
 
 
 class SampledSAE(nn.Module):
@@ -236,14 +216,7 @@ class SampledSAE(nn.Module):
             scaled: as in `forward`.
         """
         encoder = self._encoder(x, scaled)
-        n_tokens = encoder.shape[0]
-        target = check_positive("l0", self.cfg.k if l0 is None else l0, self.cfg.d_sae)
-        n = round(n_tokens * target)
-        budget = min(n + 1, n_tokens * self.cfg.d_sae)
-        codes = self._parts.select(encoder, None, Rule(budget / n_tokens))
-        self.threshold.fill_(float(codes.smallest()) if codes.count() > n else 0.0)
-        self.threshold_steps.clamp_(min=1)
-        self.calibrated_at.copy_(self.threshold_steps)
+        threshold.calibrate(self, encoder, check_positive("l0", self.cfg.k if l0 is None else l0, self.cfg.d_sae))
         return float(self.threshold)
 
     @torch.no_grad()

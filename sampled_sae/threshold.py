@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from .codes import SparseCodes
+from .impl.encoder import Encoder
+from .impl.hints import Rule
 from .support.cuda_graphs import capturing
 
 if TYPE_CHECKING:
@@ -30,6 +32,17 @@ def fault(sae: SampledSAE) -> str | None:
     if not is_set(sae):
         return NEVER_SET
     return None if int(sae.calibrated_at) == int(sae.threshold_steps) else RUNNING_MEAN
+
+
+def calibrate(sae: SampledSAE, encoder: Encoder, l0: float) -> None:
+    """Sets it between the activations so that l0 a token are above it on average, or all where they are fewer."""
+    n_tokens = encoder.shape[0]
+    n = round(n_tokens * l0)
+    budget = min(n + 1, n_tokens * sae.cfg.d_sae)
+    codes = sae._parts.select(encoder, None, Rule(budget / n_tokens))
+    sae.threshold.fill_(float(codes.smallest()) if codes.count() > n else 0.0)
+    sae.threshold_steps.clamp_(min=1)
+    sae.calibrated_at.copy_(sae.threshold_steps)
 
 
 class ThresholdNotice:

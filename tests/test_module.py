@@ -274,6 +274,33 @@ def test_normalise_and_project():
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(96).double())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rule", [{"l": 4.0}, {"l": None}, {"l": None, "select": "token", "input_scale": 0.5}], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_takes_16_bit_activations(dtype, rule, training):
+    """As if they had been converted before; without autocast they are an error."""
+    sae = make_sae(torch.float32, **rule)
+    sae.calibrate(tokens(50, 12, dtype=torch.float32))
+    twin = copy.deepcopy(sae.train(training))
+    x = tokens(3, 10, 12, dtype=dtype)
+    with pytest.raises(ValueError, match="mixed dtypes: x torch"):
+        sae(x)
+    expected = twin(x.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        out = sae(x)
+        assert torch.equal(sae.encode(x), twin.encode(x.float()).to(dtype))
+        assert sae.calibrate(x) == twin.calibrate(x.float())
+    assert out.x_hat.dtype == dtype
+    assert out.loss.dtype == torch.float32
+    assert torch.equal(out.loss, expected.loss)
+    assert torch.equal(out.x_hat, expected.x_hat.to(dtype))
+    out.loss.backward()
+    expected.loss.backward()
+    for name, gradient in gradients(twin).items():
+        assert gradient.dtype == torch.float32
+        assert torch.equal(sae.get_parameter(name).grad, gradient)
+
+
 def test_initial_b_dec_is_the_geometric_median():
     corners = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]).double()
     outlier = torch.tensor([[0.0, 0.0], [1e6, 1e6]]).double()

@@ -32,7 +32,7 @@ MODULE_RULES = [
     {"l": 3.0, "select": "token", "score": "entropy"},
     {"l": None},
     {"l": None, "select": "token"},
-    {"l": 3.0, "apply_b_dec_to_input": False},
+    {"l": 3.0, "apply_b_dec_to_input": False, "input_scale": 0.37},
 ]
 
 

@@ -68,10 +68,10 @@ def splice_source(args: argparse.Namespace, store: ActivationStore) -> SpliceSou
     name = args.model or harvested["model"]
     if not name:
         raise ValueError(f"{store.folder}: does not name the language model it was harvested from; give its --model")
-    if not _has_loss(name, args, count):
-        return None
     if not args.insist and not harvested["weights_sha256"]:
         _check_model({"model": name}, harvested, store)
+    if not _has_loss(name, args, count):
+        return None
 
     def load() -> Splice:
         from ..lm import SpliceEvaluator, load_model, weights_digest

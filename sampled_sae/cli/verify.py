@@ -16,7 +16,7 @@ def add(command: Command) -> None:
 
 def run_verify(args: argparse.Namespace) -> int:
     damaged = 0
-    for path, problem in verify(args.folder):
-        print(f"{path}: {problem or 'ok'}", flush=True)
-        damaged += problem is not None
+    for path, said, is_damaged in verify(args.folder):
+        print(f"{path}: {said}", flush=True)
+        damaged += is_damaged
     return 1 if damaged else 0

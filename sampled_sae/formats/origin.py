@@ -8,6 +8,7 @@ from types import NoneType
 from typing import Any
 
 from ..config import SampledSAEConfig
+from ..support.argument_checks import plain_number
 from ..support.atomic_files import field
 
 # These come from the weights, from the file's own rule, or from the machine; the scale is folded into the weights.
@@ -30,6 +31,12 @@ class Origin:
     layer: int | None = None
     hook_name: str | None = None
     context_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("layer", "context_size"):
+            number = plain_number(getattr(self, name))
+            if number is not None and number == int(number):
+                object.__setattr__(self, name, int(number))
 
     @property
     def hook(self) -> str | None:

@@ -6,6 +6,7 @@ run_eval(config, [("mine", custom)], device, output_path)  # of sae_bench.evals.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -17,7 +18,7 @@ from ..formats import inference_rule
 from ..formats.portable import PortableSAE
 from ..sae import SampledSAE
 from ..support.argument_checks import HALF, check_activations, check_integer, check_positive
-from ..threshold import NEVER_SET
+from ..threshold import NEVER_SET, fault
 
 
 @dataclass
@@ -115,6 +116,8 @@ class SAEBenchSAE(nn.Module):
             threshold = torch.zeros(())
         elif threshold is None:
             raise ValueError(NEVER_SET)
+        elif (found := fault(sae)) is not None:
+            warnings.warn(found, stacklevel=2)
         norms = torch.linalg.vector_norm(portable.W_dec.double(), dim=1)
         if not bool((norms > 0).all()):
             raise ValueError(f"sae.W_dec: {int((norms == 0).sum())} rows are zero, which no factor makes unit rows")

@@ -89,11 +89,16 @@ def harvest(
     """
     folder = Path(out_dir)
     check_layer(model, layer)
+    layer = check_integer("layer", layer, 0)
     check_rows(model, rows)
     batch_size = check_integer("batch_size", batch_size, 1)
     rows_per_shard = check_integer("rows_per_shard", rows_per_shard, 1)
     holdout_rows = check_holdout(holdout_rows, len(rows))
     _check_settings(dtype, compute_dtype, max_norm_ratio)
+    tokens = check_drop_tokens(model, drop_tokens)
+    for part in (rows[:batch_size], rows[len(rows) - holdout_rows :]):
+        if len(part) and bool(torch.isin(part[:, int(drop_first) :], torch.tensor(tokens, dtype=torch.int64)).all()):
+            raise ValueError(f"drop_tokens={tokens} leaves nothing of {len(part)} rows: drop fewer, or check the texts")
     model.eval()
     settings = {
         "model": str(model.name_or_path if model_name is None else model_name),
@@ -107,8 +112,8 @@ def harvest(
         "rows_per_shard": rows_per_shard,
         "dtype": dtype,
         "compute_dtype": compute_dtype,
-        "drop_first": drop_first,
-        "drop_tokens": check_drop_tokens(model, drop_tokens),
+        "drop_first": bool(drop_first),
+        "drop_tokens": tokens,
         "max_norm_ratio": float(max_norm_ratio),
         "holdout_rows": holdout_rows,
     }
@@ -204,11 +209,6 @@ def _read_manifest(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | N
 def _new_manifest(model: Any, first_rows: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
     batch, x = next(_residual_batches(model, first_rows, 0, settings))
     norms = x[~dropped(batch, x, settings["drop_first"], settings["drop_tokens"], math.inf)[0]].norm(dim=-1)
-    if len(norms) == 0:
-        raise ValueError(
-            f"drop_tokens={settings['drop_tokens']} leaves no token of the first {len(batch)} rows: "
-            "drop fewer, or check the texts"
-        )
     max_norm = settings["max_norm_ratio"] * float(norms.median())
     about = {field: settings[field] for field in ("model", "layer", "context", "source")}
     manifest = new_manifest(x.shape[-1], settings["dtype"], settings, max_norm=max_norm, **about)

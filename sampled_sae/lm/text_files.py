@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Union
 
 Chat = list[dict[str, Any]]  # messages with "role" and "content"
-WHOLE_BYTES = 64 << 20  # plain files of up to so much together are read at once
+WHOLE_BYTES = 64 << 20  # files of up to so much together are read at once
 
 _KINDS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")  # a folder gives the first of them that it holds
 _TEXT_KEYS = ("text", "extract", "content", "messages", "conversations")
@@ -51,26 +51,31 @@ def find_files(path: Path) -> list[Path]:
 
     Raises:
         ValueError: no such file, a kind that is not known, a folder without files of a known kind.
+        ImportError: for .parquet without pyarrow.
     """
     if path.is_dir():
         for kind in _KINDS:
             found = sorted(file for file in path.iterdir() if _kind(file) == kind and not file.name.startswith("."))
             if found:
-                return found
+                return _readable(found)
         raise ValueError(f"source={str(path)!r} is a folder without any {', '.join(_KINDS)} file")
     if not path.is_file():
         raise ValueError(f"source={str(path)!r} is no file or folder")
     if _kind(path) not in _KINDS:
         raise ValueError(f"source={str(path)!r} must end in {', '.join(_KINDS)}, or be a folder of such files")
-    if _kind(path) == ".parquet":
+    return _readable([path])
+
+
+def _readable(files: list[Path]) -> list[Path]:
+    if _kind(files[0]) == ".parquet":
         _parquet()
-    return [path]
+    return files
 
 
 def are_small(files: list[Path]) -> bool:
-    """Whether they may be read at once: plain text, and little of it."""
-    plain = all(file.suffix not in (".gz", ".parquet") for file in files)
-    return plain and sum(file.stat().st_size for file in files) <= WHOLE_BYTES
+    """Whether they may be read at once; what is compressed is taken for 20 times as much."""
+    compressed = (".gz", ".parquet")
+    return sum(file.stat().st_size * (20 if file.suffix in compressed else 1) for file in files) <= WHOLE_BYTES
 
 
 def read_documents(file: Path, column: str | None) -> Iterator[Document | None]:
@@ -82,7 +87,6 @@ def read_documents(file: Path, column: str | None) -> Iterator[Document | None]:
 
     Raises:
         ValueError: naming file and line or record: no JSON, no text in it, bytes that are no text.
-        ImportError: for .parquet without pyarrow.
     """
     readers = {".txt": _plain, ".jsonl": _json_lines, ".json": _json, ".parquet": _parquet_rows}
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_PIECE = 1 << 20
+_PIECE = 1 << 18
 
 
 def as_text(crc: int) -> str:

@@ -13,7 +13,7 @@ from .activation_store import ActivationStore
 from .batches import Feed
 from .train_config import TrainConfig
 from .training_loop import train_to_end
-from .training_run import TrainingRun
+from .training_run import TrainingRun, check_fits
 
 _FOLDER_NAME = re.compile(r'[^<>:"/\\|?*\x00-\x1f]*[^<>:"/\\|?*\x00-\x1f. ]')
 _DEVICES = ("CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(1, 10)))
@@ -52,7 +52,7 @@ class SAEGroup:
         folder: str | Path,
         device: torch.device | str = "cpu",
     ) -> None:
-        check_names(configs, stores)
+        check_members(configs, stores)
         self.config = train
         self.folder = Path(folder)
         self.members: dict[str, TrainingRun] = {}
@@ -82,8 +82,8 @@ class SAEGroup:
         return {name: member.sae for name, member in self.members.items()}
 
 
-def check_names(configs: dict[str, SampledSAEConfig], stores: ActivationStore | dict[str, ActivationStore]) -> None:
-    """ValueError unless the names can be those of folders on any system, and `stores` has the same or is one."""
+def check_members(configs: dict[str, SampledSAEConfig], stores: ActivationStore | dict[str, ActivationStore]) -> None:
+    """ValueError unless the names can be those of folders on any system, and each config fits its store."""
     if not configs:
         raise ValueError(f"configs={configs!r}: must name at least one SampledSAEConfig")
     for name in configs:
@@ -97,3 +97,8 @@ def check_names(configs: dict[str, SampledSAEConfig], stores: ActivationStore | 
         raise ValueError(
             f"stores={sorted(stores)}: must name the members {sorted(configs)}; missing {missing}, unknown {unknown}"
         )
+    for name, config in configs.items():
+        try:
+            check_fits(config, stores[name] if isinstance(stores, dict) else stores)
+        except ValueError as error:
+            raise ValueError(f"configs[{name!r}]: {error}") from error

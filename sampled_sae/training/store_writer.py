@@ -134,6 +134,22 @@ def sum_squares(activations: Tensor) -> float:
     return float(activations.double().square().sum())
 
 
+def scale_of(manifest: dict[str, Any]) -> float:
+    """Training activations times this have mean ||x||^2 = d, by the sums that the manifest lists.
+
+    Raises:
+        ValueError: all activations are zero, or so small that they might be.
+    """
+    tokens = sum(shard["tokens"] for shard in manifest["shards"])
+    total = math.fsum(shard["sum_squares"] for shard in manifest["shards"])
+    if total == 0:
+        raise ValueError("all activations are zero: there is no scale to normalise them with")
+    scale = math.sqrt(manifest["d_in"] * tokens / total)
+    if scale > LARGEST:
+        raise ValueError(f"the activations are of size {1 / scale:.3g}: must be at least {1 / LARGEST:g}")
+    return scale
+
+
 class StoreWriter:
     """Writes files into the folder of a store and keeps the manifest of them.
 
@@ -176,8 +192,8 @@ class StoreWriter:
         Raises:
             ValueError: all activations are zero, or so small that they might be.
         """
-        if self._shards:
-            self.manifest["scale"] = self._scale()
+        if self.manifest["shards"]:
+            self.manifest["scale"] = scale_of(self.manifest)
         self.manifest["complete"] = complete
         write_json(self.folder / MANIFEST, self.manifest)
 
@@ -185,17 +201,6 @@ class StoreWriter:
         """Takes back what this writer has written, and the manifest."""
         for file in (MANIFEST, *self._written):
             (self.folder / file).unlink(missing_ok=True)
-
-    def _scale(self) -> float:
-        """Training activations times this have mean ||x||^2 = d."""
-        tokens = sum(shard["tokens"] for shard in self._shards.values())
-        total = math.fsum(shard["sum_squares"] for shard in self._shards.values())
-        if total == 0:
-            raise ValueError("all activations are zero: there is no scale to normalise them with")
-        scale = math.sqrt(self.manifest["d_in"] * tokens / total)
-        if scale > LARGEST:
-            raise ValueError(f"the activations are of size {1 / scale:.3g}: must be at least {1 / LARGEST:g}")
-        return scale
 
     def _is_whole(self, entry: dict[str, Any] | None) -> bool:
         return entry is not None and damage(self.folder, entry) is None

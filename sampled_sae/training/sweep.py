@@ -19,7 +19,7 @@ from .activation_store import ActivationStore
 from .batches import Feed
 from .checkpoint import CHECKPOINT
 from .evaluation import evaluate_activations, reconstruct_with
-from .sae_group import SAEGroup, check_names
+from .sae_group import SAEGroup, check_members
 from .same_settings import check_same_settings, identity
 from .sweep_table import read_result, write_table
 from .train_config import TrainConfig
@@ -101,7 +101,7 @@ def run_sweep(
         Interrupted: a signal came; all that was done is saved.
     """
     together = check_integer("together", together, 1)
-    check_names(configs, store)
+    check_members(configs, store)
     check_output_folder(folder)
     Feed(store, train.batch_size, train.seed, device)
     about = splice.about if isinstance(splice, SpliceSource) else {}

@@ -19,6 +19,7 @@ from ..support.atomic_files import append_text, field, json_line, write_json, wr
 from ..support.late_values import LateScalars
 from ..support.output_folder import check_output_folder
 from ..support.timing import check_memory
+from .activation_store import ActivationStore
 from .batches import Feed, TrainingBatch
 from .checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from .same_settings import check_same_settings, identity
@@ -29,6 +30,23 @@ METRICS = "metrics.jsonl"
 LEAST_VARIANCE = 1e-7
 # The aux loss is a share of the residual's variance: some ones at most, and more where that variance is rounding.
 LARGEST_AUX = 1e6
+
+
+def check_fits(sae_config: SampledSAEConfig, store: ActivationStore) -> None:
+    """ValueError where an SAE cannot be trained on these activations."""
+    if sae_config.d_in != store.d_in:
+        raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.folder} have {store.d_in}")
+    if sae_config.input_scale not in (1, store.scale):
+        raise ValueError(
+            f"input_scale={sae_config.input_scale!r}: the training multiplies the activations in {store.folder} by "
+            f"{store.scale}; leave it at 1 to have it set"
+        )
+
+
+def checkpoint_bytes(sae_config: SampledSAEConfig, train_config: TrainConfig) -> int:
+    """Of the weights, in float32, and of both moments."""
+    moments = 2 * getattr(torch, train_config.moments).itemsize
+    return 2 * sae_config.d_in * sae_config.d_sae * (4 + moments)
 
 
 class TrainingRun:
@@ -54,20 +72,15 @@ class TrainingRun:
 
     def __init__(self, sae_config: SampledSAEConfig, train_config: TrainConfig, feed: Feed, folder: str | Path) -> None:
         store = feed.store
-        if sae_config.d_in != store.d_in:
-            raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.folder} have {store.d_in}")
-        if sae_config.input_scale not in (1, store.scale):
-            raise ValueError(
-                f"input_scale={sae_config.input_scale!r}: the training multiplies the activations in {store.folder} by "
-                f"{store.scale}; leave it at 1 to have it set"
-            )
+        check_fits(sae_config, store)
         self.config = train_config
         self.feed = feed
         self.folder = Path(folder)
-        self.row_grads = sae_config.row_grads
-        needed = self._bytes(sae_config)
+        needed = checkpoint_bytes(sae_config, train_config)
         check_memory(f"d_sae={sae_config.d_sae}", needed, feed.device)
-        check_output_folder(self.folder, needed)
+        # A checkpoint is written beside the one before it.
+        check_output_folder(self.folder, needed if (self.folder / CHECKPOINT).exists() else 2 * needed)
+        self.row_grads = sae_config.row_grads
         check_target(self.folder)
         in_training = replace(sae_config, row_grads=sae_config.impl != "reference", input_scale=store.scale)
         self.sae = SampledSAE(in_training, device=feed.device)
@@ -194,11 +207,6 @@ class TrainingRun:
                 f"{self.feed.store.folder}: the activations of the first {len(batch.x)} tokens are all but the same "
                 f"(variance {batch.variance:.3g} at a mean square of {size:.3g}): there is nothing to learn from them"
             )
-
-    def _bytes(self, sae: SampledSAEConfig) -> int:
-        """Both weights and both moments of Adam, in memory and in a checkpoint."""
-        moment: torch.dtype = getattr(torch, self.config.moments)
-        return 2 * sae.d_in * sae.d_sae * (torch.float32.itemsize + 2 * moment.itemsize)
 
     def _settings(self) -> dict[str, Any]:
         """What a checkpoint must have been made with. Model and layer too: their shards may be of equal sizes."""

@@ -8,12 +8,13 @@ from pathlib import Path
 from ..pretrained import CONFIG, FORMAT, ORIGIN, RUN, WEIGHTS, load_pretrained
 from ..support.atomic_files import read_json, read_json_lines
 from .checkpoint import CHECKPOINT, read_checkpoint
-from .store_writer import MANIFEST, damage, read_manifest
+from .store_writer import MANIFEST, damage, read_manifest, scale_of
 from .training_run import METRICS
 
 RECORDS = (RUN, ORIGIN, "evaluation.json", "result.json", "sweep.json")
-# (file, what is wrong with it or None)
-Finding = tuple[Path, str | None]
+OK = "ok"
+# (file, what is said of it, whether it is damaged)
+Finding = tuple[Path, str, bool]
 
 
 def verify(folder: Path) -> Iterator[Finding]:
@@ -40,10 +41,17 @@ def _store(folder: Path) -> Iterator[Finding]:
     except ValueError as error:
         yield _finding(folder / MANIFEST, error)
         return
-    unfinished = None if manifest["complete"] else "the harvest has not finished; run the same harvest command again"
-    yield folder / MANIFEST, unfinished
+    if not manifest["complete"]:
+        yield folder / MANIFEST, "the harvest has not finished; run the same harvest command again", True
+    elif all("sum_squares" in shard for shard in manifest["shards"]) and manifest["scale"] != scale_of(manifest):
+        said = f"damaged, scale={manifest['scale']} where the shards' sums give {scale_of(manifest)}"
+        yield folder / MANIFEST, said, True
+    else:
+        yield folder / MANIFEST, OK, False
     for entry in (*manifest["shards"], *([manifest["holdout"]] if manifest["holdout"] else [])):
-        yield folder / entry["file"], damage(folder, entry)
+        problem = damage(folder, entry)
+        whole = OK if "crc32" in entry else "ok as far as its size and sum tell: no checksum, of an earlier version"
+        yield folder / entry["file"], problem or whole, problem is not None
 
 
 def _run(folder: Path) -> Iterator[Finding]:
@@ -79,7 +87,7 @@ def _error(read: Callable[[Path], object], path: Path) -> ValueError | None:
 
 
 def _finding(path: Path, error: ValueError | None) -> Finding:
-    return path, None if error is None else str(error).removeprefix(f"{path}: ")
+    return path, OK if error is None else str(error).removeprefix(f"{path}: "), error is not None
 
 
 def _read_lines(path: Path) -> None:

@@ -90,6 +90,8 @@ class RowTrainer(SAETrainer):
         submodule_name: str | None = None,
     ) -> None:
         super().__init__(seed)
+        activation_dim = check_integer("activation_dim", activation_dim, 1)
+        dict_size, k = check_integer("dict_size", dict_size, 1), check_integer("k", k, 1)
         steps = check_integer("steps", steps, 1)
         warmup_steps = check_integer("warmup_steps", warmup_steps, 0)
         if layer is None or lm_name is None:

@@ -115,7 +115,7 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         """
         target = check_positive("l0", self.cfg.k if l0 is None else l0, self.cfg.d_sae)
         if x.dim() != 2 or len(x) == 0:
-            raise ValueError(f"x.shape={tuple(x.shape)}: must be [B, d_in]")
+            raise ValueError(f"l0={target!r}, x.shape={tuple(x.shape)}: x must be [B, d_in]")
         encoder = self.step_inputs(TrainStepInput(x, {}, None, 0, False)).encoder
         n = batch_budget(len(x), target)
         budget = min(n + 1, len(x) * self.cfg.d_sae)
