@@ -47,6 +47,7 @@ def harvest(args: argparse.Namespace) -> None:
     from ..lm import harvest as harvest_rows
     from ..lm import load_model, shuffled_texts, special_tokens, token_rows
     from ..lm.blocks import check_layer
+    from ..lm.dropped import check_drop_tokens
     from ..lm.harvest import check_holdout
     from ..lm.models import check_context, load_skeleton, load_tokenizer
 
@@ -60,15 +61,15 @@ def harvest(args: argparse.Namespace) -> None:
     check_layer(skeleton, args.layer)
     check_context(skeleton, context)
     tokenizer = load_tokenizer(args.model, args.cache)
-    special = special_tokens(tokenizer)
-    dropped = sorted({one for part in args.drop_tokens for one in (special if part == "special" else [part])})
-    if not args.quiet:
-        names = [f"{token} {name}" for token, name in zip(dropped, tokenizer.convert_ids_to_tokens(dropped))]
-        print(
-            f"Harvests layer {args.layer} of {args.model} over {args.texts} into {args.out}, "
-            f"without tokens {', '.join(names) or '(none)'}",
-            flush=True,
-        )
+    special = special_tokens(tokenizer, skeleton)
+    dropped = [one for part in args.drop_tokens for one in (special if part == "special" else [part])]
+    dropped = check_drop_tokens(skeleton, dropped)
+    names = [f"{token} {name}" for token, name in zip(dropped, tokenizer.convert_ids_to_tokens(dropped))]
+    print(
+        f"Harvests layer {args.layer} of {args.model} over {args.texts} into {args.out}"
+        + (f", without the tokens {', '.join(names)}" if names else ""),
+        flush=True,
+    )
     rows = token_rows(texts, tokenizer, context, limit)
     check_holdout(args.holdout_rows, len(rows))
     model, _ = load_model(args.model, args.cache)

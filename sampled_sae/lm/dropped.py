@@ -15,23 +15,23 @@ _ROLES = ("bos", "eos", "pad", "cls", "sep", "mask")
 END_OF_TEXT = "<|endoftext|>"
 
 
-def special_tokens(tokenizer: Any) -> list[int]:
-    """Ids, ascending, of a tokenizer's bos, eos, pad, cls, sep and mask tokens and <|endoftext|>, those it has."""
-    by_role = (getattr(tokenizer, f"{role}_token_id", None) for role in _ROLES)
-    return _ids(*by_role, tokenizer.get_vocab().get(END_OF_TEXT))
+def special_tokens(tokenizer: Any, model: Any = None) -> list[int]:
+    """Ids, ascending, of a tokenizer's bos, eos, pad, cls, sep and mask tokens and <|endoftext|>, those it has.
+
+    With a model only those in its vocabulary: a padding token is often added to the tokenizer alone.
+    """
+    found = _ids(_by_role(tokenizer), tokenizer.get_vocab().get(END_OF_TEXT))
+    return found if model is None else _known(found, text_config(model))
 
 
 def check_drop_tokens(model: Any, drop_tokens: Iterable[int] | None) -> list[int]:
     """The ids, ascending, checked; for None the special tokens that the model's configuration names."""
     about = text_config(model)
-    vocabulary = getattr(about, "vocab_size", None)
     if drop_tokens is None:
-        holders = [holder for holder in (about, getattr(model, "generation_config", None)) if holder is not None]
-        named = _ids(*(getattr(holder, f"{role}_token_id", None) for holder in holders for role in _ROLES))
-        return [token for token in named if vocabulary is None or 0 <= token < vocabulary]
+        return _known(_ids(_by_role(about), _by_role(getattr(model, "generation_config", None))), about)
     tokens = sorted({check_integer("drop_tokens", token, 0) for token in drop_tokens})
-    if vocabulary is not None and tokens and tokens[-1] >= vocabulary:
-        raise ValueError(f"drop_tokens={tokens[-1]}: must be a token id from 0 to {vocabulary - 1}")
+    if len(_known(tokens, about)) < len(tokens):
+        raise ValueError(f"drop_tokens={tokens[-1]}: must be a token id from 0 to {about.vocab_size - 1}")
     return tokens
 
 
@@ -60,6 +60,17 @@ def dropped(
     return out, counts
 
 
+def _by_role(holder: Any) -> list[Any]:
+    return [getattr(holder, f"{role}_token_id", None) for role in _ROLES]
+
+
 def _ids(*found: Any) -> list[int]:
-    listed = [one for value in found for one in (value if isinstance(value, (list, tuple)) else [value])]
-    return sorted({int(one) for one in listed if one is not None})
+    """Ascending; from ids, lists of them (a model may have several eos tokens) and None."""
+    nested = [_ids(*one) if isinstance(one, (list, tuple)) else [one] for one in found]
+    return sorted({int(one) for some in nested for one in some if one is not None})
+
+
+def _known(tokens: list[int], about: Any) -> list[int]:
+    """Those in the vocabulary of a configuration."""
+    size = getattr(about, "vocab_size", None)
+    return [token for token in tokens if token >= 0 and (size is None or token < size)]

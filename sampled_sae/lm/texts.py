@@ -156,16 +156,18 @@ def _hub(source: str) -> Iterator[Document | None]:
     positions = dict(zip(("split", "column"), placed)) | named
     split, column = positions.get("split") or "train", positions.get("column") or None
     try:
-        import datasets
+        from datasets import load_dataset
     except ImportError as error:
         raise ImportError(f"source={source!r} needs the package datasets: pip install datasets") from error
     if any((Path(name) / file).exists() for file in _SAVED):
-        records = datasets.load_from_disk(name)
+        from datasets import load_from_disk
+
+        records = load_from_disk(name)
         if isinstance(records, dict):
             if split not in records:
                 raise ValueError(f"source={source!r} has no split {split!r}, but {', '.join(map(repr, records))}")
             records = records[split]
     else:
         config = {"name": named["config"]} if named.get("config") else {}
-        records = datasets.load_dataset(name, split=split, streaming=True, **config)
+        records = load_dataset(name, split=split, streaming=True, **config)
     return (document_of(record, f"{source}, record {number}", column) for number, record in enumerate(records))

@@ -198,3 +198,4 @@ class Tokenizer:
 
 def test_special_tokens_of_a_tokenizer():
     assert special_tokens(Tokenizer()) == [0, 3, 11, 12]
+    assert special_tokens(Tokenizer(), with_special_ids(vocab_size=12)) == [0, 3, 11]
