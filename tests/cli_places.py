@@ -109,10 +109,14 @@ def places(pristine, tmp_path, monkeypatch):
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(batches, "CALIBRATION_TOKENS", 256)
     root = tmp_path / "places"
+    copied = {}
 
     def fresh():
-        shutil.rmtree(root, ignore_errors=True)
-        shutil.copytree(pristine, root)
+        if not copied or state_of(root) != copied:
+            shutil.rmtree(root, ignore_errors=True)
+            shutil.copytree(pristine, root)
+            copied.clear()
+            copied.update(state_of(root))
         return root
 
     monkeypatch.chdir(tmp_path)
@@ -128,6 +132,11 @@ def limited_memory():
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)
     torch.set_num_threads(threads)
+
+
+def state_of(folder):
+    """path -> when it was last written, and its size, of all that is below."""
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
 def contents(folder):

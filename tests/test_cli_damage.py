@@ -105,23 +105,14 @@ def damages_of_tensors(state):
     """Of a dict of tensors, and dicts and numbers beside them."""
     for at in fields(state):
         yield f"without {at}", changed(state, at, delete)
-        for new in (
-            None,
-            "x",
-            -1,
-            [],
-            {},
-            torch.zeros(1),
-            torch.full((2, 2), math.nan),
-            torch.ones((), dtype=torch.int64),
-        ):
+        for new in (None, "x", -1, [], {}, *OTHER_TENSORS):
             yield f"{at}={new!r}", changed(state, at, put(new))
 
 
 def some(damages, count, seed):
-    """All of them, or so many drawn."""
+    """So many, drawn."""
     found = list(damages)
-    return found if count is None else random.Random(seed).sample(found, min(count, len(found)))
+    return random.Random(seed).sample(found, min(count, len(found)))
 
 
 def hold(file, write, name, commands, fresh, capsys):
@@ -139,7 +130,7 @@ def hold(file, write, name, commands, fresh, capsys):
                 out.write(f"{status} {file} {name} {text}\t{err.strip().splitlines()[-1:]}\t{raised} {where}\n")
 
 
-AMOUNTS = pytest.mark.parametrize("count", [8, pytest.param(150, marks=pytest.mark.slow)])
+AMOUNTS = pytest.mark.parametrize("count", [8, pytest.param(60, marks=pytest.mark.slow)])
 
 
 @AMOUNTS
@@ -153,7 +144,7 @@ def test_json(file, count, pristine, places, capsys):  # noqa: F811
 @pytest.mark.parametrize("file", TENSORS)
 def test_tensors(file, count, pristine, places, capsys):  # noqa: F811
     content = (pristine / file).read_bytes()
-    for name, damaged in some(damages_of_bytes(content), count and 3, file):
+    for name, damaged in some(damages_of_bytes(content), min(count, 3), file):
         hold(file, lambda path, damaged=damaged: path.write_bytes(damaged), name, TENSORS[file], places, capsys)
     is_torch = not file.endswith(".safetensors")
     state = torch.load(pristine / file, weights_only=True) if is_torch else load_file(pristine / file)

@@ -43,7 +43,7 @@ TOO_MUCH = {
     "texts": ["{texts}", "{missing}", "{empty}", "{file}", "{broken}", "{model}", "", "hf:", "wiki-xx"],
 }
 # examples of the everyday run, by what they cost
-EXAMPLES = {"check": 2, "bench": 20, "sweep": 25}
+EXAMPLES = {"check": 2, "bench": 10, "sweep": 10}
 
 
 def values(action):
@@ -73,7 +73,7 @@ def command_lines(draw, name):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_command_line_ends_in_a_traceback(name, factor, places, capsys):  # noqa: F811
     @settings(
-        max_examples=EXAMPLES.get(name, 40) * factor,
+        max_examples=EXAMPLES.get(name, 25) * factor,
         deadline=None,
         database=None,
         derandomize=True,

@@ -91,6 +91,8 @@ def _system_error(error: BaseException) -> int | None:
     if isinstance(error, SafetensorError):
         found = re.search(r"\(os error (\d+)\)", str(error))
         return int(found[1]) if found else None
+    if isinstance(error.__context__, OSError):
+        return error.__context__.errno
     # torch says no more than that the file is shorter than what was written to it
     return errno.ENOSPC if re.search("unexpected pos|file write failed|iostream", str(error)) else None
 

@@ -5,6 +5,7 @@ torch verifies none of the checksums in its own file. Ours follows that file's e
 
 from __future__ import annotations
 
+import json
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -55,6 +56,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a checkpoint of sampled-sae")
     for name, kind in FIELDS.items():
         field(path, state, name, kind)
+    try:
+        json.dumps(state["settings"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: settings are no plain values ({error})") from None
     for part in ("sae", "optimizer"):
         for name, value in _tensors(part, state[part]):
             check_finite(value, f"{path}: {name}")
