@@ -1,12 +1,15 @@
 """Folders that are written to: one process at a time, checked before work begins, on every system."""
 
 import errno
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from collections import namedtuple
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,9 +118,51 @@ def test_within_one_process(tmp_path):
         locked(tmp_path / "x", "a training"),
     ):
         pass
+    assert not (tmp_path / "x").exists(), "nothing came of the work"
     with locked(tmp_path / "x", "a training"):
-        pass
-    assert names(tmp_path / "x") == set()
+        (tmp_path / "x" / "made").touch()
+    assert names(tmp_path / "x") == {"made"}
+
+
+def test_the_lock_of_windows(tmp_path, monkeypatch):
+    """Its locks are of bytes of a file, and an open file cannot be removed."""
+    held = {}  # inode -> descriptor; closing it lets go
+
+    def is_open(inode, descriptor):
+        try:
+            return os.fstat(descriptor).st_ino == inode
+        except OSError:
+            return False
+
+    def locking(descriptor, mode, count):
+        inode = os.fstat(descriptor).st_ino
+        if inode in held and held[inode] != descriptor and is_open(inode, held[inode]):
+            raise PermissionError(errno.EACCES, "locked")
+        held[inode] = descriptor
+
+    unlink = Path.unlink
+
+    def unlinks(path, missing_ok=False):
+        if any(path.exists() and path.stat().st_ino == inode and is_open(inode, fd) for inode, fd in held.items()):
+            raise PermissionError(errno.EACCES, "open")
+        unlink(path, missing_ok)
+
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(Path, "unlink", unlinks)
+    spec = importlib.util.spec_from_file_location("on_windows", output_folder.__file__)
+    on_windows = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(on_windows)
+    for _ in range(2):
+        with on_windows.locked(tmp_path / "x", "a sweep"):
+            message = rf"x: in use by a sweep \(process {os.getpid()} "
+            with pytest.raises(BlockingIOError, match=message), on_windows.locked(tmp_path / "x", "a training"):
+                pass
+            (tmp_path / "x" / "made").touch()
+        assert names(tmp_path / "x") == {"made"}
+    with pytest.raises(KeyboardInterrupt), on_windows.locked(tmp_path / "x", "a sweep"):
+        raise KeyboardInterrupt
+    assert names(tmp_path / "x") == {"made"}
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ def is_leftover(name: str) -> bool:
 def locked(folder: Path, work: str) -> Iterator[None]:
     """Holds `folder` for this process and removes what killed writes left there; the folder is made if need be.
 
-    A process that dies lets go of it, however it dies.
+    A process that dies lets go of it, however it dies. A folder that was made and is empty at the end is removed.
 
     Args:
         work: what is done there, for the message to another process.
@@ -64,24 +64,30 @@ def locked(folder: Path, work: str) -> Iterator[None]:
     Raises:
         BlockingIOError: another process holds it; says which.
     """
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    with _open_locked(path) as file:
-        file.truncate(0)
-        file.write(f"{work} (process {os.getpid()} on {socket.gethostname()})".encode())
-        file.flush()
-        for entry in folder.iterdir():
-            if is_leftover(entry.name) and entry.name != LOCK and entry.is_file():
-                entry.unlink(missing_ok=True)
-        try:
-            yield
-        finally:
-            # Before the lock is let go: nobody may lock a file that is about to vanish. Windows wants it closed first.
-            with suppress(OSError):
+    try:
+        with _open_locked(path) as file:
+            file.truncate(0)
+            file.write(f"{work} (process {os.getpid()} on {socket.gethostname()})".encode())
+            file.flush()
+            for entry in folder.iterdir():
+                if is_leftover(entry.name) and entry.name != LOCK and entry.is_file():
+                    entry.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                # Before the lock is let go: nobody may lock a file that is about to vanish. Windows wants it closed.
+                with suppress(OSError):
+                    path.unlink()
+    finally:
+        if sys.platform == "win32":
+            with suppress(OSError):  # that of another process is open
                 path.unlink()
-    if sys.platform == "win32":
-        with suppress(OSError):
-            path.unlink()
+        if made:
+            with suppress(OSError):
+                folder.rmdir()  # nothing came of the work
 
 
 def _open_locked(path: Path) -> BinaryIO:

@@ -118,9 +118,8 @@ def run_sweep(
     for name in results:
         say(f"{place[name]}: already evaluated")
     held_out, _ = store.holdout()
-    measure = splice.load() if isinstance(splice, SpliceSource) else splice
 
-    def train_and_evaluate(names: list[str]) -> None:
+    def train_and_evaluate(names: list[str], measure: Splice | None) -> None:
         """One group; its memory is free when this returns, before the next is made."""
         for name in names:
             say(f"{place[name]}: training in {folder / name}")
@@ -134,9 +133,10 @@ def run_sweep(
             (folder / name / CHECKPOINT).unlink(missing_ok=True)
 
     with locked(folder, "a sweep"):
+        measure = splice.load() if isinstance(splice, SpliceSource) else splice
         waiting = [name for name in configs if name not in results]
         for start in range(0, len(waiting), together):
-            train_and_evaluate(waiting[start : start + together])
+            train_and_evaluate(waiting[start : start + together], measure)
         rows = [_row(name, config, results[name]) for name, config in configs.items()]
         write_table(rows, folder)
         write_json(folder / "sweep.json", {"rows": rows, "train": asdict(train)})

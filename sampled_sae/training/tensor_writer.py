@@ -24,8 +24,7 @@ def write_tensors(folder: Path, x: Any, holdout: int, shard_tokens: int, dtype: 
     Holds in memory the held-out tokens, a shard and a chunk at most.
     """
     check_output_folder(folder)
-    made = not folder.exists()
-    if not made:
+    if folder.exists():
         _check_free(folder)
     if isinstance(x, (Tensor, np.ndarray)):
         _check_chunk("x", x)
@@ -36,18 +35,13 @@ def write_tensors(folder: Path, x: Any, holdout: int, shard_tokens: int, dtype: 
         raise ValueError("x: holds no tokens; at least one is needed")
     settings = {"holdout": holdout, "shard_tokens": shard_tokens, "dtype": dtype}
     writer = StoreWriter(folder, new_manifest(first.shape[1], dtype, settings, source=source))
-    try:
-        with locked(folder, "a write of activations"):
-            _check_free(folder)  # still: another may have written there since
-            try:
-                _write_files(writer, chain([first], pieces), holdout, shard_tokens)
-            except BaseException:
-                writer.delete_files()
-                raise
-    except BaseException:
-        if made and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
+    with locked(folder, "a write of activations"):
+        _check_free(folder)  # still: another may have written there since
+        try:
+            _write_files(writer, chain([first], pieces), holdout, shard_tokens)
+        except BaseException:
+            writer.delete_files()
+            raise
 
 
 def _write_files(writer: StoreWriter, pieces: Iterable[Tensor], holdout: int, shard_tokens: int) -> None:
