@@ -81,6 +81,9 @@ def test_sweep_writes_table_report_and_plots(tiny, harvested, tmp_path, capsys):
     assert [row["name"] for row in rows] == ["l1_l2", "l1_uniform", "l4_l2", "l4_uniform", "batchtopk", "topk"]
     assert all(float(row["fvu"]) > 0 and row["loss_recovered_zero"] for row in rows)
     report = (out / "report.md").read_text()
+    held_out = json.loads((harvested / "manifest.json").read_text())["holdout"]["tokens"]
+    assert f"evaluated on {held_out} held-out tokens" in report
+    assert all(row["tokens"] == str(held_out) and row["predicted_tokens"] == "45" for row in rows)
     for name in ("quality.png", "training.png", "frequency.png"):
         assert f"![]({name})" in report
         assert (out / name).read_bytes().startswith(b"\x89PNG")

@@ -136,8 +136,9 @@ def test_what_killed_writes_left_is_removed_by_the_next_start(store, tmp_path):
     (tmp_path / "run").mkdir()
     for name in (*left, *kept):
         (tmp_path / "run" / name).write_text("half")
+    (tmp_path / "run" / ".cache.tmp").mkdir()
     Trainer(SAE, TRAIN, store, tmp_path / "run").run(progress=False)
-    assert names(tmp_path / "run") & {*left, *kept} == set(kept)
+    assert names(tmp_path / "run") & {*left, *kept, ".cache.tmp"} == {*kept, ".cache.tmp"}
     (tmp_path / "written").mkdir()
     for name in (".shard_00000.safetensors.tmp", LOCK):
         (tmp_path / "written" / name).write_text("half")
@@ -315,6 +316,11 @@ def test_files_get_the_usual_permissions(tmp_path):
 def test_names_that_are_no_folder_s_on_some_system(store, tmp_path, name):
     with pytest.raises(ValueError, match="the name must be that of a folder"):
         SAEGroup({name: SAE}, TRAIN, store, tmp_path)
+
+
+def test_names_that_are_one_folder_on_some_systems(store, tmp_path):
+    with pytest.raises(ValueError, match=r"configs=\['A', 'a', 'b'\]: names must differ by more than case"):
+        SAEGroup(dict.fromkeys(("a", "b", "A"), SAE), TRAIN, store, tmp_path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

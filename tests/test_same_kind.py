@@ -163,6 +163,23 @@ def test_a_sweep_does_not_go_on_with_another_model_or_other_rows(tmp_path, other
     assert loaded == [], "known before the model is loaded"
 
 
+def test_a_sweep_in_python_knows_the_model_of_its_evaluator(tmp_path):
+    class Evaluator:
+        """As SpliceEvaluator."""
+
+        def __init__(self, model):
+            self.about = {"model": model, "rows": 3}
+
+        def evaluate(self, reconstruct):
+            return {"ce_clean": 1.0}
+
+    store = harvested(tmp_path / "a")
+    run_sweep({"a": SAE}, TRAIN, store, tmp_path / "s", Evaluator("one").evaluate, progress=False)
+    run_sweep({"a": SAE}, TRAIN, store, tmp_path / "s", Evaluator("one").evaluate, progress=False)
+    with pytest.raises(ValueError, match=r"\(splice: model\): model was 'one', is 'two'"):
+        run_sweep({"a": SAE}, TRAIN, store, tmp_path / "s", Evaluator("two").evaluate, progress=False)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -48,7 +48,7 @@ def harvest(args: argparse.Namespace) -> None:
     from ..lm import load_model, shuffled_texts, special_tokens, token_rows
     from ..lm.blocks import check_layer
     from ..lm.dropped import check_drop_tokens
-    from ..lm.harvest import check_holdout
+    from ..lm.harvest import check_holdout, check_resumes
     from ..lm.models import check_context, load_skeleton, load_tokenizer
 
     context = check_integer("context", args.context, 2)
@@ -70,6 +70,8 @@ def harvest(args: argparse.Namespace) -> None:
         + (f", without the tokens {', '.join(names)}" if names else ""),
         flush=True,
     )
+    known = ("model", "layer", "context", "batch_size", "dtype", "holdout_rows")
+    check_resumes(args.out, {"source": args.texts, **{name: getattr(args, name) for name in known}})
     rows = token_rows(texts, tokenizer, context, limit)
     check_holdout(args.holdout_rows, len(rows))
     model, _ = load_model(args.model, args.cache)

@@ -188,22 +188,32 @@ def _read_manifest(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | N
         return None
     manifest = read_manifest(folder)
     before = manifest["settings"]
-    if "model" not in before:
-        raise ValueError(f"{folder} holds activations that no harvest wrote: choose another folder")
     if "drop_tokens" not in before and settings.pop("drop_tokens"):
         warnings.warn(
             f"{folder} was begun without drop_tokens, and goes on without: special tokens stay in it", stacklevel=3
         )
-    for name in sorted({*before, *settings}, key=[*settings, *before].index):
-        if before.get(name) != settings.get(name):
-            raise ValueError(
-                f"{folder} was harvested with {name}={before.get(name)!r}, this call has "
-                f"{name}={settings.get(name)!r}: use the same settings or another folder"
-            )
+    _check_same(folder, before, {name: settings.get(name) for name in [*settings, *before]})
     field(path, manifest, "max_norm", float)
     for i, shard in enumerate(manifest["shards"]):
         field(f"{path}: shards[{i}]", shard, "sum_squares", float, 0)
     return manifest
+
+
+def check_resumes(folder: Path, known: dict[str, Any]) -> None:
+    """ValueError where the folder holds a harvest with other settings than those `known` without the model."""
+    if (folder / MANIFEST).exists():
+        _check_same(folder, read_manifest(folder)["settings"], known)
+
+
+def _check_same(folder: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    if "model" not in before:
+        raise ValueError(f"{folder} holds activations that no harvest wrote: choose another folder")
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{folder} was harvested with {name}={before.get(name)!r}, this call has {name}={value!r}: "
+                "use the same settings or another folder"
+            )
 
 
 def _new_manifest(model: Any, first_rows: Tensor, settings: dict[str, Any]) -> dict[str, Any]:

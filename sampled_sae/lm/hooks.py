@@ -2,7 +2,7 @@
 
 Convention: layer i is the residual stream AFTER block i, counted from 0. That is `hidden_states[i + 1]` of
 Hugging Face's `output_hidden_states=True`, except at the last block, where Hugging Face's entry has passed
-the final norm and ours has not (and in Mamba, whose list leaves the embedding out: `hidden_states[i]`).
+the final norm and ours has not (and in Mamba and RWKV, whose lists leave the embedding out: `hidden_states[i]`).
 "The sixth layer" of a paper is layer 5.
 """
 

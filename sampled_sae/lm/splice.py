@@ -51,6 +51,7 @@ class SpliceEvaluator:
         ce_clean, ce_zero, ce_mean: cross-entropy of the next token in nats a token, of the model as it is and
             with the replaced vectors all zero, or all their mean.
         spliced_tokens: how many vectors are replaced.
+        about: name of the model and number of rows, which a sweep records.
 
     Raises:
         ValueError: for bad arguments (an encoder, which predicts no next token, among them), or rows of which
@@ -81,12 +82,14 @@ class SpliceEvaluator:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         model.eval()
         self._model, self._layer, self._scale = model, layer, scale
+        self.about = {"model": str(getattr(model, "name_or_path", "")), "rows": len(rows)}
         vocabulary = model.config.get_text_config().vocab_size
         size = min(batch_size, max(1, _LOGIT_BYTES // (4 * rows.shape[1] * vocabulary)))
         self._batches = list(rows.to(model.device).split(size))
         self._residuals: list[Tensor] = []  # [b, T, d] each
         self._replaced: list[Tensor] = []  # bool [b, T] each
-        self._tuple_sizes: list[int] = []  # of what blocks 0 to layer return; 0: a bare tensor
+        # of what blocks 0 to layer return; 0: a bare tensor, None: neither that nor a tuple or list
+        self._tuple_sizes: list[int | None] = []
         self.ce_clean = self._run_clean(drop_first, check_drop_tokens(model, drop_tokens), max_norm)
         self.spliced_tokens = sum(int(replaced.sum()) for replaced in self._replaced)
         if self.spliced_tokens == 0:
@@ -192,6 +195,8 @@ class SpliceEvaluator:
         A model whose later blocks use more of the earlier ones than the residual stream (shared keys and
         values, say) fails this, and then runs whole.
         """
+        if None in self._tuple_sizes:
+            return False
         row, residual = self._batches[0][:1], self._residuals[0][:1]
         self._skips_prefix = False
         whole = self._logits(row, residual)
@@ -205,7 +210,8 @@ class SpliceEvaluator:
     def _recorded_structure(self) -> Iterator[None]:
         def note(module: Any, args: Any, output: Any) -> None:
             if len(self._tuple_sizes) <= self._layer:
-                self._tuple_sizes.append(len(output) if isinstance(output, (tuple, list)) else 0)
+                several = isinstance(output, (tuple, list))
+                self._tuple_sizes.append(len(output) if several else 0 if isinstance(output, Tensor) else None)
 
         handles = [block.register_forward_hook(note) for block in self._prefix()]
         try:

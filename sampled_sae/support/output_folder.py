@@ -71,7 +71,7 @@ def locked(folder: Path, work: str) -> Iterator[None]:
         file.write(f"{work} (process {os.getpid()} on {socket.gethostname()})".encode())
         file.flush()
         for entry in folder.iterdir():
-            if is_leftover(entry.name) and entry.name != LOCK:
+            if is_leftover(entry.name) and entry.name != LOCK and entry.is_file():
                 entry.unlink(missing_ok=True)
         try:
             yield

@@ -92,6 +92,8 @@ def check_members(configs: dict[str, SampledSAEConfig], stores: ActivationStore 
                 f'configs[{name!r}]: the name must be that of a folder: without separators, any of < > : " | ? *, a '
                 "point or space at its end, and none that Windows keeps for devices"
             )
+    if len({name.casefold() for name in configs}) < len(configs):
+        raise ValueError(f"configs={sorted(configs)}: names must differ by more than case, which some systems ignore")
     if isinstance(stores, dict) and set(stores) != set(configs):
         missing, unknown = sorted(set(configs) - set(stores)), sorted(set(stores) - set(configs))
         raise ValueError(

@@ -104,7 +104,8 @@ def run_sweep(
     check_members(configs, store)
     check_output_folder(folder)
     Feed(store, train.batch_size, train.seed, device)
-    about = splice.about if isinstance(splice, SpliceSource) else {}
+    # of a SpliceSource, or of the SpliceEvaluator that a bound method belongs to
+    about = getattr(getattr(splice, "__self__", splice), "about", {})
     common = {
         "train": asdict(train),
         "activations": identity(store.manifest),

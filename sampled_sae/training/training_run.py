@@ -80,8 +80,8 @@ class TrainingRun:
         check_memory(f"d_sae={sae_config.d_sae}", needed, feed.device)
         # A checkpoint is written beside the one before it.
         check_output_folder(self.folder, needed if (self.folder / CHECKPOINT).exists() else 2 * needed)
-        self.row_grads = sae_config.row_grads
         check_target(self.folder)
+        self.row_grads = sae_config.row_grads
         in_training = replace(sae_config, row_grads=sae_config.impl != "reference", input_scale=store.scale)
         self.sae = SampledSAE(in_training, device=feed.device)
         self.optimizer = RowAdam(

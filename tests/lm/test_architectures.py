@@ -63,10 +63,7 @@ SUPPORTED = [
     "LlamaModel",
     "GPT2Model",
     "BertLMHeadModel",
-    *(
-        f"{name}Model"
-        for name in ["Bert", "Roberta", "DistilBert", "Electra", "MPNet", "DebertaV2", "Esm", "ModernBert"]
-    ),
+    *(f"{name}Model" for name in ["Bert", "Roberta", "DistilBert", "Electra", "MPNet", "DebertaV2", "ModernBert"]),
     *(f"{name}ForMaskedLM" for name in ["Bert", "Roberta", "DistilBert", "Electra", "ModernBert"]),
 ]
 

@@ -121,6 +121,19 @@ def test_no_holdout_to_the_end(causal, texts, tmp_path, capsys):
     assert "no held-out part" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("option", "value"), [("--layer", 2), ("--context", 12), ("--dtype", "float16")])
+def test_a_folder_of_another_harvest_is_known_before_the_weights_are_loaded(
+    causal, texts, tmp_path, monkeypatch, capsys, option, value
+):
+    assert command(causal, texts, tmp_path) == 0
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.setattr(lm, "load_model", lambda *_: pytest.fail("the weights were loaded"))
+    capsys.readouterr()
+    assert command(causal, texts, tmp_path, option, value) == 1
+    assert f"was harvested with {option} " in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
 def a_file(folder):
     (folder / "file").write_text("x")
     return folder / "file"
