@@ -21,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.measure import Row
 from benchmarks.peers import CANDIDATES, Entry, Setup, Weights, initial_weights, installed, make, ours
@@ -59,7 +60,7 @@ class TrainingSession:
         return self.steps
 
     def save(self, path: Path) -> None:
-        self.candidate.weights().save(path)
+        save_file(self.candidate.weights()._asdict(), path)
 
 
 def train_all(names: list[str], store: Path, setup: Setup, marks: list[float], folder: Path, threads: int) -> list[Row]:
@@ -139,7 +140,7 @@ def main() -> None:
         feed = Feed(store, args.batch_size, seed=0)
         for row in rows:
             if "file" in row:
-                row |= judge(Weights.load(row.pop("file")), setup, store, feed, splice)
+                row |= judge(Weights(**load_file(row.pop("file"))), setup, store, feed, splice)
             record.add(row)
 
 

@@ -52,6 +52,6 @@ class Library(Candidate):
             W_dec /= W_dec.norm(dim=1, keepdim=True)
         return loss.detach()
 
-    def weights(self) -> Weights:
+    def tensors(self) -> Weights:
         W_enc, b_enc, W_dec, b_dec = self.parameters
-        return Weights.copied(W_enc.t(), b_enc, W_dec, b_dec)
+        return Weights(W_enc.t(), b_enc, W_dec, b_dec)
