@@ -14,7 +14,7 @@ from benchmarks.gpu_parts import candidates, compiling, summary, tuning
 from benchmarks.measure import driver
 from benchmarks.operations import OPERATIONS, SCORE_FORMS
 from benchmarks.operations.operation import Inputs
-from benchmarks.operations.race import Race, verdict
+from benchmarks.operations.race import verdict
 from benchmarks.record import Record
 from benchmarks.workloads import REHEARSAL
 from sampled_sae.kernels import configs
@@ -106,22 +106,6 @@ def test_driver_version(tmp_path, monkeypatch):
     ):
         file.write_text(text + "\nGCC version:  gcc version 12.2.0\n")
         assert driver() == "570.86.15"
-
-
-def test_whoever_takes_the_time_itself_finds_the_gpu_at_rest(monkeypatch):
-    inputs = Inputs(REHEARSAL[0], "cpu", torch.float32, "torch")
-    one = Race("pool l=4", inputs, OPERATIONS["pool l=4"](inputs), None, small=True)
-    log = []
-    object.__setattr__(one.operation, "prepare", lambda: log.append("prepare"))
-    monkeypatch.setattr("benchmarks.operations.race.on_gpu", lambda device: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("rest"))
-    note = lambda call, device, queued: log.append("queued" if queued else "timed") or 0  # noqa: E731
-    monkeypatch.setattr("benchmarks.operations.race.timed", note)
-    one.round()
-    assert log == ["prepare", "queued"] * len(one.calls)
-    log.clear()
-    one.round(without="ours")
-    assert log == [*["prepare", "timed"] * (len(one.calls) - 1), "prepare", "rest"]
 
 
 def test_configurations_are_put_in_use_and_back():

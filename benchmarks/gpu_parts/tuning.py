@@ -6,9 +6,8 @@ lines for kernels/configs.py, and best.json, the best of each (d, F, B).
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from math import prod
 from typing import Any
@@ -23,6 +22,7 @@ from benchmarks.operations import OPERATIONS, SCORE_FORMS
 from benchmarks.operations.operation import Inputs, Operation
 from benchmarks.operations.race import verdict
 from benchmarks.record import Record, markdown, parser
+from benchmarks.replaced import replaced
 from benchmarks.workloads import GPU_STEPS, REHEARSAL, Workload
 from sampled_sae.kernels import configs
 from sampled_sae.support.atomic_files import write_json, write_text
@@ -105,31 +105,22 @@ def candidates_of(choice: str, operation: Operation) -> dict[str, triton.Config]
     """By how they are written, the current one first; none where the operation does not ask for any."""
     real, asked = getattr(configs, choice), []
     if isinstance(real, triton.Config):
-        asked.append(real)
+        return candidates(choice, real)
 
     def noted(*args: Any) -> triton.Config:
         asked.append(real(*args))
         return asked[-1]
 
-    with using(choice, real if asked else noted):
+    with replaced(**{choice: noted}):
         operation.prepare()
         operation.ours()
     return candidates(choice, asked[-1]) if asked and asked[-1] is not None else {}
 
 
-@contextmanager
-def using(choice: str, value: triton.Config | Callable[..., triton.Config]) -> Iterator[None]:
-    """With a configuration, or a function that chooses one, in every module of a kernel that knows the name."""
-    modules = [m for name, m in sys.modules.items() if name.startswith("sampled_sae.kernels.") and hasattr(m, choice)]
-    real = getattr(configs, choice)
-    constant = isinstance(value, triton.Config) and not isinstance(real, triton.Config)
-    for module in modules:
-        setattr(module, choice, (lambda *_: value) if constant else value)
-    try:
-        yield
-    finally:
-        for module in modules:
-            setattr(module, choice, real)
+def using(choice: str, config: triton.Config) -> AbstractContextManager[None]:
+    """With a configuration in place of a constant, or of what a function chooses."""
+    constant = isinstance(getattr(configs, choice), triton.Config)
+    return replaced(**{choice: config if constant else lambda *_: config})
 
 
 def made(operation: Operation, choice: str, config: triton.Config) -> Any:

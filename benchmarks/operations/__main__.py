@@ -21,7 +21,7 @@ from benchmarks.gpu_parts.compiling import compile_all, small
 from benchmarks.measure import RESULTS, Row
 from benchmarks.operations import OPERATIONS, PRODUCT, SCORE_FORMS, Operations, first_calls
 from benchmarks.operations.operation import Inputs
-from benchmarks.operations.race import COLUMNS, Race
+from benchmarks.operations.race import COLUMNS, race
 from benchmarks.record import Record, markdown, parser
 from benchmarks.workloads import CPU_KERNELS, GPU_KERNELS, LARGE_KERNELS, REHEARSAL, WIDTHS, Workload
 
@@ -79,9 +79,8 @@ def race_all(record: Record, args: Namespace, case: Case, names: list[str], comp
     inputs = Inputs(w, args.device, dtype, args.impl)
 
     def raced(name: str, seconds: float) -> list[Row]:
-        race = Race(name, inputs, SETS[args.set].operations[name](inputs), compiler, small=args.rehearse)
-        race.run(args.rounds, seconds)
-        return [race.row()]
+        operation = SETS[args.set].operations[name](inputs)
+        return [race(name, inputs, operation, args.rounds, seconds, compiler, args.rehearse)]
 
     for i, name in enumerate(names):
         row = {**w.columns(), "dtype": str(dtype).removeprefix("torch."), "operation": name}
