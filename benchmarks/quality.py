@@ -67,7 +67,7 @@ MEASURES = ("fvu", "loss_recovered_zero", "dead_share", "time")
 def splice_of(name: str, store: ActivationStore, rows: int) -> Splice:
     """Loss recovered on so many rows of the store's held-out text, by the model of this name."""
     layer, norm = store.manifest["layer"], store.manifest["max_norm"]
-    held_out = store.holdout()[1][:rows]
+    held_out = store.holdout_rows()[:rows]
     return SpliceEvaluator(load_model(name)[0], held_out, layer, scale=store.scale, max_norm=norm).evaluate
 
 

@@ -53,172 +53,149 @@ def encoder(dtype: torch.dtype, d: int) -> tuple[Tensor, Tensor]:
     return new(B, stride, dtype=dtype)[:, :d], new(F, stride, dtype=dtype)[:, :d]
 
 
-TAU, COUNT = new(1), new(1, dtype=int64)
+def several(launcher: Callable[..., Any], kernel: Any, tried: dict[str, tuple[Any, ...]]) -> dict[str, Case]:
+    return {name: Case(kernel, partial(launcher, *arguments)) for name, arguments in tried.items()}
+
+
+def adam(d: int, mode: str, grad: torch.dtype, moments: torch.dtype, has_copy: bool) -> Case:
+    """Of a decoder row where d > 1, with all that may be done to it, or of a vector."""
+    shape = () if d == 1 else (d,)
+    weight, moment = new(F + 1, *shape), new(F + 1, *shape, dtype=moments)
+    tensors = (weight, moment, moment, new(P, *shape, dtype=grad), new(P, dtype=int64), new(1))
+    optional = {
+        "factor": new(1),
+        "last": new(F + 1, dtype=int32) if mode == "decayed" else None,
+        "copy": torch.empty_like(weight, dtype=bfloat16) if has_copy else None,
+    }
+    numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "seed": 1001}
+    how = {**optional, **numbers, "mode": mode, "project": d > 1, "renormalize": d > 1}
+    return Case(row_adam.row_adam_kernel, partial(row_adam.row_adam_, *tensors, **how))
+
+
+def decode(dtype: torch.dtype, d: int) -> Callable[[], Any]:
+    return partial(gather_decode.gather_sum, new(KEPT), FEATURES, TOKEN_ENDS, new(F, d, dtype=dtype), new(d))
+
+
+def gradient(dtype: torch.dtype, d: int) -> Callable[[], Any]:
+    lists = (new(KEPT), TOKENS, ORDER, FEATURE_ENDS, new(B, d, dtype=dtype), new(P, dtype=int64))
+    return partial(segment_sum.segment_sum, *lists, F, with_sums=True)
+
+
+def kept_rows(kernel: Any, length: int) -> Case:
+    copy = new(B, length, dtype=bfloat16)
+    return Case(kernel, partial(token_topk.keep_rows_, new(B, length), 32, *vectors(length), copy))
+
+
+def merged_rows(length: int, k: int) -> Case:
+    arguments = (new(B, k), new(B, k, dtype=int32), new(B, length), length + 1, *vectors(length))
+    return Case(token_topk.merge_rows_kernel, partial(token_topk.merge_rows_, *arguments))
+
+
+TAU, COUNT, MEMBERS = new(1), new(1, dtype=int64), new(P, dtype=int64)
 LIST = (TAU, new(SLOTS), new(SLOTS, dtype=int64), COUNT)
 TOKENS, FEATURES, ORDER = (new(KEPT, dtype=int32) for _ in range(3))
 TOKEN_ENDS, FEATURE_ENDS = new(B + 1, dtype=int32), new(P + 1, dtype=int32)
-
-
-def batch_topk_cases() -> dict[str, Case]:
-    z, large = new(B, F), new(1 << 16, F)
-    copied = partial(batch_topk.keep_largest_, large, B, copy=torch.empty_like(large, dtype=bfloat16))
-    narrow, wide = (new(n) for n in (1 << 16, 1 << 23))
-    entries, write = batch_topk.write_entries_kernel, batch_topk.compact_largest
-    return {
-        "pool": Case(batch_topk.write_pool_kernel, partial(batch_topk.keep_largest_, z, B)),
-        "pool and bf16 copy": Case(batch_topk.write_pool_kernel, copied),
-        "indices": Case(batch_topk.write_indices_kernel, partial(batch_topk.largest_indices, new(F), P)),
-        "entries": Case(entries, partial(write, narrow, narrow.long(), KEPT, B, F)),
-        "entries, wide keys": Case(entries, partial(write, wide, wide.long(), KEPT, B, 1 << 22)),
-    }
-
-
-def chunk_filter_cases() -> dict[str, Case]:
-    append, z = partial(chunk_filter.append_above_, new(B, C), *vectors(C)), new(B, C)
-    first = partial(chunk_filter.first_threshold, z, *vectors(C), KEPT)
-    following = partial(chunk_filter.next_threshold, new(1), TAU, COUNT, KEPT)
-    return {
-        "whole dictionary": Case(chunk_filter.append_above_kernel, partial(append, C + 1, F, *LIST)),
-        "pool": Case(chunk_filter.append_above_kernel, partial(append, new(C, dtype=int64), F, *LIST)),
-        "first threshold": Case(chunk_filter.first_threshold_kernel, first),
-        "next threshold": Case(chunk_filter.next_threshold_kernel, following),
-    }
-
-
-def chunk_scores_cases() -> dict[str, Case]:
-    statistics = partial(chunk_scores.chunk_statistics, new(B, C), *vectors(C))
-    scores = ("entropy", "l2")
-    return {f"partials {s}": Case(chunk_scores.chunk_partials_kernel, partial(statistics, s)) for s in scores}
-
-
-def column_scores_cases() -> dict[str, Case]:
-    b, scale = vectors(F)
-    tried = {
-        "bf16 small d": (*encoder(bfloat16, 768), b, "entropy", scale),
-        "bf16 large d": (*encoder(bfloat16, 4096), b, "entropy", scale),
-        "fp16 tail of d": (*encoder(float16, 500), None, "l2", None),
-        "fp32 small d": (*encoder(float32, 768), b, "entropy", scale),
-        "fp32 large d": (*encoder(float32, 4096), b, "entropy", scale),
-    }
-    kernel, statistics = column_scores.column_partials_kernel, column_scores.column_statistics
-    found = {name: Case(kernel, partial(statistics, *arguments)) for name, arguments in tried.items()}
-    fold = partial(column_scores.fold_partials, new(2 * 50 * F), 2, 50, F)
-    return {**found, "fold": Case(column_scores.fold_partials_kernel, fold)}
-
-
-def exact_fallback_cases() -> dict[str, Case]:
-    members = new(P, dtype=int64)
-    tried = {
-        "bf16 small d": (*encoder(bfloat16, 768), *vectors(F), None),
-        "bf16 large d, pool": (*encoder(bfloat16, 4096), *vectors(F), members),
-        "fp32 small d, pool": (*encoder(float32, 768), *vectors(F), members),
-    }
-    kernel, refill = exact_fallback.refill_kernel, exact_fallback.refill_exactly_
-    return {name: Case(kernel, partial(refill, *arguments, KEPT, *LIST)) for name, arguments in tried.items()}
-
-
-def gather_decode_cases() -> dict[str, Case]:
-    tried = {
-        "dots bf16 small d": (new(B, 768, dtype=bfloat16), new(F, 768, dtype=bfloat16)),
-        "dots bf16 large d": (new(B, 4096, dtype=bfloat16), new(F, 4096, dtype=bfloat16)),
-        "dots fp32 by bf16": (new(B, 768), new(F, 768, dtype=bfloat16)),
-        "dots fp32 tail of d": (new(B, 720), new(F, 720)),
-    }
-    kernel, dots = gather_decode.entry_dots_kernel, gather_decode.entry_dots
-    entries = (TOKENS, FEATURES, TOKEN_ENDS)
-    return {name: Case(kernel, partial(dots, *matrices, *entries)) for name, matrices in tried.items()}
-
-
-def radix_cases() -> dict[str, Case]:
-    activated = partial(radix.find_cut, new(B, F), KEPT, *vectors(F))
-    beyond = partial(radix.find_cut, new(1 << 32), (1 << 31) + 1)
-    return {
-        "activate": Case(radix.count_digits_kernel, activated, 0),
-        "second pass": Case(radix.count_digits_kernel, activated, 1),
-        "last pass, beyond 2^31": Case(radix.count_digits_kernel, beyond),
-        "counts at the cut": Case(radix.count_cut_kernel, activated),
-    }
-
-
-def row_adam_cases() -> dict[str, Case]:
-    bf16, rows = {"moments": bfloat16}, new(P, dtype=int64)
-    tried: dict[str, tuple[int, str, dict[str, torch.dtype], bool]] = {
-        "dense d=768": (768, "dense", {}, False),
-        "dense d=768 bf16 moments": (768, "dense", bf16, True),
-        "dense d=4096": (4096, "dense", {}, True),
-        "dense vector": (1, "dense", {}, False),
-        "lazy d=768 bf16 gradient": (768, "lazy", {"grad": bfloat16}, False),
-        "decayed d=768": (768, "decayed", {}, False),
-        "decayed d=4096 bf16 moments": (4096, "decayed", bf16, True),
-        "decayed d=8192 bf16 moments": (8192, "decayed", bf16, True),
-        "dense longest row": (configs.LONGEST_ADAM_ROW, "dense", {}, False),
-    }
-    numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "seed": 1001}
-
-    def step(d: int, mode: str, dtypes: dict[str, torch.dtype], has_copy: bool) -> None:
-        """A decoder row where d > 1, with all that may be done to it, or a vector."""
-        shape = () if d == 1 else (d,)
-        weight, moments = new(F + 1, *shape), new(F + 1, *shape, dtype=dtypes.get("moments", float32))
-        grad = new(P, *shape, dtype=dtypes.get("grad", float32))
-        row_adam.row_adam_(
-            *(weight, moments, moments, grad, rows, new(1)),
-            factor=new(1),
-            mode=mode,
-            last=new(F + 1, dtype=int32) if mode == "decayed" else None,
-            project=d > 1,
-            renormalize=d > 1,
-            copy=torch.empty_like(weight, dtype=bfloat16) if has_copy else None,
-            **numbers,
-        )
-
-    return {name: Case(row_adam.row_adam_kernel, partial(step, *how)) for name, how in tried.items()}
-
-
-def segment_sum_cases() -> dict[str, Case]:
-    weights = new(KEPT)
-
-    def decode(dtype: torch.dtype, d: int) -> Any:
-        return gather_decode.gather_sum(weights, FEATURES, TOKEN_ENDS, new(F, d, dtype=dtype), new(d))
-
-    def gradient(dtype: torch.dtype, d: int) -> Any:
-        lists = (weights, TOKENS, ORDER, FEATURE_ENDS, new(B, d, dtype=dtype), new(P, dtype=int64))
-        return segment_sum.segment_sum(*lists, F, with_sums=True)
-
-    calls = {
-        "bf16 decode small d": partial(decode, bfloat16, 768),
-        "bf16 decode large d": partial(decode, bfloat16, 4096),
-        "bf16 gradient large d": partial(gradient, bfloat16, 4096),
-        "fp32 gradient small d": partial(gradient, float32, 768),
-    }
-    kernels = {"rests": segment_sum.rests_kernel, "segments": segment_sum.segments_kernel}
-    return {f"{part} {name}": Case(kernels[part], call) for part in kernels for name, call in calls.items()}
-
-
-def token_topk_cases() -> dict[str, Case]:
-    def kept(length: int) -> Callable[[], Any]:
-        copy = new(B, length, dtype=bfloat16)
-        return partial(token_topk.keep_rows_, new(B, length), 32, *vectors(length), copy)
-
-    def merged(length: int, k: int) -> Callable[[], Any]:
-        best = (new(B, k), new(B, k, dtype=int32))
-        return partial(token_topk.merge_rows_, *best, new(B, length), length + 1, *vectors(length))
-
-    found = {f"rows of {n}": Case(token_topk.keep_rows_kernel, kept(n)) for n in (512, 2048, 4096, 8192)}
-    found["longer rows"] = Case(token_topk.keep_long_rows_kernel, kept(32768))
-    sizes = ((1024, 32), (4096, 64), (8192, 512))
-    return found | {f"merge {n} into {k}": Case(token_topk.merge_rows_kernel, merged(n, k)) for n, k in sizes}
-
-
+BLOCK, CHUNK, ENTRIES = new(B, F), (new(B, C), *vectors(C)), (TOKENS, FEATURES, TOKEN_ENDS)
+LARGE, NARROW, WIDE = new(1 << 16, F), new(1 << 16), new(1 << 23)
+CUT = partial(radix.find_cut, BLOCK, KEPT, *vectors(F))
+SUMS = {
+    "bf16 decode small d": decode(bfloat16, 768),
+    "bf16 decode large d": decode(bfloat16, 4096),
+    "bf16 gradient large d": gradient(bfloat16, 4096),
+    "fp32 gradient small d": gradient(float32, 768),
+}
 # by file of kernels/
-CASES: dict[str, Callable[[], dict[str, Case]]] = {
-    "batch_topk": batch_topk_cases,
-    "chunk_filter": chunk_filter_cases,
-    "chunk_scores": chunk_scores_cases,
-    "column_scores": column_scores_cases,
-    "exact_fallback": exact_fallback_cases,
-    "gather_decode": gather_decode_cases,
-    "radix": radix_cases,
-    "row_adam": row_adam_cases,
-    "segment_sum": segment_sum_cases,
-    "token_topk": token_topk_cases,
+CASES: dict[str, dict[str, Case]] = {
+    "batch_topk": {
+        "pool": Case(batch_topk.write_pool_kernel, partial(batch_topk.keep_largest_, BLOCK, B)),
+        "pool and bf16 copy": Case(
+            batch_topk.write_pool_kernel, partial(batch_topk.keep_largest_, LARGE, B, copy=LARGE.bfloat16())
+        ),
+        "indices": Case(batch_topk.write_indices_kernel, partial(batch_topk.largest_indices, new(F), P)),
+        **several(
+            batch_topk.compact_largest,
+            batch_topk.write_entries_kernel,
+            {
+                "entries": (NARROW, NARROW.long(), KEPT, B, F),
+                "entries, wide keys": (WIDE, WIDE.long(), KEPT, B, 1 << 22),
+            },
+        ),
+    },
+    "chunk_filter": {
+        **several(
+            chunk_filter.append_above_,
+            chunk_filter.append_above_kernel,
+            {"whole dictionary": (*CHUNK, C + 1, F, *LIST), "pool": (*CHUNK, new(C, dtype=int64), F, *LIST)},
+        ),
+        "first threshold": Case(
+            chunk_filter.first_threshold_kernel, partial(chunk_filter.first_threshold, *CHUNK, KEPT)
+        ),
+        "next threshold": Case(
+            chunk_filter.next_threshold_kernel, partial(chunk_filter.next_threshold, new(1), TAU, COUNT, KEPT)
+        ),
+    },
+    "chunk_scores": several(
+        chunk_scores.chunk_statistics,
+        chunk_scores.chunk_partials_kernel,
+        {f"partials {score}": (*CHUNK, score) for score in ("entropy", "l2")},
+    ),
+    "column_scores": {
+        **several(
+            column_scores.column_statistics,
+            column_scores.column_partials_kernel,
+            {
+                "bf16 small d": (*encoder(bfloat16, 768), new(F), "entropy", new(F)),
+                "bf16 large d": (*encoder(bfloat16, 4096), new(F), "entropy", new(F)),
+                "fp16 tail of d": (*encoder(float16, 500), None, "l2", None),
+                "fp32 small d": (*encoder(float32, 768), new(F), "entropy", new(F)),
+                "fp32 large d": (*encoder(float32, 4096), new(F), "entropy", new(F)),
+            },
+        ),
+        "fold": Case(
+            column_scores.fold_partials_kernel, partial(column_scores.fold_partials, new(2 * 50 * F), 2, 50, F)
+        ),
+    },
+    "exact_fallback": several(
+        exact_fallback.refill_exactly_,
+        exact_fallback.refill_kernel,
+        {
+            "bf16 small d": (*encoder(bfloat16, 768), *vectors(F), None, KEPT, *LIST),
+            "bf16 large d, pool": (*encoder(bfloat16, 4096), *vectors(F), MEMBERS, KEPT, *LIST),
+            "fp32 small d, pool": (*encoder(float32, 768), *vectors(F), MEMBERS, KEPT, *LIST),
+        },
+    ),
+    "gather_decode": several(
+        gather_decode.entry_dots,
+        gather_decode.entry_dots_kernel,
+        {
+            "dots bf16 small d": (*encoder(bfloat16, 768), *ENTRIES),
+            "dots bf16 large d": (*encoder(bfloat16, 4096), *ENTRIES),
+            "dots fp32 by bf16": (new(B, 768), new(F, 768, dtype=bfloat16), *ENTRIES),
+            "dots fp32 tail of d": (*encoder(float32, 720), *ENTRIES),
+        },
+    ),
+    "radix": {
+        "activate": Case(radix.count_digits_kernel, CUT, 0),
+        "second pass": Case(radix.count_digits_kernel, CUT, 1),
+        "last pass, beyond 2^31": Case(radix.count_digits_kernel, partial(radix.find_cut, new(1 << 32), (1 << 31) + 1)),
+        "counts at the cut": Case(radix.count_cut_kernel, CUT),
+    },
+    "row_adam": {
+        "dense d=768": adam(768, "dense", float32, float32, False),
+        "dense d=768 bf16 moments": adam(768, "dense", float32, bfloat16, True),
+        "dense d=4096": adam(4096, "dense", float32, float32, True),
+        "dense vector": adam(1, "dense", float32, float32, False),
+        "lazy d=768 bf16 gradient": adam(768, "lazy", bfloat16, float32, False),
+        "decayed d=768": adam(768, "decayed", float32, float32, False),
+        "decayed d=4096 bf16 moments": adam(4096, "decayed", float32, bfloat16, True),
+        "decayed d=8192 bf16 moments": adam(8192, "decayed", float32, bfloat16, True),
+        "dense longest row": adam(configs.LONGEST_ADAM_ROW, "dense", float32, float32, False),
+    },
+    "segment_sum": {f"rests {name}": Case(segment_sum.rests_kernel, call) for name, call in SUMS.items()}
+    | {f"segments {name}": Case(segment_sum.segments_kernel, call) for name, call in SUMS.items()},
+    "token_topk": {
+        **{f"rows of {n}": kept_rows(token_topk.keep_rows_kernel, n) for n in (512, 2048, 4096, 8192)},
+        "longer rows": kept_rows(token_topk.keep_long_rows_kernel, 32768),
+        **{f"merge {n} into {k}": merged_rows(n, k) for n, k in ((1024, 32), (4096, 64), (8192, 512))},
+    },
 }

@@ -17,7 +17,7 @@ def compiled(arch: str, only: str | None = None) -> dict[str, Resources]:
     """Resources of each case, by "<kernel file>: <case>"."""
     found: dict[str, Resources] = {}
     for file, cases in CASES.items():
-        for name, case in cases().items() if only in (None, file) else ():
+        for name, case in cases.items() if only in (None, file) else ():
             launch = [one for one in launches(case.call, arch) if one.kernel is case.kernel][case.which]
             usage = resources(launch.compile(arch), arch)
             found[f"{file}: {name}"] = {**usage, "wants matrix": launch.wants_matrix(arch)}
