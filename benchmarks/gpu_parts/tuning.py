@@ -7,7 +7,7 @@ lines for kernels/configs.py, and best.json, the best of each (d, F, B).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from math import prod
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import triton
 
 from benchmarks.gpu_parts.candidates import candidates
-from benchmarks.gpu_parts.compiling import Named, compile_all, small
+from benchmarks.gpu_parts.compiling import compile_all, small
 from benchmarks.measure import Row
 from benchmarks.operations import OPERATIONS, SCORE_FORMS
 from benchmarks.operations.operation import Inputs, Operation
@@ -52,7 +52,8 @@ def main() -> None:
     args = parser(__doc__, "--out", "--device", "--rehearse", "--within", rounds=9).parse_args()
     record = Record(args, lambda result: markdown(COLUMNS, result["rows"]))
     workloads = REHEARSAL if args.rehearse else GPU_STEPS
-    compile_all(record, configurations, [(w, args.device) for w in small(record, workloads)])
+    few = small(record, workloads)
+    compile_all(record, {f"{c}, {w.name}": partial(compile_choice, c, w, args.device) for w in few for c in CHOICES})
     for w in workloads:
         inputs = Inputs(w, args.device, torch.bfloat16, "triton")
         for choice, names in CHOICES.items():
@@ -62,13 +63,12 @@ def main() -> None:
         report(record)
 
 
-def configurations(w: Workload, device: str) -> Iterator[Named]:
-    """To be compiled."""
-    inputs = Inputs(w, device, torch.bfloat16, "triton")
-    for choice, names in CHOICES.items():
-        operation = (OPERATIONS | SCORE_FORMS)[names[-1]](inputs)
-        for name, config in candidates_of(choice, operation).items():
-            yield f"{choice} {name}", partial(made, operation, choice, config)
+def compile_choice(choice: str, w: Workload, device: str) -> None:
+    """Every configuration once; what fails does so again when it is timed, and is told then."""
+    operation = (OPERATIONS | SCORE_FORMS)[CHOICES[choice][-1]](Inputs(w, device, torch.bfloat16, "triton"))
+    for config in candidates_of(choice, operation).values():
+        with suppress(Exception):
+            made(operation, choice, config)
 
 
 def tried(inputs: Inputs, same: Row, rounds: int) -> list[Row]:

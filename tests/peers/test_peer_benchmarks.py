@@ -13,6 +13,7 @@ from makers import write_store
 from benchmarks.drop_in import LIBRARIES
 from benchmarks.peers import CANDIDATES, Setup, Weights, initial_weights, installed, ours
 from benchmarks.peers import make as made
+from benchmarks.quality import splice_of
 from benchmarks.steps import harness
 from benchmarks.steps.experiments import exponent, table
 from benchmarks.steps.harness import Harness, Task, fitting
@@ -20,6 +21,7 @@ from benchmarks.steps.session import StepSession
 from benchmarks.worker import Here, Worker
 from benchmarks.workloads import REHEARSAL, Workload
 from sampled_sae.bench import activations
+from sampled_sae.training.activation_store import ActivationStore
 
 ROOT = Path(__file__).parents[2]
 WORKLOAD = Workload("test", 48, 20, 160, 3)
@@ -230,6 +232,14 @@ def test_drop_in_command(tmp_path):
         assert row["alone"]["fvu"] == pytest.approx(row["with us"]["fvu"], rel=1e-3), row
         assert row["speedup_p20"] <= row["speedup"] <= row["speedup_p80"]
         assert row["library"] in shown
+
+
+@pytest.mark.parametrize(("holdout", "reason"), [(20, "has no token rows"), (0, "has no held-out part")])
+def test_loss_recovered_needs_a_store_with_text(tmp_path, holdout, reason):
+    """Said before a model is loaded, by equal_time.py and quality.py alike."""
+    ActivationStore.write(tmp_path / "store", torch.randn(60, 5), holdout=holdout)
+    with pytest.raises(ValueError, match=reason):
+        splice_of("no such model", ActivationStore.open(tmp_path / "store"), 4)
 
 
 @pytest.mark.slow
