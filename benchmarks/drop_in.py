@@ -141,7 +141,7 @@ def main() -> None:
     os.environ["TQDM_DISABLE"] = "1"  # for the workers: the loops' progress bars
     opened = [ActivationStore.open(folder) for folder in args.activations]
     stores = {store.d_in: store for store in opened}
-    origins = [f"{store.manifest['model']}, layer {store.manifest['layer']}" for store in opened]
+    origins = [f"{store.manifest.get('model')}, layer {store.manifest.get('layer')}" for store in opened]
     record = Record(args, markdown_table, activations=origins, lr=Setup(1, 1, 1, 1).lr)
     for workload in REHEARSAL if args.rehearse else [WORKLOADS[name] for name in args.workloads]:
         store = stores.get(workload.d)

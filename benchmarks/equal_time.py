@@ -131,7 +131,7 @@ def main() -> None:
     names = args.candidates or [name for name in ENTRIES if name not in LEFT_OUT]
     # made first: what is missing is better known before half an hour of training
     splice = None if args.model == "none" else splice_of(args.model, store, args.splice_rows)
-    source = {name: store.manifest[name] for name in ("model", "layer", "source")}
+    source = {name: store.manifest.get(name) for name in ("model", "layer", "source")}
     record = Record(args, markdown_table, activations=source, setup=asdict(setup), marks=marks)
     with tempfile.TemporaryDirectory() as folder:
         rows = train_all(names, args.activations, setup, marks, Path(folder), args.threads)

@@ -59,8 +59,8 @@ MEASURES = ("fvu", "loss_recovered_zero", "dead_share", "time")
 
 def splice_of(name: str, store: ActivationStore, rows: int) -> Splice:
     """Loss recovered on so many rows of the store's held-out text, by the model of this name."""
-    layer, norm = store.manifest["layer"], store.manifest["max_norm"]
     held_out = store.holdout_rows()[:rows]
+    layer, norm = store.manifest["layer"], store.manifest["max_norm"]
     return SpliceEvaluator(load_model(name)[0], held_out, layer, scale=store.scale, max_norm=norm).evaluate
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from makers import write_store
 
 from benchmarks.drop_in import LIBRARIES
 from benchmarks.peers import CANDIDATES, Setup, Weights, initial_weights, installed, ours
@@ -245,7 +244,8 @@ def test_loss_recovered_needs_a_store_with_text(tmp_path, holdout, reason):
 @pytest.mark.slow
 def test_equal_time_command(tmp_path):
     names = ["ours, l=None (BatchTopK)", "SAELens BatchTopK", "ours, l=4, decayed, pool_every=4"]
-    store = write_store(tmp_path / "store")
+    store = tmp_path / "store"
+    ActivationStore.write(store, torch.randn(600, 20), holdout=150)
     small = ["--features", 64, "--k", 3, "--batch-size", 16, "--marks", 0.05, 0.1, "--model", "none"]
     result, shown = command("benchmarks/equal_time.py", tmp_path, store, *small, "--candidates", *names)
     assert [row["seconds"] for row in result["rows"]] == [0.05] * 3 + [0.1] * 3
