@@ -18,6 +18,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -52,8 +53,8 @@ class LoopSession(StepSession):
 
     def __init__(self, library: str, side: str, setup: Setup, store: Path | None, threads: int) -> None:
         entry = LIBRARIES[library]
-        entry.options["with_us"] = side == "with us"
-        super().__init__(entry, setup, threads, ("product",))
+        sided = replace(entry, options={**entry.options, "with_us": side == "with us"})
+        super().__init__(sided, setup, threads, ("product",))
         self.taken = 0
         if store is None:
             self.batch = lambda t: activations(setup.B, setup.d, t)
