@@ -262,20 +262,23 @@ class EagerStep:
 
     def __call__(self, x: Tensor) -> Tensor:
         """One step; the loss before it."""
-        w = self.weights
-        with self.settings.autocast():
-            codes = self.encode(x - w["b_dec"], w["W_enc"], w["b_enc"])
-            x_hat = codes @ w["W_dec"] + w["b_dec"]
-        loss = reference.reconstruction_loss(x, x_hat)
+        loss = self.loss(x)
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(w.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.weights.parameters(), 1.0)
         with torch.no_grad():
-            W, grad = w["W_dec"], w["W_dec"].grad
+            W, grad = self.weights["W_dec"], self.weights["W_dec"].grad
             grad.sub_((grad * W).sum(1, keepdim=True) * W)
             self.optimizer.step()
             W.div_(torch.linalg.vector_norm(W, dim=1, keepdim=True))
         return loss.detach()
+
+    def loss(self, x: Tensor) -> Tensor:
+        w = self.weights
+        with self.settings.autocast():
+            codes = self.encode(x - w["b_dec"], w["W_enc"], w["b_enc"])
+            x_hat = codes @ w["W_dec"] + w["b_dec"]
+        return reference.reconstruction_loss(x, x_hat)
 
     def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
         """Dense codes [B, F]."""

@@ -16,6 +16,7 @@ from makers import make_sae, write_store
 
 from sampled_sae import ActivationStore, SampledSAEConfig, TrainConfig, Trainer, formats
 from sampled_sae import cli as command_line
+from sampled_sae.cli.errors import sentence
 from sampled_sae.training import batches
 
 # What a tiny run needs besides its folders; what stands behind replaces it.
@@ -129,9 +130,11 @@ def limited_memory():
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before, threads = resource.getrlimit(resource.RLIMIT_AS), torch.get_num_threads()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
-    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        torch.set_num_threads(threads)
 
 
 def state_of(folder):
@@ -144,31 +147,33 @@ def contents(folder):
     return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
 
 
-def assert_one_sentence(line, root, capsys, monkeypatch):
-    """Runs a command line; returns (status, standard error).
-
-    A failure is said in one line, and changes no file that was there.
-    """
+def assert_one_sentence(line, root, capsys):
+    """Runs a command line. A failure is said by this package, for users, and changes no file that was there."""
     before = contents(root)
     raised = []
-    sentence = command_line.sentence
-    monkeypatch.setattr(command_line, "sentence", lambda error, *rest: raised.append(error) or sentence(error, *rest))
+
+    def heard(error, *rest):
+        raised.append(error)
+        return sentence(error, *rest)
+
     capsys.readouterr()
-    try:
-        status = command_line.main(line)
-    except SystemExit as end:
-        status = end.code
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command_line, "sentence", heard)
+        try:
+            status = command_line.main(line)
+        except SystemExit as end:
+            status = end.code
     said = capsys.readouterr()
-    err = said.err
-    where = traceback.extract_tb(raised[0].__traceback__)[-1] if raised else None
-    about = f"{' '.join(line)[:400]}\n{err}\n{raised} {where}"
+    about = f"{' '.join(line)[:400]}\n{said.err}\n{raised}"
     assert status in (0, 1, 2, 130), about
-    assert "Traceback" not in err or "--debug" in line, about
-    assert "unexpected error" not in err, about
+    assert "Traceback" not in said.err or "--debug" in line, about
+    assert "unexpected error" not in said.err, about
+    for error in raised:
+        if isinstance(error, (ValueError, TypeError)):
+            where = traceback.extract_tb(error.__traceback__)[-1].filename
+            assert "sampled_sae" in where, f"raised in {where}: {about}"
     if status:
         assert said.err.strip() or said.out.strip(), about
         after = contents(root)
         changed = [str(path) for path in before if after.get(path) != before[path]]
         assert not changed, f"{changed}: {about}"
-    return status, err, raised, where

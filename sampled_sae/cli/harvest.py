@@ -39,7 +39,8 @@ def add(command: Command) -> None:
 
 def token_ids(text: str) -> list[int | str]:
     """Ids, and "special" as it is; none for "none"."""
-    return [] if text == "none" else [part if part == "special" else seed(part) for part in text.split(",")]
+    parts = [part.strip() for part in text.split(",")]
+    return [] if parts == ["none"] else [part if part == "special" else seed(part) for part in parts]
 
 
 def harvest(args: argparse.Namespace) -> None:

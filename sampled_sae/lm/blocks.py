@@ -19,7 +19,10 @@ _SUPPORTED = "supported are causal language models and encoders of text with one
 def text_config(model: Any) -> Any:
     """The part of the model's configuration that is about text; None for a module without one."""
     config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    try:
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+    except ValueError:  # it has several, of which none is the model's
+        return config
 
 
 def transformer_blocks(model: nn.Module) -> nn.ModuleList:
@@ -90,7 +93,7 @@ class BlockOutputs:
         ]
         try:
             yield
-        except (AttributeError, KeyError, IndexError, TypeError, NotImplementedError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, NotImplementedError) as error:
             if not self._running or self._reached:
                 raise
             name = type(self._model).__name__

@@ -251,6 +251,27 @@ def captured_by_hand(model, rows):
         model(input_ids=rows)
 
 
+@pytest.mark.parametrize("error", [ValueError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError])
+def test_a_model_that_needs_more_than_token_ids_says_so(small_llama, rows, tmp_path, error):
+    def fail(*args, **kwargs):
+        raise error("pixel_values")
+
+    small_llama.forward = fail
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM does not run on these token ids alone \(.*pixel_values"):
+        harvest(small_llama, rows, 1, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not run on these token ids alone"):
+        SpliceEvaluator(small_llama, rows, 1, scale=1.0)
+
+
+def test_a_configuration_with_several_parts_of_text():
+    encoder, decoder = (config_of(getattr(transformers, f"{name}Config")) for name in ("Bert", "GPT2"))
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    model = transformers.EncoderDecoderModel(config)
+    model.config.text_encoder = encoder
+    with pytest.raises(ValueError, match="EncoderDecoderModel is an encoder-decoder"):
+        transformer_blocks(model)
+
+
 def test_a_block_that_is_left_out_says_so(small_llama, rows):
     small_llama.config.num_hidden_layers = LAYERS - 1  # the model runs so many of them
     small_llama.model.config.num_hidden_layers = LAYERS - 1

@@ -100,7 +100,7 @@ def test_bert_with_its_own_tokenizer(bert, texts, tmp_path, capsys, layer):
 
 
 @pytest.mark.parametrize(
-    ("option", "dropped"), [(None, [0, 1, 2]), ("none", []), ("special,7,7", [0, 1, 2, 7]), ("9", [9])]
+    ("option", "dropped"), [(None, [0, 1, 2]), ("none", []), ("special, 7,7", [0, 1, 2, 7]), ("9", [9])]
 )
 def test_tokens_to_leave_out(causal, texts, tmp_path, option, dropped):
     acts = tmp_path / "acts"

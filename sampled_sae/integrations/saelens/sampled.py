@@ -15,7 +15,7 @@ from ...impl.encoder import Encoder
 from ...impl.hints import Rule
 from ...impl.interface import Implementation, implementation, resolve_impl
 from ...impl.pool import KeptPool, Pool, PoolRule, find_pool
-from ...support.argument_checks import check_positive
+from ...support.argument_checks import check_number
 from ...support.nth_largest import largest_mask, largest_mask_of_rows
 from .accelerated import SampledBatchTopKTrainingSAE
 from .configs import SampledTrainingSAEConfig
@@ -113,9 +113,10 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         x is what the SAE is given: for `expected_average_only_in` and `covariance_whitening` scaled during training,
         raw after `fit`.
         """
-        target = check_positive("l0", self.cfg.k if l0 is None else l0, self.cfg.d_sae)
-        if x.dim() != 2 or len(x) == 0:
-            raise ValueError(f"l0={target!r}, x.shape={tuple(x.shape)}: x must be [B, d_in]")
+        target = self.cfg.k if l0 is None else l0
+        check_number("l0", target, 0, self.cfg.d_sae)
+        if target == 0 or x.dim() != 2 or len(x) == 0:
+            raise ValueError(f"l0={target!r}, x.shape={tuple(x.shape)}: must be in (0, {self.cfg.d_sae}] and [B, d_in]")
         encoder = self.step_inputs(TrainStepInput(x, {}, None, 0, False)).encoder
         n = batch_budget(len(x), target)
         budget = min(n + 1, len(x) * self.cfg.d_sae)
