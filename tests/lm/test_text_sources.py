@@ -65,6 +65,14 @@ def test_a_folder_gives_one_kind_of_file(tmp_path):
         load_texts(str(tmp_path / "empty"))
 
 
+def test_no_source_is_not_the_folder_of_the_moment(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="source='' is no file or folder"):
+        load_texts("")
+    assert load_texts(".") == ["one"]
+
+
 def test_nulls_are_left_out_and_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines({"text": None}, {"text": "one"}, None, {"text": ""}))
     with pytest.warns(UserWarning, match="2 null texts were left out"):
