@@ -120,6 +120,8 @@ def _pieces(texts: Iterable[Document], tokenizer: Any) -> Iterator[tuple[bool, s
     for text in texts:
         if isinstance(text, list):
             text = _chat_text(text, tokenizer)
+        if isinstance(text, str):
+            text = _without_halves(text)
         if isinstance(text, str) and len(text) <= PIECE:
             yield True, text
             continue
@@ -129,6 +131,15 @@ def _pieces(texts: Iterable[Document], tokenizer: Any) -> Iterator[tuple[bool, s
         for piece in _cut([text] if isinstance(text, str) else text, keeps_space):
             yield begins, piece
             begins = False
+
+
+def _without_halves(text: str) -> str:
+    """U+FFFD for half of a surrogate pair, as a text that was cut in JSON ends with, and which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _cut(parts: Iterable[str], keeps_space: bool) -> Iterator[str]:

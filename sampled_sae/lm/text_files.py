@@ -92,7 +92,7 @@ def read_documents(file: Path, column: str | None) -> Iterator[Document | None]:
     try:
         yield from readers.get(_kind(file), _table)(file, column)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file.name} begins as UTF-8 but holds other bytes ({error}): convert it to UTF-8") from None
+        raise ValueError(f"{file.name} is not in one encoding to its end ({error}): convert it to UTF-8") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{file.name} is not a whole gzip file ({error})") from None
 

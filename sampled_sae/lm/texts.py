@@ -73,6 +73,8 @@ def _documents(source: str) -> tuple[Iterator[Document | None], bool]:
         return _wiki(source), True
     if source.startswith("hf:"):
         return _hub(source), False
+    if not source:
+        raise ValueError(f"source={source!r} is no file or folder: name one, for the folder you are in '.'")
     path, column = Path(source), None
     if not path.exists() and ":" in source:
         before, _, after = source.rpartition(":")

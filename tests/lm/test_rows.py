@@ -134,6 +134,14 @@ def test_an_encoders_rows_stand_between_cls_and_sep(context):
         token_rows(texts, tokenizer, 2)
 
 
+@pytest.mark.parametrize(("text", "meant"), [("a fox \ud83d", "a fox \ufffd"), ("\ud83d\ude00 a fox", "😀 a fox")])
+def test_halves_of_characters(text, meant):
+    tokenizer = gpt_like()
+    want = token_rows([meant], tokenizer, 4)
+    assert torch.equal(token_rows([text], tokenizer, 4), want)
+    assert torch.equal(token_rows([[{"role": "user", "content": text}]], tokenizer, 4), want)
+
+
 CHAT = [{"role": "user", "content": "a fox"}, {"role": "assistant", "content": "it jumps over dogs"}]
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 

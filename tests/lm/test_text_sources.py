@@ -65,6 +65,14 @@ def test_a_folder_gives_one_kind_of_file(tmp_path):
         load_texts(str(tmp_path / "empty"))
 
 
+def test_no_source_is_not_the_folder_of_the_moment(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="source='' is no file or folder"):
+        load_texts("")
+    assert load_texts(".") == ["one"]
+
+
 def test_nulls_are_left_out_and_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines({"text": None}, {"text": "one"}, None, {"text": ""}))
     with pytest.warns(UserWarning, match="2 null texts were left out"):
@@ -106,8 +114,10 @@ def test_wrong_files_are_named_with_the_line(tmp_path, name, content, message):
 def test_bytes_that_are_no_text_far_into_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "WHOLE_BYTES", 1 << 20)
     (tmp_path / "a.jsonl").write_bytes(lines("x" * 3_000_000).encode() + b'"\xe9"\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl begins as UTF-8 but holds other bytes"):
-        load_texts(str(tmp_path / "a.jsonl"))
+    (tmp_path / "b.txt").write_bytes("half a character".encode("utf-16")[:-1])
+    for name in ("a.jsonl", "b.txt"):
+        with pytest.raises(ValueError, match=f"{name} is not in one encoding to its end"):
+            load_texts(str(tmp_path / name))
 
 
 def test_a_small_file_is_shuffled_as_a_whole(tmp_path):
