@@ -210,3 +210,14 @@ def test_an_export_of_an_uncalibrated_sae_says_so(tmp_path):
     said = []
     formats.export(trained(), tmp_path / "calibrated", to="saelens", say=said.append)
     assert said == []
+
+
+@pytest.mark.parametrize(("rule", "words"), [({"l": 1.0}, [RUNNING_MEAN]), ({"l": None}, [RUNNING_MEAN]), (TOPK, [])])
+def test_saebench_is_told_of_a_running_mean_too(rule, words):
+    def wrap(sae):
+        return SAEBenchSAE(sae, model_name="m", hook_layer=1)
+
+    sae = stepped(2, **rule)
+    assert warned(wrap, sae)[1] == words
+    sae.calibrate(tokens(64, 12))
+    assert warned(wrap, sae)[1] == []
