@@ -10,7 +10,8 @@ from typing import Any
 from .. import formats
 from ..pretrained import FORMAT, ORIGIN, RUN
 from ..sae import SampledSAE
-from ..support.atomic_files import read_json, write_json
+from ..support.argument_checks import check_integer
+from ..support.atomic_files import field, read_json, write_json
 from ..training.activation_store import ActivationStore
 from ..training.training_run import CHECKPOINT
 from .arguments import Command
@@ -64,7 +65,7 @@ def export(args: argparse.Namespace) -> None:
     origin = recorded(args.sae)
     scale = args.scale if args.activations is None else ActivationStore.open(args.activations).scale
     if args.layer is not None:
-        origin = replace(origin, layer=args.layer, hook_name=None)
+        origin = replace(origin, layer=check_integer("layer", args.layer, 0), hook_name=None)
     given = formats.Origin(model_name=args.model_name, hook_name=args.hook_name)
     origin = given.filled_by(origin)
     written = formats.export(
@@ -81,16 +82,14 @@ def recorded(folder: Path) -> formats.Origin:
         ValueError: a file that does not say it, with its name.
     """
     if (folder / RUN).is_file():
-        run = read_json(folder / RUN)
-        trained = run.get("activations")
-        if not isinstance(trained, dict):
-            raise ValueError(f"{folder / RUN}: activations={trained!r}: must say what the SAE was trained on")
-        return formats.Origin(trained.get("model"), trained.get("layer"), context_size=trained.get("context"))
+        trained = field(folder / RUN, read_json(folder / RUN), "activations", dict)
+        origin = formats.Origin(trained.get("model"), trained.get("layer"), context_size=trained.get("context"))
+        return origin.checked(folder / RUN)
     if (folder / ORIGIN).is_file():
         found: dict[str, Any] = read_json(folder / ORIGIN)
         found.pop("scale", None)  # in config.json since there is input_scale
         try:
-            return formats.Origin(**found)
+            return formats.Origin(**found).checked(folder / ORIGIN)
         except TypeError as error:
             raise ValueError(f"{folder / ORIGIN}: {error}") from None
     return formats.Origin()

@@ -159,7 +159,7 @@ def read(
     k = None if k is None else check_positive("k", k)
     tensors, described = peer.read(path)
     portable = peer.unpack(tensors, described, path, say)
-    origin = peer.origin(described)
+    origin = peer.origin(described).checked(path / peer.CONFIG)
     supplement = Supplement.read(path)
     if supplement is not None and supplement.fingerprint != portable.fingerprint():
         say(f"{SUPPLEMENT_FILE} is of other weights than {peer.WEIGHTS} and is left aside")

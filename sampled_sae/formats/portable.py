@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import SampledSAEConfig
@@ -214,20 +212,6 @@ def without_fraction(k: float) -> float:
     return int(k) if isinstance(k, float) and k.is_integer() else k
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file.
-
-    Raises:
-        ValueError: naming the file, when it is missing, truncated or foreign.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
-
-
 def check_tensors(path: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
     """Exactly the tensors of `shapes`, floating and finite; those that are matrices of one dtype.
 
@@ -253,19 +237,6 @@ def check_one_dtype(path: Path, sae: PortableSAE) -> PortableSAE:
     if len(set(found.values())) > 1:
         raise ValueError(f"{path}: weights of several dtypes: {', '.join(f'{n} {d}' for n, d in found.items())}")
     return sae
-
-
-def field(path: Path, config: dict[str, Any], name: str, kind: type | tuple[type, ...] = int) -> Any:
-    """A field of a configuration file, of the type it must have.
-
-    Raises:
-        ValueError: naming the file and the field.
-    """
-    value = config.get(name)
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise ValueError(f"{path}: {name}={value!r}: must be of type {' or '.join(k.__name__ for k in kinds)}")
-    return value
 
 
 def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..support.argument_checks import check_positive
-from ..support.atomic_files import read_json, write_atomically, write_json
+from ..support.atomic_files import field, read_json, read_tensors, write_atomically, write_json
 from . import saelens_before_6
 from .origin import Origin, training_fields
-from .portable import PortableSAE, Say, check_one_dtype, check_tensors, field, narrowed, read_tensors, silent
+from .portable import PortableSAE, Say, check_one_dtype, check_tensors, narrowed, silent
 
 NAME = "saelens"
 WEIGHTS = "sae_weights.safetensors"

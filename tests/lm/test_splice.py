@@ -20,11 +20,12 @@ def cross_entropy(model, rows):
 def test_splice_identity_and_zero(model, rows):
     evaluator = SpliceEvaluator(model, rows, 1, scale=1.0, batch_size=3)
     assert evaluator.ce_clean == pytest.approx(cross_entropy(model, rows), rel=1e-5)
+    assert evaluator.about == {"model": model.name_or_path, "rows": 11}
     same = evaluator.evaluate(lambda x: x)
     assert same["ce_spliced"] == pytest.approx(same["ce_clean"], abs=1e-6)
     assert same["loss_recovered_zero"] == pytest.approx(1, abs=1e-4)
     assert same["loss_recovered_mean"] == pytest.approx(1, abs=1e-4)
-    assert same["tokens"] == same["spliced_tokens"] == 11 * (CONTEXT - 1)
+    assert same["predicted_tokens"] == same["spliced_tokens"] == 11 * (CONTEXT - 1)
     nothing = evaluator.evaluate(torch.zeros_like)
     assert nothing["ce_spliced"] == nothing["ce_zero"]
     assert nothing["loss_recovered_zero"] == 0
