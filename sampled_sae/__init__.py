@@ -1,11 +1,11 @@
 """Sampled-SAE, BatchTopK and TopK sparse autoencoders as one fast, exact layer."""
 
 from . import functional as functional
+from .codes import SampledSAEOutput as SampledSAEOutput
 from .codes import SparseCodes as SparseCodes
 from .config import SampledSAEConfig as SampledSAEConfig
 from .optim import RowAdam as RowAdam
 from .sae import SampledSAE as SampledSAE
-from .sae import SampledSAEOutput as SampledSAEOutput
 from .support.version import __version__ as __version__
 from .training.activation_store import ActivationStore as ActivationStore
 from .training.sae_group import SAEGroup as SAEGroup

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional, threshold
-from .codes import SparseCodes
+from . import functional
+from .codes import SampledSAEOutput, SparseCodes
 from .config import SampledSAEConfig
+from .impl import threshold
 from .impl.dead_features import AuxRule
 from .impl.encoder import Encoder
 from .impl.hints import Rule
@@ -20,11 +21,10 @@ from .impl.interface import Implementation, implementation, resolve_impl
 from .impl.pool import KeptPool, Pool, PoolRule, find_pool
 from .impl.row_gradients import RowGradient, RowSource
 from .impl.step_memory import StepMemory
-from .output import SampledSAEOutput
+from .impl.threshold import ThresholdNotice
 from .pretrained import TENSORS, load_pretrained, save_pretrained
 from .support.argument_checks import HALF, check_activations, check_positive, check_same
 from .support.geometric_median import geometric_median
-from .threshold import ThresholdNotice
 
 
 class SampledSAE(nn.Module):
@@ -216,7 +216,9 @@ class SampledSAE(nn.Module):
             scaled: as in `forward`.
         """
         encoder = self._encoder(x, scaled)
-        threshold.calibrate(self, encoder, check_positive("l0", self.cfg.k if l0 is None else l0, self.cfg.d_sae))
+        threshold.calibrate(
+            self, self._parts, encoder, check_positive("l0", self.cfg.k if l0 is None else l0, self.cfg.d_sae)
+        )
         return float(self.threshold)
 
     @torch.no_grad()

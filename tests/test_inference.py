@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from sampled_sae import ActivationStore, RowAdam, SampledSAE, SampledSAEConfig, TrainConfig, Trainer, formats
 from sampled_sae.cli import main
+from sampled_sae.impl.threshold import NEVER_SET, RUNNING_MEAN
 from sampled_sae.integrations.saebench import SAEBenchSAE
-from sampled_sae.threshold import NEVER_SET, RUNNING_MEAN
 from sampled_sae.training.evaluation import evaluate_activations
 
 TOPK = {"l": None, "select": "token"}

@@ -9,8 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .. import threshold
 from ..config import POOLS, SELECTS, SampledSAEConfig
+from ..impl import threshold
 from ..sae import SampledSAE
 from ..support.argument_checks import SCORES, check_integer
 from ..support.atomic_files import write_json, write_text

@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 from .. import pretrained
 from ..config import SampledSAEConfig
+from ..impl.threshold import fault
 from ..sae import SampledSAE
 from ..support.argument_checks import check_choice, check_positive
 from ..support.atomic_files import read_json
-from ..threshold import fault
 from . import dictionary_learning, saelens, sparsify
 from .origin import Origin
 from .portable import RULES, PortableSAE, Say, silent, without_fraction

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..config import SampledSAEConfig
+from ..impl.threshold import is_set
 from ..pretrained import WEIGHT_NAMES
 from ..support.argument_checks import FLOATS, check_choice, plain_number
-from ..threshold import is_set
 
 if TYPE_CHECKING:
     from ..sae import SampledSAE

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..formats import inference_rule
 from ..formats.portable import PortableSAE
+from ..impl.threshold import NEVER_SET, fault
 from ..sae import SampledSAE
 from ..support.argument_checks import HALF, check_activations, check_integer, check_positive
-from ..threshold import NEVER_SET, fault
 
 
 @dataclass

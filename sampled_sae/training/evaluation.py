@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import threshold
 from ..codes import SparseCodes
+from ..impl import threshold
 from ..sae import SampledSAE
 from ..support.argument_checks import check_integer
 

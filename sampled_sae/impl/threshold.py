@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from .codes import SparseCodes
-from .impl.encoder import Encoder
-from .impl.hints import Rule
-from .support.cuda_graphs import capturing
-
-if TYPE_CHECKING:
-    from .sae import SampledSAE
+from ..codes import SparseCodes
+from ..support.cuda_graphs import capturing
+from .encoder import Encoder
+from .hints import Rule
+from .interface import Implementation
 
 NEVER_SET = "sae.threshold was never set: train the SAE or call sae.calibrate(x) first"
 RUNNING_MEAN = (
@@ -22,24 +21,33 @@ RUNNING_MEAN = (
 )
 
 
-def is_set(sae: SampledSAE) -> bool:
+class HasThreshold(Protocol):
+    """What a SampledSAE keeps of its threshold; threshold_steps are those of training, calibrated_at that of them."""
+
+    threshold: Tensor
+    threshold_steps: Tensor
+    calibrated_at: Tensor
+    cfg: Any
+
+
+def is_set(sae: HasThreshold) -> bool:
     """Whether training, a calibration, a file or the caller has given it a value: it starts as 0, after 0 steps."""
     return int(sae.threshold_steps) > 0 or float(sae.threshold) > 0
 
 
-def fault(sae: SampledSAE) -> str | None:
+def fault(sae: HasThreshold) -> str | None:
     """Why evaluation by the threshold is not to be relied on; None for a calibrated one."""
     if not is_set(sae):
         return NEVER_SET
     return None if int(sae.calibrated_at) == int(sae.threshold_steps) else RUNNING_MEAN
 
 
-def calibrate(sae: SampledSAE, encoder: Encoder, l0: float) -> None:
+def calibrate(sae: HasThreshold, parts: Implementation, encoder: Encoder, l0: float) -> None:
     """Sets it between the activations so that l0 a token are above it on average, or all where they are fewer."""
     n_tokens = encoder.shape[0]
     n = round(n_tokens * l0)
     budget = min(n + 1, n_tokens * sae.cfg.d_sae)
-    codes = sae._parts.select(encoder, None, Rule(budget / n_tokens))
+    codes = parts.select(encoder, None, Rule(budget / n_tokens))
     sae.threshold.fill_(float(codes.smallest()) if codes.count() > n else 0.0)
     sae.threshold_steps.clamp_(min=1)
     sae.calibrated_at.copy_(sae.threshold_steps)
@@ -55,7 +63,7 @@ class ThresholdNotice:
         """The threshold may be another when it is used next."""
         self._looked = self._warned
 
-    def before_use(self, sae: SampledSAE) -> None:
+    def before_use(self, sae: HasThreshold) -> None:
         if self._looked or capturing():
             return
         self._looked = True
@@ -66,7 +74,7 @@ class ThresholdNotice:
 
 
 @torch.no_grad()
-def move(sae: SampledSAE, codes: SparseCodes) -> None:
+def move(sae: HasThreshold, codes: SparseCodes) -> None:
     """One training step of a running mean of the smallest kept activation that starts at its first value."""
     smallest = codes.smallest().to(sae.threshold.dtype)
     moved = sae.threshold.lerp(smallest, 1 - sae.cfg.threshold_decay)
