@@ -128,6 +128,10 @@ class SampledSAEConfig:
         """Plain values only, for JSON."""
         return asdict(self)
 
+    def settings(self) -> dict[str, Any]:
+        """`to_dict` without `screen`, which changes no result."""
+        return {name: value for name, value in self.to_dict().items() if name != "screen"}
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SampledSAEConfig:
         """The inverse of `to_dict`; an unknown or missing name is an error, not a silent default."""

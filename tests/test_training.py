@@ -76,6 +76,9 @@ def test_stream_is_addressed_by_batch_number(store, monkeypatch):
         (replace(SAE, l=None, select="token"), replace(TRAIN, seed=4)),
         (replace(SAE, pool="sample", score="entropy"), TRAIN),
         (replace(SAE, pool="sample", pool_every=5), replace(TRAIN, adam="decayed", moments="bfloat16")),
+        (replace(SAE, screen="bf16"), TRAIN),
+        (replace(SAE, screen="bf16", l=None), TRAIN),
+        (replace(SAE, screen="bf16", l=None, select="token"), TRAIN),
     ],
 )
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(store, tmp_path, config, train):
@@ -85,6 +88,13 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(store, tmp_path, confi
     assert resumed.step == 12, "at most the steps since the last checkpoint are lost"
     assert same_weights(resumed.run(progress=False), whole)
     assert (tmp_path / "killed" / METRICS).read_bytes() == (tmp_path / "whole" / METRICS).read_bytes()
+
+
+def test_a_run_goes_on_with_another_screen(store, tmp_path):
+    train_killed_at(15, store, tmp_path, replace(SAE, screen="off"), TRAIN)
+    resumed = Trainer(replace(SAE, screen="bf16"), TRAIN, store, tmp_path)
+    assert resumed.step == 12
+    assert resumed.run(progress=False).cfg.screen == "bf16"
 
 
 def test_training_lowers_fvu_and_saves_a_loadable_sae(store, tmp_path):

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..config import POOLS, SELECTS, SampledSAEConfig
+from ..config import POOLS, SCREENS, SELECTS, SampledSAEConfig
 from ..impl import threshold
 from ..sae import SampledSAE
 from ..support.argument_checks import SCORES, check_integer
@@ -76,6 +76,7 @@ def _sae_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--pool-every", type=int, default=1, help="steps for which a candidate pool is kept")
     p.add_argument("--score-tokens", type=float, default=1.0, help="share of the tokens that the scores look at")
     p.add_argument("--dead-after", type=int, default=10_000_000, help="tokens unselected that make a feature dead")
+    p.add_argument("--screen", choices=SCREENS, default="auto", help="look through bfloat16 products; same results")
     p.add_argument("--impl", default="auto", help="auto, triton, torch or reference")
 
 
@@ -110,6 +111,7 @@ def _sae_config(args: argparse.Namespace, d_in: int, **rule: Any) -> SampledSAEC
         pool_every=args.pool_every,
         score_tokens=args.score_tokens,
         dead_after=args.dead_after,
+        screen=args.screen,
         impl=args.impl,
         **rule,
     )

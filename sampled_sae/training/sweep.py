@@ -112,7 +112,7 @@ def run_sweep(
         "splice": None if splice is None else about,
         "data": store.manifest["shards"],
     }
-    settings = {name: {"sae": config.to_dict(), **common} for name, config in configs.items()}
+    settings = {name: {"sae": config.settings(), **common} for name, config in configs.items()}
     place = {name: f"[{i}/{len(configs)}] {name}" for i, name in enumerate(configs, 1)}
     results = {name: found for name in configs if (found := _recorded(folder / name, settings[name])) is not None}
     for name in results:

@@ -212,7 +212,7 @@ class TrainingRun:
         """What a checkpoint must have been made with. Model and layer too: their shards may be of equal sizes."""
         manifest = self.feed.store.manifest
         return {
-            "sae": self.sae.cfg.to_dict(),
+            "sae": self.sae.cfg.settings(),
             "train": asdict(self.config),
             "activations": {name: manifest.get(name) for name in ("model", "layer", "source", "scale")},
             "data": manifest["shards"],
