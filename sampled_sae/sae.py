@@ -20,6 +20,7 @@ from .impl.hints import Rule
 from .impl.interface import Implementation, implementation, resolve_impl
 from .impl.pool import Pool, PoolRule, find_pool
 from .impl.row_gradients import RowGradient, RowSource
+from .impl.row_guard import guard_rows
 from .impl.step_memory import StepMemory
 from .pretrained import TENSORS, load_pretrained, save_pretrained
 from .support.argument_checks import check_activations, check_number, check_same
@@ -129,6 +130,8 @@ class SampledSAE(nn.Module):
 
     def _train_batch(self, x: Tensor) -> SampledSAEOutput:
         c, parts = self.cfg, self._parts
+        if c.row_grads and torch.is_grad_enabled():
+            guard_rows(self)
         encoder = self._encoder(x, self.memory.rows(c.row_grads))
         pool = self.memory.pool.next(lambda: self._find_pool(encoder))
         codes = parts.select(encoder, None if pool is None else pool.members, Rule(c.k, c.select), self.memory.hints)

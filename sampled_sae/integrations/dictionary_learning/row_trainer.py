@@ -17,6 +17,7 @@ from ...impl.dead_features import AuxRule, IdleTokens
 from ...impl.hints import Rule
 from ...impl.interface import implementation
 from ...impl.pool import Pool, PoolRule, find_pool
+from ...impl.row_guard import guard_rows
 from ...optim import RowAdam
 from ...support.argument_checks import check_activations, check_device, check_integer, check_number
 from .dictionaries import SampledDictionary
@@ -223,6 +224,7 @@ class RowTrainer(SAETrainer):
     def _inputs(self, x: Tensor, logging: bool) -> StepInputs:
         sae = self.ae.sae
         parts = implementation(sae.impl_in_use)
+        guard_rows(sae)
         rows = self._memory.rows(keep=True)
         encoder = parts.encoder(self._tokens(x), sae.W_enc.t(), sae.b_enc, sae.b_dec, None, rows)
         generator = sae.generator.clone_state() if logging else sae.generator
