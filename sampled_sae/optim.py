@@ -148,7 +148,7 @@ class RowAdam(Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Asked by GradScaler: to be told of it in `step`, which refuses, where it does not see the rows."""
-        return bool(self.sae.cfg.row_grads)
+        return self.sae.cfg.row_grads or bool(self.sae.row_grads)
 
     @property
     def _parts(self) -> Implementation:
@@ -175,12 +175,11 @@ class RowAdam(Optimizer):
         for group in self.param_groups:
             if group["params"][0] is not getattr(sae, group["name"]):
                 raise RuntimeError(f"RowAdam: sae.{group['name']} was replaced since; make a new RowAdam(sae)")
-        if not sae.cfg.row_grads:
-            return
         b_dec = sae.b_dec.grad
         if hasattr(self, "found_inf"):
             raise RuntimeError("row_grads=True: GradScaler does not unscale row gradients; set row_grads=False")
-        if not sae.row_grads and sae.W_dec.requires_grad and sae.W_dec.grad is None and b_dec is not None:
+        gone = sae.cfg.row_grads and not sae.row_grads and sae.W_dec.requires_grad
+        if gone and sae.W_dec.grad is None and b_dec is not None:
             raise RuntimeError(
                 "row_grads=True: the rows' gradients were dropped by a zero_grad() between forward and backward; "
                 "call it after step(), or before the forward pass"

@@ -200,6 +200,16 @@ def test_weights_that_are_not_the_modules_are_refused():
     assert all(bool(g.any()) for g in torch.autograd.grad(loss, list(weights.values())))
 
 
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_gradient_hooks_that_rows_would_not_call_are_refused(register):
+    sae = make_sae(row_grads=True)
+    handle = getattr(sae.W_enc, register)(lambda grad: None)
+    with pytest.raises(RuntimeError, match="row_grads=True: row gradients do not call the hooks on W_enc"):
+        sae(tokens(9, 12))
+    handle.remove()
+    backward(sae)
+
+
 def test_replaced_parameters_are_refused():
     sae = make_sae(row_grads=True)
     optimizer = RowAdam(sae)

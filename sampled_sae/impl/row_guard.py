@@ -22,17 +22,20 @@ def guard_rows(sae: SampledSAE) -> None:
     """To be called where a step of `sae` is going to leave its gradients in `sae.row_grads`.
 
     Raises:
-        RuntimeError: under DistributedDataParallel, or where a weight is no parameter of the module itself, as with
-            torch.func.functional_call, a parametrization, FSDP or DataParallel: rows would not reach it.
+        RuntimeError: under DistributedDataParallel; where a weight has gradient hooks, or is no parameter of the module
+            itself, as with torch.func.functional_call, a parametrization, FSDP or DataParallel.
     """
     if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
         raise RuntimeError("row_grads=True: DistributedDataParallel does not reduce row gradients; set row_grads=False")
     for name in ("W_enc", "b_enc", "W_dec"):
-        if not isinstance(getattr(sae, name), nn.Parameter):
+        weight = getattr(sae, name)
+        if not isinstance(weight, nn.Parameter):
             raise RuntimeError(
                 f"row_grads=True: {name} is no parameter of the module here (functional_call, a parametrization, FSDP, "
                 "DataParallel), so that row gradients would not reach it; set row_grads=False"
             )
+        if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+            raise RuntimeError(f"row_grads=True: row gradients do not call the hooks on {name}; set row_grads=False")
     LAYERS.add(sae)
     watch_optimizers()
 

@@ -17,13 +17,15 @@ def changed_value(value):
         return value - 1 if value > 1 else value + 1
     if isinstance(value, float):
         return 0.5 * value + 0.1
-    if isinstance(value, list) and len(value) > 1:
+    if isinstance(value, list) and len(value) > 1 and isinstance(value[0], int):
         return [value[0] + 3, *value[1:]]
     return None
 
 
 def scaled(result, factor=1.25):
-    """The result of a function with its tensors a quarter larger."""
+    """The result of a function with its tensors, or it if it is a number, a quarter larger."""
+    if isinstance(result, float):
+        return result * factor
     if isinstance(result, torch.Tensor):
         return result * factor if result.is_floating_point() else result
     if isinstance(result, dict):

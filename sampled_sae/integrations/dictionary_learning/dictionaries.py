@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from dictionary_learning.dictionary import Dictionary
@@ -17,6 +17,7 @@ from ...config import SampledSAEConfig
 from ...formats.dictionary_learning import UNSET, check_state, read_state
 from ...sae import SampledSAE
 from ...support.argument_checks import check_integer, describe
+from ..replaced import has_other_methods, methods_of
 
 # in an ae.pt, inside a SampledDictionary, and whether one is the other's transpose
 NAMES = (
@@ -29,14 +30,64 @@ NAMES = (
 OURS_ALONE = ("sae.threshold_steps", "sae.tokens_since_active")
 
 
-class LinearView(NamedTuple):
-    """What `torch.nn.Linear` computes and how it names its tensors, over parameters that lie elsewhere."""
+class Transposed(Tensor):
+    """W.T, which writes to W whatever is assigned to its `data`; operations give ordinary tensors."""
 
-    weight: Tensor
-    bias: Tensor | None
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    of: torch.nn.Parameter
+
+    @property
+    def data(self) -> Tensor:
+        return self.of.data.t()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        write(self.of, value.t())
+
+    def requires_grad_(self, requires_grad: bool = True) -> Transposed:
+        self.of.requires_grad_(requires_grad)
+        return self
+
+    def register_hook(self, hook: Any) -> Any:
+        raise RuntimeError("register_hook: the trainers here leave gradients as rows, which call no hooks")
+
+
+class LinearView:
+    """What `torch.nn.Linear` computes and how it names its tensors, over parameters W [in, out] and bias [out]."""
+
+    def __init__(self, W: torch.nn.Parameter, bias: torch.nn.Parameter | None) -> None:
+        self._W, self._bias = W, bias
+
+    @property
+    def weight(self) -> Tensor:
+        view = self._W.t().as_subclass(Transposed)
+        view.of = self._W
+        return view
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        write(self._W, value.t())
+
+    @property
+    def bias(self) -> torch.nn.Parameter | None:
+        return self._bias
+
+    @bias.setter
+    def bias(self, value: Tensor) -> None:
+        if self._bias is None:
+            raise AttributeError("decoder.bias: dictionaries of this kind have none; b_dec is added")
+        write(self._bias, value)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, self.weight, self.bias)
+        return torch.nn.functional.linear(x, self._W.t(), self._bias)
+
+
+@torch.no_grad()
+def write(parameter: torch.nn.Parameter, value: Tensor) -> None:
+    """Into the parameter's own memory, which the optimizer knows."""
+    if value.shape != parameter.shape:
+        raise ValueError(f"a tensor of shape {tuple(value.shape)}: must be {tuple(parameter.shape)}, that of the SAE")
+    parameter.copy_(value)
 
 
 class SampledDictionary(Dictionary):
@@ -59,6 +110,12 @@ class SampledDictionary(Dictionary):
     peer: type[Any]
     select: str
     by_threshold: bool
+    _methods: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__ == __name__:
+            cls._methods = methods_of(cls, ("encode", "decode"), "dictionary_learning")
 
     def __init__(
         self, activation_dim: int, dict_size: int, k: int, device: torch.device | str | None = None, **rule: Any
@@ -71,6 +128,7 @@ class SampledDictionary(Dictionary):
         self.sae = SampledSAE(SampledSAEConfig(d_in=activation_dim, d_sae=dict_size, k=k, **rule), device=device)
         self.sae.threshold.fill_(UNSET)
         self.register_buffer("k", torch.tensor(k, dtype=torch.int, device=device))
+        self._seen_k: tuple[int, int] | None = None
         made = self.peer(activation_dim, dict_size, k)
         with torch.no_grad():
             self.sae.W_enc.copy_(made.encoder.weight.t())
@@ -79,6 +137,13 @@ class SampledDictionary(Dictionary):
             self.sae.b_dec.copy_(made.b_dec)
         self.register_state_dict_post_hook(to_peer_names)
         self.register_load_state_dict_pre_hook(from_peer_names)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Parameters and modules too go to the properties below, which torch would hide them behind."""
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def activation_dim(self) -> int:
@@ -101,18 +166,42 @@ class SampledDictionary(Dictionary):
 
     @property
     def b_dec(self) -> torch.nn.Parameter:
-        """[d]."""
+        """[d]. Assigning copies the values."""
         return self.sae.b_dec
+
+    @b_dec.setter
+    def b_dec(self, value: Tensor) -> None:
+        write(self.sae.b_dec, value)
 
     @property
     def encoder(self) -> LinearView:
         """weight [F, d], bias [F]."""
-        return LinearView(self.sae.W_enc.t(), self.sae.b_enc)
+        return LinearView(self.sae.W_enc, self.sae.b_enc)
 
     @property
     def decoder(self) -> LinearView:
         """weight [d, F]."""
-        return LinearView(self.sae.W_dec.t(), None)
+        return LinearView(self.sae.W_dec, None)
+
+    def hear_k(self) -> None:
+        """Takes over what someone has written to `k`. A GPU is waited for where it is another tensor or was written to.
+
+        Raises:
+            ValueError: a k that is not a whole number in [1, dict_size].
+        """
+        seen = (id(self.k), self.k._version)
+        if self.k.device.type != "cpu" and seen == self._seen_k:
+            return
+        # without an operation: a schedule may write to `.data`, of which torch keeps no count
+        k = self.k.detach().cpu().numpy().item()
+        if k != self.sae.cfg.k:
+            check_integer("k", int(k) if k == int(k) else k, 1)
+            self.sae.cfg = replace(self.sae.cfg, k=int(k))
+        self._seen_k = seen
+
+    def has_other_methods(self) -> bool:
+        """Whether `encode` or `decode` is someone else's."""
+        return has_other_methods(self, self._methods)
 
     def decode(self, f: Tensor | SparseCodes) -> Tensor:
         """Features [..., F], or SparseCodes, to activations [..., d]."""
@@ -162,6 +251,7 @@ class SampledDictionary(Dictionary):
 
     def _codes(self, x: Tensor, by_threshold: bool) -> SparseCodes | Tensor:
         """What is kept of x [..., d], by the threshold or as in training; dense where no threshold is known yet."""
+        self.hear_k()
         if by_threshold and float(self.threshold) < 0:
             # every positive activation: so many that a list of them is the larger form
             return self._activations(x)

@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from transformer_lens.hook_points import HookPoint
 
+from ..replaced import has_other_methods
+
 # methods that SAELens' step calls
 DENSE_METHODS = (
     "process_sae_in",
@@ -39,27 +41,14 @@ GLOBAL_HOOKS = [f"_global{name}" for name in HOOKS]
 # the functions that SAELens sets where activations keep their shape
 RESHAPES = [c for c in sae.SAE.turn_off_forward_pass_hook_z_reshaping.__code__.co_consts if isinstance(c, CodeType)]
 RESHAPING = ("reshape_fn_in", "reshape_fn_out")
-KNOWN_PACKAGES = ("sae_lens", __name__.partition(".")[0])
 
 
-def methods_of(cls: type) -> dict[str, Any]:
-    """What SAELens and this package have under the names of `DENSE_METHODS`; of anyone else's, something unlike it."""
-    methods = {name: getattr(cls, name, None) for name in DENSE_METHODS}
-    known = {
-        name: str(getattr(m, "__module__", None)).partition(".")[0] in KNOWN_PACKAGES for name, m in methods.items()
-    }
-    return {name: m if m is None or known[name] else object() for name, m in methods.items()}
-
-
-def has_other_methods(sae: Any, methods: dict[str, Any]) -> bool:
-    """Whether the object, its class or SAELens' modules have something else than `methods` and the functions above."""
+def is_as_made(sae: Any, methods: dict[str, Any]) -> bool:
+    """Whether the object, its class and SAELens' modules have `methods`, the functions above and nothing else."""
     return (
-        any(name in vars(sae) or getattr(type(sae), name, None) is not method for name, method in methods.items())
-        or any(getattr(module, name) is not function for module, name, function in FUNCTIONS)
-        or any(
-            getattr(vars(sae).get(name), "__code__", None) not in RESHAPES
-            for name in ("reshape_fn_in", "reshape_fn_out")
-        )
+        not has_other_methods(sae, methods)
+        and all(getattr(module, name) is function for module, name, function in FUNCTIONS)
+        and all(getattr(vars(sae).get(name), "__code__", None) in RESHAPES for name in RESHAPING)
     )
 
 

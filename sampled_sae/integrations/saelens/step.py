@@ -21,7 +21,8 @@ from ...impl.hints import Rule
 from ...impl.interface import Implementation, implementation, resolve_impl
 from ...impl.step_memory import StepMemory
 from ...support.argument_checks import check_budget
-from .as_made import has_other_methods, is_plain, methods_of, plain_budget
+from ..replaced import methods_of
+from .as_made import DENSE_METHODS, is_as_made, is_plain, plain_budget
 from .dead_feature_loss import dead_reconstruction_loss
 
 UNUSUAL_NORMS = ("constant_norm_rescale", "layer_norm")
@@ -72,7 +73,7 @@ class SparseStep(TopKTrainingSAE):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__module__.startswith(__name__.rpartition(".")[0]):
-            cls._methods = methods_of(cls)
+            cls._methods = methods_of(cls, DENSE_METHODS, "sae_lens")
 
     def prepare(self) -> None:
         """What a step needs beside SAELens' state: memory to work in, and W_enc feature by feature in memory."""
@@ -183,7 +184,7 @@ class SparseStep(TopKTrainingSAE):
             or self.cfg.apply_b_dec_to_input not in (False, True)
             or self.dtype != self.W_enc.dtype
             or not self._selects_as_made(len(x))
-            or has_other_methods(self, self._methods)
+            or not is_as_made(self, self._methods)
             or not is_plain(self.hook_sae_acts_pre, HookPoint, nn.Identity)
             or not is_plain(self.hook_sae_acts_post, HookPoint, SparseHookPoint, nn.Identity)
         )
