@@ -1,7 +1,7 @@
 """The peers' own tests, as they are and on our step: how many pass, and what passes only as it is.
 
 `python tests/peers/suites.py sparsify=FOLDER saelens@RELEASE=FOLDER`, each the folder that holds the peer's `tests`,
-writes benchmarks/results/peer_suites.json. Run it with the Python of .venv/peers. sparsify's source distribution has
+writes benchmarks/results/peer_suites.json and .md. Run it with the Python of .venv/peers. sparsify's source distribution has
 its tests, and `make test` gets them; SAELens' has none: check a release out, and say which if it is not the installed
 one. Without a GPU sparsify's tests run with "cuda" replaced by "cpu". What needs the network or a GPU fails in both.
 """
@@ -94,6 +94,7 @@ def compare(suite: str, folder: Path, release: str = "") -> dict[str, Any]:
     lost = [name for name, outcome in plain.items() if outcome == "passed" and ours.get(name) != "passed"]
     gained = [name for name, outcome in ours.items() if outcome == "passed" and plain.get(name) != "passed"]
     return {
+        "package": SUITES[suite][0],
         "version": version(SUITES[suite][0]),
         "tests of": release or version(SUITES[suite][0]),
         "files": [name for name in SUITES[suite][1] if (folder / name).exists()],
@@ -104,6 +105,23 @@ def compare(suite: str, folder: Path, release: str = "") -> dict[str, Any]:
     }
 
 
+def markdown_table(results: dict[str, Any]) -> str:
+    """Counts, and under them what passes as it is alone, with its reason."""
+    lines = [
+        "| tests of | run with | passed as they are | passed on our step | failed in both |",
+        "|---|---|---|---|---|",
+    ]
+    reasons = []
+    for found in results.values():
+        counts = [found[column] for column in ("as it is", "on our step")]
+        package = f"{found['package']} {found['tests of']}"
+        both = counts[1].get("failed", 0) - len(found["passes as it is alone"])
+        lines.append(f"| {package} | {found['version']} | {counts[0]['passed']} | {counts[1]['passed']} | {both} |")
+        for test, reason in found["passes as it is alone"].items():
+            reasons.append(f"- `{test.split('::')[1]}` {reason}.")
+    return "\n".join([*lines, "", *reasons]) + "\n"
+
+
 def main(arguments: list[str]) -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for argument in arguments:
@@ -112,6 +130,7 @@ def main(arguments: list[str]) -> None:
         results[suite] = compare(suite, Path(folder), release)
         print(suite, json.dumps(results[suite], indent=1))
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    RESULTS.with_suffix(".md").write_text(markdown_table(results))
 
 
 if __name__ == "__main__":
