@@ -1,8 +1,8 @@
 """The peers' own tests, as they are and on our step: how many pass, and what passes only as it is.
 
 `python tests/peers/suites.py sparsify=FOLDER saelens@RELEASE=FOLDER`, each the folder that holds the peer's `tests`,
-writes benchmarks/results/peer_suites.json and .md. Run it with the Python of .venv/peers. sparsify's source distribution has
-its tests, and `make test` gets them; SAELens' has none: check a release out, and say which if it is not the installed
+writes benchmarks/results/peer_suites.json and .md. Run it with the Python of .venv/peers. `make test` gets sparsify's
+tests from its source distribution. SAELens' has none: check a release out, and say which if it is not the installed
 one. Without a GPU sparsify's tests run with "cuda" replaced by "cpu". What needs the network or a GPU fails in both.
 """
 
