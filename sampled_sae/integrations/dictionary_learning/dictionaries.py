@@ -18,6 +18,7 @@ from ...formats.dictionary_learning import UNSET, check_state, read_state
 from ...sae import SampledSAE
 from ...support.argument_checks import check_integer, describe
 from ..replaced import has_other_methods, methods_of
+from .linear_view import LinearView, write
 
 # in an ae.pt, inside a SampledDictionary, and whether one is the other's transpose
 NAMES = (
@@ -28,66 +29,6 @@ NAMES = (
     ("threshold", "sae.threshold", False),
 )
 OURS_ALONE = ("sae.threshold_steps", "sae.tokens_since_active")
-
-
-class Transposed(Tensor):
-    """W.T, which writes to W whatever is assigned to its `data`; operations give ordinary tensors."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    of: torch.nn.Parameter
-
-    @property
-    def data(self) -> Tensor:
-        return self.of.data.t()
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        write(self.of, value.t())
-
-    def requires_grad_(self, requires_grad: bool = True) -> Transposed:
-        self.of.requires_grad_(requires_grad)
-        return self
-
-    def register_hook(self, hook: Any) -> Any:
-        raise RuntimeError("register_hook: the trainers here leave gradients as rows, which call no hooks")
-
-
-class LinearView:
-    """What `torch.nn.Linear` computes and how it names its tensors, over parameters W [in, out] and bias [out]."""
-
-    def __init__(self, W: torch.nn.Parameter, bias: torch.nn.Parameter | None) -> None:
-        self._W, self._bias = W, bias
-
-    @property
-    def weight(self) -> Tensor:
-        view = self._W.t().as_subclass(Transposed)
-        view.of = self._W
-        return view
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        write(self._W, value.t())
-
-    @property
-    def bias(self) -> torch.nn.Parameter | None:
-        return self._bias
-
-    @bias.setter
-    def bias(self, value: Tensor) -> None:
-        if self._bias is None:
-            raise AttributeError("decoder.bias: dictionaries of this kind have none; b_dec is added")
-        write(self._bias, value)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, self._W.t(), self._bias)
-
-
-@torch.no_grad()
-def write(parameter: torch.nn.Parameter, value: Tensor) -> None:
-    """Into the parameter's own memory, which the optimizer knows."""
-    if value.shape != parameter.shape:
-        raise ValueError(f"a tensor of shape {tuple(value.shape)}: must be {tuple(parameter.shape)}, that of the SAE")
-    parameter.copy_(value)
 
 
 class SampledDictionary(Dictionary):
