@@ -18,6 +18,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,7 +29,7 @@ from torch import Tensor
 from benchmarks.measure import Row, spread_columns
 from benchmarks.peers import BATCH, TOKEN, Entry, Setup, installed
 from benchmarks.record import SIZE, Record, Result, markdown, parser
-from benchmarks.steps.harness import figures, samples_in_turn
+from benchmarks.steps.harness import figures, reason_in, samples_in_turn
 from benchmarks.steps.session import StepSession
 from benchmarks.worker import Worker, WorkerError
 from benchmarks.workloads import CPU_STEPS, REHEARSAL, Workload
@@ -41,9 +42,9 @@ WORKLOADS = {workload.name: workload for workload in CPU_STEPS[:2]}
 SIDES = ("alone", "with us")
 SLICE = 10  # steps before the other side's turn
 LIBRARIES = {
-    "SAELens BatchTopK": Entry("loops", BATCH, {"loop": "saelens"}, "sae-lens"),
-    "dictionary_learning BatchTopK": Entry("loops", BATCH, {"loop": "dictionary_learning"}, "dictionary-learning"),
-    "sparsify TopK": Entry("loops", TOKEN, {"loop": "sparsify"}, "eai-sparsify"),
+    "SAELens BatchTopK": Entry("loops", BATCH, {"library": "saelens"}, "sae-lens"),
+    "dictionary_learning BatchTopK": Entry("loops", BATCH, {"library": "dictionary_learning"}, "dictionary-learning"),
+    "sparsify TopK": Entry("loops", TOKEN, {"library": "sparsify"}, "eai-sparsify"),
 }
 
 
@@ -52,8 +53,8 @@ class LoopSession(StepSession):
 
     def __init__(self, library: str, side: str, setup: Setup, store: Path | None, threads: int) -> None:
         entry = LIBRARIES[library]
-        entry.options["with_us"] = side == "with us"
-        super().__init__(entry, setup, threads, ("product",))
+        sided = replace(entry, options={**entry.options, "with_us": side == "with us"})
+        super().__init__(sided, setup, threads, ("product",))
         self.taken = 0
         if store is None:
             self.batch = lambda t: activations(setup.B, setup.d, t)
@@ -62,7 +63,7 @@ class LoopSession(StepSession):
             opened = ActivationStore.open(store)
             feed = Feed(opened, setup.B, seed=0)
             self.batch = lambda t: feed.batch(t).x
-            self.held_out = opened.holdout()[0][: setup.B]
+            self.held_out = opened.holdout()[0][: setup.B] * opened.scale
         self.batches = self._batches()
 
     def train(self, until: int) -> int:
@@ -90,16 +91,16 @@ def measure(library: str, workload: Workload, store: Path | None, rounds: int, s
         return {**row, "reason": "not installed"}
     setup = Setup(workload.B, workload.d, workload.F, workload.k)
     sides = {side: Worker(LoopSession, library, side, setup, store, threads) for side in SIDES}
-    try:
+    with reason_in(row):
         for worker in sides.values():
             worker.call("train", 1)
         row["first_fvu"] = {side: worker.call("fvu") for side, worker in sides.items()}
         alone, ours = row["first_fvu"].values()
         if not abs(ours / alone - 1) <= TOLERANCE:
             raise WorkerError(f"FVU after one step {ours:.6g}, alone {alone:.6g}")
-        samples, failures = samples_in_turn(sides, rounds)
-        if failures:
-            raise WorkerError("; ".join(failures.values()))
+        samples = samples_in_turn(sides, dict.fromkeys(SIDES, row), rounds)
+        if "reason" in row:
+            raise WorkerError(row["reason"])
         for side, worker in sides.items():
             row[side] = figures(samples[side], workload, worker.call("peak_bytes"))
         pairs = zip(*(samples[side] for side in SIDES), strict=True)
@@ -109,11 +110,8 @@ def measure(library: str, workload: Workload, store: Path | None, rounds: int, s
             row["steps"] = [worker.call("train", until) for worker in sides.values()][-1]
         for side, worker in sides.items():
             row[side]["fvu"] = worker.call("fvu")
-    except WorkerError as failure:
-        row["reason"] = str(failure)
-    finally:
-        for worker in sides.values():
-            worker.close()
+    for worker in sides.values():
+        worker.close()
     return row
 
 
@@ -144,7 +142,7 @@ def main() -> None:
     os.environ["TQDM_DISABLE"] = "1"  # for the workers: the loops' progress bars
     opened = [ActivationStore.open(folder) for folder in args.activations]
     stores = {store.d_in: store for store in opened}
-    origins = [f"{store.manifest['model']}, layer {store.manifest['layer']}" for store in opened]
+    origins = [f"{store.manifest.get('model')}, layer {store.manifest.get('layer')}" for store in opened]
     record = Record(args, markdown_table, activations=origins, lr=Setup(1, 1, 1, 1).lr)
     for workload in REHEARSAL if args.rehearse else [WORKLOADS[name] for name in args.workloads]:
         store = stores.get(workload.d)

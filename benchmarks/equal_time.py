@@ -21,11 +21,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.measure import Row
 from benchmarks.peers import CANDIDATES, Entry, Setup, Weights, initial_weights, installed, make, ours
 from benchmarks.quality import splice_of
 from benchmarks.record import Record, Result, markdown, parser
+from benchmarks.steps.harness import reason_in
 from benchmarks.worker import Worker, WorkerError
 from sampled_sae.support.timing import timed
 from sampled_sae.training.activation_store import ActivationStore
@@ -59,35 +61,32 @@ class TrainingSession:
         return self.steps
 
     def save(self, path: Path) -> None:
-        self.candidate.weights().save(path)
+        save_file(self.candidate.weights()._asdict(), path)
 
 
 def train_all(names: list[str], store: Path, setup: Setup, marks: list[float], folder: Path, threads: int) -> list[Row]:
     """Rows of (candidate, seconds, steps, file of the weights) at each mark; of (candidate, reason) for a failure."""
     rows: list[Row] = []
     workers = {name: Worker(TrainingSession, ENTRIES[name], store, setup, threads) for name in names}
-    for name, worker in list(workers.items()):
-        try:
-            if not installed(ENTRIES[name]):
-                raise WorkerError("not installed")
-            worker.call("train", 0.0)
-        except WorkerError as failure:
-            rows.append({"candidate": name, "reason": str(failure)})
-            workers.pop(name).close()
     done = 0.0
-    while done < marks[-1]:
-        done = min([done + SLICE, *(mark for mark in marks if mark > done)])
-        for name, worker in list(workers.items()):
-            try:
-                steps = worker.call("train", done)
+    while True:
+        for name in list(workers):
+            row: Row = {"candidate": name}
+            with reason_in(row):
+                if not installed(ENTRIES[name]):
+                    raise WorkerError("not installed")
+                steps = workers[name].call("train", done)
                 if done in marks:
                     path = folder / f"{len(rows)}.safetensors"
-                    worker.call("save", path)
-                    rows.append({"candidate": name, "seconds": done, "steps": steps, "file": path})
-            except WorkerError as failure:
-                rows.append({"candidate": name, "reason": str(failure)})
-                del workers[name]
+                    workers[name].call("save", path)
+                    row |= {"seconds": done, "steps": steps, "file": path}
+            if "reason" in row:
+                workers.pop(name).close()
+            rows += [row] if len(row) > 1 else []
         print(f"{done:g} s of steps each", flush=True)
+        if done >= marks[-1]:
+            break
+        done = min([done + SLICE, *(mark for mark in marks if mark > done)])
     for worker in workers.values():
         worker.close()
     return rows
@@ -95,8 +94,8 @@ def train_all(names: list[str], store: Path, setup: Setup, marks: list[float], f
 
 def judge(weights: Weights, setup: Setup, store: ActivationStore, feed: Feed, splice: Splice | None) -> dict[str, Any]:
     """At mean L0 = k by a threshold, on held-out activations."""
-    sae = weights.sae(setup.k, l=None).eval()
-    sae.calibrate(feed.calibration()[:CALIBRATION_TOKENS])
+    sae = weights.sae(setup.k, l=None, input_scale=store.scale).eval()
+    sae.calibrate(feed.calibration()[:CALIBRATION_TOKENS], scaled=True)
     result = evaluate(sae, store.holdout()[0], setup.B, splice)
     wanted = {"fvu": "fvu", "l0": "l0", "dead_share": "never_active", "loss_recovered_zero": "loss_recovered"}
     return {name: result[measure] for measure, name in wanted.items() if measure in result}
@@ -132,14 +131,14 @@ def main() -> None:
     names = args.candidates or [name for name in ENTRIES if name not in LEFT_OUT]
     # made first: what is missing is better known before half an hour of training
     splice = None if args.model == "none" else splice_of(args.model, store, args.splice_rows)
-    source = {name: store.manifest[name] for name in ("model", "layer", "source")}
+    source = {name: store.manifest.get(name) for name in ("model", "layer", "source")}
     record = Record(args, markdown_table, activations=source, setup=asdict(setup), marks=marks)
     with tempfile.TemporaryDirectory() as folder:
         rows = train_all(names, args.activations, setup, marks, Path(folder), args.threads)
         feed = Feed(store, args.batch_size, seed=0)
         for row in rows:
             if "file" in row:
-                row |= judge(Weights.load(row.pop("file")), setup, store, feed, splice)
+                row |= judge(Weights(**load_file(row.pop("file"))), setup, store, feed, splice)
             record.add(row)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +26,27 @@ from sampled_sae.lm import SpliceEvaluator, load_model
 from sampled_sae.support.atomic_files import read_json, write_json
 from sampled_sae.training.activation_store import ActivationStore
 from sampled_sae.training.batches import Feed
-from sampled_sae.training.sweep import Splice, evaluate
+from sampled_sae.training.sweep import Splice, evaluate, merged
 from sampled_sae.training.train_config import TrainConfig
-from sampled_sae.training.training_run import TrainingRun, train_to_end
+from sampled_sae.training.training_loop import train_to_end
+from sampled_sae.training.training_run import TrainingRun
 
 FEATURES, K, L = 16384, 32, 4.0
 SEEDS = (0, 1, 2)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What differs from the first row in the SAE and in its training."""
-
-    sae: dict[str, Any] = field(default_factory=dict)
-    train: dict[str, Any] = field(default_factory=dict)
-
-
-SETTINGS = {
-    "dense, aux_pool=1024, pool_every=1": Setting(),
-    "lazy": Setting(train={"adam": "lazy"}),
-    "decayed": Setting(train={"adam": "decayed"}),
-    "bfloat16 moments": Setting(train={"moments": "bfloat16"}),
-    "aux off": Setting({"aux_coefficient": 0.0}),
-    "aux_pool=None": Setting({"aux_pool": None}),
-    "pool_every=4": Setting({"pool_every": 4}),
-    "pool_every=16": Setting({"pool_every": 16}),
-    "score_tokens=0.25": Setting({"score_tokens": 0.25}),
-    "decayed, pool_every=4": Setting({"pool_every": 4}, {"adam": "decayed"}),
+# what differs from the first row in the SAE, and in its training
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dense, aux_pool=1024, pool_every=1": ({}, {}),
+    "lazy": ({}, {"adam": "lazy"}),
+    "decayed": ({}, {"adam": "decayed"}),
+    "bfloat16 moments": ({}, {"moments": "bfloat16"}),
+    "aux off": ({"aux_coefficient": 0.0}, {}),
+    "aux_pool=None": ({"aux_pool": None}, {}),
+    "pool_every=4": ({"pool_every": 4}, {}),
+    "pool_every=16": ({"pool_every": 16}, {}),
+    "score_tokens=0.25": ({"score_tokens": 0.25}, {}),
+    "decayed, pool_every=4": ({"pool_every": 4}, {"adam": "decayed"}),
 }
 COLUMNS = {
     "setting": "{setting}",
@@ -66,9 +60,8 @@ MEASURES = ("fvu", "loss_recovered_zero", "dead_share", "time")
 
 def splice_of(name: str, store: ActivationStore, rows: int) -> Splice:
     """Loss recovered on so many rows of the store's held-out text, by the model of this name."""
-    layer, norm = store.manifest["layer"], store.manifest["max_norm"]
-    held_out = store.holdout()[1][:rows]
-    return SpliceEvaluator(load_model(name)[0], held_out, layer, scale=store.scale, max_norm=norm).evaluate
+    held_out = store.holdout_rows()[:rows]
+    return SpliceEvaluator.of_harvest(load_model(name)[0], held_out, store.manifest).evaluate
 
 
 def train_seed(
@@ -81,15 +74,15 @@ def train_seed(
     base = SampledSAEConfig(d_in=store.d_in, d_sae=FEATURES, k=K, l=L, dead_after=dead_after, row_grads=True, seed=seed)
     feed = Feed(store, train.batch_size, train.seed)
     runs = {
-        name: TrainingRun(replace(base, **setting.sae), replace(train, **setting.train), feed, folder / str(i))
-        for i, (name, setting) in enumerate(SETTINGS.items())
+        name: TrainingRun(replace(base, **in_sae), replace(train, **in_train), feed, folder / str(i))
+        for i, (name, (in_sae, in_train)) in enumerate(SETTINGS.items())
     }
     train_to_end(runs, progress=False)
     held_out = store.holdout()[0]
     first = next(iter(runs.values())).seconds
     found = {}
     for name, run in runs.items():
-        result = evaluate(run.sae, held_out, train.batch_size, splice) | {"time": run.seconds / first}
+        result = merged(evaluate(run.sae, held_out, train.batch_size, splice), {"time": run.seconds / first})
         found[name] = {measure: result[measure] for measure in (*MEASURES, "l0")}
         print(f"seed {seed}, {name}: {found[name]}", flush=True)
     write_json(done, found)

@@ -27,7 +27,7 @@ from benchmarks.measure import RESULTS, ROOT
 from benchmarks.operations.race import COLUMNS
 from benchmarks.record import markdown, with_caption
 from benchmarks.steps.experiments import EXPERIMENTS, table
-from sampled_sae.training import sweep
+from sampled_sae.training import sweep_table
 
 DEMO, PLOTS = RESULTS / "demo", RESULTS / "plots"
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
@@ -56,7 +56,7 @@ def tables() -> dict[Path, str]:
     found = results()
     made = {RESULTS / f"{name}.md": with_caption(TABLES[name](result), result) for name, result in found.items()}
     demo = json.loads((DEMO / "sweep.json").read_text())["rows"]
-    return {**made, RESULTS / "summary.md": summary(found), DEMO / "results.md": sweep.markdown_table(demo)}
+    return {**made, RESULTS / "summary.md": summary(found), DEMO / "results.md": sweep_table.markdown_table(demo)}
 
 
 def summary(found: dict[str, dict[str, Any]]) -> str:

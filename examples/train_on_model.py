@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from sampled_sae import ActivationStore, SampledSAEConfig, TrainConfig, Trainer
-from sampled_sae.lm import SpliceEvaluator, harvest, load_model, load_texts, token_rows
+from sampled_sae.lm import SpliceEvaluator, harvest, load_model, shuffled_texts, special_tokens, token_rows
 from sampled_sae.training.evaluation import evaluate_activations, reconstruct_with
 
 
@@ -31,9 +31,10 @@ def main() -> None:
     args = parser.parse_args()
 
     model, tokenizer = load_model(args.model)
-    rows = token_rows(load_texts(args.texts), tokenizer, args.context, limit=args.rows)
+    rows = token_rows(shuffled_texts(args.texts, seed=0), tokenizer, args.context, limit=args.rows)
     folder = args.out / "activations"
-    harvest(model, rows, args.layer, folder, source=args.texts, holdout_rows=args.holdout_rows)
+    special = special_tokens(tokenizer, model)
+    harvest(model, rows, args.layer, folder, source=args.texts, drop_tokens=special, holdout_rows=args.holdout_rows)
     store = ActivationStore.open(folder)
 
     # Each batch is encoded by the k * l features that score highest on it; l=None is BatchTopK.
@@ -47,9 +48,7 @@ def main() -> None:
         print(f"{name}: {result[name]:.4g}")
 
     # The model runs on the held-out rows with the layer's output replaced by its reconstruction.
-    evaluator = SpliceEvaluator(
-        model, store.holdout_rows(), args.layer, scale=store.scale, max_norm=store.manifest["max_norm"]
-    )
+    evaluator = SpliceEvaluator.of_harvest(model, store.holdout_rows(), store.manifest)
     spliced = evaluator.evaluate(reconstruct_with(sae))
     for name in ("ce_clean", "ce_spliced", "ce_zero", "loss_recovered_zero"):
         print(f"{name}: {spliced[name]:.4g}")

@@ -48,7 +48,7 @@ def main() -> None:
     train = TrainConfig(steps=args.steps, batch_size=args.batch_size, lr=1e-2)
     sae = Trainer(config, train, store, args.out / "sae", args.device).run()
 
-    held_out, _ = store.holdout()  # multiplied by store.scale, as all activations in training
+    held_out, _ = store.holdout()  # as they were given: the SAE multiplies by its input_scale itself
     result = evaluate_activations(sae, held_out)
     for name in ("tokens", "fvu", "l0", "dead_share", "threshold"):
         print(f"{name}: {result[name]:.4g}")

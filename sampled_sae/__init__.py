@@ -1,26 +1,13 @@
 """Sampled-SAE, BatchTopK and TopK sparse autoencoders as one fast, exact layer."""
 
-from . import functional
-from .codes import SparseCodes
-from .config import SampledSAEConfig
-from .optim import RowAdam
-from .sae import SampledSAE, SampledSAEOutput
-from .support.version import __version__
-from .training.activation_store import ActivationStore
-from .training.sae_group import SAEGroup
-from .training.train_config import TrainConfig
-from .training.trainer import Trainer
-
-__all__ = [
-    "ActivationStore",
-    "RowAdam",
-    "SAEGroup",
-    "SampledSAE",
-    "SampledSAEConfig",
-    "SampledSAEOutput",
-    "SparseCodes",
-    "TrainConfig",
-    "Trainer",
-    "__version__",
-    "functional",
-]
+from . import functional as functional
+from .codes import SparseCodes as SparseCodes
+from .config import SampledSAEConfig as SampledSAEConfig
+from .optim import RowAdam as RowAdam
+from .sae import SampledSAE as SampledSAE
+from .sae import SampledSAEOutput as SampledSAEOutput
+from .support.version import __version__ as __version__
+from .training.activation_store import ActivationStore as ActivationStore
+from .training.sae_group import SAEGroup as SAEGroup
+from .training.train_config import TrainConfig as TrainConfig
+from .training.trainer import Trainer as Trainer

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from . import reference
 from .config import SampledSAEConfig, batch_budget, pool_size
 from .impl.interface import Implementation
-from .optim import RowAdam
+from .optim import MODES, RowAdam
 from .sae import SampledSAE
 from .support.argument_checks import check_choice, check_device, check_integer, check_number
-from .support.timing import Call, Sections, Spread, free_memory, interleaved, peak_memory, spread
+from .support.timing import Call, Sections, Spread, check_memory, free_memory, interleaved, peak_memory, spread
 
 DTYPES = ("float32", "bfloat16")
 PARTS = {"column_scores": "scores", "candidate_pool": "pool", "select": "select", "decode": "decode"}
@@ -58,10 +58,12 @@ class Settings:
     seconds: float = 100
 
     def __post_init__(self) -> None:
-        check_integer("batch", self.batch, 1)
-        check_integer("rounds", self.rounds, 1)
-        check_number("seconds", self.seconds, 0, None)
+        for name in ("batch", "rounds"):
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), 1))
+        object.__setattr__(self, "seconds", check_number("seconds", self.seconds, 0, None))
         check_choice("dtype", self.dtype, DTYPES)
+        check_choice("adam", self.adam, MODES)
+        self.config()
         if self.dtype == "bfloat16" and check_device(self.device).type == "cpu":
             raise ValueError("dtype='bfloat16': without a GPU the layer computes in float32")
 
@@ -186,6 +188,12 @@ def peak_of(call: Call, device: str) -> int | None:
         return None
 
 
+def check_fits(settings: Settings) -> None:
+    """MemoryError where the floor and our step do not fit: one [B, F], x, both weights and their moments."""
+    needed = settings.unit + 4 * settings.d * (settings.batch + 6 * settings.features)
+    check_memory(f"batch={settings.batch}, features={settings.features}, d={settings.d}", needed, settings.device)
+
+
 def eager_bytes(settings: Settings) -> int:
     """What the eager step takes, about: [B, F] several times, gradients, moments and a copy of both weights."""
     return 4 * settings.features * (EAGER_TENSORS * settings.batch + 9 * settings.d)
@@ -254,20 +262,23 @@ class EagerStep:
 
     def __call__(self, x: Tensor) -> Tensor:
         """One step; the loss before it."""
-        w = self.weights
-        with self.settings.autocast():
-            codes = self.encode(x - w["b_dec"], w["W_enc"], w["b_enc"])
-            x_hat = codes @ w["W_dec"] + w["b_dec"]
-        loss = reference.reconstruction_loss(x, x_hat)
+        loss = self.loss(x)
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(w.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.weights.parameters(), 1.0)
         with torch.no_grad():
-            W, grad = w["W_dec"], w["W_dec"].grad
+            W, grad = self.weights["W_dec"], self.weights["W_dec"].grad
             grad.sub_((grad * W).sum(1, keepdim=True) * W)
             self.optimizer.step()
             W.div_(torch.linalg.vector_norm(W, dim=1, keepdim=True))
         return loss.detach()
+
+    def loss(self, x: Tensor) -> Tensor:
+        w = self.weights
+        with self.settings.autocast():
+            codes = self.encode(x - w["b_dec"], w["W_enc"], w["b_enc"])
+            x_hat = codes @ w["W_dec"] + w["b_dec"]
+        return reference.reconstruction_loss(x, x_hat)
 
     def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
         """Dense codes [B, F]."""

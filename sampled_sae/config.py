@@ -6,11 +6,21 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .support.argument_checks import SCORES, check_budget, check_choice, check_integer, check_number
+from .support.argument_checks import (
+    SCORES,
+    check_budget,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    check_positive,
+)
 
 POOLS = ("top", "sample")
 SELECTS = ("batch", "token")
 IMPLS = ("auto", "triton", "torch", "reference")
+CHOICES = {"score": SCORES, "pool": POOLS, "select": SELECTS, "impl": IMPLS}
+LEAST = {"d_in": 1, "d_sae": 1, "pool_every": 1, "dead_after": 1, "seed": 0}
 
 
 def pool_size(k: float, l: float | None, d_sae: int) -> int:
@@ -47,8 +57,11 @@ class SampledSAEConfig:
             `sampled_sae.optim.RowAdam`, in place of dense ones in `W_enc.grad`, `b_enc.grad`, `W_dec.grad`.
         impl: "auto", "triton", "torch" or "reference".
         seed: seed of the initial weights and of `pool="sample"`.
+        input_scale: what the SAE multiplies activations by before it encodes them, > 0. It is trained on the products:
+            codes, losses, biases and threshold are in their units, reconstructions in those of the activations.
 
-    l=None with select="batch" is BatchTopK, with select="token" TopK.
+    l=None with select="batch" is BatchTopK, with select="token" TopK. Numbers of numpy, torch, decimal and fractions
+    are taken and kept as ints and floats.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and what is allowed.
@@ -72,31 +85,34 @@ class SampledSAEConfig:
     row_grads: bool = False
     impl: str = "auto"
     seed: int = 0
+    input_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_integer("d_in", self.d_in, 1)
-        check_integer("d_sae", self.d_sae, 1)
-        check_choice("score", self.score, SCORES)
-        check_choice("pool", self.pool, POOLS)
-        check_choice("select", self.select, SELECTS)
-        check_choice("impl", self.impl, IMPLS)
-        check_budget(self.k, self.l, self.d_sae, self.select)
-        check_number("aux_coefficient", self.aux_coefficient, 0, None)
-        check_number("threshold_decay", self.threshold_decay, 0, 1)
-        check_integer("dead_after", self.dead_after, 1)
-        check_integer("seed", self.seed, 0)
-        check_integer("pool_every", self.pool_every, 1)
-        check_number("score_tokens", self.score_tokens, 0, 1)
-        if self.score_tokens == 0:
-            raise ValueError(f"score_tokens={self.score_tokens!r}: must be in (0, 1]")
+        plain: dict[str, Any] = {name: check_integer(name, getattr(self, name), n) for name, n in LEAST.items()}
         for name in ("k_aux", "aux_pool"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), 1)
+            value = getattr(self, name)
+            plain[name] = None if value is None else check_integer(name, value, 1)
+        for name, allowed in CHOICES.items():
+            plain[name] = check_choice(name, getattr(self, name), allowed)
+        for name in ("apply_b_dec_to_input", "row_grads"):
+            plain[name] = check_flag(name, getattr(self, name))
+        plain["k"], plain["l"] = check_budget(self.k, self.l, plain["d_sae"], plain["select"])
+        plain["aux_coefficient"] = check_number("aux_coefficient", self.aux_coefficient, 0, None)
+        plain["threshold_decay"] = check_number("threshold_decay", self.threshold_decay, 0, 1)
+        plain["score_tokens"] = check_positive("score_tokens", self.score_tokens, 1)
+        plain["input_scale"] = check_positive("input_scale", self.input_scale)
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     @property
     def pool_size(self) -> int:
         """P, the number of candidate features of a batch."""
         return pool_size(self.k, self.l, self.d_sae)
+
+    @property
+    def is_topk(self) -> bool:
+        """Whether it is a TopK SAE, which keeps k features of each token in evaluation mode too."""
+        return self.select == "token" and self.l is None
 
     @property
     def aux_features(self) -> int:

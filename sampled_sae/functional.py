@@ -106,7 +106,7 @@ def candidate_pool(scores: Tensor, size: int, pool: str = "top", generator: torc
         ValueError, TypeError: naming the argument.
     """
     check_choice("pool", pool, POOLS)
-    check_integer("size", size, 1)
+    size = check_integer("size", size, 1)
     if not isinstance(scores, Tensor) or scores.dim() != 1 or scores.numel() == 0:
         raise ValueError(f"scores={describe(scores)}: must be a tensor of shape [F]")
     if not bool((scores >= 0).all()):
@@ -149,14 +149,11 @@ def sampled_topk(
 
     Source: arXiv 2508.21324 (pool), 2412.06410 (batch top-k), 2406.04093 (top-k).
     """
-    for name, value, allowed in (
-        ("score", score, SCORES),
-        ("pool", pool, POOLS),
-        ("select", select, SELECTS),
-    ):
-        check_choice(name, value, allowed)
+    score = check_choice("score", score, SCORES)
+    pool = check_choice("pool", pool, POOLS)
+    select = check_choice("select", select, SELECTS)
     check_encoder(x, W_enc, b_enc, scale)
-    check_budget(k, l, W_enc.shape[1], select)
+    k, l = check_budget(k, l, W_enc.shape[1], select)
     parts = implementation(resolve_impl(impl, x.device, x.dtype))
     encoder = parts.encoder(x.reshape(-1, x.shape[-1]), W_enc.t(), b_enc, scale=scale)
     found = find_pool(parts, encoder.operands, PoolRule(k, l, score, pool), generator)

@@ -73,16 +73,16 @@ class RowAdam(Optimizer):
         mode: str = "dense",
         moments: torch.dtype | None = None,
     ) -> None:
-        check_number("lr", lr, 0, None)
-        check_number("eps", eps, 0, None)
-        check_number("weight_decay", weight_decay, 0, None)
+        lr = check_number("lr", lr, 0, None)
+        eps = check_number("eps", eps, 0, None)
+        weight_decay = check_number("weight_decay", weight_decay, 0, None)
+        betas = check_number("betas[0]", betas[0], 0, 1), check_number("betas[1]", betas[1], 0, 1)
         for i, beta in enumerate(betas):
-            check_number(f"betas[{i}]", beta, 0, 1)
             if beta == 1:
                 raise ValueError(f"betas[{i}]={beta!r}: must be below 1")
         if clip is not None:
-            check_number("clip", clip, 0, None)
-        check_choice("mode", mode, MODES)
+            clip = check_number("clip", clip, 0, None)
+        mode = check_choice("mode", mode, MODES)
         if moments not in MOMENTS:
             raise ValueError(f"moments={moments!r}: must be one of {', '.join(map(str, MOMENTS))}")
         names = {name for name, _ in sae.named_parameters()}

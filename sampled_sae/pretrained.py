@@ -5,26 +5,50 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from .config import SampledSAEConfig
 from .support.argument_checks import FLOATS
-from .support.atomic_files import read_json, write_atomically, write_json
+from .support.atomic_files import read_json, read_tensors, write_atomically, write_json
+from .support.checksums import tensors_crc32
 
 FORMAT = "sampled-sae"
 VERSION = 1
 WEIGHTS = "sae.safetensors"
 CONFIG = "config.json"
 WEIGHT_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
-TENSORS = (*WEIGHT_NAMES, "threshold", "threshold_steps", "tokens_since_active")
+# Earlier versions wrote none of the first, nor `input_scale` in config.json.
+SINCE = ("calibrated_at",)
+TENSORS = (*WEIGHT_NAMES, "threshold", "threshold_steps", "tokens_since_active", *SINCE)
+# What `train` leaves beside an SAE, and what `import` does: model, layer, context and scale of its activations.
+RUN = "run.json"
+ORIGIN = "origin.json"
+
+
+def check_target(folder: Path) -> None:
+    """Whether an SAE may be written to a folder.
+
+    Raises:
+        ValueError: its config.json is not of an SAE of ours, but of a language model, say, and would be lost.
+    """
+    path = folder / CONFIG
+    if path.is_file() and read_json(path).get("format") != FORMAT:
+        raise ValueError(f"{path}: is of something else than a SampledSAE and would be replaced; use another folder")
 
 
 def save_pretrained(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """W_enc is written as [d_in, d_sae], row-major, as SAELens and SAEBench have it."""
+    """W_enc is written as [d_in, d_sae], row-major, as SAELens and SAEBench have it.
+
+    Raises:
+        ValueError: as `check_target`.
+    """
+    check_target(folder)
     tensors = {name: tensors[name].detach().cpu().contiguous() for name in TENSORS}
     # One entry: safetensors writes several in a random order, and the same SAE should give the same bytes.
-    metadata = {"format": f"{FORMAT} {VERSION}"}
+    metadata = {"format": f"{FORMAT} {VERSION} crc32 {tensors_crc32(tensors)}"}
     write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
     write_json(folder / CONFIG, {"format": FORMAT, "version": VERSION, "sae": config})
 
@@ -41,23 +65,45 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if config.get("version") != VERSION:
         raise ValueError(f"{folder / CONFIG}: version={config.get('version')!r}: this package reads {VERSION}")
     path = folder / WEIGHTS
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
+    tensors = read_tensors(path)
+    check_checksum(path, tensors)
     fields = config["sae"]
     if not isinstance(fields, dict):
         raise ValueError(f"{folder / CONFIG}: sae={fields!r}: must be the fields of a SampledSAEConfig")
+    try:
+        SampledSAEConfig.from_dict(fields)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
     d_in, d_sae = fields.get("d_in"), fields.get("d_sae")
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    shapes |= {"threshold": (), "threshold_steps": (), "tokens_since_active": (d_sae,)}
+    shapes |= {"threshold": (), "threshold_steps": (), "calibrated_at": (), "tokens_since_active": (d_sae,)}
     for name in TENSORS:
         if name not in tensors:
+            if name in SINCE:
+                continue
             raise ValueError(f"{path}: tensor {name!r} is missing; it holds {sorted(tensors)}")
         if tuple(tensors[name].shape) != shapes[name]:
             raise ValueError(f"{path}: {name} is {tuple(tensors[name].shape)}, config.json says {shapes[name]}")
         if name in WEIGHT_NAMES and tensors[name].dtype not in FLOATS:
             raise ValueError(f"{path}: {name} is {tensors[name].dtype}, must be one of {', '.join(map(str, FLOATS))}")
-    return fields, {name: tensors[name] for name in TENSORS}
+        if not torch.isfinite(tensors[name]).all():
+            raise ValueError(f"{path}: {name} holds NaN or inf")
+    if "input_scale" not in fields:
+        fields["input_scale"] = recorded_scale(folder)
+    return fields, {name: tensors[name] for name in TENSORS if name in tensors}
+
+
+def recorded_scale(folder: Path) -> Any:
+    """What a training or an import of an earlier version says that the SAE's activations are to be multiplied by."""
+    if (folder / RUN).is_file():
+        trained = read_json(folder / RUN).get("activations")
+        return trained.get("scale", 1.0) if isinstance(trained, dict) else 1.0
+    return read_json(folder / ORIGIN).get("scale", 1.0) if (folder / ORIGIN).is_file() else 1.0
+
+
+def check_checksum(path: Path, tensors: dict[str, Tensor]) -> None:
+    """ValueError unless the tensors have the checksum in the file's metadata; earlier versions wrote none."""
+    with safe_open(path, "pt") as file:
+        words = (file.metadata() or {}).get("format", "").split()
+    if "crc32" in words[:-1] and words[-1] != tensors_crc32(tensors):
+        raise ValueError(f"{path}: damaged, its tensors do not have the checksum that was written with them")

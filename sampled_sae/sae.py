@@ -4,59 +4,49 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import functional, threshold
 from .codes import SparseCodes
 from .config import SampledSAEConfig
 from .impl.dead_features import AuxRule
 from .impl.encoder import Encoder
 from .impl.hints import Rule
 from .impl.interface import Implementation, implementation, resolve_impl
-from .impl.pool import Pool, PoolRule, find_pool
+from .impl.pool import KeptPool, Pool, PoolRule, find_pool
 from .impl.row_gradients import RowGradient, RowSource
 from .impl.row_guard import guard_rows
 from .impl.step_memory import StepMemory
+from .output import SampledSAEOutput
 from .pretrained import TENSORS, load_pretrained, save_pretrained
-from .support.argument_checks import check_activations, check_number, check_same
+from .support.argument_checks import HALF, check_activations, check_positive, check_same
 from .support.geometric_median import geometric_median
-
-
-@dataclass
-class SampledSAEOutput:
-    """What a forward pass gives.
-
-    Attributes:
-        loss: mse + aux_coefficient * aux, 0-dim.
-        mse: mean over tokens of ||x - x_hat||^2, summed over d_in.
-        aux: the dead-feature loss before its coefficient; 0 when no feature is dead and in evaluation.
-        x_hat: reconstruction, the shape and dtype of x.
-        codes: kept activations, [B, F] with the leading dimensions of x flattened.
-    """
-
-    loss: Tensor
-    mse: Tensor
-    aux: Tensor
-    x_hat: Tensor
-    codes: SparseCodes
+from .threshold import ThresholdNotice
 
 
 class SampledSAE(nn.Module):
     """Sparse autoencoder that keeps the B*k largest activations inside a pool of k*l scored features.
 
+    Activations x are given as the model makes them, and reconstructions are in their units: the SAE multiplies by
+    `cfg.input_scale` and divides by it again. With `scaled=True` x is multiplied already, and reconstructions are in
+    those units too. Codes and losses always are.
+
     Parameters `W_enc` [d_in, d_sae] (each feature's weights contiguous: its memory is that of [d_sae, d_in]),
     `b_enc` [d_sae], `W_dec` [d_sae, d_in], `b_dec` [d_in]. Buffers: `threshold` (0-dim, inference),
-    `threshold_steps`, `tokens_since_active` int64 [d_sae].
+    `threshold_steps` (training steps behind it), `calibrated_at` (`threshold_steps` when it was last calibrated),
+    `tokens_since_active` int64 [d_sae]. The state dict shares their memory, so that its W_enc is not contiguous:
+    `safetensors.torch.save_model(sae, path)` and `load_model` store it, `save_file` takes
+    `{name: t.contiguous() for name, t in sae.state_dict().items()}`.
 
     In training mode the codes are chosen by the batch, the threshold and the dead-feature counts move. In
     evaluation mode a feature is active where its activation is above `threshold`, whatever else is in the
-    batch. Trained from scratch, decoder rows are kept at unit norm by `sampled_sae.optim.RowAdam`, or by
-    calling `normalize_decoder()` after another optimizer's step.
+    batch; a TopK SAE (`select="token", l=None`) keeps k features of each token in both modes. Of a threshold that
+    was never calibrated a warning says so once. Trained from scratch, decoder rows are kept at unit norm by
+    `sampled_sae.optim.RowAdam`, or by calling `normalize_decoder()` after another optimizer's step.
 
     Equivalent, in training mode with l=None, to BatchTopK (arXiv 2412.06410); the pool is arXiv 2508.21324's, read as
     docs/method.md says.
@@ -72,6 +62,7 @@ class SampledSAE(nn.Module):
     b_dec: nn.Parameter
     threshold: Tensor
     threshold_steps: Tensor
+    calibrated_at: Tensor
     tokens_since_active: Tensor
 
     def __init__(
@@ -81,8 +72,7 @@ class SampledSAE(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if not isinstance(cfg, SampledSAEConfig):
-            raise TypeError(f"cfg={cfg!r}: must be a SampledSAEConfig")
+        self.memory = StepMemory()
         self.cfg = cfg
         device = torch.get_default_device() if device is None else device
         resolve_impl(cfg.impl, device, dtype)
@@ -96,10 +86,27 @@ class SampledSAE(nn.Module):
         exact = torch.promote_types(dtype, torch.float32)
         self.register_buffer("threshold", torch.zeros((), dtype=exact, device=device))
         self.register_buffer("threshold_steps", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("calibrated_at", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("tokens_since_active", torch.zeros(cfg.d_sae, dtype=torch.int64, device=device))
         self.row_grads: list[RowGradient] = []
         self.generator = torch.Generator().manual_seed(cfg.seed)
-        self.memory = StepMemory(cfg.pool_every)
+        self._notice = ThresholdNotice()
+
+    @property
+    def cfg(self) -> SampledSAEConfig:
+        """Another one of the same d_in and d_sae takes effect with the next step, which looks for a new pool."""
+        return self._cfg
+
+    @cfg.setter
+    def cfg(self, cfg: SampledSAEConfig) -> None:
+        if not isinstance(cfg, SampledSAEConfig):
+            raise TypeError(f"cfg={cfg!r}: must be a SampledSAEConfig")
+        before = getattr(self, "_cfg", cfg)
+        if (cfg.d_in, cfg.d_sae) != (before.d_in, before.d_sae):
+            held = f"the weights are of d_in={before.d_in}, d_sae={before.d_sae}"
+            raise ValueError(f"cfg: d_in={cfg.d_in}, d_sae={cfg.d_sae}: {held}; make another SampledSAE")
+        self._cfg = cfg
+        self.memory.pool = KeptPool(cfg.pool_every)
 
     @property
     def impl_in_use(self) -> str:
@@ -111,28 +118,32 @@ class SampledSAE(nn.Module):
         """bool [d_sae]: not selected for `cfg.dead_after` tokens."""
         return self.tokens_since_active >= self.cfg.dead_after
 
-    def forward(self, x: Tensor) -> SampledSAEOutput:
+    def forward(self, x: Tensor, *, scaled: bool = False) -> SampledSAEOutput:
         """x [..., d_in] to a `SampledSAEOutput`; in training mode moves threshold and dead-feature counts.
+
+        Args:
+            x: of the dtype and device of the SAE; under autocast 16-bit activations are taken by a float32 SAE too.
+            scaled: x is multiplied by `cfg.input_scale` already, and x_hat shall be.
 
         Raises:
             ValueError, TypeError: wrong shape, dtype or device, an empty batch, NaN or inf. On a GPU NaN and inf
                 are reported by the next call but one at the latest, with the number of the call they came in.
         """
         if self.training and self.impl_in_use == "triton" and self.cfg.pool_every == 1:
-            return self._train_batch(x)
-        return self._forward_uncompiled(x)
+            return self._train_batch(x, scaled)
+        return self._forward_uncompiled(x, scaled)
 
     # Sizes depend on the data here: torch.compile would break the graph a dozen times, spend its seconds on the
     # pieces, and (torch 2.13, aot_eager) lose the threshold's update. One break around the layer is right and free.
     @torch.compiler.disable
-    def _forward_uncompiled(self, x: Tensor) -> SampledSAEOutput:
-        return self._train_batch(x) if self.training else self._evaluate(x)
+    def _forward_uncompiled(self, x: Tensor, scaled: bool) -> SampledSAEOutput:
+        return self._train_batch(x, scaled) if self.training else self._evaluate(x, scaled)
 
-    def _train_batch(self, x: Tensor) -> SampledSAEOutput:
+    def _train_batch(self, x: Tensor, scaled: bool) -> SampledSAEOutput:
         c, parts = self.cfg, self._parts
         if c.row_grads and torch.is_grad_enabled():
             guard_rows(self)
-        encoder = self._encoder(x, self.memory.rows(c.row_grads))
+        encoder = self._encoder(x, scaled, self.memory.rows(c.row_grads))
         pool = self.memory.pool.next(lambda: self._find_pool(encoder))
         codes = parts.select(encoder, None if pool is None else pool.members, Rule(c.k, c.select), self.memory.hints)
         x_hat = parts.decode(codes, self.W_dec, self.b_dec, encoder.rows)
@@ -144,67 +155,77 @@ class SampledSAE(nn.Module):
             aux = parts.aux_loss(encoder, x_hat, self.W_dec, self.dead, rule, None if pool is None else pool.scores)
         self.row_grads += encoder.rows.gradients
         self.memory.idle.count_(self.tokens_since_active, codes)
-        self._move_threshold(codes)
+        threshold.move(self, codes)
         loss = mse + c.aux_coefficient * aux
+        x_hat = self._unscaled(x_hat, scaled)
         return SampledSAEOutput(loss, mse, aux, x_hat.to(x.dtype).view(x.shape), codes)
 
-    def _evaluate(self, x: Tensor) -> SampledSAEOutput:
-        encoder = self._encoder(x)
-        codes = self._parts.above_threshold(encoder, self.threshold)
+    def _evaluate(self, x: Tensor, scaled: bool) -> SampledSAEOutput:
+        encoder = self._encoder(x, scaled)
+        codes = self._select_each(encoder)
         x_hat = self._parts.decode(codes, self.W_dec, self.b_dec)
         mse = (encoder.x.to(x_hat.dtype) - x_hat).square().sum(-1).mean()
+        x_hat = self._unscaled(x_hat, scaled)
         return SampledSAEOutput(mse, mse, mse.new_zeros(()), x_hat.to(x.dtype).view(x.shape), codes)
 
+    def _select_each(self, encoder: Encoder) -> SparseCodes:
+        """What evaluation mode keeps of each token, whatever the others are."""
+        if self.cfg.is_topk:
+            return self._parts.select(encoder, None, Rule(self.cfg.k, "token"))
+        self._notice.before_use(self)
+        return self._parts.above_threshold(encoder, self.threshold)
+
     @torch.compiler.disable
-    def encode_sparse(self, x: Tensor) -> SparseCodes:
-        """Codes of x [..., d_in]: by the batch in training mode, by the threshold in evaluation mode."""
-        encoder = self._encoder(x)
+    def encode_sparse(self, x: Tensor, *, scaled: bool = False) -> SparseCodes:
+        """Codes of x [..., d_in]: by the batch in training mode; in evaluation mode by the threshold, or k of each
+        token for a TopK SAE. `scaled` as in `forward`."""
+        encoder = self._encoder(x, scaled)
         if not self.training:
-            return self._parts.above_threshold(encoder, self.threshold)
+            return self._select_each(encoder)
         pool = self._find_pool(encoder)
         members = None if pool is None else pool.members
         return self._parts.select(encoder, members, Rule(self.cfg.k, self.cfg.select), self.memory.hints)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """`encode_sparse` as a dense tensor [..., d_sae]; equivalent in evaluation mode to
-        `a = relu((x - b_dec) @ W_enc + b_enc); a * (a > threshold)`."""
-        return self.encode_sparse(x).to_dense().to(x.dtype).view(*x.shape[:-1], self.cfg.d_sae)
+    @torch.compiler.disable
+    def encode_above_threshold(self, x: Tensor, *, scaled: bool = False) -> SparseCodes:
+        """Codes of x [..., d_in] by the threshold alone, in both modes and for a TopK SAE too."""
+        return self._parts.above_threshold(self._encoder(x, scaled), self.threshold)
 
-    def decode(self, codes: SparseCodes | Tensor) -> Tensor:
-        """Reconstruction [..., d_in] of SparseCodes [B, d_sae] or a dense tensor [..., d_sae]."""
+    def encode(self, x: Tensor, *, scaled: bool = False) -> Tensor:
+        """`encode_sparse` as a dense tensor [..., d_sae]; equivalent in evaluation mode by the threshold to
+        `a = relu((x * input_scale - b_dec) @ W_enc + b_enc); a * (a > threshold)`."""
+        return self.encode_sparse(x, scaled=scaled).to_dense().to(x.dtype).view(*x.shape[:-1], self.cfg.d_sae)
+
+    def decode(self, codes: SparseCodes | Tensor, *, scaled: bool = False) -> Tensor:
+        """Reconstruction [..., d_in] of SparseCodes [B, d_sae] or a dense tensor [..., d_sae]: in the units of x, or
+        with `scaled` times `cfg.input_scale`."""
         if isinstance(codes, SparseCodes):
-            return functional.decode(codes, self.W_dec, self.b_dec, self.cfg.impl)
+            return self._unscaled(functional.decode(codes, self.W_dec, self.b_dec, self.cfg.impl), scaled)
         if not isinstance(codes, Tensor):
             raise TypeError(f"codes={type(codes).__name__}: must be SparseCodes or a torch.Tensor")
         if codes.shape[-1] != self.cfg.d_sae:
             raise ValueError(f"codes.shape={tuple(codes.shape)}: the last dimension must be {self.cfg.d_sae}")
-        return codes.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+        return self._unscaled(codes.to(self.W_dec.dtype) @ self.W_dec + self.b_dec, scaled)
 
     @torch.no_grad()
-    def calibrate(self, x: Tensor, l0: float | None = None) -> float:
+    def calibrate(self, x: Tensor, l0: float | None = None, *, scaled: bool = False) -> float:
         """Sets the threshold to the value that gives mean L0 = l0 (default k) on x, and returns it.
+
+        A TopK SAE uses it in `encode_above_threshold` and where it is exported for a threshold.
 
         Args:
             x: [..., d_in], activations of the kind the SAE will see; tens of thousands of tokens are enough.
             l0: target, in (0, d_sae].
+            scaled: as in `forward`.
         """
-        encoder = self._encoder(x)
-        n_tokens = encoder.shape[0]
-        target = self.cfg.k if l0 is None else l0
-        check_number("l0", target, 0, self.cfg.d_sae)
-        if target == 0:
-            raise ValueError(f"l0={target!r}: must be in (0, {self.cfg.d_sae}]")
-        n = round(n_tokens * target)
-        budget = min(n + 1, n_tokens * self.cfg.d_sae)
-        codes = self._parts.select(encoder, None, Rule(budget / n_tokens))
-        self.threshold.fill_(float(codes.smallest()) if codes.count() > n else 0.0)
-        self.threshold_steps.fill_(max(1, int(self.threshold_steps)))
+        encoder = self._encoder(x, scaled)
+        threshold.calibrate(self, encoder, check_positive("l0", self.cfg.k if l0 is None else l0, self.cfg.d_sae))
         return float(self.threshold)
 
     @torch.no_grad()
-    def init_b_dec(self, x: Tensor) -> None:
+    def init_b_dec(self, x: Tensor, *, scaled: bool = False) -> None:
         """Sets b_dec to the geometric median of activations x [..., d_in], as before a training's first step."""
-        self.b_dec.copy_(geometric_median(self._flatten(x)).to(self.b_dec.dtype))
+        self.b_dec.copy_(geometric_median(self._flatten(x, scaled)).to(self.b_dec.dtype))
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -226,7 +247,20 @@ class SampledSAE(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As in torch; the next step looks for a pool of the new weights."""
         self.memory.pool.reset()
+        self._notice.look_again()
         return super().load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A state without `calibrated_at`, of an earlier version or a peer, counts as calibrated."""
+        if prefix + "threshold_steps" in state_dict:
+            state_dict.setdefault(prefix + "calibrated_at", state_dict[prefix + "threshold_steps"])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def train(self, mode: bool = True) -> SampledSAE:
+        """As in torch."""
+        if mode:
+            self._notice.look_again()
+        return super().train(mode)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `sae.safetensors`, each to a temporary name that is then renamed."""
@@ -234,15 +268,15 @@ class SampledSAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], device: torch.device | str | None = None) -> SampledSAE:
-        """Reads what `save_pretrained` wrote.
+        """Reads what `save_pretrained` wrote, into an SAE in evaluation mode: call `train()` to train it on.
 
         Raises:
-            ValueError: a missing, truncated or foreign file, with its name and what is wrong with it.
+            ValueError: a missing, truncated or foreign file, or one with NaN or inf, with its name and what is wrong.
         """
         cfg, tensors = load_pretrained(Path(folder))
         sae = cls(SampledSAEConfig.from_dict(cfg), device=device, dtype=tensors["W_enc"].dtype)
         sae.load_state_dict(tensors)
-        return sae
+        return sae.eval()
 
     def extra_repr(self) -> str:
         c = self.cfg
@@ -253,19 +287,27 @@ class SampledSAE(nn.Module):
         threshold = self.threshold
         self.memory.forget()
         super()._apply(fn, recurse)
-        if self.threshold.dtype in (torch.float16, torch.bfloat16):
+        if self.threshold.dtype in HALF:
             self.threshold = threshold.to(self.threshold.device, torch.float32)
         return self
 
-    def _flatten(self, x: Tensor) -> Tensor:
+    def _flatten(self, x: Tensor, scaled: bool) -> Tensor:
+        """[B, d_in], times `cfg.input_scale`."""
         check_activations(x, self.cfg.d_in)
+        if x.dtype in HALF and self.W_enc.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+            x = x.float()
         check_same(x=x, W_enc=self.W_enc)
+        if not scaled and self.cfg.input_scale != 1:
+            x = x * self.cfg.input_scale
         self.memory.inputs.check(x)
         return x.reshape(-1, self.cfg.d_in)
 
-    def _encoder(self, x: Tensor, rows: RowSource | None = None) -> Encoder:
+    def _unscaled(self, x_hat: Tensor, scaled: bool) -> Tensor:
+        return x_hat if scaled or self.cfg.input_scale == 1 else x_hat / self.cfg.input_scale
+
+    def _encoder(self, x: Tensor, scaled: bool = False, rows: RowSource | None = None) -> Encoder:
         b_dec = self.b_dec if self.cfg.apply_b_dec_to_input else None
-        return self._parts.encoder(self._flatten(x), self.W_enc.t(), self.b_enc, b_dec, None, rows)
+        return self._parts.encoder(self._flatten(x, scaled), self.W_enc.t(), self.b_enc, b_dec, None, rows)
 
     @property
     def _parts(self) -> Implementation:
@@ -273,13 +315,3 @@ class SampledSAE(nn.Module):
 
     def _find_pool(self, encoder: Encoder) -> Pool | None:
         return find_pool(self._parts, encoder.operands, PoolRule.of(self.cfg), self.generator)
-
-    @torch.no_grad()
-    def _move_threshold(self, codes: SparseCodes) -> None:
-        """A running mean of the smallest kept activation that starts at its first value."""
-        smallest = codes.smallest().to(self.threshold.dtype)
-        moved = self.threshold.lerp(smallest, 1 - self.cfg.threshold_decay)
-        moved = torch.where(self.threshold_steps == 0, smallest, moved)
-        found = smallest < torch.inf
-        self.threshold.copy_(torch.where(found, moved, self.threshold))
-        self.threshold_steps.add_(found)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def harvested(tiny, tmp_path_factory):
     return out
 
 
-TRAINING = ["--features", "64", "--k", "3", "--steps", "20", "--batch-size", "128", "--quiet"]
+TRAINING = ["--features", "64", "--k", "3", "--steps", "20", "--batch-size", "128"]
 
 
 def test_train_then_evaluate(tiny, harvested, tmp_path, capsys):
@@ -80,6 +81,9 @@ def test_sweep_writes_table_report_and_plots(tiny, harvested, tmp_path, capsys):
     assert [row["name"] for row in rows] == ["l1_l2", "l1_uniform", "l4_l2", "l4_uniform", "batchtopk", "topk"]
     assert all(float(row["fvu"]) > 0 and row["loss_recovered_zero"] for row in rows)
     report = (out / "report.md").read_text()
+    held_out = json.loads((harvested / "manifest.json").read_text())["holdout"]["tokens"]
+    assert f"evaluated on {held_out} held-out tokens" in report
+    assert all(row["tokens"] == str(held_out) and row["predicted_tokens"] == "45" for row in rows)
     for name in ("quality.png", "training.png", "frequency.png"):
         assert f"![]({name})" in report
         assert (out / name).read_bytes().startswith(b"\x89PNG")
@@ -88,15 +92,81 @@ def test_sweep_writes_table_report_and_plots(tiny, harvested, tmp_path, capsys):
     assert capsys.readouterr().out.count("already evaluated") == 6
 
 
+@pytest.fixture
+def trained(harvested, tmp_path):
+    assert main(["train", str(harvested), str(tmp_path / "sae"), *TRAINING, "--l", "2"]) == 0
+    return tmp_path / "sae"
+
+
+@pytest.fixture
+def other_model(tiny, tmp_path):
+    """The same architecture and tokenizer with other weights."""
+    shutil.copytree(tiny[0], tmp_path / "other")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "other")
+    model.model.embed_tokens.weight.data.mul_(1.5)
+    model.save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+def test_the_model_is_the_one_that_was_harvested(tiny, harvested, trained, other_model, tmp_path, capsys):
+    command = ["evaluate", str(trained), str(harvested), "--splice-rows", "4", "--quiet"]
+    assert main(command) == 0
+    result = json.loads((trained / "evaluation.json").read_text())
+    assert result["tokens"] > result["predicted_tokens"] == 4 * 15
+    shutil.copytree(tiny[0], tmp_path / "copy")
+    assert main([*command, "--model", str(tmp_path / "copy")]) == 0
+    assert json.loads((trained / "evaluation.json").read_text()) == result, "its weights tell, not its name"
+    capsys.readouterr()
+    assert main([*command, "--model", str(other_model)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"layer 1 of {tiny[0]} (weights " in line
+    assert f"--model {other_model} gives layer 1 of {other_model} (weights " in line
+    assert json.loads((trained / "evaluation.json").read_text()) == result
+    assert main([*command, "--model", str(other_model), "--insist"]) == 0
+    assert json.loads((trained / "evaluation.json").read_text())["ce_clean"] != result["ce_clean"]
+
+
+def test_a_sweep_takes_the_harvested_model(tiny, harvested, other_model, tmp_path, capsys):
+    out = tmp_path / "sweep"
+    command = ["sweep", str(harvested), str(out), *TRAINING, "--ls", "2", "--scores", "l2", "--no-topk"]
+    command += ["--splice-rows", "3"]
+    assert main([*command, "--model", str(other_model)]) == 1
+    assert f"--model {other_model} gives layer 1" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(command) == 0
+    assert main([*command, "--model", str(other_model), "--insist"]) == 1
+    line = capsys.readouterr().err
+    assert f"(splice: model): model was '{tiny[0]}', is '{other_model}'" in line
+
+
+def test_a_damaged_shard_is_found_and_repaired_by_the_same_harvest(tiny, harvested, tmp_path, capsys):
+    acts = shutil.copytree(harvested, tmp_path / "acts")
+    command = ["harvest", str(acts), "--model", str(tiny[0]), "--layer", "1", "--texts", str(tiny[1])]
+    command += ["--context", "16", "--holdout-rows", "10", "--quiet"]
+    before = {path.name: path.read_bytes() for path in acts.iterdir()}
+    for name in ("shard_00000.safetensors", "holdout.safetensors"):
+        raw = bytearray(before[name])
+        raw[-9] ^= 4
+        (acts / name).write_bytes(raw)
+        assert main(["verify", str(acts)]) == 1
+        assert f"{acts / name}: corrupt, checksum " in capsys.readouterr().out
+        if name.startswith("shard"):
+            assert main(["train", str(acts), str(tmp_path / "sae"), *TRAINING]) == 1
+            assert "the same harvest command writes it again" in capsys.readouterr().err
+        assert main(command) == 0
+        assert main(["verify", str(acts)]) == 0
+        assert {path.name: path.read_bytes() for path in acts.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "{missing}", "{out}"], "manifest.json: no such file"),
-        (["train", "{store}", "{out}", "--k", "0"], "k=0.0: must be in (0, 8192]"),
-        (["train", "{store}", "{out}", "--l", "0.5"], "l=0.5: must be a finite number >= 1"),
-        (["train", "{store}", "{out}", "--steps", "0"], "steps=0"),
-        (["train", "{store}", "{out}", "--device", "gpu"], "device='gpu': must be 'cpu', 'cuda' or 'cuda:N'"),
-        (["sweep", "{store}", "{out}", "--splice-rows", "0", "--together", "0"], "together=0: must be"),
+        (["train", "{store}", "{out}", "--k", "0"], "--k 0.0: must be in (0, 8192]"),
+        (["train", "{store}", "{out}", "--l", "0.5"], "--l 0.5: must be a finite number >= 1"),
+        (["train", "{store}", "{out}", "--steps", "0"], "--steps 0: must"),
+        (["train", "{store}", "{out}", "--device", "gpu"], "--device 'gpu': must be 'cpu', 'cuda' or 'cuda:N'"),
+        (["sweep", "{store}", "{out}", "--splice-rows", "0", "--together", "0"], "--together 0: must be"),
         (["evaluate", "{missing}", "{store}"], "config.json: no such file"),
     ],
 )
@@ -108,6 +178,6 @@ def test_errors_say_what_is_wrong_and_exit_with_1(harvested, tmp_path, capsys, a
 
 def test_every_option_has_help():
     commands = build_parser()._subparsers._group_actions[0].choices
-    assert set(commands) == {"harvest", "train", "evaluate", "sweep", "export", "import", "check", "bench"}
+    assert set(commands) == {"harvest", "train", "evaluate", "sweep", "export", "import", "verify", "check", "bench"}
     for sub in commands.values():
         assert all(action.help for action in sub._actions)

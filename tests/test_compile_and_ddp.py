@@ -11,7 +11,7 @@ from makers import gradients, make_sae, tokens
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-RULES = [{"d_sae": 128, "l": 4.0}, {"l": None}]
+RULES = [{"d_sae": 128, "l": 4.0}, {"l": None}, {"l": None, "input_scale": 0.37}]
 WORLD = 2
 
 

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from makers import make_sae, tokens
+from safetensors.torch import load_file, load_model, save_file, save_model
 
 from sampled_sae import RowAdam, SampledSAE
 
@@ -34,6 +35,22 @@ def state_dict(sae):
     fresh = SampledSAE(sae.cfg, dtype=sae.W_enc.dtype)
     fresh.load_state_dict(torch.load(file))
     return fresh
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_what_the_docstring_says_of_safetensors(tmp_path, dtype):
+    """The state dict is the SAE's own memory, as in torch: a running mean of weights is taken through it."""
+    sae, averaged, fresh, loaded = (make_sae(dtype, seed=seed) for seed in range(4))
+    sae(tokens(9, 12, dtype=dtype))
+    for ours, theirs in zip(averaged.state_dict().values(), sae.state_dict().values()):
+        ours.copy_(theirs)
+    assert_same_module(averaged, sae)
+    save_model(sae, str(tmp_path / "model.safetensors"))
+    load_model(fresh, str(tmp_path / "model.safetensors"))
+    save_file({name: t.contiguous() for name, t in sae.state_dict().items()}, tmp_path / "state.safetensors")
+    loaded.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    for copied in (fresh, loaded):
+        assert_same_module(copied, sae)
 
 
 @pytest.mark.parametrize("row_grads", [True, False])

@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from benchmarks.gpu_parts import candidates, compiling, summary, tuning
 from benchmarks.measure import driver
 from benchmarks.operations import OPERATIONS, SCORE_FORMS
 from benchmarks.operations.operation import Inputs
-from benchmarks.operations.race import Race, verdict
+from benchmarks.operations.race import verdict
 from benchmarks.record import Record
 from benchmarks.workloads import REHEARSAL
 from sampled_sae.kernels import configs
@@ -56,44 +57,28 @@ def test_forms_of_the_score_are_checked(name):
     assert "allowed are" in verdict(operation)
 
 
-def made_in_turn(count):
-    """Calls 0, 1, ... of which the third fails."""
-    made_in_turn.made = made = []
-
-    def call(i):
-        made.append(i)
-        if i == 2:
-            raise KeyError("no such tile")
-
-    return [(str(i), lambda i=i: call(i)) for i in range(count)]
+def test_a_compiler_outlives_failures_and_ends_in_time():
+    made = []
+    jobs = [("0", lambda: made.append(0)), ("1", lambda: {}["tile"]), ("2", lambda: made.append(2))]
+    assert compiling.Compiler().run(jobs, math.inf) == [("1", "FAILED: KeyError: 'tile'")]
+    assert made == [0, 2]
+    assert compiling.Compiler().run(jobs, time.time() - 1) == []
+    assert made == [0, 2]
 
 
-def test_compiling_shares_the_calls_and_outlives_failures():
-    run = compiling.Compiler().run
-    assert run(made_in_turn, [(7,)], 1, 2, math.inf) == []
-    assert made_in_turn.made == [1, 3, 5]
-    (case, why), failed = run(made_in_turn, [("no count",), (7,)], 0, 2, math.inf)
-    assert made_in_turn.made == [0, 2, 4, 6]
-    assert case == "no count"
-    assert why.startswith("FAILED: TypeError")
-    assert failed == ("2", "FAILED: KeyError: 'no such tile'")
-    run(made_in_turn, [(7,)], 0, 2, time.time() - 1)
-    assert made_in_turn.made == []
-
-
-def fatal(how):
-    """In a process of its own: a failure, or a crash."""
-    calls = {"fail": lambda: {}["tile"], "crash": lambda: os._exit(9)}
-    yield how, calls[how]
+def noted(name, folder):
+    """In a process of its own: leaves a file, fails, or dies."""
+    {"fail": lambda: {}["tile"], "crash": lambda: os._exit(9)}.get(name, (folder / name).touch)()
 
 
 @pytest.mark.parametrize(
     ("how", "reason"), [("fail", "FAILED: KeyError: 'tile'"), ("crash", "the process died, exit code 9")]
 )
-def test_a_compiling_process_may_fail_or_crash(record, monkeypatch, how, reason):
-    monkeypatch.setattr(compiling, "COMPILERS", 1)
-    compiling.compile_all(record, fatal, [(how,)])
+def test_compiling_is_shared_and_a_process_may_fail_or_crash(record, monkeypatch, tmp_path, how, reason):
+    monkeypatch.setattr(compiling, "processes", lambda record: 2)
+    compiling.compile_all(record, {name: partial(noted, name, tmp_path) for name in ("a", how, "b")})
     assert [row["reason"] for row in record.rows] == [reason]
+    assert {"a", "b"} <= {file.name for file in tmp_path.iterdir()}
 
 
 def test_driver_version(tmp_path, monkeypatch):
@@ -108,22 +93,6 @@ def test_driver_version(tmp_path, monkeypatch):
         assert driver() == "570.86.15"
 
 
-def test_whoever_takes_the_time_itself_finds_the_gpu_at_rest(monkeypatch):
-    inputs = Inputs(REHEARSAL[0], "cpu", torch.float32, "torch")
-    one = Race("pool l=4", inputs, OPERATIONS["pool l=4"](inputs), None, small=True)
-    log = []
-    object.__setattr__(one.operation, "prepare", lambda: log.append("prepare"))
-    monkeypatch.setattr("benchmarks.operations.race.on_gpu", lambda device: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("rest"))
-    note = lambda call, device, queued: log.append("queued" if queued else "timed") or 0  # noqa: E731
-    monkeypatch.setattr("benchmarks.operations.race.timed", note)
-    one.round()
-    assert log == ["prepare", "queued"] * len(one.calls)
-    log.clear()
-    one.round(without="ours")
-    assert log == [*["prepare", "timed"] * (len(one.calls) - 1), "prepare", "rest"]
-
-
 def test_configurations_are_put_in_use_and_back():
     inputs = Inputs(REHEARSAL[0], "cpu", torch.float32, "triton")
     for choice, names in tuning.CHOICES.items():
@@ -136,6 +105,22 @@ def test_configurations_are_put_in_use_and_back():
                 now = getattr(configs, choice)
                 assert (now if choice == "FOLD" else now("interpreter")) is config
         assert getattr(configs, choice) is real
+
+
+def test_neighbours_differ_in_one_thing(monkeypatch):
+    monkeypatch.setattr(candidates, "INTERPRETED", argparse.Namespace(value=False))
+    tile = configs.tile(64, 32, 16, 1, 2)
+    found = [
+        (*c.kwargs.values(), c.num_warps, c.num_stages)
+        for c in candidates.candidates("column_scores_config", tile).values()
+    ]
+    assert found[0] == (64, 32, 16, 8, 1, 2)
+    assert {(i, n) for one in found[1:] for i, n in enumerate(one) if n != found[0][i]} == {
+        *{(0, 128), (0, 32), (1, 64), (1, 16), (2, 32), (2, 8), (4, 2), (5, 3), (5, 1)}
+    }
+    assert len(found) == 1 + 9
+    rows = candidates.candidates("rows_config", configs.rows_config("sm_90", 500))
+    assert [(c.kwargs["BP"], c.num_warps) for c in rows.values()] == [(512, 1), (512, 2)]
 
 
 def test_a_configuration_with_another_result_is_refused(monkeypatch):

@@ -1,6 +1,7 @@
 """`pool_every` and `score_tokens`: when the columns are scored, and from which tokens."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,6 +104,53 @@ def test_the_kept_pool_travels_with_a_checkpoint():
         assert torch.equal(sae(x).codes.to_dense(), twin(x).codes.to_dense())
     twin.memory.pool.load_state_dict({}, "cpu")
     assert twin.memory.pool.state_dict() == {}
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "searches"),
+    [
+        ({"pool_every": 1}, {"pool_every": 3}, [0, 1, 2, 5]),
+        ({"pool_every": 4}, {"pool_every": 1}, [0, 2, 3, 4, 5]),
+        ({"pool_every": 10}, {"pool_every": 2}, [0, 2, 4]),
+        ({"pool_every": 10}, {"score": "entropy"}, [0, 2]),
+        ({"pool_every": 10}, {"l": 5.0}, [0, 2]),
+        ({"pool_every": 10}, {"k": 7}, [0, 2]),
+    ],
+    ids=str,
+)
+def test_a_config_set_later_is_honoured(first, then, searches):
+    """Of six steps, those that look for a pool; the config changes before the third."""
+    sae, found = make_sae(**first), []
+    look = sae._find_pool
+    sae._find_pool = lambda encoder: found.append(step) or look(encoder)
+    for step in range(6):
+        if step == 2:
+            sae.cfg = replace(sae.cfg, **then)
+        out = sae(tokens(20, 12, seed=step))
+    assert found == searches
+    assert len(out.codes.active_features()) <= sae.cfg.pool_size
+    assert out.codes.count() <= 20 * sae.cfg.k
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (
+            lambda cfg: replace(cfg, d_sae=97),
+            ValueError,
+            "cfg: d_in=12, d_sae=97: the weights are of d_in=12, d_sae=96",
+        ),
+        (lambda cfg: replace(cfg, d_in=13), ValueError, "cfg: d_in=13, d_sae=96: the weights are of d_in=12"),
+        (lambda cfg: cfg.to_dict(), TypeError, "cfg={'d_in': 12"),
+        (lambda cfg: None, TypeError, "cfg=None: must be a SampledSAEConfig"),
+    ],
+)
+def test_a_config_that_the_weights_do_not_fit_is_refused(change, error, words):
+    sae = make_sae()
+    before = sae.cfg
+    with pytest.raises(error, match=words):
+        sae.cfg = change(before)
+    assert sae.cfg == before
 
 
 def test_what_a_cuda_graph_would_freeze_is_refused(monkeypatch):

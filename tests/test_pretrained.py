@@ -102,6 +102,26 @@ BAD = {
         lambda f: weights_changed(f, lambda t: {**t, "threshold": torch.zeros(2)}),
         r"threshold is \(2,\)",
     ),
+    "NaN": (
+        lambda f: weights_changed(f, lambda t: {**t, "W_dec": t["W_dec"].where(t["W_dec"] < 0.4, torch.nan)}),
+        r"sae\.safetensors: W_dec holds NaN or inf",
+    ),
+    "inf": (
+        lambda f: weights_changed(f, lambda t: {**t, "b_dec": t["b_dec"] / 0}),
+        r"sae\.safetensors: b_dec holds NaN or inf",
+    ),
+    "no threshold": (
+        lambda f: weights_changed(f, lambda t: {**t, "threshold": t["threshold"] + torch.nan}),
+        r"sae\.safetensors: threshold holds NaN or inf",
+    ),
+    "scale": (lambda f: changed(f, lambda c: c["sae"].update(input_scale=0)), "input_scale=0: must be > 0"),
+    "scale of the training": (
+        lambda f: (
+            changed(f, lambda c: c["sae"].pop("input_scale")),
+            (f / "run.json").write_text('{"activations": {"scale": -2}}'),
+        ),
+        "input_scale=-2: must be",
+    ),
     "whole numbers": (
         lambda f: weights_changed(f, lambda t: {**t, "W_enc": t["W_enc"].long()}),
         "W_enc is torch.int64",

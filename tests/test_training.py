@@ -52,7 +52,7 @@ def test_stream_visits_every_token_once_an_epoch(store):
     stream = ShuffledStream(store, 50, seed=1)
     assert stream.batches_per_epoch(0) == 10
     epoch = torch.cat([stream.batch(t) for t in range(10)])
-    everything = torch.cat([store.shard(i) for i in range(3)])
+    everything = torch.cat([store.shard(i) for i in range(3)]) * store.scale
     assert torch.equal(epoch.sort(0).values, everything.sort(0).values)
     assert not torch.equal(epoch, everything)
     assert not torch.equal(stream.batch(10), stream.batch(0)), "the second epoch has another order"
@@ -93,7 +93,8 @@ def test_training_lowers_fvu_and_saves_a_loadable_sae(store, tmp_path):
     assert lines[-1]["fvu"] < 0.5 * lines[0]["fvu"]
     assert {"step", "loss", "l0", "fvu", "dead_share"} <= set(lines[-1])
     assert lines[-1]["step"] == 300
-    loaded = SampledSAE.from_pretrained(tmp_path / "run").eval()
+    loaded = SampledSAE.from_pretrained(tmp_path / "run")
+    assert loaded.cfg == replace(SAE, input_scale=store.scale)
     x = store.holdout()[0]
     assert torch.equal(loaded.encode(x), sae.encode(x))
     norms = torch.linalg.vector_norm(loaded.W_dec, dim=1)
@@ -247,8 +248,8 @@ def test_sweep_evaluates_at_equal_l0_and_does_not_redo_what_is_done(store, tmp_p
     assert all("already" not in line for line in said)
     table = (tmp_path / "s" / "results.md").read_text()
     assert all(name in table for name in configs)
-    calibrated = torch.cat([ShuffledStream(store, 64).batch(t) for t in range(7)])
-    sae = SampledSAE.from_pretrained(tmp_path / "s" / "l2_l2").eval()
+    calibrated = torch.cat([ShuffledStream(store, 64).batch(t) for t in range(7)]) / store.scale
+    sae = SampledSAE.from_pretrained(tmp_path / "s" / "l2_l2")
     assert sae.encode_sparse(calibrated).l0() == pytest.approx(3.0, rel=0.15)
     again = run_sweep(configs, TRAIN, store, tmp_path / "s", progress=False, say=said.append)
     assert again == rows
@@ -257,6 +258,8 @@ def test_sweep_evaluates_at_equal_l0_and_does_not_redo_what_is_done(store, tmp_p
         run_sweep(configs, replace(TRAIN, lr=1.0), store, tmp_path / "s", progress=False)
 
 
-def test_stored_shards_load_normalised(store):
-    raw = load_file(store.folder / "shard_00000.safetensors")["activations"]
-    torch.testing.assert_close(store.shard(0), raw * 0.5)
+def test_stored_shards_load_as_they_were_made(store):
+    raw = [load_file(store.folder / f"shard_0000{i}.safetensors")["activations"] for i in range(3)]
+    assert torch.equal(store.shard(0), raw[0])
+    for n in (1, 200, 250, 10_000):
+        assert torch.equal(store.first(n), torch.cat(raw)[:n])

@@ -17,14 +17,15 @@ from pathlib import Path
 
 import triton
 
-from .case import SHARED
-from .table import RESULTS, compiled, table
+from benchmarks.compiled.cases import CASES
+from benchmarks.compiled.launch import SHARED
+from benchmarks.compiled.table import TABLES, compiled, table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="what the compiler makes of the kernels")
     parser.add_argument("--arch", choices=list(SHARED), help="one architecture; all by default")
-    parser.add_argument("--only", help="one file of benchmarks/compiled/cases, without .py")
+    parser.add_argument("--only", choices=list(CASES), help="one file of kernels/, without .py")
     parser.add_argument("--out", type=Path, help="write JSON here, and no tables")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     args = parser.parse_args()
@@ -36,9 +37,9 @@ def main() -> None:
     if args.out:
         args.out.write_text(json.dumps({"triton": triton.__version__, "archs": found}, indent=1))
         return
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    TABLES.mkdir(parents=True, exist_ok=True)
     for arch in archs:
-        (RESULTS / f"{arch}.md").write_text(table(arch, found[arch]))
+        (TABLES / f"{arch}.md").write_text(table(arch, found[arch]))
 
 
 if __name__ == "__main__":

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-
 import triton
 
-from .case import resources
+from benchmarks.compiled.cases import CASES
+from benchmarks.compiled.launch import launches, resources
+from benchmarks.measure import RESULTS
 
-CASES = Path(__file__).parent / "cases"
-RESULTS = Path(__file__).parents[1] / "results" / "compiled"
+TABLES = RESULTS / "compiled"
 COLUMNS = ("registers", "spilled", "shared", "threads", "instructions", "matrix", "loads", "stores")
+Resources = dict[str, int | bool]
 
 
-def compiled(arch: str, only: str | None = None) -> dict[str, dict[str, int | bool]]:
+def compiled(arch: str, only: str | None = None) -> dict[str, Resources]:
     """Resources of each case, by "<kernel file>: <case>"."""
-    found: dict[str, dict[str, int | bool]] = {}
-    for path in sorted(CASES.glob("*.py")):
-        if only is None or path.stem == only:
-            module = importlib.import_module(f"benchmarks.compiled.cases.{path.stem}")
-            for name, case in module.cases(arch).items():
-                found[f"{path.stem}: {name}"] = {**resources(case.compile(arch), arch), "wants matrix": case.matrix}
+    found: dict[str, Resources] = {}
+    for file, cases in CASES.items():
+        for name, case in cases.items() if only in (None, file) else ():
+            launch = [one for one in launches(case.call, arch) if one.kernel is case.kernel][case.which]
+            usage = resources(launch.compile(arch), arch)
+            found[f"{file}: {name}"] = {**usage, "wants matrix": launch.wants_matrix(arch)}
     return found
 
 
-def table(arch: str, found: dict[str, dict[str, int | bool]]) -> str:
+def table(arch: str, found: dict[str, Resources]) -> str:
     lines = [
         f"# {arch}, Triton {triton.__version__}",
         "",

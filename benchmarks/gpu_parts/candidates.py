@@ -1,55 +1,28 @@
-"""What might be faster than the configurations of kernels/configs.py, by the name of what chooses them there."""
+"""What might be faster than a configuration: its neighbours, which differ in one thing by a factor of two."""
 
 from __future__ import annotations
 
 import triton
 
-from sampled_sae.kernels.configs import INTERPRETED, tile
+from sampled_sae.kernels.configs import INTERPRETED
 
-# names of blocks; then on a GPU, and in the interpreter, their values, warps and stages
-TRIED = {
-    "FOLD": ("BT BF", [(16, 64, 4, 1), (32, 128, 4, 1), (64, 64, 4, 1)], (16, 32, 4, 1)),
-    "chunk_scores_config": (
-        "BT BF STEPS",
-        [(16, 128, 8, 4, 2), (32, 128, 8, 4, 3), (16, 256, 16, 8, 2), (8, 256, 32, 4, 3)],
-        (4, 64, 2, 4, 3),
-    ),
-    "chunk_filter_config": ("BT BF", [(8, 128, 1, 3), (4, 256, 1, 3), (8, 256, 4, 3), (16, 128, 4, 3)], (4, 64, 4, 3)),
-    "segment_sum_config": (
-        "BE BD PIECE",
-        [(4, 256, 256, 1, 3), (16, 256, 256, 2, 3), (8, 512, 256, 2, 3), (8, 256, 128, 1, 3), (8, 256, 512, 1, 3)],
-        (8, 16, 32, 4, 3),
-    ),
-    "entry_dots_config": ("BE BD", [(4, 256, 4, 3), (16, 256, 4, 3), (8, 512, 4, 3), (8, 256, 8, 3)], (4, 16, 4, 3)),
-    "radix_config": (
-        "BLOCK SPANS",
-        [(1024, 2048, 4, 3), (2048, 1024, 8, 3), (4096, 1024, 8, 3), (4096, 2048, 16, 3)],
-        (128, 4, 4, 3),
-    ),
-}
-TILES = [(128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3)]
-TILES += [(128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (64, 256, 64, 4, 4), (128, 128, 32, 4, 5)]
-WARPS = (1, 2, 4, 8, 16)
-# elements that a program holds at once, and warps
-ADAM_SHAPES = ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 32))
+# what has to stay, by the name of what chooses the configuration: the length of a row, and the order of tiles
+FIXED = {"rows_config": {"BP"}, "row_adam_config": {"BD"}, "column_scores_config": {"GROUP"}}
+# those whose loads are pipelined
+STAGED = ("column_scores_config",)
+MOST_WARPS = 32
 
 
 def candidates(choice: str, current: triton.Config) -> dict[str, triton.Config]:
-    """`current` first, and others, each as it would be written; of a row its length stays."""
-    if choice == "column_scores_config":
-        others = [tile(*blocks) for blocks in ([(32, 32, 16, 4, 1)] if INTERPRETED.value else TILES)]
-    elif choice == "rows_config":
-        others = [triton.Config(current.kwargs, num_warps=warps) for warps in WARPS]
-    elif choice == "row_adam_config":
-        BD = current.kwargs["BD"]
-        others = [triton.Config({"BR": max(1, n // BD), "BD": BD}, num_warps=warps) for n, warps in ADAM_SHAPES]
-    else:
-        names, on_a_gpu, interpreted = TRIED[choice]
-        others = [
-            triton.Config(dict(zip(names.split(), blocks)), num_warps=warps, num_stages=stages)
-            for *blocks, warps, stages in ([interpreted] if INTERPRETED.value else on_a_gpu)
-        ]
-    return {written(config): config for config in (current, *others)}
+    """`current` first, and others, each as it would be written; in the interpreter one other."""
+    k, warps, stages = current.kwargs, current.num_warps, current.num_stages
+    names = [name for name in k if name not in FIXED.get(choice, ())]
+    tried = [(k | {name: n}, warps, stages) for name in names for n in (2 * k[name], k[name] // 2)]
+    tried += [(k, n, stages) for n in (2 * warps, warps // 2)]
+    tried += [(k, warps, n) for n in (stages + 1, stages - 1) if choice in STAGED]
+    possible = [(k, warps, stages) for k, warps, stages in tried if min(*k.values(), warps, stages) > 0]
+    others = [triton.Config(k, num_warps=w, num_stages=s) for k, w, s in possible if w <= MOST_WARPS]
+    return {written(config): config for config in (current, *(others[:1] if INTERPRETED.value else others))}
 
 
 def written(config: triton.Config) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.record import Record, failure
@@ -23,20 +22,18 @@ PATIENCE = 5
 # what code does not depend on, but for the width of a row or a chunk
 FEW_TOKENS, FEW_FEATURES = 512, 8192
 
-Named = tuple[str, Callable[[], Any]]
-Make = Callable[..., Iterable[Named]]
+Job = Callable[[], Any]
 
 
-def compile_all(record: Record, make: Make, cases: Sequence[tuple[Any, ...]]) -> None:
-    """Makes every call that `make(*case)` names, a case after the other; what fails gets a row.
+def compile_all(record: Record, jobs: Mapping[str, Job]) -> None:
+    """Does every job in one of several processes; what fails gets a row.
 
-    `make` is a function of a module. A process that dies, or is not done in time, does not stop the others.
+    A process that dies, or is not done in time, does not stop the others.
     """
-    count = 1 if record.rehearse else max(1, min(COMPILERS, (os.cpu_count() or 1) - SPARE_CORES))
-    end = time.time() + SHARE * record.left
+    count, end = processes(record), time.time() + SHARE * record.left
     workers = [Worker(Compiler) for _ in range(count)]
     for i, worker in enumerate(workers):
-        worker.ask("run", make, cases, i, count, end)
+        worker.ask("run", list(jobs.items())[i::count], end)
     for worker in workers:
         try:
             failed = worker.answer(None if end == math.inf else end + PATIENCE - time.time())
@@ -46,23 +43,21 @@ def compile_all(record: Record, make: Make, cases: Sequence[tuple[Any, ...]]) ->
         worker.close()
 
 
+def processes(record: Record) -> int:
+    return 1 if record.rehearse else max(1, min(COMPILERS, (os.cpu_count() or 1) - SPARE_CORES))
+
+
 class Compiler:
-    def run(
-        self, make: Make, cases: Sequence[tuple[Any, ...]], first: int, of: int, end: float
-    ) -> list[tuple[str, str]]:
-        """Makes every `of`-th call of each case from the `first` on, until `end`; returns which failed, and why."""
+    def run(self, jobs: Sequence[tuple[str, Job]], end: float) -> list[tuple[str, str]]:
+        """Does them until `end`; returns which failed, and why."""
         failed = []
-        for case in cases:
+        for name, job in jobs:
+            if time.time() > end:
+                break
             try:
-                for name, call in itertools.islice(make(*case), first, None, of):
-                    if time.time() > end:
-                        return failed
-                    try:
-                        call()
-                    except Exception as error:
-                        failed.append((name, failure(error)))
+                job()
             except Exception as error:
-                failed.append((str(case[0]), failure(error)))
+                failed.append((name, failure(error)))
         return failed
 
 

@@ -6,9 +6,8 @@ lines for kernels/configs.py, and best.json, the best of each (d, F, B).
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from math import prod
 from typing import Any
@@ -17,12 +16,13 @@ import torch
 import triton
 
 from benchmarks.gpu_parts.candidates import candidates
-from benchmarks.gpu_parts.compiling import Named, compile_all, small
+from benchmarks.gpu_parts.compiling import compile_all, small
 from benchmarks.measure import Row
 from benchmarks.operations import OPERATIONS, SCORE_FORMS
 from benchmarks.operations.operation import Inputs, Operation
 from benchmarks.operations.race import verdict
 from benchmarks.record import Record, markdown, parser
+from benchmarks.replaced import replaced
 from benchmarks.workloads import GPU_STEPS, REHEARSAL, Workload
 from sampled_sae.kernels import configs
 from sampled_sae.support.atomic_files import write_json, write_text
@@ -52,7 +52,8 @@ def main() -> None:
     args = parser(__doc__, "--out", "--device", "--rehearse", "--within", rounds=9).parse_args()
     record = Record(args, lambda result: markdown(COLUMNS, result["rows"]))
     workloads = REHEARSAL if args.rehearse else GPU_STEPS
-    compile_all(record, configurations, [(w, args.device) for w in small(record, workloads)])
+    few = small(record, workloads)
+    compile_all(record, {f"{c}, {w.name}": partial(compile_choice, c, w, args.device) for w in few for c in CHOICES})
     for w in workloads:
         inputs = Inputs(w, args.device, torch.bfloat16, "triton")
         for choice, names in CHOICES.items():
@@ -62,13 +63,12 @@ def main() -> None:
         report(record)
 
 
-def configurations(w: Workload, device: str) -> Iterator[Named]:
-    """To be compiled."""
-    inputs = Inputs(w, device, torch.bfloat16, "triton")
-    for choice, names in CHOICES.items():
-        operation = (OPERATIONS | SCORE_FORMS)[names[-1]](inputs)
-        for name, config in candidates_of(choice, operation).items():
-            yield f"{choice} {name}", partial(made, operation, choice, config)
+def compile_choice(choice: str, w: Workload, device: str) -> None:
+    """Every configuration once; what fails does so again when it is timed, and is told then."""
+    operation = (OPERATIONS | SCORE_FORMS)[CHOICES[choice][-1]](Inputs(w, device, torch.bfloat16, "triton"))
+    for config in candidates_of(choice, operation).values():
+        with suppress(Exception):
+            made(operation, choice, config)
 
 
 def tried(inputs: Inputs, same: Row, rounds: int) -> list[Row]:
@@ -105,31 +105,22 @@ def candidates_of(choice: str, operation: Operation) -> dict[str, triton.Config]
     """By how they are written, the current one first; none where the operation does not ask for any."""
     real, asked = getattr(configs, choice), []
     if isinstance(real, triton.Config):
-        asked.append(real)
+        return candidates(choice, real)
 
     def noted(*args: Any) -> triton.Config:
         asked.append(real(*args))
         return asked[-1]
 
-    with using(choice, real if asked else noted):
+    with replaced(**{choice: noted}):
         operation.prepare()
         operation.ours()
     return candidates(choice, asked[-1]) if asked and asked[-1] is not None else {}
 
 
-@contextmanager
-def using(choice: str, value: triton.Config | Callable[..., triton.Config]) -> Iterator[None]:
-    """With a configuration, or a function that chooses one, in every module of a kernel that knows the name."""
-    modules = [m for name, m in sys.modules.items() if name.startswith("sampled_sae.kernels.") and hasattr(m, choice)]
-    real = getattr(configs, choice)
-    constant = isinstance(value, triton.Config) and not isinstance(real, triton.Config)
-    for module in modules:
-        setattr(module, choice, (lambda *_: value) if constant else value)
-    try:
-        yield
-    finally:
-        for module in modules:
-            setattr(module, choice, real)
+def using(choice: str, config: triton.Config) -> AbstractContextManager[None]:
+    """With a configuration in place of a constant, or of what a function chooses."""
+    constant = isinstance(getattr(configs, choice), triton.Config)
+    return replaced(**{choice: config if constant else lambda *_: config})
 
 
 def made(operation: Operation, choice: str, config: triton.Config) -> Any:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -38,16 +37,8 @@ PRODUCT: Operations = {"product": partial(scores.form, name="product")}
 SCORE_FORMS: Operations = {name: partial(scores.form, name=name) for name in scores.FORMS}
 
 
-def first_calls(
-    w: Workload, dtype: torch.dtype, device: str, operations: Operations
-) -> Iterator[tuple[str, Callable[[], Any]]]:
+def first_call(name: str, w: Workload, dtype: torch.dtype, device: str) -> None:
     """Of the Triton form, to be compiled."""
-    inputs = Inputs(w, device, dtype, "triton")
-
-    def call(make: Callable[[Inputs], Operation]) -> None:
-        operation = make(inputs)
-        operation.prepare()
-        operation.ours()
-
-    for name, make in operations.items():
-        yield f"{name}, {w.name}", partial(call, make)
+    operation = (OPERATIONS | SCORE_FORMS)[name](Inputs(w, device, dtype, "triton"))
+    operation.prepare()
+    operation.ours()

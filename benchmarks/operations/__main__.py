@@ -11,17 +11,17 @@ product (LARGEST_FUSED_D of kernels/configs.py).
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from benchmarks.gpu_parts.compiling import compile_all, small
 from benchmarks.measure import RESULTS, Row
-from benchmarks.operations import OPERATIONS, PRODUCT, SCORE_FORMS, Operations, first_calls
+from benchmarks.operations import OPERATIONS, PRODUCT, SCORE_FORMS, Operations, first_call
 from benchmarks.operations.operation import Inputs
-from benchmarks.operations.race import COLUMNS, Race
+from benchmarks.operations.race import COLUMNS, race
 from benchmarks.record import Record, markdown, parser
 from benchmarks.workloads import CPU_KERNELS, GPU_KERNELS, LARGE_KERNELS, REHEARSAL, WIDTHS, Workload
 
@@ -30,8 +30,7 @@ Case = tuple[Workload, torch.dtype]
 LEAST_SECONDS, LEAST_TO_COMPILE = 2.0, 12.0
 
 
-@dataclass(frozen=True)
-class Set:
+class Set(NamedTuple):
     """Operations at sizes, in their dtypes: the kernels' own first, in case the time runs out."""
 
     operations: Operations
@@ -63,7 +62,8 @@ def main() -> None:
     kernels = args.device == "cuda" or args.impl == "triton"
     if kernels and args.set != "ceilings":
         few = [(w, getattr(torch, dtype)) for dtype in races.dtypes for w in small(record, workloads)]
-        compile_all(record, first_calls, [(*case, args.device, races.operations) for case in few])
+        jobs = {f"{n}, {w.name}, {t}": partial(first_call, n, w, t, args.device) for w, t in few for n in names}
+        compile_all(record, jobs)
     backend = "eager" if args.rehearse else "inductor"
     passes: list[tuple[Case, str | None]] = [(case, None if kernels else backend) for case in cases]
     if kernels and races.operations is OPERATIONS:
@@ -79,9 +79,8 @@ def race_all(record: Record, args: Namespace, case: Case, names: list[str], comp
     inputs = Inputs(w, args.device, dtype, args.impl)
 
     def raced(name: str, seconds: float) -> list[Row]:
-        race = Race(name, inputs, SETS[args.set].operations[name](inputs), compiler, small=args.rehearse)
-        race.run(args.rounds, seconds)
-        return [race.row()]
+        operation = SETS[args.set].operations[name](inputs)
+        return [race(name, inputs, operation, args.rounds, seconds, compiler, args.rehearse)]
 
     for i, name in enumerate(names):
         row = {**w.columns(), "dtype": str(dtype).removeprefix("torch."), "operation": name}

@@ -104,20 +104,13 @@ class Inputs:
                 self._kept[l] = self.parts.select(self.encoder(), self.members(l), Rule(self.workload.k))
         return self._kept[l]
 
-    def hints(self, l: float | None, rule: Rule, known: bool) -> Callable[[], ThresholdHints]:
-        """Makes what the layer knows of the threshold after another batch, or before the first one."""
-        members, first = self.members(l), ThresholdHints()
+    def hints(self, l: float | None, rule: Rule, known: bool) -> ThresholdHints:
+        """What the layer knows of the threshold after another batch, or before the first one."""
+        found = ThresholdHints()
         if known:
             with torch.no_grad():
-                self.parts.select(self.encoder(self.other_x), members, rule, first)
-        hint = first.of(rule, members)
-
-        def made() -> ThresholdHints:
-            hints = ThresholdHints()
-            hints.keep(rule, members, hint.clone() if isinstance(hint, Tensor) else hint)
-            return hints
-
-        return made
+                self.parts.select(self.encoder(self.other_x), self.members(l), rule, found)
+        return found
 
     @property
     def budget(self) -> int:

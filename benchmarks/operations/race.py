@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
 from benchmarks.measure import Row, product
 from benchmarks.operations.operation import Inputs, Operation
 from benchmarks.record import SIZE
 from benchmarks.worker import one_line
-from sampled_sae.support.timing import Call, free_memory, on_gpu, peak_memory, spread, timed
+from sampled_sae.support.timing import Call, free_memory, interleaved, peak_memory, spread
 
 RIVALS = ("eager", "torch.compile", "torch.topk", "embedding_bag")
 COPY_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
@@ -18,7 +16,6 @@ COPY_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 PRODUCT_FEATURES = {"cpu": 4096, "cuda": 1 << 16}
 # the same for a rehearsal
 FEW_ELEMENTS, FEW_FEATURES = 1 << 12, 64
-CEILINGS = ("copy", "product")
 COLUMNS = {
     **SIZE,
     "operation": "{operation}",
@@ -35,117 +32,82 @@ COLUMNS = {
 SHARE_OF_MEMORY = 0.8
 
 
-class Race:
-    """Times ours, eager PyTorch, torch.compile and other rivals of one operation, with a copy and a product.
+def race(
+    name: str,
+    inputs: Inputs,
+    operation: Operation,
+    rounds: int = 7,
+    seconds: float = 25.0,
+    backend: str | None = "inductor",
+    small: bool = False,
+) -> Row:
+    """Ours, its rivals, a copy and a product in rounds, on a GPU of the kernels alone: the row of all of them.
+
+    How many times faster ours is stands there only if the check on these inputs passes.
 
     Args:
         name: of the operation.
         inputs, operation: what is computed.
+        rounds, seconds: as many rounds, or fewer that take so long; at least one.
         backend: of torch.compile; None leaves it out.
         small: for a rehearsal, ceilings of a few elements.
-
-    Attributes:
-        samples: milliseconds by name.
-        left_out: why, by name, for those that could not run.
     """
+    device, kind = inputs.device, torch.device(inputs.device).type
+    source, target = (torch.ones(FEW_ELEMENTS if small else COPY_ELEMENTS[kind], device=device) for _ in range(2))
+    W = inputs.W[: FEW_FEATURES if small else PRODUCT_FEATURES[kind]]
+    ceilings = {"copy": lambda: target.copy_(source), "product": product(inputs.x, W)}
+    calls: dict[str, Call] = {"ours": operation.ours, **ceilings}
+    operation.prepare()
+    for call in calls.values():
+        call()
+    others, left_out = rivals_of(operation, device, backend)
+    samples = interleaved(calls | others, device, rounds, seconds, False, queued=True, prepare=operation.prepare)
+    times, checked = spread(samples["ours"]), verdict(operation)
+    copy = 2 * target.nbytes / spread(samples["copy"]).ms
+    rate = 2 * inputs.x.numel() * len(W) / spread(samples["product"]).ms
+    rivals: dict[str, Row] = {rival: {"reason": why} for rival, why in left_out.items()}
+    for rival, call in others.items():
+        ratios = [theirs / own for theirs, own in zip(samples[rival], samples["ours"])]
+        factor = spread(ratios).ms if checked == "passed" else None
+        rivals[rival] = {**vars(spread(samples[rival])), "peak MB": peak(operation, call, device), "factor": factor}
+    return {
+        **inputs.workload.columns(),
+        "dtype": str(inputs.dtype).removeprefix("torch."),
+        "operation": name,
+        "impl": inputs.impl,
+        **vars(times),
+        "bytes": operation.bytes,
+        "flops": operation.flops,
+        "GB/s": 1e-6 * operation.bytes / times.ms,
+        "TFLOP/s": 1e-9 * operation.flops / times.ms,
+        "of copy": operation.bytes / times.ms / copy,
+        "of product": operation.flops / times.ms / rate,
+        "check": checked,
+        "copy GB/s": 1e-6 * copy,
+        "product TFLOP/s": 1e-9 * rate,
+        "peak MB": peak(operation, operation.ours, device),
+        "rivals": rivals,
+    }
 
-    def __init__(
-        self, name: str, inputs: Inputs, operation: Operation, backend: str | None = "inductor", small: bool = False
-    ) -> None:
-        self.name, self.inputs, self.operation = name, inputs, operation
-        self.left_out: dict[str, str] = {}
-        self.calls: dict[str, Call] = {"ours": operation.ours, **operation.rivals}
-        if operation.eager_bytes > SHARE_OF_MEMORY * free_memory(inputs.device):
-            self.left_out["eager"] = f"needs about {operation.eager_bytes / 1e9:.0f} GB"
-        elif operation.eager is not None:
-            self.calls |= eager_forms(operation, backend)
-        kind = torch.device(inputs.device).type
-        elements = FEW_ELEMENTS if small else COPY_ELEMENTS[kind]
-        source, target = (torch.ones(elements, device=inputs.device) for _ in range(2))
-        W = inputs.W[: FEW_FEATURES if small else PRODUCT_FEATURES[kind]]
-        self.calls |= {"copy": lambda: target.copy_(source), "product": product(inputs.x, W)}
-        self._least = {"copy": 2 * target.nbytes, "product": 2 * inputs.x.numel() * len(W)}
-        self._warm_up()
-        self.samples: dict[str, list[float]] = {call: [] for call in self.calls}
 
-    def round(self, without: str | None = None) -> None:
-        """One sample of each call, on a GPU of its kernels alone.
-
-        But for one of them, if named, for which all is ready then, with the GPU at rest: its caller takes the time on
-        the host, and the other samples count the host's work too.
-        """
-        device = self.inputs.device
-        for name in self.calls:
-            if name != without:
-                self.operation.prepare()
-                self.samples[name].append(1e3 * timed(self.calls[name], device, queued=without is None))
-        if without is not None:
-            self.operation.prepare()
-            if on_gpu(device):
-                torch.cuda.synchronize(device)
-
-    def run(self, rounds: int, seconds: float) -> None:
-        """Rounds until there are as many, or so much time has passed; at least one."""
-        start = time.perf_counter()
-        for _ in range(rounds):
-            self.round()
-            if time.perf_counter() - start > seconds:
-                break
-
-    def rounds_within(self, seconds: float, least: int, most: int) -> int:
-        """How many rounds take about so long, judged by one."""
-        start = time.perf_counter()
-        self.round()
-        took = time.perf_counter() - start
-        self.samples = {call: [] for call in self.calls}
-        return min(most, max(least, int(seconds / took)))
-
-    def row(self) -> Row:
-        """Of ours, with its rivals by name; how many times faster ours is only if the check on these inputs passes."""
-        operation, times, checked = self.operation, spread(self.samples["ours"]), verdict(self.operation)
-        copy, rate = (self._least[name] / spread(self.samples[name]).ms for name in CEILINGS)
-        rivals: dict[str, Row] = {name: {"reason": why} for name, why in self.left_out.items()}
-        for name in [name for name in self.samples if name not in ("ours", *CEILINGS)]:
-            ratios = [theirs / own for theirs, own in zip(self.samples[name], self.samples["ours"])]
-            factor = spread(ratios).ms if checked == "passed" else None
-            rivals[name] = {**vars(spread(self.samples[name])), "peak MB": self._peak(name), "factor": factor}
-        return {
-            **self.inputs.workload.columns(),
-            "dtype": str(self.inputs.dtype).removeprefix("torch."),
-            "operation": self.name,
-            "impl": self.inputs.impl,
-            **vars(times),
-            "bytes": operation.bytes,
-            "flops": operation.flops,
-            "GB/s": 1e-6 * operation.bytes / times.ms,
-            "TFLOP/s": 1e-9 * operation.flops / times.ms,
-            "of copy": operation.bytes / times.ms / copy,
-            "of product": operation.flops / times.ms / rate,
-            "check": checked,
-            "copy GB/s": 1e-6 * copy,
-            "product TFLOP/s": 1e-9 * rate,
-            "peak MB": self._peak("ours"),
-            "rivals": rivals,
-        }
-
-    @torch.no_grad()
-    def _warm_up(self) -> None:
-        for name in list(self.calls):
-            try:
-                self.operation.prepare()
-                self.calls[name]()
-            except Exception as error:
-                if name in ("ours", *CEILINGS):
-                    raise
-                del self.calls[name]
-                self.left_out[name] = one_line(error)[:200]
-
-    def _peak(self, name: str) -> float | None:
-        self.operation.prepare()
+@torch.no_grad()
+def rivals_of(operation: Operation, device: str, backend: str | None) -> tuple[dict[str, Call], dict[str, str]]:
+    """Those that ran once: eager PyTorch, torch.compile and the operation's own; and why others did not."""
+    calls: dict[str, Call] = dict(operation.rivals)
+    found: dict[str, Call] = {}
+    left_out: dict[str, str] = {}
+    if operation.eager_bytes > SHARE_OF_MEMORY * free_memory(device):
+        left_out["eager"] = f"needs about {operation.eager_bytes / 1e9:.0f} GB"
+    elif operation.eager is not None:
+        calls |= eager_forms(operation, backend)
+    for name, call in calls.items():
         try:
-            return 1e-6 * peak_memory(self.calls[name], self.inputs.device)
-        except OSError:
-            return None
+            operation.prepare()
+            call()
+            found[name] = call
+        except Exception as error:
+            left_out[name] = one_line(error)[:200]
+    return found, left_out
 
 
 def eager_forms(operation: Operation, backend: str | None) -> dict[str, Call]:
@@ -159,6 +121,15 @@ def eager_forms(operation: Operation, backend: str | None) -> dict[str, Call]:
         name = "torch.compile" if backend == "inductor" else f"torch.compile, {backend}"
         calls[name] = lambda: form(*arguments)
     return calls
+
+
+def peak(operation: Operation, call: Call, device: str) -> float | None:
+    """MB at the peak of a call; None where the system does not tell."""
+    operation.prepare()
+    try:
+        return 1e-6 * peak_memory(call, device)
+    except OSError:
+        return None
 
 
 def verdict(operation: Operation) -> str:

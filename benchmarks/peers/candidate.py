@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sampled_sae import SampledSAE, SampledSAEConfig
@@ -46,8 +44,7 @@ class Setup:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """An SAE as relu((x - b_dec) W_enc^T + b_enc) and c W_dec + b_dec; float32.
 
     W_enc, W_dec [F, d]; b_enc [F]; b_dec [d].
@@ -58,35 +55,19 @@ class Weights:
     W_dec: Tensor
     b_dec: Tensor
 
-    @classmethod
-    def copied(cls, *tensors: Tensor) -> Weights:
-        """Of a library's own tensors, in the order of the fields; on the CPU."""
-        return cls(*(t.detach().float().cpu().clone(memory_format=torch.contiguous_format) for t in tensors))
-
     def folded(self) -> Weights:
         """The same reconstructions with decoder rows of unit norm and activations that much larger."""
         norm = torch.linalg.vector_norm(self.W_dec, dim=1).clamp_min(1e-12)
         return Weights(self.W_enc * norm[:, None], self.b_enc * norm, self.W_dec / norm[:, None], self.b_dec)
 
-    def save(self, path: Path) -> None:
-        save_file({f.name: getattr(self, f.name) for f in fields(self)}, path)
-
-    @classmethod
-    def load(cls, path: Path) -> Weights:
-        return cls(**load_file(path))
-
-    def copy_to(self, sae: SampledSAE) -> SampledSAE:
-        with torch.no_grad():
-            sae.W_enc.copy_(self.W_enc.t())
-            sae.b_enc.copy_(self.b_enc)
-            sae.W_dec.copy_(self.W_dec)
-            sae.b_dec.copy_(self.b_dec)
-        return sae
-
     def sae(self, k: float, **rule: Any) -> SampledSAE:
         """A SampledSAE of these weights, where they are."""
         F, d = self.W_dec.shape
-        return self.copy_to(SampledSAE(SampledSAEConfig(d_in=d, d_sae=F, k=k, **rule), device=self.W_dec.device))
+        sae = SampledSAE(SampledSAEConfig(d_in=d, d_sae=F, k=k, **rule), device=self.W_dec.device)
+        with torch.no_grad():
+            for name, value in self._replace(W_enc=self.W_enc.t())._asdict().items():
+                sae.get_parameter(name).copy_(value)
+        return sae
 
 
 def initial_weights(setup: Setup, b_dec: Tensor | None = None) -> Weights:
@@ -112,8 +93,18 @@ class Candidate(ABC):
         """
 
     @abstractmethod
+    def tensors(self) -> Weights:
+        """Its own, which its steps change."""
+
+    @torch.no_grad()
+    def load(self, weights: Weights) -> None:
+        for own, given in zip(self.tensors(), weights):
+            own.copy_(given)
+
     def weights(self) -> Weights:
-        """As they are now."""
+        """As they are now, copied to the CPU."""
+        copies = (t.detach().float().cpu().clone(memory_format=torch.contiguous_format) for t in self.tensors())
+        return Weights(*copies)
 
     def set_lr(self, optimizer: torch.optim.Optimizer) -> None:
         """That of the next step, by the setup's warm-up."""

@@ -2,52 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
-import torch
 from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+from dictionary_learning.training import trainSAE
 from torch import Tensor
 
 from benchmarks.peers.candidate import ENDLESS, Candidate, Setup, Weights
 
 
-def trainer_config(setup: Setup, steps: int) -> dict[str, Any]:
-    return {
-        "steps": steps,
-        "activation_dim": setup.d,
-        "dict_size": setup.F,
-        "k": setup.k,
-        "layer": 0,
-        "lm_name": "none",
-        "lr": setup.lr,
-        "warmup_steps": setup.warm_up,
-        "device": setup.device,
-        "seed": 0,
-    }
-
-
-def load(trainer: Any, weights: Weights) -> None:
-    ae = trainer.ae
-    with torch.no_grad():
-        ae.encoder.weight.copy_(weights.W_enc)
-        ae.encoder.bias.copy_(weights.b_enc)
-        ae.decoder.weight.copy_(weights.W_dec.t())
-        ae.b_dec.copy_(weights.b_dec)
-
-
-def weights_of(trainer: Any) -> Weights:
-    ae = trainer.ae
-    return Weights.copied(ae.encoder.weight, ae.encoder.bias, ae.decoder.weight.t(), ae.b_dec)
-
-
 class Library(Candidate):
-    """Step 0, which only sets b_dec to the batch's geometric median first, is left out."""
+    """Step 0, which only sets b_dec to the batch's geometric median first, is left out but by the loop."""
 
-    def __init__(self, setup: Setup, weights: Weights) -> None:
-        self.setup = setup
-        self.trainer = BatchTopKTrainer(**trainer_config(setup, ENDLESS))
+    def __init__(self, setup: Setup, weights: Weights, with_us: bool = False) -> None:
+        self.setup, kind = setup, BatchTopKTrainer
+        if with_us:
+            from sampled_sae.integrations import dictionary_learning
+
+            kind = dictionary_learning.BatchTopKTrainer
+        size = {"activation_dim": setup.d, "dict_size": setup.F, "k": setup.k}
+        schedule = {"steps": ENDLESS, "lr": setup.lr, "warmup_steps": setup.warm_up}
+        self.config = {**size, **schedule, "layer": 0, "lm_name": "none", "device": setup.device, "seed": 0}
+        self.trainer = kind(**self.config)
         self.trainer.dead_feature_threshold = setup.dead_after
-        load(self.trainer, weights)
+        self.load(weights)
         self.steps = 1
 
     def step(self, x: Tensor) -> float:
@@ -56,5 +34,10 @@ class Library(Candidate):
         self.steps += 1
         return loss
 
-    def weights(self) -> Weights:
-        return weights_of(self.trainer)
+    def loop(self, batches: Iterator[Tensor]) -> None:
+        config = {**self.config, "trainer": lambda **config: self.trainer}
+        trainSAE(batches, [config], steps=ENDLESS, device=self.setup.device)
+
+    def tensors(self) -> Weights:
+        ae = self.trainer.ae
+        return Weights(ae.encoder.weight, ae.encoder.bias, ae.decoder.weight.t(), ae.b_dec)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.candidate import Candidate, Setup, Weights
-from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig
+from sampled_sae import RowAdam
 
 CLIP = 1.0
 
@@ -19,10 +19,7 @@ CLIP = 1.0
 class Library(Candidate):
     def __init__(self, setup: Setup, weights: Weights, optimizer: str, form: str | None, rule: dict[str, Any]) -> None:
         self.setup, self.dense = setup, optimizer == "Adam"
-        cfg = SampledSAEConfig(
-            d_in=setup.d, d_sae=setup.F, k=setup.k, dead_after=setup.dead_after, row_grads=not self.dense, **rule
-        )
-        self.sae = weights.copy_to(SampledSAE(cfg, device=setup.device))
+        self.sae = weights.sae(setup.k, dead_after=setup.dead_after, row_grads=not self.dense, **rule)
         if self.dense:
             on_gpu = setup.device != "cpu"
             self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
@@ -52,9 +49,8 @@ class Library(Candidate):
         self.optimizer.zero_grad()
         return mse
 
-    def weights(self) -> Weights:
-        sae = self.sae
-        return Weights.copied(sae.W_enc.t(), sae.b_enc, sae.W_dec, sae.b_dec)
+    def tensors(self) -> Weights:
+        return Weights(self.sae.W_enc.t(), self.sae.b_enc, self.sae.W_dec, self.sae.b_dec)
 
     def _backward(self, x: Tensor) -> Tensor:
         with self.setup.autocast():

@@ -38,13 +38,10 @@ class Library(Candidate):
 
     def __init__(self, setup: Setup, weights: Weights) -> None:
         self.setup = setup
-        self.centre = weights.b_dec.to(setup.device)
+        self.centre = weights.b_dec.to(setup.device, copy=True)
         sae = BatchTopKSAE(setup.d, setup.F, top_k=setup.B * setup.k, device=setup.device)
         self.sae = sae.untied(bias=True)
-        with torch.no_grad():
-            self.sae.encoder.weight.copy_(weights.W_enc)
-            self.sae.encoder.bias.copy_(weights.b_enc)
-            self.sae.dictionary._weights.copy_(weights.W_dec)
+        self.load(weights)
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=setup.lr)
 
     def step(self, x: Tensor) -> Tensor:
@@ -61,7 +58,11 @@ class Library(Candidate):
             train_sae(self.sae, [x - self.centre], criterion, self.optimizer, **once)
         return errors[0]
 
+    def tensors(self) -> Weights:
+        encoder = self.sae.encoder
+        return Weights(encoder.weight, encoder.bias, self.sae.dictionary._weights, self.centre)
+
     def weights(self) -> Weights:
         """With the dictionary's rows of unit norm, as the next step would make them."""
-        encoder, rows = self.sae.encoder, torch.nn.functional.normalize(self.sae.dictionary._weights, dim=1)
-        return Weights.copied(encoder.weight, encoder.bias, rows, self.centre)
+        found = super().weights()
+        return found._replace(W_dec=torch.nn.functional.normalize(found.W_dec, dim=1))

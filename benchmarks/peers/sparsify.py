@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import torch
 from schedulefree import ScheduleFreeWrapper
@@ -24,14 +25,14 @@ class Library(Candidate):
     Its default training has neither AuxK nor Multi-TopK, and so has this.
     """
 
-    def __init__(self, setup: Setup, weights: Weights, optimizer: str) -> None:
+    def __init__(self, setup: Setup, weights: Weights, optimizer: str = "signum", with_us: bool = False) -> None:
+        if with_us:
+            from sampled_sae.integrations.sparsify import patch_sparsify
+
+            patch_sparsify()
         self.setup = setup
         self.sae = SparseCoder(setup.d, SparseCoderConfig(num_latents=setup.F, k=setup.k), device=setup.device)
-        with torch.no_grad():
-            self.sae.encoder.weight.copy_(weights.W_enc)
-            self.sae.encoder.bias.copy_(weights.b_enc)
-            self.sae.W_dec.copy_(weights.W_dec)
-            self.sae.b_dec.copy_(weights.b_dec)
+        self.load(weights)
         self.schedule_free = optimizer == "signum"
         if self.schedule_free:
             signum = SignSGD(self.sae.parameters(), lr=5e-3 / (setup.F / 2**14) ** 0.5)
@@ -58,12 +59,18 @@ class Library(Candidate):
         self.fired.zero_()
         return out.fvu.detach() * variance / len(x)
 
+    def loop(self, batches: Iterator[Tensor]) -> None:
+        for x in batches:
+            self.step(x)
+
+    def tensors(self) -> Weights:
+        return Weights(self.sae.encoder.weight, self.sae.encoder.bias, self.sae.W_dec, self.sae.b_dec)
+
     def weights(self) -> Weights:
         """As the library would save them; of a schedule-free optimizer, the averaged ones that it evaluates with."""
-        if self.schedule_free:
-            self.optimizer.eval()
-        sae = self.sae
-        weights = Weights.copied(sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec)
-        if self.schedule_free:
-            self.optimizer.train()
+        if not self.schedule_free:
+            return super().weights()
+        self.optimizer.eval()
+        weights = super().weights()
+        self.optimizer.train()
         return weights

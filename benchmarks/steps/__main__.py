@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks.gpu_parts.compiling import compile_all, small
 from benchmarks.measure import RESULTS, ROOT
 from benchmarks.record import Record, parser
-from benchmarks.steps.experiments import EXPERIMENTS, Tasks, at_all_sizes, before_and_after, first_steps, table
+from benchmarks.steps.experiments import EXPERIMENTS, Tasks, at_all_sizes, before_and_after, first_step, on_a_gpu, table
 from benchmarks.steps.harness import Harness
 from benchmarks.worker import Here
 from benchmarks.workloads import GPU_STEPS, REHEARSAL
@@ -62,7 +62,8 @@ def main() -> None:
         record = Record(args, partial(table, args.name), **head)
         if args.name == "gpu_steps":
             sizes = small(record, REHEARSAL if args.rehearse else GPU_STEPS)
-            compile_all(record, first_steps, [(w, harness) for w in sizes])
+            ours = [name for name, entry in on_a_gpu(graph=False).items() if entry.module == "ours"]
+            compile_all(record, {f"{n}, {w.name}": partial(first_step, n, w, harness) for w in sizes for n in ours})
         for group in harness.groups(chosen(tasks(args.rehearse, args.device), args)):
             least = 0.0 if not args.here else LEAST_TO_COMPILE if group[0].compiled else LEAST
             record.attempt([task.row for task in group], partial(harness.measure_group, group), least)

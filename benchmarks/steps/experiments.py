@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -106,13 +106,11 @@ def on_a_gpu(graph: bool) -> dict[str, Entry]:
     return found if graph else found | {f"{name}, eager PyTorch": plain(**rule) for name, rule in RULES.items()}
 
 
-def first_steps(w: Workload, harness: Harness) -> Iterator[tuple[str, Callable[[], Any]]]:
+def first_step(name: str, w: Workload, harness: Harness) -> None:
     """Of ours on a GPU, to be compiled."""
     setup = harness.setup(w)
     size = Size(setup)
-    for name, entry in on_a_gpu(graph=False).items():
-        if entry.module == "ours":
-            yield f"{name}, {w.name}", lambda entry=entry: make(entry, setup, size.weights).step(size.batches[0])
+    make(on_a_gpu(graph=False)[name], setup, size.weights).step(size.batches[0])
 
 
 P20_P80 = "{ratio_p20:.2f}–{ratio_p80:.2f}"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.measure import Row, spread_columns
 from benchmarks.peers import Entry, Setup, installed
-from benchmarks.steps.session import ReferenceSession, StepSession
+from benchmarks.steps.session import StepSession
 from benchmarks.worker import Worker, WorkerError
 from benchmarks.workloads import Workload
 
@@ -76,20 +77,15 @@ class Harness:
     def measure_group(self, tasks: Sequence[Task]) -> list[Row]:
         """The rows of tasks whose samples are taken in turn; one that failed has a `reason` and no figures."""
         rows = [task.row for task in tasks]
-        expected = self.expected_errors(tasks)
         running: dict[int, Any] = {}
         for i, task in enumerate(tasks):
-            try:
-                running[i] = self.started(task, rows[i], expected[i])
-            except WorkerError as failure:
-                rows[i]["reason"] = str(failure)
-        samples, failures = samples_in_turn(running, self.rounds, self.seconds, self.warm_up)
-        for i, worker in running.items():
-            try:
-                peak = None if i in failures else worker.call("peak_bytes")
-                rows[i] |= {"reason": failures[i]} if i in failures else figures(samples[i], tasks[i].workload, peak)
-            except WorkerError as failure:
-                rows[i]["reason"] = str(failure)
+            with reason_in(rows[i]):
+                running[i] = self.started(task, rows[i])
+        samples = samples_in_turn(running, rows, self.rounds, self.seconds, self.warm_up)
+        for i in samples:
+            with reason_in(rows[i]):
+                rows[i] |= figures(samples[i], tasks[i].workload, running[i].call("peak_bytes"))
+        for worker in running.values():
             worker.close()
         names = [task.name for task in tasks]
         for i, task in enumerate(tasks):
@@ -102,7 +98,7 @@ class Harness:
     def setup(self, w: Workload) -> Setup:
         return Setup(w.B, w.d, w.F, w.k, device=self.device, dtype=self.dtype)
 
-    def started(self, task: Task, row: Row, expected: float) -> Any:
+    def started(self, task: Task, row: Row) -> Any:
         """A worker whose first step was right.
 
         Raises:
@@ -116,42 +112,41 @@ class Harness:
         worker = self.start(StepSession, *args, tree=task.entry.tree)
         row["first_error"] = error = worker.call("first_error")
         if self.checked:
-            row["reference_error"] = expected
+            row["reference_error"] = expected = worker.call("expected_error")
             if not abs(error / expected - 1) <= TOLERANCE[self.dtype]:
                 worker.close()
                 raise WorkerError(f"error {error:.6g} on the first batch, the reference has {expected:.6g}")
         return worker
 
-    def expected_errors(self, tasks: Sequence[Task]) -> list[float]:
-        """The first batch's error by each task's rule, by the reference implementation; nan without `checked`."""
-        found = [math.nan] * len(tasks)
-        for workload in dict.fromkeys(task.workload for task in tasks if self.checked):
-            worker = self.start(ReferenceSession, self.setup(workload), self.threads)
-            for i, task in enumerate(tasks):
-                if task.workload == workload and installed(task.entry):
-                    found[i] = worker.call("error", task.entry.rule)
-            worker.close()
-        return found
+
+@contextmanager
+def reason_in(row: Row) -> Iterator[None]:
+    """A worker that fails leaves its reason there."""
+    try:
+        yield
+    except WorkerError as failure:
+        row["reason"] = str(failure)
 
 
 def samples_in_turn(
-    workers: dict[Any, Any], rounds: int, seconds: float = math.inf, warm_up: int = 2
-) -> tuple[dict[Any, list[Sample]], dict[Any, str]]:
-    """What each worker's `sample` gives, round by round, after `warm_up` rounds for nothing; why others failed."""
+    workers: Mapping[Any, Any], rows: Any, rounds: int, seconds: float = math.inf, warm_up: int = 2
+) -> dict[Any, list[Sample]]:
+    """What each worker's `sample` gives, round by round, after `warm_up` rounds for nothing.
+
+    One that fails is left out, and its row, under the same key, has the reason.
+    """
     found: dict[Any, list[Sample]] = {name: [] for name in workers}
-    failures: dict[Any, str] = {}
     start = time.perf_counter()
     for round_ in range(-warm_up, rounds):
         for name in list(found):
-            try:
+            with reason_in(rows[name]):
                 sample = workers[name].call("sample")
                 found[name] += [sample] if round_ >= 0 else []
-            except WorkerError as failure:
-                failures[name] = str(failure)
+            if "reason" in rows[name]:
                 del found[name]
         if round_ >= 0 and time.perf_counter() - start > seconds:
             break
-    return found, failures
+    return found
 
 
 def fitting(tasks: Sequence[Task], limit: float) -> Iterator[list[Task]]:

@@ -1,4 +1,4 @@
-"""One candidate in training at one size, beside the encoder product; and what the reference says of its first batch."""
+"""One candidate in training at one size, beside the encoder product."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Size:
     """What all candidates of one size are given: weights, batches, and the products beside which they are timed."""
 
     def __init__(self, setup: Setup) -> None:
-        self.weights = initial_weights(setup)
+        self.k, self.weights = setup.k, initial_weights(setup)
         self.batches = [activations(setup.B, setup.d, seed).to(setup.device) for seed in range(BATCHES)]
-        self.errors: dict[str, float] = {}
+        self._errors: dict[str, float] = {}
         dtype = getattr(torch, setup.dtype)
         x, W = self.batches[0].to(dtype), self.weights.W_enc.to(dtype)
         self.products: dict[str, Callable[[], Callable[[], Any]]] = {
@@ -36,6 +36,13 @@ class Size:
             "chunks": lambda: product_in_chunks(x, W),
             "allocating": lambda: lambda: torch.mm(x, W.t()),
         }
+
+    @torch.no_grad()
+    def expected_error(self, rule: dict[str, Any]) -> float:
+        """What the reference implementation says of the first batch by this rule."""
+        if str(rule) not in self._errors:
+            self._errors[str(rule)] = float(self.weights.sae(self.k, impl="reference", **rule)(self.batches[0]).mse)
+        return self._errors[str(rule)]
 
 
 size_of = lru_cache(maxsize=1)(Size)
@@ -50,7 +57,7 @@ class StepSession:
         if entry.tree is not None and not imported.is_relative_to(entry.tree.resolve()):
             raise RuntimeError(f"sampled_sae was imported from {imported}, not from the revision that is to be timed")
         self.entry, self.setup = entry, setup
-        size = size_of(setup)
+        self.size = size = size_of(setup)
         self.batches: Iterator[Tensor] = itertools.cycle(size.batches)
         self.candidate = make(entry, setup, size.weights)
         self.step: Callable[[], Any] = lambda: self.candidate.step(next(self.batches))
@@ -64,6 +71,10 @@ class StepSession:
         if self.entry.graph:
             self.step = self._captured()
         return error
+
+    def expected_error(self) -> float:
+        """That of the reference implementation by the candidate's rule."""
+        return self.size.expected_error(self.entry.rule)
 
     def sample(self) -> dict[str, float]:
         """Seconds of each of the calls, and of a step after them."""
@@ -98,19 +109,3 @@ class StepSession:
         with torch.cuda.graph(graph):
             self.candidate.step(x)
         return lambda: (x.copy_(next(self.batches)), graph.replay())
-
-
-class ReferenceSession:
-    """What the reference implementation says of the first batch."""
-
-    def __init__(self, setup: Setup, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self.size, self.k = size_of(setup), setup.k
-
-    @torch.no_grad()
-    def error(self, rule: dict[str, Any]) -> float:
-        """By this rule."""
-        errors, x = self.size.errors, self.size.batches[0]
-        if str(rule) not in errors:
-            errors[str(rule)] = float(self.size.weights.sae(self.k, impl="reference", **rule)(x).mse)
-        return errors[str(rule)]

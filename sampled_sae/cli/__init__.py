@@ -1,41 +1,105 @@
-"""`sampled-sae`: harvest activations, train, evaluate, sweep, check, convert, measure."""
+"""`sampled-sae`: harvest activations, train, evaluate, sweep, check, convert, measure, verify."""
 
 from __future__ import annotations
 
 import argparse
+import io
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
 
-from . import bench, check, convert, harvest, training
+from ..support.interruption import terminable
+from ..support.version import __version__
+from . import bench, check, convert, harvest, training, verify
+from .arguments import threads
+from .errors import sentence
+from .parser import Parser
+
+# the commands whose standard output was asked for, and is kept with --quiet
+RESULTS = ("evaluate", "verify", "check", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status: 0, or 1 with the reason on standard error."""
-    args = build_parser().parse_args(argv)
+    """Runs one command; returns its exit status.
+
+    0, or with one line on standard error 1 for what went wrong, 130 for Ctrl-C and 143 for SIGTERM. As in argparse,
+    SystemExit with 2 for arguments that are none, with 0 for --help and --version.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file may hold what the terminal cannot show
+    parser = build_parser()
+    args = parser.parse_args(argv)
     try:
         if args.threads is not None:
             torch.set_num_threads(args.threads)
-        return args.run(args) or 0
-    except (ValueError, TypeError, ImportError, FloatingPointError, OSError) as error:
-        print(f"sampled-sae {args.command}: {error}", file=sys.stderr)
+        with terminable(), quiet(args.command in RESULTS) if args.quiet else written_out():
+            return args.run(args) or 0
+    except BrokenPipeError:  # the reader of the output has gone, as `head` does; Python flushes it again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        if args.debug:
+            traceback.print_exc()
+        options = parser.commands()[args.command].options()
+        print(f"sampled-sae {args.command}: {sentence(error, options)}", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            return 128 + getattr(error, "number", signal.SIGINT)
         return 1
 
 
-def build_parser() -> argparse.ArgumentParser:
-    shape = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(prog="sampled-sae", description=__doc__, formatter_class=shape)
+def build_parser() -> Parser:
+    parser = Parser(prog="sampled-sae", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"sampled-sae {__version__}", help="print it and stop")
+    _everywhere(parser, threads=None, quiet=False, debug=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=shape)
+        sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
-        sub.add_argument("--threads", type=int, default=None, help="CPU threads for torch; all cores when absent")
-        sub.add_argument("--quiet", action="store_true", help="no progress bars")
+        # absent here, what stands before the command is kept
+        _everywhere(sub, threads=argparse.SUPPRESS, quiet=argparse.SUPPRESS, debug=argparse.SUPPRESS)
         return sub
 
-    for module in (harvest, training, convert, check, bench):
+    for module in (harvest, training, convert, verify, check, bench):
         module.add(command)
     return parser
+
+
+def _everywhere(p: argparse.ArgumentParser, **default: Any) -> None:
+    p.add_argument(
+        "--threads", type=threads, default=default["threads"], help="CPU threads for torch; all cores when absent"
+    )
+    p.add_argument(
+        "--quiet", action="store_true", default=default["quiet"], help="write errors, and results asked for, alone"
+    )
+    p.add_argument(
+        "--debug", action="store_true", default=default["debug"], help="show where in the code an error came from"
+    )
+
+
+class Nowhere(io.TextIOBase):
+    """A stream that drops what is written, and is never closed: loggers keep it."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+@contextmanager
+def quiet(result: bool) -> Iterator[None]:
+    """Nothing is written but a result, where there is one."""
+    nowhere = Nowhere()
+    with redirect_stderr(nowhere), redirect_stdout(sys.stdout if result else nowhere), written_out():
+        yield
+
+
+@contextmanager
+def written_out() -> Iterator[None]:
+    """What cannot be written is known before the command ends."""
+    yield
+    sys.stdout.flush()

@@ -1,24 +1,91 @@
-"""Options that several commands share."""
+"""Options that several commands share, and numbers as options take them."""
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # (name, what to run, one line of help) to the command's parser
 Command = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
 
+# what torch can hold as a whole number
+LARGEST = 2**63 - 1
+# far beyond any machine; with too many the system ends the process
+MOST_THREADS = 1024
+
+
+def whole_number(text: str) -> int:
+    """A whole number of at most 64 bits."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise refusal(text, "must be a whole number") from None
+    if abs(value) > LARGEST:
+        raise refusal(text, "must be a whole number below 2^63")
+    return value
+
+
+def number(text: str) -> float:
+    """A number that is neither NaN nor infinite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise refusal(text, "must be a finite number")
+    return value
+
 
 def pool_multiplier(text: str) -> float | None:
-    return None if text.lower() == "none" else float(text)
+    """A number, or None for "none"."""
+    if text.lower() == "none":
+        return None
+    try:
+        return number(text)
+    except argparse.ArgumentTypeError:
+        raise refusal(text, "must be a finite number or none") from None
 
 
-def model_arguments(p: argparse.ArgumentParser) -> None:
+def seed(text: str) -> int:
+    """A whole number from 0."""
+    value = whole_number(text)
+    if value < 0:
+        raise refusal(text, "must be a whole number >= 0")
+    return value
+
+
+def threads(text: str) -> int:
+    """As many as a process can have."""
+    value = whole_number(text)
+    if not 1 <= value <= MOST_THREADS:
+        raise refusal(text, f"must be from 1 to {MOST_THREADS}")
+    return value
+
+
+def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Comma-separated values of a kind."""
+
+    def parse(text: str) -> list[Any]:
+        return [kind(part.strip()) for part in text.split(",")]
+
+    return parse
+
+
+def refusal(text: str, allowed: str) -> argparse.ArgumentTypeError:
+    """The error for an option's value; of a very long one its beginning is shown."""
+    shown = text if len(text) <= 40 else text[:37] + "..."
+    return argparse.ArgumentTypeError(f"{shown!r}: {allowed}")
+
+
+def model_arguments(p: argparse.ArgumentParser, default: str | None = "smollm2-135m", absent: str = "") -> None:
+    """`absent` says in the help what is taken where there is no default."""
     p.add_argument(
         "--model",
-        default="smollm2-135m",
-        help="a Hugging Face causal model or encoder by name or folder, or one whose weights come in packages: "
-        "smollm2-135m, gemma3-270m, all-mpnet-base-v2 (an encoder)",
+        default=default,
+        help=f"{absent}a Hugging Face causal model or encoder by name or folder, or one whose weights come in "
+        "packages: smollm2-135m, gemma3-270m, all-mpnet-base-v2 (an encoder)",
     )
     p.add_argument("--cache", type=Path, default=None, help="folder for converted models")

@@ -34,7 +34,7 @@ def add(command: Command) -> None:
 
 
 def bench(args: argparse.Namespace) -> int:
-    from ..bench import HEADING, Settings, line, run
+    from ..bench import HEADING, Settings, check_fits, line, run
     from ..support.argument_checks import check_device
     from ..support.atomic_files import write_json
 
@@ -44,6 +44,7 @@ def bench(args: argparse.Namespace) -> int:
     given["device"] = str(device)
     given["dtype"] = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     settings = Settings(**given)
+    check_fits(settings)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     rule = f"k={args.k:g}, l={args.l}, {args.score}, {args.select}"
     size = f"B={args.batch}, d={args.d}, F={args.features}"

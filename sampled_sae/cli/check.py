@@ -24,8 +24,9 @@ def check(args: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and args.impl != "torch" and os.environ.get("TRITON_INTERPRET") != "1":
         # Triton reads it when it is imported, which torch may have done already
-        command = [sys.executable, "-m", "sampled_sae", "check", *(["--impl", args.impl] if args.impl else [])]
-        command += [flag for flag in ("--quick", "--quiet") if getattr(args, flag[2:])]
+        command = [sys.executable, "-m", "sampled_sae", "check"]
+        command += [f"--{name}={value}" for name in ("impl", "threads") if (value := getattr(args, name)) is not None]
+        command += [flag for flag in ("--quick", "--quiet", "--debug") if getattr(args, flag[2:])]
         return subprocess.call(command, env={**os.environ, "TRITON_INTERPRET": "1"})
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU, Triton in its interpreter"
     print(f"{where}; torch {torch.__version__}. Errors are relative to float64.\n{HEADING}", flush=True)

@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import formats
-from ..pretrained import FORMAT
+from ..pretrained import FORMAT, ORIGIN, RUN
 from ..sae import SampledSAE
-from ..support.atomic_files import read_json, write_json
+from ..support.argument_checks import check_integer
+from ..support.atomic_files import field, read_json, write_json
 from ..training.activation_store import ActivationStore
 from ..training.training_run import CHECKPOINT
 from .arguments import Command
-
-# What `train` leaves beside an SAE, and what `import` does: model, layer, context and scale of its activations.
-RUN = "run.json"
-ORIGIN = "origin.json"
 
 
 def add(command: Command) -> None:
@@ -38,7 +35,7 @@ def add(command: Command) -> None:
         "--scale",
         type=float,
         default=None,
-        help="the SAE was trained on activations times this: fold it in; that of the training when absent, 1 for none",
+        help="what the SAE's activations are multiplied by: fold it in; its own input_scale when absent, 1 for none",
     )
     scale.add_argument(
         "--activations", type=Path, default=None, help="folder of the activations, whose scale is folded in"
@@ -58,20 +55,17 @@ def add(command: Command) -> None:
         "--scale",
         type=float,
         default=None,
-        help="the SAE shall be fed activations times this; when absent, what export folded in is undone",
+        help="the SAE shall multiply activations by this; when absent, what export folded in is undone",
     )
     p.add_argument("--rescale-features", action="store_true", help="turn a threshold for each feature into one for all")
 
 
 def export(args: argparse.Namespace) -> None:
     sae = SampledSAE.from_pretrained(args.sae)
-    origin, scale = recorded(args.sae)
-    if args.activations is not None:
-        scale = ActivationStore.open(args.activations).scale
-    elif args.scale is not None:
-        scale = args.scale
+    origin = recorded(args.sae)
+    scale = args.scale if args.activations is None else ActivationStore.open(args.activations).scale
     if args.layer is not None:
-        origin = replace(origin, layer=args.layer, hook_name=None)
+        origin = replace(origin, layer=check_integer("layer", args.layer, 0), hook_name=None)
     given = formats.Origin(model_name=args.model_name, hook_name=args.hook_name)
     origin = given.filled_by(origin)
     written = formats.export(
@@ -81,27 +75,24 @@ def export(args: argparse.Namespace) -> None:
         print(path)
 
 
-def recorded(folder: Path) -> tuple[formats.Origin, float]:
-    """What an SAE reads and what its activations are multiplied by, as its training or its import left it.
+def recorded(folder: Path) -> formats.Origin:
+    """What an SAE reads, as its training or its import left it.
 
     Raises:
         ValueError: a file that does not say it, with its name.
     """
     if (folder / RUN).is_file():
-        run = read_json(folder / RUN)
-        trained = run.get("activations")
-        if not isinstance(trained, dict):
-            raise ValueError(f"{folder / RUN}: activations={trained!r}: must say what the SAE was trained on")
+        trained = field(folder / RUN, read_json(folder / RUN), "activations", dict)
         origin = formats.Origin(trained.get("model"), trained.get("layer"), context_size=trained.get("context"))
-        return origin, trained.get("scale", 1.0)
+        return origin.checked(folder / RUN)
     if (folder / ORIGIN).is_file():
         found: dict[str, Any] = read_json(folder / ORIGIN)
-        scale = found.pop("scale", 1.0)
+        found.pop("scale", None)  # in config.json since there is input_scale
         try:
-            return formats.Origin(**found), scale
+            return formats.Origin(**found).checked(folder / ORIGIN)
         except TypeError as error:
             raise ValueError(f"{folder / ORIGIN}: {error}") from None
-    return formats.Origin(), 1.0
+    return formats.Origin()
 
 
 def import_(args: argparse.Namespace) -> None:
@@ -115,5 +106,5 @@ def import_(args: argparse.Namespace) -> None:
         args.folder, args.format, k=args.k, scale=args.scale, rescale_features=args.rescale_features, say=print
     )
     loaded.sae.save_pretrained(args.out)
-    write_json(args.out / ORIGIN, {**asdict(loaded.origin), "scale": loaded.scale})
+    write_json(args.out / ORIGIN, asdict(loaded.origin))
     print(f"{loaded.sae}, threshold {float(loaded.sae.threshold):.6g}, in {args.out}")

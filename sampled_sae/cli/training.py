@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from .. import threshold
 from ..config import POOLS, SELECTS, SampledSAEConfig
 from ..sae import SampledSAE
-from ..support.argument_checks import SCORES
+from ..support.argument_checks import SCORES, check_integer
 from ..support.atomic_files import write_json, write_text
+from ..support.output_folder import check_output_folder
 from ..training.activation_store import ActivationStore
-from ..training.sweep import Splice, evaluate, markdown_table, run_sweep, variants
+from ..training.batches import CALIBRATION_TOKENS
+from ..training.sweep import EVALUATION, evaluate, run_sweep, variants
+from ..training.sweep_plots import plot_sweep
+from ..training.sweep_table import markdown_table
 from ..training.train_config import TrainConfig
 from ..training.trainer import Trainer
-from .arguments import Command, model_arguments, pool_multiplier
-
-SPLICE_ROWS = 16
+from .arguments import Command, listed, model_arguments, pool_multiplier, seed
+from .identity import SPLICE_ROWS, check_same_activations, splice_source
 
 
 def add(command: Command) -> None:
@@ -42,21 +47,14 @@ def add(command: Command) -> None:
     p.add_argument("activations", type=Path, help="folder of activations with a held-out part")
     p.add_argument("out", type=Path, help="folder for the runs, results.csv, results.md, report.md and plots")
     _sae_arguments(p)
-    p.add_argument("--ls", type=_list(pool_multiplier), default=[1.0, 2.0, 4.0, 16.0, None], help="comma-separated")
-    p.add_argument("--scores", type=_list(str), default=["l2", "entropy"], help="comma-separated")
-    p.add_argument("--seeds", type=_list(int), default=[0], help="of the initial weights, comma-separated")
+    p.add_argument("--ls", type=listed(pool_multiplier), default=[1.0, 2.0, 4.0, 16.0, None], help="comma-separated")
+    p.add_argument("--scores", type=listed(str), default=["l2", "entropy"], help="comma-separated")
+    p.add_argument("--seeds", type=listed(seed), default=[0], help="of the initial weights, comma-separated")
     p.add_argument("--order-seed", dest="seed", type=int, default=0, help="of the tokens' order, one for all SAEs")
     p.add_argument("--no-topk", action="store_true", help="leave the TopK baseline out")
     p.add_argument("--together", type=int, default=4, help="SAEs trained side by side, on the same batches")
     _train_arguments(p)
     _splice_arguments(p)
-
-
-def _list(kind: Any) -> Any:
-    def parse(text: str) -> list[Any]:
-        return [kind(part.strip()) for part in text.split(",")]
-
-    return parse
 
 
 def _splice_arguments(p: argparse.ArgumentParser) -> None:
@@ -67,7 +65,8 @@ def _splice_arguments(p: argparse.ArgumentParser) -> None:
         help=f"held-out rows for spliced cross-entropy, 0 for none; {SPLICE_ROWS} when absent, none for activations "
         "without text",
     )
-    model_arguments(p)
+    model_arguments(p, None, "the one that was harvested when absent: ")
+    p.add_argument("--insist", action="store_true", help="take another model, layer or source than was trained on")
 
 
 def _sae_arguments(p: argparse.ArgumentParser) -> None:
@@ -135,9 +134,18 @@ def train(args: argparse.Namespace) -> None:
 def run_evaluate(args: argparse.Namespace) -> None:
     store = ActivationStore.open(args.activations)
     sae = SampledSAE.from_pretrained(args.sae)
-    target = args.sae / "evaluation.json"
-    print(f"Evaluates {args.sae} on the held-out part of {args.activations}, writes {target}", flush=True)
-    result = evaluate(sae, store.holdout()[0], args.batch_size, _splice(args, store))
+    check_integer("batch_size", args.batch_size, 1)
+    check_same_activations(args.sae, sae.cfg.d_in, store, args.insist)
+    check_output_folder(args.sae)
+    splice = splice_source(args, store)
+    target = args.sae / EVALUATION
+    if not args.quiet:
+        print(f"Evaluates {args.sae} on the held-out part of {args.activations}, writes {target}", flush=True)
+    held_out, _ = store.holdout()
+    if not sae.cfg.is_topk and not threshold.is_set(sae):
+        found = sae.calibrate(store.first(CALIBRATION_TOKENS).to(sae.W_enc.dtype))
+        print(f"The SAE has no threshold yet: {found:.4g}, calibrated to L0 = k on training activations, is used here")
+    result = evaluate(sae, held_out, args.batch_size, None if splice is None else splice.load())
     write_json(target, result)
     for name, value in result.items():
         print(f"{name}: {value}")
@@ -151,50 +159,26 @@ def sweep(args: argparse.Namespace) -> None:
         f"Trains {len(configs)} SAEs on {args.activations}, writes to {args.out}: {', '.join(configs)}",
         flush=True,
     )
+    with_plots = importlib.util.find_spec("matplotlib") is not None
+    if not with_plots:
+        print('No plots without matplotlib: pip install "sampled-sae[plot]"', flush=True)
     rows = run_sweep(
         configs,
         _train_config(args),
         store,
         args.out,
-        _splice(args, store),
+        splice_source(args, store),
         progress=not args.quiet,
         say=lambda line: print(line, flush=True),
         together=args.together,
         device=args.device,
     )
-    plots = _plots(rows, args.out)
+    plots = plot_sweep(rows, args.out) if with_plots else []
     report = args.out / "report.md"
     write_text(report, _report(rows, args, store, plots))
     print(markdown_table(rows))
     for path in (report, args.out / "results.csv", *plots):
         print(path)
-
-
-def _splice(args: argparse.Namespace, store: ActivationStore) -> Splice | None:
-    """The function that measures spliced cross-entropy, with the clean and ablated runs done once."""
-    count = args.splice_rows
-    if count is None:
-        count = SPLICE_ROWS if store.has_text else 0
-    if count == 0:
-        return None
-    rows = store.holdout_rows()[:count]
-    from ..lm import SpliceEvaluator, load_model
-
-    model, _ = load_model(args.model, args.cache)
-    evaluator = SpliceEvaluator(
-        model, rows, store.manifest["layer"], scale=store.scale, max_norm=store.manifest["max_norm"]
-    )
-    return evaluator.evaluate
-
-
-def _plots(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
-    from ..training.sweep_plots import plot_sweep
-
-    try:
-        return plot_sweep(rows, folder)
-    except ImportError as error:
-        print(f"no plots: {error}")
-        return []
 
 
 def _report(rows: list[dict[str, Any]], args: argparse.Namespace, store: ActivationStore, plots: list[Path]) -> str:

@@ -19,11 +19,12 @@ from typing import NamedTuple
 from .. import pretrained
 from ..config import SampledSAEConfig
 from ..sae import SampledSAE
-from ..support.argument_checks import check_choice, check_number
+from ..support.argument_checks import check_choice, check_positive
 from ..support.atomic_files import read_json
+from ..threshold import fault
 from . import dictionary_learning, saelens, sparsify
 from .origin import Origin
-from .portable import RULES, PortableSAE, Say, plain_number, silent
+from .portable import RULES, PortableSAE, Say, silent, without_fraction
 from .supplement import FILE as SUPPLEMENT_FILE
 from .supplement import Supplement
 
@@ -40,7 +41,7 @@ class Loaded(NamedTuple):
     Attributes:
         sae: as `load` gives it.
         origin: what the SAE reads, as far as the files say.
-        scale: the SAE is to be fed activations times this; to be given to `export` again.
+        scale: what it multiplies activations by, `sae.cfg.input_scale`.
     """
 
     sae: SampledSAE
@@ -55,7 +56,7 @@ def export(
     to: str,
     inference: str = "auto",
     k: int | None = None,
-    scale: float = 1.0,
+    scale: float | None = None,
     origin: Origin | None = None,
     say: Say = silent,
 ) -> list[Path]:
@@ -70,7 +71,7 @@ def export(
             and what the peers call TopK, and "threshold" for all others.
         k: in place of `cfg.k`, which may be a fraction where the peer has whole numbers. An error where the file
             has no place for it: SAELens' threshold SAEs.
-        scale: the SAE was trained on activations times this (`ActivationStore.scale`) and the peer will feed them as
+        scale: what the SAE's activations are multiplied by, in place of `cfg.input_scale`. The peer will feed them as
             they are: biases and threshold are divided by it, codes come out divided by it.
         origin: model, layer and hook, recorded where the peer has a place for them.
         say: called with a line for each convention that was changed.
@@ -80,19 +81,21 @@ def export(
             dtype; a folder that holds an SAE of another format. Nothing is written then.
     """
     check_choice("to", to, FORMATS)
-    check_scale(scale)
+    scale = sae.cfg.input_scale if scale is None else check_positive("scale", scale)
     rule = inference_rule(sae.cfg, inference)
     path = Path(folder)
-    found = detect(path)
-    if found not in (None, to):
-        raise ValueError(f"{path}: holds an SAE in the format {found!r}; export to another folder")
+    held = detect(path)
+    if held not in (None, to):
+        raise ValueError(f"{path}: holds an SAE in the format {held!r}; export to another folder")
     peer = PEERS[to]
-    portable = PortableSAE.of(sae, rule, k)
+    portable = replace(PortableSAE.of(sae, rule, k), input_scale=scale)
     if rule == "threshold" and portable.threshold is None:
         say("the threshold was never set (no training step, no calibration): every positive activation is active")
+    elif rule == "threshold" and (found := fault(sae)):
+        say(found)
     if scale != 1:
         say(f"biases and threshold are divided by {scale!r}: feed activations as they are; codes are divided by it too")
-        portable = portable.read_at(1 / scale)
+        portable = portable.read_at(1.0)
     if peer.CENTRES_ALWAYS and not portable.apply_b_dec_to_input:
         say(f"{to} subtracts b_dec from the input: b_dec W_enc is added to b_enc, which rounds it")
         portable = portable.centring()
@@ -116,7 +119,7 @@ def load(
     rescale_features: bool = False,
     say: Say = silent,
 ) -> SampledSAE:
-    """A SampledSAE of a folder in a peer's format.
+    """A SampledSAE of a folder in a peer's format, in evaluation mode.
 
     What `export` wrote comes back bit for bit with its whole configuration. Of an SAE by others the rule, k, the
     threshold and the weights are taken, and what the files say of a training by this package; everything else is the
@@ -127,8 +130,9 @@ def load(
         format: "saelens", "dictionary_learning" or "sparsify"; found by the files when absent.
         k: mean number of active features a token, where the files do not say it or another is wanted; the threshold
             stays as it is.
-        scale: the SAE shall be fed activations times this: biases and threshold are multiplied by it. When absent,
-            what `export` folded in is undone.
+        scale: the SAE shall multiply activations by this (`cfg.input_scale`): biases and threshold are multiplied too,
+            codes come out in other units, reconstructions are the same. When absent, what `export` folded in is
+            undone, and what the peer's files say is taken.
         rescale_features: an SAE with a threshold for each feature is an error, since ours has one for all; True
             rescales each feature to the common threshold instead, which keeps the reconstruction.
         say: called with a line for each convention that was changed.
@@ -148,16 +152,14 @@ def read(
     rescale_features: bool = False,
     say: Say = silent,
 ) -> Loaded:
-    """`load`, and what `export` takes to write the SAE again:
-    `export(loaded.sae, ..., scale=loaded.scale, origin=loaded.origin)`.
-    """
+    """`load`, and what `export` takes to write the SAE again: `export(loaded.sae, ..., origin=loaded.origin)`."""
     path = Path(folder)
     peer = PEERS[_format_of(path, format)]
-    if scale is not None:
-        check_scale(scale)
+    scale = None if scale is None else check_positive("scale", scale)
+    k = None if k is None else check_positive("k", k)
     tensors, described = peer.read(path)
     portable = peer.unpack(tensors, described, path, say)
-    origin = peer.origin(described)
+    origin = peer.origin(described).checked(path / peer.CONFIG)
     supplement = Supplement.read(path)
     if supplement is not None and supplement.fingerprint != portable.fingerprint():
         say(f"{SUPPLEMENT_FILE} is of other weights than {peer.WEIGHTS} and is left aside")
@@ -165,26 +167,25 @@ def read(
     recorded: float | None
     if supplement is not None:
         scale = supplement.scale if scale is None else scale
-        config, recorded = supplement.config, supplement.config.k
+        config, recorded = replace(supplement.config, input_scale=scale), supplement.config.k
         state = supplement.state(portable, scale)
         origin = origin.filled_by(supplement.origin)
         say("configuration and training state are those that were exported")
     else:
-        scale = 1.0 if scale is None else scale
         portable = _with_one_threshold(portable, path / peer.WEIGHTS, rescale_features, say)
-        config, recorded = portable.config(k), portable.k
-        state = portable.read_at(scale).state()
+        portable = portable.read_at(portable.input_scale if scale is None else scale)
+        config, recorded, state = portable.config(k), portable.k, portable.state()
         if portable.training is not None:
             say(f"{peer.CONFIG} says how it was trained (l={config.l}, score={config.score!r}, ...)")
         if portable.threshold is None:
             say("the files hold no threshold: call calibrate(x) before evaluation mode")
     if k is not None:
-        config = replace(config, k=plain_number(k))
+        config = replace(config, k=without_fraction(k))
         if recorded is not None and k != recorded and float(state["threshold"]) > 0:
             say(f"k={k!r} in place of {recorded!r}: the threshold stays as it is; calibrate(x) sets it for this k")
     sae = SampledSAE(config, dtype=portable.dtype)
     sae.load_state_dict(state)
-    return Loaded(sae, origin, scale)
+    return Loaded(sae.eval(), origin, config.input_scale)
 
 
 def detect(folder: str | os.PathLike[str]) -> str | None:
@@ -210,13 +211,7 @@ def inference_rule(cfg: SampledSAEConfig, inference: str) -> str:
     check_choice("inference", inference, INFERENCE)
     if inference != "auto":
         return inference
-    return "topk" if cfg.select == "token" and cfg.l is None else "threshold"
-
-
-def check_scale(scale: float) -> None:
-    check_number("scale", scale, 0, None)
-    if scale == 0:
-        raise ValueError(f"scale={scale!r}: must be > 0")
+    return "topk" if cfg.is_topk else "threshold"
 
 
 def _format_of(path: Path, format: str | None) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..support.atomic_files import read_json, write_atomically, write_json
+from ..support.atomic_files import field, read_json, write_atomically, write_json
 from .origin import Origin, training_fields
-from .portable import PortableSAE, Say, check_one_dtype, check_tensors, field, narrowed, silent
+from .portable import PortableSAE, Say, check_one_dtype, check_tensors, narrowed, silent
 
 NAME = "dictionary_learning"
 WEIGHTS = "ae.pt"
@@ -115,7 +115,7 @@ def check_state(path: Path, state: dict[str, Tensor], d_in: int, d_sae: int) -> 
 
 def origin(config: dict[str, Any]) -> Origin:
     """What config.json says of it."""
-    trainer, buffer = config.get("trainer") or {}, config.get("buffer") or {}
+    trainer, buffer = (config[name] if isinstance(config.get(name), dict) else {} for name in ("trainer", "buffer"))
     return Origin(trainer.get("lm_name"), trainer.get("layer"), trainer.get("submodule_name"), buffer.get("ctx_len"))
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from ..config import SampledSAEConfig
+from ..support.argument_checks import plain_number
+from ..support.atomic_files import field
 
-# These come from the weights, from the file's own rule, or from the machine.
-NOT_OF_THE_TRAINING = ("d_in", "d_sae", "k", "apply_b_dec_to_input", "impl")
+# These come from the weights, from the file's own rule, or from the machine; the scale is folded into the weights.
+NOT_OF_THE_TRAINING = ("d_in", "d_sae", "k", "apply_b_dec_to_input", "impl", "input_scale")
 TRAINING_FIELDS = tuple(f.name for f in fields(SampledSAEConfig) if f.name not in NOT_OF_THE_TRAINING)
 
 
@@ -29,12 +32,28 @@ class Origin:
     hook_name: str | None = None
     context_size: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("layer", "context_size"):
+            number = plain_number(getattr(self, name))
+            if number is not None and number == int(number):
+                object.__setattr__(self, name, int(number))
+
     @property
     def hook(self) -> str | None:
         """hook_name with its default filled in."""
         if self.hook_name is not None or self.layer is None:
             return self.hook_name
         return f"blocks.{self.layer}.hook_resid_post"
+
+    def checked(self, path: Path) -> Origin:
+        """This origin, read from a file.
+
+        Raises:
+            ValueError: a field of another type, naming the file.
+        """
+        for name, kind in (("model_name", str), ("layer", int), ("hook_name", str), ("context_size", int)):
+            field(path, vars(self), name, (kind, NoneType))
+        return self
 
     def filled_by(self, other: Origin) -> Origin:
         """This origin, with what it lacks taken from the other."""

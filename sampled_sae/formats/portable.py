@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import SampledSAEConfig
 from ..pretrained import WEIGHT_NAMES
-from ..support.argument_checks import FLOATS, check_choice
+from ..support.argument_checks import FLOATS, check_choice, plain_number
+from ..threshold import is_set
 
 if TYPE_CHECKING:
     from ..sae import SampledSAE
@@ -42,6 +41,7 @@ class PortableSAE:
         threshold: 0-dim, or [d_sae] where each feature has its own; None when it was never set.
         apply_b_dec_to_input: b_dec is subtracted before encoding.
         training: fields of the SampledSAEConfig it was trained with, as far as they are known.
+        input_scale: the SAE is to be fed activations times this.
     """
 
     W_enc: Tensor
@@ -53,6 +53,7 @@ class PortableSAE:
     threshold: Tensor | None
     apply_b_dec_to_input: bool = True
     training: dict[str, Any] | None = None
+    input_scale: float = 1.0
 
     @classmethod
     def of(cls, sae: SampledSAE, rule: str, k: float | None = None) -> PortableSAE:
@@ -67,16 +68,15 @@ class PortableSAE:
         for name, t in {**weights, "threshold": threshold}.items():
             if not torch.isfinite(t).all():
                 raise ValueError(f"sae.{name} holds NaN or inf")
-        # dictionary_learning's dictionaries hold -1 until it is set
-        unset = int(sae.threshold_steps) == 0 and float(threshold) <= 0
         return cls(
             **weights,
             rule=rule,
             k=sae.cfg.k if k is None else k,
             # an active feature is positive, so that none below 0 says more than 0
-            threshold=None if unset else threshold.clamp(min=0),
+            threshold=threshold.clamp(min=0) if is_set(sae) else None,
             apply_b_dec_to_input=sae.cfg.apply_b_dec_to_input,
             training=sae.cfg.to_dict(),
+            input_scale=sae.cfg.input_scale,
         )
 
     @property
@@ -97,22 +97,23 @@ class PortableSAE:
         Raises:
             ValueError: a fraction, or more than the features.
         """
-        if self.k is None or not float(self.k).is_integer() or not 1 <= self.k <= self.d_sae:
+        k = plain_number(self.k)
+        if k is None or not 1 <= k <= self.d_sae or k != int(k):
             allowed = f"{peer} has whole numbers in [1, {self.d_sae}] only"
             raise ValueError(f"k={self.k!r}: {allowed}; choose one with k= (--k)")
-        return int(self.k)
+        return int(k)
 
-    def read_at(self, factor: float) -> PortableSAE:
-        """The SAE of activations times `factor`: biases and threshold times `factor`, weights as they are.
+    def read_at(self, scale: float) -> PortableSAE:
+        """The same SAE, to be fed activations times `scale`: biases and threshold times what that is of its own scale.
 
-        Codes and reconstruction come out times `factor` too, by the homogeneity of relu.
+        The weights are as they are, and codes come out in the new units, by the homogeneity of relu.
 
         Raises:
             ValueError: a bias that leaves the range of its dtype.
         """
         held = {name: getattr(self, name) for name in IN_UNITS if getattr(self, name) is not None}
-        moved: dict[str, Any] = dict(rescaled(held, factor))
-        return replace(self, **moved)
+        moved: dict[str, Any] = dict(rescaled(held, scale / self.input_scale))
+        return replace(self, **moved, input_scale=scale)
 
     def centring(self) -> PortableSAE:
         """The same SAE with b_dec subtracted from the input: b_enc + b_dec W_enc in place of b_enc, rounded once.
@@ -175,8 +176,9 @@ class PortableSAE:
         training = {"l": None, "select": "batch", **(self.training or {})}
         if self.rule == "topk":
             training |= {"l": None, "select": "token"}
-        own = {"d_in": self.d_in, "d_sae": self.d_sae, "k": plain_number(number)}
-        return SampledSAEConfig(**{**training, **own, "apply_b_dec_to_input": self.apply_b_dec_to_input})
+        own = {"d_in": self.d_in, "d_sae": self.d_sae, "k": without_fraction(number)}
+        own |= {"apply_b_dec_to_input": self.apply_b_dec_to_input, "input_scale": self.input_scale}
+        return SampledSAEConfig(**{**training, **own})
 
     def state(self) -> dict[str, Tensor]:
         """The state dict of an SAE with these weights, every feature alive."""
@@ -205,23 +207,9 @@ def rescaled(tensors: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
     return found
 
 
-def plain_number(k: float) -> float:
+def without_fraction(k: float) -> float:
     """5 for 5.0, so that equal configurations are the same JSON."""
     return int(k) if isinstance(k, float) and k.is_integer() else k
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file.
-
-    Raises:
-        ValueError: naming the file, when it is missing, truncated or foreign.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
 
 
 def check_tensors(path: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
@@ -249,19 +237,6 @@ def check_one_dtype(path: Path, sae: PortableSAE) -> PortableSAE:
     if len(set(found.values())) > 1:
         raise ValueError(f"{path}: weights of several dtypes: {', '.join(f'{n} {d}' for n, d in found.items())}")
     return sae
-
-
-def field(path: Path, config: dict[str, Any], name: str, kind: type | tuple[type, ...] = int) -> Any:
-    """A field of a configuration file, of the type it must have.
-
-    Raises:
-        ValueError: naming the file and the field.
-    """
-    value = config.get(name)
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise ValueError(f"{path}: {name}={value!r}: must be of type {' or '.join(k.__name__ for k in kinds)}")
-    return value
 
 
 def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:

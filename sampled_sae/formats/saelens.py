@@ -14,15 +14,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..support.atomic_files import read_json, write_atomically, write_json
+from ..support.argument_checks import check_positive
+from ..support.atomic_files import field, read_json, read_tensors, write_atomically, write_json
 from . import saelens_before_6
 from .origin import Origin, training_fields
-from .portable import PortableSAE, Say, check_one_dtype, check_tensors, field, narrowed, read_tensors, silent
+from .portable import PortableSAE, Say, check_one_dtype, check_tensors, narrowed, silent
 
 NAME = "saelens"
 WEIGHTS = "sae_weights.safetensors"
 CONFIG = "cfg.json"
 CENTRES_ALWAYS = False
+# Of a checkpoint from mid-training, whose factor on the activations is not yet folded into the weights.
+SCALER = "activation_scaler.json"
 ARCHITECTURES = ("jumprelu", "topk", "batchtopk", "matryoshka_batchtopk")
 # Of integrations.saelens: whose training checkpoints theirs are, tensor by tensor.
 AS_TRAINED_HERE = {
@@ -95,6 +98,22 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return saelens_before_6.tensors(read_tensors(folder / WEIGHTS)), saelens_before_6.config(read_json(folder / CONFIG))
 
 
+def scale_of_checkpoint(folder: Path) -> float | None:
+    """What SAELens multiplies the activations of a training checkpoint by; None where no file says it.
+
+    Raises:
+        ValueError: a file that holds no such number.
+    """
+    path = folder / SCALER
+    if not path.is_file():
+        return None
+    factor = field(path, read_json(path), "scaling_factor", (int, float, type(None)))
+    try:
+        return 1.0 if factor is None else check_positive("scaling_factor", factor)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def origin(config: dict[str, Any]) -> Origin:
     """What the metadata say of it."""
     metadata = _metadata(config)
@@ -114,7 +133,7 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
     architecture = AS_TRAINED_HERE.get(str(architecture), architecture)
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{cfg}: architecture={architecture!r}: this package reads {', '.join(ARCHITECTURES)}")
-    _check_inputs(cfg, config, say)
+    input_scale = _check_inputs(folder, config, say)
     d_in, d_sae = field(cfg, config, "d_in"), field(cfg, config, "d_sae")
     shapes: dict[str, tuple[int, ...]] = {
         "W_enc": (d_in, d_sae),
@@ -145,6 +164,7 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
         threshold=threshold,
         apply_b_dec_to_input=field(cfg, {"apply_b_dec_to_input": True, **config}, "apply_b_dec_to_input", bool),
         training=_training(cfg, config),
+        input_scale=input_scale,
     )
     sae = check_one_dtype(weights, sae)
     # absent, it is what SAELens takes by default: False for inference, True for training
@@ -153,10 +173,19 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
     return sae
 
 
-def _check_inputs(cfg: Path, config: dict[str, Any], say: Say) -> None:
+def _check_inputs(folder: Path, config: dict[str, Any], say: Say) -> float:
+    """What activations are to be multiplied by."""
+    cfg, scale = folder / CONFIG, 1.0
     normalize = config.get("normalize_activations") or "none"
     if normalize == "expected_average_only_in":
-        say("this is a training checkpoint: feed it activations times the scaling factor in activation_scaler.json")
+        found = scale_of_checkpoint(folder)
+        if found is None:
+            say(
+                f"this is a training checkpoint without {SCALER}: feed it activations times the factor of that training"
+            )
+        else:
+            scale = found
+            say(f"this is a training checkpoint: activations are multiplied by {scale!r}, as {SCALER} says")
     elif normalize == "covariance_whitening":
         raise ValueError(f"{cfg}: normalize_activations={normalize!r}: must be 'none'; fold it in with SAELens first")
     elif normalize != "none":
@@ -164,6 +193,7 @@ def _check_inputs(cfg: Path, config: dict[str, Any], say: Say) -> None:
         raise ValueError(f"{cfg}: normalize_activations={normalize!r}: must be 'none'; {scaled}")
     if config.get("reshape_activations") not in (None, "none"):
         say(f"reshape_activations={config['reshape_activations']!r}: feed it the heads' activations side by side")
+    return scale
 
 
 def _one_value(threshold: Tensor, stored: torch.dtype, say: Say) -> Tensor:

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..support.atomic_files import read_json, write_atomically, write_json
+from ..support.atomic_files import field, read_json, read_tensors, write_atomically, write_json
 from .origin import Origin
-from .portable import PortableSAE, Say, check_one_dtype, check_tensors, field, read_tensors, silent
+from .portable import PortableSAE, Say, check_one_dtype, check_tensors, silent
 
 NAME = "sparsify"
 WEIGHTS = "sae.safetensors"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import SampledSAEConfig
 from ..pretrained import TENSORS, WEIGHT_NAMES
-from ..support.atomic_files import write_atomically
+from ..support.atomic_files import field, write_atomically
 from .origin import Origin
 from .portable import IN_UNITS, PortableSAE, rescaled
 
@@ -60,7 +60,7 @@ class Supplement:
         return cls(sae.cfg, scale, packed.fingerprint(), tensors, origin)
 
     def state(self, portable: PortableSAE, scale: float) -> dict[str, Tensor]:
-        """The state dict of the exported SAE, for activations times `scale`; `portable` is what the files hold.
+        """The state dict of the exported SAE, to be fed activations times `scale`; `portable` is what the files hold.
 
         Raises:
             ValueError: a bias that leaves the range of its dtype.
@@ -93,17 +93,24 @@ class Supplement:
             with safe_open(path, framework="pt") as file:
                 about: dict[str, Any] = json.loads((file.metadata() or {})[KEY])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        except (SafetensorError, KeyError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: truncated or not of sampled-sae ({error}); delete it to do without") from None
-        if about.get("version") != VERSION:
-            raise ValueError(f"{path}: version={about.get('version')!r}: this package reads {VERSION}")
-        config = SampledSAEConfig.from_dict(about["config"])
+        if field(path, about, "version", int) != VERSION:
+            raise ValueError(f"{path}: version={about['version']!r}: this package reads {VERSION}")
+        fingerprint, scale = field(path, about, "fingerprint", str), field(path, about, "scale", float, 0)
+        try:
+            config = SampledSAEConfig.from_dict(field(path, about, "config", dict))
+            origin = Origin(**about.get("origin", {})).checked(path)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{path}: {error}; delete it to do without") from None
         shapes = {"W_enc": (config.d_in, config.d_sae), "W_dec": (config.d_sae, config.d_in), "b_dec": (config.d_in,)}
         shapes |= {"b_enc": (config.d_sae,), "tokens_since_active": (config.d_sae,)}
         for name, t in tensors.items():
             if name not in TENSORS or tuple(t.shape) != shapes.get(name, ()):
                 raise ValueError(f"{path}: {name} is {tuple(t.shape)}, its configuration says {shapes.get(name, ())}")
-        return cls(config, about["scale"], about["fingerprint"], tensors, Origin(**about.get("origin", {})))
+            if not torch.isfinite(t).all():
+                raise ValueError(f"{path}: {name} holds NaN or inf; delete the file to do without")
+        return cls(config, scale, fingerprint, tensors, origin)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

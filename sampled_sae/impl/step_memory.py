@@ -18,9 +18,9 @@ class StepMemory:
             a feature was selected. inputs: the check for NaN and inf. workspace: memory for gradients.
     """
 
-    def __init__(self, pool_every: int = 1) -> None:
+    def __init__(self) -> None:
         self.hints = ThresholdHints()
-        self.pool = KeptPool(pool_every)
+        self.pool = KeptPool(every=1)
         self.idle = IdleTokens()
         self.inputs = FiniteInputs()
         self.workspace = Workspace()

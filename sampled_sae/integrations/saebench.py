@@ -1,22 +1,24 @@
 """SAEBench, and whatever else takes an SAE by duck typing: a trained SampledSAE as a custom SAE.
 
-custom = SAEBenchSAE(sae, model_name="pythia-160m-deduped", hook_layer=8, scale=store.scale)
+custom = SAEBenchSAE(sae, model_name="pythia-160m-deduped", hook_layer=8)
 run_eval(config, [("mine", custom)], device, output_path)  # of sae_bench.evals.sparse_probing.main, for one
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..formats import check_scale, inference_rule
+from ..formats import inference_rule
 from ..formats.portable import PortableSAE
 from ..sae import SampledSAE
-from ..support.argument_checks import check_activations, check_integer
+from ..support.argument_checks import HALF, check_activations, check_integer, check_positive
+from ..threshold import NEVER_SET, fault
 
 
 @dataclass
@@ -63,15 +65,15 @@ class SAEBenchSAE(nn.Module):
     `b_dec` [d_in]. Buffers: `norms` [d_sae], the decoder norms that were folded into the encoder and the codes, and
     `threshold` [d_sae], which stays in float32 under `.to(bfloat16)`. The SampledSAE is copied, not changed.
 
-    Reconstructions are those of `sae.eval()`; codes are those times norms / scale.
+    Reconstructions are those of `sae.eval()`; codes are those times norms / `sae.cfg.input_scale`.
 
     Args:
         sae: a trained SampledSAE.
         model_name: as TransformerLens names it.
         hook_layer: block, from 0.
         hook_name: of the activations; `blocks.{hook_layer}.hook_resid_post` by default.
-        scale: the factor by which activations were multiplied in training (`ActivationStore.scale`); the evaluations
-            feed them as they are, and get reconstructions of that size back.
+        scale: what the SAE's activations are multiplied by, in place of `cfg.input_scale`; the evaluations feed them as
+            they are, and get reconstructions of that size back.
         inference: "threshold": active where `sae.eval()` says so; "topk": the k largest of each token; "auto":
             "topk" for a TopK SAE, "threshold" for all others.
         context_size: tokens a row of the texts, for evaluations that need one.
@@ -94,7 +96,7 @@ class SAEBenchSAE(nn.Module):
         model_name: str,
         hook_layer: int,
         hook_name: str | None = None,
-        scale: float = 1.0,
+        scale: float | None = None,
         inference: str = "auto",
         context_size: int | None = None,
     ) -> None:
@@ -103,16 +105,19 @@ class SAEBenchSAE(nn.Module):
             raise TypeError(f"sae={type(sae).__name__}: must be a SampledSAE")
         if not isinstance(model_name, str) or not model_name:
             raise TypeError(f"model_name={model_name!r}: must be a name that TransformerLens knows")
-        check_integer("hook_layer", hook_layer, 0)
-        check_scale(scale)
+        hook_layer = check_integer("hook_layer", hook_layer, 0)
+        context_size = None if context_size is None else check_integer("context_size", context_size, 1)
+        scale = sae.cfg.input_scale if scale is None else check_positive("scale", scale)
         self.rule = inference_rule(sae.cfg, inference)
-        portable = PortableSAE.of(sae, self.rule).read_at(1 / scale)
+        portable = replace(PortableSAE.of(sae, self.rule), input_scale=scale).read_at(1.0)
         self.k = portable.whole_k("inference='topk'") if self.rule == "topk" else None
         threshold = portable.threshold
         if self.rule == "topk":
             threshold = torch.zeros(())
         elif threshold is None:
-            raise ValueError("sae.threshold was never set: train the SAE or call sae.calibrate(x) first")
+            raise ValueError(NEVER_SET)
+        elif (found := fault(sae)) is not None:
+            warnings.warn(found, stacklevel=2)
         norms = torch.linalg.vector_norm(portable.W_dec.double(), dim=1)
         if not bool((norms > 0).all()):
             raise ValueError(f"sae.W_dec: {int((norms == 0).sum())} rows are zero, which no factor makes unit rows")
@@ -175,7 +180,7 @@ class SAEBenchSAE(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SAEBenchSAE:
         exact = self.norms, self.threshold
         super()._apply(fn, recurse)
-        if self.threshold.dtype in (torch.float16, torch.bfloat16):
+        if self.threshold.dtype in HALF:
             self.norms, self.threshold = (t.to(self.device, torch.float32) for t in exact)
         self.cfg.dtype, self.cfg.device = str(self.dtype).removeprefix("torch."), str(self.device)
         return self

@@ -3,12 +3,15 @@
 Everything here needs the extra `lm` (`pip install "sampled-sae[lm]"`), which is imported only when used.
 """
 
+from sampled_sae.lm.blocks import transformer_blocks
 from sampled_sae.lm.bundled import BUNDLED_MODELS
-from sampled_sae.lm.harvest import harvest
+from sampled_sae.lm.dropped import special_tokens
+from sampled_sae.lm.harvest import harvest, weights_digest
 from sampled_sae.lm.hooks import capture, replace
-from sampled_sae.lm.models import load_model, transformer_blocks
+from sampled_sae.lm.models import load_model
+from sampled_sae.lm.rows import token_rows
 from sampled_sae.lm.splice import SpliceEvaluator, spliced_cross_entropy
-from sampled_sae.lm.texts import load_texts, token_rows
+from sampled_sae.lm.texts import load_texts, shuffled_texts
 
 __all__ = [
     "BUNDLED_MODELS",
@@ -18,7 +21,10 @@ __all__ = [
     "load_model",
     "load_texts",
     "replace",
+    "shuffled_texts",
+    "special_tokens",
     "spliced_cross_entropy",
     "token_rows",
     "transformer_blocks",
+    "weights_digest",
 ]

@@ -5,9 +5,10 @@ harvest loses at most the shard under way.
 """
 
 import hashlib
-import json
 import math
-from collections.abc import Iterator
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sampled_sae.lm.blocks import check_layer
+from sampled_sae.lm.dropped import check_drop_tokens, dropped
 from sampled_sae.lm.hooks import capture
-from sampled_sae.lm.models import check_layer, check_rows
+from sampled_sae.lm.models import check_rows
 from sampled_sae.support.argument_checks import check_integer
+from sampled_sae.support.atomic_files import field
+from sampled_sae.support.output_folder import check_output_folder, locked
 from sampled_sae.training.store_writer import (
     DTYPES,
-    FORMAT,
     MANIFEST,
-    VERSION,
     StoreWriter,
     as_stored,
     installed_version,
     new_manifest,
+    read_manifest,
 )
 
 
@@ -43,6 +47,7 @@ def harvest(
     dtype: str = "float32",
     compute_dtype: str = "float32",
     drop_first: bool = True,
+    drop_tokens: Iterable[int] | None = None,
     max_norm_ratio: float = 10.0,
     holdout_rows: int = 0,
     progress: bool = True,
@@ -63,27 +68,37 @@ def harvest(
             (autocast): about twice as fast on a CPU with bfloat16 instructions, and an error of about 1e-4 of
             the variance (SmolLM2, layer 15); slower on one without.
         drop_first: leave out position 0 of each row, an attention sink of enormous norm in most models.
+        drop_tokens: ids that are left out wherever they stand; default the special tokens that the model's
+            configuration names. `special_tokens(tokenizer)` has those of a tokenizer; () leaves out none.
         max_norm_ratio: leave out vectors whose norm exceeds this multiple of the median norm of the first
-            batch; at least 1.
+            batch (without those left out before); at least 1.
         holdout_rows: the last rows, kept out of the shards for evaluation.
         progress: show a progress bar.
 
     Returns:
         The manifest, as in manifest.json: format, version, model, layer, context, d_in, dtype, scale (with
         x the training vectors, mean ||x * scale||^2 = d_in), max_norm, source, shards (file, tokens, bytes,
-        sum_squares), holdout (file, tokens, rows, bytes; None without), complete, settings, versions.
+        sum_squares, dropped), holdout (file, tokens, rows, bytes, dropped; None without), dropped, complete,
+        settings, versions. `dropped` counts the vectors left out by reason: first_position, special_token, norm.
 
     Raises:
-        ValueError: for bad arguments, a folder harvested with other settings (names the field), a manifest
-            that is none, or activations that are not finite (names the rows; finished shards stay).
+        ValueError: for bad arguments, a folder that cannot be written to or was harvested with other settings
+            (names the field), a manifest that is none, or activations that are not finite (names the rows;
+            finished shards stay).
+        BlockingIOError: for a folder in which another process is at work.
     """
     folder = Path(out_dir)
     check_layer(model, layer)
+    layer = check_integer("layer", layer, 0)
     check_rows(model, rows)
     batch_size = check_integer("batch_size", batch_size, 1)
     rows_per_shard = check_integer("rows_per_shard", rows_per_shard, 1)
-    holdout_rows = check_integer("holdout_rows", holdout_rows, 0)
-    _check_settings(dtype, compute_dtype, max_norm_ratio, holdout_rows, len(rows))
+    holdout_rows = check_holdout(holdout_rows, len(rows))
+    _check_settings(dtype, compute_dtype, max_norm_ratio)
+    tokens = check_drop_tokens(model, drop_tokens)
+    for part in (rows[:batch_size], rows[len(rows) - holdout_rows :]):
+        if len(part) and bool(torch.isin(part[:, int(drop_first) :], torch.tensor(tokens, dtype=torch.int64)).all()):
+            raise ValueError(f"drop_tokens={tokens} leaves nothing of {len(part)} rows: drop fewer, or check the texts")
     model.eval()
     settings = {
         "model": str(model.name_or_path if model_name is None else model_name),
@@ -92,16 +107,23 @@ def harvest(
         "source": source,
         "rows": len(rows),
         "rows_sha256": hashlib.sha256(rows.cpu().contiguous().numpy().tobytes()).hexdigest(),
-        "weights_sha256": _weights_digest(model),
+        "weights_sha256": weights_digest(model),
         "batch_size": batch_size,
         "rows_per_shard": rows_per_shard,
         "dtype": dtype,
         "compute_dtype": compute_dtype,
-        "drop_first": drop_first,
+        "drop_first": bool(drop_first),
+        "drop_tokens": tokens,
         "max_norm_ratio": float(max_norm_ratio),
         "holdout_rows": holdout_rows,
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    check_output_folder(folder)
+    with locked(folder, "harvest"):
+        return _write_files(folder, model, rows, settings, progress)
+
+
+def _write_files(folder: Path, model: Any, rows: Tensor, settings: dict[str, Any], progress: bool) -> dict[str, Any]:
+    batch_size, rows_per_shard, holdout_rows = (settings[n] for n in ("batch_size", "rows_per_shard", "holdout_rows"))
     manifest = _read_manifest(folder, settings)
     if manifest is None:
         manifest = _new_manifest(model, rows[:batch_size], settings)
@@ -116,27 +138,42 @@ def harvest(
                 bar.update(shard_rows.numel())
                 bar.initial = bar.n  # so that the speed shown is that of this call
                 continue
-            writer.write_shard(index, _activations(model, shard_rows, start, manifest, bar))
+            activations, counts = _activations(model, shard_rows, start, manifest, bar)
+            writer.write_shard(index, activations)
+            manifest["shards"][index]["dropped"] = counts
             writer.write_manifest()
         if holdout_rows and not writer.has_holdout():
             held = rows[len(train_rows) :]
-            writer.write_holdout(_activations(model, held, len(train_rows), manifest, bar), held)
+            activations, counts = _activations(model, held, len(train_rows), manifest, bar)
+            writer.write_holdout(activations, held)
+            manifest["holdout"]["dropped"] = counts
+    if all("dropped" in shard for shard in manifest["shards"]):
+        manifest["dropped"] = {
+            reason: sum(shard["dropped"][reason] for shard in manifest["shards"])
+            for reason in manifest["shards"][0]["dropped"]
+        }
     writer.write_manifest(complete=True)
     return manifest
 
 
-def _check_settings(dtype: str, compute_dtype: str, max_norm_ratio: float, holdout_rows: int, rows: int) -> None:
+def check_holdout(holdout_rows: int, rows: int) -> int:
+    """`holdout_rows` as an int; ValueError unless it leaves some of the rows to train on."""
+    count = check_integer("holdout_rows", holdout_rows, 0)
+    if count >= rows:
+        raise ValueError(f"holdout_rows={count} must be from 0 to {rows - 1}: there are {rows} rows")
+    return count
+
+
+def _check_settings(dtype: str, compute_dtype: str, max_norm_ratio: float) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     if compute_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"compute_dtype={compute_dtype!r} must be float32 or bfloat16")
     if not (math.isfinite(max_norm_ratio) and max_norm_ratio >= 1):
         raise ValueError(f"max_norm_ratio={max_norm_ratio} must be a finite number of at least 1")
-    if holdout_rows >= rows:
-        raise ValueError(f"holdout_rows={holdout_rows} must be from 0 to {rows - 1}: there are {rows} rows")
 
 
-def _weights_digest(model: Any) -> str:
+def weights_digest(model: Any) -> str:
     """Fingerprint of the model: names, shapes and the first values of all parameters (not every value)."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -149,28 +186,40 @@ def _read_manifest(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | N
     path = folder / MANIFEST
     if not path.exists():
         return None
-    try:
-        manifest = json.loads(path.read_text())
-        known = (manifest["format"], manifest["version"]) == (FORMAT, VERSION)
-        before = manifest["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a manifest of harvested activations: choose another folder") from error
-    if not known:
-        raise ValueError(f"{path} is not a manifest of format {FORMAT!r}, version {VERSION}")
-    if "model" not in before:
-        raise ValueError(f"{folder} holds activations that no harvest wrote: choose another folder")
-    for field in sorted({*before, *settings}, key=[*settings, *before].index):
-        if before.get(field) != settings.get(field):
-            raise ValueError(
-                f"{folder} was harvested with {field}={before.get(field)!r}, this call has "
-                f"{field}={settings.get(field)!r}: use the same settings or another folder"
-            )
+    manifest = read_manifest(folder)
+    before = manifest["settings"]
+    if "drop_tokens" not in before and settings.pop("drop_tokens"):
+        warnings.warn(
+            f"{folder} was begun without drop_tokens, and goes on without: special tokens stay in it", stacklevel=3
+        )
+    _check_same(folder, before, {name: settings.get(name) for name in [*settings, *before]})
+    field(path, manifest, "max_norm", float)
+    for i, shard in enumerate(manifest["shards"]):
+        field(f"{path}: shards[{i}]", shard, "sum_squares", float, 0)
     return manifest
 
 
+def check_resumes(folder: Path, known: dict[str, Any]) -> None:
+    """ValueError where the folder holds a harvest with other settings than those `known` without the model."""
+    if (folder / MANIFEST).exists():
+        _check_same(folder, read_manifest(folder)["settings"], known)
+
+
+def _check_same(folder: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    if "model" not in before:
+        raise ValueError(f"{folder} holds activations that no harvest wrote: choose another folder")
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{folder} was harvested with {name}={before.get(name)!r}, this call has {name}={value!r}: "
+                "use the same settings or another folder"
+            )
+
+
 def _new_manifest(model: Any, first_rows: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
-    x = next(_residual_batches(model, first_rows, 0, settings))
-    max_norm = settings["max_norm_ratio"] * float(x.flatten(0, 1).norm(dim=-1).median())
+    batch, x = next(_residual_batches(model, first_rows, 0, settings))
+    norms = x[~dropped(batch, x, settings["drop_first"], settings["drop_tokens"], math.inf)[0]].norm(dim=-1)
+    max_norm = settings["max_norm_ratio"] * float(norms.median())
     about = {field: settings[field] for field in ("model", "layer", "context", "source")}
     manifest = new_manifest(x.shape[-1], settings["dtype"], settings, max_norm=max_norm, **about)
     manifest["versions"]["transformers"] = installed_version("transformers")
@@ -178,9 +227,9 @@ def _new_manifest(model: Any, first_rows: Tensor, settings: dict[str, Any]) -> d
 
 
 def _residual_batches(
-    model: Any, rows: Tensor, first_row: int, settings: dict[str, Any], bar: Any = None
-) -> Iterator[Tensor]:
-    """Yield the residual stream [b, T, d] in float32, without position 0 where that is dropped."""
+    model: Any, rows: Tensor, first_row: int, settings: dict[str, Any]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield rows [b, T] on the model's device and their residual stream [b, T, d] in float32."""
     size = settings["batch_size"]
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=settings["compute_dtype"] == "bfloat16")
     for start in range(0, len(rows), size):
@@ -195,15 +244,19 @@ def _residual_batches(
                 f"activations of layer {settings['layer']} are not finite (NaN or inf) in rows {bad}: "
                 "load the model in another dtype, or leave these rows out"
             )
-        yield x[:, 1:] if settings["drop_first"] else x
-        if bar is not None:
-            bar.update(batch.numel())
+        yield batch, x
 
 
-def _activations(model: Any, rows: Tensor, first_row: int, manifest: dict[str, Any], bar: Any) -> Tensor:
-    """The vectors [n, d] of the rows that the filter keeps, on the CPU in the stored dtype."""
-    kept = []
-    for x in _residual_batches(model, rows, first_row, manifest["settings"], bar):
-        flat = x.flatten(0, 1)
-        kept.append(as_stored(flat[flat.norm(dim=-1) <= manifest["max_norm"]], manifest["dtype"]))
-    return torch.cat(kept)
+def _activations(
+    model: Any, rows: Tensor, first_row: int, manifest: dict[str, Any], bar: Any
+) -> tuple[Tensor, dict[str, int]]:
+    """(the vectors [n, d] of the rows that stay, on the CPU in the stored dtype; how many do not, by reason)."""
+    kept: list[Tensor] = []
+    counts: Counter[str] = Counter()
+    settings = manifest["settings"]
+    for batch, x in _residual_batches(model, rows, first_row, settings):
+        out, found = dropped(batch, x, settings["drop_first"], settings.get("drop_tokens", ()), manifest["max_norm"])
+        kept.append(as_stored(x[~out], manifest["dtype"]))
+        counts.update(found)
+        bar.update(batch.numel())
+    return torch.cat(kept), dict(counts)

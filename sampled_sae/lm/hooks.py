@@ -2,7 +2,8 @@
 
 Convention: layer i is the residual stream AFTER block i, counted from 0. That is `hidden_states[i + 1]` of
 Hugging Face's `output_hidden_states=True`, except at the last block, where Hugging Face's entry has passed
-the final norm and ours has not. "The sixth layer" of a paper is layer 5.
+the final norm and ours has not (and in Mamba and RWKV, whose lists leave the embedding out: `hidden_states[i]`).
+"The sixth layer" of a paper is layer 5.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sampled_sae.lm.models import check_layer
+from sampled_sae.lm.blocks import BlockOutputs
 
 
 class _LayerReached(Exception):
@@ -31,11 +32,6 @@ class Captured:
         return self._value
 
 
-def _residual_of(output: Any) -> Tensor:
-    """The residual stream in what a block returns: the tensor itself, or the first of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
 @contextmanager
 def capture(model: nn.Module, layer: int) -> Iterator[Captured]:
     """Capture the residual stream after block `layer` and stop the forward pass there.
@@ -47,18 +43,20 @@ def capture(model: nn.Module, layer: int) -> Iterator[Captured]:
         x = captured.value  # [B, T, d]
 
     Raises:
-        ValueError: if the model has no such layer.
+        ValueError: if the model is none of text, or has no such layer; in the forward pass, if the model needs more
+            than token ids, leaves the block out, or its block returns another shape than [B, T, d].
     """
-    block = check_layer(model, layer)
+    outputs = BlockOutputs(model, layer)
     captured = Captured()
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
-        captured._value = _residual_of(output)
+        captured._value = outputs.residual(output)
         raise _LayerReached
 
-    handle = block.register_forward_hook(stop)
+    handle = outputs.block.register_forward_hook(stop)
     try:
-        yield captured
+        with outputs.watched():
+            yield captured
     except _LayerReached:
         pass
     finally:
@@ -75,22 +73,23 @@ def replace(model: nn.Module, layer: int, fn: Callable[[Tensor], Tensor]) -> Ite
         fn: takes the residual stream [B, T, d] and returns its replacement, same shape, dtype and device.
 
     Raises:
-        ValueError: if the model has no such layer, or (in the forward pass) if `fn` changes shape or dtype.
+        ValueError: as `capture`, and (in the forward pass) if `fn` changes shape or dtype.
     """
-    block = check_layer(model, layer)
+    outputs = BlockOutputs(model, layer)
 
     def substitute(module: nn.Module, args: Any, output: Any) -> Any:
-        before = _residual_of(output)
+        before = outputs.residual(output)
         after = fn(before)
         if after.shape != before.shape or after.dtype != before.dtype:
             raise ValueError(
                 f"fn returned {after.dtype} {list(after.shape)} for a residual stream of "
                 f"{before.dtype} {list(before.shape)}"
             )
-        return (after, *output[1:]) if isinstance(output, tuple) else after
+        return outputs.with_residual(output, after)
 
-    handle = block.register_forward_hook(substitute)
+    handle = outputs.block.register_forward_hook(substitute)
     try:
-        yield
+        with outputs.watched():
+            yield
     finally:
         handle.remove()

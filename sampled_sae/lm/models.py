@@ -1,5 +1,7 @@
 """Language models by name: causal models and encoders of Hugging Face, and some that install through pip alone."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -7,21 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sampled_sae.lm.blocks import text_config, transformer_blocks
 from sampled_sae.lm.bundled import BUNDLED_MODELS, bundled_folder
-
-_LAYER_PATHS = (
-    "model.layers",  # Llama, Mistral, Qwen, Gemma, Phi, OLMo, SmolLM
-    "gpt_neox.layers",  # Pythia
-    "transformer.h",  # GPT-2, GPT-J, Bloom, Falcon
-    "transformer.blocks",  # MPT
-    "model.decoder.layers",  # OPT
-    "model.language_model.layers",  # text half of image-text models
-    "backbone.layers",  # Mamba
-    "encoder.layer",  # encoders: BERT, RoBERTa, MPNet, ESM
-    "transformer.layer",  # DistilBERT
-    "layers",  # the same models without their head
-    "h",
-)
 
 
 def _transformers() -> Any:
@@ -50,20 +39,69 @@ def load_model(
 
     Raises:
         ImportError: without transformers, or without the packages of a bundled model; says what to install.
-        ValueError: for a dtype that is not a floating dtype.
+        ValueError: for a dtype that is not a floating dtype, or a model that is none of text (naming its class).
         OSError: where Hugging Face knows no such model.
     """
-    transformers = _transformers()
     torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise ValueError(f"dtype={dtype!r} must be a floating dtype, for example 'float32' or 'bfloat16'")
-    folder = bundled_folder(name, cache_dir) if name in BUNDLED_MODELS else name
-    config = transformers.AutoConfig.from_pretrained(folder)
-    kind = transformers.AutoModelForCausalLM if _is_causal(config) else transformers.AutoModel
-    model = kind.from_pretrained(folder, dtype=torch_dtype).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    _, kind, folder = _architecture(name, cache_dir)
+    with _naming(name):
+        model = kind.from_pretrained(folder, dtype=torch_dtype).eval()
+    transformer_blocks(model)
+    tokenizer = load_tokenizer(name, cache_dir)
     model.name_or_path = model.config.name_or_path = name
     return model, tokenizer
+
+
+def load_tokenizer(name: str, cache_dir: str | Path | None = None) -> Any:
+    """The tokenizer of `load_model`, without the model."""
+    with _naming(name):
+        return _transformers().AutoTokenizer.from_pretrained(_folder(name, cache_dir))
+
+
+def load_skeleton(name: str, cache_dir: str | Path | None = None) -> Any:
+    """The model of `load_model` without its weights (on the meta device): for checks that need no weights."""
+    config, kind, _ = _architecture(name, cache_dir)
+    with _naming(name), torch.device("meta"):
+        return kind.from_config(config)
+
+
+def is_causal_model(name: str, cache_dir: str | Path | None = None) -> bool:
+    """Whether `load_model` gives a model that predicts the next token, by its configuration alone."""
+    return _architecture(name, cache_dir)[1] is _transformers().AutoModelForCausalLM
+
+
+def predicts_next_token(model: Any) -> bool:
+    """Whether the model has a head for the next token; one that fills in masked tokens is none."""
+    return model.get_output_embeddings() is not None and "MaskedLM" not in type(model).__name__
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """transformers has errors of every type for a folder that is damaged or none, and few say which model they mean."""
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise kind(f"model={name!r}: cannot be loaded: {said}") from error
+
+
+def _folder(name: str, cache_dir: str | Path | None) -> str | Path:
+    return bundled_folder(name, cache_dir) if name in BUNDLED_MODELS else name
+
+
+def _architecture(name: str, cache_dir: str | Path | None) -> tuple[Any, Any, str | Path]:
+    """(configuration, class that makes the model, where its files are)."""
+    transformers = _transformers()
+    folder = _folder(name, cache_dir)
+    with _naming(name):
+        config = transformers.AutoConfig.from_pretrained(folder)
+    kind = transformers.AutoModelForCausalLM if _is_causal(config) else transformers.AutoModel
+    return config, kind, folder
 
 
 def _is_causal(config: Any) -> bool:
@@ -72,38 +110,28 @@ def _is_causal(config: Any) -> bool:
     return not masked and type(config) in _transformers().MODEL_FOR_CAUSAL_LM_MAPPING
 
 
-def transformer_blocks(model: nn.Module) -> nn.ModuleList:
-    """The list of transformer blocks of a language model, first block first.
-
-    Raises:
-        ValueError: if the model has none of the known layouts.
-    """
-    for path in _LAYER_PATHS:
-        found: Any = model
-        for part in path.split("."):
-            found = getattr(found, part, None)
-        if isinstance(found, nn.ModuleList) and len(found) > 0:
-            return found
-    raise ValueError(
-        f"no list of transformer blocks found in {type(model).__name__}: looked for {', '.join(_LAYER_PATHS)}"
-    )
-
-
-def check_layer(model: nn.Module, layer: int) -> nn.Module:
-    """The block `layer` of the model; ValueError where there is none."""
-    layers = transformer_blocks(model)
-    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < len(layers):
-        raise ValueError(f"layer={layer!r} must be an integer from 0 to {len(layers) - 1} in this model")
-    return layers[layer]
+def check_context(model: Any, context: int) -> None:
+    """ValueError where a row of `context` tokens has more positions than the model knows."""
+    about = text_config(model)
+    named = (getattr(about, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    limits = [limit for limit in named if isinstance(limit, int) and limit > 0]
+    for name, table in model.named_modules():
+        # RoBERTa and its kind count positions from the row after the padding's
+        if isinstance(table, nn.Embedding) and name.endswith("position_embeddings") and table.padding_idx is not None:
+            limits.append(table.num_embeddings - table.padding_idx - 1)
+    if limits and context > min(limits):
+        raise ValueError(f"context={context} must be at most {min(limits)}, the positions of {type(model).__name__}")
 
 
 def check_rows(model: Any, rows: Tensor) -> None:
-    """ValueError unless `rows` is int64 [N, context] with N >= 1, context >= 2 and ids of the vocabulary."""
+    """ValueError unless `rows` is int64 [N, context] with N >= 1, 2 <= context <= positions, ids of the vocabulary."""
     if rows.dtype != torch.int64 or rows.ndim != 2 or rows.shape[0] < 1 or rows.shape[1] < 2:
         raise ValueError(
             f"rows must be int64 [N, context] with N >= 1 and context >= 2, got {rows.dtype} {list(rows.shape)}"
         )
-    vocabulary = model.config.get_text_config().vocab_size
+    check_context(model, rows.shape[1])
+    vocabulary = getattr(text_config(model), "vocab_size", None)
     low, high = int(rows.min()), int(rows.max())
-    if low < 0 or high >= vocabulary:
-        raise ValueError(f"rows holds token ids from {low} to {high}; the model knows 0 to {vocabulary - 1}")
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        known = "no negative ones" if vocabulary is None else f"0 to {vocabulary - 1}"
+        raise ValueError(f"rows holds token ids from {low} to {high}; the model knows {known}")

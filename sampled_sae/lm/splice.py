@@ -1,7 +1,9 @@
 """What a reconstruction costs the language model: cross-entropy with the residual stream replaced by it."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,40 +11,39 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from sampled_sae.lm.blocks import check_layer, transformer_blocks
+from sampled_sae.lm.dropped import check_drop_tokens, dropped
 from sampled_sae.lm.hooks import replace
-from sampled_sae.lm.models import check_layer, check_rows, transformer_blocks
+from sampled_sae.lm.models import check_rows, predicts_next_token
+from sampled_sae.support.argument_checks import check_positive
 
 Reconstruct = Callable[[Tensor], Tensor]
 _LOGIT_BYTES = 1 << 28  # float32 logits held at a time
 
 
 def spliced_cross_entropy(
-    model: Any,
-    rows: Tensor,
-    layer: int,
-    reconstruct: Reconstruct,
-    *,
-    scale: float,
-    max_norm: float = math.inf,
-    batch_size: int = 4,
+    model: Any, rows: Tensor, layer: int, reconstruct: Reconstruct, **options: Any
 ) -> dict[str, float]:
     """`SpliceEvaluator(model, rows, layer, ...).evaluate(reconstruct)`, for a single reconstruction."""
-    evaluator = SpliceEvaluator(model, rows, layer, scale=scale, max_norm=max_norm, batch_size=batch_size)
-    return evaluator.evaluate(reconstruct)
+    return SpliceEvaluator(model, rows, layer, **options).evaluate(reconstruct)
 
 
 class SpliceEvaluator:
     """Runs the clean and the ablated model once, then only the blocks after `layer` for each reconstruction.
 
-    A spliced run replaces the residual stream after block `layer`, except at position 0 and at vectors whose
-    norm exceeds `max_norm`: those the harvest drops too.
+    A spliced run replaces the residual stream after block `layer`, except where the harvest drops it too: at
+    position 0, at `drop_tokens` and at vectors whose norm exceeds `max_norm`. `of_harvest` takes all of them from
+    a manifest.
 
     Args:
         model: causal language model; put in eval mode.
         rows: int64 [N, context] token ids.
         layer: index of the block, from 0.
-        scale: factor of the normalisation, the manifest's `scale`.
+        scale: what reconstructions are given the activations times; 1 for those that scale by themselves, as
+            `reconstruct_with(sae)` does.
         max_norm: largest norm of a raw vector that is replaced, the manifest's `max_norm`.
+        drop_first: leave position 0 of each row as it is; the manifest's `settings` have it.
+        drop_tokens: ids left as they are wherever they stand; likewise.
         batch_size: rows a forward pass, at most; fewer where their logits would take more than 256 MiB.
         mean: float [d], raw, for the mean ablation; default the mean of the replaced vectors of these rows.
 
@@ -50,6 +51,7 @@ class SpliceEvaluator:
         ce_clean, ce_zero, ce_mean: cross-entropy of the next token in nats a token, of the model as it is and
             with the replaced vectors all zero, or all their mean.
         spliced_tokens: how many vectors are replaced.
+        about: name of the model and number of rows, which a sweep records.
 
     Raises:
         ValueError: for bad arguments (an encoder, which predicts no next token, among them), or rows of which
@@ -62,53 +64,79 @@ class SpliceEvaluator:
         rows: Tensor,
         layer: int,
         *,
-        scale: float,
+        scale: float = 1.0,
         max_norm: float = math.inf,
+        drop_first: bool = True,
+        drop_tokens: Iterable[int] = (),
         batch_size: int = 4,
         mean: Tensor | None = None,
     ) -> None:
         check_layer(model, layer)
         check_rows(model, rows)
-        if model.get_output_embeddings() is None:
+        if not predicts_next_token(model):
             raise ValueError(f"model must predict the next token: {type(model).__name__} has no head to do it with")
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale={scale} must be a finite number above 0")
+        scale = check_positive("scale", scale)
         if not max_norm > 0:
             raise ValueError(f"max_norm={max_norm} must be above 0")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         model.eval()
         self._model, self._layer, self._scale = model, layer, scale
+        self.about = {"model": str(getattr(model, "name_or_path", "")), "rows": len(rows)}
         vocabulary = model.config.get_text_config().vocab_size
         size = min(batch_size, max(1, _LOGIT_BYTES // (4 * rows.shape[1] * vocabulary)))
         self._batches = list(rows.to(model.device).split(size))
         self._residuals: list[Tensor] = []  # [b, T, d] each
         self._replaced: list[Tensor] = []  # bool [b, T] each
-        self._tuple_sizes: list[int] = []  # of what blocks 0 to layer return; 0: a bare tensor
-        self.ce_clean = self._run_clean(max_norm)
+        # of what blocks 0 to layer return; 0: a bare tensor, None: neither that nor a tuple or list
+        self._tuple_sizes: list[int | None] = []
+        self.ce_clean = self._run_clean(drop_first, check_drop_tokens(model, drop_tokens), max_norm)
         self.spliced_tokens = sum(int(replaced.sum()) for replaced in self._replaced)
         if self.spliced_tokens == 0:
-            raise ValueError(f"no token would be replaced: all norms exceed max_norm={max_norm}")
+            raise ValueError(f"no token would be replaced: all are dropped, or exceed max_norm={max_norm}")
         self._skips_prefix = self._suffix_equals_whole_model()
         self.ce_zero = self._run_spliced(torch.zeros_like)
         ablation = self._mean() if mean is None else mean.to(model.device, torch.float32)
         self.ce_mean = self._run_spliced(lambda x: ablation.expand_as(x))
 
+    @classmethod
+    def of_harvest(cls, model: Any, rows: Tensor, manifest: dict[str, Any], **options: Any) -> SpliceEvaluator:
+        """The evaluator for a harvest: its layer, and just the vectors that it keeps are replaced.
+
+        Args:
+            model, rows: as for the class; rows usually those held out.
+            manifest: of the harvest.
+            options: further arguments of the class.
+        """
+        settings = manifest["settings"]
+        return cls(
+            model,
+            rows,
+            manifest["layer"],
+            max_norm=manifest["max_norm"],
+            drop_first=settings.get("drop_first", True),
+            drop_tokens=settings.get("drop_tokens", ()),
+            **options,
+        )
+
     def evaluate(self, reconstruct: Reconstruct) -> dict[str, float]:
         """Splice one reconstruction in.
 
         Args:
-            reconstruct: takes float32 [n, d] normalised activations (x * scale) and returns the same shape.
+            reconstruct: takes float32 [n, d], activations times `scale`, and returns the same shape in the same units.
 
         Returns:
             ce_clean, ce_spliced, ce_zero, ce_mean in nats a token; loss_recovered_zero and
             loss_recovered_mean, (ce_ablated - ce_spliced) / (ce_ablated - ce_clean): 1 for a perfect
             reconstruction, 0 for one no better than the ablation, NaN where the ablation changes nothing;
-            tokens predicted, and spliced_tokens replaced.
+            predicted_tokens, and spliced_tokens replaced.
 
         Raises:
-            ValueError: if `reconstruct` returns another shape or values that are not finite.
+            ValueError: if `reconstruct` returns another shape or values that are not finite, or scales by itself where
+                `scale` is not 1.
         """
+        if self._scale != 1 and getattr(reconstruct, "scales", False):
+            raise ValueError(f"scale={self._scale}: the SAE multiplies by its own input_scale; leave scale= out")
         ce = self._run_spliced(lambda x: _checked(reconstruct(x * self._scale), x) / self._scale)
         return {
             "ce_clean": self.ce_clean,
@@ -117,16 +145,15 @@ class SpliceEvaluator:
             "ce_mean": self.ce_mean,
             "loss_recovered_zero": _recovered(self.ce_zero, ce, self.ce_clean),
             "loss_recovered_mean": _recovered(self.ce_mean, ce, self.ce_clean),
-            "tokens": sum(batch[:, 1:].numel() for batch in self._batches),
+            "predicted_tokens": sum(batch[:, 1:].numel() for batch in self._batches),
             "spliced_tokens": self.spliced_tokens,
         }
 
-    def _run_clean(self, max_norm: float) -> float:
+    def _run_clean(self, drop_first: bool, drop_tokens: list[int], max_norm: float) -> float:
         def record(x: Tensor) -> Tensor:
-            replaced = x.float().norm(dim=-1) <= max_norm
-            replaced[:, 0] = False
+            rows = self._batches[len(self._residuals)]
             self._residuals.append(x)
-            self._replaced.append(replaced)
+            self._replaced.append(~dropped(rows, x, drop_first, drop_tokens, max_norm)[0])
             return x
 
         with self._recorded_structure(), replace(self._model, self._layer, record):
@@ -168,20 +195,23 @@ class SpliceEvaluator:
         A model whose later blocks use more of the earlier ones than the residual stream (shared keys and
         values, say) fails this, and then runs whole.
         """
+        if None in self._tuple_sizes:
+            return False
         row, residual = self._batches[0][:1], self._residuals[0][:1]
         self._skips_prefix = False
         whole = self._logits(row, residual)
         self._skips_prefix = True
         try:
             return torch.equal(self._logits(row, residual), whole)
-        except (TypeError, AttributeError, RuntimeError, ValueError):
+        except (TypeError, AttributeError, RuntimeError, ValueError, LookupError):
             return False
 
     @contextmanager
     def _recorded_structure(self) -> Iterator[None]:
         def note(module: Any, args: Any, output: Any) -> None:
             if len(self._tuple_sizes) <= self._layer:
-                self._tuple_sizes.append(len(output) if isinstance(output, tuple) else 0)
+                several = isinstance(output, (tuple, list))
+                self._tuple_sizes.append(len(output) if several else 0 if isinstance(output, Tensor) else None)
 
         handles = [block.register_forward_hook(note) for block in self._prefix()]
         try:

@@ -3,31 +3,66 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
-from typing import Any
+from decimal import Decimal
+from numbers import Integral, Real
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 SCORES = ("l2", "l2_squared", "entropy", "uniform")
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HALF = (torch.float16, torch.bfloat16)
+FLOATS = (*HALF, torch.float32, torch.float64)
+LARGEST_INTEGER = 2**63 - 1
+Choice = TypeVar("Choice")
 
 
-def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+def check_choice(name: str, value: Any, allowed: Sequence[Choice]) -> Choice:
+    """That of `allowed` which equals `value`: a str of numpy comes back as Python's."""
+    for choice in allowed:
+        if isinstance(value, type(choice)) and value == choice:
+            return choice
+    raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """`value` as a bool; numpy's are taken too, 0 and 1 are not."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}={value!r}: must be True or False")
+    return bool(value)
+
+
+def plain_number(value: Any) -> int | float | None:
+    """`value` as an int or a float, be it of Python, numpy, torch (0-dim), decimal or fractions.
+
+    None for whatever is no real number, bools and strings among it; inf for what no float can hold.
+    """
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
+        return None
+    try:
+        number = float(value)
+    except (OverflowError, ValueError):  # too large, or a signalling NaN
+        return math.inf
+    return int(value) if isinstance(value, Integral) else number
 
 
 def check_integer(name: str, value: Any, least: int) -> int:
-    """`value` as an int; whole numbers of numpy and torch are taken too."""
-    try:
-        whole = not isinstance(value, bool) and operator.index(value) >= least
-    except TypeError:
-        raise TypeError(f"{name}={value!r}: must be a whole number >= {least}") from None
-    if not whole:
-        raise ValueError(f"{name}={value!r}: must be a whole number >= {least}")
-    return int(operator.index(value))
+    """`value` as an int; whole numbers of numpy, torch and the like are taken too, and floats without a fraction."""
+    allowed = f"{name}={value!r}: must be a whole number >= {least}"
+    number = plain_number(value)
+    if isinstance(value, bool):
+        raise ValueError(allowed)
+    if number is None or (math.isfinite(number) and number != int(number)):
+        raise TypeError(allowed)
+    if not math.isfinite(number) or number > LARGEST_INTEGER:
+        raise ValueError(f"{allowed} and below 2**63")
+    if number < least:
+        raise ValueError(allowed)
+    return int(number)
 
 
 def check_device(device: torch.device | str) -> torch.device:
@@ -45,24 +80,35 @@ def check_device(device: torch.device | str) -> torch.device:
     return found
 
 
-def check_number(name: str, value: Any, least: float, most: float | None) -> None:
+def check_number(name: str, value: Any, least: float, most: float | None) -> float:
+    """`value` as an int or a float; numbers of numpy, torch, decimal and fractions are taken too."""
     allowed = f"a finite number >= {least}" + ("" if most is None else f" and <= {most}")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    number = plain_number(value)
+    if number is None:
         raise TypeError(f"{name}={value!r}: must be {allowed}")
-    if not math.isfinite(value) or value < least or (most is not None and value > most):
+    if not math.isfinite(number) or number < least or (most is not None and number > most):
         raise ValueError(f"{name}={value!r}: must be {allowed}")
+    return number
 
 
-def check_budget(k: Any, l: Any, n_features: int, select: str) -> None:
-    """k in (0, F], whole when each token has its own budget; l >= 1 or None."""
-    if isinstance(k, bool) or not isinstance(k, (int, float)):
+def check_positive(name: str, value: Any, most: float | None = None) -> float:
+    """As `check_number`, without 0."""
+    number = plain_number(value)
+    if number == 0:
+        raise ValueError(f"{name}={value!r}: must be " + ("> 0" if most is None else f"in (0, {most}]"))
+    return check_number(name, value, 0, most)
+
+
+def check_budget(k: Any, l: Any, n_features: int, select: str) -> tuple[float, float | None]:
+    """(k, l) as plain numbers: k in (0, F], whole when each token has its own budget; l >= 1 or None."""
+    number = plain_number(k)
+    if number is None:
         raise TypeError(f"k={k!r}: must be a number in (0, {n_features}]")
-    if not math.isfinite(k) or not 0 < k <= n_features:
+    if not 0 < number <= n_features:
         raise ValueError(f"k={k!r}: must be in (0, {n_features}], the number of features")
-    if select == "token" and k != int(k):
+    if select == "token" and number != int(number):
         raise ValueError(f"k={k!r}: select='token' keeps a whole number of features in each token")
-    if l is not None:
-        check_number("l", l, 1, None)
+    return number, None if l is None else check_number("l", l, 1, None)
 
 
 def check_activations(x: Any, d_in: int, name: str = "x") -> None:

@@ -173,6 +173,13 @@ def resident(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
+def check_memory(what: str, needed: float, device: torch.device | str = "cpu") -> None:
+    """MemoryError that begins with `what` where so many bytes are not free: the system may end a process that tries."""
+    free = free_memory(device)
+    if needed > free:
+        raise MemoryError(f"{what}: about {needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free")
+
+
 def free_memory(device: torch.device | str = "cpu") -> float:
     """Bytes that may still be taken; inf where the system does not tell."""
     if on_gpu(device):

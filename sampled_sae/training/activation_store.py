@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..support.argument_checks import check_choice, check_integer
-from ..support.atomic_files import read_json
-from .store_writer import DTYPES, FORMAT, MANIFEST, VERSION
+from ..support.atomic_files import read_tensors
+from .store_writer import DTYPES, MANIFEST, damage, read_manifest
 from .tensor_writer import write_tensors
 
 SHARD_TOKENS = 32_768
@@ -31,6 +29,7 @@ class ActivationStore:
 
     folder: Path
     manifest: dict[str, Any]
+    _verified: set[Path] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: str | Path) -> ActivationStore:
@@ -39,11 +38,9 @@ class ActivationStore:
         Raises:
             ValueError: no manifest, a foreign one, or a harvest that has not finished.
         """
-        path = Path(folder) / MANIFEST
-        manifest = read_json(path)
-        if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-            raise ValueError(f"{path}: format={manifest.get('format')!r}: must be {FORMAT!r}, version {VERSION}")
-        if not manifest.get("complete"):
+        manifest = read_manifest(Path(folder))
+        if not manifest["complete"]:
+            path = Path(folder) / MANIFEST
             raise ValueError(f"{path}: the harvest has not finished; run the same harvest command again")
         return cls(Path(folder), manifest)
 
@@ -87,7 +84,7 @@ class ActivationStore:
 
     @property
     def scale(self) -> float:
-        """Raw activations times this have mean ||x||^2 = d_in."""
+        """Activations times this have mean ||x||^2 = d_in; training sets `SampledSAEConfig.input_scale` to it."""
         return float(self.manifest["scale"])
 
     @property
@@ -96,34 +93,41 @@ class ActivationStore:
         return [int(shard["tokens"]) for shard in self.manifest["shards"]]
 
     def load(self, entry: dict[str, Any]) -> dict[str, Tensor]:
-        """The tensors of one file named in the manifest, checked; "activations" normalised, float32 [n, d].
+        """The tensors of one file named in the manifest; "activations" as they were made, float32 [n, d].
+
+        Its checksum is verified when it is first read.
 
         Raises:
             ValueError: naming the file: missing, truncated, corrupt, or other than the manifest says.
         """
         path = self.folder / entry["file"]
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file, but the manifest lists it; make the store again")
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise ValueError(f"{path}: corrupt, {size} bytes where the manifest says {entry['bytes']}")
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: corrupt, not readable as safetensors ({error})") from None
+        if path not in self._verified and (problem := damage(self.folder, entry)):
+            cure = "the same harvest command writes it again" if "model" in self.manifest else "make the store again"
+            raise ValueError(f"{path}: {problem}; {cure}")
+        self._verified.add(path)
+        tensors = read_tensors(path)
         x = tensors.get("activations")
         if x is None or tuple(x.shape) != (entry["tokens"], self.d_in):
             found = None if x is None else tuple(x.shape)
             raise ValueError(f"{path}: activations {found}, the manifest says {(entry['tokens'], self.d_in)}")
-        tensors["activations"] = x.float().mul_(self.scale)
+        tensors["activations"] = x.float()
         return tensors
 
     def shard(self, i: int) -> Tensor:
-        """Normalised activations [n, d] of one shard."""
+        """Activations [n, d] of one shard."""
         return self.load(self.manifest["shards"][i])["activations"]
 
+    def first(self, n: int) -> Tensor:
+        """The first n training activations, or all where there are fewer: [<= n, d]."""
+        found: list[Tensor] = []
+        for i in range(len(self.tokens)):
+            if (missing := n - sum(map(len, found))) <= 0:
+                break
+            found.append(self.shard(i)[:missing])
+        return torch.cat(found)
+
     def holdout(self) -> tuple[Tensor, Tensor | None]:
-        """What is never trained on: (normalised activations [n, d], token rows int64 [N, context]).
+        """What is never trained on: (activations [n, d] as they were made, token rows int64 [N, context]).
 
         The rows are None in a store that was made from activations without text.
 

@@ -29,8 +29,8 @@ class ShuffledStream:
     """
 
     def __init__(self, store: ActivationStore, batch_size: int, seed: int = 0) -> None:
-        check_integer("batch_size", batch_size, 1)
-        self.store, self.batch_size, self.seed = store, batch_size, seed
+        self.store = store
+        self.batch_size, self.seed = check_integer("batch_size", batch_size, 1), check_integer("seed", seed, 0)
         self._plans: dict[int, list[tuple[list[int], int]]] = {}
         self._loaded: tuple[tuple[int, int], Tensor] | None = None
         if self.batches_per_epoch(0) == 0:
@@ -42,7 +42,7 @@ class ShuffledStream:
         return sum(count for _, count in self._plan(epoch))
 
     def batch(self, t: int) -> Tensor:
-        """Batch t >= 0: [batch_size, d], normalised.
+        """Batch t >= 0: [batch_size, d], times the store's scale.
 
         Raises:
             ValueError: a corrupt shard, or NaN or inf in the batch, with the step.
@@ -77,17 +77,17 @@ class ShuffledStream:
         """The group's tokens in their shuffled order; one group is held at a time."""
         if self._loaded is None or self._loaded[0] != (epoch, group):
             self._loaded = None
-            x = torch.cat([self.store.shard(i) for i in self._plan(epoch)[group][0]])
+            x = torch.cat([self.store.shard(i) for i in self._plan(epoch)[group][0]]).mul_(self.store.scale)
             order = torch.randperm(len(x), generator=self._generator(epoch, group + 1))
             self._loaded = (epoch, group), x[order]
         return self._loaded[1]
 
     def _generator(self, epoch: int, part: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + part)
+        return torch.Generator().manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_003 + part) % 2**64)
 
 
 class TrainingBatch:
-    """Activations x [B, d] and what several SAEs need of them, computed once, when first asked for."""
+    """Activations x [B, d], scaled, and what several SAEs need of them, computed once, when first asked for."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
@@ -132,7 +132,7 @@ class Feed:
         return self._last[1]
 
     def calibration(self) -> Tensor:
-        """The first tokens of the stream, at most `CALIBRATION_TOKENS`: [n, d]."""
+        """The first tokens of the stream, at most `CALIBRATION_TOKENS`, times the store's scale: [n, d]."""
         self._last = None
         x = [self.stream.batch(t) for t in range(-(-CALIBRATION_TOKENS // self.stream.batch_size))]
         return self._moved(torch.cat(x)[:CALIBRATION_TOKENS])

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .. import threshold
 from ..codes import SparseCodes
 from ..sae import SampledSAE
+from ..support.argument_checks import check_integer
 
 HISTOGRAM_EDGES = [0.0, *(10.0 ** (e / 2) for e in range(-9, 0)), 1.0]
 
 
 @torch.no_grad()
 def evaluate_activations(sae: SampledSAE, x: Tensor, batch_size: int = 2048) -> dict[str, Any]:
-    """Metrics on held-out activations x [n, d_in], on the CPU, normalised as in training.
+    """Metrics on held-out activations x [n, d_in], on the CPU, as the model made them: the SAE scales them itself.
 
     The SAE may be on another device, and is left as it was. Returns a dict:
 
@@ -30,17 +32,24 @@ def evaluate_activations(sae: SampledSAE, x: Tensor, batch_size: int = 2048) -> 
       `frequency_edges`; without features never active.
     - `features_for_90`: how many features hold 90% of the kept entries.
     - `jaccard`: mean overlap of the feature sets of consecutive batches.
-    - `threshold`: the inference threshold, by which the metrics above select.
+    - `threshold`: the inference threshold, by which the metrics above select; None for a TopK SAE, which keeps k
+      features of each token.
     - `batch_l0`, `batch_fvu`, `batch_features_for_90`, `batch_jaccard`: the same by the rule of training, with pool and
       selection made for each batch.
+
+    Raises:
+        ValueError: a threshold that was never set.
     """
+    batch_size = check_integer("batch_size", batch_size, 1)
+    if not sae.cfg.is_topk and not threshold.is_set(sae):
+        raise ValueError(threshold.NEVER_SET)
     was_training = sae.training
     state = {name: getattr(sae, name).clone() for name in ("threshold", "threshold_steps", "tokens_since_active")}
     generator = sae.generator.get_state()
     try:
         sae.eval()
         result: dict[str, Any] = _measure(sae, x, batch_size)
-        result["threshold"] = float(sae.threshold)
+        result["threshold"] = None if sae.cfg.is_topk else float(sae.threshold)
         sae.train()
         by_batch = _measure(sae, x, batch_size)
         names = ("l0", "fvu", "features_for_90", "jaccard")
@@ -62,7 +71,7 @@ def _measure(sae: SampledSAE, x: Tensor, batch_size: int) -> dict[str, Any]:
     overlaps: list[float] = []
     before: Tensor | None = None
     for batch, codes in _batches(sae, x, batch_size):
-        x_hat = sae.decode(codes)
+        x_hat = sae.decode(codes).to(batch.dtype)
         error = (batch - x_hat).double()
         error_sum += error.sum(0)
         error_squares += error.square().sum(0)
@@ -97,7 +106,7 @@ def _measure(sae: SampledSAE, x: Tensor, batch_size: int) -> dict[str, Any]:
 def _batches(sae: SampledSAE, x: Tensor, batch_size: int) -> Iterator[tuple[Tensor, SparseCodes]]:
     for batch in x.split(batch_size):
         batch = batch.to(sae.W_enc.device)
-        yield batch, sae.encode_sparse(batch)
+        yield batch, sae.encode_sparse(batch.to(sae.W_enc.dtype))
 
 
 def features_for_share(counts: Tensor, share: float) -> int:
@@ -107,11 +116,20 @@ def features_for_share(counts: Tensor, share: float) -> int:
     return 0 if total == 0 else int((ordered < share * total).sum()) + 1
 
 
-def reconstruct_with(sae: SampledSAE) -> Callable[[Tensor], Tensor]:
-    """The function x [n, d_in] -> reconstruction by the threshold, for `sampled_sae.lm.SpliceEvaluator.evaluate`."""
+def reconstruct_with(sae: SampledSAE) -> Reconstruction:
+    """What `sampled_sae.lm.SpliceEvaluator.evaluate` takes for an SAE."""
+    return Reconstruction(sae)
+
+
+class Reconstruction:
+    """x [n, d_in], as the model made them, to what the SAE makes of them in the mode it is in."""
+
+    # SpliceEvaluator leaves the scaling to it
+    scales = True
+
+    def __init__(self, sae: SampledSAE) -> None:
+        self.sae = sae
 
     @torch.no_grad()
-    def reconstruct(x: Tensor) -> Tensor:
-        return sae.decode(sae.encode_sparse(x.to(sae.W_enc.device))).to(x.device)
-
-    return reconstruct
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.sae.decode(self.sae.encode_sparse(x.to(self.sae.W_enc))).to(x)

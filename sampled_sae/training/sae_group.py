@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -11,7 +12,11 @@ from ..sae import SampledSAE
 from .activation_store import ActivationStore
 from .batches import Feed
 from .train_config import TrainConfig
-from .training_run import TrainingRun, train_to_end
+from .training_loop import train_to_end
+from .training_run import TrainingRun, check_fits
+
+_FOLDER_NAME = re.compile(r'[^<>:"/\\|?*\x00-\x1f]*[^<>:"/\\|?*\x00-\x1f. ]')
+_DEVICES = ("CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(1, 10)))
 
 
 class SAEGroup:
@@ -47,7 +52,7 @@ class SAEGroup:
         folder: str | Path,
         device: torch.device | str = "cpu",
     ) -> None:
-        _check_names(configs, stores)
+        check_members(configs, stores)
         self.config = train
         self.folder = Path(folder)
         self.members: dict[str, TrainingRun] = {}
@@ -77,14 +82,25 @@ class SAEGroup:
         return {name: member.sae for name, member in self.members.items()}
 
 
-def _check_names(configs: dict[str, SampledSAEConfig], stores: ActivationStore | dict[str, ActivationStore]) -> None:
+def check_members(configs: dict[str, SampledSAEConfig], stores: ActivationStore | dict[str, ActivationStore]) -> None:
+    """ValueError unless the names can be those of folders on any system, and each config fits its store."""
     if not configs:
         raise ValueError(f"configs={configs!r}: must name at least one SampledSAEConfig")
     for name in configs:
-        if name in ("", "..") or Path(name).name != name:
-            raise ValueError(f"configs[{name!r}]: the name must be that of a folder, without separators")
+        if not _FOLDER_NAME.fullmatch(name) or name.split(".")[0].upper() in _DEVICES:
+            raise ValueError(
+                f'configs[{name!r}]: the name must be that of a folder: without separators, any of < > : " | ? *, a '
+                "point or space at its end, and none that Windows keeps for devices"
+            )
+    if len({name.casefold() for name in configs}) < len(configs):
+        raise ValueError(f"configs={sorted(configs)}: names must differ by more than case, which some systems ignore")
     if isinstance(stores, dict) and set(stores) != set(configs):
         missing, unknown = sorted(set(configs) - set(stores)), sorted(set(stores) - set(configs))
         raise ValueError(
             f"stores={sorted(stores)}: must name the members {sorted(configs)}; missing {missing}, unknown {unknown}"
         )
+    for name, config in configs.items():
+        try:
+            check_fits(config, stores[name] if isinstance(stores, dict) else stores)
+        except ValueError as error:
+            raise ValueError(f"configs[{name!r}]: {error}") from error

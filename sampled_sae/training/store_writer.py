@@ -2,7 +2,7 @@
 
 The folder holds `shard_00000.safetensors`, ... (tensor `activations` [n, d], raw), `holdout.safetensors` (the same
 for tokens kept for evaluation, and their token rows where there is text) and `manifest.json`. A file becomes visible
-only when whole, and counts only once the manifest lists it.
+only when whole, and counts only once the manifest lists it, with its checksum.
 """
 
 from __future__ import annotations
@@ -10,18 +10,22 @@ from __future__ import annotations
 import math
 from importlib import metadata
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..support.atomic_files import write_atomically, write_json
+from ..support.atomic_files import field, read_json, read_tensors, write_atomically, write_json
+from ..support.checksums import file_crc32
 
 FORMAT = "sampled-sae activations"
 VERSION = 1
 MANIFEST = "manifest.json"
 HOLDOUT = "holdout.safetensors"
+# Sums of the squares of a batch of such values stay below float32's largest number, 3e38.
+LARGEST = 1e15
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -42,6 +46,40 @@ def new_manifest(d_in: int, dtype: str, settings: dict[str, Any], **about: Any) 
     }
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a store, finished or not, with every field that is read of it.
+
+    Raises:
+        ValueError: none, a foreign one, or one with a field of another type; naming the file and the field.
+    """
+    path = folder / MANIFEST
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise ValueError(f"{path}: format={manifest.get('format')!r}: must be {FORMAT!r}, version {VERSION}")
+    complete = field(path, manifest, "complete", bool)
+    field(path, manifest, "d_in", int, 1)
+    field(path, manifest, "settings", dict)
+    for name, kind in (("model", str), ("source", str), ("layer", int), ("context", int)):
+        field(path, manifest, name, (kind, NoneType))
+    for i, shard in enumerate(field(path, manifest, "shards", list)):
+        _check_entry(f"{path}: shards[{i}]", shard, 0)
+    if complete and field(path, manifest, "scale", float) <= 0:
+        raise ValueError(f"{path}: scale={manifest['scale']!r}: must be > 0")
+    held_out = field(path, manifest, "holdout", (dict, NoneType))
+    if held_out is not None:
+        _check_entry(f"{path}: holdout", held_out, 1)
+        if field(f"{path}: holdout", held_out, "rows", (int, NoneType)):
+            field(path, manifest, "layer", int, 0)
+            field(path, manifest, "max_norm", float)
+    return manifest
+
+
+def _check_entry(where: str, entry: Any, least: int) -> None:
+    field(where, entry, "file", str)
+    field(where, entry, "tokens", int, least)
+    field(where, entry, "bytes", int, 0)
+
+
 def installed_version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -53,12 +91,63 @@ def as_stored(x: Tensor, dtype: str) -> Tensor:
     """A copy of x on the CPU, in the dtype of the shards.
 
     Raises:
-        ValueError: values of x that this dtype cannot hold.
+        ValueError: values of x that this dtype cannot hold, or whose squares no sum in float32 can.
     """
     stored = x.detach().to("cpu", DTYPES[dtype], copy=True)
+    if len(x) == 0:
+        return stored
+    largest = float(x.detach().abs().max())
     if not stored.isfinite().all():
-        raise ValueError(f"dtype={dtype!r} cannot hold these activations, which reach {float(x.abs().max()):.3g}")
+        raise ValueError(f"dtype={dtype!r} cannot hold these activations, which reach {largest:.3g}")
+    if largest > LARGEST:
+        raise ValueError(f"the activations reach {largest:.3g}: must be at most {LARGEST:g}, divide them by a constant")
     return stored
+
+
+def damage(folder: Path, entry: dict[str, Any]) -> str | None:
+    """What is wrong with a file that the manifest lists, by its checksum; None where nothing is.
+
+    Stores of earlier versions have no checksums: there the shards' sums of squares say it.
+    """
+    path = folder / entry["file"]
+    if not path.is_file():
+        return "no such file, but the manifest lists it"
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return f"corrupt, {size} bytes where the manifest says {entry['bytes']}"
+    if "crc32" in entry:
+        found = file_crc32(path)
+        return (
+            None if found == entry["crc32"] else f"corrupt, checksum {found} where the manifest says {entry['crc32']}"
+        )
+    if "sum_squares" in entry:
+        try:
+            found_sum = sum_squares(read_tensors(path)["activations"])
+        except (ValueError, KeyError) as error:
+            return f"corrupt, no readable activations ({error})"
+        if not math.isclose(found_sum, entry["sum_squares"], rel_tol=1e-9):
+            return f"corrupt, its squares sum to {found_sum:.9g} where the manifest says {entry['sum_squares']:.9g}"
+    return None
+
+
+def sum_squares(activations: Tensor) -> float:
+    return float(activations.double().square().sum())
+
+
+def scale_of(manifest: dict[str, Any]) -> float:
+    """Training activations times this have mean ||x||^2 = d, by the sums that the manifest lists.
+
+    Raises:
+        ValueError: all activations are zero, or so small that they might be.
+    """
+    tokens = sum(shard["tokens"] for shard in manifest["shards"])
+    total = math.fsum(shard["sum_squares"] for shard in manifest["shards"])
+    if total == 0:
+        raise ValueError("all activations are zero: there is no scale to normalise them with")
+    scale = math.sqrt(manifest["d_in"] * tokens / total)
+    if scale > LARGEST:
+        raise ValueError(f"the activations are of size {1 / scale:.3g}: must be at least {1 / LARGEST:g}")
+    return scale
 
 
 class StoreWriter:
@@ -76,17 +165,17 @@ class StoreWriter:
         self._written: list[str] = []
 
     def has_shard(self, index: int) -> bool:
-        """Whether the manifest lists this shard and the file is whole."""
+        """Whether the manifest lists this shard and the file is undamaged."""
         return self._is_whole(self._shards.get(_shard_name(index)))
 
     def has_holdout(self) -> bool:
-        """Whether the manifest lists the held-out part and the file is whole."""
+        """Whether the manifest lists the held-out part and the file is undamaged."""
         return self._is_whole(self.manifest["holdout"])
 
     def write_shard(self, index: int, activations: Tensor) -> None:
         """activations [n, d], raw, in the dtype of the shards."""
         entry = self._write(_shard_name(index), {"activations": activations})
-        self._shards[entry["file"]] = {**entry, "sum_squares": float(activations.double().square().sum())}
+        self._shards[entry["file"]] = {**entry, "sum_squares": sum_squares(activations)}
         self.manifest["shards"] = [self._shards[file] for file in sorted(self._shards)]
 
     def write_holdout(self, activations: Tensor, rows: Tensor | None = None) -> None:
@@ -101,10 +190,10 @@ class StoreWriter:
         """Lists the files written so far, with the scale that their activations have together.
 
         Raises:
-            ValueError: all activations are zero.
+            ValueError: all activations are zero, or so small that they might be.
         """
-        if self._shards:
-            self.manifest["scale"] = self._scale()
+        if self.manifest["shards"]:
+            self.manifest["scale"] = scale_of(self.manifest)
         self.manifest["complete"] = complete
         write_json(self.folder / MANIFEST, self.manifest)
 
@@ -113,25 +202,15 @@ class StoreWriter:
         for file in (MANIFEST, *self._written):
             (self.folder / file).unlink(missing_ok=True)
 
-    def _scale(self) -> float:
-        """Training activations times this have mean ||x||^2 = d."""
-        tokens = sum(shard["tokens"] for shard in self._shards.values())
-        total = math.fsum(shard["sum_squares"] for shard in self._shards.values())
-        if total == 0:
-            raise ValueError("all activations are zero: there is no scale to normalise them with")
-        return math.sqrt(self.manifest["d_in"] * tokens / total)
-
     def _is_whole(self, entry: dict[str, Any] | None) -> bool:
-        if entry is None:
-            return False
-        path = self.folder / entry["file"]
-        return path.is_file() and path.stat().st_size == entry["bytes"]
+        return entry is not None and damage(self.folder, entry) is None
 
     def _write(self, file: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         path = self.folder / file
         self._written.append(file)
         write_atomically(path, lambda temporary: save_file(tensors, temporary))
-        return {"file": file, "tokens": len(tensors["activations"]), "bytes": path.stat().st_size}
+        tokens, size = len(tensors["activations"]), path.stat().st_size
+        return {"file": file, "tokens": tokens, "bytes": size, "crc32": file_crc32(path)}
 
 
 def _shard_name(index: int) -> str:

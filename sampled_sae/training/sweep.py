@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +13,34 @@ from torch import Tensor
 from ..config import SampledSAEConfig
 from ..sae import SampledSAE
 from ..support.argument_checks import check_integer
-from ..support.atomic_files import read_json, write_json, write_text
+from ..support.atomic_files import without_nan, write_json
+from ..support.output_folder import check_output_folder, locked
 from .activation_store import ActivationStore
+from .batches import Feed
+from .checkpoint import CHECKPOINT
 from .evaluation import evaluate_activations, reconstruct_with
-from .sae_group import SAEGroup
+from .sae_group import SAEGroup, check_members
+from .same_settings import check_same_settings, identity
+from .sweep_table import read_result, write_table
 from .train_config import TrainConfig
-from .training_run import CHECKPOINT, METRICS
 
 Splice = Callable[[Callable[[Tensor], Tensor]], dict[str, float]]
 EVALUATION = "evaluation.json"
-COLUMNS = {
-    "name": "SAE",
-    "l": "l",
-    "score": "score",
-    "seed": "seed",
-    "l0": "L0",
-    "batch_l0": "L0 (batch)",
-    "fvu": "FVU",
-    "explained_variance": "expl. var.",
-    "cosine": "cosine",
-    "loss_recovered_zero": "loss recovered",
-    "ce_spliced": "CE spliced",
-    "dead_share": "never active",
-    "features_for_90": "features for 90%",
-    "jaccard": "Jaccard",
-    "seconds": "train s",
-}
+# The sweep's own record of a member: what its table has, whatever is evaluated later.
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class SpliceSource:
+    """A language model to measure reconstructions in, loaded once all else is known to be right.
+
+    Attributes:
+        about: what the measure depends on, such as the model's name; a sweep goes on with the same alone.
+        load: makes the measure.
+    """
+
+    about: dict[str, Any]
+    load: Callable[[], Splice]
 
 
 def variants(
@@ -71,7 +70,7 @@ def run_sweep(
     train: TrainConfig,
     store: ActivationStore,
     folder: Path,
-    splice: Splice | None = None,
+    splice: Splice | SpliceSource | None = None,
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
     together: int = 4,
@@ -82,107 +81,107 @@ def run_sweep(
     Trains `together` configs at a time as one SAEGroup, on `device`; the results do not depend on how many. All
     see the tokens in the order of `train.seed`; a config's own seed is that of its initial weights alone.
 
-    Writes `results.csv`, `results.md` and `sweep.json`, and in each run's folder the trainer's files and
-    `evaluation.json`. A run's checkpoint is removed once the run is evaluated.
+    Writes `results.csv`, `results.md` and `sweep.json`, and in each run's folder the trainer's files,
+    `evaluation.json` and `result.json`: the evaluation with the settings it was made with, from which the sweep goes
+    on. A run's checkpoint is removed once the run is evaluated.
 
     Args:
         configs: name -> config.
         store: with a held-out part.
-        splice: measures a reconstruction in the language model, such as `SpliceEvaluator.evaluate`.
+        splice: measures a reconstruction in the language model, such as `SpliceEvaluator.evaluate`, or loads what does.
         progress, say: whether to show a progress bar; what to call with each line of news.
 
     Returns:
         A dict for each config, in their order.
 
     Raises:
-        ValueError: a store without held-out part, results of other settings in `folder`, and what SAEGroup raises.
+        ValueError: a store without held-out part, results of other settings, model or activations in `folder`, what
+            SAEGroup raises; all but a training's own troubles before anything is loaded or computed.
+        BlockingIOError: another process trains there.
+        Interrupted: a signal came; all that was done is saved.
     """
-    check_integer("together", together, 1)
-    held_out, _ = store.holdout()
-    common = {"train": asdict(train), "spliced": splice is not None, "data": store.manifest["shards"]}
+    together = check_integer("together", together, 1)
+    check_members(configs, store)
+    check_output_folder(folder)
+    Feed(store, train.batch_size, train.seed, device)
+    # of a SpliceSource, or of the SpliceEvaluator that a bound method belongs to
+    about = getattr(getattr(splice, "__self__", splice), "about", {})
+    common = {
+        "train": asdict(train),
+        "activations": identity(store.manifest),
+        "splice": None if splice is None else about,
+        "data": store.manifest["shards"],
+    }
     settings = {name: {"sae": config.to_dict(), **common} for name, config in configs.items()}
     place = {name: f"[{i}/{len(configs)}] {name}" for i, name in enumerate(configs, 1)}
-    results: dict[str, dict[str, Any]] = {}
-    for name in configs:
-        done = folder / name / EVALUATION
-        if done.exists():
-            results[name] = read_json(done)
-            if results[name].get("settings") != settings[name]:
-                raise ValueError(f"{done}: made with other settings; use another folder")
-            say(f"{place[name]}: already evaluated")
+    results = {name: found for name in configs if (found := _recorded(folder / name, settings[name])) is not None}
+    for name in results:
+        say(f"{place[name]}: already evaluated")
+    held_out, _ = store.holdout()
 
-    def train_and_evaluate(names: list[str]) -> None:
+    def train_and_evaluate(names: list[str], measure: Splice | None) -> None:
         """One group; its memory is free when this returns, before the next is made."""
         for name in names:
             say(f"{place[name]}: training in {folder / name}")
         group = SAEGroup({name: configs[name] for name in names}, train, store, folder, device)
         for name, sae in group.run(progress).items():
-            results[name] = evaluate(sae, held_out, train.batch_size, splice)
-            results[name] |= {"settings": settings[name], "seconds": round(group.members[name].seconds, 1)}
-            write_json(folder / name / EVALUATION, results[name])
+            found = evaluate(sae, held_out, train.batch_size, measure)
+            write_json(folder / name / EVALUATION, found)
+            seconds = round(group.members[name].seconds, 1)
+            results[name] = merged(found, {"settings": settings[name], "seconds": seconds})
+            write_json(folder / name / RESULT, results[name])
             (folder / name / CHECKPOINT).unlink(missing_ok=True)
 
-    waiting = [name for name in configs if name not in results]
-    for start in range(0, len(waiting), together):
-        train_and_evaluate(waiting[start : start + together])
-    rows = [_row(name, config, results[name]) for name, config in configs.items()]
-    write_table(rows, folder)
-    write_json(folder / "sweep.json", {"rows": rows, "train": asdict(train)})
+    with locked(folder, "a sweep"):
+        measure = splice.load() if isinstance(splice, SpliceSource) else splice
+        waiting = [name for name in configs if name not in results]
+        for start in range(0, len(waiting), together):
+            train_and_evaluate(waiting[start : start + together], measure)
+        rows = [_row(name, config, results[name]) for name, config in configs.items()]
+        write_table(rows, folder)
+        write_json(folder / "sweep.json", {"rows": rows, "train": asdict(train)})
     return rows
+
+
+def _recorded(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of a member, which earlier versions kept in evaluation.json; None where there is none yet.
+
+    Raises:
+        ValueError: one that was made with other settings.
+    """
+    for path in (folder / RESULT, folder / EVALUATION):
+        found = read_result(path) if path.exists() else {}
+        if "settings" in found:
+            check_same_settings(path, found["settings"], settings)
+            return found
+    return None
 
 
 def _row(name: str, config: SampledSAEConfig, result: dict[str, Any]) -> dict[str, Any]:
     score = None if config.l is None else config.score
     measured = {key: value for key, value in result.items() if key != "settings"}
-    return {"name": name, "l": config.l, "score": score, "seed": config.seed, **measured}
+    return merged({"name": name, "l": config.l, "score": score, "seed": config.seed}, measured)
 
 
 def evaluate(sae: SampledSAE, held_out: Tensor, batch_size: int, splice: Splice | None) -> dict[str, Any]:
     """The metrics of `evaluate_activations` and, where there is `splice`, those in the language model.
 
-    `tokens` counts the held-out activations, `predicted_tokens` those that the language model predicts.
+    `tokens` counts the held-out activations, `predicted_tokens` those that the language model predicts. What is not a
+    number is None.
+
+    Raises:
+        ValueError: `splice` gives a metric that there is already.
     """
     result = evaluate_activations(sae, held_out, batch_size)
     if splice is not None:
         with torch.no_grad():
             spliced = splice(reconstruct_with(sae))
-        result |= {"predicted_tokens" if name == "tokens" else name: value for name, value in spliced.items()}
-    return result
+        result = merged(result, {"predicted_tokens" if name == "tokens" else name: v for name, v in spliced.items()})
+    return dict(without_nan(result))
 
 
-def write_table(rows: list[dict[str, Any]], folder: Path) -> None:
-    """results.csv (every scalar) and results.md (the columns a reader compares)."""
-    scalars = [k for k in rows[0] if not isinstance(rows[0][k], (list, dict))]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, scalars, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(folder / "results.csv", text.getvalue())
-    write_text(folder / "results.md", markdown_table(rows))
-
-
-def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of those `COLUMNS` that at least one row has."""
-    columns = [c for c in COLUMNS if any(row.get(c) is not None for row in rows)]
-    if len({row["seed"] for row in rows}) == 1:
-        columns.remove("seed")
-    lines = [" | ".join(COLUMNS[c] for c in columns), "|".join("---" for _ in columns)]
-    lines += [" | ".join(_cell(c, row.get(c)) for c in columns) for row in rows]
-    return "".join(f"| {line} |\n" for line in lines)
-
-
-def _cell(column: str, value: Any) -> str:
-    if value is None:
-        return "–"
-    if column == "dead_share":
-        return f"{value:.1%}"
-    if column in ("l0", "batch_l0"):
-        return f"{value:.1f}"
-    if isinstance(value, float) and column not in ("l", "seconds"):
-        return f"{value:.3f}"
-    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
-
-
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Both; ValueError where one value would replace another."""
+    if both := sorted(set(one) & set(other)):
+        raise ValueError(f"two results are named {', '.join(both)}: each needs a name of its own")
+    return {**one, **other}

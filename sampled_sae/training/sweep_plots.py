@@ -8,7 +8,7 @@ from typing import Any
 
 from ..support.atomic_files import write_atomically
 from .evaluation import HISTOGRAM_EDGES
-from .sweep import read_metrics
+from .sweep_table import read_metrics
 
 
 def plot_sweep(rows: list[dict[str, Any]], folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..support.argument_checks import FLOATS
 from ..support.atomic_files import read_json
+from ..support.output_folder import check_output_folder, is_leftover, locked
 from .store_writer import FORMAT, MANIFEST, StoreWriter, as_stored, new_manifest
 
 
@@ -22,7 +23,9 @@ def write_tensors(folder: Path, x: Any, holdout: int, shard_tokens: int, dtype: 
 
     Holds in memory the held-out tokens, a shard and a chunk at most.
     """
-    _check_free(folder)
+    check_output_folder(folder)
+    if folder.exists():
+        _check_free(folder)
     if isinstance(x, (Tensor, np.ndarray)):
         _check_chunk("x", x)
         _check_holdout(holdout, len(x))
@@ -32,14 +35,13 @@ def write_tensors(folder: Path, x: Any, holdout: int, shard_tokens: int, dtype: 
         raise ValueError("x: holds no tokens; at least one is needed")
     settings = {"holdout": holdout, "shard_tokens": shard_tokens, "dtype": dtype}
     writer = StoreWriter(folder, new_manifest(first.shape[1], dtype, settings, source=source))
-    made = not folder.exists()
-    try:
-        _write_files(writer, chain([first], pieces), holdout, shard_tokens)
-    except BaseException:
-        writer.delete_files()
-        if made and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
+    with locked(folder, "a write of activations"):
+        _check_free(folder)  # still: another may have written there since
+        try:
+            _write_files(writer, chain([first], pieces), holdout, shard_tokens)
+        except BaseException:
+            writer.delete_files()
+            raise
 
 
 def _write_files(writer: StoreWriter, pieces: Iterable[Tensor], holdout: int, shard_tokens: int) -> None:
@@ -61,9 +63,7 @@ def _write_files(writer: StoreWriter, pieces: Iterable[Tensor], holdout: int, sh
 
 def _check_free(folder: Path) -> None:
     """Only an empty folder is written to: nothing in it can be overwritten or taken for a part of the store."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder={str(folder)!r}: must be a folder, is a file")
-    if not folder.exists() or not any(folder.iterdir()):
+    if all(is_leftover(entry.name) for entry in folder.iterdir()):
         return
     manifest: dict[str, Any] = {}
     if (folder / MANIFEST).exists():

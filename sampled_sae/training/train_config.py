@@ -41,12 +41,10 @@ class TrainConfig:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
             object.__setattr__(self, name, check_integer(name, getattr(self, name), 1))
         object.__setattr__(self, "seed", check_integer("seed", self.seed, 0))
-        check_choice("adam", self.adam, MODES)
-        check_choice("moments", self.moments, ("float32", "bfloat16"))
-        check_number("lr", self.lr, 0, None)
-        check_number("clip", self.clip, 0, None)
-        check_number("warmup", self.warmup, 0, 1)
-        check_number("decay", self.decay, 0, 1)
+        object.__setattr__(self, "adam", check_choice("adam", self.adam, MODES))
+        object.__setattr__(self, "moments", check_choice("moments", self.moments, ("float32", "bfloat16")))
+        for name, most in (("lr", None), ("clip", None), ("warmup", 1), ("decay", 1)):
+            object.__setattr__(self, name, check_number(name, getattr(self, name), 0, most))
 
     def lr_at(self, step: int) -> float:
         """lr of step 0, 1, ...: linear warm-up, constant, linear decay."""

@@ -1,36 +1,60 @@
-"""`TrainingRun`: one SAE in training, resumed bit for bit. `train_to_end`: the loop over one or several of them."""
+"""`TrainingRun`: one SAE in training, resumed bit for bit."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..config import SampledSAEConfig
 from ..optim import RowAdam
+from ..pretrained import RUN, check_target
 from ..sae import SampledSAE, SampledSAEOutput
-from ..support.atomic_files import write_atomically, write_json, write_text
+from ..support.atomic_files import append_text, field, json_line, write_json, write_text
 from ..support.late_values import LateScalars
+from ..support.output_folder import check_output_folder
+from ..support.timing import check_memory
+from .activation_store import ActivationStore
 from .batches import Feed, TrainingBatch
+from .checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
+from .same_settings import check_same_settings, identity
 from .train_config import TrainConfig
 
-CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
+# Below this share of their mean square, what tells tokens apart drowns in the rounding of float32.
+LEAST_VARIANCE = 1e-7
+# The aux loss is a share of the residual's variance: some ones at most, and more where that variance is rounding.
+LARGEST_AUX = 1e6
+
+
+def check_fits(sae_config: SampledSAEConfig, store: ActivationStore) -> None:
+    """ValueError where an SAE cannot be trained on these activations."""
+    if sae_config.d_in != store.d_in:
+        raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.folder} have {store.d_in}")
+    if sae_config.input_scale not in (1, store.scale):
+        raise ValueError(
+            f"input_scale={sae_config.input_scale!r}: the training multiplies the activations in {store.folder} by "
+            f"{store.scale}; leave it at 1 to have it set"
+        )
+
+
+def checkpoint_bytes(sae_config: SampledSAEConfig, train_config: TrainConfig) -> int:
+    """Of the weights, in float32, and of both moments."""
+    moments = 2 * getattr(torch, train_config.moments).itemsize
+    return 2 * sae_config.d_in * sae_config.d_sae * (4 + moments)
 
 
 class TrainingRun:
     """One SAE in training, its optimizer and its folder; the caller fetches the batches.
 
     Args:
-        sae_config, train_config: the SAE and how it is trained; `row_grads` is switched on in training.
+        sae_config, train_config: the SAE and how it is trained; `row_grads` is switched on in training, and
+            `input_scale` becomes that of the store.
         feed: where its batches come from, and the device it is trained on; may be shared by several runs.
         folder: where everything is written.
 
@@ -42,18 +66,24 @@ class TrainingRun:
             sum over the runs of a process is exact.
 
     Raises:
-        ValueError: a checkpoint of other settings in the folder, a corrupt one, widths that differ.
+        ValueError: a checkpoint of other settings in the folder, a damaged one, widths that differ, a folder that
+            cannot be written to, activations that (all but) do not vary.
     """
 
     def __init__(self, sae_config: SampledSAEConfig, train_config: TrainConfig, feed: Feed, folder: str | Path) -> None:
         store = feed.store
-        if sae_config.d_in != store.d_in:
-            raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.folder} have {store.d_in}")
+        check_fits(sae_config, store)
         self.config = train_config
         self.feed = feed
         self.folder = Path(folder)
+        needed = checkpoint_bytes(sae_config, train_config)
+        check_memory(f"d_sae={sae_config.d_sae}", needed, feed.device)
+        # A checkpoint is written beside the one before it.
+        check_output_folder(self.folder, needed if (self.folder / CHECKPOINT).exists() else 2 * needed)
+        check_target(self.folder)
         self.row_grads = sae_config.row_grads
-        self.sae = SampledSAE(replace(sae_config, row_grads=sae_config.impl != "reference"), device=feed.device)
+        in_training = replace(sae_config, row_grads=sae_config.impl != "reference", input_scale=store.scale)
+        self.sae = SampledSAE(in_training, device=feed.device)
         self.optimizer = RowAdam(
             self.sae,
             lr=train_config.lr,
@@ -64,12 +94,14 @@ class TrainingRun:
         self.step = 0
         self.seconds = 0.0
         self.metrics: list[dict[str, float]] = []
-        self._losses = LateScalars()
+        self._losses, self._aux = LateScalars(), LateScalars()
         if (self.folder / CHECKPOINT).exists():
             self._load()
         else:
+            batch = feed.batch(0)
+            self._check_variance(batch)
             with torch.no_grad():
-                self.sae.b_dec.copy_(feed.batch(0).median)
+                self.sae.b_dec.copy_(batch.median)
 
     def train_on(self, batch: TrainingBatch) -> dict[str, float] | None:
         """One step; `batch` is number `self.step` of the feed. Returns the line of metrics where one is due.
@@ -81,8 +113,9 @@ class TrainingRun:
         start = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.step)
-        out = self.sae(batch.x)
+        out = self.sae(batch.x, scaled=True)
         self._losses.put(self.step, out.loss)
+        self._aux.put(self.step, out.aux)
         self._check_losses()
         out.loss.backward()
         self.optimizer.step()
@@ -94,8 +127,16 @@ class TrainingRun:
         self.metrics.append(self._measure(batch, out))
         return self.metrics[-1]
 
+    def start_metrics(self) -> None:
+        """metrics.jsonl with the lines up to this step: those that a killed process wrote beyond are dropped."""
+        write_text(self.folder / METRICS, "".join(map(json_line, self.metrics)))
+
+    def write_metrics(self, line: dict[str, float]) -> None:
+        """One line behind the others, there to be read at once."""
+        append_text(self.folder / METRICS, json_line(line))
+
     def save(self) -> None:
-        """Writes the checkpoint and the metrics so far, each atomically.
+        """Writes the checkpoint, atomically.
 
         Raises:
             FloatingPointError: a loss so far is NaN or inf; nothing is written.
@@ -111,23 +152,23 @@ class TrainingRun:
             "optimizer": self.optimizer.state_dict(),
             "metrics": self.metrics,
         }
-        write_atomically(self.folder / CHECKPOINT, lambda path: torch.save(state, path))
-        write_text(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in self.metrics))
+        write_checkpoint(self.folder / CHECKPOINT, state)
 
     def finish(self, x: Tensor) -> None:
-        """Calibrates the threshold to L0 = k on x [n, d_in]; writes the SAE and run.json."""
+        """Calibrates the threshold to L0 = k on x [n, d_in], scaled; writes the SAE and run.json."""
         # Saved with the row_grads that was asked for: another optimizer that trains it on needs dense gradients.
         self.sae.cfg = replace(self.sae.cfg, row_grads=self.row_grads)
         self.sae.eval()
-        self.sae.calibrate(x)
+        self.sae.calibrate(x, scaled=True)
         self.sae.save_pretrained(self.folder)
-        manifest = {k: v for k, v in self.feed.store.manifest.items() if k not in ("shards", "settings")}
+        manifest = self.feed.store.manifest
+        about = {k: v for k, v in manifest.items() if k not in ("shards", "settings")}
         run = {
             "train": asdict(self.config),
-            "activations": manifest,
+            "activations": {**about, **identity(manifest)},
             "tokens": self.step * self.config.batch_size,
         }
-        write_json(self.folder / "run.json", run)
+        write_json(self.folder / RUN, run)
 
     def _measure(self, batch: TrainingBatch, out: SampledSAEOutput) -> dict[str, float]:
         """One line of metrics.jsonl. FVU is that of the batch; no time, so that runs compare bit for bit."""
@@ -148,9 +189,24 @@ class TrainingRun:
         }
 
     def _check_losses(self, wait: bool = False) -> None:
+        intact = f"the last checkpoint in {self.folder} is intact"
         for step, loss in self._losses.arrived(wait):
             if not math.isfinite(loss):
-                raise FloatingPointError(f"loss={loss} at step {step}; the last checkpoint in {self.folder} is intact")
+                raise FloatingPointError(f"loss={loss} at step {step}; {intact}")
+        for step, aux in self._aux.arrived(wait):
+            if aux > LARGEST_AUX:
+                raise FloatingPointError(
+                    f"aux={aux:.3g} at step {step}: the residuals of this batch are all but the same, as where tokens "
+                    f"are copies of each other; leave repeated tokens out of {self.feed.store.folder}; {intact}"
+                )
+
+    def _check_variance(self, batch: TrainingBatch) -> None:
+        size = float(batch.x.square().sum(1).mean())
+        if len(batch.x) > 1 and batch.variance <= LEAST_VARIANCE * max(size, self.sae.cfg.d_in):
+            raise ValueError(
+                f"{self.feed.store.folder}: the activations of the first {len(batch.x)} tokens are all but the same "
+                f"(variance {batch.variance:.3g} at a mean square of {size:.3g}): there is nothing to learn from them"
+            )
 
     def _settings(self) -> dict[str, Any]:
         """What a checkpoint must have been made with. Model and layer too: their shards may be of equal sizes."""
@@ -164,73 +220,19 @@ class TrainingRun:
 
     def _load(self) -> None:
         path = self.folder / CHECKPOINT
+        state = read_checkpoint(path)
+        then, now = state["settings"], self._settings()
+        # an earlier version's: the scale stands among the settings of the activations
+        then["sae"] = {"input_scale": now["sae"]["input_scale"], **field(path, then, "sae", dict)}
+        check_same_settings(path, then, now)
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{path}: truncated or not a checkpoint ({type(error).__name__}: {error})") from error
-        if not isinstance(state, dict) or "settings" not in state:
-            raise ValueError(f"{path}: not a checkpoint of sampled-sae")
-        for part, now in self._settings().items():
-            then = state["settings"].get(part, {})
-            if then != now:
-                differ = [f for f in now if then.get(f) != now[f]] if isinstance(now, dict) else [part]
-                raise ValueError(f"{path}: made with other settings ({part}: {', '.join(differ)}); use another folder")
-        self.sae.load_state_dict(state["sae"])
-        self.sae.generator.set_state(state["generator"])
-        self.sae.memory.pool.load_state_dict(state["pool"], self.feed.device)
-        self.optimizer.load_state_dict(state["optimizer"])
+            self.sae.load_state_dict(state["sae"])
+            self.sae.generator.set_state(state["generator"])
+            self.sae.memory.pool.load_state_dict(state["pool"], self.feed.device)
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (LookupError, AttributeError, TypeError, RuntimeError, ValueError) as error:
+            said = " ".join(str(error).split())
+            raise ValueError(f"{path}: damaged, it does not fit its own settings ({said})") from error
         self.step = state["step"]
         self.seconds = state["seconds"]
         self.metrics = state["metrics"]
-
-
-def train_to_end(runs: Mapping[str, TrainingRun], progress: bool) -> None:
-    """Trains runs of one TrainConfig, starting from the smallest of their steps; a run ahead waits for the others.
-
-    At the end each run is saved, calibrated and written out. `runs` is name -> run.
-
-    Raises:
-        FloatingPointError: a loss that is NaN or inf, with the run's name where there are several.
-    """
-    config = next(iter(runs.values())).config
-    first = min(run.step for run in runs.values())
-    for run in runs.values():
-        run.sae.train()
-    bar = tqdm(total=config.steps, initial=first, disable=not progress, unit="step", dynamic_ncols=True)
-    with bar:
-        for t in range(first, config.steps):
-            lines = []
-            for name, run in runs.items():
-                if run.step > t:
-                    continue
-                try:
-                    line = run.train_on(run.feed.batch(t))
-                    if run.step % config.checkpoint_every == 0 and run.step < config.steps:
-                        run.save()
-                except FloatingPointError as error:
-                    if len(runs) == 1:
-                        raise
-                    raise FloatingPointError(f"{name}: {error}, and so are those of the others") from None
-                if line is not None:
-                    lines.append(line)
-            if lines:
-                bar.set_postfix(_summary(lines), refresh=False)
-            bar.update()
-    for run in runs.values():
-        run.save()
-    # One feed after another: the tokens of each take up to CALIBRATION_TOKENS * d_in floats.
-    for feed in {id(run.feed): run.feed for run in runs.values()}.values():
-        x = feed.calibration()
-        for run in runs.values():
-            if run.feed is feed:
-                run.finish(x)
-
-
-def _summary(lines: list[dict[str, float]]) -> dict[str, str]:
-    """For the progress bar: the values of one run, or smallest and largest over several."""
-    shown = {"loss": ("loss", ".4g"), "L0": ("l0", ".1f"), "FVU": ("fvu", ".3f"), "dead": ("dead_share", ".1%")}
-    found = {}
-    for label, (name, form) in shown.items():
-        ends = {format(pick(line[name] for line in lines), form): None for pick in (min, max)}
-        found[label] = "–".join(ends)
-    return found

@@ -5,6 +5,7 @@ The compiler cannot run in a process whose Triton is in interpreter mode, hence 
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,13 @@ import pytest
 
 pytest.importorskip("triton")
 
+import torch
 import triton
 
-from benchmarks.compiled.case import KB, SHARED, SM_REGISTERS
-from benchmarks.compiled.table import CASES, RESULTS, table
+from benchmarks.compiled.cases import CASES
+from benchmarks.compiled.launch import KB, SHARED, SM_REGISTERS, is_aligned, launches
+from benchmarks.compiled.table import TABLES, table
+from sampled_sae.kernels import column_scores, configs
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,11 +70,30 @@ def small_d_leaves_room_for_two_blocks(arch, usages):
 
 def the_committed_table_is_this(arch, usages):
     """A change of the code that changes the machine code shows in a diff: `python -m benchmarks.compiled`."""
-    committed = (RESULTS / f"{arch}.md").read_text()
+    committed = (TABLES / f"{arch}.md").read_text()
     if f"Triton {triton.__version__}\n" in committed:
         assert table(arch, usages) == committed
 
 
-def test_every_file_that_launches_has_cases():
+def test_every_kernel_that_is_launched_has_cases():
     sources = {path.stem: path.read_text() for path in (ROOT / "kernels").glob("*.py") if path.stem != "configs"}
-    assert {name for name, text in sources.items() if "launch(" in text} == {path.stem for path in CASES.glob("*.py")}
+    launched = {name: set(re.findall(r"launch\(\s*(\w+)", text)) for name, text in sources.items()}
+    cases = {file: {case.kernel.fn.__name__ for case in of.values()} for file, of in CASES.items()}
+    assert {name: kernels for name, kernels in launched.items() if kernels} == cases
+
+
+@pytest.mark.parametrize(("B", "d", "given"), [(32, 768, {"B", "stride_x"}), (33, 768, {"stride_x"}), (32, 500, {"B"})])
+def test_a_case_is_the_launch_that_the_launcher_makes(B, d, given):
+    """Its arguments by name, the configuration of the architecture, and what Triton would know to be a multiple."""
+    x, W = (torch.empty(n, d, device="meta", dtype=torch.bfloat16) for n in (B, 96))
+    first, fold = launches(lambda: column_scores.column_statistics(x, W, None, "l2"), "sm_80")
+    assert first.kernel is column_scores.column_partials_kernel
+    assert fold.kernel is column_scores.fold_partials_kernel
+    assert first.config is configs.column_scores_config("sm_80", torch.bfloat16, d)
+    assert first.arguments["x"] is x
+    assert first.arguments["b"] is None
+    assert first.constexprs["FAST_LOG"]
+    assert first.constexprs["D"] == d
+    assert {name for name in ("B", "stride_x") if is_aligned(first.arguments[name])} == given
+    assert first.wants_matrix("sm_80")
+    assert not fold.wants_matrix("sm_80")

@@ -144,7 +144,7 @@ def test_harvest_with_another_model_or_other_rows(small_llama, rows, tmp_path):
     with pytest.raises(ValueError, match="weights_sha256"):
         run_harvest(llama(), rows, tmp_path)
     (tmp_path / "manifest.json").write_text("[]")
-    with pytest.raises(ValueError, match="is not a manifest"):
+    with pytest.raises(ValueError, match="must hold a JSON object"):
         run_harvest(small_llama, rows, tmp_path)
 
 

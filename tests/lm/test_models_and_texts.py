@@ -125,7 +125,7 @@ def test_load_texts_from_files(tmp_path):
         ("a.jsonl", '"x"\n{"text": 3}', "a.jsonl, line 2 must be a string"),
         ("a.jsonl", "{", "a.jsonl, line 1 is not JSON"),
         ("a.json", "3", "must hold a list"),
-        ("a.csv", "x", "must end in .txt"),
+        ("a.docx", "x", "must end in .txt"),
         ("a.txt", " ", "holds no text"),
     ],
 )

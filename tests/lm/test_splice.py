@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from makers import make_sae, tokens
 from tiny_models import CONTEXT, D
 
 from sampled_sae.lm import SpliceEvaluator, capture, replace, spliced_cross_entropy, transformer_blocks
+from sampled_sae.training.evaluation import reconstruct_with
 
 
 def cross_entropy(model, rows):
@@ -18,14 +20,29 @@ def cross_entropy(model, rows):
 def test_splice_identity_and_zero(model, rows):
     evaluator = SpliceEvaluator(model, rows, 1, scale=1.0, batch_size=3)
     assert evaluator.ce_clean == pytest.approx(cross_entropy(model, rows), rel=1e-5)
+    assert evaluator.about == {"model": model.name_or_path, "rows": 11}
     same = evaluator.evaluate(lambda x: x)
     assert same["ce_spliced"] == pytest.approx(same["ce_clean"], abs=1e-6)
     assert same["loss_recovered_zero"] == pytest.approx(1, abs=1e-4)
     assert same["loss_recovered_mean"] == pytest.approx(1, abs=1e-4)
-    assert same["tokens"] == same["spliced_tokens"] == 11 * (CONTEXT - 1)
+    assert same["predicted_tokens"] == same["spliced_tokens"] == 11 * (CONTEXT - 1)
     nothing = evaluator.evaluate(torch.zeros_like)
     assert nothing["ce_spliced"] == nothing["ce_zero"]
     assert nothing["loss_recovered_zero"] == 0
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_an_sae_scales_by_itself(model, rows, scale):
+    """The reconstruction of an SAE is that of its own input_scale, and another factor is refused."""
+    sae = make_sae(torch.float32, d_in=D, d_sae=64, input_scale=scale).eval()
+    sae.calibrate(tokens(200, D, dtype=torch.float32), scaled=True)
+    found = SpliceEvaluator(model, rows, 1).evaluate(reconstruct_with(sae))
+    by_hand = SpliceEvaluator(model, rows, 1, scale=scale).evaluate(
+        lambda x: sae.decode(sae.encode_sparse(x, scaled=True), scaled=True)
+    )
+    assert found["ce_spliced"] == pytest.approx(by_hand["ce_spliced"], rel=1e-6)
+    with pytest.raises(ValueError, match=rf"scale={scale}: the SAE multiplies by its own input_scale; leave"):
+        SpliceEvaluator(model, rows, 1, scale=scale).evaluate(reconstruct_with(sae))
 
 
 def test_splice_runs_only_the_blocks_after_the_layer(model, rows):

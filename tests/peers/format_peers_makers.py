@@ -27,10 +27,9 @@ def trained(dtype=torch.float32, shape=SHAPES[0], **rule):
 
 
 def under(sae, inference):
-    """Set to compute what a peer's inference does: k of each token, as in a TopK's training, or the threshold."""
-    if inference == "topk":
-        sae.cfg = replace(sae.cfg, l=None, select="token")
-    return sae.train(inference == "topk")
+    """Set to compute what a peer's inference does: k of each token or the threshold."""
+    sae.cfg = replace(sae.cfg, l=None, select="token" if inference == "topk" else "batch")
+    return sae.eval()
 
 
 def assert_same_codes(theirs, ours, scale=1.0):

@@ -11,6 +11,7 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingS
 from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file, save_file
 
 from sampled_sae import formats
@@ -105,6 +106,29 @@ def test_saelens_own_saves(tmp_path, name, rescale, dtype):
             assert first[tensor].dtype == second[tensor].dtype
     if rule == "topk":
         assert_same_codes(theirs.encode(x), ours.encode(x))
+
+
+@pytest.mark.parametrize("factor", [0.37, 8.0, None])
+@pytest.mark.parametrize("name", MADE)
+@torch.no_grad()
+def test_a_checkpoint_from_mid_training_has_its_factor(tmp_path, name, factor):
+    """Its files are as SAETrainer.save_checkpoint writes them; raw activations go in, reconstructions come out raw."""
+    theirs = saelens_sae(name, normalize_activations="expected_average_only_in")
+    theirs.save_model(tmp_path)
+    scaler = ActivationScaler(factor)
+    scaler.save(str(tmp_path / "activation_scaler.json"))
+    ours, x = formats.load(tmp_path), tokens(50, 12, dtype=torch.float32, seed=5) / (factor or 1)
+    assert ours.cfg.input_scale == (factor or 1)
+    theirs.fold_W_dec_norm()
+    theirs.save_inference_model(tmp_path / "inference")
+    inference = SAE.load_from_disk(tmp_path / "inference")
+    codes = inference.encode(scaler.scale(x))
+    assert_same_codes(codes, ours.encode(x))
+    torch.testing.assert_close(scaler.unscale(inference.decode(codes)), ours.decode(ours.encode(x)), **NEAR)
+    formats.export(ours, tmp_path / "folded", to="saelens")
+    folded = SAE.load_from_disk(tmp_path / "folded")
+    assert_same_codes(folded.encode(x), ours.encode(x), factor or 1)
+    torch.testing.assert_close(folded.decode(folded.encode(x)), ours.decode(ours.encode(x)), **NEAR)
 
 
 @torch.no_grad()

@@ -3,16 +3,16 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from makers import write_store
 
 from benchmarks.drop_in import LIBRARIES
 from benchmarks.peers import CANDIDATES, Setup, Weights, initial_weights, installed, ours
 from benchmarks.peers import make as made
+from benchmarks.quality import splice_of
 from benchmarks.steps import harness
 from benchmarks.steps.experiments import exponent, table
 from benchmarks.steps.harness import Harness, Task, fitting
@@ -20,6 +20,7 @@ from benchmarks.steps.session import StepSession
 from benchmarks.worker import Here, Worker
 from benchmarks.workloads import REHEARSAL, Workload
 from sampled_sae.bench import activations
+from sampled_sae.training.activation_store import ActivationStore
 
 ROOT = Path(__file__).parents[2]
 WORKLOAD = Workload("test", 48, 20, 160, 3)
@@ -41,7 +42,7 @@ def uneven_weights():
     weights = initial_weights(SETUP, b_dec=0.3 * torch.ones(20))
     g = torch.Generator().manual_seed(3)
     noise = 0.2 * torch.randn(160, 20, generator=g)
-    return replace(weights, W_enc=weights.W_enc + noise, b_enc=0.1 * torch.randn(160, generator=g))
+    return weights._replace(W_enc=weights.W_enc + noise, b_enc=0.1 * torch.randn(160, generator=g))
 
 
 def reference_error(weights, name, x):
@@ -53,10 +54,10 @@ def reference_error(weights, name, x):
 def test_step_computes_the_reference(name):
     """The error of the first step is that of the same weights under the same rule."""
     weights, [x] = uneven_weights(), batches(1)
-    before = {field: t.clone() for field, t in asdict(weights).items()}
+    before = {field: t.clone() for field, t in weights._asdict().items()}
     candidate = make(name, SETUP, weights)
     assert float(candidate.step(x)) == pytest.approx(reference_error(weights, name, x), rel=1e-5)
-    assert all(torch.equal(before[field], t) for field, t in asdict(weights).items())
+    assert all(torch.equal(before[field], t) for field, t in weights._asdict().items())
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if "sparsify" not in n])
@@ -117,15 +118,8 @@ def test_folding_keeps_the_reconstruction():
     scaled = Weights(
         weights.W_enc / factor[:, None], weights.b_enc / factor, weights.W_dec * factor[:, None], weights.b_dec
     )
-    for name, t in asdict(weights).items():
-        assert torch.allclose(asdict(scaled.folded())[name], t, atol=1e-6)
-
-
-def test_weights_survive_their_file(tmp_path):
-    weights = uneven_weights()
-    weights.save(tmp_path / "w.safetensors")
-    loaded = Weights.load(tmp_path / "w.safetensors")
-    assert all(torch.equal(asdict(loaded)[name], t) for name, t in asdict(weights).items())
+    for name, t in weights._asdict().items():
+        assert torch.allclose(scaled.folded()._asdict()[name], t, atol=1e-6)
 
 
 @pytest.mark.parametrize("slope", [0.5, 1.0, 2.0])
@@ -146,8 +140,8 @@ def test_no_figure_without_the_right_answer(monkeypatch):
     one = Harness(rounds=1, threads=1, start=Here)
     (row,) = one.measure_group(tasks(right))
     assert row["ratio"] > 0
-    expected = Harness.expected_errors
-    monkeypatch.setattr(Harness, "expected_errors", lambda *a: [1.01 * error for error in expected(*a)])
+    expected = StepSession.expected_error
+    monkeypatch.setattr(StepSession, "expected_error", lambda session: 1.01 * expected(session))
     rows = {row["candidate"]: row for row in one.measure_group(tasks(right, other))}
     assert rows[other]["reason"] == "not installed"
     assert "on the first batch, the reference has" in rows[right]["reason"]
@@ -239,10 +233,19 @@ def test_drop_in_command(tmp_path):
         assert row["library"] in shown
 
 
+@pytest.mark.parametrize(("holdout", "reason"), [(20, "has no token rows"), (0, "has no held-out part")])
+def test_loss_recovered_needs_a_store_with_text(tmp_path, holdout, reason):
+    """Said before a model is loaded, by equal_time.py and quality.py alike."""
+    ActivationStore.write(tmp_path / "store", torch.randn(60, 5), holdout=holdout)
+    with pytest.raises(ValueError, match=reason):
+        splice_of("no such model", ActivationStore.open(tmp_path / "store"), 4)
+
+
 @pytest.mark.slow
 def test_equal_time_command(tmp_path):
     names = ["ours, l=None (BatchTopK)", "SAELens BatchTopK", "ours, l=4, decayed, pool_every=4"]
-    store = write_store(tmp_path / "store")
+    store = tmp_path / "store"
+    ActivationStore.write(store, torch.randn(600, 20), holdout=150)
     small = ["--features", 64, "--k", 3, "--batch-size", 16, "--marks", 0.05, 0.1, "--model", "none"]
     result, shown = command("benchmarks/equal_time.py", tmp_path, store, *small, "--candidates", *names)
     assert [row["seconds"] for row in result["rows"]] == [0.05] * 3 + [0.1] * 3

@@ -47,7 +47,8 @@ def test_codes_and_reconstructions_are_ours(rule, unit, scale):
     sae = trained(unit=unit, **rule)
     custom = wrapped(sae, scale=scale, inference="threshold")
     x = torch.randn(3, 50, 24) / scale
-    codes, x_hat = sae.encode(x * scale), sae(x * scale).x_hat / scale
+    codes = sae.encode_above_threshold(x * scale).to_dense().view(3, 50, 160)
+    x_hat = sae.decode(codes) / scale
     found = custom.encode(x)
     norms = torch.linalg.vector_norm(sae.W_dec, dim=1)
     torch.testing.assert_close(found, codes * norms / scale, rtol=1e-4, atol=1e-5 / scale)

@@ -222,7 +222,8 @@ def test_evaluation_does_not_depend_on_the_batch():
 def test_every_option_of_ours_is_there():
     """Under our name, or under SAELens' where it has one; what its drivers decide is left out."""
     renamed = {"aux_coefficient": "aux_loss_coefficient", "threshold_decay": "topk_threshold_lr"}
-    theirs = {"dead_after", "row_grads"}  # dead_feature_window is the trainer's, gradients are its optimizer's
+    # dead_feature_window is the trainer's, gradients are its optimizer's, the factor is its activation scaler's
+    theirs = {"dead_after", "row_grads", "input_scale"}
     ours = set(SampledSAEConfig.__dataclass_fields__) - theirs
     assert {renamed.get(name, name) for name in ours} <= set(saelens.SampledTrainingSAEConfig.__dataclass_fields__)
     cfg, own = saelens.SampledTrainingSAEConfig(d_in=D, d_sae=F), SampledSAEConfig(d_in=D, d_sae=F, k=32)

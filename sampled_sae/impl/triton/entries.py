@@ -101,16 +101,8 @@ def select_entries(
 
 
 @select_entries.register_fake
-def _(
-    x: Tensor,
-    W: Tensor,
-    b: Tensor,
-    scale: Tensor | None,
-    members: Tensor | None,
-    budget: int,
-    per_token: bool,
-    hint: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, W: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    budget, per_token, _ = rest[-3:]
     n = x.shape[0] * budget if per_token else budget
     values = x.new_empty(n, dtype=torch.float32)
     tokens, features = (x.new_empty(n, dtype=torch.int32) for _ in range(2))
@@ -179,22 +171,8 @@ def entry_values_backward(
 
 
 @entry_values_backward.register_fake
-def _(
-    grad: Tensor,
-    centred: Tensor,
-    W: Tensor,
-    scale: Tensor | None,
-    tokens: Tensor,
-    features: Tensor,
-    token_ends: Tensor,
-    order: Tensor,
-    row_ends: Tensor,
-    rows: Tensor,
-    n_receiver: int,
-    want_x: bool,
-    want_b_dec: bool,
-    want_W: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(grad: Tensor, centred: Tensor, W: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n_receiver, want_x, want_b_dec, want_W = rest[-4:]
     d = W.shape[1]
     return (
         grad.new_empty(centred.shape if want_x else 0),
@@ -282,20 +260,8 @@ def decode_entries_backward(
 
 
 @decode_entries_backward.register_fake
-def _(
-    grad: Tensor,
-    values: Tensor,
-    W: Tensor,
-    tokens: Tensor,
-    features: Tensor,
-    token_ends: Tensor,
-    order: Tensor,
-    row_ends: Tensor,
-    rows: Tensor,
-    n_receiver: int,
-    want_values: bool,
-    want_W: bool,
-) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, values: Tensor, W: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    n_receiver, want_values, want_W = rest[-3:]
     return (
         torch.empty_like(values) if want_values else grad.new_empty(0),
         grad.new_empty((n_receiver, W.shape[1]) if want_W else 0),

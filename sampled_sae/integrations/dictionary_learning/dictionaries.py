@@ -28,7 +28,7 @@ NAMES = (
     ("b_dec", "sae.b_dec", False),
     ("threshold", "sae.threshold", False),
 )
-OURS_ALONE = ("sae.threshold_steps", "sae.tokens_since_active")
+OURS_ALONE = ("sae.threshold_steps", "sae.calibrated_at", "sae.tokens_since_active")
 
 
 class SampledDictionary(Dictionary):
@@ -62,9 +62,9 @@ class SampledDictionary(Dictionary):
         self, activation_dim: int, dict_size: int, k: int, device: torch.device | str | None = None, **rule: Any
     ) -> None:
         super().__init__()
-        check_integer("activation_dim", activation_dim, 1)
-        check_integer("dict_size", dict_size, 1)
-        check_integer("k", k, 1)
+        activation_dim = check_integer("activation_dim", activation_dim, 1)
+        dict_size = check_integer("dict_size", dict_size, 1)
+        k = check_integer("k", k, 1)
         rule = {"l": None, "select": self.select, "aux_pool": None, **rule}
         self.sae = SampledSAE(SampledSAEConfig(d_in=activation_dim, d_sae=dict_size, k=k, **rule), device=device)
         self.sae.threshold.fill_(UNSET)
@@ -196,8 +196,10 @@ class SampledDictionary(Dictionary):
         if by_threshold and float(self.threshold) < 0:
             # every positive activation: so many that a list of them is the larger form
             return self._activations(x)
-        self.sae.train(not by_threshold)
-        return self.sae.encode_sparse(x.to(self.sae.W_enc.dtype))
+        x = x.to(self.sae.W_enc.dtype)
+        if by_threshold:
+            return self.sae.encode_above_threshold(x)
+        return self.sae.train().encode_sparse(x)
 
     def _activations(self, x: Tensor) -> Tensor:
         """relu((x - b_dec) W_enc + b_enc), [..., F]."""

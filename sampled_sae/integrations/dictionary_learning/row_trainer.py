@@ -99,14 +99,17 @@ class RowTrainer(SAETrainer):
         submodule_name: str | None = None,
     ) -> None:
         SAETrainer.__init__(self, seed)  # not that of the class whose trainer this is
-        check_integer("steps", steps, 1)
+        activation_dim = check_integer("activation_dim", activation_dim, 1)
+        dict_size, k = check_integer("dict_size", dict_size, 1), check_integer("k", k, 1)
+        steps = check_integer("steps", steps, 1)
+        warmup_steps = check_integer("warmup_steps", warmup_steps, 0)
         if layer is None or lm_name is None:
             raise ValueError(f"layer={layer!r}, lm_name={lm_name!r}: both must be given")
         if dict_class not in (None, self.dictionary, self.dictionary.peer):
             raise ValueError(f"dict_class={dict_class!r}: must be {self.dictionary.__name__}")
         check_schedule(steps, warmup_steps, decay_start)
-        check_number("auxk_alpha", auxk_alpha, 0, None)
-        check_number("threshold_beta", threshold_beta, 0, 1)
+        auxk_alpha = check_number("auxk_alpha", auxk_alpha, 0, None)
+        threshold_beta = check_number("threshold_beta", threshold_beta, 0, 1)
         self.layer = layer
         self.lm_name = lm_name
         self.submodule_name = submodule_name
@@ -288,7 +291,6 @@ class RowTrainer(SAETrainer):
 
 
 def check_schedule(steps: int, warmup_steps: int, decay_start: int | None) -> None:
-    check_integer("warmup_steps", warmup_steps, 0)
     if warmup_steps >= steps:
         raise ValueError(f"warmup_steps={warmup_steps!r}: must be below steps={steps}")
     if decay_start is not None and not warmup_steps < decay_start < steps:

@@ -66,7 +66,7 @@ class SampledTrainer(RowTrainer, batch_top_k.BatchTopKTrainer):
         moments: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        check_integer("threshold_every", threshold_every, 1)
+        threshold_every = check_integer("threshold_every", threshold_every, 1)
         by_token = select == "token" and l is None
         self.dictionary = AutoEncoderTopK if by_token else BatchTopKSAE
         self.trainer_class = "TopKTrainer" if by_token else "BatchTopKTrainer"

@@ -85,17 +85,17 @@ class SampledTrainingSAEConfig(BatchTopKTrainingSAEConfig):
         check_choice("pool", self.pool, POOLS)
         check_choice("select", self.select, SELECTS)
         check_choice("impl", self.impl, IMPLS)
-        check_budget(self.k, self.l, self.d_sae, self.select)
-        check_number("aux_loss_coefficient", self.aux_loss_coefficient, 0, None)
-        check_number("topk_threshold_lr", self.topk_threshold_lr, 0, 1)
-        check_number("score_tokens", self.score_tokens, 0, 1)
+        self.k, self.l = check_budget(self.k, self.l, self.d_sae, self.select)
+        self.aux_loss_coefficient = check_number("aux_loss_coefficient", self.aux_loss_coefficient, 0, None)
+        self.topk_threshold_lr = check_number("topk_threshold_lr", self.topk_threshold_lr, 0, 1)
+        self.score_tokens = check_number("score_tokens", self.score_tokens, 0, 1)
         if self.score_tokens == 0:
             raise ValueError(f"score_tokens={self.score_tokens!r}: must be in (0, 1]")
         for name, least in (("pool_every", 1), ("threshold_every", 1), ("seed", 0)):
-            check_integer(name, getattr(self, name), least)
+            setattr(self, name, check_integer(name, getattr(self, name), least))
         for name in ("k_aux", "aux_pool"):
             if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), 1)
+                setattr(self, name, check_integer(name, getattr(self, name), 1))
         if self.normalize_activations in ("constant_norm_rescale", "layer_norm"):
             raise ValueError(
                 f"normalize_activations={self.normalize_activations!r}: must be 'none', 'expected_average_only_in' or "

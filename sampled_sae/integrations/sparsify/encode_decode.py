@@ -48,7 +48,7 @@ class Functions(threading.local):
         from sparsify.fused_encoder import EncoderOutput
 
         check_choice("activation", activation, ACTIVATIONS)
-        check_integer("k", k, 1)
+        k = check_integer("k", k, 1)
         n_features = weight.shape[0]
         if k > n_features:
             raise ValueError(f"k={k}: must be at most {n_features}, the number of features")

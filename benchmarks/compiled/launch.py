@@ -1,15 +1,18 @@
-"""One kernel in one configuration, compiled for an architecture without a GPU, and what the compiler made of it."""
+"""One launch as its launcher makes it, compiled for an architecture without a GPU, and what the compiler made of it."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
+
+from benchmarks.replaced import replaced
 
 KB = 1024
 # shared memory a block may take, and an SM has
@@ -22,54 +25,74 @@ SHARED = {
 }
 MATRIX = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 SM_REGISTERS = 65536
+MULTIPROCESSORS = 128
 GLOBAL_LOAD = {"gfx942": r"(?:global|buffer|flat)_load"}
 GLOBAL_STORE = {"gfx942": r"(?:global|buffer|flat)_store"}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 
 
 @dataclass(frozen=True)
-class Case:
-    """A kernel as its launcher calls it.
-
-    Attributes:
-        kernel: the @triton.jit function.
-        config: blocks, warps and stages.
-        pointers: element type of each tensor argument, such as {"x": "*bf16"}.
-        integers: names of the run-time integers, or their types; "i32" unless told.
-        constexprs: the other arguments; an optional tensor that is absent is None here.
-        matrix: whether tensor-core instructions must be there.
-        unaligned: arguments that are not known to be multiples of 16.
-        floats: names of run-time floats.
-    """
+class Launch:
+    """A kernel, its configuration, its run-time arguments by name (None for what is absent), and its constexprs."""
 
     kernel: Any
     config: triton.Config
-    pointers: Mapping[str, str]
-    integers: tuple[str, ...] | Mapping[str, str] = ()
-    constexprs: Mapping[str, Any] = field(default_factory=dict)
-    matrix: bool = False
-    unaligned: tuple[str, ...] = ()
-    floats: tuple[str, ...] = ()
+    arguments: dict[str, Any]
+    constexprs: dict[str, Any]
 
     def compile(self, arch: str) -> Any:
+        """As Triton would on the first call with such arguments: what is a multiple of 16 is known to be one."""
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
         target = GPUTarget("hip", arch, 64) if arch == "gfx942" else GPUTarget("cuda", int(arch[3:]), 32)
-        integers = self.integers if isinstance(self.integers, Mapping) else dict.fromkeys(self.integers, "i32")
-        constexprs = {**self.constexprs, **self.config.kwargs}
-        types = {
-            **self.pointers,
-            **integers,
-            **dict.fromkeys(self.floats, "fp32"),
-            **dict.fromkeys(constexprs, "constexpr"),
-        }
+        given = {name: value for name, value in self.arguments.items() if value is not None}
+        fixed = {name: value for name, value in given.items() if isinstance(value, int) and value == 1}
+        absent = dict.fromkeys(self.arguments.keys() - given.keys())
+        constexprs = {**absent, **fixed, **self.constexprs, **self.config.kwargs}
+        types = {name: type_of(value) for name, value in given.items()} | dict.fromkeys(constexprs, "constexpr")
         names = self.kernel.arg_names
-        aligned = [n for n in names if n in self.pointers or n in integers]
-        aligned = [n for n in aligned if types[n] != "constexpr" and n not in self.unaligned]
-        attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-        source = ASTSource(self.kernel, {n: types[n] for n in names}, constexprs, attrs)
+        aligned = [name for name in given.keys() - fixed.keys() if is_aligned(given[name])]
+        attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+        source = ASTSource(self.kernel, {name: types[name] for name in names}, constexprs, attrs)
         options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages, "enable_fp_fusion": True}
         return triton.compile(source, target=target, options=options)
+
+    def wants_matrix(self, arch: str) -> bool:
+        """Whether it is a product in 16 bits, or in fp32 on AMD's matrix cores; NVIDIA has IEEE fp32 on FMA units."""
+        has_product = {"x", "W", "D"} <= set(self.kernel.arg_names)
+        return has_product and (arch == "gfx942" or self.arguments["x"].dtype != torch.float32)
+
+
+def type_of(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
+
+
+def is_aligned(value: Any) -> bool:
+    """Memory that torch allocates is."""
+    return isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+
+
+def launches(call: Callable[[], Any], arch: str) -> list[Launch]:
+    """What a call of a launcher with tensors on "meta" would launch on this architecture."""
+    found: list[Launch] = []
+
+    def note(kernel: Any, config: triton.Config, grid: Any, args: tuple[Any, ...], **constexprs: Any) -> None:
+        found.append(Launch(kernel, config, dict(zip(kernel.arg_names, args)), constexprs))
+
+    programs = 2 * MULTIPROCESSORS
+    known = {"architecture": lambda device: arch, "resident_programs": lambda device: programs}
+    with replaced(launch=note, FAST_LOG=arch != "gfx942", **known):
+        call()
+    return found
 
 
 def resources(kernel: Any, arch: str) -> dict[str, int]:

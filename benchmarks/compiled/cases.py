@@ -1,0 +1,201 @@
+"""Calls of the launchers, by file and name, each with the kernel whose launch in it is meant.
+
+What varies from batch to batch is odd, so that the code may not count on multiples of 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, bfloat16, float16, float32, int32, int64
+
+from sampled_sae.kernels import (
+    batch_topk,
+    chunk_filter,
+    chunk_scores,
+    column_scores,
+    configs,
+    exact_fallback,
+    gather_decode,
+    radix,
+    row_adam,
+    segment_sum,
+    token_topk,
+)
+
+# tokens, features, features of a chunk and of a pool, kept entries, slots of a list
+B, F, C, P, KEPT, SLOTS = 1001, 32768, 4096, 2001, 32033, 40001
+
+
+class Case(NamedTuple):
+    """A call and, of its launches of the kernel, the one that is meant."""
+
+    kernel: Any
+    call: Callable[[], Any]
+    which: int = -1
+
+
+def new(*shape: int, dtype: torch.dtype = float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def vectors(length: int) -> tuple[Tensor, Tensor]:
+    """b and scale."""
+    return new(length), new(length)
+
+
+def encoder(dtype: torch.dtype, d: int) -> tuple[Tensor, Tensor]:
+    """x and W, whose rows begin at multiples of 16."""
+    stride = -(-d // 16) * 16
+    return new(B, stride, dtype=dtype)[:, :d], new(F, stride, dtype=dtype)[:, :d]
+
+
+def several(launcher: Callable[..., Any], kernel: Any, tried: dict[str, tuple[Any, ...]]) -> dict[str, Case]:
+    return {name: Case(kernel, partial(launcher, *arguments)) for name, arguments in tried.items()}
+
+
+def adam(d: int, mode: str, grad: torch.dtype, moments: torch.dtype, has_copy: bool) -> Case:
+    """Of a decoder row where d > 1, with all that may be done to it, or of a vector."""
+    shape = () if d == 1 else (d,)
+    weight, moment = new(F + 1, *shape), new(F + 1, *shape, dtype=moments)
+    tensors = (weight, moment, moment, new(P, *shape, dtype=grad), new(P, dtype=int64), new(1))
+    optional = {
+        "factor": new(1),
+        "last": new(F + 1, dtype=int32) if mode == "decayed" else None,
+        "copy": torch.empty_like(weight, dtype=bfloat16) if has_copy else None,
+    }
+    numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "seed": 1001}
+    how = {**optional, **numbers, "mode": mode, "project": d > 1, "renormalize": d > 1}
+    return Case(row_adam.row_adam_kernel, partial(row_adam.row_adam_, *tensors, **how))
+
+
+def decode(dtype: torch.dtype, d: int) -> Callable[[], Any]:
+    return partial(gather_decode.gather_sum, new(KEPT), FEATURES, TOKEN_ENDS, new(F, d, dtype=dtype), new(d))
+
+
+def gradient(dtype: torch.dtype, d: int) -> Callable[[], Any]:
+    lists = (new(KEPT), TOKENS, ORDER, FEATURE_ENDS, new(B, d, dtype=dtype), new(P, dtype=int64))
+    return partial(segment_sum.segment_sum, *lists, F, with_sums=True)
+
+
+def kept_rows(kernel: Any, length: int) -> Case:
+    copy = new(B, length, dtype=bfloat16)
+    return Case(kernel, partial(token_topk.keep_rows_, new(B, length), 32, *vectors(length), copy))
+
+
+def merged_rows(length: int, k: int) -> Case:
+    arguments = (new(B, k), new(B, k, dtype=int32), new(B, length), length + 1, *vectors(length))
+    return Case(token_topk.merge_rows_kernel, partial(token_topk.merge_rows_, *arguments))
+
+
+TAU, COUNT, MEMBERS = new(1), new(1, dtype=int64), new(P, dtype=int64)
+LIST = (TAU, new(SLOTS), new(SLOTS, dtype=int64), COUNT)
+TOKENS, FEATURES, ORDER = (new(KEPT, dtype=int32) for _ in range(3))
+TOKEN_ENDS, FEATURE_ENDS = new(B + 1, dtype=int32), new(P + 1, dtype=int32)
+BLOCK, CHUNK, ENTRIES = new(B, F), (new(B, C), *vectors(C)), (TOKENS, FEATURES, TOKEN_ENDS)
+LARGE, NARROW, WIDE = new(1 << 16, F), new(1 << 16), new(1 << 23)
+CUT = partial(radix.find_cut, BLOCK, KEPT, *vectors(F))
+SUMS = {
+    "bf16 decode small d": decode(bfloat16, 768),
+    "bf16 decode large d": decode(bfloat16, 4096),
+    "bf16 gradient large d": gradient(bfloat16, 4096),
+    "fp32 gradient small d": gradient(float32, 768),
+}
+# by file of kernels/
+CASES: dict[str, dict[str, Case]] = {
+    "batch_topk": {
+        "pool": Case(batch_topk.write_pool_kernel, partial(batch_topk.keep_largest_, BLOCK, B)),
+        "pool and bf16 copy": Case(
+            batch_topk.write_pool_kernel, partial(batch_topk.keep_largest_, LARGE, B, copy=LARGE.bfloat16())
+        ),
+        "indices": Case(batch_topk.write_indices_kernel, partial(batch_topk.largest_indices, new(F), P)),
+        **several(
+            batch_topk.compact_largest,
+            batch_topk.write_entries_kernel,
+            {
+                "entries": (NARROW, NARROW.long(), KEPT, B, F),
+                "entries, wide keys": (WIDE, WIDE.long(), KEPT, B, 1 << 22),
+            },
+        ),
+    },
+    "chunk_filter": {
+        **several(
+            chunk_filter.append_above_,
+            chunk_filter.append_above_kernel,
+            {"whole dictionary": (*CHUNK, C + 1, F, *LIST), "pool": (*CHUNK, new(C, dtype=int64), F, *LIST)},
+        ),
+        "first threshold": Case(
+            chunk_filter.first_threshold_kernel, partial(chunk_filter.first_threshold, *CHUNK, KEPT)
+        ),
+        "next threshold": Case(
+            chunk_filter.next_threshold_kernel, partial(chunk_filter.next_threshold, new(1), TAU, COUNT, KEPT)
+        ),
+    },
+    "chunk_scores": several(
+        chunk_scores.chunk_statistics,
+        chunk_scores.chunk_partials_kernel,
+        {f"partials {score}": (*CHUNK, score) for score in ("entropy", "l2")},
+    ),
+    "column_scores": {
+        **several(
+            column_scores.column_statistics,
+            column_scores.column_partials_kernel,
+            {
+                "bf16 small d": (*encoder(bfloat16, 768), new(F), "entropy", new(F)),
+                "bf16 large d": (*encoder(bfloat16, 4096), new(F), "entropy", new(F)),
+                "fp16 tail of d": (*encoder(float16, 500), None, "l2", None),
+                "fp32 small d": (*encoder(float32, 768), new(F), "entropy", new(F)),
+                "fp32 large d": (*encoder(float32, 4096), new(F), "entropy", new(F)),
+            },
+        ),
+        "fold": Case(
+            column_scores.fold_partials_kernel, partial(column_scores.fold_partials, new(2 * 50 * F), 2, 50, F)
+        ),
+    },
+    "exact_fallback": several(
+        exact_fallback.refill_exactly_,
+        exact_fallback.refill_kernel,
+        {
+            "bf16 small d": (*encoder(bfloat16, 768), *vectors(F), None, KEPT, *LIST),
+            "bf16 large d, pool": (*encoder(bfloat16, 4096), *vectors(F), MEMBERS, KEPT, *LIST),
+            "fp32 small d, pool": (*encoder(float32, 768), *vectors(F), MEMBERS, KEPT, *LIST),
+        },
+    ),
+    "gather_decode": several(
+        gather_decode.entry_dots,
+        gather_decode.entry_dots_kernel,
+        {
+            "dots bf16 small d": (*encoder(bfloat16, 768), *ENTRIES),
+            "dots bf16 large d": (*encoder(bfloat16, 4096), *ENTRIES),
+            "dots fp32 by bf16": (new(B, 768), new(F, 768, dtype=bfloat16), *ENTRIES),
+            "dots fp32 tail of d": (*encoder(float32, 720), *ENTRIES),
+        },
+    ),
+    "radix": {
+        "activate": Case(radix.count_digits_kernel, CUT, 0),
+        "second pass": Case(radix.count_digits_kernel, CUT, 1),
+        "last pass, beyond 2^31": Case(radix.count_digits_kernel, partial(radix.find_cut, new(1 << 32), (1 << 31) + 1)),
+        "counts at the cut": Case(radix.count_cut_kernel, CUT),
+    },
+    "row_adam": {
+        "dense d=768": adam(768, "dense", float32, float32, False),
+        "dense d=768 bf16 moments": adam(768, "dense", float32, bfloat16, True),
+        "dense d=4096": adam(4096, "dense", float32, float32, True),
+        "dense vector": adam(1, "dense", float32, float32, False),
+        "lazy d=768 bf16 gradient": adam(768, "lazy", bfloat16, float32, False),
+        "decayed d=768": adam(768, "decayed", float32, float32, False),
+        "decayed d=4096 bf16 moments": adam(4096, "decayed", float32, bfloat16, True),
+        "decayed d=8192 bf16 moments": adam(8192, "decayed", float32, bfloat16, True),
+        "dense longest row": adam(configs.LONGEST_ADAM_ROW, "dense", float32, float32, False),
+    },
+    "segment_sum": {f"rests {name}": Case(segment_sum.rests_kernel, call) for name, call in SUMS.items()}
+    | {f"segments {name}": Case(segment_sum.segments_kernel, call) for name, call in SUMS.items()},
+    "token_topk": {
+        **{f"rows of {n}": kept_rows(token_topk.keep_rows_kernel, n) for n in (512, 2048, 4096, 8192)},
+        "longer rows": kept_rows(token_topk.keep_long_rows_kernel, 32768),
+        **{f"merge {n} into {k}": merged_rows(n, k) for n, k in ((1024, 32), (4096, 64), (8192, 512))},
+    },
+}

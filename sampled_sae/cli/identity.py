@@ -1,0 +1,106 @@
+"""Whether an SAE, activations and a language model belong together, by what their files say of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..pretrained import ORIGIN, RUN
+from ..support.atomic_files import field, read_json
+from ..training.activation_store import ActivationStore
+from ..training.same_settings import identity, in_words, is_same_kind, is_same_model
+from ..training.sweep import Splice, SpliceSource
+
+SPLICE_ROWS = 16
+
+
+def trained_on(folder: Path) -> dict[str, Any]:
+    """The `identity` of what an SAE reads, as its training or its import left it; empty where nothing says it."""
+    if (folder / RUN).is_file():
+        return dict(field(folder / RUN, read_json(folder / RUN), "activations", dict))
+    if (folder / ORIGIN).is_file():
+        origin = read_json(folder / ORIGIN)
+        return {"model": origin.get("model_name"), "layer": origin.get("layer")}
+    return {}
+
+
+def check_same_activations(folder: Path, d_in: int, store: ActivationStore, insist: bool) -> None:
+    """Whether the SAE in `folder` reads what `store` holds; says so where nothing tells.
+
+    Raises:
+        ValueError: another width; without `insist`, another model, layer or source. Names both.
+    """
+    if d_in != store.d_in:
+        raise ValueError(f"{folder}: d_in={d_in}, but the activations in {store.folder} have {store.d_in}")
+    then, now = trained_on(folder), identity(store.manifest)
+    named = [about for about in (then, now) if about.get("model") or about.get("source")]
+    if not named and then.get("scale") == store.scale:
+        return  # the store that it was trained on
+    if not named or not (then.get("model") or then.get("source") or "scale" in then):
+        print(
+            f"Nothing tells whether {folder} was trained on activations such as {store.folder} holds", file=sys.stderr
+        )
+    elif not insist and not is_same_kind(then, now):
+        raise ValueError(
+            f"{folder} was trained on {in_words(then)}, but {store.folder} holds {in_words(now)}; evaluate on the "
+            "same kind of activations, or insist with --insist"
+        )
+
+
+def splice_source(args: argparse.Namespace, store: ActivationStore) -> SpliceSource | None:
+    """The language model in which reconstructions are measured, by the options; loaded later. None for no splicing.
+
+    Raises:
+        ValueError: more rows than are held out, no text, a model other than the one that was harvested.
+    """
+    there = (store.manifest.get("holdout") or {}).get("rows") or 0
+    count = min(SPLICE_ROWS, there) if args.splice_rows is None else args.splice_rows
+    if count == 0 and args.splice_rows is None and args.model is not None:
+        store.holdout_rows()  # says that there are none
+    if count == 0:
+        return None
+    if store.has_text and not 0 <= count <= there:
+        raise ValueError(f"--splice-rows {count}: must be from 0 to {there}, the held-out rows in {store.folder}")
+    rows = store.holdout_rows()[:count]
+    harvested = identity(store.manifest)
+    name = args.model or harvested["model"]
+    if not name:
+        raise ValueError(f"{store.folder}: does not name the language model it was harvested from; give its --model")
+    if not args.insist and not harvested["weights_sha256"]:
+        _check_model({"model": name}, harvested, store)
+    if not _has_loss(name, args, count):
+        return None
+
+    def load() -> Splice:
+        from ..lm import SpliceEvaluator, load_model, weights_digest
+
+        model, _ = load_model(name, args.cache)
+        if not args.insist:
+            _check_model({"model": name, "weights_sha256": weights_digest(model)}, harvested, store)
+        return SpliceEvaluator.of_harvest(model, rows, store.manifest).evaluate
+
+    # Without --insist the weights are those that were harvested, under whatever name.
+    return SpliceSource({"model": name if args.insist else harvested["model"], "rows": count}, load)
+
+
+def _has_loss(name: str, args: argparse.Namespace, count: int) -> bool:
+    """Whether the model predicts a next token, so that a splice has a loss; says so where it has none."""
+    from ..lm.models import is_causal_model
+
+    if is_causal_model(name, args.cache):
+        return True
+    if args.splice_rows is not None:
+        raise ValueError(f"--splice-rows {count}: {name} predicts no next token; leave it out, or give 0")
+    print(f"No loss recovered: {name} is an encoder and predicts no next token", file=sys.stderr)
+    return False
+
+
+def _check_model(model: dict[str, Any], harvested: dict[str, Any], store: ActivationStore) -> None:
+    if not is_same_model(model, harvested):
+        then, now = ({**about, "layer": harvested["layer"]} for about in (harvested, model))
+        raise ValueError(
+            f"{store.folder} holds {in_words(then)}, and --model {model['model']} gives {in_words(now)}; leave --model "
+            "out to take the one that was harvested, or insist with --insist"
+        )

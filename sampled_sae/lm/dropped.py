@@ -1,0 +1,76 @@
+"""Tokens that no SAE is trained on, and that a splice therefore leaves as they are: attention sinks and outliers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sampled_sae.lm.blocks import text_config
+from sampled_sae.support.argument_checks import check_integer
+
+_ROLES = ("bos", "eos", "pad", "cls", "sep", "mask")
+END_OF_TEXT = "<|endoftext|>"
+
+
+def special_tokens(tokenizer: Any, model: Any = None) -> list[int]:
+    """Ids, ascending, of a tokenizer's bos, eos, pad, cls, sep and mask tokens and <|endoftext|>, those it has.
+
+    With a model only those in its vocabulary: a padding token is often added to the tokenizer alone.
+    """
+    found = _ids(_by_role(tokenizer), tokenizer.get_vocab().get(END_OF_TEXT))
+    return found if model is None else _known(found, text_config(model))
+
+
+def check_drop_tokens(model: Any, drop_tokens: Iterable[int] | None) -> list[int]:
+    """The ids, ascending, checked; for None the special tokens that the model's configuration names."""
+    about = text_config(model)
+    if drop_tokens is None:
+        return _known(_ids(_by_role(about), _by_role(getattr(model, "generation_config", None))), about)
+    tokens = sorted({check_integer("drop_tokens", token, 0) for token in drop_tokens})
+    if len(_known(tokens, about)) < len(tokens):
+        raise ValueError(f"drop_tokens={tokens[-1]}: must be a token id from 0 to {about.vocab_size - 1}")
+    return tokens
+
+
+def dropped(
+    rows: Tensor, x: Tensor, drop_first: bool, drop_tokens: Iterable[int], max_norm: float
+) -> tuple[Tensor, dict[str, int]]:
+    """Which vectors are left out, and how many by the first reason that holds.
+
+    Args:
+        rows: int64 [b, T] token ids.
+        x: float [b, T, d], their residual stream.
+        drop_first: leave out position 0 of each row.
+        drop_tokens: ids left out wherever they stand.
+        max_norm: the largest norm that stays.
+
+    Returns:
+        (bool [b, T]; counts of "first_position", "special_token" and "norm", which add up to its sum).
+    """
+    out = torch.zeros_like(rows, dtype=torch.bool)
+    out[:, 0] = drop_first
+    special = torch.isin(rows, torch.tensor(list(drop_tokens), dtype=rows.dtype, device=rows.device))
+    counts = {"first_position": int(out.sum())}
+    for reason, found in (("special_token", special), ("norm", ~(x.float().norm(dim=-1) <= max_norm))):
+        counts[reason] = int((found & ~out).sum())
+        out |= found
+    return out, counts
+
+
+def _by_role(holder: Any) -> list[Any]:
+    return [getattr(holder, f"{role}_token_id", None) for role in _ROLES]
+
+
+def _ids(*found: Any) -> list[int]:
+    """Ascending; from ids, lists of them (a model may have several eos tokens) and None."""
+    nested = [_ids(*one) if isinstance(one, (list, tuple)) else [one] for one in found]
+    return sorted({int(one) for some in nested for one in some if one is not None})
+
+
+def _known(tokens: list[int], about: Any) -> list[int]:
+    """Those in the vocabulary of a configuration."""
+    size = getattr(about, "vocab_size", None)
+    return [token for token in tokens if token >= 0 and (size is None or token < size)]

@@ -1,0 +1,195 @@
+"""Rows of token ids, made from documents as far as they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sampled_sae.lm.dropped import END_OF_TEXT
+from sampled_sae.lm.text_files import Chat, Document
+from sampled_sae.support.argument_checks import check_integer
+
+PIECE = 1 << 16  # characters that are tokenized at a time: tokenizers take long for very long texts
+_BATCH = 256  # pieces, and
+_BATCH_CHARACTERS = 1 << 20  # characters, that are read before the first of them is needed
+
+
+def token_rows(texts: Iterable[Document], tokenizer: Any, context: int, limit: int | None = None) -> Tensor:
+    """Token ids of the documents, joined and cut into rows; the rest that fills no row is dropped.
+
+    A tokenizer that begins a text with its bos token (Gemma, Llama) gives rows that start with bos, with bos
+    between documents too. One that puts a text between cls and sep (BERT) gives rows from cls to sep, with sep
+    between documents. Any other gives a stream with <|endoftext|> before each document, or the eos token where the
+    vocabulary has no <|endoftext|>.
+
+    Args:
+        texts: documents, read no further than `limit` needs: strings, chats (lists of role and content: written out by
+            the tokenizer's chat template, else their contents, a blank line between), or iterators of a text's pieces.
+            A text is tokenized in pieces of at most 65,536 characters, which end before a single space where there is
+            one: such cuts leave the tokens as they are.
+        tokenizer: a Hugging Face tokenizer.
+        context: tokens a row, at least 2, or 3 where each row has a cls and a sep.
+        limit: stop after that many rows.
+
+    Returns:
+        int64 [N, context].
+
+    Raises:
+        ValueError: for a context that is too small, texts too short to fill one row, a chat that the template refuses,
+            or a tokenizer without a separator.
+    """
+    context = check_integer("context", context, 2)
+    if limit is not None:
+        limit = check_integer("limit", limit, 1)
+    frame = _frame(tokenizer)
+    body = context - (frame.start is not None) - (frame.end is not None)
+    if body < 1:
+        raise ValueError(f"context={context} must be at least 3: each row has a token at its start and at its end")
+    rows: list[Tensor] = []
+    count = 0
+    stream: list[int] = []
+    for begins, ids in _encoded(texts, tokenizer):
+        if begins and (stream or frame.start is None):
+            stream.append(frame.between)
+        stream += ids
+        whole = len(stream) // body * body
+        if whole:
+            rows.append(torch.tensor(stream[:whole], dtype=torch.int64).view(-1, body))
+            count += len(rows[-1])
+            del stream[:whole]
+        if limit is not None and count >= limit:
+            break
+    if not rows:
+        raise ValueError(f"the texts hold fewer tokens than one row of context={context}")
+    cut = torch.cat(rows)[:limit]
+    ends = [None if token is None else torch.full((len(cut), 1), token) for token in (frame.start, frame.end)]
+    return torch.cat([part for part in (ends[0], cut, ends[1]) if part is not None], dim=1)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Ids that stand between documents, and at the start and the end of each row (None: nothing does)."""
+
+    between: int
+    start: int | None = None
+    end: int | None = None
+
+
+def _frame(tokenizer: Any) -> _Frame:
+    bos, cls, sep = (getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "cls", "sep"))
+    ids = tokenizer(["a"])["input_ids"][0]
+    if bos is not None and ids[0] == bos:
+        return _Frame(bos, start=bos)
+    if cls is not None and sep is not None and (ids[0], ids[-1]) == (cls, sep):
+        return _Frame(sep, start=cls, end=sep)
+    # SmolLM2's bos and eos are chat marks: <|endoftext|> is what its pretraining put between documents
+    for separator in (tokenizer.get_vocab().get(END_OF_TEXT), tokenizer.eos_token_id):
+        if separator is not None:
+            return _Frame(separator)
+    raise ValueError(
+        f"the tokenizer has no bos token of its own, no cls and sep around a text, no {END_OF_TEXT} and no eos token"
+    )
+
+
+def _encoded(texts: Iterable[Document], tokenizer: Any) -> Iterator[tuple[bool, list[int]]]:
+    """(whether a document begins here, ids of a piece of it)."""
+    some: list[tuple[bool, str]] = []
+    characters = 0
+    for begins, piece in _pieces(texts, tokenizer):
+        some.append((begins, piece))
+        characters += len(piece)
+        if len(some) == _BATCH or characters >= _BATCH_CHARACTERS:
+            yield from _ids(some, tokenizer)
+            some, characters = [], 0
+    if some:
+        yield from _ids(some, tokenizer)
+
+
+def _ids(some: list[tuple[bool, str]], tokenizer: Any) -> Iterator[tuple[bool, list[int]]]:
+    # verbose=False: long documents are cut here, no need to warn about the model's own limit
+    ids = tokenizer([piece for _, piece in some], add_special_tokens=False, verbose=False)["input_ids"]
+    yield from zip([begins for begins, _ in some], ids)
+
+
+def _pieces(texts: Iterable[Document], tokenizer: Any) -> Iterator[tuple[bool, str]]:
+    keeps_space: bool | None = None
+    for text in texts:
+        if isinstance(text, list):
+            text = _chat_text(text, tokenizer)
+        if isinstance(text, str):
+            text = _without_halves(text)
+        if isinstance(text, str) and len(text) <= PIECE:
+            yield True, text
+            continue
+        if keeps_space is None:
+            keeps_space = _keeps_space(tokenizer)
+        begins = True
+        for piece in _cut([text] if isinstance(text, str) else text, keeps_space):
+            yield begins, piece
+            begins = False
+
+
+def _without_halves(text: str) -> str:
+    """U+FFFD for half of a surrogate pair, as a text that was cut in JSON ends with, and which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _cut(parts: Iterable[str], keeps_space: bool) -> Iterator[str]:
+    """The text of the parts in pieces of at most PIECE characters; none is empty."""
+    held = ""
+    for part in parts:
+        held += part
+        start = 0
+        while len(held) - start > PIECE:
+            end = _cut_point(held, start)
+            yield held[start:end]
+            start = end + (held[end] == " " and not keeps_space)
+        held = held[start:]
+    if held.strip():
+        yield held.rstrip()
+
+
+def _cut_point(text: str, start: int) -> int:
+    """Before the last lone space in the second half of the piece, else behind a line's end, else at its end."""
+    least, most = start + PIECE // 2, start + PIECE
+    at = text.rfind(" ", least, most)
+    for _ in range(64):
+        if at < 0:
+            break
+        if not text[at - 1].isspace() and not text[at + 1].isspace():
+            return at
+        at = text.rfind(" ", least, at)
+    line_end = text.rfind("\n", least, most)
+    return most if line_end < 0 else line_end + 1
+
+
+def _keeps_space(tokenizer: Any) -> bool:
+    """Whether the space at a cut belongs to the piece behind it, or is what the tokenizer puts before a text itself."""
+    texts = ["one two", "one", " two", "two"]
+    whole, left, spaced, bare = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return left + spaced == whole or left + bare != whole
+
+
+def _chat_text(chat: Chat, tokenizer: Any) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        return "\n\n".join(filter(None, (_content(message["content"]) for message in chat)))
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(f"the tokenizer's chat template refuses {str(chat)[:200]}: {error}") from error
+    return text.removeprefix(tokenizer.bos_token or "")  # a bos between documents is put in with the others
+
+
+def _content(content: Any) -> str:
+    """A message's text: itself, or its parts of text."""
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+    return content or ""

@@ -1,0 +1,233 @@
+"""Documents in files, read as they are asked for: .txt, .json, .jsonl, .csv, .tsv, each also .gz, and .parquet."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Union
+
+Chat = list[dict[str, Any]]  # messages with "role" and "content"
+WHOLE_BYTES = 64 << 20  # files of up to so much together are read at once
+
+_KINDS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")  # a folder gives the first of them that it holds
+_TEXT_KEYS = ("text", "extract", "content", "messages", "conversations")
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_CHUNK = 1 << 20
+
+
+class LongText:
+    """A document too long to be held: iterating over it gives its text in pieces."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __repr__(self) -> str:
+        return f"LongText({str(self.file)!r})"
+
+    def __iter__(self) -> Iterator[str]:
+        with _open(self.file) as opened:
+            yield opened.read(_CHUNK).lstrip()
+            while piece := opened.read(_CHUNK):
+                yield piece
+
+
+Document = Union[str, Chat, LongText]  # noqa: UP007  (evaluated at import, where a class may stand on the left)
+
+
+def find_files(path: Path) -> list[Path]:
+    """The file itself, or those of one kind in a folder, by name.
+
+    Raises:
+        ValueError: no such file, a kind that is not known, a folder without files of a known kind.
+        ImportError: for .parquet without pyarrow.
+    """
+    if path.is_dir():
+        for kind in _KINDS:
+            found = sorted(file for file in path.iterdir() if _kind(file) == kind and not file.name.startswith("."))
+            if found:
+                return _readable(found)
+        raise ValueError(f"source={str(path)!r} is a folder without any {', '.join(_KINDS)} file")
+    if not path.is_file():
+        raise ValueError(f"source={str(path)!r} is no file or folder")
+    if _kind(path) not in _KINDS:
+        raise ValueError(f"source={str(path)!r} must end in {', '.join(_KINDS)}, or be a folder of such files")
+    return _readable([path])
+
+
+def _readable(files: list[Path]) -> list[Path]:
+    if _kind(files[0]) == ".parquet":
+        _parquet()
+    return files
+
+
+def are_small(files: list[Path]) -> bool:
+    """Whether they may be read at once; what is compressed is taken for 20 times as much."""
+    compressed = (".gz", ".parquet")
+    return sum(file.stat().st_size * (20 if file.suffix in compressed else 1) for file in files) <= WHOLE_BYTES
+
+
+def read_documents(file: Path, column: str | None) -> Iterator[Document | None]:
+    """The documents of one file in order; None where one is null.
+
+    Args:
+        column: key of the text in each record; by default the first of "text", "extract", "content", "messages"
+            and "conversations" that is there.
+
+    Raises:
+        ValueError: naming file and line or record: no JSON, no text in it, bytes that are no text.
+    """
+    readers = {".txt": _plain, ".jsonl": _json_lines, ".json": _json, ".parquet": _parquet_rows}
+    try:
+        yield from readers.get(_kind(file), _table)(file, column)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file.name} is not in one encoding to its end ({error}): convert it to UTF-8") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{file.name} is not a whole gzip file ({error})") from None
+
+
+def document_of(record: Any, where: str, column: str | None = None) -> Document | None:
+    """The text or chat in a record; None where it is null."""
+    if record is None or isinstance(record, str) or _is_chat(record):
+        return record
+    if isinstance(record, dict):
+        there = [record[key] for key in ([column] if column else _TEXT_KEYS) if key in record]
+        for value in there:
+            if isinstance(value, str) or _is_chat(value):
+                return value
+        if there and all(value is None for value in there):
+            return None
+    wanted = column or " or ".join(_TEXT_KEYS)
+    keys = f", has {', '.join(map(str, record))}" if isinstance(record, dict) else ""
+    raise ValueError(
+        f"{where} must be a string, or an object with a string or a chat (a list of role and content) under {wanted}"
+        + keys
+    )
+
+
+def _is_chat(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value)
+    )
+
+
+def _kind(file: Path) -> str:
+    return Path(file.name.removesuffix(".gz")).suffix.lower()
+
+
+def _plain(file: Path, column: str | None) -> Iterator[Document]:
+    if not are_small([file]):
+        yield LongText(file)
+        return
+    with _open(file) as opened:
+        yield opened.read()
+
+
+def _json_lines(file: Path, column: str | None) -> Iterator[Document | None]:
+    with _open(file) as opened:
+        for number, line in enumerate(opened, start=1):
+            if line.strip():
+                where = f"{file.name}, line {number}"
+                yield document_of(_parsed(line, where), where, column)
+
+
+def _json(file: Path, column: str | None) -> Iterator[Document | None]:
+    with _open(file) as opened:
+        content = _parsed(opened.read(), file.name)
+    if not isinstance(content, list | dict):
+        raise ValueError(f"{file.name} must hold a list or an object of documents")
+    records = [content] if _is_chat(content) else content.values() if isinstance(content, dict) else content
+    for number, record in enumerate(records):
+        yield document_of(record, f"{file.name}, record {number}", column)
+
+
+def _table(file: Path, column: str | None) -> Iterator[Document | None]:
+    csv.field_size_limit(2**31 - 1)  # a cell holds a whole document
+    with _open(file) as opened:
+        reader = csv.DictReader(opened, delimiter="\t" if _kind(file) == ".tsv" else ",")
+        try:
+            name = _column(file, column, list(reader.fieldnames or ()))
+            for record in reader:
+                yield record[name]
+        except csv.Error as error:
+            raise ValueError(f"{file.name}, line {reader.line_num} is not a table: {error}") from None
+
+
+def _parquet_rows(file: Path, column: str | None) -> Iterator[Document | None]:
+    parquet = _parquet()
+    try:
+        table = parquet.ParquetFile(file)
+    except Exception as error:  # pyarrow's own classes, which differ from version to version
+        raise ValueError(f"{file.name} is not a parquet file ({error})") from None
+    with table:
+        name = _column(file, column, list(table.schema_arrow.names))
+        number = 0
+        for batch in table.iter_batches(batch_size=256, columns=[name]):
+            for record in batch.to_pylist():
+                yield document_of(record, f"{file.name}, record {number}", name)
+                number += 1
+
+
+def _parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError("a .parquet file needs the package pyarrow: pip install pyarrow") from error
+    return pyarrow.parquet
+
+
+def _column(file: Path, column: str | None, names: list[str]) -> str:
+    for name in [column] if column else _TEXT_KEYS:
+        if name in names:
+            return name
+    wanted = f"no column {column!r}" if column else f"no column {' or '.join(_TEXT_KEYS)}"
+    raise ValueError(f"{file.name} has {wanted}, but {', '.join(map(repr, names))}: name one, as in {file.name}:COLUMN")
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+
+
+def _open(file: Path) -> io.TextIOWrapper:
+    """The file as text, its line ends as they are."""
+    return io.TextIOWrapper(_bytes(file), encoding=_encoding(file), newline="\n")
+
+
+def _bytes(file: Path) -> Any:
+    return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
+
+
+def _encoding(file: Path) -> str:
+    """That of its byte order mark, else UTF-8, or Latin-1 where its first 64 MiB are not valid UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with _bytes(file) as opened:
+        head = opened.read(4)
+        for mark, encoding in _MARKS.items():
+            if head.startswith(mark):
+                return encoding
+        try:
+            decoder.decode(head)
+            for _ in range(WHOLE_BYTES // _CHUNK + 1):
+                chunk = opened.read(_CHUNK)
+                decoder.decode(chunk, final=not chunk)
+                if not chunk:
+                    break
+        except UnicodeDecodeError:
+            return "latin-1"
+    return "utf-8"

@@ -1,0 +1,34 @@
+"""Checksums of files. CRC-32 finds damage, not forgery, and is the fastest of the standard library by far."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_PIECE = 1 << 18
+
+
+def as_text(crc: int) -> str:
+    return f"{crc:08x}"
+
+
+def file_crc32(path: Path, length: int | None = None) -> str:
+    """Eight hexadecimal digits, of the first `length` bytes or of all."""
+    crc, left = 0, path.stat().st_size if length is None else length
+    with open(path, "rb") as file:
+        while left > 0 and (piece := file.read(min(_PIECE, left))):
+            crc = zlib.crc32(piece, crc)
+            left -= len(piece)
+    return as_text(crc)
+
+
+def tensors_crc32(tensors: dict[str, Tensor]) -> str:
+    """The same of tensors on the CPU, with their names, dtypes and shapes."""
+    crc = 0
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+    return as_text(crc)

@@ -1,0 +1,120 @@
+"""A folder that a command writes to: whether it can be written, and held by one process at a time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import socket
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+LOCK = ".lock"
+# the lock, and temporary files of write_atomically and, inside it, of safetensors
+_LEFTOVER = re.compile(re.escape(LOCK) + r"|\..+\.tmp|\.tmp\w{6}")
+_HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+
+
+def check_output_folder(folder: Path, needed: int = 0) -> None:
+    """Whether files of so many bytes can be written to a folder, which need not be there yet. Leaves nothing.
+
+    Raises:
+        ValueError: a file in its place or above it, no permission, a disk that is full or read-only.
+    """
+    try:
+        place = folder
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        if not place.is_dir():
+            raise ValueError(f"{folder}: must be a folder, {'is' if place == folder else f'but {place} is'} a file")
+        with tempfile.TemporaryFile(dir=place):
+            pass
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written to ({error.strerror or error})") from None
+    if free < needed:
+        raise ValueError(f"{folder}: {free / 1e9:.3g} GB are free on this disk, {needed / 1e9:.3g} GB are needed")
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file is one that a killed process leaves behind."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
+@contextmanager
+def locked(folder: Path, work: str) -> Iterator[None]:
+    """Holds `folder` for this process and removes what killed writes left there; the folder is made if need be.
+
+    A process that dies lets go of it, however it dies. A folder that was made and is empty at the end is removed.
+
+    Args:
+        work: what is done there, for the message to another process.
+
+    Raises:
+        BlockingIOError: another process holds it; says which.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    try:
+        with _open_locked(path) as file:
+            file.truncate(0)
+            file.write(f"{work} (process {os.getpid()} on {socket.gethostname()})".encode())
+            file.flush()
+            for entry in folder.iterdir():
+                if is_leftover(entry.name) and entry.name != LOCK and entry.is_file():
+                    entry.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                # Before the lock is let go: nobody may lock a file that is about to vanish. Windows wants it closed.
+                with suppress(OSError):
+                    path.unlink()
+    finally:
+        if sys.platform == "win32":
+            with suppress(OSError):  # that of another process is open
+                path.unlink()
+        if made:
+            with suppress(OSError):
+                folder.rmdir()  # nothing came of the work
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    while True:
+        file = open(path, "a+b")  # noqa: SIM115  # the caller closes it
+        try:
+            _lock(file)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        except FileNotFoundError:
+            pass  # the one who held it has removed it since
+        except OSError as error:
+            if error.errno not in _HELD:
+                warnings.warn(f"{path}: no locks on this file system; let one process write there", stacklevel=3)
+                return file
+            file.seek(0)
+            holder = file.read().decode(errors="replace") or "another process"
+            file.close()
+            raise BlockingIOError(
+                f"{path.parent}: in use by {holder}; wait for it, stop it or choose another folder"
+            ) from None
+        file.close()
+
+
+def _lock(file: BinaryIO) -> None:
+    if sys.platform == "win32":
+        file.seek(1 << 30)  # the bytes before it stay readable for others
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,54 @@
+"""What activations are of, and whether what lies in a folder was made with the settings of now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def identity(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Model, fingerprint of its weights, layer and source of a store, None where its manifest does not say."""
+    about = {name: manifest.get(name) for name in ("model", "layer", "source")}
+    return {**about, "weights_sha256": manifest.get("settings", {}).get("weights_sha256")}
+
+
+def in_words(about: dict[str, Any]) -> str:
+    """What activations are of, from an `identity`."""
+    if about.get("model") is not None:
+        layer = "an unknown layer" if about.get("layer") is None else f"layer {about['layer']}"
+        weights = f" (weights {about['weights_sha256'][:8]})" if about.get("weights_sha256") else ""
+        return f"{layer} of {about['model']}{weights}"
+    return f"source {about['source']!r}" if about.get("source") else "activations without a name"
+
+
+def is_same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """By the weights where both identities have their fingerprint, else by name."""
+    name = "weights_sha256" if one.get("weights_sha256") and other.get("weights_sha256") else "model"
+    return bool(one.get(name) == other.get(name))
+
+
+def is_same_kind(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether activations are of the same model and layer or, where neither has a model, of the same source."""
+    if one.get("model") is None and other.get("model") is None:
+        return (one.get("source") or "") == (other.get("source") or "")
+    layers = {about["layer"] for about in (one, other) if about.get("layer") is not None}
+    return is_same_model(one, other) and len(layers) < 2
+
+
+def check_same_settings(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """`then` and `now` are part -> settings.
+
+    Raises:
+        ValueError: a part differs; names the file `path`, and the values of what differs.
+    """
+    for part, values in now.items():
+        before = then.get(part)
+        if before == values:
+            continue
+        if not isinstance(values, dict) or not isinstance(before, dict):
+            raise ValueError(f"{path}: made with other settings ({part}); use another folder")
+        differ = [name for name in values if before.get(name) != values[name]]
+        changes = "; ".join(f"{name} was {before.get(name)!r}, is {values[name]!r}" for name in differ)
+        raise ValueError(
+            f"{path}: made with other settings ({part}: {', '.join(differ)}): {changes}; use another folder"
+        )

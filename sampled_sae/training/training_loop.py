@@ -1,0 +1,87 @@
+"""`train_to_end`: the loop over one or several runs, which a signal stops between two steps with all of them saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+from tqdm import tqdm
+
+from ..support.interruption import Interrupted, Interruption
+from ..support.output_folder import locked
+from .training_run import TrainingRun
+
+
+def train_to_end(runs: Mapping[str, TrainingRun], progress: bool) -> None:
+    """Trains runs of one TrainConfig, starting from the smallest of their steps; a run ahead waits for the others.
+
+    At the end each run is saved, calibrated and written out. `runs` is name -> run. Ctrl-C or SIGTERM ends the step
+    under way and saves checkpoints; a second one stops at once.
+
+    Raises:
+        FloatingPointError: a loss that is NaN or inf, with the run's name where there are several.
+        Interrupted: a signal came; the checkpoints are those of the step that it names.
+        BlockingIOError: another process trains in the folder of a run.
+    """
+    with ExitStack() as stack:
+        for run in runs.values():
+            stack.enter_context(locked(run.folder, "a training"))
+            run.start_metrics()
+        with Interruption() as interruption:
+            _steps(runs, progress, interruption)
+        for run in runs.values():
+            run.save()
+        # One feed after another: the tokens of each take up to CALIBRATION_TOKENS * d_in floats.
+        for feed in {id(run.feed): run.feed for run in runs.values()}.values():
+            x = feed.calibration()
+            for run in runs.values():
+                if run.feed is feed:
+                    run.finish(x)
+
+
+def _steps(runs: Mapping[str, TrainingRun], progress: bool, interruption: Interruption) -> None:
+    config = next(iter(runs.values())).config
+    first = min(run.step for run in runs.values())
+    for run in runs.values():
+        run.sae.train()
+    bar = tqdm(total=config.steps, initial=first, disable=not progress, unit="step", dynamic_ncols=True)
+    with bar:
+        for t in range(first, config.steps):
+            lines = []
+            for name, run in runs.items():
+                if run.step > t:
+                    continue
+                try:
+                    line = run.train_on(run.feed.batch(t))
+                    if line is not None:
+                        run.write_metrics(line)
+                        lines.append(line)
+                    if run.step % config.checkpoint_every == 0 and run.step < config.steps:
+                        run.save()
+                except FloatingPointError as error:
+                    if len(runs) == 1:
+                        raise
+                    raise FloatingPointError(f"{name}: {error}, and so are those of the others") from None
+            if lines:
+                bar.set_postfix(_summary(lines), refresh=False)
+            bar.update()
+            if interruption.number is not None:
+                _stop(runs, interruption.number)
+
+
+def _stop(runs: Mapping[str, TrainingRun], number: int) -> None:
+    for run in runs.values():
+        run.save()
+    done, steps = min(run.step for run in runs.values()), next(iter(runs.values())).config.steps
+    folders = ", ".join(str(run.folder) for run in runs.values())
+    raise Interrupted(number, f"step {done} of {steps} is saved in {folders}; the same command or call goes on from it")
+
+
+def _summary(lines: list[dict[str, float]]) -> dict[str, str]:
+    """For the progress bar: the values of one run, or smallest and largest over several."""
+    shown = {"loss": ("loss", ".4g"), "L0": ("l0", ".1f"), "FVU": ("fvu", ".3f"), "dead": ("dead_share", ".1%")}
+    found = {}
+    for label, (name, form) in shown.items():
+        ends = {format(pick(line[name] for line in lines), form): None for pick in (min, max)}
+        found[label] = "–".join(ends)
+    return found

@@ -1,0 +1,179 @@
+"""Folders that the commands read and write, tiny; and a command run in this process."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import resource
+import shutil
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from makers import make_sae, write_store
+
+from sampled_sae import ActivationStore, SampledSAEConfig, TrainConfig, Trainer, formats
+from sampled_sae import cli as command_line
+from sampled_sae.cli.errors import sentence
+from sampled_sae.training import batches
+
+# What a tiny run needs besides its folders; what stands behind replaces it.
+SMALL = {
+    "harvest": "--model {model} --texts {texts} --layer 1 --context 8 --holdout-rows 2 --tokens 64",
+    "train": "--features 16 --k 2 --steps 2 --batch-size 16",
+    "evaluate": "--model {model} --batch-size 32 --splice-rows 0",
+    "sweep": "--model {model} --features 16 --k 2 --steps 1 --batch-size 16 --ls 2 --scores l2 --splice-rows 0",
+    "export": "--to saelens",
+    "check": "--quick --impl torch",
+    "bench": "--d 4 --features 16 --batch 8 --k 2 --rounds 1 --seconds 1",
+}
+NAMES = ("store", "sae", "run", "peer", "model", "empty", "file", "broken", "missing", "new", "texts.jsonl")
+NAMES += ("dl", "sparsify", "imported", "harvested", "swept")
+FOLDERS = {
+    "harvest": ("new",),
+    "train": ("store", "new"),
+    "evaluate": ("sae", "store"),
+    "sweep": ("store", "new"),
+    "export": ("sae", "new"),
+    "import": ("peer", "new"),
+    "verify": ("store",),
+}
+# a command may take so many bytes more than the process has: what is too large fails at once and harms nobody
+MEMORY = 6 << 30
+
+
+def make_places(root: Path) -> None:
+    """A store, an SAE, a finished training, an SAE of SAELens, a model with texts, and what is none of these."""
+    write_store(root / "store", n=(40, 30), n_holdout=24)
+    sae = make_sae(torch.float32)
+    sae.threshold.fill_(0.5)
+    sae.threshold_steps.fill_(1)
+    sae.save_pretrained(root / "sae")
+    formats.export(sae, root / "peer", to="saelens")
+    make_model(root)
+    formats.export(sae, root / "dl", to="dictionary_learning")
+    formats.export(sae, root / "sparsify", to="sparsify", inference="topk")
+    for made in ("import {peer} {imported}", "harvest {harvested}", "sweep {store} {swept}"):
+        assert command_line.main(full(made, root)) == 0
+    (root / "empty").mkdir()
+    (root / "file").write_text("neither a folder nor JSON")
+    (root / "broken").mkdir()
+    for name in ("manifest.json", "config.json", "run.json", "cfg.json", "checkpoint.pt"):
+        (root / "broken" / name).write_text("[" * 100_000)
+    store = ActivationStore.open(root / "store")
+    config = SampledSAEConfig(12, 16, 2.0)
+    Trainer(config, TrainConfig(steps=2, batch_size=16), store, root / "run").run(progress=False)
+
+
+def paths_in(root: Path) -> dict[str, str]:
+    return {name.split(".")[0]: str(root / name) for name in NAMES}
+
+
+def full(text: str, root: Path) -> list[str]:
+    """A command line: the command's own folders where it names none, what makes it small, then its options."""
+    name, *rest = text.split()
+    given = list(itertools.takewhile(lambda part: not part.startswith("--"), rest))
+    folders = given or [f"{{{folder}}}" for folder in FOLDERS.get(name, ())]
+    line = [name, *folders, *SMALL.get(name, "").split(), *rest[len(given) :]]
+    return [part.format(**paths_in(root)) for part in line]
+
+
+def make_model(root: Path) -> None:
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    vocabulary = {"<|endoftext|>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(30)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>")
+    tokenizer.save_pretrained(root / "model")
+    sizes = {"vocab_size": 32, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).save_pretrained(root / "model")
+    lines = [json.dumps({"text": " ".join(f"w{(i * j) % 30}" for j in range(12))}) for i in range(40)]
+    (root / "texts.jsonl").write_text("\n".join(lines))
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pristine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "CALIBRATION_TOKENS", 256)
+        make_places(root)
+    return root
+
+
+@pytest.fixture
+def places(pristine, tmp_path, monkeypatch):
+    """A function that makes a fresh copy of the places; nothing is fetched, memory and calibration are small."""
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(batches, "CALIBRATION_TOKENS", 256)
+    root = tmp_path / "places"
+    copied = {}
+
+    def fresh():
+        if not copied or state_of(root) != copied:
+            shutil.rmtree(root, ignore_errors=True)
+            shutil.copytree(pristine, root)
+            copied.clear()
+            copied.update(state_of(root))
+        return root
+
+    monkeypatch.chdir(tmp_path)
+    with limited_memory():
+        yield fresh
+
+
+@contextmanager
+def limited_memory():
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before, threads = resource.getrlimit(resource.RLIMIT_AS), torch.get_num_threads()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        torch.set_num_threads(threads)
+
+
+def state_of(folder):
+    """path -> when it was last written, and its size, of all that is below."""
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def contents(folder):
+    """path -> bytes of every file below."""
+    return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def assert_one_sentence(line, root, capsys):
+    """Runs a command line. A failure is said by this package, for users, and changes no file that was there."""
+    before = contents(root)
+    raised = []
+
+    def heard(error, *rest):
+        raised.append(error)
+        return sentence(error, *rest)
+
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command_line, "sentence", heard)
+        try:
+            status = command_line.main(line)
+        except SystemExit as end:
+            status = end.code
+    said = capsys.readouterr()
+    about = f"{' '.join(line)[:400]}\n{said.err}\n{raised}"
+    assert status in (0, 1, 2, 130), about
+    assert "Traceback" not in said.err or "--debug" in line, about
+    assert "unexpected error" not in said.err, about
+    for error in raised:
+        if isinstance(error, (ValueError, TypeError)):
+            where = traceback.extract_tb(error.__traceback__)[-1].filename
+            assert "sampled_sae" in where, f"raised in {where}: {about}"
+    if status:
+        assert said.err.strip() or said.out.strip(), about
+        after = contents(root)
+        changed = [str(path) for path in before if after.get(path) != before[path]]
+        assert not changed, f"{changed}: {about}"

@@ -1,0 +1,226 @@
+"""`sampled-sae harvest` and `evaluate` on causal models and encoders: what is checked first, and the whole way."""
+
+import json
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import LAYERS, D, tiny, transformers
+
+from sampled_sae import lm
+from sampled_sae.cli import main
+
+tokenizers = pytest.importorskip("tokenizers")
+
+WORDS = [f"w{i}" for i in range(40)]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+SIZES = {"num_hidden_layers": LAYERS, "vocab_size": 45, "max_position_embeddings": 32}
+
+
+def words(special, unknown):
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=unknown))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return made
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    """A Llama whose tokenizer begins each text with <s>."""
+    folder = tmp_path_factory.mktemp("causal")
+    made = words(["<pad>", "<s>", "</s>", "<unk>", "<x>"], "<unk>")
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    tiny("Llama", "CausalLM", **SIZES, num_key_value_heads=1, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A BERT with the tokenizer of its kind: cls and sep around each text, no bos, no eos."""
+    folder = tmp_path_factory.mktemp("bert")
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join([*SPECIAL, *WORDS]) + "\n")
+    transformers.BertTokenizer(str(vocabulary)).save_pretrained(folder)
+    torch.manual_seed(0)
+    tiny("Bert", "MaskedLM", **SIZES, pad_token_id=0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    file = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    draw = torch.Generator().manual_seed(1)
+    lines = (" ".join(WORDS[i] for i in torch.randint(0, 40, (9,), generator=draw).tolist()) for _ in range(80))
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return file
+
+
+def command(model, texts, out, *more):
+    arguments = ["harvest", out, "--model", model, "--texts", texts, "--layer", 1, "--context", 16, "--quiet", *more]
+    return main([str(argument) for argument in arguments])
+
+
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+TRAINING = ["--features", "32", "--k", "3", "--l", "2", "--steps", "6", "--batch-size", "64", "--quiet"]
+
+
+@pytest.mark.parametrize("layer", [1, LAYERS - 1])
+def test_bert_with_its_own_tokenizer(bert, texts, tmp_path, capsys, layer):
+    acts, run = tmp_path / "acts", tmp_path / "run"
+    assert command(bert, texts, acts, "--holdout-rows", "5", "--layer", layer) == 0
+    manifest = manifest_of(acts)
+    rows = load_file(acts / "holdout.safetensors")["rows"]
+    assert (rows[:, 0] == 2).all()
+    assert (rows[:, -1] == 3).all()
+    assert manifest["settings"]["drop_tokens"] == [0, 2, 3, 4]
+    inner_seps = int((rows[:, 1:] == 3).sum())
+    assert manifest["holdout"]["dropped"] == {"first_position": 5, "special_token": inner_seps, "norm": 0}
+    assert main(["train", str(acts), str(run), *TRAINING]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(run), str(acts), "--model", str(bert)]) == 0
+    said = capsys.readouterr()
+    assert "is an encoder and predicts no next token" in said.err
+    result = json.loads((run / "evaluation.json").read_text())
+    assert result["tokens"] == manifest["holdout"]["tokens"]
+    assert "loss_recovered_zero" not in result
+    assert main(["evaluate", str(run), str(acts), "--model", str(bert), "--splice-rows", "0"]) == 0
+    assert main(["evaluate", str(run), str(acts), "--model", str(bert), "--splice-rows", "2"]) == 1
+    assert "--splice-rows 2: " in (said := capsys.readouterr().err)
+    assert "predicts no next token; leave it out, or give 0" in said
+
+
+@pytest.mark.parametrize(
+    ("option", "dropped"), [(None, [0, 1, 2]), ("none", []), ("special, 7,7", [0, 1, 2, 7]), ("9", [9])]
+)
+def test_tokens_to_leave_out(causal, texts, tmp_path, option, dropped):
+    acts = tmp_path / "acts"
+    assert command(causal, texts, acts, *([] if option is None else ["--drop-tokens", option])) == 0
+    manifest = manifest_of(acts)
+    assert manifest["settings"]["drop_tokens"] == dropped
+    assert (manifest["dropped"]["special_token"] > 0) == bool(dropped)
+
+
+def test_no_holdout_to_the_end(causal, texts, tmp_path, capsys):
+    acts, run = tmp_path / "acts", tmp_path / "run"
+    assert command(causal, texts, acts, "--holdout-rows", "0") == 0
+    assert manifest_of(acts)["complete"] is True
+    assert manifest_of(acts)["holdout"] is None
+    assert command(causal, texts, acts, "--holdout-rows", "0") == 0
+    assert main(["train", str(acts), str(run), *TRAINING]) == 0
+    assert main(["evaluate", str(run), str(acts), "--model", str(causal)]) == 1
+    assert "no held-out part" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--layer", 2), ("--context", 12), ("--dtype", "float16")])
+def test_a_folder_of_another_harvest_is_known_before_the_weights_are_loaded(
+    causal, texts, tmp_path, monkeypatch, capsys, option, value
+):
+    assert command(causal, texts, tmp_path) == 0
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.setattr(lm, "load_model", lambda *_: pytest.fail("the weights were loaded"))
+    capsys.readouterr()
+    assert command(causal, texts, tmp_path, option, value) == 1
+    assert f"was harvested with {option} " in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def a_file(folder):
+    (folder / "file").write_text("x")
+    return folder / "file"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--texts", "missing.jsonl"], "'missing.jsonl' is no file or folder"),
+        (["--texts", "texts.docx"], "'texts.docx' is no file or folder"),
+        (["--layer", LAYERS], f"--layer {LAYERS} must be an integer from 0 to {LAYERS - 1} in this model"),
+        (["--layer", -1], "--layer -1 must be an integer from 0 to"),
+        (["--context", 33], "--context 33 must be at most 32, the positions of LlamaForCausalLM"),
+        (["--context", 1], "--context 1: must be a whole number >= 2"),
+        (["--tokens", 0], "--tokens 0: must be a whole number >= 1"),
+        (["--holdout-rows", -1], "--holdout-rows -1: must be a whole number >= 0"),
+        (["--holdout-rows", 500], "--holdout-rows 500 must be from 0 to 52: there are 53 rows"),
+        (["--tokens", 32, "--holdout-rows", 2], "--holdout-rows 2 must be from 0 to 1: there are 2 rows"),
+        (["--batch-size", 0], "--batch-size 0: must be"),
+        (["--drop-tokens", 45], "--drop-tokens 45: must be a token id from 0 to 44"),
+    ],
+)
+def test_what_can_be_known_is_checked_before_the_weights_are_loaded(
+    causal, texts, tmp_path, monkeypatch, capsys, options, message
+):
+    monkeypatch.setattr(lm, "load_model", lambda *_: pytest.fail("the weights were loaded"))
+    assert command(causal, texts, tmp_path / "acts", *options) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "acts").exists()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_folder_that_cannot_be_written_to(causal, texts, tmp_path, monkeypatch, capsys, inside):
+    monkeypatch.setattr(lm, "load_model", lambda *_: pytest.fail("the weights were loaded"))
+    out = a_file(tmp_path) / "acts" if inside else a_file(tmp_path)
+    assert command(causal, texts, out) == 1
+    assert "must be a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("T5", {"d_model": D, "d_ff": 24, "d_kv": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 45}),
+        ("ViT", {"hidden_size": D, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}),
+        ("Wav2Vec2", {}),
+    ],
+)
+def test_models_of_other_kinds_by_their_configuration(texts, tmp_path, capsys, name, given):
+    getattr(transformers, f"{name}Config")(**given).save_pretrained(tmp_path / "model")
+    assert command(tmp_path / "model", texts, tmp_path / "acts") == 1
+    said = capsys.readouterr().err
+    assert f"{name}Model" in said
+    assert "supported are causal language models and encoders of text" in said
+
+
+@pytest.mark.parametrize(("name", "limit"), [("Roberta", 32 - 2), ("MPNet", 32 - 2), ("Bert", 32)])
+def test_positions_that_begin_after_the_padding(name, limit, rows):
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}Model")(tiny(name, "MaskedLM", **SIZES, pad_token_id=1).config)
+    fits, too_long = (torch.full((1, context), 5) for context in (limit, limit + 1))
+    lm.models.check_rows(model, fits)
+    assert model(input_ids=fits).last_hidden_state.shape == (1, limit, D)
+    with pytest.raises(ValueError, match=f"context={limit + 1} must be at most {limit}"):
+        lm.models.check_rows(model, too_long)
+
+
+def test_a_stream_is_read_as_far_as_the_tokens_need(causal, tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(path, split, streaming):
+        while True:
+            asked.append(1)
+            yield {"text": f"{' '.join(WORDS)} {len(asked)}"}
+
+    module = ModuleType("datasets")
+    module.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    assert command(causal, "hf:endless", tmp_path / "acts", "--tokens", 320, "--holdout-rows", 4) == 0
+    assert manifest_of(tmp_path / "acts")["settings"]["rows"] == 20
+    assert len(asked) <= 1300
+
+
+def test_harvest_command_says_what_it_leaves_out(causal, texts, tmp_path, capsys):
+    arguments = ["harvest", tmp_path / "acts", "--model", causal, "--texts", texts, "--layer", 0, "--context", 16]
+    assert main([str(argument) for argument in arguments]) == 0
+    said = capsys.readouterr().out
+    assert "without the tokens 0 <pad>, 1 <s>, 2 </s>" in said
+    counts = manifest_of(tmp_path / "acts")["dropped"]
+    assert f"left out: first_position {counts['first_position']}, special_token {counts['special_token']}, norm" in said
