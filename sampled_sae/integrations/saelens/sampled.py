@@ -55,8 +55,7 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         fn = self.activation_fn
         if not is_plain(fn, BatchTopK):
             raise ValueError(f"activation_fn={fn!r}: sampled SAEs select by l, score and select; only its k can be set")
-        check_budget(fn.k, self.cfg.l, self.cfg.d_sae, self.cfg.select)
-        return fn.k
+        return check_budget(fn.k, self.cfg.l, self.cfg.d_sae, self.cfg.select)[0]
 
     @property
     def is_batchtopk(self) -> bool:
