@@ -49,7 +49,16 @@ $(PEERS)/.installed: constraints-peers.txt pyproject.toml setup.py
 	$(PEER_PIP) einops gputil pillow python-socketio tabulate websocket-client zstandard
 	touch $@
 
-test: lint $(OLD_TRITON)/.installed $(PEERS)/.installed
+# sparsify's own tests stand in its source distribution; tests/peers/suites.py says where SAELens' are from
+SPARSIFY := $(shell sed -n 's/.*"\(eai-sparsify==[0-9.]*\)".*/\1/p' pyproject.toml)
+$(PEERS)/suites/sparsify/.unpacked: $(PEERS)/.installed
+	rm -rf $(@D)
+	mkdir -p $(@D)
+	$(PEERS)/bin/pip download --quiet --no-deps --no-binary eai-sparsify --dest $(@D) $(SPARSIFY)
+	tar xzf $(@D)/*.tar.gz --directory $(@D) --strip-components 1
+	touch $@
+
+test: lint $(OLD_TRITON)/.installed $(PEERS)/suites/sparsify/.unpacked
 	$(BIN)/pytest $(ALL)
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/pytest $(ALL) tests/kernels tests/test_triton_impl.py
 	$(PEERS)/bin/pytest $(ALL) tests/peers

@@ -6,6 +6,7 @@ A gradient given as rows is never made dense. Where the SAE runs on Triton in fl
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -47,12 +48,19 @@ class RowAdam(Optimizer):
             memory and is rounded stochastically. None for that of the weights.
 
     The projection takes decoder rows to be of unit norm, as `normalize_decoder()` makes them. With `cfg.row_grads`
-    call `zero_grad()` after `step()` or before the forward pass: between forward and backward it would drop the rows,
-    and `step()` raises a RuntimeError.
+    call `zero_grad()` after `step()` or before the forward pass: between forward and backward it would drop the rows.
+
+    Raises:
+        TypeError: an `sae` that is none, or whose parameters are spread over devices (FSDP, DTensor).
+        RuntimeError: by `step()`, with `cfg.row_grads`, where the rows were dropped, where a `GradScaler` steps, and
+            where something else has changed `b_dec.grad` after `backward()` (`clip_grad_norm_`, a division), for that
+            cannot have changed the rows. By `step()` where a parameter of the SAE was replaced.
 
     Attributes:
         grad_norm: the global norm of the last step's gradient before clipping, 0-dim tensor.
     """
+
+    takes_rows = True
 
     def __init__(
         self,
@@ -80,6 +88,10 @@ class RowAdam(Optimizer):
         names = {name for name, _ in sae.named_parameters()}
         if names != {"W_enc", "b_enc", "W_dec", "b_dec"}:
             raise TypeError(f"sae={type(sae).__name__}: must be a SampledSAE (of a wrapped one, the module inside)")
+        spread = [name for name, p in sae.named_parameters() if type(p.data) is not Tensor]
+        if spread:
+            kind = type(getattr(sae, spread[0]).data).__name__
+            raise TypeError(f"sae.{spread[0]} is a {kind}: RowAdam needs whole tensors, use another optimizer")
         if moments is not None and sae.W_enc.dtype != torch.float32:
             raise ValueError(f"moments={moments!r}: needs weights in float32, these are {sae.W_enc.dtype}")
         groups = [{"params": [p], "name": name} for name, p in sae.named_parameters()]
@@ -89,6 +101,7 @@ class RowAdam(Optimizer):
         self.mode = mode
         self.moments = moments
         self.grad_norm: Tensor | None = None
+        self._watch_b_dec()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -100,6 +113,7 @@ class RowAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_gradients()
         grads = self._collect()
         factor = self._clip_factor([grad.values() for grad in grads.values() if grad])
         for i, group in enumerate(self.param_groups):
@@ -126,6 +140,16 @@ class RowAdam(Optimizer):
         own = ("sae", "clip", "mode", "moments", "grad_norm")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not hasattr(self, "_b_dec_version"):  # a copy: load_state_dict comes here too
+            self._watch_b_dec()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by GradScaler: to be told of it in `step`, which refuses, where it does not see the rows."""
+        return self.sae.cfg.row_grads or bool(self.sae.row_grads)
+
     @property
     def _parts(self) -> Implementation:
         return implementation(self.sae.impl_in_use)
@@ -134,14 +158,39 @@ class RowAdam(Optimizer):
         matrix = group["name"] in ("W_enc", "W_dec")
         return self.moments if self.moments is not None and matrix else group["params"][0].dtype
 
-    def _collect(self) -> dict[str, ParameterGradient]:
+    def _watch_b_dec(self) -> None:
+        """Remembers in what state backward leaves b_dec.grad, which all that edits gradients edits too."""
+        self._b_dec_version: int | None = None
+        me = weakref.ref(self)
+
+        def remember(b_dec: Tensor) -> None:
+            if (optimizer := me()) is not None and b_dec.grad is not None:
+                optimizer._b_dec_version = b_dec.grad._version
+
+        if self.sae.b_dec.requires_grad:
+            self.sae.b_dec.register_post_accumulate_grad_hook(remember)
+
+    def _check_gradients(self) -> None:
         sae = self.sae
-        gone = sae.cfg.row_grads and not sae.row_grads and sae.W_dec.requires_grad and sae.W_dec.grad is None
-        if gone and sae.b_dec.grad is not None:
+        for group in self.param_groups:
+            if group["params"][0] is not getattr(sae, group["name"]):
+                raise RuntimeError(f"RowAdam: sae.{group['name']} was replaced since; make a new RowAdam(sae)")
+        b_dec = sae.b_dec.grad
+        if hasattr(self, "found_inf"):
+            raise RuntimeError("row_grads=True: GradScaler does not unscale row gradients; set row_grads=False")
+        gone = sae.cfg.row_grads and not sae.row_grads and sae.W_dec.requires_grad
+        if gone and sae.W_dec.grad is None and b_dec is not None:
             raise RuntimeError(
                 "row_grads=True: the rows' gradients were dropped by a zero_grad() between forward and backward; "
                 "call it after step(), or before the forward pass"
             )
+        if sae.row_grads and b_dec is not None and self._b_dec_version not in (None, b_dec._version):
+            raise RuntimeError(
+                "row_grads=True: b_dec.grad was changed after backward (clip_grad_norm_, a division), and those "
+                "in sae.row_grads were not; set row_grads=False, or RowAdam's clip"
+            )
+
+    def _collect(self) -> dict[str, ParameterGradient]:
         grads = {g["name"]: ParameterGradient(g["name"], g["params"][0]) for g in self.param_groups}
         for part in self.sae.row_grads:
             if part.rows.grad is not None:

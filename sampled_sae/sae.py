@@ -20,6 +20,7 @@ from .impl.hints import Rule
 from .impl.interface import Implementation, implementation, resolve_impl
 from .impl.pool import KeptPool, Pool, PoolRule, find_pool
 from .impl.row_gradients import RowGradient, RowSource
+from .impl.row_guard import guard_rows
 from .impl.step_memory import StepMemory
 from .impl.threshold import ThresholdNotice
 from .pretrained import TENSORS, load_pretrained, save_pretrained
@@ -140,6 +141,8 @@ class SampledSAE(nn.Module):
 
     def _train_batch(self, x: Tensor, scaled: bool) -> SampledSAEOutput:
         c, parts = self.cfg, self._parts
+        if c.row_grads and torch.is_grad_enabled():
+            guard_rows(self)
         encoder = self._encoder(x, scaled, self.memory.rows(c.row_grads))
         pool = self.memory.pool.next(lambda: self._find_pool(encoder))
         codes = parts.select(encoder, None if pool is None else pool.members, Rule(c.k, c.select), self.memory.hints)

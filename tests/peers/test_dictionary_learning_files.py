@@ -245,3 +245,13 @@ def test_the_sae_inside_is_a_whole_one(tmp_path):
         before = float(sae.threshold)
         sae.train()(x)
         assert float(sae.threshold) == pytest.approx(before, rel=0.01)
+
+
+@BOTH
+def test_shown_weights_are_saved_as_ordinary_tensors(kind, tmp_path):
+    ae = DICTIONARIES[kind][1](D, F, K)
+    torch.save({"W": ae.encoder.weight, "decoder": ae.decoder.weight}, tmp_path / "weights.pt")
+    saved = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert type(saved["W"]) is torch.Tensor
+    assert torch.equal(saved["decoder"], ae.decoder.weight)
+    assert type(ae.encoder.weight + 1) is torch.Tensor

@@ -9,7 +9,7 @@ from sae_lens.saes.sae import TrainingSAE
 from saelens_makers import KINDS, OURS, D, F, dead_mask, pair, step, tokens
 
 from sampled_sae.integrations import saelens
-from sampled_sae.integrations.saelens.step import DENSE_METHODS
+from sampled_sae.integrations.saelens.as_made import DENSE_METHODS
 
 
 def test_accelerate_keeps_the_object_and_its_tensors():

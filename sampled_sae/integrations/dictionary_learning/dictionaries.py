@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from dictionary_learning.dictionary import Dictionary
@@ -17,6 +17,8 @@ from ...config import SampledSAEConfig
 from ...formats.dictionary_learning import UNSET, check_state, read_state
 from ...sae import SampledSAE
 from ...support.argument_checks import check_integer, describe
+from ..replaced import has_other_methods, methods_of
+from .linear_view import LinearView, write
 
 # in an ae.pt, inside a SampledDictionary, and whether one is the other's transpose
 NAMES = (
@@ -27,16 +29,6 @@ NAMES = (
     ("threshold", "sae.threshold", False),
 )
 OURS_ALONE = ("sae.threshold_steps", "sae.calibrated_at", "sae.tokens_since_active")
-
-
-class LinearView(NamedTuple):
-    """What `torch.nn.Linear` computes and how it names its tensors, over parameters that lie elsewhere."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
 class SampledDictionary(Dictionary):
@@ -59,6 +51,12 @@ class SampledDictionary(Dictionary):
     peer: type[Any]
     select: str
     by_threshold: bool
+    _methods: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__ == __name__:
+            cls._methods = methods_of(cls, ("encode", "decode"), "dictionary_learning")
 
     def __init__(
         self, activation_dim: int, dict_size: int, k: int, device: torch.device | str | None = None, **rule: Any
@@ -71,6 +69,7 @@ class SampledDictionary(Dictionary):
         self.sae = SampledSAE(SampledSAEConfig(d_in=activation_dim, d_sae=dict_size, k=k, **rule), device=device)
         self.sae.threshold.fill_(UNSET)
         self.register_buffer("k", torch.tensor(k, dtype=torch.int, device=device))
+        self._seen_k: tuple[int, int] | None = None
         made = self.peer(activation_dim, dict_size, k)
         with torch.no_grad():
             self.sae.W_enc.copy_(made.encoder.weight.t())
@@ -79,6 +78,13 @@ class SampledDictionary(Dictionary):
             self.sae.b_dec.copy_(made.b_dec)
         self.register_state_dict_post_hook(to_peer_names)
         self.register_load_state_dict_pre_hook(from_peer_names)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Parameters and modules too go to the properties below, which torch would hide them behind."""
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def activation_dim(self) -> int:
@@ -101,18 +107,42 @@ class SampledDictionary(Dictionary):
 
     @property
     def b_dec(self) -> torch.nn.Parameter:
-        """[d]."""
+        """[d]. Assigning copies the values."""
         return self.sae.b_dec
+
+    @b_dec.setter
+    def b_dec(self, value: Tensor) -> None:
+        write(self.sae.b_dec, value)
 
     @property
     def encoder(self) -> LinearView:
         """weight [F, d], bias [F]."""
-        return LinearView(self.sae.W_enc.t(), self.sae.b_enc)
+        return LinearView(self.sae.W_enc, self.sae.b_enc)
 
     @property
     def decoder(self) -> LinearView:
         """weight [d, F]."""
-        return LinearView(self.sae.W_dec.t(), None)
+        return LinearView(self.sae.W_dec, None)
+
+    def hear_k(self) -> None:
+        """Takes over what someone has written to `k`. A GPU is waited for where it is another tensor or was written to.
+
+        Raises:
+            ValueError: a k that is not a whole number in [1, dict_size].
+        """
+        seen = (id(self.k), self.k._version)
+        if self.k.device.type != "cpu" and seen == self._seen_k:
+            return
+        # without an operation: a schedule may write to `.data`, of which torch keeps no count
+        k = self.k.detach().cpu().numpy().item()
+        if k != self.sae.cfg.k:
+            check_integer("k", int(k) if k == int(k) else k, 1)
+            self.sae.cfg = replace(self.sae.cfg, k=int(k))
+        self._seen_k = seen
+
+    def has_other_methods(self) -> bool:
+        """Whether `encode` or `decode` is someone else's."""
+        return has_other_methods(self, self._methods)
 
     def decode(self, f: Tensor | SparseCodes) -> Tensor:
         """Features [..., F], or SparseCodes, to activations [..., d]."""
@@ -162,6 +192,7 @@ class SampledDictionary(Dictionary):
 
     def _codes(self, x: Tensor, by_threshold: bool) -> SparseCodes | Tensor:
         """What is kept of x [..., d], by the threshold or as in training; dense where no threshold is known yet."""
+        self.hear_k()
         if by_threshold and float(self.threshold) < 0:
             # every positive activation: so many that a list of them is the larger form
             return self._activations(x)

@@ -17,8 +17,10 @@ from ...impl.dead_features import AuxRule, IdleTokens
 from ...impl.hints import Rule
 from ...impl.interface import implementation
 from ...impl.pool import Pool, PoolRule, find_pool
+from ...impl.row_guard import guard_rows
 from ...optim import RowAdam
 from ...support.argument_checks import check_activations, check_device, check_integer, check_number
+from ..replaced import has_other_methods, methods_of
 from .dictionaries import SampledDictionary
 from .step import StepInputs, project_decoder_rows, unexplained
 from .threshold import average_threshold, mean_smallest_of_tokens
@@ -66,6 +68,13 @@ class RowTrainer(SAETrainer):
 
     dictionary: type[SampledDictionary]
     trainer_class: str
+    _methods: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith(__name__.rpartition(".")[0]):
+            cls._methods = methods_of(cls, ("get_auxiliary_loss", "update_threshold"), "dictionary_learning")
+
     rule: Mapping[str, Any] = MappingProxyType({})
     adam: Mapping[str, Any] = MappingProxyType({})
 
@@ -89,7 +98,7 @@ class RowTrainer(SAETrainer):
         wandb_name: str | None = None,
         submodule_name: str | None = None,
     ) -> None:
-        super().__init__(seed)
+        SAETrainer.__init__(self, seed)  # not that of the class whose trainer this is
         activation_dim = check_integer("activation_dim", activation_dim, 1)
         dict_size, k = check_integer("dict_size", dict_size, 1), check_integer("k", k, 1)
         steps = check_integer("steps", steps, 1)
@@ -167,7 +176,13 @@ class RowTrainer(SAETrainer):
 
         Raises:
             ValueError, TypeError: wrong shape or dtype, an empty batch, NaN or inf.
+
+        Where `ae.encode`, `ae.decode`, `get_auxiliary_loss` or `update_threshold` was overridden or replaced,
+        dictionary_learning's own loss is computed, from all activations.
         """
+        if self.ae.has_other_methods() or has_other_methods(self, self._methods):
+            return super().loss(self._tokens(x), step, logging)
+        self.ae.hear_k()
         sae = self.ae.sae
         inputs = self._inputs(x, logging)
         encoder, members = inputs.encoder, None if inputs.pool is None else inputs.pool.members
@@ -182,7 +197,7 @@ class RowTrainer(SAETrainer):
         auxk_loss = self._auxiliary_loss(inputs, residual.detach(), dead)
         loss = l2_loss + self.auxk_alpha * auxk_loss
         if not logging:
-            self.effective_l0 = self.k
+            self.effective_l0 = self.k if sae.cfg.select == "batch" else sae.cfg.k
             sae.row_grads += encoder.rows.gradients
             return loss
         self.effective_l0 = codes.l0()
@@ -199,9 +214,12 @@ class RowTrainer(SAETrainer):
         """
         if step == 0:
             self._init_b_dec(x)
+        if getattr(self.optimizer, "sae", self.ae.sae) is not self.ae.sae:
+            raise RuntimeError("ae: was replaced; its optimizer is the old one's, make a new trainer")
         loss = self.loss(x, step=step)
         loss.backward()
         project_decoder_rows(self.ae.sae)
+        self.ae.sae.project_decoder_grad()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
@@ -217,7 +235,7 @@ class RowTrainer(SAETrainer):
     @torch.no_grad()
     def _init_b_dec(self, x: Tensor) -> None:
         flat = self._tokens(x)
-        median = top_k.geometric_median(flat)
+        median = getattr(self, "geometric_median", top_k.geometric_median)(flat)
         if bool(torch.isfinite(median).all()):
             self.ae.b_dec.copy_(median)
         else:  # theirs divides by zero where a token is the median
@@ -226,6 +244,7 @@ class RowTrainer(SAETrainer):
     def _inputs(self, x: Tensor, logging: bool) -> StepInputs:
         sae = self.ae.sae
         parts = implementation(sae.impl_in_use)
+        guard_rows(sae)
         rows = self._memory.rows(keep=True)
         encoder = parts.encoder(self._tokens(x), sae.W_enc.t(), sae.b_enc, sae.b_dec, None, rows)
         generator = sae.generator.clone_state() if logging else sae.generator

@@ -51,5 +51,6 @@ def project_decoder_rows(sae: SampledSAE) -> None:
             continue
         size = max(1, PROJECTED_ELEMENTS // sae.cfg.d_in) if on_cpu else len(part.features)
         for features, grad in zip(part.features.split(size), part.rows.grad.split(size)):
-            W = sae.W_dec.index_select(0, features).to(grad.dtype)
+            # of unit norm but for rounding, unless someone has written to the decoder
+            W = torch.nn.functional.normalize(sae.W_dec.index_select(0, features).to(grad.dtype), dim=1)
             grad.sub_((grad * W).sum(1, keepdim=True) * W)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from dictionary_learning.trainers import batch_top_k, top_k
 from torch import Tensor
 
 from ...codes import SparseCodes
@@ -17,14 +18,14 @@ from .step import StepInputs
 from .threshold import average_threshold
 
 
-class BatchTopKTrainer(RowTrainer):
+class BatchTopKTrainer(RowTrainer, batch_top_k.BatchTopKTrainer):
     """dictionary_learning's `BatchTopKTrainer`, faster."""
 
     dictionary = BatchTopKSAE
     trainer_class = "BatchTopKTrainer"
 
 
-class TopKTrainer(RowTrainer):
+class TopKTrainer(RowTrainer, top_k.TopKTrainer):
     """dictionary_learning's `TopKTrainer`, faster.
 
     There a feature of zero activation may be among the k of a token and then counts as active; here it does not.
@@ -34,7 +35,7 @@ class TopKTrainer(RowTrainer):
     trainer_class = "TopKTrainer"
 
 
-class SampledTrainer(RowTrainer):
+class SampledTrainer(RowTrainer, batch_top_k.BatchTopKTrainer):
     """Sampled-SAE: training selects inside a pool of ceil(k*l) features.
 
     Saved as, and used for inference like, a BatchTopKSAE: a feature is active where its activation exceeds the
@@ -102,5 +103,5 @@ class SampledTrainer(RowTrainer):
             super().move_threshold(inputs, codes, steps)
         elif steps % self.threshold_every == 0:
             with torch.no_grad():
-                found = inputs.parts.select(inputs.encoder, None, Rule(self.k), self._memory.hints)
+                found = inputs.parts.select(inputs.encoder, None, Rule(self.ae.sae.cfg.k), self._memory.hints)
             average_threshold(self.ae.sae, found.smallest(), self.threshold_beta**self.threshold_every)

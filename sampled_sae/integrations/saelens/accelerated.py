@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
-from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 
 from ...codes import SparseCodes
 from ...support.argument_checks import check_budget
-from .step import DENSE_METHODS, SparseStep, StepInputs, feature_major
+from .as_made import DENSE_METHODS
+from .step import SparseStep, StepInputs, feature_major
 
 
 class SampledTopKTrainingSAE(SparseStep):
@@ -25,10 +27,6 @@ class SampledBatchTopKTrainingSAE(SparseStep, BatchTopKTrainingSAE):
 
     selection = "batch"
     topk_threshold: Tensor
-
-    def budget(self, n_tokens: int) -> float:
-        """SAELens rounds the entries of a batch down."""
-        return int(self.cfg.k * n_tokens) / n_tokens
 
     def after_selection(self, inputs: StepInputs, codes: SparseCodes, output: TrainStepOutput) -> None:
         self.move_threshold(codes.smallest())
@@ -61,12 +59,18 @@ class SampledMatryoshkaBatchTopKTrainingSAE(SampledBatchTopKTrainingSAE, Matryos
         decoded = own.view(n_levels, n_tokens, -1).cumsum(0) + self.b_dec.to(own.dtype)
         return list(decoded.unbind(0))
 
-    def dead_loss(self, inputs: StepInputs, levels: list[Tensor]) -> Tensor:
-        if not self.cfg.use_matryoshka_aux_loss:
-            return super().dead_loss(inputs, levels)
+    def dead_loss(self, inputs: StepInputs, outs: list[Tensor], unhooked: Tensor) -> Tensor:
+        if not self.cfg.use_matryoshka_aux_loss or inputs.dead is None or not bool(inputs.dead.any()):
+            return super().dead_loss(inputs, outs, unhooked)
+        outs = [*outs[:-1], self.run_time_activation_norm_fn_out(unhooked)]
         bounds = [0, *self.cfg.matryoshka_widths]
-        losses = [self.reconstruct_from_dead(inputs, out, *part) for out, *part in zip(levels, bounds, bounds[1:])]
+        losses = [self.reconstruct_from_dead(inputs, out, *part) for out, *part in zip(outs, bounds, bounds[1:])]
         return torch.stack(losses).sum()
+
+    def _needs_dense(self, step_input: TrainStepInput) -> bool:
+        bounds = [0, *self.cfg.matryoshka_widths, self.W_dec.shape[0] + 1]
+        ascend = all(a < b for a, b in pairwise(bounds))
+        return not ascend or bounds[-2] != self.W_dec.shape[0] or super()._needs_dense(step_input)
 
 
 FAST_FORMS: dict[type[TrainingSAE[Any]], type[SparseStep]] = {
@@ -111,6 +115,6 @@ def change_class(sae: TrainingSAE[Any]) -> None:
         if name in vars(sae):
             raise ValueError(f"sae.{name}: was replaced on this object; accelerate before compiling or replacing it")
     fast = FAST_FORMS[type(sae)]
-    check_budget(sae.cfg.k, None, sae.cfg.d_sae, fast.selection)
+    check_budget(getattr(sae.activation_fn, "k", 1), None, sae.W_dec.shape[0], fast.selection)
     sae.__class__ = fast
     sae.prepare()

@@ -9,7 +9,7 @@ from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSA
 from sae_lens.saes.sae import SAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAEConfig
 
-from ...config import IMPLS, POOLS, SELECTS, pool_size
+from ...config import IMPLS, POOLS, SELECTS
 from ...support.argument_checks import SCORES, check_budget, check_choice, check_integer, check_number
 
 
@@ -102,8 +102,3 @@ class SampledTrainingSAEConfig(BatchTopKTrainingSAEConfig):
                 "'covariance_whitening'; the aux loss needs residuals in the units of the decoder"
             )
         super().__post_init__()
-
-    @property
-    def is_batchtopk(self) -> bool:
-        """Whether the smallest kept activation is the threshold that gives a mean L0 of k."""
-        return self.select == "batch" and pool_size(self.k, self.l, self.d_sae) == self.d_sae

@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 
 import torch
+from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 
 from ...codes import SparseCodes
-from ...config import batch_budget
+from ...config import batch_budget, pool_size
 from ...impl.dead_features import AuxRule
 from ...impl.encoder import Encoder
 from ...impl.hints import Rule
 from ...impl.interface import Implementation, implementation, resolve_impl
 from ...impl.pool import KeptPool, Pool, PoolRule, find_pool
-from ...support.argument_checks import check_number
+from ...support.argument_checks import check_budget, check_number
 from ...support.nth_largest import largest_mask, largest_mask_of_rows
 from .accelerated import SampledBatchTopKTrainingSAE
+from .as_made import is_plain
 from .configs import SampledTrainingSAEConfig
 from .step import StepInputs
 
@@ -43,6 +45,26 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         self._in_dense_step = False
         self._pool_scores: Tensor | None = None
 
+    @property
+    def k(self) -> float:
+        """`activation_fn.k`, where SAELens reads it and schedules of k set it.
+
+        Raises:
+            ValueError, TypeError: a k that the config would refuse, or another activation function.
+        """
+        fn = self.activation_fn
+        if not is_plain(fn, BatchTopK):
+            raise ValueError(f"activation_fn={fn!r}: sampled SAEs select by l, score and select; only its k can be set")
+        return check_budget(fn.k, self.cfg.l, self.cfg.d_sae, self.cfg.select)[0]
+
+    @property
+    def is_batchtopk(self) -> bool:
+        """Whether the smallest kept activation is the threshold that gives a mean L0 of k."""
+        return self.cfg.select == "batch" and pool_size(self.k, self.cfg.l, self.cfg.d_sae) == self.cfg.d_sae
+
+    def _selects_as_made(self, n_tokens: int) -> bool:
+        return self.k > 0
+
     def parts(self) -> Implementation:
         return implementation(resolve_impl(self.cfg.impl, self.W_enc.device, self.W_enc.dtype))
 
@@ -58,21 +80,23 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         return copy.copy(self._memory.pool).next(lambda: self._find_pool(encoder, generator))
 
     def _find_pool(self, encoder: Encoder, generator: torch.Generator) -> Pool | None:
-        return find_pool(self.parts(), encoder.operands.in_full(), PoolRule.of(self.cfg), generator)
+        # scores that are kept for the dead-feature loss are complete
+        rule = PoolRule.of(self.cfg)._replace(k=self.k)
+        return find_pool(self.parts(), encoder.operands.in_full(), rule, generator)
 
     def select_codes(self, inputs: StepInputs) -> SparseCodes:
         pool = self.next_pool(inputs.encoder)
-        members, rule = None if pool is None else pool.members, Rule(self.cfg.k, self.cfg.select)
+        members, rule = None if pool is None else pool.members, Rule(self.k, self.cfg.select)
         return self.parts().select(inputs.encoder, members, rule, self._memory.hints)
 
-    def dead_loss(self, inputs: StepInputs, levels: list[Tensor]) -> Tensor:
+    def dead_loss(self, inputs: StepInputs, outs: list[Tensor], unhooked: Tensor) -> Tensor:
         dead, coefficient = inputs.dead, self.cfg.aux_loss_coefficient
         if coefficient == 0 or dead is None or not bool(dead.any()):
-            return levels[-1].new_zeros(())
+            return unhooked.new_zeros(())
         k_aux = self.cfg.k_aux if self.cfg.k_aux is not None else max(1, self.cfg.d_in // 2)
         rule = AuxRule(k_aux, self.cfg.aux_pool, self.cfg.score)
         scores = self._pool_scores if self._pool_scores is not None else self.scores_of_dead(inputs, dead)
-        x_hat = levels[-1].detach()
+        x_hat = outs[-1].detach()
         return coefficient * self.parts().aux_loss(inputs.encoder, x_hat, self.W_dec, dead, rule, scores)
 
     @torch.no_grad()
@@ -86,7 +110,7 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         return scores
 
     def after_selection(self, inputs: StepInputs, codes: SparseCodes, output: TrainStepOutput) -> None:
-        if self.cfg.is_batchtopk:
+        if self.is_batchtopk:
             self.move_threshold(codes.smallest())
         elif inputs.step % self.cfg.threshold_every == 0:
             self.move_threshold(self.smallest_of_all(inputs.encoder))
@@ -96,7 +120,7 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
     def move_threshold(self, smallest: Tensor) -> None:
         """The running mean, started at its first value; a threshold that was ever moved is above 0."""
         smallest = smallest.to(self.topk_threshold.dtype)
-        steps = 1 if self.cfg.is_batchtopk else self.cfg.threshold_every
+        steps = 1 if self.is_batchtopk else self.cfg.threshold_every
         moved = self.topk_threshold.lerp(smallest, 1 - (1 - self.cfg.topk_threshold_lr) ** steps)
         moved = torch.where(self.topk_threshold == 0, smallest, moved)
         self.topk_threshold = torch.where(smallest.isfinite(), moved, self.topk_threshold)
@@ -104,7 +128,7 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
     @torch.no_grad()
     def smallest_of_all(self, encoder: Encoder) -> Tensor:
         """The smallest of the B*k largest activations in the whole dictionary, 0-dim; inf where none is positive."""
-        return self.parts().select(encoder, None, Rule(self.cfg.k), self._memory.hints).smallest()
+        return self.parts().select(encoder, None, Rule(self.k), self._memory.hints).smallest()
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, l0: float | None = None) -> float:
@@ -113,7 +137,7 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         x is what the SAE is given: for `expected_average_only_in` and `covariance_whitening` scaled during training,
         raw after `fit`.
         """
-        target = self.cfg.k if l0 is None else l0
+        target = self.k if l0 is None else l0
         check_number("l0", target, 0, self.cfg.d_sae)
         if target == 0 or x.dim() != 2 or len(x) == 0:
             raise ValueError(f"l0={target!r}, x.shape={tuple(x.shape)}: must be in (0, {self.cfg.d_sae}] and [B, d_in]")
@@ -143,7 +167,7 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         """What a batch keeps of a [B, F], bool."""
         find = self.next_pool if self._in_dense_step else self.peek_pool
         pool = find(self.encoder_of(centred, b_dec_subtracted=True))
-        rule = Rule(self.cfg.k, self.cfg.select)
+        rule = Rule(self.k, self.cfg.select)
         if pool is None:
             return kept_mask(a, rule)
         kept = kept_mask(a[:, pool.members], rule)
@@ -157,8 +181,8 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         finally:
             self._in_dense_step = False
         flat = output.hidden_pre.detach().flatten()
-        n = batch_budget(flat.numel() // self.cfg.d_sae, self.cfg.k)
-        if self.cfg.is_batchtopk or step_input.n_training_steps % self.cfg.threshold_every == 0:
+        n = batch_budget(flat.numel() // self.cfg.d_sae, self.k)
+        if self.is_batchtopk or step_input.n_training_steps % self.cfg.threshold_every == 0:
             top = flat.topk(n).values
             self.move_threshold(torch.cat((top[top > 0], top.new_tensor([torch.inf]))).min())
         output.metrics["topk_threshold"] = self.topk_threshold
@@ -172,7 +196,8 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
     ) -> dict[str, Tensor]:
         inputs = self.step_inputs(step_input)
         inputs.raw = inputs.raw.reshape(-1, self.cfg.d_in)
-        return {"auxiliary_reconstruction_loss": self.dead_loss(inputs, [sae_out.reshape(-1, self.cfg.d_in)])}
+        sae_out = sae_out.reshape(-1, self.cfg.d_in)
+        return {"auxiliary_reconstruction_loss": self.dead_loss(inputs, [sae_out], sae_out)}
 
 
 def kept_mask(a: Tensor, rule: Rule) -> Tensor:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
-from sae_lens.saes.topk_sae import TopKTrainingSAE
-from torch import Tensor
+from sae_lens.saes.topk_sae import SparseHookPoint, TopKTrainingSAE
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 
 from ...codes import SparseCodes
 from ...impl.encoder import Encoder
@@ -20,22 +21,11 @@ from ...impl.hints import Rule
 from ...impl.interface import Implementation, implementation, resolve_impl
 from ...impl.step_memory import StepMemory
 from ...support.argument_checks import check_budget
+from ..replaced import methods_of
+from .as_made import DENSE_METHODS, is_as_made, is_plain, plain_budget
 from .dead_feature_loss import dead_reconstruction_loss
 
 UNUSUAL_NORMS = ("constant_norm_rescale", "layer_norm")
-# what SAELens' step calls and the sparse one does without
-DENSE_METHODS = (
-    "process_sae_in",
-    "encode_with_hidden_pre",
-    "get_activation_fn",
-    "decode",
-    "calculate_aux_loss",
-    "calculate_topk_aux_loss",
-    "update_topk_threshold",
-    "_iterable_decode",
-    "calculate_matryoshka_aux_loss",
-)
-KNOWN_PACKAGES = ("sae_lens", __name__.partition(".")[0])
 
 
 @dataclass
@@ -64,16 +54,6 @@ def feature_acts(codes: SparseCodes) -> Tensor:
     return torch.sparse_coo_tensor(at, values.detach(), codes.shape, is_coalesced=True, check_invariants=False)
 
 
-def has_other_methods(sae: TopKTrainingSAE) -> bool:
-    """Whether the object or its class has one of `DENSE_METHODS` from someone else than SAELens and this package."""
-    for name in DENSE_METHODS:
-        method = getattr(type(sae), name, None)
-        package = str(getattr(method, "__module__", None)).partition(".")[0]
-        if name in vars(sae) or (method is not None and package not in KNOWN_PACKAGES):
-            return True
-    return False
-
-
 class SparseStep(TopKTrainingSAE):
     """Mixed into a training SAE of SAELens' TopK family, in front of it.
 
@@ -81,20 +61,22 @@ class SparseStep(TopKTrainingSAE):
     without gradient. With 16-bit parameters or under autocast, products are float32 on a CPU, and on a GPU take 16-bit
     operands and sum in float32; the auxiliary loss is float32 on both.
 
+    What SAELens' step reads at each step is read at each step here, in the same place: `activation_fn.k`, not `cfg.k`.
     SAELens' own step runs instead where a hook stands on the dense activations, the batch is not [B, d], activations
-    are reshaped for hook_z, `normalize_activations` is "layer_norm" or "constant_norm_rescale", or one of
-    `DENSE_METHODS` was overridden.
+    are reshaped, `normalize_activations` is "layer_norm" or "constant_norm_rescale", the activation function is another
+    or has a k that SAELens would refuse, or something that SAELens' step calls was replaced (`as_made.DENSE_METHODS`).
     """
 
     selection = "token"
+    _methods: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith(__name__.rpartition(".")[0]):
+            cls._methods = methods_of(cls, DENSE_METHODS, "sae_lens")
 
     def prepare(self) -> None:
-        """What a step needs beside SAELens' state: memory to work in, and W_enc feature by feature in memory.
-
-        Raises:
-            ValueError: a k that is not in (0, d_sae], or for TopK not whole.
-        """
-        check_budget(self.cfg.k, None, self.cfg.d_sae, self.selection)
+        """What a step needs beside SAELens' state: memory to work in, and W_enc feature by feature in memory."""
         self.W_enc.data = feature_major(self.W_enc.data)
         self._memory = StepMemory()
         self.forget()
@@ -105,6 +87,7 @@ class SparseStep(TopKTrainingSAE):
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
+        check_budget(self.cfg.k, None, self.cfg.d_sae, self.selection)
         self.prepare()
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -130,16 +113,17 @@ class SparseStep(TopKTrainingSAE):
         inputs = self.step_inputs(step_input)
         scale = inputs.encoder.scale
         codes = self.select_codes(inputs)
-        unscaled = codes if scale is None else codes.scaled(1 / scale)
-        levels = [self.run_time_activation_norm_fn_out(level) for level in self.decode_levels(unscaled)]
-        levels[-1] = self.hook_sae_recons(levels[-1])
-        errors = [self.mse_loss_fn(level, inputs.raw).sum(dim=-1).mean() for level in levels]
-        losses = {"mse_loss": errors[-1], "auxiliary_reconstruction_loss": self.dead_loss(inputs, levels)}
-        losses |= {f"inner_mse_loss_{width}": error for width, error in zip(self.widths(), errors[:-1])}
+        levels = self.decode_levels(codes if scale is None else codes.scaled(1 / scale))
+        sae_out = self.run_time_activation_norm_fn_out(self.hook_sae_recons(levels[-1]))
+        inner = [self.run_time_activation_norm_fn_out(level) for level in levels[:-1]]
+        *inner_errors, error = (self.mse_loss_fn(out, inputs.raw).sum(dim=-1).mean() for out in (*inner, sae_out))
+        dead_loss = self.dead_loss(inputs, [*inner, sae_out], levels[-1])
+        losses = {"mse_loss": error, "auxiliary_reconstruction_loss": dead_loss}
+        losses |= {f"inner_mse_loss_{width}": inner_error for width, inner_error in zip(self.widths(), inner_errors)}
         acts = feature_acts(codes)
         output = TrainStepOutput(
             sae_in=step_input.sae_in,
-            sae_out=levels[-1].to(self.dtype),
+            sae_out=sae_out.to(self.dtype),
             feature_acts=acts,
             hidden_pre=acts,
             loss=sum(losses.values(), start=losses["mse_loss"].new_zeros(())),
@@ -154,12 +138,10 @@ class SparseStep(TopKTrainingSAE):
 
     def select_codes(self, inputs: StepInputs) -> SparseCodes:
         """The kept activations, times `scale`."""
-        rule = Rule(self.budget(inputs.encoder.shape[0]), self.selection)
+        budget = plain_budget(self.activation_fn, *inputs.encoder.shape)
+        assert budget is not None, "_needs_dense"
+        rule = Rule(budget, self.selection)
         return self.parts().select(inputs.encoder, None, rule, self._memory.hints)
-
-    def budget(self, n_tokens: int) -> float:
-        """Entries a token, on average over a batch of n_tokens."""
-        return self.cfg.k
 
     def decode_levels(self, codes: SparseCodes) -> list[Tensor]:
         """Reconstructions [B, d] by the first `widths()` features, the last by all of them."""
@@ -169,9 +151,9 @@ class SparseStep(TopKTrainingSAE):
         """Features of each level but the last."""
         return []
 
-    def dead_loss(self, inputs: StepInputs, levels: list[Tensor]) -> Tensor:
-        """The auxiliary loss, its coefficient included."""
-        return self.reconstruct_from_dead(inputs, levels[-1], 0, self.cfg.d_sae)
+    def dead_loss(self, inputs: StepInputs, outs: list[Tensor], unhooked: Tensor) -> Tensor:
+        """The auxiliary loss, its coefficient included; `unhooked`: the last level before hook_sae_recons."""
+        return self.reconstruct_from_dead(inputs, outs[-1], 0, inputs.encoder.shape[1])
 
     def reconstruct_from_dead(self, inputs: StepInputs, sae_out: Tensor, first: int, last: int) -> Tensor:
         """SAELens' loss of the dead features in [first, last) on what `sae_out` leaves of the batch."""
@@ -194,15 +176,21 @@ class SparseStep(TopKTrainingSAE):
 
     def _needs_dense(self, step_input: TrainStepInput) -> bool:
         """Whether someone looks at a dense tensor, or SAELens has its own word on the case."""
-        if (
-            step_input.sae_in.dim() != 2
-            or self.hook_z_reshaping_mode
+        x = step_input.sae_in
+        return (
+            x.dim() != 2
+            or len(x) == 0
             or self.cfg.normalize_activations in UNUSUAL_NORMS
-            or has_other_methods(self)
-        ):
-            return True
-        points = (self.hook_sae_acts_pre, self.hook_sae_acts_post)
-        return any(p._forward_hooks or p._forward_pre_hooks or p._backward_hooks for p in points)
+            or self.cfg.apply_b_dec_to_input not in (False, True)
+            or self.dtype != self.W_enc.dtype
+            or not self._selects_as_made(len(x))
+            or not is_as_made(self, self._methods)
+            or not is_plain(self.hook_sae_acts_pre, HookPoint, nn.Identity)
+            or not is_plain(self.hook_sae_acts_post, HookPoint, SparseHookPoint, nn.Identity)
+        )
+
+    def _selects_as_made(self, n_tokens: int) -> bool:
+        return plain_budget(self.activation_fn, n_tokens, self.W_dec.shape[0]) is not None
 
     def step_inputs(self, step_input: TrainStepInput) -> StepInputs:
         """`process_sae_in` but for the bias, which the selection subtracts."""

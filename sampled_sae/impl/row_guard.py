@@ -1,0 +1,60 @@
+"""What does not see gradients that are left as rows is refused: it would train a part of the SAE in silence."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+if TYPE_CHECKING:
+    from ..sae import SampledSAE
+
+# layers that have left rows in this process
+LAYERS: weakref.WeakSet[SampledSAE] = weakref.WeakSet()
+
+
+def guard_rows(sae: SampledSAE) -> None:
+    """To be called where a step of `sae` is going to leave its gradients in `sae.row_grads`.
+
+    Raises:
+        RuntimeError: under DistributedDataParallel; where a weight has gradient hooks, or is no parameter of the module
+            itself, as with torch.func.functional_call, a parametrization, FSDP or DataParallel.
+    """
+    if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
+        raise RuntimeError("row_grads=True: DistributedDataParallel does not reduce row gradients; set row_grads=False")
+    for name in ("W_enc", "b_enc", "W_dec"):
+        weight = getattr(sae, name)
+        if not isinstance(weight, nn.Parameter):
+            raise RuntimeError(
+                f"row_grads=True: {name} is no parameter of the module here (functional_call, a parametrization, FSDP, "
+                "DataParallel), so that row gradients would not reach it; set row_grads=False"
+            )
+        if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+            raise RuntimeError(f"row_grads=True: row gradients do not call the hooks on {name}; set row_grads=False")
+    LAYERS.add(sae)
+    watch_optimizers()
+
+
+@functools.cache
+def watch_optimizers() -> None:
+    # after a step too: LBFGS and others with a closure go forward and backward inside it
+    register_optimizer_step_pre_hook(refuse_other_optimizers)
+    register_optimizer_step_post_hook(refuse_other_optimizers)
+
+
+def refuse_other_optimizers(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Raises a RuntimeError where `optimizer` holds a weight whose gradient lies in rows; RowAdam takes them."""
+    waiting = [] if getattr(optimizer, "takes_rows", False) else [sae for sae in LAYERS if sae.row_grads]
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]} if waiting else set()
+    for sae in waiting:
+        for part in sae.row_grads:
+            if part.rows.grad is not None and id(getattr(sae, part.name)) in held:
+                raise RuntimeError(
+                    f"row_grads=True: {type(optimizer).__name__} does not see the gradient of {part.name}, which lies "
+                    "in sae.row_grads; set row_grads=False, or use sampled_sae.RowAdam(sae)"
+                )
