@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import functools
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-if TYPE_CHECKING:
-    from ..sae import SampledSAE
+from .row_gradients import RowGradient
+
+
+class LeavesRows(Protocol):
+    """A module with the weights W_enc, b_enc and W_dec, that leaves their gradients as rows."""
+
+    row_grads: list[RowGradient]
+
 
 # layers that have left rows in this process
-LAYERS: weakref.WeakSet[SampledSAE] = weakref.WeakSet()
+LAYERS: weakref.WeakSet[LeavesRows] = weakref.WeakSet()
 
 
-def guard_rows(sae: SampledSAE) -> None:
+def guard_rows(sae: LeavesRows) -> None:
     """To be called where a step of `sae` is going to leave its gradients in `sae.row_grads`.
 
     Raises:
