@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,10 +32,15 @@ def check_target(folder: Path) -> None:
     """Whether an SAE may be written to a folder.
 
     Raises:
-        ValueError: its config.json is not of an SAE of ours, but of a language model, say, and would be lost.
+        ValueError: its config.json is not of an SAE of ours, but of a language model, say, or its sae.safetensors of
+            sparsify, and would be lost.
     """
     path = folder / CONFIG
-    if path.is_file() and read_json(path).get("format") != FORMAT:
+    foreign = read_json(path).get("format") != FORMAT if path.is_file() else False
+    if not path.is_file() and (folder / WEIGHTS).is_file():
+        path = folder / WEIGHTS
+        foreign = _written_as(path)[:1] != [FORMAT]
+    if foreign:
         raise ValueError(f"{path}: is of something else than a SampledSAE and would be replaced; use another folder")
 
 
@@ -103,7 +108,15 @@ def recorded_scale(folder: Path) -> Any:
 
 def check_checksum(path: Path, tensors: dict[str, Tensor]) -> None:
     """ValueError unless the tensors have the checksum in the file's metadata; earlier versions wrote none."""
-    with safe_open(path, "pt") as file:
-        words = (file.metadata() or {}).get("format", "").split()
+    words = _written_as(path)
     if "crc32" in words[:-1] and words[-1] != tensors_crc32(tensors):
         raise ValueError(f"{path}: damaged, its tensors do not have the checksum that was written with them")
+
+
+def _written_as(path: Path) -> list[str]:
+    """The words of the file's metadata: format, version, checksum; none in a foreign file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format", "").split()
+    except SafetensorError:
+        return []

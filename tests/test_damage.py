@@ -306,7 +306,7 @@ def test_a_later_batch_of_copies_stops_the_training_in_words(x, tmp_path, monkey
     store = ActivationStore.write(tmp_path / "store", x)
     trainer = Trainer(replace(SAE, dead_after=1), TRAIN, store, tmp_path / "run")
     whole = trainer.stream.batch
-    copies = one.repeat(64, 1) * (1 + 1e-7 * torch.rand(64, 1, generator=torch.Generator().manual_seed(0)))
+    copies = one.repeat(64, 1) * (1 + 1e-4 * torch.rand(64, 1, generator=torch.Generator().manual_seed(0)))
     monkeypatch.setattr(trainer.stream, "batch", lambda t: copies if t >= step else whole(t))
     monkeypatch.setattr(training_run, "LARGEST_AUX", 1e4)
     with pytest.raises(

@@ -114,11 +114,15 @@ class ActivationStore:
         return tensors
 
     def shard(self, i: int) -> Tensor:
-        """Activations [n, d] of one shard."""
+        """Activations [n, d] of one shard, 0 <= i < len(self.tokens)."""
+        i = check_integer("i", i, 0)
+        if i >= len(self.tokens):
+            raise ValueError(f"i={i}: {self.folder} has {len(self.tokens)} shards")
         return self.load(self.manifest["shards"][i])["activations"]
 
     def first(self, n: int) -> Tensor:
         """The first n training activations, or all where there are fewer: [<= n, d]."""
+        n = check_integer("n", n, 1)
         found: list[Tensor] = []
         for i in range(len(self.tokens)):
             if (missing := n - sum(map(len, found))) <= 0:

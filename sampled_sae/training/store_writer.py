@@ -65,6 +65,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         _check_entry(f"{path}: shards[{i}]", shard, 0)
     if complete and field(path, manifest, "scale", float) <= 0:
         raise ValueError(f"{path}: scale={manifest['scale']!r}: must be > 0")
+    if complete and manifest["shards"] and all("sum_squares" in shard for shard in manifest["shards"]):
+        for i, shard in enumerate(manifest["shards"]):
+            field(f"{path}: shards[{i}]", shard, "sum_squares", float, 0)
+        if not math.isclose(manifest["scale"], scale_of(manifest), rel_tol=1e-9):
+            said = f"scale={manifest['scale']} where the shards' sums give {scale_of(manifest)}"
+            raise ValueError(f"{path}: damaged, {said}")
     held_out = field(path, manifest, "holdout", (dict, NoneType))
     if held_out is not None:
         _check_entry(f"{path}: holdout", held_out, 1)
