@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +14,9 @@ from .config import SampledSAEConfig
 from .support.argument_checks import FLOATS
 from .support.atomic_files import read_json, read_tensors, write_atomically, write_json
 from .support.checksums import tensors_crc32
+
+if TYPE_CHECKING:
+    from .sae import SampledSAE
 
 FORMAT = "sampled-sae"
 VERSION = 1
@@ -96,6 +99,25 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if "input_scale" not in fields:
         fields["input_scale"] = recorded_scale(folder)
     return fields, {name: tensors[name] for name in TENSORS if name in tensors}
+
+
+def scale_into_state(sae: SampledSAE, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Hook after `state_dict`: the factor on the activations, in whose units all the other tensors are."""
+    state[f"{prefix}input_scale"] = torch.tensor(sae.cfg.input_scale, dtype=torch.float64)
+
+
+def check_scale_of_state(sae: SampledSAE, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Hook before `load_state_dict`. States of earlier versions and of peers do not say their factor.
+
+    Raises:
+        ValueError: it is not `cfg.input_scale`.
+    """
+    found = state.pop(f"{prefix}input_scale", None)
+    if found is not None and float(found) != sae.cfg.input_scale:
+        raise ValueError(
+            f"input_scale={sae.cfg.input_scale!r}: the state dict is of an SAE with input_scale={float(found)!r}; make "
+            "the SAE with that in its config"
+        )
 
 
 def recorded_scale(folder: Path) -> Any:

@@ -65,12 +65,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         _check_entry(f"{path}: shards[{i}]", shard, 0)
     if complete and field(path, manifest, "scale", float) <= 0:
         raise ValueError(f"{path}: scale={manifest['scale']!r}: must be > 0")
-    if complete and manifest["shards"] and all("sum_squares" in shard for shard in manifest["shards"]):
-        for i, shard in enumerate(manifest["shards"]):
-            field(f"{path}: shards[{i}]", shard, "sum_squares", float, 0)
-        if not math.isclose(manifest["scale"], scale_of(manifest), rel_tol=1e-9):
-            said = f"scale={manifest['scale']} where the shards' sums give {scale_of(manifest)}"
-            raise ValueError(f"{path}: damaged, {said}")
     held_out = field(path, manifest, "holdout", (dict, NoneType))
     if held_out is not None:
         _check_entry(f"{path}: holdout", held_out, 1)
@@ -84,6 +78,18 @@ def _check_entry(where: str, entry: Any, least: int) -> None:
     field(where, entry, "file", str)
     field(where, entry, "tokens", int, least)
     field(where, entry, "bytes", int, 0)
+
+
+def check_scale(folder: Path, manifest: dict[str, Any]) -> None:
+    """ValueError unless the scale of a finished store is that of its shards; earlier versions wrote no sums."""
+    path = folder / MANIFEST
+    if not all("sum_squares" in shard for shard in manifest["shards"]):
+        return
+    for i, shard in enumerate(manifest["shards"]):
+        field(f"{path}: shards[{i}]", shard, "sum_squares", float, 0)
+    found = scale_of(manifest)
+    if not math.isclose(manifest["scale"], found, rel_tol=1e-9):
+        raise ValueError(f"{path}: damaged, scale={manifest['scale']} where the shards' sums give {found}")
 
 
 def installed_version(package: str) -> str:
