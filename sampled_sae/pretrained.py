@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -14,6 +14,9 @@ from .config import SampledSAEConfig
 from .support.argument_checks import FLOATS
 from .support.atomic_files import read_json, read_tensors, write_atomically, write_json
 from .support.checksums import tensors_crc32
+
+if TYPE_CHECKING:
+    from .sae import SampledSAE
 
 FORMAT = "sampled-sae"
 VERSION = 1
@@ -32,10 +35,15 @@ def check_target(folder: Path) -> None:
     """Whether an SAE may be written to a folder.
 
     Raises:
-        ValueError: its config.json is not of an SAE of ours, but of a language model, say, and would be lost.
+        ValueError: its config.json is not of an SAE of ours, but of a language model, say, or its sae.safetensors of
+            sparsify, and would be lost.
     """
     path = folder / CONFIG
-    if path.is_file() and read_json(path).get("format") != FORMAT:
+    foreign = read_json(path).get("format") != FORMAT if path.is_file() else False
+    if not path.is_file() and (folder / WEIGHTS).is_file():
+        path = folder / WEIGHTS
+        foreign = _written_as(path)[:1] != [FORMAT]
+    if foreign:
         raise ValueError(f"{path}: is of something else than a SampledSAE and would be replaced; use another folder")
 
 
@@ -93,6 +101,25 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return fields, {name: tensors[name] for name in TENSORS if name in tensors}
 
 
+def scale_into_state(sae: SampledSAE, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Hook after `state_dict`: the factor on the activations, in whose units all the other tensors are."""
+    state[f"{prefix}input_scale"] = torch.tensor(sae.cfg.input_scale, dtype=torch.float64)
+
+
+def check_scale_of_state(sae: SampledSAE, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Hook before `load_state_dict`. States of earlier versions and of peers do not say their factor.
+
+    Raises:
+        ValueError: it is not `cfg.input_scale`.
+    """
+    found = state.pop(f"{prefix}input_scale", None)
+    if found is not None and float(found) != sae.cfg.input_scale:
+        raise ValueError(
+            f"input_scale={sae.cfg.input_scale!r}: the state dict is of an SAE with input_scale={float(found)!r}; make "
+            "the SAE with that in its config"
+        )
+
+
 def recorded_scale(folder: Path) -> Any:
     """What a training or an import of an earlier version says that the SAE's activations are to be multiplied by."""
     if (folder / RUN).is_file():
@@ -103,7 +130,15 @@ def recorded_scale(folder: Path) -> Any:
 
 def check_checksum(path: Path, tensors: dict[str, Tensor]) -> None:
     """ValueError unless the tensors have the checksum in the file's metadata; earlier versions wrote none."""
-    with safe_open(path, "pt") as file:
-        words = (file.metadata() or {}).get("format", "").split()
+    words = _written_as(path)
     if "crc32" in words[:-1] and words[-1] != tensors_crc32(tensors):
         raise ValueError(f"{path}: damaged, its tensors do not have the checksum that was written with them")
+
+
+def _written_as(path: Path) -> list[str]:
+    """The words of the file's metadata: format, version, checksum; none in a foreign file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format", "").split()
+    except SafetensorError:
+        return []

@@ -116,6 +116,16 @@ def reconstruction_loss(x: Tensor, x_hat: Tensor) -> Tensor:
     return (x - x_hat).square().sum(-1).mean()
 
 
+def residual_variance(residual: Tensor, x: Tensor) -> Tensor:
+    """Step 6: mean over tokens of ||e - mean(e)||^2, 0-dim; 0 where rounding alone explains it.
+
+    residual: e [B, d], the difference of x [B, d] and a reconstruction, and rounded as they are.
+    """
+    variance = (residual - residual.mean(0)).square().sum(-1).mean()
+    size = residual.square().sum(-1).mean() + x.square().sum(-1).mean()
+    return torch.where(variance > (64 * torch.finfo(residual.dtype).eps) ** 2 * size, variance, 0)
+
+
 def aux_loss(
     x: Tensor,
     x_hat: Tensor,
@@ -129,13 +139,13 @@ def aux_loss(
     aux_pool: int | None = None,
     scores: Tensor | None = None,
 ) -> Tensor:
-    """Step 6: dead features (bool [F]) reconstruct the residual; 0 with none dead or a zero denominator.
+    """Step 6: dead features (bool [F]) reconstruct the residual; 0 with none dead or no variance to explain.
 
     x_in [B, d] is the encoder's input (x - b_dec, or x). Gradient reaches W_enc, b_enc and W_dec alone.
     """
     residual = (x - x_hat).detach()
     members = dead.nonzero().squeeze(1)
-    denominator = (residual - residual.mean(0)).square().sum(-1).mean()
+    denominator = residual_variance(residual, x)
     if len(members) == 0 or denominator == 0:
         return residual.new_zeros(())
     if aux_pool is not None and len(members) > aux_pool:

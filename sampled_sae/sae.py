@@ -22,13 +22,13 @@ from .impl.pool import KeptPool, Pool, PoolRule, find_pool
 from .impl.row_gradients import RowGradient, RowSource
 from .impl.row_guard import guard_rows
 from .impl.step_memory import StepMemory
-from .impl.threshold import ThresholdNotice
-from .pretrained import TENSORS, load_pretrained, save_pretrained
+from .impl.threshold import ThresholdModule
+from .pretrained import TENSORS, check_scale_of_state, load_pretrained, save_pretrained, scale_into_state
 from .support.argument_checks import HALF, check_activations, check_positive, check_same
 from .support.geometric_median import geometric_median
 
 
-class SampledSAE(nn.Module):
+class SampledSAE(ThresholdModule):
     """Sparse autoencoder that keeps the B*k largest activations inside a pool of k*l scored features.
 
     Activations x are given as the model makes them, and reconstructions are in their units: the SAE multiplies by
@@ -60,9 +60,6 @@ class SampledSAE(nn.Module):
     b_enc: nn.Parameter
     W_dec: nn.Parameter
     b_dec: nn.Parameter
-    threshold: Tensor
-    threshold_steps: Tensor
-    calibrated_at: Tensor
     tokens_since_active: Tensor
 
     def __init__(
@@ -71,10 +68,10 @@ class SampledSAE(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
+        device = torch.get_default_device() if device is None else device
+        super().__init__(device, dtype)
         self.memory = StepMemory()
         self.cfg = cfg
-        device = torch.get_default_device() if device is None else device
         resolve_impl(cfg.impl, device, dtype)
         generator = torch.Generator().manual_seed(cfg.seed)
         rows = torch.randn(cfg.d_sae, cfg.d_in, generator=generator, device="cpu")
@@ -83,14 +80,11 @@ class SampledSAE(nn.Module):
         self.W_enc = nn.Parameter(rows.clone().t())
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, device=device, dtype=dtype))
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in, device=device, dtype=dtype))
-        exact = torch.promote_types(dtype, torch.float32)
-        self.register_buffer("threshold", torch.zeros((), dtype=exact, device=device))
-        self.register_buffer("threshold_steps", torch.zeros((), dtype=torch.int64, device=device))
-        self.register_buffer("calibrated_at", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("tokens_since_active", torch.zeros(cfg.d_sae, dtype=torch.int64, device=device))
+        self.register_state_dict_post_hook(scale_into_state)
+        self.register_load_state_dict_pre_hook(check_scale_of_state)
         self.row_grads: list[RowGradient] = []
         self.generator = torch.Generator().manual_seed(cfg.seed)
-        self._notice = ThresholdNotice()
 
     @property
     def cfg(self) -> SampledSAEConfig:
@@ -189,6 +183,8 @@ class SampledSAE(nn.Module):
     @torch.compiler.disable
     def encode_above_threshold(self, x: Tensor, *, scaled: bool = False) -> SparseCodes:
         """Codes of x [..., d_in] by the threshold alone, in both modes and for a TopK SAE too."""
+        if not self.training:
+            self._notice.before_use(self)
         return self._parts.above_threshold(self._encoder(x, scaled), self.threshold)
 
     def encode(self, x: Tensor, *, scaled: bool = False) -> Tensor:
@@ -203,7 +199,7 @@ class SampledSAE(nn.Module):
             return self._unscaled(functional.decode(codes, self.W_dec, self.b_dec, self.cfg.impl), scaled)
         if not isinstance(codes, Tensor):
             raise TypeError(f"codes={type(codes).__name__}: must be SparseCodes or a torch.Tensor")
-        if codes.shape[-1] != self.cfg.d_sae:
+        if codes.shape[-1:] != (self.cfg.d_sae,):
             raise ValueError(f"codes.shape={tuple(codes.shape)}: the last dimension must be {self.cfg.d_sae}")
         return self._unscaled(codes.to(self.W_dec.dtype) @ self.W_dec + self.b_dec, scaled)
 
@@ -247,22 +243,9 @@ class SampledSAE(nn.Module):
         self.row_grads = []
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As in torch; the next step looks for a pool of the new weights."""
+        """As in torch; the next step looks for a pool of the new weights. ValueError for another `input_scale`."""
         self.memory.pool.reset()
-        self._notice.look_again()
         return super().load_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A state without `calibrated_at`, of an earlier version or a peer, counts as calibrated."""
-        if prefix + "threshold_steps" in state_dict:
-            state_dict.setdefault(prefix + "calibrated_at", state_dict[prefix + "threshold_steps"])
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def train(self, mode: bool = True) -> SampledSAE:
-        """As in torch."""
-        if mode:
-            self._notice.look_again()
-        return super().train(mode)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `sae.safetensors`, each to a temporary name that is then renamed."""
@@ -285,13 +268,9 @@ class SampledSAE(nn.Module):
         return f"d_in={c.d_in}, d_sae={c.d_sae}, k={c.k}, l={c.l}, score={c.score!r}, impl={self.impl_in_use!r}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SampledSAE:
-        """`.to(bfloat16)` and the like leave the threshold in float32: rounded, it would miss its L0."""
-        threshold = self.threshold
+        """As in torch; what was remembered of the old weights is dropped."""
         self.memory.forget()
-        super()._apply(fn, recurse)
-        if self.threshold.dtype in HALF:
-            self.threshold = threshold.to(self.threshold.device, torch.float32)
-        return self
+        return super()._apply(fn, recurse)
 
     def _flatten(self, x: Tensor, scaled: bool) -> Tensor:
         """[B, d_in], times `cfg.input_scale`."""

@@ -306,7 +306,7 @@ def test_a_later_batch_of_copies_stops_the_training_in_words(x, tmp_path, monkey
     store = ActivationStore.write(tmp_path / "store", x)
     trainer = Trainer(replace(SAE, dead_after=1), TRAIN, store, tmp_path / "run")
     whole = trainer.stream.batch
-    copies = one.repeat(64, 1) * (1 + 1e-7 * torch.rand(64, 1, generator=torch.Generator().manual_seed(0)))
+    copies = one.repeat(64, 1) * (1 + 1e-4 * torch.rand(64, 1, generator=torch.Generator().manual_seed(0)))
     monkeypatch.setattr(trainer.stream, "batch", lambda t: copies if t >= step else whole(t))
     monkeypatch.setattr(training_run, "LARGEST_AUX", 1e4)
     with pytest.raises(
@@ -314,3 +314,14 @@ def test_a_later_batch_of_copies_stops_the_training_in_words(x, tmp_path, monkey
     ):
         trainer.run(progress=False)
     assert all(p.isfinite().all() for p in trainer.sae.parameters())
+
+
+@pytest.mark.parametrize(("name", "factor"), [("scale", 2.0), ("scale", 1.0001), ("sum_squares", 3.0), ("tokens", 2)])
+def test_a_manifest_whose_scale_is_not_that_of_its_shards(store, name, factor):
+    path = store.folder / "manifest.json"
+    manifest = read_json(path)
+    values = manifest if name == "scale" else manifest["shards"][1]
+    values[name] *= factor
+    write_json(path, manifest)
+    with pytest.raises(ValueError, match=r"manifest\.json: damaged, scale=\S+ where the shards' sums give"):
+        ActivationStore.open(store.folder)

@@ -260,7 +260,7 @@ def test_what_a_folder_says_of_its_sae_stays_true(tmp_path, capsys):
     assert "begun: holds checkpoint.pt of an SAE that was trained there" in capsys.readouterr().err
     (tmp_path / "sae/run.json").write_text("{}")
     assert main(there) == 1
-    assert "run.json: activations=None: must say what the SAE was trained on" in capsys.readouterr().err
+    assert "run.json: activations=None: must be of type dict" in capsys.readouterr().err
     (tmp_path / "sae/run.json").rename(tmp_path / "sae/origin.json")
     (tmp_path / "sae/origin.json").write_text('{"hook": 3}')
     assert main(there) == 1

@@ -15,6 +15,7 @@ from .dead_features import AuxRule
 from .encoder import Encoder, Operands
 from .hints import Rule, ThresholdHints
 from .row_gradients import RowSource
+from .torch.products import without_autocast
 
 __all__ = [
     "above_threshold",
@@ -50,12 +51,14 @@ def centred(x: Tensor, b_dec: Tensor | None) -> Tensor:
     return x.to(dtype) if b_dec is None else x.to(dtype) - b_dec.to(dtype)
 
 
+@without_autocast
 def activations(encoder: Encoder) -> Tensor:
     """[B, F], with gradient."""
     x = centred(encoder.x, encoder.b_dec)
     return reference.encode(x, encoder.W.t(), encoder.b, encoder.scale)
 
 
+@without_autocast
 def column_scores(operands: Operands, score: str) -> Tensor:
     a = reference.encode(operands.x, operands.W.t(), operands.b, operands.scale)
     return reference.column_scores(a, score)
@@ -79,10 +82,12 @@ def above_threshold(encoder: Encoder, threshold: Tensor) -> SparseCodes:
     return SparseCodes.from_dense(torch.where(a > threshold, a, 0))
 
 
+@without_autocast
 def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, rows: RowSource | None = None) -> Tensor:
     return reference.decode(codes.to_dense(), W_dec, b_dec)
 
 
+@without_autocast
 def aux_loss(
     encoder: Encoder, x_hat: Tensor, W_dec: Tensor, dead: Tensor, rule: AuxRule, scores: Tensor | None = None
 ) -> Tensor:

@@ -1,14 +1,16 @@
-"""The threshold of evaluation mode: whether it can be relied on, and the running mean that training moves."""
+"""The threshold of evaluation mode: where a module keeps it, whether it can be relied on, and how training moves it."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..codes import SparseCodes
+from ..support.argument_checks import HALF
 from ..support.cuda_graphs import capturing
 from .encoder import Encoder
 from .hints import Rule
@@ -19,6 +21,8 @@ RUNNING_MEAN = (
     "sae.threshold is the running mean of training alone, which lets more than k features fire (for a small l it tends "
     "to 0): call sae.calibrate(x) first"
 )
+
+Self = TypeVar("Self", bound="ThresholdModule")
 
 
 class HasThreshold(Protocol):
@@ -82,3 +86,42 @@ def move(sae: HasThreshold, codes: SparseCodes) -> None:
     found = smallest < torch.inf
     sae.threshold.copy_(torch.where(found, moved, sae.threshold))
     sae.threshold_steps.add_(found)
+
+
+class ThresholdModule(nn.Module):
+    """Buffers `threshold`, `threshold_steps` (training steps behind it) and `calibrated_at` (the steps when it was last
+    calibrated), all 0-dim, and the warning where evaluation goes by an uncalibrated one."""
+
+    threshold: Tensor
+    threshold_steps: Tensor
+    calibrated_at: Tensor
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        """The threshold is of at least float32, whatever the `dtype` of the weights."""
+        super().__init__()
+        exact = torch.promote_types(dtype, torch.float32)
+        self.register_buffer("threshold", torch.zeros((), dtype=exact, device=device))
+        for name in ("threshold_steps", "calibrated_at"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
+        self._notice = ThresholdNotice()
+
+    def train(self: Self, mode: bool = True) -> Self:
+        """As in torch."""
+        if mode:
+            self._notice.look_again()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A state without `calibrated_at`, of an earlier version or a peer, counts as calibrated."""
+        self._notice.look_again()
+        if prefix + "threshold_steps" in state_dict:
+            state_dict.setdefault(prefix + "calibrated_at", state_dict[prefix + "threshold_steps"])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`.to(bfloat16)` and the like leave the threshold in float32: rounded, it would miss its L0."""
+        threshold = self.threshold
+        super()._apply(fn, recurse)
+        if self.threshold.dtype in HALF:
+            self.threshold = threshold.to(self.threshold.device, torch.float32)
+        return self

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..support.argument_checks import check_choice, check_integer
 from ..support.atomic_files import read_tensors
-from .store_writer import DTYPES, MANIFEST, damage, read_manifest
+from .store_writer import DTYPES, MANIFEST, check_scale, damage, read_manifest
 from .tensor_writer import write_tensors
 
 SHARD_TOKENS = 32_768
@@ -36,12 +36,13 @@ class ActivationStore:
         """Opens a store by its manifest; the activations stay on disk until they are asked for.
 
         Raises:
-            ValueError: no manifest, a foreign one, or a harvest that has not finished.
+            ValueError: no manifest, a foreign or damaged one, or a harvest that has not finished.
         """
         manifest = read_manifest(Path(folder))
         if not manifest["complete"]:
             path = Path(folder) / MANIFEST
             raise ValueError(f"{path}: the harvest has not finished; run the same harvest command again")
+        check_scale(Path(folder), manifest)
         return cls(Path(folder), manifest)
 
     @classmethod
@@ -114,11 +115,15 @@ class ActivationStore:
         return tensors
 
     def shard(self, i: int) -> Tensor:
-        """Activations [n, d] of one shard."""
+        """Activations [n, d] of one shard, 0 <= i < len(self.tokens)."""
+        i = check_integer("i", i, 0)
+        if i >= len(self.tokens):
+            raise ValueError(f"i={i}: {self.folder} has {len(self.tokens)} shards")
         return self.load(self.manifest["shards"][i])["activations"]
 
     def first(self, n: int) -> Tensor:
         """The first n training activations, or all where there are fewer: [<= n, d]."""
+        n = check_integer("n", n, 1)
         found: list[Tensor] = []
         for i in range(len(self.tokens)):
             if (missing := n - sum(map(len, found))) <= 0:

@@ -80,6 +80,18 @@ def _check_entry(where: str, entry: Any, least: int) -> None:
     field(where, entry, "bytes", int, 0)
 
 
+def check_scale(folder: Path, manifest: dict[str, Any]) -> None:
+    """ValueError unless the scale of a finished store is that of its shards; earlier versions wrote no sums."""
+    path = folder / MANIFEST
+    if not all("sum_squares" in shard for shard in manifest["shards"]):
+        return
+    for i, shard in enumerate(manifest["shards"]):
+        field(f"{path}: shards[{i}]", shard, "sum_squares", float, 0)
+    found = scale_of(manifest)
+    if not math.isclose(manifest["scale"], found, rel_tol=1e-9):
+        raise ValueError(f"{path}: damaged, scale={manifest['scale']} where the shards' sums give {found}")
+
+
 def installed_version(package: str) -> str:
     try:
         return metadata.version(package)

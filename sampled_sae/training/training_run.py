@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..config import SampledSAEConfig
 from ..optim import RowAdam
-from ..pretrained import RUN, check_target
+from ..pretrained import CONFIG, RUN, WEIGHTS, check_target
 from ..sae import SampledSAE, SampledSAEOutput
-from ..support.atomic_files import append_text, field, json_line, write_json, write_text
+from ..support.atomic_files import append_text, field, json_line, read_json, write_json, write_text
 from ..support.late_values import LateScalars
 from ..support.output_folder import check_output_folder
 from ..support.timing import check_memory
@@ -66,8 +66,8 @@ class TrainingRun:
             sum over the runs of a process is exact.
 
     Raises:
-        ValueError: a checkpoint of other settings in the folder, a damaged one, widths that differ, a folder that
-            cannot be written to, activations that (all but) do not vary.
+        ValueError: a checkpoint of other settings in the folder, a damaged one, an SAE of another training without its
+            checkpoint, widths that differ, a folder that cannot be written to, activations that (all but) do not vary.
     """
 
     def __init__(self, sae_config: SampledSAEConfig, train_config: TrainConfig, feed: Feed, folder: str | Path) -> None:
@@ -95,9 +95,11 @@ class TrainingRun:
         self.seconds = 0.0
         self.metrics: list[dict[str, float]] = []
         self._losses, self._aux = LateScalars(), LateScalars()
+        self._seen = self._files()
         if (self.folder / CHECKPOINT).exists():
             self._load()
         else:
+            self._check_saved()
             batch = feed.batch(0)
             self._check_variance(batch)
             with torch.no_grad():
@@ -128,7 +130,13 @@ class TrainingRun:
         return self.metrics[-1]
 
     def start_metrics(self) -> None:
-        """metrics.jsonl with the lines up to this step: those that a killed process wrote beyond are dropped."""
+        """metrics.jsonl with the lines up to this step: those that a killed process wrote beyond are dropped.
+
+        Raises:
+            BlockingIOError: another process has written a checkpoint or an SAE since this run looked for one.
+        """
+        if self._files() != self._seen:
+            raise BlockingIOError(f"{self.folder}: another training has written there meanwhile; start again")
         write_text(self.folder / METRICS, "".join(map(json_line, self.metrics)))
 
     def write_metrics(self, line: dict[str, float]) -> None:
@@ -153,22 +161,47 @@ class TrainingRun:
             "metrics": self.metrics,
         }
         write_checkpoint(self.folder / CHECKPOINT, state)
+        self._seen = self._files()
 
     def finish(self, x: Tensor) -> None:
         """Calibrates the threshold to L0 = k on x [n, d_in], scaled; writes the SAE and run.json."""
-        # Saved with the row_grads that was asked for: another optimizer that trains it on needs dense gradients.
-        self.sae.cfg = replace(self.sae.cfg, row_grads=self.row_grads)
+        self.sae.cfg = self._saved_config()
         self.sae.eval()
         self.sae.calibrate(x, scaled=True)
         self.sae.save_pretrained(self.folder)
-        manifest = self.feed.store.manifest
-        about = {k: v for k, v in manifest.items() if k not in ("shards", "settings")}
+        self._seen = self._files()
         run = {
             "train": asdict(self.config),
-            "activations": {**about, **identity(manifest)},
+            "activations": self._activations(),
             "tokens": self.step * self.config.batch_size,
         }
         write_json(self.folder / RUN, run)
+
+    def _files(self) -> list[tuple[int, int] | None]:
+        """Size and time of what one training would take from another."""
+        found = [path.stat() if path.exists() else None for path in (self.folder / CHECKPOINT, self.folder / WEIGHTS)]
+        return [None if stat is None else (stat.st_size, stat.st_mtime_ns) for stat in found]
+
+    def _saved_config(self) -> SampledSAEConfig:
+        """With the row_grads that was asked for: another optimizer that trains the SAE on needs dense gradients."""
+        return replace(self.sae.cfg, row_grads=self.row_grads)
+
+    def _check_saved(self) -> None:
+        """ValueError where the end of this run would replace the SAE of another."""
+        if not (self.folder / CONFIG).exists():
+            return
+        then = read_json(self.folder / RUN) if (self.folder / RUN).exists() else {}
+        of_same = then.get("train") == asdict(self.config) and then.get("activations") == self._activations()
+        if not of_same or read_json(self.folder / CONFIG).get("sae") != self._saved_config().to_dict():
+            raise ValueError(
+                f"{self.folder}: holds an SAE that is not of this training, and no checkpoint; it would be replaced, "
+                "use another folder"
+            )
+
+    def _activations(self) -> dict[str, Any]:
+        """What run.json says of them."""
+        manifest = self.feed.store.manifest
+        return {**{k: v for k, v in manifest.items() if k not in ("shards", "settings")}, **identity(manifest)}
 
     def _measure(self, batch: TrainingBatch, out: SampledSAEOutput) -> dict[str, float]:
         """One line of metrics.jsonl. FVU is that of the batch; no time, so that runs compare bit for bit."""

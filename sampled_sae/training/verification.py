@@ -8,7 +8,7 @@ from pathlib import Path
 from ..pretrained import CONFIG, FORMAT, ORIGIN, RUN, WEIGHTS, load_pretrained
 from ..support.atomic_files import read_json, read_json_lines
 from .checkpoint import CHECKPOINT, read_checkpoint
-from .store_writer import MANIFEST, damage, read_manifest, scale_of
+from .store_writer import MANIFEST, check_scale, damage, read_manifest
 from .training_run import METRICS
 
 RECORDS = (RUN, ORIGIN, "evaluation.json", "result.json", "sweep.json")
@@ -43,11 +43,8 @@ def _store(folder: Path) -> Iterator[Finding]:
         return
     if not manifest["complete"]:
         yield folder / MANIFEST, "the harvest has not finished; run the same harvest command again", True
-    elif all("sum_squares" in shard for shard in manifest["shards"]) and manifest["scale"] != scale_of(manifest):
-        said = f"damaged, scale={manifest['scale']} where the shards' sums give {scale_of(manifest)}"
-        yield folder / MANIFEST, said, True
     else:
-        yield folder / MANIFEST, OK, False
+        yield _finding(folder / MANIFEST, _error(lambda path: check_scale(path.parent, manifest), folder / MANIFEST))
     for entry in (*manifest["shards"], *([manifest["holdout"]] if manifest["holdout"] else [])):
         problem = damage(folder, entry)
         whole = OK if "crc32" in entry else "ok as far as its size and sum tell: no checksum, of an earlier version"

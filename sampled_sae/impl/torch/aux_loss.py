@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...codes import SparseCodes
+from ...reference import residual_variance
 from ..column_bounds import ColumnBounds, largest_columns
 from ..dead_features import AuxRule
 from ..encoder import Encoder, Operands
@@ -40,11 +41,12 @@ def aux_loss(
         scores: [F], of this batch, or their bounds, where the pool needed them.
 
     Returns:
-        mean ||e - e_hat||^2 / mean ||e - mean(e)||^2 with e = x - x_hat, 0-dim; 0 with no dead feature or a zero
-        denominator.
+        mean ||e - e_hat||^2 / mean ||e - mean(e)||^2 with e = x - x_hat, 0-dim; 0 with no dead feature or where
+        rounding alone explains the denominator.
     """
-    residual = (encoder.x.to(x_hat.dtype) - x_hat).detach()
-    denominator = (residual - residual.mean(0)).square().sum(-1).mean()
+    target = encoder.x.to(x_hat.dtype).detach()
+    residual = target - x_hat.detach()
+    denominator = residual_variance(residual, target)
     members = dead_candidates(encoder.operands, dead, rule, scores)
     if len(members) == 0 or denominator == 0:
         return residual.new_zeros(())

@@ -11,6 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
+from ...reference import residual_variance
 from ..dead_features import AuxRule
 from ..encoder import Encoder
 from ..hints import Rule
@@ -30,7 +31,8 @@ def aux_loss(
     """As the torch form's, which serves for aux_pool=None, where the number of dead features has to be known."""
     if rule.aux_pool is None:
         return torch_form.aux_loss(torch_encoder(*encoder[:-1], screen="off"), x_hat, W_dec, dead, rule)
-    residual = (encoder.x.to(x_hat.dtype) - x_hat).detach()
+    target = encoder.x.to(x_hat.dtype).detach()
+    residual = target - x_hat.detach()
     if scores is None:
         scores = column_scores(encoder.operands, rule.score)
     # One bit pattern up: a dead feature of score 0 still ranks above every live one.
@@ -39,7 +41,7 @@ def aux_loss(
     masked = torch.where(dead, encoder.b, -torch.inf)
     codes = block_codes(encoder.weights_alone(), members, Rule(rule.k_aux, "token"), masked)
     e_hat = decode(codes, W_dec, None, encoder.rows)
-    denominator = (residual - residual.mean(0)).square().sum(-1).mean()
+    denominator = residual_variance(residual, target)
     defined = dead.any() & (denominator > 0)
     share = (residual - e_hat).square().sum(-1).mean() / torch.where(defined, denominator, 1)
     return torch.where(defined, share, 0)

@@ -28,7 +28,7 @@ NAMES = (
     ("b_dec", "sae.b_dec", False),
     ("threshold", "sae.threshold", False),
 )
-OURS_ALONE = ("sae.threshold_steps", "sae.calibrated_at", "sae.tokens_since_active")
+OURS_ALONE = ("sae.input_scale", "sae.threshold_steps", "sae.calibrated_at", "sae.tokens_since_active")
 
 
 class SampledDictionary(Dictionary):
