@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,8 +15,6 @@ from .support.argument_checks import FLOATS
 from .support.atomic_files import read_json, read_tensors, write_atomically, write_json
 from .support.checksums import tensors_crc32
 
-if TYPE_CHECKING:
-    from .sae import SampledSAE
 
 FORMAT = "sampled-sae"
 VERSION = 1
@@ -101,12 +99,19 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return fields, {name: tensors[name] for name in TENSORS if name in tensors}
 
 
-def scale_into_state(sae: SampledSAE, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+class HasConfig(Protocol):
+    """A SampledSAE, as far as its state's factor goes."""
+
+    @property
+    def cfg(self) -> SampledSAEConfig: ...
+
+
+def scale_into_state(sae: HasConfig, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Hook after `state_dict`: the factor on the activations, in whose units all the other tensors are."""
     state[f"{prefix}input_scale"] = torch.tensor(sae.cfg.input_scale, dtype=torch.float64)
 
 
-def check_scale_of_state(sae: SampledSAE, state: dict[str, Any], prefix: str, *others: Any) -> None:
+def check_scale_of_state(sae: HasConfig, state: dict[str, Any], prefix: str, *others: Any) -> None:
     """Hook before `load_state_dict`. States of earlier versions and of peers do not say their factor.
 
     Raises:

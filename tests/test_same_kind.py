@@ -103,6 +103,33 @@ def test_an_imported_sae_is_held_to_its_origin(tmp_path, capsys):
         assert main(command) == status, (model, layer)
 
 
+@pytest.mark.parametrize(
+    ("layer", "hook", "status"),
+    [
+        (0, "blocks.0.hook_resid_post", 0),
+        (0, "model.layers.0", 0),
+        (1, "blocks.1.hook_resid_pre", 0),
+        (0, "blocks.0.hook_resid_pre", 1),
+        (0, "blocks.0.hook_mlp_out", 1),
+        (0, "blocks.0.attn.hook_z", 1),
+    ],
+)
+def test_an_imported_sae_of_another_place_in_the_block(tmp_path, capsys, layer, hook, status):
+    make_sae(torch.float32).save_pretrained(tmp_path / "sae")
+    origin = {"model_name": "made", "layer": layer, "hook_name": hook, "scale": 1.0}
+    write_json(tmp_path / "sae" / "origin.json", origin)
+    store = harvested(tmp_path / "a")
+    assert main(["evaluate", str(tmp_path / "sae"), str(store.folder), "--splice-rows", "0"]) == status
+    assert ("was trained on layer" in capsys.readouterr().err) == bool(status)
+
+
+def test_a_training_on_other_activations_names_both(tmp_path):
+    Trainer(SAE, TRAIN, harvested(tmp_path / "a"), tmp_path / "run").run(progress=False)
+    other = harvested(tmp_path / "b", layer=9, seed=8)
+    with pytest.raises(ValueError, match="layer was 0, is 9"):
+        Trainer(SAE, TRAIN, other, tmp_path / "run")
+
+
 def test_unnamed_activations_other_than_those_trained_on_are_noted(tmp_path, capsys):
     store = written(tmp_path / "a")
     Trainer(SAE, TRAIN, store, tmp_path / "run").run(progress=False)
@@ -235,6 +262,11 @@ def test_no_result_overwrites_another(tmp_path):
         assert name in names
         with pytest.raises(ValueError, match=f"two results are named {name}: each needs a name of its own"):
             evaluate(sae, x, 64, lambda reconstruct, name=name: {name: 1.0, "ce_clean": 2.0})
+    with pytest.raises(ValueError, match="two results are named predicted_tokens"):
+        evaluate(sae, x, 64, lambda reconstruct: {"predicted_tokens": 1.0, "tokens": 2.0})
+    for wrong in (x[None], x.tolist()):
+        with pytest.raises(ValueError, match=r"x=.*: must be a tensor \[n, d_in\]"):
+            evaluate_activations(sae, wrong)
     assert merged({"a": 1}, {"b": 2}) == {"a": 1, "b": 2}
     with pytest.raises(ValueError, match="named a, b"):
         merged({"a": 1, "b": 2, "c": 3}, {"b": 2, "a": 1})

@@ -50,7 +50,7 @@ def harvest(args: argparse.Namespace) -> None:
     from ..lm.blocks import check_layer
     from ..lm.dropped import check_drop_tokens
     from ..lm.harvest import check_holdout, check_resumes
-    from ..lm.models import check_context, load_skeleton, load_tokenizer
+    from ..lm.models import check_context, check_rows, load_skeleton, load_tokenizer
 
     context = check_integer("context", args.context, 2)
     limit = None if args.tokens is None else -(-check_integer("tokens", args.tokens, 1) // context)
@@ -74,6 +74,7 @@ def harvest(args: argparse.Namespace) -> None:
     known = ("model", "layer", "context", "batch_size", "dtype", "holdout_rows")
     check_resumes(args.out, {"source": args.texts, **{name: getattr(args, name) for name in known}})
     rows = token_rows(texts, tokenizer, context, limit)
+    check_rows(skeleton, rows)
     check_holdout(args.holdout_rows, len(rows))
     model, _ = load_model(args.model, args.cache)
     manifest = harvest_rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,17 @@ def trained_on(folder: Path) -> dict[str, Any]:
         return dict(field(folder / RUN, read_json(folder / RUN), "activations", dict))
     if (folder / ORIGIN).is_file():
         origin = read_json(folder / ORIGIN)
-        return {"model": origin.get("model_name"), "layer": origin.get("layer")}
+        return {"model": origin.get("model_name"), "layer": _place(origin.get("layer"), origin.get("hook_name"))}
     return {}
+
+
+def _place(layer: int | None, hook: str | None) -> int | str | None:
+    """The block whose output the SAE reads; the hook itself where it reads something else than the residual stream."""
+    if layer is None or not hook:
+        return layer
+    if "resid_pre" in hook:
+        return layer - 1
+    return hook if re.search("mlp|attn|attention|resid_mid|hook_[qkvz]$", hook) else layer
 
 
 def check_same_activations(folder: Path, d_in: int, store: ActivationStore, insist: bool) -> None:
@@ -79,7 +89,7 @@ def splice_source(args: argparse.Namespace, store: ActivationStore) -> SpliceSou
         model, _ = load_model(name, args.cache)
         if not args.insist:
             _check_model({"model": name, "weights_sha256": weights_digest(model)}, harvested, store)
-        return SpliceEvaluator.of_harvest(model, rows, store.manifest).evaluate
+        return SpliceEvaluator.of_harvest(model, rows, store.manifest, insist=True).evaluate
 
     # Without --insist the weights are those that were harvested, under whatever name.
     return SpliceSource({"model": name if args.insist else harvested["model"], "rows": count}, load)
@@ -101,6 +111,6 @@ def _check_model(model: dict[str, Any], harvested: dict[str, Any], store: Activa
     if not is_same_model(model, harvested):
         then, now = ({**about, "layer": harvested["layer"]} for about in (harvested, model))
         raise ValueError(
-            f"{store.folder} holds {in_words(then)}, and --model {model['model']} gives {in_words(now)}; leave --model "
-            "out to take the one that was harvested, or insist with --insist"
+            f"{store.folder} holds {in_words(then)}, and --model {model['model']} gives {in_words(now)}; take the "
+            "model that was harvested, as it was loaded then, or insist with --insist"
         )

@@ -6,9 +6,9 @@ Everything here needs the extra `lm` (`pip install "sampled-sae[lm]"`), which is
 from sampled_sae.lm.blocks import transformer_blocks
 from sampled_sae.lm.bundled import BUNDLED_MODELS
 from sampled_sae.lm.dropped import special_tokens
-from sampled_sae.lm.harvest import harvest, weights_digest
+from sampled_sae.lm.harvest import harvest
 from sampled_sae.lm.hooks import capture, replace
-from sampled_sae.lm.models import load_model
+from sampled_sae.lm.models import load_model, weights_digest
 from sampled_sae.lm.rows import token_rows
 from sampled_sae.lm.splice import SpliceEvaluator, spliced_cross_entropy
 from sampled_sae.lm.texts import load_texts, shuffled_texts

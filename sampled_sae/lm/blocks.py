@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sampled_sae.support.argument_checks import check_integer
@@ -17,8 +18,8 @@ _SUPPORTED = "supported are causal language models and encoders of text with one
 
 
 def text_config(model: Any) -> Any:
-    """The part of the model's configuration that is about text; None for a module without one."""
-    config: Any = getattr(model, "config", None)
+    """The part of the model's configuration that is about text, also inside a wrapper; None where there is none."""
+    config: Any = next((module.config for module in model.modules() if hasattr(module, "config")), None)
     try:
         return config.get_text_config() if hasattr(config, "get_text_config") else config
     except ValueError:  # it has several, of which none is the model's
@@ -92,7 +93,8 @@ class BlockOutputs:
             self._model.register_forward_hook(self._end),
         ]
         try:
-            yield
+            with torch.compiler.set_stance("force_eager"):  # what is compiled already knows no hooks
+                yield
         except (AttributeError, LookupError, TypeError, ValueError, NotImplementedError) as error:
             if not self._running or self._reached:
                 raise

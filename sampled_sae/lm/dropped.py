@@ -29,6 +29,8 @@ def check_drop_tokens(model: Any, drop_tokens: Iterable[int] | None) -> list[int
     about = text_config(model)
     if drop_tokens is None:
         return _known(_ids(_by_role(about), _by_role(getattr(model, "generation_config", None))), about)
+    if isinstance(drop_tokens, str) or not isinstance(drop_tokens, Iterable):
+        raise TypeError(f"drop_tokens={drop_tokens!r}: must be token ids, or None for the model's special tokens")
     tokens = sorted({check_integer("drop_tokens", token, 0) for token in drop_tokens})
     if len(_known(tokens, about)) < len(tokens):
         raise ValueError(f"drop_tokens={tokens[-1]}: must be a token id from 0 to {about.vocab_size - 1}")

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from sampled_sae.lm.blocks import check_layer
 from sampled_sae.lm.dropped import check_drop_tokens, dropped
 from sampled_sae.lm.hooks import capture
-from sampled_sae.lm.models import check_rows
-from sampled_sae.support.argument_checks import check_integer
+from sampled_sae.lm.models import check_rows, device_of, name_of, weights_digest
+from sampled_sae.support.argument_checks import check_choice, check_flag, check_integer, check_number
 from sampled_sae.support.atomic_files import field
 from sampled_sae.support.output_folder import check_output_folder, locked
 from sampled_sae.training.store_writer import (
@@ -44,7 +44,7 @@ def harvest(
     source: str = "",
     batch_size: int = 8,
     rows_per_shard: int = 128,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     compute_dtype: str = "float32",
     drop_first: bool = True,
     drop_tokens: Iterable[int] | None = None,
@@ -63,7 +63,7 @@ def harvest(
         source: where the texts come from, as recorded.
         batch_size: rows a forward pass.
         rows_per_shard: rows a shard (a shard holds rows_per_shard * (context - 1) vectors, or a few less).
-        dtype: of the stored activations: "float32", "float16" or "bfloat16".
+        dtype: of the stored activations: "float32", "float16" or "bfloat16", or torch's own.
         compute_dtype: "float32" runs the model as it was loaded; "bfloat16" multiplies matrices in bfloat16
             (autocast): about twice as fast on a CPU with bfloat16 instructions, and an error of about 1e-4 of
             the variance (SmolLM2, layer 15); slower on one without.
@@ -94,17 +94,20 @@ def harvest(
     batch_size = check_integer("batch_size", batch_size, 1)
     rows_per_shard = check_integer("rows_per_shard", rows_per_shard, 1)
     holdout_rows = check_holdout(holdout_rows, len(rows))
-    _check_settings(dtype, compute_dtype, max_norm_ratio)
+    dtype = check_choice("dtype", str(dtype).removeprefix("torch."), tuple(DTYPES))
+    compute_dtype = check_choice("compute_dtype", compute_dtype, ("float32", "bfloat16"))
+    drop_first = check_flag("drop_first", drop_first)
+    max_norm_ratio = float(check_number("max_norm_ratio", max_norm_ratio, 1, None))
     tokens = check_drop_tokens(model, drop_tokens)
     for part in (rows[:batch_size], rows[len(rows) - holdout_rows :]):
         if len(part) and bool(torch.isin(part[:, int(drop_first) :], torch.tensor(tokens, dtype=torch.int64)).all()):
             raise ValueError(f"drop_tokens={tokens} leaves nothing of {len(part)} rows: drop fewer, or check the texts")
     model.eval()
     settings = {
-        "model": str(model.name_or_path if model_name is None else model_name),
+        "model": name_of(model) if model_name is None else str(model_name),
         "layer": layer,
         "context": rows.shape[1],
-        "source": source,
+        "source": str(source),
         "rows": len(rows),
         "rows_sha256": hashlib.sha256(rows.cpu().contiguous().numpy().tobytes()).hexdigest(),
         "weights_sha256": weights_digest(model),
@@ -112,9 +115,9 @@ def harvest(
         "rows_per_shard": rows_per_shard,
         "dtype": dtype,
         "compute_dtype": compute_dtype,
-        "drop_first": bool(drop_first),
+        "drop_first": drop_first,
         "drop_tokens": tokens,
-        "max_norm_ratio": float(max_norm_ratio),
+        "max_norm_ratio": max_norm_ratio,
         "holdout_rows": holdout_rows,
     }
     check_output_folder(folder)
@@ -162,24 +165,6 @@ def check_holdout(holdout_rows: int, rows: int) -> int:
     if count >= rows:
         raise ValueError(f"holdout_rows={count} must be from 0 to {rows - 1}: there are {rows} rows")
     return count
-
-
-def _check_settings(dtype: str, compute_dtype: str, max_norm_ratio: float) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
-    if compute_dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"compute_dtype={compute_dtype!r} must be float32 or bfloat16")
-    if not (math.isfinite(max_norm_ratio) and max_norm_ratio >= 1):
-        raise ValueError(f"max_norm_ratio={max_norm_ratio} must be a finite number of at least 1")
-
-
-def weights_digest(model: Any) -> str:
-    """Fingerprint of the model: names, shapes and the first values of all parameters (not every value)."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        first = parameter.detach().flatten()[:64].float().cpu()
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype} {first.tolist()}".encode())
-    return digest.hexdigest()
 
 
 def _read_manifest(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -230,10 +215,10 @@ def _residual_batches(
     model: Any, rows: Tensor, first_row: int, settings: dict[str, Any]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield rows [b, T] on the model's device and their residual stream [b, T, d] in float32."""
-    size = settings["batch_size"]
-    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=settings["compute_dtype"] == "bfloat16")
+    size, device = settings["batch_size"], device_of(model)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings["compute_dtype"] == "bfloat16")
     for start in range(0, len(rows), size):
-        batch = rows[start : start + size].to(model.device)
+        batch = rows[start : start + size].to(device)
         with torch.inference_mode(), autocast, capture(model, settings["layer"]) as captured:
             model(input_ids=batch, use_cache=False)
         x = captured.value.float()

@@ -1,7 +1,7 @@
 """Language models by name: causal models and encoders of Hugging Face, and some that install through pip alone."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import hashlib
+from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sampled_sae.lm.blocks import text_config, transformer_blocks
 from sampled_sae.lm.bundled import BUNDLED_MODELS, bundled_folder
+from sampled_sae.lm.foreign_errors import named
 
 
 def _transformers() -> Any:
@@ -74,20 +75,33 @@ def is_causal_model(name: str, cache_dir: str | Path | None = None) -> bool:
 
 def predicts_next_token(model: Any) -> bool:
     """Whether the model has a head for the next token; one that fills in masked tokens is none."""
-    return model.get_output_embeddings() is not None and "MaskedLM" not in type(model).__name__
+    head = getattr(model, "get_output_embeddings", lambda: None)
+    return head() is not None and "MaskedLM" not in type(model).__name__
 
 
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """transformers has errors of every type for a folder that is damaged or none, and few say which model they mean."""
-    try:
-        yield
-    except (ImportError, MemoryError):
-        raise
-    except Exception as error:
-        kind = OSError if isinstance(error, OSError) else ValueError
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise kind(f"model={name!r}: cannot be loaded: {said}") from error
+def name_of(model: Any) -> str:
+    """What the model was loaded by; empty for one that does not say."""
+    return str(getattr(model, "name_or_path", ""))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where token ids go: to the first of the parameters."""
+    return next(model.parameters()).device
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Fingerprint of the model: names, shapes and the first values of all parameters (not every value)."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        # the same model is another's part in DataParallel and torch.compile
+        name = name.removeprefix("module.").removeprefix("_orig_mod.")
+        first = parameter.detach().flatten()[:64].float().cpu()
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype} {first.tolist()}".encode())
+    return digest.hexdigest()
+
+
+def _naming(name: str) -> AbstractContextManager[None]:
+    return named(f"model={name!r}: cannot be loaded")
 
 
 def _folder(name: str, cache_dir: str | Path | None) -> str | Path:
@@ -125,10 +139,11 @@ def check_context(model: Any, context: int) -> None:
 
 def check_rows(model: Any, rows: Tensor) -> None:
     """ValueError unless `rows` is int64 [N, context] with N >= 1, 2 <= context <= positions, ids of the vocabulary."""
+    wanted = "rows must be a tensor, int64 [N, context] with N >= 1 and context >= 2, got"
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{wanted} {type(rows).__name__}")
     if rows.dtype != torch.int64 or rows.ndim != 2 or rows.shape[0] < 1 or rows.shape[1] < 2:
-        raise ValueError(
-            f"rows must be int64 [N, context] with N >= 1 and context >= 2, got {rows.dtype} {list(rows.shape)}"
-        )
+        raise ValueError(f"{wanted} {rows.dtype} {list(rows.shape)}")
     check_context(model, rows.shape[1])
     vocabulary = getattr(text_config(model), "vocab_size", None)
     low, high = int(rows.min()), int(rows.max())

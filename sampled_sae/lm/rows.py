@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sampled_sae.lm.dropped import END_OF_TEXT
-from sampled_sae.lm.text_files import Chat, Document
+from sampled_sae.lm.text_files import Document, chat_of
 from sampled_sae.support.argument_checks import check_integer
 
 PIECE = 1 << 16  # characters that are tokenized at a time: tokenizers take long for very long texts
@@ -21,9 +21,9 @@ _BATCH_CHARACTERS = 1 << 20  # characters, that are read before the first of the
 def token_rows(texts: Iterable[Document], tokenizer: Any, context: int, limit: int | None = None) -> Tensor:
     """Token ids of the documents, joined and cut into rows; the rest that fills no row is dropped.
 
-    A tokenizer that begins a text with its bos token (Gemma, Llama) gives rows that start with bos, with bos
-    between documents too. One that puts a text between cls and sep (BERT) gives rows from cls to sep, with sep
-    between documents. Any other gives a stream with <|endoftext|> before each document, or the eos token where the
+    A tokenizer that puts a text between cls and sep (BERT, RoBERTa) gives rows from cls to sep, with sep between
+    documents. One that begins a text with its bos token (Gemma, Llama) gives rows that start with bos, with bos
+    between documents too. Any other gives a stream with <|endoftext|> before each document, or the eos token where the
     vocabulary has no <|endoftext|>.
 
     Args:
@@ -41,7 +41,10 @@ def token_rows(texts: Iterable[Document], tokenizer: Any, context: int, limit: i
     Raises:
         ValueError: for a context that is too small, texts too short to fill one row, a chat that the template refuses,
             or a tokenizer without a separator.
+        TypeError: for texts that are one string, or a document that is none.
     """
+    if isinstance(texts, str):
+        raise TypeError(f"texts={texts[:40]!r}: must be documents, not one string: give [text]")
     context = check_integer("context", context, 2)
     if limit is not None:
         limit = check_integer("limit", limit, 1)
@@ -82,10 +85,11 @@ class _Frame:
 def _frame(tokenizer: Any) -> _Frame:
     bos, cls, sep = (getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "cls", "sep"))
     ids = tokenizer(["a"])["input_ids"][0]
-    if bos is not None and ids[0] == bos:
-        return _Frame(bos, start=bos)
-    if cls is not None and sep is not None and (ids[0], ids[-1]) == (cls, sep):
+    # cls and sep first: RoBERTa's are its bos and eos too
+    if cls is not None and sep is not None and (ids[:1], ids[-1:]) == ([cls], [sep]):
         return _Frame(sep, start=cls, end=sep)
+    if bos is not None and ids[:1] == [bos]:
+        return _Frame(bos, start=bos)
     # SmolLM2's bos and eos are chat marks: <|endoftext|> is what its pretraining put between documents
     for separator in (tokenizer.get_vocab().get(END_OF_TEXT), tokenizer.eos_token_id):
         if separator is not None:
@@ -118,7 +122,7 @@ def _ids(some: list[tuple[bool, str]], tokenizer: Any) -> Iterator[tuple[bool, l
 def _pieces(texts: Iterable[Document], tokenizer: Any) -> Iterator[tuple[bool, str]]:
     keeps_space: bool | None = None
     for text in texts:
-        if isinstance(text, list):
+        if isinstance(text, (list, dict, bytes)) or not isinstance(text, Iterable):
             text = _chat_text(text, tokenizer)
         if isinstance(text, str):
             text = _without_halves(text)
@@ -178,7 +182,13 @@ def _keeps_space(tokenizer: Any) -> bool:
     return left + spaced == whole or left + bare != whole
 
 
-def _chat_text(chat: Chat, tokenizer: Any) -> str:
+def _chat_text(document: Any, tokenizer: Any) -> str:
+    chat = chat_of(document)
+    if chat is None:
+        raise TypeError(
+            f"texts: {str(document)[:200]!r} must be a string, a chat (a list of role and content) or an iterator of "
+            "a text's pieces"
+        )
     if not getattr(tokenizer, "chat_template", None):
         return "\n\n".join(filter(None, (_content(message["content"]) for message in chat)))
     try:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from sampled_sae.lm.blocks import check_layer, transformer_blocks
+from sampled_sae.lm.blocks import check_layer, text_config, transformer_blocks
 from sampled_sae.lm.dropped import check_drop_tokens, dropped
 from sampled_sae.lm.hooks import replace
-from sampled_sae.lm.models import check_rows, predicts_next_token
-from sampled_sae.support.argument_checks import check_positive
+from sampled_sae.lm.models import check_rows, device_of, name_of, predicts_next_token, weights_digest
+from sampled_sae.support.argument_checks import check_integer, check_positive
+from sampled_sae.training.same_settings import identity, in_words, is_same_model
 
 Reconstruct = Callable[[Tensor], Tensor]
 _LOGIT_BYTES = 1 << 28  # float32 logits held at a time
@@ -51,7 +52,7 @@ class SpliceEvaluator:
         ce_clean, ce_zero, ce_mean: cross-entropy of the next token in nats a token, of the model as it is and
             with the replaced vectors all zero, or all their mean.
         spliced_tokens: how many vectors are replaced.
-        about: name of the model and number of rows, which a sweep records.
+        about: name, fingerprint and layer of the model, and number of rows, which a sweep records.
 
     Raises:
         ValueError: for bad arguments (an encoder, which predicts no next token, among them), or rows of which
@@ -78,14 +79,13 @@ class SpliceEvaluator:
         scale = check_positive("scale", scale)
         if not max_norm > 0:
             raise ValueError(f"max_norm={max_norm} must be above 0")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        batch_size = check_integer("batch_size", batch_size, 1)
         model.eval()
         self._model, self._layer, self._scale = model, layer, scale
-        self.about = {"model": str(getattr(model, "name_or_path", "")), "rows": len(rows)}
-        vocabulary = model.config.get_text_config().vocab_size
+        self.about = {**_identity(model), "layer": int(layer), "rows": len(rows)}
+        vocabulary = text_config(model).vocab_size
         size = min(batch_size, max(1, _LOGIT_BYTES // (4 * rows.shape[1] * vocabulary)))
-        self._batches = list(rows.to(model.device).split(size))
+        self._batches = list(rows.to(device_of(model)).split(size))
         self._residuals: list[Tensor] = []  # [b, T, d] each
         self._replaced: list[Tensor] = []  # bool [b, T] each
         # of what blocks 0 to layer return; 0: a bare tensor, None: neither that nor a tuple or list
@@ -95,19 +95,37 @@ class SpliceEvaluator:
         if self.spliced_tokens == 0:
             raise ValueError(f"no token would be replaced: all are dropped, or exceed max_norm={max_norm}")
         self._skips_prefix = self._suffix_equals_whole_model()
+        width = self._residuals[0].shape[-1]
+        if mean is not None and (not isinstance(mean, Tensor) or mean.shape != (width,)):
+            raise ValueError(f"mean={mean!r}: must be a tensor of shape [{width}]")
         self.ce_zero = self._run_spliced(torch.zeros_like)
-        ablation = self._mean() if mean is None else mean.to(model.device, torch.float32)
+        ablation = self._mean() if mean is None else mean.to(device_of(model), torch.float32)
         self.ce_mean = self._run_spliced(lambda x: ablation.expand_as(x))
 
     @classmethod
-    def of_harvest(cls, model: Any, rows: Tensor, manifest: dict[str, Any], **options: Any) -> SpliceEvaluator:
+    def of_harvest(
+        cls, model: Any, rows: Tensor, manifest: dict[str, Any], *, insist: bool = False, **options: Any
+    ) -> SpliceEvaluator:
         """The evaluator for a harvest: its layer, and just the vectors that it keeps are replaced.
 
         Args:
             model, rows: as for the class; rows usually those held out.
             manifest: of the harvest.
+            insist: take a model with other weights than the one that was harvested.
             options: further arguments of the class.
+
+        Raises:
+            ValueError: as the class; other weights, naming both models; a manifest of activations without a model.
         """
+        harvested, own = identity(manifest), _identity(model)
+        if harvested["layer"] is None:
+            raise ValueError(f"manifest is of {in_words(harvested)}, that no harvest wrote: there is nothing to splice")
+        if not insist and harvested["weights_sha256"] and not is_same_model(harvested, own):
+            own["layer"] = harvested["layer"]
+            raise ValueError(
+                f"manifest is of {in_words(harvested)}, but the model gives {in_words(own)}; take the model that was "
+                "harvested, in the same dtype, or insist=True"
+            )
         settings = manifest["settings"]
         return cls(
             model,
@@ -245,7 +263,15 @@ class SpliceEvaluator:
         return (total / self.spliced_tokens).float()
 
 
-def _checked(x_hat: Tensor, x: Tensor) -> Tensor:
+def _identity(model: Any) -> dict[str, Any]:
+    return {"model": name_of(model), "weights_sha256": weights_digest(model)}
+
+
+def _checked(x_hat: Any, x: Tensor) -> Tensor:
+    if not isinstance(x_hat, Tensor):
+        raise TypeError(
+            f"reconstruct returned {type(x_hat).__name__}: must be a tensor; for an SAE give reconstruct_with(sae)"
+        )
     if x_hat.shape != x.shape:
         raise ValueError(f"reconstruct returned {list(x_hat.shape)} for activations {list(x.shape)}")
     if not x_hat.isfinite().all():

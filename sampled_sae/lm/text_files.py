@@ -16,6 +16,7 @@ Chat = list[dict[str, Any]]  # messages with "role" and "content"
 WHOLE_BYTES = 64 << 20  # files of up to so much together are read at once
 
 _KINDS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")  # a folder gives the first of them that it holds
+_SPEAKERS = {"human": "user", "gpt": "assistant"}  # of ShareGPT, whose messages have "from" and "value"
 _TEXT_KEYS = ("text", "extract", "content", "messages", "conversations")
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -54,8 +55,9 @@ def find_files(path: Path) -> list[Path]:
         ImportError: for .parquet without pyarrow.
     """
     if path.is_dir():
+        files = [file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]
         for kind in _KINDS:
-            found = sorted(file for file in path.iterdir() if _kind(file) == kind and not file.name.startswith("."))
+            found = sorted(file for file in files if _kind(file) == kind)
             if found:
                 return _readable(found)
         raise ValueError(f"source={str(path)!r} is a folder without any {', '.join(_KINDS)} file")
@@ -99,13 +101,14 @@ def read_documents(file: Path, column: str | None) -> Iterator[Document | None]:
 
 def document_of(record: Any, where: str, column: str | None = None) -> Document | None:
     """The text or chat in a record; None where it is null."""
-    if record is None or isinstance(record, str) or _is_chat(record):
-        return record
+    document = _text_or_chat(record)
+    if document is not None or record is None:
+        return document
     if isinstance(record, dict):
         there = [record[key] for key in ([column] if column else _TEXT_KEYS) if key in record]
         for value in there:
-            if isinstance(value, str) or _is_chat(value):
-                return value
+            if (document := _text_or_chat(value)) is not None:
+                return document
         if there and all(value is None for value in there):
             return None
     wanted = column or " or ".join(_TEXT_KEYS)
@@ -116,12 +119,21 @@ def document_of(record: Any, where: str, column: str | None = None) -> Document 
     )
 
 
-def _is_chat(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value)
-    )
+def _text_or_chat(value: Any) -> str | Chat | None:
+    return value if isinstance(value, str) else chat_of(value)
+
+
+def chat_of(value: Any) -> Chat | None:
+    """A chat, whose messages may have "from" and "value" as ShareGPT's do; None for what is no chat."""
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        return None
+    chat = [
+        {"role": _SPEAKERS.get(str(message["from"]), message["from"]), "content": message["value"]}
+        if {"from", "value"} <= message.keys()
+        else message
+        for message in value
+    ]
+    return chat if all({"role", "content"} <= message.keys() for message in chat) else None
 
 
 def _kind(file: Path) -> str:
@@ -149,7 +161,7 @@ def _json(file: Path, column: str | None) -> Iterator[Document | None]:
         content = _parsed(opened.read(), file.name)
     if not isinstance(content, list | dict):
         raise ValueError(f"{file.name} must hold a list or an object of documents")
-    records = [content] if _is_chat(content) else content.values() if isinstance(content, dict) else content
+    records = [content] if chat_of(content) else content.values() if isinstance(content, dict) else content
     for number, record in enumerate(records):
         yield document_of(record, f"{file.name}, record {number}", column)
 

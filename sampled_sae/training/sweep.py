@@ -20,7 +20,7 @@ from .batches import Feed
 from .checkpoint import CHECKPOINT
 from .evaluation import evaluate_activations, reconstruct_with
 from .sae_group import SAEGroup, check_members
-from .same_settings import check_same_settings, identity
+from .same_settings import check_same_settings, identity, in_words, is_same_kind
 from .sweep_table import read_result, write_table
 from .train_config import TrainConfig
 
@@ -106,6 +106,11 @@ def run_sweep(
     Feed(store, train.batch_size, train.seed, device)
     # of a SpliceSource, or of the SpliceEvaluator that a bound method belongs to
     about = getattr(getattr(splice, "__self__", splice), "about", {})
+    if about.get("weights_sha256") and not is_same_kind(about, harvested := identity(store.manifest)):
+        raise ValueError(
+            f"splice is in {in_words(about)}, but {store.folder} holds {in_words(harvested)}; take the evaluator of "
+            "SpliceEvaluator.of_harvest, or a function that calls another"
+        )
     common = {
         "train": asdict(train),
         "activations": identity(store.manifest),
@@ -176,7 +181,8 @@ def evaluate(sae: SampledSAE, held_out: Tensor, batch_size: int, splice: Splice 
     if splice is not None:
         with torch.no_grad():
             spliced = splice(reconstruct_with(sae))
-        result = merged(result, {"predicted_tokens" if name == "tokens" else name: v for name, v in spliced.items()})
+        counted = {"predicted_tokens": spliced["tokens"]} if "tokens" in spliced else {}
+        result = merged(result, merged(counted, {name: v for name, v in spliced.items() if name != "tokens"}))
     return dict(without_nan(result))
 
 

@@ -245,9 +245,10 @@ class TrainingRun:
         """What a checkpoint must have been made with. Model and layer too: their shards may be of equal sizes."""
         manifest = self.feed.store.manifest
         return {
+            # first: other activations have another scale, and so another SAE
+            "activations": {name: manifest.get(name) for name in ("model", "layer", "source", "scale")},
             "sae": self.sae.cfg.settings(),
             "train": asdict(self.config),
-            "activations": {name: manifest.get(name) for name in ("model", "layer", "source", "scale")},
             "data": manifest["shards"],
         }
 

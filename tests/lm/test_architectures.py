@@ -128,6 +128,43 @@ def test_wrapped_models(build, rows, tmp_path):
     assert evaluator.evaluate(lambda x: x)["ce_spliced"] == pytest.approx(evaluator.ce_clean, abs=1e-6)
 
 
+class Bare(torch.nn.Module):
+    """A wrapper that hands nothing through."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, **inputs):
+        return self.inner(**inputs)
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda m: torch.compile(m, backend="eager"), Bare])
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_wrappers_store_what_the_model_does(small_llama, rows, tmp_path, wrap, ran_before):
+    small_llama.config.bos_token_id = int(rows[0, 3])
+    plain = harvest(small_llama, rows, 1, tmp_path / "plain", model_name="it", progress=False)
+    wrapped = wrap(small_llama)
+    if ran_before:
+        wrapped(input_ids=rows)
+    found = harvest(wrapped, rows, 1, tmp_path / "wrapped", model_name="it", progress=False)
+    if wrap is Bare:
+        found["settings"]["weights_sha256"] = plain["settings"]["weights_sha256"]
+    assert found == plain
+    assert found["dropped"]["special_token"] > 0
+    with pytest.raises(ValueError, match=f"token ids from .* to {VOCABULARY}"):
+        harvest(wrapped, rows + VOCABULARY - int(rows.max()), 1, tmp_path / "x", progress=False)
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_a_splice_in_a_compiled_model(small_llama, rows, ran_before):
+    want = SpliceEvaluator(small_llama, rows, 1).evaluate(torch.tanh)
+    compiled = torch.compile(small_llama, backend="eager")
+    if ran_before:
+        compiled(input_ids=rows)
+    assert SpliceEvaluator(compiled, rows, 1).evaluate(torch.tanh) == want
+
+
 @dataclass
 class BlockOutput(ModelOutput):
     hidden_states: torch.Tensor | None = None

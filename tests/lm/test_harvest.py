@@ -171,10 +171,14 @@ def test_harvest_of_activations_that_are_not_finite(small_llama, rows, tmp_path)
         {"max_norm_ratio": 0.5},
         {"max_norm_ratio": math.nan},
         {"holdout_rows": 11},
+        {"max_norm_ratio": "10"},
+        {"drop_first": "no"},
+        {"drop_tokens": "special"},
+        {"drop_tokens": 5},
     ],
 )
 def test_harvest_bad_arguments(small_llama, rows, tmp_path, changes):
-    with pytest.raises(ValueError, match=f"{next(iter(changes))}="):
+    with pytest.raises((ValueError, TypeError), match=f"{next(iter(changes))}="):
         run_harvest(small_llama, rows, tmp_path / "new", **changes)
     assert not (tmp_path / "new").exists()
 
@@ -183,6 +187,17 @@ def test_harvest_bad_arguments(small_llama, rows, tmp_path, changes):
 def test_harvest_bad_rows(small_llama, tmp_path, bad):
     with pytest.raises(ValueError, match="rows"):
         run_harvest(small_llama, bad, tmp_path)
+
+
+@pytest.mark.parametrize("bad", [[[1, 2, 3]], np.ones((2, 3), np.int64)])
+def test_harvest_rows_that_are_no_tensor(small_llama, tmp_path, bad):
+    with pytest.raises(TypeError, match="rows must be a tensor, int64"):
+        harvest(small_llama, bad, 1, tmp_path)
+
+
+def test_harvest_takes_paths_and_dtypes_of_torch(small_llama, rows, tmp_path):
+    manifest = run_harvest(small_llama, rows, tmp_path / "a", dtype=torch.float16, source=Path("texts"))
+    assert (manifest["dtype"], manifest["source"]) == ("float16", "texts")
 
 
 def test_a_harvest_does_not_go_on_in_a_written_store(small_llama, rows, tmp_path):

@@ -1,6 +1,7 @@
 """`sampled-sae harvest` and `evaluate` on causal models and encoders: what is checked first, and the whole way."""
 
 import json
+import shutil
 import sys
 from types import ModuleType
 
@@ -163,6 +164,17 @@ def test_what_can_be_known_is_checked_before_the_weights_are_loaded(
     assert command(causal, texts, tmp_path / "acts", *options) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "acts").exists()
+
+
+def test_a_tokenizer_of_another_vocabulary_is_known_before_the_weights_are_loaded(
+    causal, texts, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(causal, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "vocab_size": 20}))
+    monkeypatch.setattr(lm, "load_model", lambda *_: pytest.fail("the weights were loaded"))
+    assert command(tmp_path / "model", texts, tmp_path / "acts") == 1
+    assert "rows holds token ids from 1 to 44; the model knows 0 to 19" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -72,7 +72,7 @@ def test_replace(model, rows):
         model(input_ids=rows)
 
 
-@pytest.mark.parametrize("layer", [-1, LAYERS, 1.0, True])
+@pytest.mark.parametrize("layer", [-1, LAYERS, 1.5, True])
 def test_no_such_layer(small_llama, layer):
     with pytest.raises(ValueError, match="layer="), capture(small_llama, layer):
         pass

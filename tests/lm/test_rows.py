@@ -134,6 +134,40 @@ def test_an_encoders_rows_stand_between_cls_and_sep(context):
         token_rows(texts, tokenizer, 2)
 
 
+def test_roberta_whose_cls_and_sep_are_bos_and_eos_too():
+    vocabulary = {"<s>": 0, "</s>": 2, "a": 3, "b": 4}
+    made = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special)
+    assert token_rows(["a b", "b a"], tokenizer, 4).tolist() == [[0, 3, 4, 2], [0, 4, 3, 2]]
+
+
+def test_a_tokenizer_that_knows_no_letter():
+    made = tokenizers.Tokenizer(models.BPE({"<s>": 0, "x": 1}, []))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="<s>")
+    assert token_rows(["xxx"], tokenizer, 4).tolist() == [[0, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (SAMPLE, "texts='the quick brown.*must be documents, not one string"),
+        ([SAMPLE, None], "texts: 'None' must be a string"),
+        ([{"text": SAMPLE}], "must be a string, a chat"),
+        ([SAMPLE.encode()], "must be a string, a chat"),
+        ([["the quick", "brown fox"]], "must be a string, a chat"),
+        ([[{"role": "user"}]], "must be a string, a chat"),
+    ],
+)
+def test_what_is_no_document(texts, message):
+    with pytest.raises(TypeError, match=message):
+        token_rows(texts, gpt_like(), 4)
+
+
 @pytest.mark.parametrize(("text", "meant"), [("a fox \ud83d", "a fox \ufffd"), ("\ud83d\ude00 a fox", "😀 a fox")])
 def test_halves_of_characters(text, meant):
     tokenizer = gpt_like()

@@ -6,10 +6,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from makers import make_sae, tokens
-from tiny_models import CONTEXT, D
+from tiny_models import CONTEXT, D, llama
 
-from sampled_sae.lm import SpliceEvaluator, capture, replace, spliced_cross_entropy, transformer_blocks
+from sampled_sae import ActivationStore, SampledSAEConfig, TrainConfig
+from sampled_sae.lm import (
+    SpliceEvaluator,
+    capture,
+    harvest,
+    replace,
+    spliced_cross_entropy,
+    transformer_blocks,
+    weights_digest,
+)
 from sampled_sae.training.evaluation import reconstruct_with
+from sampled_sae.training.sweep import run_sweep
 
 
 def cross_entropy(model, rows):
@@ -20,7 +30,8 @@ def cross_entropy(model, rows):
 def test_splice_identity_and_zero(model, rows):
     evaluator = SpliceEvaluator(model, rows, 1, scale=1.0, batch_size=3)
     assert evaluator.ce_clean == pytest.approx(cross_entropy(model, rows), rel=1e-5)
-    assert evaluator.about == {"model": model.name_or_path, "rows": 11}
+    about = {"model": model.name_or_path, "weights_sha256": weights_digest(model), "layer": 1, "rows": 11}
+    assert evaluator.about == about
     same = evaluator.evaluate(lambda x: x)
     assert same["ce_spliced"] == pytest.approx(same["ce_clean"], abs=1e-6)
     assert same["loss_recovered_zero"] == pytest.approx(1, abs=1e-4)
@@ -106,11 +117,45 @@ def test_splice_runs_the_whole_model_where_blocks_share_more_than_the_residual(s
         ({"max_norm": 0.0}, "max_norm="),
         ({"max_norm": 1e-9}, "no token would be replaced"),
         ({"batch_size": 0}, "batch_size="),
+        ({"batch_size": 2.5}, "batch_size=2.5: must be a whole number"),
+        ({"mean": torch.zeros(3)}, rf"mean=.* must be a tensor of shape \[{D}\]"),
+        ({"mean": [0.0] * D}, "mean="),
+        ({"drop_tokens": 5}, "drop_tokens=5: must be token ids"),
+        ({"reconstruct": make_sae(torch.float32, d_in=D)}, "SampledSAEOutput: must be a tensor; for an SAE give"),
         ({"reconstruct": lambda x: x[:, :2]}, "reconstruct returned"),
         ({"reconstruct": lambda x: x * math.nan}, "not finite"),
     ],
 )
 def test_splice_bad_arguments(small_llama, rows, changes, message):
     arguments = {"reconstruct": lambda x: x, "scale": 1.0, **changes}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         spliced_cross_entropy(small_llama, rows, 1, **arguments)
+
+
+def test_the_model_is_the_one_that_was_harvested(small_llama, rows, tmp_path):
+    manifest = harvest(small_llama, rows, 1, tmp_path / "a", model_name="made", progress=False)
+    torch.manual_seed(5)
+    for other in (llama(), small_llama.half()):
+        with pytest.raises(ValueError, match=r"of layer 1 of made \(weights .*, but the model gives layer 1 of "):
+            SpliceEvaluator.of_harvest(other, rows, manifest)
+        assert SpliceEvaluator.of_harvest(other, rows, manifest, insist=True).spliced_tokens > 0
+    written = ActivationStore.write(tmp_path / "b", torch.ones(9, D))
+    with pytest.raises(ValueError, match="that no harvest wrote"):
+        SpliceEvaluator.of_harvest(small_llama, rows, written.manifest)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_a_sweep_is_held_to_the_layer_and_weights_of_its_evaluator(small_llama, rows, tmp_path, layer):
+    torch.manual_seed(5)
+    other = llama().eval()
+    harvest(small_llama, rows, layer, tmp_path / "a", holdout_rows=3, progress=False)
+    store = ActivationStore.open(tmp_path / "a")
+    configs = {"a": SampledSAEConfig(d_in=D, d_sae=32, k=3, l=2.0)}
+    train = TrainConfig(steps=2, batch_size=16)
+    for wrong in (SpliceEvaluator(small_llama, rows, 3 - layer), SpliceEvaluator(other, rows, layer)):
+        with pytest.raises(ValueError, match=rf"splice is in layer .*, but .* holds layer {layer} of "):
+            run_sweep(configs, train, store, tmp_path / "s", wrong.evaluate, progress=False)
+        assert not (tmp_path / "s").exists()
+    right = SpliceEvaluator.of_harvest(small_llama, store.holdout_rows(), store.manifest)
+    [row] = run_sweep(configs, train, store, tmp_path / "s", right.evaluate, progress=False)
+    assert row["ce_clean"] == right.ce_clean

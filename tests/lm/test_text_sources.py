@@ -89,6 +89,30 @@ def test_chats(tmp_path):
     assert load_texts(f"{tmp_path / 'c.jsonl'}:turns") == [CHAT]
 
 
+def test_chats_of_sharegpt_and_empty_ones(tmp_path):
+    turns = [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two", "weight": 1}]
+    system = [{"from": "system", "value": "be kind"}]
+    (tmp_path / "a.jsonl").write_text(lines({"conversations": turns}, {"messages": []}, [], turns, system))
+    assert load_texts(str(tmp_path / "a.jsonl")) == [CHAT, [{"role": "system", "content": "be kind"}]]
+    (tmp_path / "b.json").write_text(json.dumps(turns))
+    assert load_texts(str(tmp_path / "b.json")) == [CHAT]
+
+
+@pytest.mark.parametrize("name", ["wiki-dump.jsonl", "wiki-en", "wiki-x/a.jsonl"])
+def test_own_files_with_names_like_a_packages(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / name if "." in name else tmp_path / name / "a.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(lines({"body": "one"}))
+    assert load_texts(f"{name}:body") == ["one"]
+
+
+def test_paths_and_folders_inside(tmp_path):
+    (tmp_path / "inner.txt").mkdir()
+    (tmp_path / "a.txt").write_text("one")
+    assert load_texts(tmp_path) == list(shuffled_texts(tmp_path, 0)) == ["one"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -235,6 +259,41 @@ def test_records_of_a_stream_without_text(hub):
         assert load_texts("hf:name") == ["text 3", "text 4", "text 5"]
     hub.stream = Stream(lambda i: {"messages": CHAT}, most=2)
     assert load_texts("hf:name") == [CHAT]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("Dataset scripts are no longer supported"), ValueError),
+        (NotImplementedError("zip in zip"), ValueError),
+        (KeyError("train"), ValueError),
+        (ConnectionError("no network"), OSError),
+    ],
+)
+@pytest.mark.parametrize("when", ["opened", "read", "from disk"])
+def test_errors_of_datasets_name_the_source(hub, tmp_path, monkeypatch, error, kind, when):
+    def fail(*given, **more):
+        raise error
+
+    if when == "opened":
+        monkeypatch.setattr(sys.modules["datasets"], "load_dataset", fail)
+    hub.stream = Stream(lambda i: {"text": "x"} if i == 1 else fail())
+    source = "hf:name"
+    if when == "from disk":
+        (tmp_path / "state.json").touch()
+        monkeypatch.setattr(sys.modules["datasets"], "load_from_disk", fail)
+        source = str(tmp_path)
+    with pytest.raises(kind, match=r"source=.*: cannot be read: \W?(Data|zip|train|no net)"):
+        load_texts(source)
+
+
+def test_split_and_column_of_a_saved_data_set_without_splits(hub, tmp_path):
+    (tmp_path / "state.json").touch()
+    for source in (f"{tmp_path}:body", f"hf:{tmp_path}:train:body"):
+        hub.saved = Stream(lambda i: {"text": "text", "body": f"body {i}"}, most=2)
+        assert load_texts(source) == ["body 1", "body 2"]
+    with pytest.raises(ValueError, match="has no split 'body', but 'train'"):
+        load_texts(f"hf:{tmp_path}:body")
 
 
 @pytest.mark.parametrize("prefix", ["", "hf:"])
