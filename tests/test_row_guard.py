@@ -76,7 +76,7 @@ def test_another_optimizer_is_refused_where_the_rows_were_dropped_before_backwar
     loss = sae(tokens(9, 12)).loss
     sae.zero_grad()
     loss.backward()
-    with pytest.raises(RuntimeError, match="row_grads=True: .* does not see the gradient of"):
+    with pytest.raises(RuntimeError, match="does not see the gradient of"):
         optimizer.step()
     assert_same(before, state_of(sae))
 
