@@ -68,6 +68,19 @@ def test_another_optimizer_with_a_closure_is_refused_in_its_first_step(make):
         optimizer.step(closure)
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_optimizer_is_refused_where_the_rows_were_dropped_before_backward(name):
+    sae = make_sae(row_grads=True)
+    optimizer = OTHERS[name](sae)
+    before = state_of(sae)
+    loss = sae(tokens(9, 12)).loss
+    sae.zero_grad()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="does not see the gradient of"):
+        optimizer.step()
+    assert_same(before, state_of(sae))
+
+
 def test_other_optimizers_of_other_parameters_step():
     sae, model = make_sae(row_grads=True), nn.Linear(12, 12)
     bias, other = torch.optim.SGD([sae.b_dec], lr=0.1), torch.optim.Adam(model.parameters())

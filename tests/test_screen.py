@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from makers import make_sae, tokens
 
 from sampled_sae import RowAdam
+from sampled_sae.impl.column_bounds import largest_columns
 from sampled_sae.impl.encoder import Operands
 from sampled_sae.impl.hints import Rule, ThresholdHints
 from sampled_sae.impl.interface import implementation
@@ -219,6 +220,30 @@ def test_what_the_screen_leaves_open_is_computed_in_full(monkeypatch):
     for _ in search.look_at(0, seen.operands, None, torch.tensor([1e-3])):
         pass
     assert not search.screening
+
+
+@pytest.mark.parametrize("select", ["batch", "token"])
+def test_what_is_found_does_not_depend_on_what_was_known(select):
+    """With a hint other chunks are screened than without; pairs of features tie up to float32's rounding."""
+    g = torch.Generator().manual_seed(0)
+    W = torch.nn.functional.normalize(torch.randn(2048, 64, generator=g), dim=1).repeat(2, 1)
+    W[2048:] *= 1 + 1e-7 * torch.randn(2048, 1, generator=g)
+    rule, hints = Rule(15, select), ThresholdHints()
+    for _ in range(3):
+        encoder = TORCH.encoder(torch.randn(1024, 64, generator=g), W, torch.zeros(len(W)), screen="bf16")
+        known, unknown = (TORCH.select(encoder, None, rule, h) for h in (hints, ThresholdHints()))
+        assert torch.equal(known.features, unknown.features)
+        assert torch.equal(known.values, unknown.values)
+
+
+def test_columns_whose_score_is_known_are_not_computed_again():
+    """The score "uniform" is 0 or 1, and near the pool's boundary many are 1."""
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    bounds = TORCH.column_bounds(TORCH.encoder(x, x, torch.ones(64), screen="bf16").operands, "uniform")
+    asked = []
+    counted = bounds._replace(exact=lambda at: asked.append(at) or bounds.exact(at))
+    assert largest_columns(counted, 8).tolist() == list(range(8))
+    assert [at.tolist() for at in asked] == [[]]
 
 
 @pytest.mark.parametrize(

@@ -40,10 +40,11 @@ def largest_columns(
         return torch.arange(len(low), device=low.device)
     sure = low > nth_largest(high, size + 1)
     undecided = (~sure & ~(high < nth_largest(low, size))).nonzero().squeeze(1)
-    if len(undecided) > MOST_UNDECIDED * len(low):
+    unknown = undecided[(bounds.low < bounds.high)[undecided]]
+    if len(unknown) > MOST_UNDECIDED * len(low):
         return largest_mask(keys(bounds.exact(None)), size).nonzero().squeeze(1)
     scores = bounds.low.clone()
-    scores[undecided] = bounds.exact(undecided)
+    scores[unknown] = bounds.exact(unknown)
     taken = largest_mask(keys(scores)[undecided], size - int(sure.sum()))
     sure[undecided[taken]] = True
     return sure.nonzero().squeeze(1)

@@ -6,7 +6,7 @@ import functools
 import weakref
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -15,11 +15,15 @@ from .row_gradients import RowGradient
 
 
 class LeavesRows(Protocol):
-    """A module with the weights W_enc, b_enc and W_dec, that leaves their gradients as rows."""
+    """A module with the weights W_enc, b_enc and W_dec, that leaves their gradients as rows, and b_dec."""
 
     row_grads: list[RowGradient]
 
+    @property
+    def b_dec(self) -> Tensor: ...
 
+
+ROWS = ("W_enc", "b_enc", "W_dec")
 # layers that have left rows in this process
 LAYERS: weakref.WeakSet[LeavesRows] = weakref.WeakSet()
 
@@ -33,7 +37,7 @@ def guard_rows(sae: LeavesRows) -> None:
     """
     if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
         raise RuntimeError("row_grads=True: DistributedDataParallel does not reduce row gradients; set row_grads=False")
-    for name in ("W_enc", "b_enc", "W_dec"):
+    for name in ROWS:
         weight = getattr(sae, name)
         if not isinstance(weight, nn.Parameter):
             raise RuntimeError(
@@ -55,12 +59,21 @@ def watch_optimizers() -> None:
 
 def refuse_other_optimizers(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Raises a RuntimeError where `optimizer` holds a weight whose gradient lies in rows; RowAdam takes them."""
-    waiting = [] if getattr(optimizer, "takes_rows", False) else [sae for sae in LAYERS if sae.row_grads]
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]} if waiting else set()
-    for sae in waiting:
-        for part in sae.row_grads:
-            if part.rows.grad is not None and id(getattr(sae, part.name)) in held:
-                raise RuntimeError(
-                    f"row_grads=True: {type(optimizer).__name__} does not see the gradient of {part.name}, which lies "
-                    "in sae.row_grads; set row_grads=False, or use sampled_sae.RowAdam(sae)"
-                )
+    if getattr(optimizer, "takes_rows", False):
+        return
+    left = [(sae, name) for sae in LAYERS for name in names_of_rows(sae)]
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]} if left else set()
+    for sae, name in left:
+        if id(getattr(sae, name)) in held:
+            raise RuntimeError(
+                f"row_grads=True: {type(optimizer).__name__} does not see the gradient of {name}, which lies in "
+                "sae.row_grads; set row_grads=False, or use sampled_sae.RowAdam(sae)"
+            )
+
+
+def names_of_rows(sae: LeavesRows) -> list[str]:
+    """The weights whose gradient lies, or was dropped by a `zero_grad` before `backward`, in rows."""
+    if sae.row_grads:
+        return [part.name for part in sae.row_grads if part.rows.grad is not None]
+    dropped = sae.b_dec.grad is not None and all(getattr(sae, name).grad is None for name in ROWS)
+    return [name for name in ROWS if dropped and getattr(sae, name).requires_grad]

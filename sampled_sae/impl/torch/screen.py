@@ -61,7 +61,7 @@ def fast_bfloat16() -> bool:
 @functools.cache
 def sums_in_float32() -> bool:
     """Whether bfloat16 products are summed in float32, as the bound says: 4,096 ones are 256 where they are not."""
-    ones = torch.ones(64, 4096, dtype=torch.bfloat16)
+    ones = torch.ones(64, 4096, dtype=torch.bfloat16, device="cpu")
     return bool((ones @ ones.t() == 4096).all())
 
 
@@ -100,6 +100,18 @@ def entry_slack(operands: Operands, at: slice | Tensor, features: FeatureRoundin
         norms, errors, sums, bias = (t * scale for t in (norms, errors, sums, bias))
     by_entry = seen.norms * (errors.amax() + sums.amax()) + seen.errors * norms.amax()
     return MARGIN * (1 + UNIT) * (by_entry + smallest_normal() * (1 + norms.amax())) + UNIT * bias.amax()
+
+
+def rounding_slack(operands: Operands, at: slice | Tensor) -> Tensor:
+    """[B]: how far two float32 values of one activation of these features lie apart, in whatever order they sum."""
+    seen = operands.screen
+    assert seen is not None
+    norms, bias = row_norms(operands.W[at]), operands.b[at].abs()
+    if operands.scale is not None:
+        scale = operands.scale[at]
+        norms, bias = norms * scale, bias * scale
+    sizes = (seen.norms + seen.errors) * norms.amax() + bias.amax()
+    return MARGIN * 4 * (operands.x.shape[1] + 4) * 2.0**-24 * sizes + smallest_normal()
 
 
 def screened_at(operands: Operands, span: slice, memory: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,7 @@ def spectral_bound(X: Tensor) -> float:
     for _ in range(TRIES):
         if not 0 < guess < total:
             break
-        _, failed = torch.linalg.cholesky_ex(torch.eye(n) * guess - G)
+        _, failed = torch.linalg.cholesky_ex(torch.eye(n, dtype=G.dtype, device=G.device) * guess - G)
         if not int(failed):
             # the backward error of the factor: n times gamma_(n + 1) of the largest diagonal
             return (MARGIN * (guess * (1 + n * (n + 2) * 2.0**-24) + off)) ** 0.5

@@ -25,10 +25,11 @@ from .products import (
     candidate_spans,
     chunk_memory,
     ends_of_tokens,
+    features_of,
     sampled_product,
     token_blocks,
 )
-from .screen import UNIT, screened_at
+from .screen import UNIT, rounding_slack, screened_at
 
 FIRST_CHUNK = 128
 WIDEST_TABLE = 16
@@ -39,8 +40,8 @@ MOST_SCREENED = 1 / 16
 class Search:
     """Entries > 0 and at or above a floor, which may rise from chunk to chunk.
 
-    With a screen every entry found is computed again, one by one, before it is compared with others: its value does not
-    depend on which chunks were screened.
+    With a screen every entry found is computed again, one by one, before it is compared with others: neither its value
+    nor whether it is found depends on which chunks were screened.
     """
 
     def __init__(self, operands: Operands) -> None:
@@ -60,7 +61,7 @@ class Search:
             found = self._screened(token, block, span, memory, floor)
             if found is None:
                 a = activations_at(block, span, memory)
-                found = filter_chunk(a, token, span.start, floor.clamp_min(smallest_positive(a.dtype)))
+                found = filter_chunk(a, token, span.start, least_in_full(block, span, floor))
             self.found.append(found)
             self.count += len(found.values)
             yield
@@ -187,6 +188,15 @@ def token_hint(entries: Entries, x: Tensor, k: int) -> float | None:
     ratio = (smallest / torch.linalg.vector_norm(x, dim=1))[full]
     few = len(x) // 200
     return 0.95 * float(ratio.kthvalue(1 + few).values) if len(ratio) > max(few, len(x) - few - 1) else None
+
+
+def least_in_full(operands: Operands, span: slice, floor: Tensor) -> Tensor:
+    """The floor for a full product; with a screen, below what the product and one entry alone may differ by."""
+    least = floor
+    if operands.screen is not None and floor.any():
+        least = floor - rounding_slack(operands, features_of(operands, span))
+        least = torch.where(least.isfinite(), least, floor)
+    return least.clamp_min(smallest_positive(floor.dtype))
 
 
 def filter_chunk(a: Tensor, token: int, base: int, floor: Tensor) -> Entries:
