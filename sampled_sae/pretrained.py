@@ -15,7 +15,6 @@ from .support.argument_checks import FLOATS
 from .support.atomic_files import read_json, read_tensors, write_atomically, write_json
 from .support.checksums import tensors_crc32
 
-
 FORMAT = "sampled-sae"
 VERSION = 1
 WEIGHTS = "sae.safetensors"
