@@ -24,6 +24,18 @@ OPTIONS += ["--log-every", "2", "--quiet", "--threads", "1"]
 
 
 @pytest.fixture(autouse=True)
+def usual_signals():
+    """As in a terminal: a suite that a shell runs in the background starts with SIGINT ignored."""
+    before = {
+        number: signal.signal(number, handler)
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
+    }
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
 def short_calibration(monkeypatch):
     monkeypatch.setattr("sampled_sae.training.batches.CALIBRATION_TOKENS", 600)
 
