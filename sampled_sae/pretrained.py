@@ -107,7 +107,7 @@ class HasConfig(Protocol):
 
 def scale_into_state(sae: HasConfig, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Hook after `state_dict`: the factor on the activations, in whose units all the other tensors are."""
-    state[f"{prefix}input_scale"] = torch.tensor(sae.cfg.input_scale, dtype=torch.float64)
+    state[f"{prefix}input_scale"] = torch.tensor(sae.cfg.input_scale, dtype=torch.float64, device="cpu")
 
 
 def check_scale_of_state(sae: HasConfig, state: dict[str, Any], prefix: str, *others: Any) -> None:

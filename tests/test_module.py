@@ -259,7 +259,7 @@ def test_no_grad_leaves_nothing_behind():
 def test_the_default_device_is_taken():
     with torch.device("meta"):
         sae = SampledSAE(SampledSAEConfig(d_in=4, d_sae=8, k=2))
-    assert {t.device.type for t in sae.state_dict().values()} == {"meta"}
+    assert {t.device.type for t in (*sae.parameters(), *sae.buffers())} == {"meta"}
 
 
 def test_normalise_and_project():

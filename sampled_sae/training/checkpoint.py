@@ -56,10 +56,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a checkpoint of sampled-sae")
     for name, kind in FIELDS.items():
         field(path, state, name, kind)
-    try:
-        json.dumps(state["settings"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: settings are no plain values ({error})") from None
+    for name in ("settings", "metrics"):
+        try:
+            json.dumps(state[name])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {name} are no plain values ({error})") from None
     for part in ("sae", "optimizer"):
         for name, value in _tensors(part, state[part]):
             check_finite(value, f"{path}: {name}")

@@ -88,6 +88,8 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     for where, line in read_json_lines(folder / METRICS):
         field(where, line, "tokens", int, 0)
         for name in ("fvu", "l0"):
+            if name not in line:
+                raise ValueError(f"{where}: the field {name!r} is missing")
             field(where, line, name, (float, NoneType))
         lines.append(line)
     return lines
