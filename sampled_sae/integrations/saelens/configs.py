@@ -9,7 +9,7 @@ from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSA
 from sae_lens.saes.sae import SAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAEConfig
 
-from ...config import IMPLS, POOLS, SELECTS
+from ...config import IMPLS, POOLS, SCREENS, SELECTS
 from ...support.argument_checks import SCORES, check_budget, check_choice, check_integer, check_number
 
 
@@ -48,7 +48,7 @@ class SampledTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     """A Sampled-SAE inside SAELens: what `SampledSAEConfig` has, under SAELens' names where SAELens has one.
 
     Args:
-        l, score, pool, pool_every, score_tokens, select, k_aux, aux_pool, impl: as in `SampledSAEConfig`.
+        l, score, pool, pool_every, score_tokens, select, k_aux, aux_pool, impl, screen: as in `SampledSAEConfig`.
         k: average number of active features a token; a whole number for `select="token"`.
         aux_loss_coefficient: `aux_coefficient` there.
         topk_threshold_lr: 1 - `threshold_decay` there. The running mean starts at its first value.
@@ -75,6 +75,7 @@ class SampledTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     threshold_every: int = 10
     impl: str = "auto"
     seed: int = 0
+    screen: str = "auto"
 
     @classmethod
     def architecture(cls) -> str:
@@ -85,6 +86,7 @@ class SampledTrainingSAEConfig(BatchTopKTrainingSAEConfig):
         check_choice("pool", self.pool, POOLS)
         check_choice("select", self.select, SELECTS)
         check_choice("impl", self.impl, IMPLS)
+        check_choice("screen", self.screen, SCREENS)
         self.k, self.l = check_budget(self.k, self.l, self.d_sae, self.select)
         self.aux_loss_coefficient = check_number("aux_loss_coefficient", self.aux_loss_coefficient, 0, None)
         self.topk_threshold_lr = check_number("topk_threshold_lr", self.topk_threshold_lr, 0, 1)

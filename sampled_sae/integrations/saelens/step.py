@@ -207,4 +207,6 @@ class SparseStep(TopKTrainingSAE):
             scale = torch.linalg.vector_norm(self.W_dec.detach(), dim=-1, dtype=dtype)
             scale.clamp_min_(torch.finfo(scale.dtype).tiny)  # rows of zeros stay finite when divided by it
         b_dec = None if b_dec_subtracted else self.input_bias()
-        return self.parts().encoder(x, self.W_enc.t(), self.b_enc, b_dec, scale, self._memory.rows())
+        # an option of our own architecture; SAELens' configs have none
+        screen = getattr(self.cfg, "screen", "auto")
+        return self.parts().encoder(x, self.W_enc.t(), self.b_enc, b_dec, scale, self._memory.rows(), screen)
