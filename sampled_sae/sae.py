@@ -18,7 +18,7 @@ from .impl.dead_features import AuxRule
 from .impl.encoder import Encoder
 from .impl.hints import Rule
 from .impl.interface import Implementation, implementation, resolve_impl
-from .impl.pool import KeptPool, Pool, PoolRule, find_pool
+from .impl.pool import KeptPool, Pool, PoolRule
 from .impl.row_gradients import RowGradient, RowSource
 from .impl.row_guard import guard_rows
 from .impl.step_memory import StepMemory
@@ -296,6 +296,4 @@ class SampledSAE(ThresholdModule):
         return implementation(self.impl_in_use)
 
     def _find_pool(self, encoder: Encoder) -> Pool | None:
-        # scores that a pool keeps are complete: a later step may rank others of them
-        operands = encoder.operands if self.cfg.pool_every == 1 else encoder.operands.in_full()
-        return find_pool(self._parts, operands, PoolRule.of(self.cfg), self.generator)
+        return self.memory.pool.find(self._parts, encoder.operands, PoolRule.of(self.cfg), self.generator)

@@ -48,7 +48,7 @@ def test_a_pool_serves_for_pool_every_steps(impl):
 def test_steps_between_score_nothing(monkeypatch):
     scored = []
     find = pools.find_pool
-    monkeypatch.setattr("sampled_sae.sae.find_pool", lambda *a, **k: scored.append(1) or find(*a, **k))
+    monkeypatch.setattr(pools, "find_pool", lambda *a, **k: scored.append(1) or find(*a, **k))
     sae = make_sae(pool_every=4)
     for step in range(8):
         sae(tokens(20, 12, seed=step))

@@ -11,7 +11,7 @@ from sampled_sae.impl.column_bounds import largest_columns
 from sampled_sae.impl.encoder import Operands
 from sampled_sae.impl.hints import Rule, ThresholdHints
 from sampled_sae.impl.interface import implementation
-from sampled_sae.impl.pool import PoolRule, find_pool
+from sampled_sae.impl.pool import REST, PoolRule, find_pool
 from sampled_sae.impl.torch import screen, screen_columns, stream
 from sampled_sae.testing import whole_numbers
 
@@ -289,3 +289,20 @@ def test_operands_of_some_tokens_and_features_keep_their_screen():
     assert operands.of_features(torch.tensor([1, 3])).screen is operands.screen
     assert operands.in_full().screen is None
     assert isinstance(operands.among(torch.arange(3)), Operands)
+
+
+def test_a_screen_that_leaves_too_much_open_rests(monkeypatch):
+    """Columns that all but tie: the next batches are scored in full, and a checkpoint knows for how long."""
+    sae = make_sae(torch.float32, screen="bf16")
+    with torch.no_grad():
+        sae.W_enc.copy_(sae.W_enc[:, :1].expand(-1, 96).clone())
+        sae.b_enc.zero_()
+    looks = []
+    bounds = screen_columns.norms
+    monkeypatch.setattr(screen_columns, "norms", lambda operands: looks.append(1) or bounds(operands))
+    for seed in range(5):
+        sae(tokens(32, 12, seed=seed).float())
+    assert len(looks) == 1
+    kept = make_sae(torch.float32, screen="bf16").memory.pool
+    kept.load_state_dict(sae.memory.pool.state_dict(), "cpu")
+    assert kept.rest == sae.memory.pool.rest == REST - 4

@@ -15,22 +15,22 @@ MOST_UNDECIDED = 1 / 4
 
 
 class ColumnBounds(NamedTuple):
-    """low, high: [F], of each column's score. exact: of some columns, int64 [U], in full precision; of all for None."""
+    """low, high: [F], of each column's score. exact: of some columns, int64 [U], in full precision."""
 
     low: Tensor
     high: Tensor
-    exact: Callable[[Tensor | None], Tensor]
+    exact: Callable[[Tensor], Tensor]
 
     def of_features(self, features: Tensor) -> ColumnBounds:
         """Of some columns, int64 [U], which are counted from 0 then."""
         low, high = self.low[features], self.high[features]
-        return ColumnBounds(low, high, lambda at: self.exact(features if at is None else features[at]))
+        return ColumnBounds(low, high, lambda at: self.exact(features[at]))
 
 
 def largest_columns(
     bounds: ColumnBounds, size: int, keys: Callable[[Tensor], Tensor] = lambda scores: scores
-) -> Tensor:
-    """The `size` columns of highest key, int64 ascending; ties to the lower one.
+) -> Tensor | None:
+    """The `size` columns of highest key, int64 ascending; ties to the lower one. None where too many are open.
 
     Args:
         keys: of scores [F], element by element; they rise with the scores.
@@ -42,7 +42,7 @@ def largest_columns(
     undecided = (~sure & ~(high < nth_largest(low, size))).nonzero().squeeze(1)
     unknown = undecided[(bounds.low < bounds.high)[undecided]]
     if len(unknown) > MOST_UNDECIDED * len(low):
-        return largest_mask(keys(bounds.exact(None)), size).nonzero().squeeze(1)
+        return None
     scores = bounds.low.clone()
     scores[unknown] = bounds.exact(unknown)
     taken = largest_mask(keys(scores)[undecided], size - int(sure.sum()))

@@ -10,9 +10,13 @@ from torch import Tensor
 
 from ..config import pool_size
 from ..support.cuda_graphs import capturing
+from ..support.nth_largest import largest_mask
 from .column_bounds import ColumnBounds, largest_columns
 from .encoder import Operands
 from .pool_sampling import gumbel_noise
+
+# batches without a screen after one that it did not help
+REST = 64
 
 
 class PoolRule(NamedTuple):
@@ -55,12 +59,29 @@ class KeptPool:
 
     def __init__(self, every: int) -> None:
         self.every = every
+        self.rest = 0
         self.reset()
 
     def reset(self) -> None:
         """The next step looks for a new pool."""
         self._pool: Pool | None = None
         self._uses = 0
+
+    def find(
+        self, parts: Scoring, operands: Operands, rule: PoolRule, generator: torch.Generator | None = None
+    ) -> Pool | None:
+        """`find_pool`, with a screen where it is worth one.
+
+        Not for REST batches after one of which it left too much open, and not for a pool that is kept, of whose scores
+        a later step may rank others.
+        """
+        if self.every > 1 or self.rest > 0:
+            self.rest = max(0, self.rest - 1)
+            operands = operands.in_full()
+        pool = find_pool(parts, operands, rule, generator)
+        if operands.screen is not None and pool is not None and isinstance(pool.scores, Tensor):
+            self.rest = REST
+        return pool
 
     def next(self, find: Callable[[], Pool | None]) -> Pool | None:
         """The pool of one more step.
@@ -78,15 +99,15 @@ class KeptPool:
         return self._pool
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: tensors and a number; empty where nothing is kept."""
-        if self._pool is None:
-            return {}
-        return {**self._pool._asdict(), "uses": self._uses}
+        """What a checkpoint needs: tensors and numbers; empty where nothing is kept."""
+        kept = {} if self._pool is None else {**self._pool._asdict(), "uses": self._uses}
+        return {**kept, "rest": self.rest} if self.rest else kept
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | str) -> None:
         """The inverse of `state_dict`."""
         self.reset()
-        if state:
+        self.rest = state.get("rest", 0)
+        if "members" in state:
             self._pool = Pool(state["members"].to(device), state["scores"].to(device))
             self._uses = state["uses"]
 
@@ -106,10 +127,17 @@ def find_pool(
     if bounds is None:
         scores = parts.column_scores(seen, rule.score)
         return Pool(parts.candidate_pool(scores, size, rule.pool, generator), scores)
-    if rule.pool == "top":
-        return Pool(largest_columns(bounds, size), bounds)
-    noise = gumbel_noise(bounds.low, generator)
-    return Pool(largest_columns(bounds, size, lambda scores: scores.double().log() + noise), bounds)
+    # drawn once, for the bounds and for the scores in full
+    noise = 0 if rule.pool == "top" else gumbel_noise(bounds.low, generator)
+
+    def keys(scores: Tensor) -> Tensor:
+        return scores if rule.pool == "top" else scores.double().log() + noise
+
+    members = largest_columns(bounds, size, keys)
+    if members is not None:
+        return Pool(members, bounds)
+    scores = parts.column_scores(seen.in_full(), rule.score)
+    return Pool(largest_mask(keys(scores), size).nonzero().squeeze(1), scores)
 
 
 def share_of(x: Tensor, share: float) -> Tensor:

@@ -79,8 +79,11 @@ def dead_candidates(
         return members
 
     if isinstance(scores, ColumnBounds):
-        return members[largest_columns(scores.of_features(members), rule.aux_pool)]
-    if scores is None:
+        found = largest_columns(scores.of_features(members), rule.aux_pool)
+        if found is not None:
+            return members[found]
+        dead_scores = scores.exact(members)
+    elif scores is None:
         dead_scores = score(operands.of_features(members), rule.score)
     else:
         dead_scores = scores[members]

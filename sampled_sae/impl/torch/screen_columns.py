@@ -34,7 +34,7 @@ def column_bounds(operands: Operands, score: str) -> ColumnBounds | None:
     if not bool(high.isfinite().all()):
         return None
     full = operands.in_full()
-    return ColumnBounds(low, high, lambda at: column_scores(full if at is None else full.of_features(at), score))
+    return ColumnBounds(low, high, lambda at: column_scores(full.of_features(at), score))
 
 
 def norms(operands: Operands) -> tuple[Tensor, Tensor]:

@@ -250,7 +250,7 @@ class RowTrainer(SAETrainer):
         generator = sae.generator.clone_state() if logging else sae.generator
 
         def find() -> Pool | None:
-            return find_pool(parts, encoder.operands, PoolRule.of(sae.cfg), generator)
+            return find_pool(parts, encoder.operands.in_full(), PoolRule.of(sae.cfg), generator)
 
         pool = find() if logging else self._memory.pool.next(find)
         return StepInputs(parts, encoder, pool, logging)
