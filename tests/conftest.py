@@ -27,3 +27,19 @@ def form(request, monkeypatch):
     if request.param == "entries":
         monkeypatch.setattr(layer, "BLOCK_FEATURES", 0)
     return request.param
+
+
+@pytest.fixture
+def short_calibration(monkeypatch):
+    """A training ends with a calibration on few tokens."""
+    monkeypatch.setattr("sampled_sae.training.batches.CALIBRATION_TOKENS", 600)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A small store of activations, as harvest writes them."""
+    from makers import write_store
+
+    from sampled_sae import ActivationStore
+
+    return ActivationStore.open(write_store(tmp_path / "activations"))

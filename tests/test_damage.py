@@ -14,6 +14,8 @@ from sampled_sae.support.atomic_files import read_json, write_json
 from sampled_sae.training import training_run
 from sampled_sae.training.checkpoint import CHECKPOINT, FIELDS, read_checkpoint, write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("short_calibration")
+
 SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0, dead_after=300, aux_pool=16)
 TRAIN = TrainConfig(steps=12, batch_size=64, checkpoint_every=6, log_every=2, lr=3e-3)
 
@@ -21,11 +23,6 @@ TRAIN = TrainConfig(steps=12, batch_size=64, checkpoint_every=6, log_every=2, lr
 @pytest.fixture
 def x():
     return tokens(500, D, dtype=torch.float32) + 0.3
-
-
-@pytest.fixture(autouse=True)
-def short_calibration(monkeypatch):
-    monkeypatch.setattr("sampled_sae.training.batches.CALIBRATION_TOKENS", 600)
 
 
 @pytest.fixture

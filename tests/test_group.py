@@ -18,6 +18,8 @@ from sampled_sae.training.train_config import TrainConfig
 from sampled_sae.training.trainer import Trainer
 from sampled_sae.training.training_run import CHECKPOINT, METRICS
 
+pytestmark = pytest.mark.usefixtures("short_calibration")
+
 SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0, dead_after=300, aux_pool=16)
 TRAIN = TrainConfig(steps=24, batch_size=64, checkpoint_every=6, log_every=2, lr=3e-3, seed=7)
 CONFIGS = {
@@ -29,16 +31,6 @@ CONFIGS = {
 # Overflows at the first step with dead features: 64 tokens a step, dead after 300.
 OVERFLOWS = replace(SAE, aux_coefficient=3e38)
 FILES = (METRICS, "config.json", "sae.safetensors", "run.json")
-
-
-@pytest.fixture(autouse=True)
-def short_calibration(monkeypatch):
-    monkeypatch.setattr("sampled_sae.training.batches.CALIBRATION_TOKENS", 600)
-
-
-@pytest.fixture
-def store(tmp_path):
-    return ActivationStore.open(write_store(tmp_path / "activations"))
 
 
 @pytest.fixture
@@ -284,3 +276,14 @@ def test_members_on_a_gpu(store, tmp_path):
     assert all(sae.W_enc.is_cuda for sae in group.run(progress=False).values())
     rows = run_sweep(configs, TRAIN, store, tmp_path / "sweep", progress=False, device="cuda")
     assert all(math.isfinite(row["fvu"]) for row in rows)
+
+
+@pytest.mark.parametrize("name", ["a:b", "a?", "con", "NUL.json", "a.", "a ", "a\\b", "COM1", "a\nb"])
+def test_names_that_are_no_folder_s_on_some_system(store, tmp_path, name):
+    with pytest.raises(ValueError, match="the name must be that of a folder"):
+        SAEGroup({name: SAE}, TRAIN, store, tmp_path)
+
+
+def test_names_that_are_one_folder_on_some_systems(store, tmp_path):
+    with pytest.raises(ValueError, match=r"configs=\['A', 'a', 'b'\]: names must differ by more than case"):
+        SAEGroup(dict.fromkeys(("a", "b", "A"), SAE), TRAIN, store, tmp_path)

@@ -8,14 +8,16 @@ import sys
 import threading
 
 import pytest
-from makers import D, same_weights, write_store
+from makers import D, same_weights
 
-from sampled_sae import ActivationStore, SAEGroup, SampledSAEConfig, TrainConfig, Trainer
+from sampled_sae import SAEGroup, SampledSAEConfig, TrainConfig, Trainer
 from sampled_sae.cli import main
 from sampled_sae.support.interruption import Interrupted, Interruption, terminable
 from sampled_sae.training.batches import ShuffledStream
 from sampled_sae.training.checkpoint import CHECKPOINT, read_checkpoint
 from sampled_sae.training.training_run import METRICS
+
+pytestmark = pytest.mark.usefixtures("short_calibration")
 
 SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0)
 TRAIN = TrainConfig(steps=24, batch_size=64, checkpoint_every=100, log_every=2)
@@ -33,16 +35,6 @@ def usual_signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture(autouse=True)
-def short_calibration(monkeypatch):
-    monkeypatch.setattr("sampled_sae.training.batches.CALIBRATION_TOKENS", 600)
-
-
-@pytest.fixture
-def store(tmp_path):
-    return ActivationStore.open(write_store(tmp_path / "activations"))
 
 
 def send(monkeypatch, number, step, times=1):

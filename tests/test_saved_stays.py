@@ -11,13 +11,10 @@ from sampled_sae import ActivationStore, SAEGroup, SampledSAE, SampledSAEConfig,
 from sampled_sae.cli import main
 from sampled_sae.training.checkpoint import CHECKPOINT
 
+pytestmark = pytest.mark.usefixtures("short_calibration")
+
 SAE = SampledSAEConfig(d_in=D, d_sae=48, k=3, l=2.0)
 TRAIN = TrainConfig(steps=4, batch_size=64, checkpoint_every=2, log_every=2)
-
-
-@pytest.fixture(autouse=True)
-def short_calibration(monkeypatch):
-    monkeypatch.setattr("sampled_sae.training.batches.CALIBRATION_TOKENS", 200)
 
 
 @pytest.fixture
@@ -59,6 +56,8 @@ def test_the_same_training_may_be_done_again(store, tmp_path):
     before = finished(store, tmp_path / "run")
     Trainer(SAE, TRAIN, store, tmp_path / "run").run(progress=False)
     assert {**before, CHECKPOINT: b""} == {**contents(tmp_path / "run"), CHECKPOINT: b""}
+    (tmp_path / "run" / CHECKPOINT).unlink()
+    assert Trainer(replace(SAE, screen="off"), TRAIN, store, tmp_path / "run").step == 0
 
 
 @pytest.mark.parametrize("saved", ["by hand", "imported"])
