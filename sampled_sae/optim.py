@@ -1,7 +1,7 @@
 """`RowAdam`: clip, project, Adam and renormalise a SampledSAE in one walk over its rows.
 
 A gradient given as rows is never made dense. Where the SAE runs on Triton in float32 a fused kernel does the walk
-(kernels/row_adam.py) and nothing waits for the device, else PyTorch's fused Adam (torch_impl/row_adam.py).
+(kernels/row_adam.py) and nothing waits for the device, else PyTorch's fused Adam (impl/torch/row_adam.py).
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class SampledSAE(ThresholdModule):
             aux = parts.aux_loss(encoder, x_hat, self.W_dec, self.dead, rule, None if pool is None else pool.scores)
         self.row_grads += encoder.rows.gradients
         self.memory.idle.count_(self.tokens_since_active, codes)
-        threshold.move(self, codes)
+        threshold.move(self, codes, c.threshold_decay)
         loss = mse + c.aux_coefficient * aux
         x_hat = self._unscaled(x_hat, scaled)
         return SampledSAEOutput(loss, mse, aux, x_hat.to(x.dtype).view(x.shape), codes)
@@ -215,9 +215,8 @@ class SampledSAE(ThresholdModule):
             scaled: as in `forward`.
         """
         encoder = self._encoder(x, scaled)
-        threshold.calibrate(
-            self, self._parts, encoder, check_positive("l0", self.cfg.k if l0 is None else l0, self.cfg.d_sae)
-        )
+        l0 = check_positive("l0", self.cfg.k if l0 is None else l0, self.cfg.d_sae)
+        threshold.calibrate(self, self._parts, encoder, l0)
         return float(self.threshold)
 
     @torch.no_grad()

@@ -268,6 +268,12 @@ def test_sweep_evaluates_at_equal_l0_and_does_not_redo_what_is_done(store, tmp_p
         run_sweep(configs, replace(TRAIN, lr=1.0), store, tmp_path / "s", progress=False)
 
 
+def test_values_of_l_that_one_folder_would_hold():
+    with pytest.raises(ValueError, match=r"ls=\[4, 4.0000001, None\]: some look alike"):
+        variants(SAE, [4, 4.0000001, None], ["l2"], [0], topk=False)
+    assert list(variants(SAE, [4, 4.0, None], ["l2"], [0], topk=False)) == ["l4_l2", "batchtopk"]
+
+
 def test_stored_shards_load_as_they_were_made(store):
     raw = [load_file(store.folder / f"shard_0000{i}.safetensors")["activations"] for i in range(3)]
     assert torch.equal(store.shard(0), raw[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,32 +25,23 @@ RUNNING_MEAN = (
 Self = TypeVar("Self", bound="ThresholdModule")
 
 
-class HasThreshold(Protocol):
-    """What a SampledSAE keeps of its threshold; threshold_steps are those of training, calibrated_at that of them."""
-
-    threshold: Tensor
-    threshold_steps: Tensor
-    calibrated_at: Tensor
-    cfg: Any
-
-
-def is_set(sae: HasThreshold) -> bool:
+def is_set(sae: ThresholdModule) -> bool:
     """Whether training, a calibration, a file or the caller has given it a value: it starts as 0, after 0 steps."""
     return int(sae.threshold_steps) > 0 or float(sae.threshold) > 0
 
 
-def fault(sae: HasThreshold) -> str | None:
+def fault(sae: ThresholdModule) -> str | None:
     """Why evaluation by the threshold is not to be relied on; None for a calibrated one."""
     if not is_set(sae):
         return NEVER_SET
     return None if int(sae.calibrated_at) == int(sae.threshold_steps) else RUNNING_MEAN
 
 
-def calibrate(sae: HasThreshold, parts: Implementation, encoder: Encoder, l0: float) -> None:
+def calibrate(sae: ThresholdModule, parts: Implementation, encoder: Encoder, l0: float) -> None:
     """Sets it between the activations so that l0 a token are above it on average, or all where they are fewer."""
-    n_tokens = encoder.shape[0]
+    n_tokens, n_features = encoder.shape
     n = round(n_tokens * l0)
-    budget = min(n + 1, n_tokens * sae.cfg.d_sae)
+    budget = min(n + 1, n_tokens * n_features)
     codes = parts.select(encoder, None, Rule(budget / n_tokens))
     sae.threshold.fill_(float(codes.smallest()) if codes.count() > n else 0.0)
     sae.threshold_steps.clamp_(min=1)
@@ -67,7 +58,7 @@ class ThresholdNotice:
         """The threshold may be another when it is used next."""
         self._looked = self._warned
 
-    def before_use(self, sae: HasThreshold) -> None:
+    def before_use(self, sae: ThresholdModule) -> None:
         if self._looked or capturing():
             return
         self._looked = True
@@ -78,10 +69,10 @@ class ThresholdNotice:
 
 
 @torch.no_grad()
-def move(sae: HasThreshold, codes: SparseCodes) -> None:
+def move(sae: ThresholdModule, codes: SparseCodes, decay: float) -> None:
     """One training step of a running mean of the smallest kept activation that starts at its first value."""
     smallest = codes.smallest().to(sae.threshold.dtype)
-    moved = sae.threshold.lerp(smallest, 1 - sae.cfg.threshold_decay)
+    moved = sae.threshold.lerp(smallest, 1 - decay)
     moved = torch.where(sae.threshold_steps == 0, smallest, moved)
     found = smallest < torch.inf
     sae.threshold.copy_(torch.where(found, moved, sae.threshold))

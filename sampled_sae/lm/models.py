@@ -127,8 +127,8 @@ def _is_causal(config: Any) -> bool:
 def check_context(model: Any, context: int) -> None:
     """ValueError where a row of `context` tokens has more positions than the model knows."""
     about = text_config(model)
-    named = (getattr(about, name, None) for name in ("max_position_embeddings", "max_seq_len"))
-    limits = [limit for limit in named if isinstance(limit, int) and limit > 0]
+    positions = (getattr(about, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    limits = [limit for limit in positions if isinstance(limit, int) and limit > 0]
     for name, table in model.named_modules():
         # RoBERTa and its kind count positions from the row after the padding's
         if isinstance(table, nn.Embedding) and name.endswith("position_embeddings") and table.padding_idx is not None:

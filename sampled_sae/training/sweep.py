@@ -50,8 +50,14 @@ def variants(
     seeds: Sequence[int],
     topk: bool,
 ) -> dict[str, SampledSAEConfig]:
-    """name -> config, all combinations. BatchTopK (l=None) uses no score: one a seed; `topk` adds the TopK SAE."""
+    """name -> config, all combinations. BatchTopK (l=None) uses no score: one a seed; `topk` adds the TopK SAE.
+
+    Raises:
+        ValueError: values of l that look alike in a name.
+    """
     found: dict[str, SampledSAEConfig] = {}
+    if len({f"{l:g}" for l in set(ls) if l is not None}) < len(set(ls) - {None}):
+        raise ValueError(f"ls={list(ls)}: some look alike with six digits, which name the folders; leave some out")
     for seed in seeds:
         suffix = f"_seed{seed}" if len(seeds) > 1 else ""
         for l in ls:

@@ -192,7 +192,8 @@ class TrainingRun:
             return
         then = read_json(self.folder / RUN) if (self.folder / RUN).exists() else {}
         of_same = then.get("train") == asdict(self.config) and then.get("activations") == self._activations()
-        if not of_same or read_json(self.folder / CONFIG).get("sae") != self._saved_config().to_dict():
+        saved = field(self.folder / CONFIG, read_json(self.folder / CONFIG), "sae", dict)
+        if not of_same or {**saved, "screen": None} != {**self._saved_config().to_dict(), "screen": None}:
             raise ValueError(
                 f"{self.folder}: holds an SAE that is not of this training, and no checkpoint; it would be replaced, "
                 "use another folder"

@@ -79,19 +79,12 @@ def candidate_spans(operands: Operands, first: int | None = None) -> Iterator[sl
         start, width = start + width, min(2 * width, largest)
 
 
-def padded_chunk(memory: Tensor, n_tokens: int, span: slice) -> tuple[Tensor, Tensor]:
-    """A chunk [B, C] in that memory, C a multiple of BLOCK_FEATURES, padded with -inf; and its part without padding."""
+def padded_chunk(operands: Operands, span: slice) -> tuple[Tensor, Tensor]:
+    """Room for a chunk [B, C], C a multiple of BLOCK_FEATURES, padded with -inf; and its part without padding."""
     width = span.stop - span.start
-    padded = -(-width // BLOCK_FEATURES) * BLOCK_FEATURES
-    a = memory[: n_tokens * padded].view(n_tokens, padded)
+    a = scratch(operands.x, operands.n_tokens, -(-width // BLOCK_FEATURES) * BLOCK_FEATURES)
     a[:, width:] = -torch.inf
     return a, a[:, :width]
-
-
-def chunk_memory(operands: Operands) -> Tensor:
-    """Room for the widest chunk of these operands."""
-    width = min(chunk_features(operands.n_tokens), -(-operands.n_candidates // BLOCK_FEATURES) * BLOCK_FEATURES)
-    return scratch(operands.x, operands.n_tokens * width)
 
 
 def features_of(operands: Operands, span: slice) -> slice | Tensor:
@@ -99,11 +92,11 @@ def features_of(operands: Operands, span: slice) -> slice | Tensor:
     return span if operands.members is None else operands.members[span]
 
 
-def activations_at(operands: Operands, span: slice, memory: Tensor) -> Tensor:
+def activations_at(operands: Operands, span: slice) -> Tensor:
     """Activations before the relu, as `padded_chunk` has them."""
     x, W, b, scale, *_ = operands
     at = features_of(operands, span)
-    a, inner = padded_chunk(memory, len(x), span)
+    a, inner = padded_chunk(operands, span)
     torch.addmm(b[at], x, W[at].to(x.dtype).t(), out=inner)
     if scale is not None:
         inner.mul_(scale[at])

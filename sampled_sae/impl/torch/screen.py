@@ -114,12 +114,12 @@ def rounding_slack(operands: Operands, at: slice | Tensor) -> Tensor:
     return MARGIN * 4 * (operands.x.shape[1] + 4) * 2.0**-24 * sizes + smallest_normal()
 
 
-def screened_at(operands: Operands, span: slice, memory: Tensor) -> tuple[Tensor, Tensor]:
+def screened_at(operands: Operands, span: slice) -> tuple[Tensor, Tensor]:
     """Activations as a bfloat16 product has them, like `activations_at`, and the `entry_slack` of its tokens."""
     screen = operands.screen
     assert screen is not None
     at = features_of(operands, span)
-    a, inner = padded_chunk(memory, operands.n_tokens, span)
+    a, inner = padded_chunk(operands, span)
     features = FeatureRounding.of(operands.W[at])
     z = scratch(screen.x, operands.n_tokens, span.stop - span.start)
     torch.mm(screen.x, features.W.t(), out=z)

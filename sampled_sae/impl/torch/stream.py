@@ -11,8 +11,6 @@ candidate.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -23,7 +21,6 @@ from .products import (
     BLOCK_FEATURES,
     activations_at,
     candidate_spans,
-    chunk_memory,
     ends_of_tokens,
     features_of,
     sampled_product,
@@ -51,26 +48,20 @@ class Search:
         self.settled: list[Entries] = []
         self.count = 0
 
-    def look_at(self, token: int, block: Operands, first: int | None, floor: Tensor) -> Iterator[None]:
-        """Through all candidates of a block of tokens, the first of which is `token`; stops after each chunk.
+    def look_at(self, token: int, block: Operands, span: slice, floor: Tensor) -> None:
+        """Through some candidates of a block of tokens that begins at `token`; floor [1] or [B], of the block."""
+        found = self._screened(token, block, span, floor)
+        if found is None:
+            a = activations_at(block, span)
+            found = filter_chunk(a, token, span.start, least_in_full(block, span, floor))
+        self.found.append(found)
+        self.count += len(found.values)
 
-        floor: [1] or [B], of the block; may be changed in between.
-        """
-        memory = chunk_memory(block)
-        for span in candidate_spans(block, first):
-            found = self._screened(token, block, span, memory, floor)
-            if found is None:
-                a = activations_at(block, span, memory)
-                found = filter_chunk(a, token, span.start, least_in_full(block, span, floor))
-            self.found.append(found)
-            self.count += len(found.values)
-            yield
-
-    def _screened(self, token: int, block: Operands, span: slice, memory: Tensor, floor: Tensor) -> Entries | None:
+    def _screened(self, token: int, block: Operands, span: slice, floor: Tensor) -> Entries | None:
         """What a look through the screen leaves; None where there is none, or it leaves too much."""
         if not self.screening or not floor.any():
             return None
-        a, slack = screened_at(block, span, memory)
+        a, slack = screened_at(block, span)
         least = floor * (1 - UNIT) - slack
         if bool(least.isfinite().all()):
             candidates = filter_chunk(a, token, span.start, least)
@@ -109,8 +100,8 @@ def stream_above(operands: Operands, tau: float) -> Entries:
     """Every entry > 0 and >= tau, sorted by token, then feature."""
     floor, search = operands.x.new_full((1,), tau), Search(operands)
     for token, block in token_blocks(operands):
-        for _ in search.look_at(token, block, None, floor):
-            pass
+        for span in candidate_spans(block):
+            search.look_at(token, block, span, floor)
     return sort_entries(search.settle(floor), operands.members)
 
 
@@ -122,7 +113,8 @@ def stream_batch(operands: Operands, n: int, hint: float | None = None) -> Entri
     """
     floor, search = operands.x.new_full((1,), 0.0 if hint is None else hint), Search(operands)
     for token, block in token_blocks(operands):
-        for _ in search.look_at(token, block, FIRST_CHUNK if hint is None else None, floor):
+        for span in candidate_spans(block, FIRST_CHUNK if hint is None else None):
+            search.look_at(token, block, span, floor)
             if search.count >= 2 * n > 0:
                 kept = search.keep(keep_best(search.settle(floor), n, operands.n_features))
                 if search.count == n:
@@ -159,12 +151,11 @@ def stream_token(operands: Operands, k: int, hint: float | None = None) -> Entri
 def best_of_tokens(operands: Operands, k: int, floor: Tensor) -> Entries:
     """The k largest entries of each token among those > 0 and >= floor [B], in any order."""
     n_tokens, search = operands.n_tokens, Search(operands)
-    floor = floor.clone()
-    for _ in search.look_at(0, operands, None if floor.any() else FIRST_CHUNK, floor):
+    for span in candidate_spans(operands, None if floor.any() else FIRST_CHUNK):
+        search.look_at(0, operands, span, floor)
         if search.count >= 4 * k * n_tokens:
-            best, cut = keep_best_of_tokens(search.settle(floor), k, n_tokens)
+            best, floor = keep_best_of_tokens(search.settle(floor), k, n_tokens)
             search.keep(best)
-            floor.copy_(cut)
     return keep_best_of_tokens(search.settle(floor), k, n_tokens)[0]
 
 
