@@ -9,21 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .rounded_tokens import RoundedTokens
 from .row_gradients import RowSource
-
-
-class RoundedTokens(NamedTuple):
-    """A batch in bfloat16, through which scores and searches may look.
-
-    x: bfloat16 [B, d]. norms: float32 [B], of its rows. errors: float32 [B], norms of what the rounding changed.
-    """
-
-    x: Tensor
-    norms: Tensor
-    errors: Tensor
-
-    def of_tokens(self, at: slice | Tensor) -> RoundedTokens:
-        return RoundedTokens(self.x[at], self.norms[at], self.errors[at])
 
 
 class Operands(NamedTuple):

@@ -47,6 +47,9 @@ def chunk_features(n_tokens: int) -> int:
 
 def token_blocks(operands: Operands) -> Iterator[tuple[int, Operands]]:
     """(first token, the operands of some tokens) block by block."""
+    if 0 < operands.n_tokens <= BLOCK_TOKENS:
+        yield 0, operands
+        return
     for start in range(0, operands.n_tokens, BLOCK_TOKENS):
         yield start, operands.of_tokens(slice(start, start + BLOCK_TOKENS))
 

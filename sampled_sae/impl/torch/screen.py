@@ -18,15 +18,14 @@ import torch
 from torch import Tensor
 
 from ...support.reused_memory import scratch
-from ..encoder import Operands, RoundedTokens
+from ..encoder import Operands
+from ..rounded_tokens import RoundedTokens, row_norms
 from .products import features_of, padded_chunk
 
 # what rounding to bfloat16 moves a number by, at most, with the roundings of float32 that come on top
 UNIT = 1.01 * 2.0**-8
 # norms and bounds are themselves computed in float32
 MARGIN = 1.01
-# products and squares of what is larger may leave the range of float32
-LARGEST = 1e15
 # activations in a batch below which a product costs too little to be screened
 FEWEST_ACTIVATIONS = 1 << 20
 
@@ -37,18 +36,7 @@ def rounded(x: Tensor, W: Tensor, screen: str) -> RoundedTokens | None:
         return None
     if screen == "auto" and (x.shape[0] * W.shape[0] < FEWEST_ACTIVATIONS or not fast_bfloat16()):
         return None
-    if not sums_in_float32():
-        return None
-    low = x.bfloat16()
-    norms = row_norms(low.float())
-    if not float(norms.amax() if len(norms) else 0.0) < LARGEST:
-        return None
-    return RoundedTokens(low, norms, row_norms(x - low))
-
-
-def row_norms(rows: Tensor) -> Tensor:
-    """[B], never too small: a square below 2^-126 may be lost."""
-    return torch.linalg.vector_norm(rows, dim=1) + 2.0**-62 * rows.shape[1] ** 0.5
+    return RoundedTokens(x) if sums_in_float32() else None
 
 
 @functools.cache

@@ -25,8 +25,8 @@ TRIES = 3
 
 @without_autocast
 def column_bounds(operands: Operands, score: str) -> ColumnBounds | None:
-    """Of every feature; None for entropy, and where a bound is not finite."""
-    if operands.screen is None or score == "entropy":
+    """Of every feature; None for entropy, and where a bound would not be finite."""
+    if operands.screen is None or score == "entropy" or not operands.screen.in_range:
         return None
     low, high = fires(operands) if score == "uniform" else norms(operands)
     if score == "l2_squared":

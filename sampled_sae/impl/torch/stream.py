@@ -43,7 +43,7 @@ class Search:
 
     def __init__(self, operands: Operands) -> None:
         self.operands = operands
-        self.screening = operands.screen is not None
+        self.screening = operands.screen is not None and operands.screen.in_range
         self.found: list[Entries] = []
         self.settled: list[Entries] = []
         self.count = 0
