@@ -62,7 +62,7 @@ def main() -> int:
     if len(table) > LONGEST_TABLE:
         table = [*table[: LONGEST_TABLE - 1], f"... {len(table) - LONGEST_TABLE + 1} more lines"]
     text = "\n".join(table)
-    (args.out / "table.txt").write_text(text + "\n")
+    (args.out / "table.txt").write_text(text + "\n", encoding="utf-8")
     print(text)
     return 1 if failed else 0
 

@@ -31,7 +31,7 @@ def test_rehearsal(tmp_path):
         result = json.loads((tmp_path / f"{part}.json").read_text())
         assert set(result) >= {"device", "threads", "torch", "python", "date", "command"}
         rows[part] = result["rows"]
-        assert (tmp_path / f"{part}.md").read_text().startswith("| ")
+        assert (tmp_path / f"{part}.md").read_text(encoding="utf-8").startswith("| ")
     assert rows["correctness"][0]["PASSED"] > 0
     assert {row["check"] for row in rows["kernels"]} == {"passed"}
     assert {row["impl"] for row in rows["kernels"]} == {"triton"}
@@ -59,7 +59,7 @@ def test_a_part_that_fails_does_not_lose_the_others(tmp_path, monkeypatch, capsy
     assert "lost" in shown
     assert "FAILED, exit status 1" in shown
     assert "GB/s" in shown
-    assert (tmp_path / "table.txt").read_text() == shown
+    assert (tmp_path / "table.txt").read_text(encoding="utf-8") == shown
     assert json.loads((tmp_path / "ceilings.json").read_text())["rows"]
 
 
