@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..corpus.token_places import TokenPlaces, TokenShard
 from ..support.argument_checks import check_choice, check_integer
 from ..support.atomic_files import read_tensors
 from .store_writer import DTYPES, MANIFEST, check_scale, damage, read_manifest
@@ -120,6 +121,24 @@ class ActivationStore:
         if i >= len(self.tokens):
             raise ValueError(f"i={i}: {self.folder} has {len(self.tokens)} shards")
         return self.load(self.manifest["shards"][i])["activations"]
+
+    @property
+    def has_places(self) -> bool:
+        """Whether every shard says where in the texts its tokens stand; those of earlier versions do not."""
+        return bool(self.tokens) and all(shard.get("rows") for shard in self.manifest["shards"])
+
+    def token_shard(self, i: int) -> TokenShard:
+        """The activations of one shard, and with `has_places` where in the texts its tokens stand.
+
+        Raises:
+            ValueError: places that are not those of the activations; naming the file.
+        """
+        i = check_integer("i", i, 0)
+        entry = self.manifest["shards"][i]
+        tensors = self.load(entry)
+        if not self.has_places:
+            return TokenShard(tensors["activations"], None)
+        return TokenShard(tensors["activations"], TokenPlaces.read(self.folder / entry["file"], tensors))
 
     def first(self, n: int) -> Tensor:
         """The first n training activations, or all where there are fewer: [<= n, d]."""
