@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ...codes import Entries, SparseCodes
 from ...config import batch_budget
+from .. import reference_form
 from ..encoder import Encoder, Operands
+from ..gate import Gate
 from ..hints import Rule, ThresholdHints
 from ..row_gradients import RowSource
 from .block import block_codes, use_block
@@ -28,6 +30,7 @@ __all__ = [
     "column_bounds",
     "column_scores",
     "decode",
+    "dense_above_threshold",
     "encode_at",
     "encoder",
     "select",
@@ -82,11 +85,17 @@ def encode_at(encoder: Encoder, entries: Entries) -> SparseCodes:
 
 
 @without_autocast
-def above_threshold(encoder: Encoder, threshold: Tensor) -> SparseCodes:
+def above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None = None) -> SparseCodes:
     """Every activation strictly above the threshold (0-dim), with its gradient."""
+    if threshold.dim() or gate is not None:
+        return reference_form.above_threshold(encoder, threshold, gate)
     threshold = threshold.to(encoder.operands.x.dtype)
     least = torch.nextafter(threshold, torch.full_like(threshold, torch.inf))
     return entry_codes(encoder, stream_above(encoder.operands, float(least)))
+
+
+def dense_above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None = None) -> Tensor:
+    return reference_form.dense_above_threshold(encoder, threshold, gate)
 
 
 @without_autocast

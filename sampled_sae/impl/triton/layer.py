@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ...codes import Entries, SparseCodes
 from ...config import batch_budget
+from .. import reference_form
 from ..encoder import Encoder, Operands
+from ..gate import Gate
 from ..hints import Rule, ThresholdHints
 from ..row_gradients import RowSource
 from . import block, entries
@@ -28,6 +30,7 @@ __all__ = [
     "column_bounds",
     "column_scores",
     "decode",
+    "dense_above_threshold",
     "encode_at",
     "encoder",
     "select",
@@ -89,9 +92,15 @@ def encode_at(encoder: Encoder, entries: Entries) -> SparseCodes:
     return padded_codes(encoder, narrow(entries), None)
 
 
-def above_threshold(encoder: Encoder, threshold: Tensor) -> SparseCodes:
+def above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None = None) -> SparseCodes:
     """Every activation strictly above the threshold (0-dim), with its gradient; waits for the GPU to count them."""
+    if threshold.dim() or gate is not None:
+        return reference_form.above_threshold(encoder, threshold, gate)
     return padded_codes(encoder, narrow(stream_above(encoder.operands, threshold)), None)
+
+
+def dense_above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None = None) -> Tensor:
+    return reference_form.dense_above_threshold(encoder, threshold, gate)
 
 
 def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, rows: RowSource | None = None) -> Tensor:
