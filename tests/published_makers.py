@@ -176,7 +176,14 @@ def write_dictionary_learning(root: Path, of: str) -> Path:
         "MatryoshkaBatchTopKSAE": {**w, **batch, "group_sizes": torch.tensor([F // 4, F - F // 4])},
     }
     torch.save(states[of], root / "ae.pt")
-    trainer = {"dict_class": of, "activation_dim": D, "dict_size": F, "k": 5, "layer": 4, "lm_name": "EleutherAI/pythia"}
+    trainer = {
+        "dict_class": of,
+        "activation_dim": D,
+        "dict_size": F,
+        "k": 5,
+        "layer": 4,
+        "lm_name": "EleutherAI/pythia",
+    }
     (root / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"ctx_len": 128}}))
     return root
 

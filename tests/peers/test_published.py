@@ -22,8 +22,8 @@ from sae_lens import SAE
 from sae_lens.loading import pretrained_sae_loaders as loaders
 from sparsify import SparseCoder
 
-from sampled_sae.formats.published import load_inference, save_inference
 from sampled_sae.formats.portable import silent
+from sampled_sae.formats.published import load_inference, save_inference
 
 NEAR = {"rtol": 1e-4, "atol": 1e-5}
 
