@@ -27,10 +27,10 @@ class Texts:
     """A source of three shards with text; it fails at a shard where it is told to."""
 
     d_in, n_shards = D, 3
-    about = {"model": "made", "layer": 1, "source": "here", "context": 8}
 
     def __init__(self, fails=None, name="texts"):
         self.fails, self.settings = fails, {"name": name}
+        self.about = {"model": "made", "layer": 1, "source": "here", "context": 8}
 
     def token_shard(self, i):
         if i == self.fails:
@@ -180,7 +180,7 @@ def test_verify_knows_the_folder(sae, tmp_path, capsys):
     shard.write_bytes(content)
     assert main(["verify", str(codes)]) == 1
     assert "codes_00001.safetensors: corrupt, checksum" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="corrupt, checksum .*; the same encode command writes it again"):
+    with pytest.raises(ValueError, match=r"corrupt, checksum .*; the same encode command writes it again"):
         CodesStore.open(codes).counts()
     manifest = json.loads((codes / MANIFEST).read_text())
     (codes / MANIFEST).write_text(json.dumps({**manifest, "complete": False}))
@@ -226,7 +226,7 @@ def test_bad_questions(sae, tmp_path):
     store = CodesStore.open(tmp_path / "codes")
     with pytest.raises(ValueError, match="feature=96: must be below d_sae=96"):
         store.of_feature(F)
-    with pytest.raises(ValueError, match="i=3: .* has 3 shards"):
+    with pytest.raises(ValueError, match=r"i=3: .* has 3 shards"):
         store.codes(3)
     with pytest.raises(ValueError, match="n=-1"):
         store.top_contexts(1, n=-1)

@@ -1,4 +1,4 @@
-"""SAEs in the layouts that the field publishes, read as an InferenceSAE: formulas, one line, refusals, damage, the hub."""
+"""SAEs as the field publishes them, read as an InferenceSAE: formulas, one line, refusals, damage, the hub."""
 
 import builtins
 import json
@@ -56,8 +56,8 @@ def test_gemma_scope(tmp_path):
     folder = write_gemma_scope(tmp_path)
     assert_jumprelu(folder, thresholds())
     assert line_of(folder) == (
-        f"{folder}: JumpReLU SAE of gemma_scope, d_in=12, d_sae=96, jumprelu, float32; model google/gemma-2-2b, layer 12 "
-        "(blocks.12.hook_resid_post); activations times 1"
+        f"{folder}: JumpReLU SAE of gemma_scope, d_in=12, d_sae=96, jumprelu, float32; model google/gemma-2-2b, "
+        "layer 12 (blocks.12.hook_resid_post); activations times 1"
     )
     assert line_of(tmp_path, "gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82").startswith(f"{tmp_path}/gemma")
 
@@ -248,7 +248,7 @@ def test_truncated_arrays(tmp_path):
     whole = (folder / "params.npz").read_bytes()
     for share in (0.3, 0.9, 0.999):
         (folder / "params.npz").write_bytes(whole[: int(share * len(whole))])
-        with pytest.raises(ValueError, match="params.npz: truncated"):
+        with pytest.raises(ValueError, match=r"params.npz: truncated"):
             load_inference(folder)
 
 
@@ -364,8 +364,8 @@ def test_a_hub_that_gives_nothing(tmp_path, hub):
     ):
         load_inference("no/such")
     write_gemma_scope(tmp_path / "hub" / "google")
+    (tmp_path / "cache" / "google" / "gemma-scope-2b-pt-res").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"no SAE in a known layout.*In a folder of many SAEs name one with at="):
-        (tmp_path / "cache" / "google" / "gemma-scope-2b-pt-res").mkdir(parents=True)
         load_inference("google/gemma-scope-2b-pt-res")
     with pytest.raises(ValueError, match=r"google/gemma-scope-2b-pt-res/layer_1: no such folder or file"):
         load_inference("google/gemma-scope-2b-pt-res", "layer_1")
