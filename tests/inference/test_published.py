@@ -4,7 +4,6 @@ import builtins
 import json
 import pickle
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from published_makers import (
     SAELENS_3,
     SAELENS_6,
     F,
+    Hub,
     saelens_tensors,
     thresholds,
     weights,
@@ -312,25 +312,6 @@ def test_round_trips(tmp_path, layout):
     before, after = (np.load(f / file) if layout == "gemma_scope" else load_file(f / file) for f in (folder, again))
     for name in before:
         assert np.array_equal(np.asarray(before[name]), np.asarray(after[name])), name
-
-
-class Hub(types.ModuleType):
-    """Stands in for huggingface_hub: a folder of repositories, from which files that match are taken into a cache."""
-
-    def __init__(self, repositories, cache):
-        super().__init__("huggingface_hub")
-        self.repositories, self.cache, self.asked = repositories, cache, []
-
-    def snapshot_download(self, name, revision=None, allow_patterns=None):
-        self.asked.append((name, revision))
-        if not (self.repositories / name).is_dir():
-            raise OSError(f"404 Client Error\n{name}")
-        for pattern in allow_patterns:
-            source, target = self.repositories / name / pattern, self.cache / name / pattern
-            if source.is_file():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(source.read_bytes())
-        return str(self.cache / name)
 
 
 @pytest.fixture

@@ -216,7 +216,7 @@ def test_no_matrix_of_codes_is_made(architecture):
     options = {"k": 5} if architecture == "topk" else {}
     sae = SAE.from_dict({"architecture": architecture, "d_in": D, "d_sae": wide, **options})
     if architecture == "jumprelu":
-        sae.threshold.data.fill_(4 * float(sae.encode(x()).std()))
+        sae.threshold.data.fill_(4 * float(sae.encode(x()).detach().std()))
     results = []
     for made in (sae, saelens.accelerate(copy.deepcopy(sae))):
         with torch.no_grad(), Largest() as largest:
