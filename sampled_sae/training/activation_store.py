@@ -117,10 +117,7 @@ class ActivationStore:
 
     def shard(self, i: int) -> Tensor:
         """Activations [n, d] of one shard, 0 <= i < len(self.tokens)."""
-        i = check_integer("i", i, 0)
-        if i >= len(self.tokens):
-            raise ValueError(f"i={i}: {self.folder} has {len(self.tokens)} shards")
-        return self.load(self.manifest["shards"][i])["activations"]
+        return self.load(self._entry(i))["activations"]
 
     @property
     def has_places(self) -> bool:
@@ -133,12 +130,18 @@ class ActivationStore:
         Raises:
             ValueError: places that are not those of the activations; naming the file.
         """
-        i = check_integer("i", i, 0)
-        entry = self.manifest["shards"][i]
+        entry = self._entry(i)
         tensors = self.load(entry)
         if not self.has_places:
             return TokenShard(tensors["activations"], None)
         return TokenShard(tensors["activations"], TokenPlaces.read(self.folder / entry["file"], tensors))
+
+    def _entry(self, i: int) -> dict[str, Any]:
+        i = check_integer("i", i, 0)
+        if i >= len(self.tokens):
+            raise ValueError(f"i={i}: {self.folder} has {len(self.tokens)} shards")
+        entry: dict[str, Any] = self.manifest["shards"][i]
+        return entry
 
     def first(self, n: int) -> Tensor:
         """The first n training activations, or all where there are fewer: [<= n, d]."""

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from makers import write_store
 from published_makers import Hub, write_gemma_scope
 
@@ -24,7 +25,7 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     names = {}
     exec(compile(load, "docs/inference.md", "exec"), names)
     assert names["x_hat"].shape == names["x"].shape
-    assert names["a"].equal(names["sae"].encode(names["x"])[:, [3, 17]])
+    torch.testing.assert_close(names["a"], names["sae"].encode(names["x"])[:, [3, 17]])
     write_store(tmp_path / "acts")
     folder.rename(tmp_path / "my_sae")
     for command in (COMMANDS[0], COMMANDS[2]):

@@ -339,6 +339,25 @@ def test_the_hub(tmp_path, hub):
     sampled_sae.load_inference("me/sae", say=silent)
 
 
+def test_the_cache_of_the_hub_without_a_network(tmp_path, monkeypatch):
+    """By huggingface_hub itself, from files that it has fetched before."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    at = "layer_12/width_16k/average_l0_82"
+    made = write_gemma_scope(tmp_path)
+    repository = tmp_path / "cache" / "models--google--gemma-scope-2b-pt-res"
+    target = repository / "snapshots" / ("0" * 40) / at
+    target.parent.mkdir(parents=True)
+    made.rename(target)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    assert "model google/gemma-2-2b, layer 12" in line_of("google/gemma-scope-2b-pt-res", at)
+    with pytest.raises(ValueError, match=r"^google/gemma-scope-9b-pt-res: the hub did not give it"):
+        load_inference("google/gemma-scope-9b-pt-res", at)
+
+
 def test_a_hub_that_gives_nothing(tmp_path, hub):
     with pytest.raises(
         ValueError, match=r"^no/such: the hub did not give it \(OSError: 404 Client Error\), and there is"

@@ -58,20 +58,16 @@ class Published(NamedTuple):
 
     Attributes:
         sae: as `load_inference` gives it.
-        reading: the SAE as the file has it.
-        layout: one of `LAYOUTS`.
+        origin: model, layer and hook of the activations, as far as they are known.
+        layout: one of `LAYOUTS`. architecture: in the layout's own word.
         line: architecture, sizes, model, layer and scale in one line.
     """
 
     sae: InferenceSAE
-    reading: Reading
+    origin: Origin
     layout: str
+    architecture: str
     line: str
-
-    @property
-    def origin(self) -> Origin:
-        """Model, layer and hook of the activations, as far as they are known."""
-        return self.reading.origin
 
 
 def load_inference(
@@ -140,7 +136,7 @@ def read_inference(
         raise ValueError(f"{place.path}: {error}") from None
     line = in_one_line(layout, reading, place)
     say(line)
-    return Published(sae, reading, layout, line)
+    return Published(sae, reading.origin, layout, reading.architecture, line)
 
 
 def save_inference(

@@ -41,7 +41,7 @@ def read(place: Place, say: Say) -> Reading:
     path = place.path / ARRAYS
     tensors = read_arrays(path)
     named = {"W_" + name[2:] if name.startswith("w_") else name: t for name, t in tensors.items()}
-    if "embedding" in place.name:
+    if "embedding" in place.tail:
         say("an SAE of embeddings as they stand in the table: feed it those, not the model's, which are times sqrt(d)")
     return _reading(path, named, _is_transcoder(place), _origin(place))
 
@@ -131,13 +131,13 @@ def _reading(path: Path, tensors: dict[str, Tensor], transcodes: bool, origin: O
 
 
 def _is_transcoder(place: Place) -> bool:
-    return "transcoder" in place.name
+    return "transcoder" in place.tail
 
 
 def _origin(place: Place) -> Origin:
     """By the names of repository and folder, as far as they are Gemma Scope's own."""
     layer = place.number("layer_")
-    found = re.search(r"gemma-scope-(2-)?(\d+[bm])-(pt|it)-?(\w+)?", place.name)
+    found = re.search(r"gemma-scope-(2-)?(\d+[bm])-(pt|it)-?(\w+)?", place.tail)
     if found is None:
         return Origin(layer=layer)
     second, size, tuning, kind = found.groups()
@@ -148,5 +148,5 @@ def _origin(place: Place) -> Origin:
     return Origin(
         f"google/gemma-{generation}-{size}{suffix}",
         layer,
-        None if layer is None or hook is None or "embedding" in place.name else f"blocks.{layer}.{hook}",
+        None if layer is None or hook is None or "embedding" in place.tail else f"blocks.{layer}.{hook}",
     )

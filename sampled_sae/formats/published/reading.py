@@ -31,9 +31,14 @@ class Place:
     name: str
     k: int | None = None
 
+    @property
+    def tail(self) -> str:
+        """The end of the name: what a repository and its folders are called, not where a user keeps them."""
+        return "/".join(self.name.rstrip("/").split("/")[-5:])
+
     def number(self, pattern: str) -> int | None:
         """The last whole number behind `pattern` in the name, as 12 in "layer_12"."""
-        found = re.findall(pattern + r"(\d+)", self.name)
+        found = re.findall(pattern + r"(\d+)", self.tail)
         return int(found[-1]) if found else None
 
 

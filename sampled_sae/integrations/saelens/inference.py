@@ -78,7 +78,7 @@ class SparseInference(SAE[Any]):
     @torch.compiler.disable
     def encode_sparse(self, x: Tensor) -> SparseCodes:
         """The active entries of `encode(x)`, [B, d_sae] with the leading dimensions of x flattened."""
-        codes = self._active(x) if self._is_seen_after() is False else None
+        codes = None if self._is_seen_after() else self._active(x)
         return SparseCodes.from_dense(self.encode(x).reshape(-1, self.W_dec.shape[0])) if codes is None else codes
 
     @torch.compiler.disable
