@@ -48,10 +48,8 @@ def keep_above_(z: Tensor, threshold: Tensor, gate: Gate | None) -> Tensor:
     """z [T, F], (x W^T + b) * scale of some tokens, becomes its activations above the threshold, all others 0."""
     least = threshold.detach().clamp_min(0)
     if gate is None:
-        if least.dim() == 0 and not least:
-            return z.relu_()
-        return z.mul_(z > least)
+        return z.relu_().mul_(z > least)
     bias, gain, shift = (t.detach().to(z.dtype) for t in gate)
     is_open = z > -bias
     z.mul_(gain).add_(shift)
-    return z.mul_(is_open.logical_and_(z > least))
+    return z.relu_().mul_(is_open.logical_and_(z > least))

@@ -217,18 +217,20 @@ class InferenceSAE(nn.Module):
     def _chosen(self, features: Sequence[int] | Tensor | None) -> Tensor | None:
         return None if features is None else check_features(features, self.cfg.d_sae, self.W_enc.device)
 
-    def _parts_for(self, dtype: torch.dtype) -> Implementation:
-        """For activations or codes of that dtype."""
-        dtype = torch.promote_types(dtype, self.W_enc.dtype)
-        return implementation(resolve_impl(self.cfg.impl, self.W_enc.device, dtype))
+    def _form_for(self, dtype: torch.dtype) -> str:
+        """The implementation for activations or codes of that dtype."""
+        return resolve_impl(self.cfg.impl, self.W_enc.device, torch.promote_types(dtype, self.W_enc.dtype))
 
     def _ready(
         self, x: Tensor, tokens: NormedTokens, features: Tensor | None = None
     ) -> tuple[Implementation, TokensToEncode]:
-        parts = self._parts_for(x.dtype)
+        name, given = self._form_for(x.dtype), tokens.x
+        if name == "triton":
+            # its products are of what 16-bit activations and weights are rounded to
+            given = given.to(torch.promote_types(x.dtype, self.W_enc.dtype))
         scale = self._norms.of(self.W_dec) if self.cfg.scale_by_decoder_norm else None
-        tensors = dict(self.named_buffers())
-        return parts, tokens_to_encode(parts, self.cfg, tensors, tokens.x, scale, features)
+        tensors, parts = dict(self.named_buffers()), implementation(name)
+        return parts, tokens_to_encode(parts, self.cfg, tensors, given, scale, features)
 
     def _codes(self, x: Tensor, tokens: NormedTokens) -> SparseCodes:
         parts, ready = self._ready(x, tokens)
@@ -238,7 +240,7 @@ class InferenceSAE(nn.Module):
         """codes W_dec + b_dec, [B, d_out]."""
         if self.cfg.scale_by_decoder_norm:
             codes = codes.scaled(self._norms.inverse_of(self.W_dec).to(codes.values.dtype))
-        return self._parts_for(codes.values.dtype).decode(codes, self.W_dec, self.b_dec)
+        return implementation(self._form_for(codes.values.dtype)).decode(codes, self.W_dec, self.b_dec)
 
     def _decode_dense(self, codes: Tensor, features: Tensor | None) -> Tensor:
         """codes [B, F] times W_dec, or [B, P] times those rows, plus b_dec."""

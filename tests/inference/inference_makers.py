@@ -35,3 +35,15 @@ def make(rule, n_tokens=23, dtype=torch.float64, seed=0, **changes):
     g = torch.Generator().manual_seed(seed + 1)
     x = 2 * torch.randn(n_tokens, cfg.d_in, generator=g, dtype=torch.float64)
     return InferenceSAE(cfg, tensors_of(cfg, dtype, seed)), x.to(dtype)
+
+
+def make_whole(rule, device="cpu", dtype=torch.float32, seed=0, **changes):
+    """(an SAE of small whole numbers, weights in `dtype`; float32 tokens of them): sums are exact, ties abound."""
+    cfg = InferenceConfig(**settings_of(rule, **changes))
+    g = torch.Generator().manual_seed(seed)
+    made = {name: torch.randint(-2, 3, s, generator=g).float() for name, s in shapes_of(cfg).items()}
+    made |= {name: torch.zeros_like(t) for name, t in made.items() if name == "r_mag"}
+    made |= {name: 2 * t for name, t in made.items() if name == "threshold"}
+    x = torch.randint(-2, 3, (9, cfg.d_in), generator=g).float()
+    tensors = {name: t.to(device, dtype if name.startswith("W") else torch.float32) for name, t in made.items()}
+    return InferenceSAE(cfg, tensors), x.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,19 +19,22 @@ from .products import candidate_spans, raised, token_blocks
 FEW_FEATURES = 4096
 
 
+Fill = Callable[[Operands, Tensor, Gate | None], Tensor]
+
+
 class DenseAbove(torch.autograd.Function):
-    """Of x [B, d], which the operands hold without gradient, the activations above the threshold."""
+    """Of x [B, d], which the operands hold without gradient, those above the threshold, by `fill`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, operands: Operands, threshold: Tensor, gate: Gate | None) -> Tensor:
-        out = fill_above(operands, threshold, gate)
+    def forward(ctx: Any, x: Tensor, operands: Operands, threshold: Tensor, gate: Gate | None, fill: Fill) -> Tensor:
+        out = fill(operands, threshold, gate)
         ctx.save_for_backward(operands.W, operands.scale if gate is None else gate.gain, out)
         ctx.dtype = x.dtype
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         W, factor, out = ctx.saved_tensors
         dx = grad.new_zeros(len(grad), W.shape[1])
         for span in candidate_spans(Operands(dx, W, W[:, 0])):
@@ -38,7 +42,7 @@ class DenseAbove(torch.autograd.Function):
             if factor is not None:
                 part *= factor[span]
             dx.addmm_(part, raised(W[span], dx))
-        return dx.to(ctx.dtype), None, None, None
+        return dx.to(ctx.dtype), None, None, None, None
 
 
 def fill_above(operands: Operands, threshold: Tensor, gate: Gate | None) -> Tensor:

@@ -16,7 +16,7 @@ from ..hints import Rule, ThresholdHints
 from ..row_gradients import RowSource
 from .above import entries_above
 from .block import block_codes, use_block
-from .dense_above import DenseAbove
+from .dense_above import DenseAbove, fill_above
 from .entries import decode_entries, entry_codes
 from .pool import candidate_pool
 from .products import without_autocast
@@ -102,7 +102,7 @@ def above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None = Non
 @without_autocast
 def dense_above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None = None) -> Tensor:
     """`above_threshold` as a dense matrix [B, F], whose gradient reaches x alone."""
-    return DenseAbove.apply(encoder.x, encoder.operands, threshold, gate)
+    return DenseAbove.apply(encoder.x, encoder.operands, threshold, gate, fill_above)
 
 
 @without_autocast
