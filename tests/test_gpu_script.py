@@ -43,6 +43,7 @@ def test_rehearsal(tmp_path):
     graphs = [row for row in rows["steps"] if row["candidate"].endswith("graph")]
     assert {row["reason"] for row in graphs} == {"left out: a graph needs CUDA"}
     assert all("ratio" in row for row in rows["steps"] if row not in graphs)
+    assert {row["candidate"] for row in rows["inference"] if "ratio" in row} >= {"ours", "eager PyTorch"}
     assert {row["candidate"] for row in rows["peers"]} >= {"ours, l=4", "eager PyTorch BatchTopK"}
     assert {row["table"] for row in rows["tuning"]} == set(tuning.CHOICES)
     assert not [row["reason"] for row in rows["tuning"] if "reason" in row]
