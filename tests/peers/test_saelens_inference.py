@@ -1,142 +1,235 @@
-"""SAEs of every inference architecture that SAELens makes, against its own classes."""
+"""`accelerate` on SAELens' SAEs for inference: what it gives, and what somebody who looks on sees."""
+
+import copy
+import warnings
 
 import pytest
 import torch
-from sae_lens import SAE
-from sae_lens.registry import SAE_CLASS_REGISTRY
+from published_makers import ARCHITECTURES, D, write_saelens, x
+from sae_lens import SAE, HookedSAETransformer
+from saelens_makers import Largest
+from transformer_lens import HookedTransformerConfig
 
-from sampled_sae import InferenceConfig, InferenceSAE
+from sampled_sae.integrations import saelens
+from sampled_sae.integrations.saelens.inference import INFERENCE_FORMS, SparseInference
 
-D, F, K, D_OUT = 12, 96, 4, 7
-INF = float("inf")
-# architecture: (rule, further fields of SAELens' configuration)
-HELD = {
-    "standard": ("relu", {}),
-    "jumprelu": ("jumprelu", {}),
-    "topk": ("topk", {"k": K}),
-    "gated": ("gated", {}),
-    "transcoder": ("relu", {"d_out": D_OUT}),
-    "skip_transcoder": ("relu", {"d_out": D_OUT}),
-    "jumprelu_transcoder": ("jumprelu", {"d_out": D_OUT}),
-    "jumprelu_skip_transcoder": ("jumprelu", {"d_out": D_OUT}),
-}
-# codes with signs, codes found one after another, codes of attention over time
-NOT_HELD = {"abstopk", "matching_pursuit", "temporal"}
-NORMS = {"none": "none", "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
-FORMS = {
-    "reference": {"impl": "reference"},
-    "torch": {"impl": "torch", "screen": "off"},
-    "screened": {"impl": "torch", "screen": "bf16"},
-    "triton": {"impl": "triton"},
-}
+NEAR = {"rtol": 1e-4, "atol": 1e-5}
+SAES = [name for name in ARCHITECTURES if "transcoder" not in name]
+HOOKS = ("hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons", "hook_sae_output")
 
 
-def pair(architecture, form, whole, thresholds="drawn", normalize="none", rescale=False, b_dec_at_input=True):
-    """(SAELens' SAE, ours of the same tensors, activations [3, 5, d])."""
-    rule, fields = HELD[architecture]
-    transcoder = "d_out" in fields
-    b_dec_at_input &= not transcoder
-    fields = {**fields, "apply_b_dec_to_input": b_dec_at_input, "normalize_activations": normalize}
-    if architecture == "topk":
-        fields["rescale_acts_by_decoder_norm"] = rescale
-    config = SAE_CLASS_REGISTRY[architecture][1](d_in=D, d_sae=F, **fields)
-    theirs = SAE_CLASS_REGISTRY[architecture][0](config)
-    assert isinstance(theirs, SAE)
-    g = torch.Generator().manual_seed(0)
+def pair(folder, architecture="jumprelu", threshold="random", **changes):
+    """(SAELens' SAE, the same accelerated)."""
+    write_saelens(folder, architecture, threshold, **changes)
+    return SAE.load_from_disk(folder), saelens.accelerate(SAE.load_from_disk(folder))
 
-    def draw(shape):
-        return torch.randint(-2, 3, shape, generator=g).float() if whole else torch.randn(shape, generator=g)
 
+def assert_same(theirs, ours, tokens=None):
+    """Codes, reconstructions and gradients."""
+    tokens = x() if tokens is None else tokens
+    tokens = tokens.to(theirs.dtype)
     with torch.no_grad():
-        for p in theirs.parameters():
-            p.copy_(draw(p.shape))
-        if whole and rule == "gated":
-            theirs.r_mag.zero_()
-        if rule == "jumprelu":
-            t = 2 * draw((F,))
-            adversarial = {"drawn": t, "zero": 0 * t, "-inf": t - INF, "inf": t + INF, "huge": 0 * t + 3e38}
-            if thresholds == "mixed":
-                t[::4], t[1::4], t[2::4] = -INF, INF, 3e38
-            theirs.threshold.copy_(adversarial.get(thresholds, t))
-    cfg = InferenceConfig(
-        D,
-        F,
-        rule,
-        k=fields.get("k"),
-        d_out=fields.get("d_out"),
-        apply_b_dec_to_input=b_dec_at_input,
-        scale_by_decoder_norm=rescale,
-        normalize=NORMS[normalize],
-        skip="skip" in architecture,
-        **FORMS[form],
-    )
-    return theirs, InferenceSAE(cfg, dict(theirs.state_dict())), draw((3, 5, D))
+        expected = theirs.encode(tokens)
+        codes = ours.encode(tokens)
+        assert codes.shape == expected.shape
+        assert torch.equal(codes != 0, expected != 0)
+        torch.testing.assert_close(codes, expected, **NEAR)
+        torch.testing.assert_close(ours.decode(codes), theirs.decode(expected), **NEAR)
+        torch.testing.assert_close(ours(tokens), theirs(tokens), **NEAR)
+        sparse = ours.encode_sparse(tokens)
+        torch.testing.assert_close(sparse.to_dense().to(codes.dtype), codes.reshape(sparse.shape), **NEAR)
+    given = [tokens.clone().requires_grad_() for _ in range(2)]
+    for sae, one in zip((theirs, ours), given, strict=True):
+        sae.zero_grad()
+        (sae.encode(one).square().sum() + sae(one).square().sum()).backward()
+    torch.testing.assert_close(given[1].grad, given[0].grad, rtol=1e-3, atol=1e-4)
+    for (name, p), q in zip(theirs.named_parameters(), ours.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-3, msg=name)
 
 
-def assert_a_choice_of_theirs(ours, theirs):
-    """The same values in each token; where values tie at the boundary, any of those that tie."""
-    assert torch.equal(ours.sort(-1).values, theirs.sort(-1).values)
-    differ = ours != theirs
-    smallest = torch.where(theirs > 0, theirs, INF).amin(-1, keepdim=True).expand_as(theirs)
-    assert (torch.maximum(ours, theirs)[differ] == smallest[differ]).all()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_same_results(tmp_path, architecture):
+    theirs, ours = pair(tmp_path, architecture)
+    assert type(ours) is INFERENCE_FORMS[type(theirs)]
+    assert saelens.accelerate(ours) is ours
+    assert_same(theirs, ours)
+    assert_same(theirs, ours, x().view(4, 10, D))
 
 
-def cases():
-    for form in FORMS:
-        for architecture in HELD:
-            if form == "triton" and architecture not in ("jumprelu", "topk", "gated"):
-                continue
-            yield pytest.param(architecture, form, id=f"{architecture}-{form}")
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("topk", {"rescale_acts_by_decoder_norm": True}),
+        ("jumprelu", {"normalize_activations": "layer_norm"}),
+        ("standard", {"normalize_activations": "constant_norm_rescale", "apply_b_dec_to_input": False}),
+        ("jumprelu", {"threshold": "-inf"}),
+        ("jumprelu", {"threshold": "zero"}),
+        ("jumprelu", {"threshold": "huge"}),
+    ],
+    ids=str,
+)
+def test_conventions(tmp_path, architecture, changes):
+    assert_same(*pair(tmp_path, architecture, **changes))
 
 
-@pytest.mark.parametrize(("architecture", "form"), cases())
-def test_the_same_codes_bit_for_bit(architecture, form):
-    thresholds = ("drawn", "zero", "-inf", "inf", "huge", "mixed") if "jumprelu" in architecture else ("drawn",)
-    if form == "triton":
-        thresholds = thresholds[-1:]
-    for kind in thresholds:
-        theirs, ours, x = pair(architecture, form, whole=True, thresholds=kind)
+def test_heads(tmp_path):
+    metadata = {"sae_lens_version": "6.22.1", "hook_name": "blocks.0.attn.hook_z"}
+    theirs, ours = pair(tmp_path, "standard", reshape_activations="hook_z", metadata=metadata)
+    heads = x().view(4, 10, 3, D // 3)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode(heads), theirs.encode(heads), **NEAR)
+        torch.testing.assert_close(ours(heads), theirs(heads), **NEAR)
+    assert ours(heads).shape == heads.shape
+
+
+@pytest.mark.parametrize("architecture", SAES)
+def test_weights_that_change(tmp_path, architecture):
+    theirs, ours = pair(tmp_path, architecture)
+    with torch.no_grad():
+        for sae in (theirs, ours):
+            sae(x())  # nothing of the old weights may be kept
+            if architecture != "topk":
+                sae.fold_W_dec_norm()
+            sae.W_enc.data[:, 3] *= -2
+            sae.b_dec += 0.1
+            if architecture == "jumprelu":
+                sae.threshold.data = sae.threshold * 0.3
+            if architecture == "topk":
+                sae.activation_fn.k = 2
+    assert_same(theirs, ours)
+    assert_same(theirs.to(torch.float64), ours.to(torch.float64))
+    state = {name: 2 * t for name, t in theirs.state_dict().items()}
+    theirs.load_state_dict(state)
+    ours.load_state_dict(state)
+    assert_same(theirs, ours)
+
+
+@pytest.mark.parametrize("architecture", SAES)
+@pytest.mark.parametrize("name", HOOKS)
+def test_hooks_see_and_change_what_they_did(tmp_path, architecture, name):
+    seen = {}
+
+    def change(value, hook):
+        seen.setdefault(hook.name, []).append(value.detach().clone())
+        value = value.clone()
+        value[..., :2] = 1.5
+        return value
+
+    for sae in pair(tmp_path, architecture):
+        with torch.no_grad(), sae.hooks(fwd_hooks=[(name, change)]):
+            seen.setdefault("out", []).append(sae(x()))
+            seen.setdefault("codes", []).append(sae.encode(x()))
+        if name != "hook_sae_output" and name != "hook_sae_recons":
+            sparse = None
+            with sae.hooks(fwd_hooks=[(name, lambda value, hook: 2 * value)]):
+                sparse = sae.encode_sparse(x()).to_dense() if isinstance(sae, SparseInference) else sae.encode(x())
+            seen.setdefault("sparse", []).append(sparse.detach())
+    for values in seen.values():
+        half = len(values) // 2
+        for theirs, ours in zip(values[:half], values[half:], strict=True):
+            torch.testing.assert_close(ours, theirs, **NEAR)
+
+
+@pytest.mark.parametrize("architecture", SAES)
+def test_error_terms(tmp_path, architecture):
+    theirs, ours = pair(tmp_path, architecture)
+    errors = []
+
+    def ablate(value, hook):
+        return torch.zeros_like(value)
+
+    for sae in (theirs, ours):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            sae.use_error_term = True
         with torch.no_grad():
-            wanted, found = theirs.encode(x), ours.encode(x)
-        listed = ours.encode_sparse(x).to_dense().view_as(found)
-        assert torch.equal(listed, found)
-        if architecture == "topk":
-            assert_a_choice_of_theirs(found, wanted)
-        else:
-            assert torch.equal(found, wanted)
-            assert torch.equal(ours(x).x_hat, theirs(x))
-            assert torch.equal(ours.decode(found), theirs.decode(wanted))
+            torch.testing.assert_close(sae(x()), x(), **NEAR)
+            with sae.hooks(fwd_hooks=[("hook_sae_error", lambda value, hook: errors.append(value.clone()))]):
+                sae(x())
+            with sae.hooks(fwd_hooks=[("hook_sae_acts_post", ablate)]):
+                errors.append(sae(x()))
+    torch.testing.assert_close(errors[2], errors[0], **NEAR)
+    torch.testing.assert_close(errors[3], errors[1], **NEAR)
 
 
-@pytest.mark.parametrize("normalize", NORMS)
-@pytest.mark.parametrize("architecture", HELD)
-def test_the_same_outputs_with_every_convention(architecture, normalize):
-    for rescale in (False, True) if architecture == "topk" else (False,):
-        for b_dec_at_input in (False, True):
-            theirs, ours, x = pair(
-                architecture, "torch", False, normalize=normalize, rescale=rescale, b_dec_at_input=b_dec_at_input
-            )
+def test_inside_a_hooked_transformer(tmp_path):
+    config = HookedTransformerConfig(
+        n_layers=2, d_model=D, n_ctx=16, d_head=4, n_heads=3, d_mlp=24, d_vocab=50, act_fn="relu", seed=0
+    )
+    model = HookedSAETransformer(config)
+    metadata = {"sae_lens_version": "6.22.1", "hook_name": "blocks.0.hook_resid_post"}
+    results = []
+    for sae in pair(tmp_path, "jumprelu", metadata=metadata):
+        for use_error_term in (False, True):
+            tokens = torch.arange(24).view(2, 12)
             with torch.no_grad():
-                wanted, x_hat = theirs.encode(x), theirs(x)
-            torch.testing.assert_close(ours.encode(x), wanted, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(ours(x).x_hat, x_hat, rtol=1e-4, atol=1e-4)
+                logits, cache = model.run_with_cache_with_saes(tokens, saes=[sae], use_error_term=use_error_term)
+                results.append({"logits": logits, **{name: t for name, t in cache.items() if "sae" in name}})
+                alone = model.run_with_saes(tokens, saes=[sae], use_error_term=use_error_term)
+                torch.testing.assert_close(alone, logits, **NEAR)
+    for theirs, ours in zip(results[:2], results[2:], strict=True):
+        assert set(theirs) == set(ours)
+        assert any("acts_pre" in name for name in theirs)
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, **NEAR, msg=name)
 
 
-@pytest.mark.parametrize("architecture", HELD)
-def test_the_same_gradients_of_activations(architecture):
-    found = []
-    for which in (0, 1):
-        theirs, ours, x = pair(architecture, "torch", False)
-        x.requires_grad_()
-        sae = (theirs, ours)[which]
-        acts = sae.encode(x)
-        acts.retain_grad()
-        sae.decode(acts).square().sum().backward()
-        found.append((x.grad, torch.where(acts > 0, acts.grad, 0)))
-    for theirs, ours in zip(*found):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+def test_what_is_replaced_is_followed(tmp_path):
+    theirs, ours = pair(tmp_path, "standard")
+    for sae in (theirs, ours):
+        sae.activation_fn = torch.nn.Tanh()
+    assert_same(theirs, ours)
+    theirs, ours = pair(tmp_path, "jumprelu")
+    with torch.no_grad():
+        bad = x()
+        bad[3, 2] = torch.nan
+        torch.testing.assert_close(ours.encode(bad), theirs.encode(bad), **NEAR, equal_nan=True)
+        cls = type(theirs)
+        original = cls.encode
+        try:
+            cls.encode = lambda sae, tokens: 3 * original(sae, tokens)
+            torch.testing.assert_close(ours(x()), theirs(x()), **NEAR)
+        finally:
+            cls.encode = original
+        mine = type("Mine", (type(ours),), {"encode": lambda sae, tokens: 3 * original(sae, tokens)})
+        ours.__class__ = mine
+        torch.testing.assert_close(ours(x()), ours.decode(3 * theirs.encode(x())), **NEAR)
+        torch.testing.assert_close(ours.encode_sparse(x()).to_dense(), 3 * theirs.encode(x()), **NEAR)
 
 
-def test_every_architecture_is_held_or_known_not_to_be():
-    ours = {name for name in SAE_CLASS_REGISTRY if name.startswith("sampled")}
-    assert set(SAE_CLASS_REGISTRY) - ours == set(HELD) | NOT_HELD
+def test_it_refuses_what_it_does_not_know(tmp_path):
+    theirs, _ = pair(tmp_path, "standard")
+    theirs.__class__ = type("Mine", (type(theirs),), {})
+    with pytest.raises(TypeError, match="sae=Mine: must be one of SAELens'"):
+        saelens.accelerate(theirs)
+    theirs, _ = pair(tmp_path, "standard")
+    theirs.encode = theirs.encode
+    with pytest.raises(ValueError, match=r"sae\.encode: was replaced on this object"):
+        saelens.accelerate(theirs)
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "topk"])
+def test_no_matrix_of_codes_is_made(architecture):
+    n, wide = 300, 1 << 15
+    options = {"k": 5} if architecture == "topk" else {}
+    sae = SAE.from_dict({"architecture": architecture, "d_in": D, "d_sae": wide, **options})
+    if architecture == "jumprelu":
+        sae.threshold.data.fill_(4 * float(sae.encode(x()).detach().std()))
+    results = []
+    for made in (sae, saelens.accelerate(copy.deepcopy(sae))):
+        with torch.no_grad(), Largest() as largest:
+            results.append(made(x(n)))
+        assert (largest.size < n * wide) == isinstance(made, SparseInference)
+    torch.testing.assert_close(*results, **NEAR)
+
+
+def test_saved_files_are_the_same(tmp_path):
+    theirs, ours = pair(tmp_path, "jumprelu")
+    theirs.save_model(tmp_path / "theirs")
+    ours.save_model(tmp_path / "ours")
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+    again = SAE.load_from_disk(tmp_path / "ours")
+    assert torch.equal(again.encode(x()), theirs.encode(x()))
