@@ -143,8 +143,7 @@ class SampledSAE(ThresholdModule):
         x_hat = parts.decode(codes, self.W_dec, self.b_dec, encoder.rows)
         mse = (encoder.x.to(x_hat.dtype) - x_hat).square().sum(-1).mean()
         aux = mse.new_zeros(())
-        may_wait = self.impl_in_use != "triton"
-        if c.aux_coefficient > 0 and self.memory.idle.may_reach(self.tokens_since_active, c.dead_after, may_wait):
+        if c.aux_coefficient > 0 and self.memory.idle.reaches(self.tokens_since_active, c.dead_after):
             rule = AuxRule(c.aux_features, c.aux_pool, c.score)
             aux = parts.aux_loss(encoder, x_hat, self.W_dec, self.dead, rule, None if pool is None else pool.scores)
         self.row_grads += encoder.rows.gradients

@@ -2,7 +2,9 @@
 
 Chunks of the encoder product pass a filter by a guessed threshold tau, whose hits go to a list with room for
 CAPACITY times the budget. A tau that lets too many or too few through is seen by their count, on the device, and
-the selection is then done again exactly (kernels/exact_fallback.py): the guess costs time, never exactness. Lists
+the selection is then done again exactly (kernels/exact_fallback.py): the guess costs time, never exactness. What is
+found again comes from another product than cuBLAS's, in IEEE whatever TF32's switch says: values differ in their last
+bits, or by TF32's rounding, and so may what is kept of the entries that lie so close to the cut. Lists
 are ordered by key, token * F + feature, before anything depends on their order.
 """
 
