@@ -11,16 +11,19 @@ from torch import Tensor
 from ...codes import Entries, SparseCodes
 from ...config import batch_budget
 from ..encoder import Encoder, Operands
+from ..gate import Gate, floor_of, magnitudes
 from ..hints import Rule, ThresholdHints
 from ..row_gradients import RowSource
+from .above import entries_above
 from .block import block_codes, use_block
+from .dense_above import DenseAbove, fill_above
 from .entries import decode_entries, entry_codes
 from .pool import candidate_pool
 from .products import without_autocast
 from .scores import column_scores
 from .screen import rounded
 from .screen_columns import column_bounds
-from .stream import batch_hint, stream_above, stream_batch, stream_token, token_hint
+from .stream import batch_hint, stream_batch, stream_token, token_hint
 
 __all__ = [
     "above_threshold",
@@ -28,6 +31,7 @@ __all__ = [
     "column_bounds",
     "column_scores",
     "decode",
+    "dense_above_threshold",
     "encode_at",
     "encoder",
     "select",
@@ -82,11 +86,23 @@ def encode_at(encoder: Encoder, entries: Entries) -> SparseCodes:
 
 
 @without_autocast
-def above_threshold(encoder: Encoder, threshold: Tensor) -> SparseCodes:
-    """Every activation strictly above the threshold (0-dim), with its gradient."""
-    threshold = threshold.to(encoder.operands.x.dtype)
-    least = torch.nextafter(threshold, torch.full_like(threshold, torch.inf))
-    return entry_codes(encoder, stream_above(encoder.operands, float(least)))
+def above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None = None) -> SparseCodes:
+    """Every activation strictly above the threshold, 0-dim or [F], with its gradient.
+
+    With a gate those alone that it lets through; the encoder has no scale then, and a bias of 0.
+    """
+    operands = encoder.operands
+    found = entries_above(operands, floor_of(threshold, gate, operands.x.dtype))
+    if gate is not None:
+        found = magnitudes(found, threshold, gate)
+        encoder = encoder._replace(operands=operands._replace(scale=gate.gain.detach()))
+    return entry_codes(encoder, found)
+
+
+@without_autocast
+def dense_above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None = None) -> Tensor:
+    """`above_threshold` as a dense matrix [B, F], whose gradient reaches x alone."""
+    return DenseAbove.apply(encoder.x, encoder.operands, threshold, gate, fill_above)
 
 
 @without_autocast
