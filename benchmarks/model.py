@@ -190,8 +190,8 @@ def product_work(a: Tensor, b: Tensor, out: Tensor) -> Work:
     return Work("products of cuBLAS", size(a, b, out), 0, flops, str(a.dtype).removeprefix("torch."))
 
 
-def traced(d: int, l: float | None, dtype: str, mode: str, arch: str) -> list[Work]:
-    """The launches of one step in training, in which no feature is dead."""
+def traced(d: int, l: float | None, dtype: str, arch: str) -> dict[str, list[Work]]:
+    """The launches of one step in training, in which no feature is dead, by mode of RowAdam."""
     trace = Trace()
 
     def launch(*args: Any, **constexprs: Any) -> None:
@@ -211,18 +211,25 @@ def traced(d: int, l: float | None, dtype: str, mode: str, arch: str) -> list[Wo
         known = {"architecture": lambda device: arch, "resident_programs": lambda device: 2 * 132}
         stack.enter_context(replaced(launch=launch, **known))
         config = SampledSAEConfig(d, F, K, l, impl="triton", row_grads=True, aux_coefficient=0.0)
-        sae = SampledSAE(config, device="meta")
-        optimizer = RowAdam(sae, mode=mode)
+        with patch.object(torch, "randn", lambda *shape, **options: torch.empty(*shape, device="meta")):
+            sae = SampledSAE(config, device="meta")
         stack.enter_context(patch.object(sae.memory.inputs, "check", lambda x: torch.isfinite(x).all()))
         x = torch.empty(B, d, device="meta")
-        for _ in range(2):
-            # the second step has moments, and a threshold to begin with
+
+        def second(call: Callable[[], Any]) -> list[Work]:
+            """What it does once there are moments, and a threshold to begin with."""
+            call()
             trace.works.clear()
             with trace:
-                sae(x, scaled=True).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-    return trace.works
+                call()
+            return [*trace.works]
+
+        def forward_and_backward() -> None:
+            sae.zero_grad()
+            sae(x, scaled=True).loss.backward()
+
+        both = second(forward_and_backward)
+        return {mode: both + second(RowAdam(sae, mode=mode).step) for mode in MODES}
 
 
 def predictions() -> Iterator[Row]:
@@ -230,29 +237,27 @@ def predictions() -> Iterator[Row]:
     for dtype in DTYPES:
         for d in WIDTHS:
             for l in LS:
-                for mode in MODES:
-                    for arch in dict.fromkeys(on.arch for on in DEVICES.values()):
-                        yield from predicted(traced(d, l, dtype, mode, arch), arch, d, l, dtype, mode)
+                for name, on in DEVICES.items():
+                    works = traced(d, l, dtype, on.arch)
+                    yield from (predicted(works[mode], name, d, l, dtype, mode) for mode in MODES)
 
 
-def predicted(works: list[Work], arch: str, d: int, l: float | None, dtype: str, mode: str) -> Iterator[Row]:
-    for name, on in DEVICES.items():
-        if on.arch != arch:
-            continue
-        floor = 2 * B * d * F / (on.tflops[dtype] * 1e12)
-        shares: Counter[str] = Counter()
-        for work in works:
-            shares[work.name] += work.seconds(on) / floor
-        yield {
-            "device": name,
-            **{"dtype": dtype, "B": B, "d": d, "F": F, "k": K, "l": l, "adam": mode, "launches": len(works)},
-            "GB": round(sum(work.bytes + work.cached for work in works) / 1e9, 3),
-            "TFLOP": round(sum(work.flops for work in works) / 1e12, 3),
-            "ms": round(1e3 * floor * shares.total(), 4),
-            "of_product": round(shares.total(), 4),
-            "host_ms": round(1e-3 * HOST_US * len(works), 3),
-            "shares": {part: round(share, 4) for part, share in shares.most_common()},
-        }
+def predicted(works: list[Work], name: str, d: int, l: float | None, dtype: str, mode: str) -> Row:
+    on = DEVICES[name]
+    floor = 2 * B * d * F / (on.tflops[dtype] * 1e12)
+    shares: Counter[str] = Counter()
+    for work in works:
+        shares[work.name] += work.seconds(on) / floor
+    return {
+        "device": name,
+        **{"dtype": dtype, "B": B, "d": d, "F": F, "k": K, "l": l, "adam": mode, "launches": len(works)},
+        "GB": round(sum(work.bytes + work.cached for work in works) / 1e9, 3),
+        "TFLOP": round(sum(work.flops for work in works) / 1e12, 3),
+        "ms": round(1e3 * floor * shares.total(), 4),
+        "of_product": round(shares.total(), 4),
+        "host_ms": round(1e-3 * HOST_US * len(works), 3),
+        "shares": {part: round(share, 4) for part, share in shares.most_common()},
+    }
 
 
 COLUMNS = {name: f"{{{name}}}" for name in ("device", "dtype", "d", "l", "adam", "launches", "GB", "TFLOP")}
