@@ -25,6 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.gpu_parts.predictions import with_predictions
 from benchmarks.gpu_parts.summary import summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,7 +111,8 @@ def report(part: str, out: Path, trouble: str | None, took: float) -> list[str]:
     lines = [f"{part} ({took:.0f} s)" + (f": FAILED, {trouble} (see {part}.log)" if trouble else "")]
     try:
         found = json.loads((out / f"{part}.json").read_text())
-        lines += [f"  {line}" for line in summary(part, found["rows"])]
+        rows = with_predictions(found["rows"], found["device"]) if part == "steps" else found["rows"]
+        lines += [f"  {line}" for line in summary(part, rows)]
     except FileNotFoundError:
         pass
     except Exception as error:
