@@ -8,6 +8,7 @@ from pathlib import Path
 from ..support.argument_checks import check_integer
 from ..support.output_folder import check_output_folder
 from .arguments import Command, model_arguments, seed
+from .processes import add_rank_options
 
 
 def add(command: Command) -> None:
@@ -35,6 +36,7 @@ def add(command: Command) -> None:
     )
     p.add_argument("--batch-size", type=int, default=8, help="rows a forward pass")
     p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the shards")
+    add_rank_options(p, shards=False)
 
 
 def token_ids(text: str) -> list[int | str]:
@@ -89,6 +91,7 @@ def harvest(args: argparse.Namespace) -> None:
         drop_tokens=dropped,
         holdout_rows=args.holdout_rows,
         progress=not args.quiet,
+        mesh=args.ranks.mesh,
     )
     tokens = sum(shard["tokens"] for shard in manifest["shards"])
     held_out = manifest["holdout"]["tokens"] if manifest["holdout"] else 0
