@@ -63,7 +63,7 @@ def test_scores_of_a_share_of_the_tokens(impl):
     pool = members(sae, some)
     assert not torch.equal(pool, members(sae, x))
     assert not outside(sae(x).codes, pool)
-    assert torch.equal(sae._find_pool(sae._encoder(x)).members, pool)
+    assert torch.equal(sae._find_pool(sae._encoder_of(x)).members, pool)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..codes import SparseCodes
 from ..support.cuda_graphs import capturing
 
 
@@ -34,18 +34,25 @@ class IdleTokens:
         self._captured = False
 
     @torch.no_grad()
-    def count_(self, counts: Tensor, codes: SparseCodes) -> None:
-        """`counts += B`, and 0 for the features that have a kept entry."""
+    def count_(self, counts: Tensor, active: Tensor, n_tokens: int) -> None:
+        """`counts += n_tokens`, and 0 for the features that have a kept entry, active bool [F]."""
         bound = self._bound
         if torch.compiler.is_compiling() or (bound is not None and bound[0] != counts._version):
             bound = None
-        counts.add_(codes.shape[0]).masked_fill_(codes.active_mask(), 0)
-        self._bound = None if bound is None else (counts._version, bound[1] + codes.shape[0])
+        counts.add_(n_tokens).masked_fill_(active, 0)
+        self._bound = None if bound is None else (counts._version, bound[1] + n_tokens)
 
-    def may_reach(self, counts: Tensor, dead_after: int, may_wait: bool = True) -> bool:
+    def may_reach(
+        self,
+        counts: Tensor,
+        dead_after: int,
+        may_wait: bool = True,
+        greatest: Callable[[Tensor], Tensor] = torch.amax,
+    ) -> bool:
         """False where surely no count has reached `dead_after`.
 
         may_wait: look at the counts again when the bound has reached it; a device that is ahead would be waited for.
+        greatest: of counts that other processes hold parts of.
         """
         if torch.compiler.is_compiling():
             return True
@@ -55,6 +62,6 @@ class IdleTokens:
             return True
         known = self._bound is not None and self._bound[0] == counts._version
         if not known or (may_wait and self._bound is not None and self._bound[1] >= dead_after):
-            self._bound = (counts._version, int(counts.max()))
+            self._bound = (counts._version, int(greatest(counts)))
         assert self._bound is not None
         return self._bound[1] >= dead_after

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ...codes import Entries, SparseCodes
-from ...config import batch_budget
 from ..encoder import Encoder, Operands
 from ..hints import Rule, ThresholdHints
 from ..row_gradients import RowSource
@@ -17,20 +16,23 @@ from .block import block_codes, use_block
 from .entries import decode_entries, entry_codes
 from .pool import candidate_pool
 from .products import without_autocast
-from .scores import column_scores
+from .scores import column_scores, column_statistics
 from .screen import rounded
 from .screen_columns import column_bounds
-from .stream import batch_hint, stream_above, stream_batch, stream_token, token_hint
+from .stream import batch_hint, search_batch, sort_entries, stream_above, stream_batch, stream_token, token_hint
 
 __all__ = [
     "above_threshold",
     "candidate_pool",
     "column_bounds",
     "column_scores",
+    "column_statistics",
     "decode",
     "encode_at",
     "encoder",
+    "search",
     "select",
+    "use_block",
 ]
 
 
@@ -62,13 +64,30 @@ def select(encoder: Encoder, members: Tensor | None, rule: Rule, hints: Threshol
     candidates, hint = encoder.operands.among(members), hints.of(rule, members)
     hint = None if isinstance(hint, Tensor) else hint
     if rule.select == "batch":
-        budget = batch_budget(candidates.n_tokens, rule.k)
+        budget = rule.budget(candidates.n_tokens)
         found = stream_batch(candidates, budget, hint)
         hints.keep(rule, members, batch_hint(found, budget))
     else:
         found = stream_token(candidates, int(rule.k), hint)
         hints.keep(rule, members, token_hint(found, candidates.x, int(rule.k)))
     return entry_codes(encoder, found)
+
+
+@without_autocast
+def search(operands: Operands, rule: Rule, hint: float | None) -> Entries:
+    """Entries of some tokens that can be among those kept of more, sorted by token, then feature; no gradient.
+
+    Args:
+        operands: with the candidates as its members.
+        rule: by batch, the `rule.most` largest at or above `hint`, with None of all; by token, the k largest of each.
+    """
+    if operands.n_tokens == 0 or operands.n_candidates == 0:
+        nothing = operands.x.new_zeros(0)
+        return Entries(nothing, nothing.long(), nothing.long())
+    if rule.select == "token":
+        return stream_token(operands, min(int(rule.k), operands.n_candidates))
+    found = search_batch(operands, rule.budget(operands.n_tokens), hint)
+    return sort_entries(found, operands.members)
 
 
 @without_autocast

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ...codes import Entries, SparseCodes
-from ...config import batch_budget
 from ..encoder import Encoder, Operands
 from ..hints import Rule, ThresholdHints
 from ..row_gradients import RowSource
@@ -72,7 +71,7 @@ def select(encoder: Encoder, members: Tensor | None, rule: Rule, hints: Threshol
         *found, _ = select_entries(x, W, b, scale, members, int(rule.k), True, None)
         return padded_codes(encoder, Entries(*found), members)
     hints = hints if hints is not None else ThresholdHints()
-    budget = batch_budget(encoder.operands.n_tokens, rule.k)
+    budget = rule.budget(encoder.operands.n_tokens)
     hint = hints.of(rule, members)
     hint = hint if isinstance(hint, Tensor) else None
     *found, hint = select_entries(x, W, b, scale, members, budget, False, hint)
