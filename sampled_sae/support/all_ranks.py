@@ -6,7 +6,7 @@ import functools
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from .launch import Launch
+from .meeting import meet
 from .roll_call import Alarm, RollCall
 
 if TYPE_CHECKING:
@@ -234,10 +235,13 @@ def start(launch: Launch, cuda: bool, feature_shards: int, timeout: float = TIME
     if launch.size % feature_shards:
         raise ValueError(f"feature_shards={feature_shards}: must divide the {launch.size} processes")
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, init_method="env://", timeout=timedelta(seconds=timeout))
+    patience = timedelta(seconds=timeout)
+    store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+    store = meet(store, rank, size, patience)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     layout = (launch.size // feature_shards, feature_shards)
     ranks = ranks_of(dist.init_device_mesh("cuda" if cuda else "cpu", layout, mesh_dim_names=DIMENSIONS))
-    ranks.set_timeout(timedelta(seconds=timeout))
+    ranks.set_timeout(patience)
     return ranks
 
 
@@ -266,9 +270,7 @@ def _signals_ignored() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before: dict[int, Callable[..., Any] | int | None] = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:

@@ -62,8 +62,13 @@ def command_line(argv):
         return end.code
 
 
-def run_rank(rank, target, argv, environment, log, mishap, most_bytes):
-    """One process: its standard streams go to a file, its exit status is what `target(argv)` returns."""
+def run_rank(*task):
+    """One process, whose exit status is what its task returns."""
+    os._exit(do(*task))
+
+
+def do(rank, target, argv, environment, log, mishap, most_bytes):
+    """What `target(argv)` returns, with the standard streams in a file."""
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
@@ -77,7 +82,7 @@ def run_rank(rank, target, argv, environment, log, mishap, most_bytes):
         mishap.arm()
     status = target(argv)
     sys.stdout.flush()
-    os._exit(status)
+    return status
 
 
 def free_port():
