@@ -152,9 +152,8 @@ class SpreadParts:
 
     def _encode_at(self, encoder: Encoder, operands: Operands, found: Entries, kept: Tensor) -> SparseCodes:
         """Codes of the entries that are kept."""
-        at = kept.nonzero().squeeze(1)
-        found = Entries(*(column.index_select(0, at) for column in found))
-        codes = self.local.encode_at(encoder, found)
+        assert self.local.take_kept is not None
+        codes = self.local.encode_at(encoder, self.local.take_kept(found, kept, *encoder.shape))
         if operands.members is not None and isinstance(encoder.rows, SpreadRows) and encoder.rows.pending:
             rows = codes.index.touched if codes.padded is None else codes.padded.rows
             encoder.rows.among[id(rows)] = operands.members
@@ -185,7 +184,9 @@ def masked(codes: SparseCodes, kept: Tensor) -> SparseCodes:
     """Of a block [B, P] the kept entries."""
     assert codes.block is not None
     assert codes.pool is not None
-    low = None if codes.low_block is None else torch.where(kept, codes.low_block, 0)
+    low = codes.low_block
+    if low is not None and low.numel() > 0:
+        low = torch.where(kept, low, 0)
     return SparseCodes.from_block(torch.where(kept, codes.block, 0), codes.pool, codes.shape[1], low)
 
 

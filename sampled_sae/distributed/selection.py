@@ -49,7 +49,8 @@ def find_cut(bits: Tensor, n: int, mesh: Mesh) -> Cut:
         mesh.sum_(counts.scatter_add_(0, digits.long(), within.long()), "radix counts")
         at_least = counts.flip(0).cumsum(0).flip(0)
         digit = ((at_least >= left).sum() - 1).clamp_min(0)
-        left = left - (at_least[digit] - counts[digit])
+        # not by indexing, which waits for a device
+        left = left - (at_least - counts).index_select(0, digit.view(1)).squeeze(0)
         prefix = (prefix << (high - low)) | digit
     return Cut(prefix, left)
 

@@ -33,8 +33,8 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Implementation:
     """The layer's parts, each under one signature: see torch/layer.py, torch/aux_loss.py and torch/row_adam.py.
 
-    `encoder` makes the value that the others are given, once a step. `column_statistics`, `use_block` and `search` are
-    what `sampled_sae.distributed` makes scores and selections of many processes from; the reference has none.
+    `encoder` makes the value that the others are given, once a step. Of `column_statistics`, `use_block`, `search` and
+    `take_kept` scores and selections of many processes are made (distributed/parts.py); the reference has none.
     """
 
     encoder: Callable[..., Encoder]
@@ -52,6 +52,7 @@ class Implementation:
     column_statistics: Callable[[Operands, str], Tensor] | None = None
     use_block: Callable[[int, float, int], bool] | None = None
     search: Callable[[Operands, Rule, float | None], Entries] | None = None
+    take_kept: Callable[[Entries, Tensor, int, int], Entries] | None = None
     totals: Totals = field(default_factory=Totals)
 
 
@@ -119,4 +120,5 @@ def parts_of(layer: ModuleType, aux: ModuleType, optimizer: ModuleType) -> Imple
         getattr(layer, "column_statistics", None),
         getattr(layer, "use_block", None),
         getattr(layer, "search", None),
+        getattr(layer, "take_kept", None),
     )

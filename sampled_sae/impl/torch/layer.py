@@ -19,7 +19,16 @@ from .products import without_autocast
 from .scores import column_scores, column_statistics
 from .screen import rounded
 from .screen_columns import column_bounds
-from .stream import batch_hint, search_batch, sort_entries, stream_above, stream_batch, stream_token, token_hint
+from .stream import (
+    batch_hint,
+    search_batch,
+    sort_entries,
+    stream_above,
+    stream_batch,
+    stream_token,
+    take,
+    token_hint,
+)
 
 __all__ = [
     "above_threshold",
@@ -32,6 +41,7 @@ __all__ = [
     "encoder",
     "search",
     "select",
+    "take_kept",
     "use_block",
 ]
 
@@ -88,6 +98,11 @@ def search(operands: Operands, rule: Rule, hint: float | None) -> Entries:
         return stream_token(operands, min(int(rule.k), operands.n_candidates))
     found = search_batch(operands, rule.budget(operands.n_tokens), hint)
     return sort_entries(found, operands.members)
+
+
+def take_kept(found: Entries, kept: Tensor, n_tokens: int, n_features: int) -> Entries:
+    """Those of `kept`, bool, among what `search` found."""
+    return take(found, kept.nonzero().squeeze(1))
 
 
 @without_autocast

@@ -14,7 +14,8 @@ from ...codes import Entries, SparseCodes
 from ..encoder import Encoder, Operands
 from ..hints import Rule, ThresholdHints
 from ..row_gradients import RowSource
-from . import block, entries
+from ...kernels.batch_topk import compact_largest
+from . import block, entries, scores
 from .block import BLOCK_FEATURES, block_codes
 from .entries import narrow, padded_codes, select_entries
 from .pool import candidate_pool
@@ -26,10 +27,14 @@ __all__ = [
     "candidate_pool",
     "column_bounds",
     "column_scores",
+    "column_statistics",
     "decode",
     "encode_at",
     "encoder",
+    "search",
     "select",
+    "take_kept",
+    "use_block",
 ]
 
 
@@ -77,6 +82,35 @@ def select(encoder: Encoder, members: Tensor | None, rule: Rule, hints: Threshol
     *found, hint = select_entries(x, W, b, scale, members, budget, False, hint)
     hints.keep(rule, members, hint)
     return padded_codes(encoder, Entries(*found), members)
+
+
+def column_statistics(operands: Operands, score: str) -> Tensor:
+    """[S, F] fp32, sums over the tokens: as those of torch/scores.py."""
+    x, W, b, scale, *_ = operands
+    if operands.n_tokens == 0:
+        return x.new_zeros(scores.STATISTICS[score], W.shape[0], dtype=torch.float32)
+    return scores.column_statistics(x, W, b, score, scale)
+
+
+def use_block(pool: int, k: float, n_features: int) -> bool:
+    """Whether a pool is handled as one block [B, P]."""
+    return pool <= BLOCK_FEATURES
+
+
+def search(operands: Operands, rule: Rule, hint: float | None) -> Entries:
+    """As the torch form's, in a list of fixed length with padding at its end; tokens and features int32."""
+    x, W, b, scale, members, *_ = operands
+    by_token = rule.select == "token"
+    budget = int(rule.k) if by_token else rule.budget(operands.n_tokens)
+    *found, _ = select_entries(x, W, b, scale, members, budget, by_token, None)
+    return Entries(*found)
+
+
+def take_kept(found: Entries, kept: Tensor, n_tokens: int, n_features: int) -> Entries:
+    """Those of `kept`, bool, among what `search` found; in as many places, so that nothing waits for their number."""
+    values = torch.where(kept, found.values, 0)
+    keys = found.tokens.long() * n_features + found.features.long()
+    return Entries(*compact_largest(values, keys, len(values), n_tokens, n_features))
 
 
 def encode_at(encoder: Encoder, entries: Entries) -> SparseCodes:
