@@ -66,7 +66,7 @@ def test_a_rank_killed_in_every_phase_of_one_run(store, whole, tmp_path):
         assert outputs[other].count(f"sampled-sae train: {GONE.format(mishap.rank)}\n") == 1, (mishap, outputs)
         found = (run / "checkpoint.json").exists()
         assert (read_record(run)["step"] if found else None) == step, mishap
-        assert not found or main(["--quiet", "verify", str(run)]) == (step == 8), mishap
+        assert not found or main(["--quiet", "verify", str(run)]) == 0, mishap
     assert launch(tmp_path, 2, ["train", store, run, *OPTIONS])[0] == [0, 0]
     assert files(run) == whole
     assert sorted(path.name for path in run.glob("checkpoint*")) == ["checkpoint.json", "checkpoint_00000008"]
