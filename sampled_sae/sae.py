@@ -133,9 +133,9 @@ class SampledSAE(LayerWeights):
     def _train_batch(self, x: Tensor, scaled: bool) -> SampledSAEOutput:
         c = self.cfg
         if torch.is_grad_enabled():
-            self.layout.guard()
             if c.row_grads:
                 guard_rows(self)
+            self.layout.guard(self)
         leaves = self.layout.leaves(self, c.row_grads)
         tokens, encoder = self._batch(x, scaled, leaves)
         may_wait = self.impl_in_use != "triton"

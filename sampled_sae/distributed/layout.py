@@ -88,7 +88,7 @@ class MeshLayout(Layout):
             return x
         return SumBackward.apply(x, self.mesh.feature, "gradient of x")
 
-    def guard(self) -> None:
+    def guard(self, layer: Layer) -> None:
         if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
             raise RuntimeError("DistributedDataParallel: `parallelize` has spread the SAE already; leave it out")
 
@@ -139,6 +139,11 @@ class MeshLayout(Layout):
             raise fault
         if refused[0][0] == REFUSED:
             raise OSError(f"{self.mesh.name_of(0, 0)} could not write: it says why")
+
+    def adopt(self, t: Tensor, name: str) -> Tensor:
+        """Of a whole one, which all processes have, their parts."""
+        whole = isinstance(t, DTensor) or name not in self.weights.shapes or t.shape != self.weights.shapes[name]
+        return t if whole else self.weights.wrap(name, self.weights.part_of(name, t))
 
     def local(self, t: Tensor) -> Tensor:
         return self.weights.local(t)

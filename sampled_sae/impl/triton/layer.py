@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ...codes import Entries, SparseCodes
+from ...kernels.batch_topk import compact_largest
 from ..encoder import Encoder, Operands
 from ..hints import Rule, ThresholdHints
 from ..row_gradients import RowSource
-from ...kernels.batch_topk import compact_largest
 from . import block, entries, scores
 from .block import BLOCK_FEATURES, block_codes
 from .entries import narrow, padded_codes, select_entries
