@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..corpus.token_places import TokenPlaces, TokenShard
 from ..support.argument_checks import check_choice, check_integer
 from ..support.atomic_files import read_tensors
 from .store_writer import DTYPES, MANIFEST, check_scale, damage, read_manifest
@@ -116,10 +117,31 @@ class ActivationStore:
 
     def shard(self, i: int) -> Tensor:
         """Activations [n, d] of one shard, 0 <= i < len(self.tokens)."""
+        return self.load(self._entry(i))["activations"]
+
+    @property
+    def has_places(self) -> bool:
+        """Whether every shard says where in the texts its tokens stand; those of earlier versions do not."""
+        return bool(self.tokens) and all(shard.get("rows") for shard in self.manifest["shards"])
+
+    def token_shard(self, i: int) -> TokenShard:
+        """The activations of one shard, and with `has_places` where in the texts its tokens stand.
+
+        Raises:
+            ValueError: places that are not those of the activations; naming the file.
+        """
+        entry = self._entry(i)
+        tensors = self.load(entry)
+        if not self.has_places:
+            return TokenShard(tensors["activations"], None)
+        return TokenShard(tensors["activations"], TokenPlaces.read(self.folder / entry["file"], tensors))
+
+    def _entry(self, i: int) -> dict[str, Any]:
         i = check_integer("i", i, 0)
         if i >= len(self.tokens):
             raise ValueError(f"i={i}: {self.folder} has {len(self.tokens)} shards")
-        return self.load(self.manifest["shards"][i])["activations"]
+        entry: dict[str, Any] = self.manifest["shards"][i]
+        return entry
 
     def first(self, n: int) -> Tensor:
         """The first n training activations, or all where there are fewer: [<= n, d]."""
