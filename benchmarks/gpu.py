@@ -32,10 +32,11 @@ PARTS: dict[str, tuple[int, list[str], list[str]]] = {
     "correctness": (150, ["gpu_parts.correctness"], []),
     "ceilings": (20, ["operations", "--set", "ceilings"], ["--rounds", "15", "--seconds", "3"]),
     "score": (50, ["operations", "--set", "score"], ["--rounds", "15", "--seconds", "3"]),
-    "kernels": (100, ["operations", "--set", "gpu"], ["--rounds", "11", "--seconds", "0.3"]),
-    "steps": (85, ["steps", "gpu_steps", "--here"], ["--rounds", "15"]),
+    "kernels": (90, ["operations", "--set", "gpu"], ["--rounds", "11", "--seconds", "0.3"]),
+    "steps": (75, ["steps", "gpu_steps", "--here"], ["--rounds", "15"]),
+    "inference": (40, ["inference"], ["--rounds", "9"]),
     "peers": (40, ["steps", "peer_steps", "--here"], ["--rounds", "15", "--workloads", "Pythia-160M, wide"]),
-    "tuning": (70, ["gpu_parts.tuning"], ["--rounds", "9"]),
+    "tuning": (50, ["gpu_parts.tuning"], ["--rounds", "9"]),
 }
 # for a part to end by itself after its time
 GRACE = 10
@@ -75,7 +76,7 @@ def run_part(part: str, out: Path, seconds: float, rehearse: bool) -> str | None
     _, (module, *arguments), on_a_gpu = PARTS[part]
     command = [sys.executable, "-m", f"benchmarks.{module}", "--out", str(out / f"{part}.json"), *arguments]
     command += ["--device", "cpu", "--rehearse", "--rounds", "1"] if rehearse else ["--device", "cuda", *on_a_gpu]
-    command += ["--impl", "triton"] if module == "operations" else []
+    command += ["--impl", "triton"] if module in ("operations", "inference") else []
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     interpreter = {"TRITON_INTERPRET": "1"} if rehearse else {}
     print(f"{part} ...", file=sys.stderr, flush=True)

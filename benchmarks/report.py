@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import drop_in, equal_time, quality
+from benchmarks import drop_in, equal_time, inference, precision, quality
 from benchmarks.measure import RESULTS, ROOT
 from benchmarks.operations.race import COLUMNS
 from benchmarks.record import markdown, with_caption
@@ -34,9 +34,11 @@ PLACE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", flags=re.DOT
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     **{name: partial(table, name) for name in EXPERIMENTS},
     "quality": quality.markdown_table,
+    "precision": precision.markdown_table,
     "drop_in": drop_in.markdown_table,
     "drop_in_768": drop_in.markdown_table,
     "equal_time": equal_time.markdown_table,
+    "inference": inference.markdown_table,
     "kernels": lambda result: markdown(COLUMNS, result["rows"]),
 }
 # the columns of a step in the README's table, and its size

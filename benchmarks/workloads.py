@@ -46,6 +46,6 @@ GPU_KERNELS = (
     Workload("Llama-3-8B", 4096, 4096, 131072, 128),
     Workload("Pythia-160M, a million features", 4096, 768, 1 << 20, 32),
 )
-REHEARSAL = (Workload("rehearsal", 12, 16, 100, 2),)
+REHEARSAL = (Workload("rehearsal", 12, 16, 70, 2),)
 # of real models, at one B and F, so that they compare
 WIDTHS = tuple(Workload(f"d={d}", 8192, d, 32768, 64) for d in (576, 768, 2304, 4096))

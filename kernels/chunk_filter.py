@@ -1,5 +1,7 @@
 """Entries of a = relu(z + b) * scale at or above a threshold, appended to a list of fixed capacity.
 
+Or those of (z + b) * scale strictly above a floor for each feature, which may be negative.
+
 Bytes: the product z [B, C] once, 4BC, and 12 for each entry found; a few FLOPs an entry, so bound by memory.
 The threshold is read on the device. A tile of BT tokens x BF features without hits leaves at once; one with
 hits takes its slots by one integer atomic and prefix sums. The order of the tiles in the list is that of the
@@ -32,6 +34,16 @@ def append(m_hit, b_values, b_keys, values, keys, count, cap):
         tl.store(keys + first + b_at, b_keys, mask=m_fits)
 
 
+@triton.jit
+def before_relu(b_z, b, scale, o_f, m_f, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr):
+    """(z + b) * scale, as `activation` without its relu."""
+    if HAS_BIAS:
+        b_z += tl.load(b + o_f, mask=m_f, other=0.0).to(tl.float32)  # as z
+    if HAS_SCALE:
+        b_z *= tl.load(scale + o_f, mask=m_f, other=0.0).to(tl.float32)  # as z
+    return b_z
+
+
 @triton.jit(do_not_specialize=["B", "first", "cap"])
 def append_above_kernel(
     z,
@@ -51,6 +63,7 @@ def append_above_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_FEATURES: tl.constexpr,
+    HAS_FLOORS: tl.constexpr,
     BT: tl.constexpr,
     BF: tl.constexpr,
 ):
@@ -60,8 +73,12 @@ def append_above_kernel(
     m_f = o_f < C  # [BF]
     m_z = (o_t < B)[:, None] & m_f[None, :]  # [BT, BF]
     b_z = tl.load(z + o_t[:, None] * stride_z + o_f[None, :], mask=m_z, other=0.0)  # [BT, BF]
-    b_a = activation(b_z, b, scale, o_f[None, :], m_f[None, :], HAS_BIAS, HAS_SCALE)  # [BT, BF]
-    m_hit = m_z & (b_a > 0) & (b_a >= tl.load(tau))  # [BT, BF]
+    if HAS_FLOORS:
+        b_a = before_relu(b_z, b, scale, o_f[None, :], m_f[None, :], HAS_BIAS, HAS_SCALE)  # [BT, BF]
+        m_hit = m_z & (b_a > tl.load(tau + o_f, mask=m_f, other=0.0)[None, :])  # [BT, BF]
+    else:
+        b_a = activation(b_z, b, scale, o_f[None, :], m_f[None, :], HAS_BIAS, HAS_SCALE)  # [BT, BF]
+        m_hit = m_z & (b_a > 0) & (b_a >= tl.load(tau))  # [BT, BF]
     if HAS_FEATURES:
         b_f = tl.load(features + o_f, mask=m_f, other=0)  # [BF]
     else:
@@ -96,8 +113,11 @@ def append_above_(
     values: torch.Tensor,
     keys: torch.Tensor,
     count: torch.Tensor,
+    floors: torch.Tensor | None = None,
 ) -> None:
     """Appends the entries > 0 and >= tau of relu(z + b) * scale to values and keys, and their number to count.
+
+    With `floors` fp32 [C], one for each column, those of (z + b) * scale that are > floors; tau is not read then.
 
     z [B, C] is the product for `features`, int64 [C], or for C features from `features` on. The key of an entry
     is token * n_features + feature. With `at = ((a > 0) & (a >= tau)).nonzero()` equivalent, but for the
@@ -109,6 +129,8 @@ def append_above_(
     if has_features:
         check_vector("features", features, torch.int64, C)
     check_vector("tau", tau, torch.float32, 1)
+    if floors is not None:
+        check_vector("floors", floors, torch.float32, C)
     check_vector("values", values, torch.float32)
     check_vector("keys", keys, torch.int64, len(values))
     check_vector("count", count, torch.int64, 1)
@@ -119,10 +141,26 @@ def append_above_(
         append_above_kernel,
         chunk_filter_config(architecture(z.device)),
         lambda meta: (triton.cdiv(B, meta["BT"]) * triton.cdiv(C, meta["BF"]),),
-        (z, b, scale, listed, tau, values, keys, count, B, C, n_features, first, len(values), z.stride(0)),
+        (
+            z,
+            b,
+            scale,
+            listed,
+            tau if floors is None else floors,
+            values,
+            keys,
+            count,
+            B,
+            C,
+            n_features,
+            first,
+            len(values),
+            z.stride(0),
+        ),
         HAS_BIAS=b is not None,
         HAS_SCALE=scale is not None,
         HAS_FEATURES=has_features,
+        HAS_FLOORS=floors is not None,
     )
 
 

@@ -6,6 +6,9 @@ equal it than are left to find, passes over the digits of token and feature go o
 counts in a histogram of its own, from which every program of the next one picks: no pass waits for the host, and a
 pass with nothing to do leaves at once, as all do where the filter was right. Programs are as many as the GPU holds
 and walk over the tiles, which makes such a pass cheap.
+The values are those of this product, which sums in another order than the library's that the filter looked at, and in
+IEEE where that may take TF32: a repair changes their last bits (or TF32's rounding), and which of the entries are kept
+that lie closer than this to the cut.
 """
 
 import torch

@@ -75,7 +75,8 @@ def rests_kernel(
     i_p = tl.program_id(0)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
     first = i_p * PIECE
-    i_r = tl.load(ends_before + i_p) - 1
+    # a piece that ends before the first segment starts holds the rest of none
+    i_r = tl.maximum(tl.load(ends_before + i_p) - 1, 0)
     start = tl.load(ends + i_r)
     # in the unused slots at the end there is no segment: i_r is R
     end = tl.load(ends + tl.minimum(i_r + 1, R))

@@ -135,14 +135,18 @@ class RowAdam(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, whatever memory layout the moments were saved in."""
         super().load_state_dict(state_dict)
+        layout = self.sae.layout
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             parameter = group["params"][0]
             # from the original: torch has given all but the step the parameter's dtype
             for name, value in state_dict["state"].get(saved["params"][0], {}).items():
-                value = value.detach().to(parameter.device, copy=True)
+                value, kind = value.detach().to(parameter.device, copy=True), group["name"]
+                if name == "last":
+                    value = layout.adopt(value, "b_enc")
                 if name in ("exp_avg", "exp_avg_sq"):
-                    moment = rows_first(group["name"], value).to(self._moment_dtype(group)).contiguous()
-                    value = rows_first(group["name"], moment)
+                    local = layout.local(layout.adopt(value, kind))
+                    moment = rows_first(kind, local).to(self._moment_dtype(group)).contiguous()
+                    value = layout.like(rows_first(kind, moment), kind)
                 self.state[parameter][name] = value
 
     def __getstate__(self) -> dict[str, Any]:

@@ -105,6 +105,16 @@ def select_inside(a: Tensor, members: Tensor | None, k: float, select: str) -> T
     return torch.where(mask, a, 0)
 
 
+def above(a: Tensor, threshold: Tensor | float) -> Tensor:
+    """Inference: of activations a [B, F] those strictly above the threshold, 0-dim or [F]; all others 0."""
+    return torch.where(a > threshold, a, 0)
+
+
+def gated(z: Tensor, b_gate: Tensor, gain: Tensor, b_mag: Tensor) -> Tensor:
+    """Inference, gated: relu(z * gain + b_mag) where z + b_gate > 0, all others 0; z = x W_enc, gain = exp(r_mag)."""
+    return torch.where(z + b_gate > 0, torch.relu(z * gain + b_mag), 0)
+
+
 def decode(c: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """Step 5: x_hat = c W_dec + b_dec, [B, d]."""
     x_hat = c @ W_dec.to(c.dtype)

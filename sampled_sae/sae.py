@@ -133,13 +133,12 @@ class SampledSAE(LayerWeights):
     def _train_batch(self, x: Tensor, scaled: bool) -> SampledSAEOutput:
         c = self.cfg
         if torch.is_grad_enabled():
-            self.layout.guard()
             if c.row_grads:
                 guard_rows(self)
+            self.layout.guard(self)
         leaves = self.layout.leaves(self, c.row_grads)
         tokens, encoder = self._batch(x, scaled, leaves)
-        may_wait = self.impl_in_use != "triton"
-        mse, aux, x_hat, codes = training_step(self, self._parts, tokens, encoder, leaves, may_wait)
+        mse, aux, x_hat, codes = training_step(self, self._parts, tokens, encoder, leaves)
         self.row_grads += leaves.rows.gradients
         x_hat = self._unscaled(x_hat, scaled).to(x.dtype).view(x.shape)
         return SampledSAEOutput(mse + c.aux_coefficient * aux, mse, aux, x_hat, self.layout.numbered(codes))

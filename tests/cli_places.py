@@ -25,17 +25,19 @@ SMALL = {
     "train": "--features 16 --k 2 --steps 2 --batch-size 16",
     "evaluate": "--model {model} --batch-size 32 --splice-rows 0",
     "sweep": "--model {model} --features 16 --k 2 --steps 1 --batch-size 16 --ls 2 --scores l2 --splice-rows 0",
+    "encode": "--sae {sae}",
     "export": "--to saelens",
     "check": "--quick --impl torch",
     "bench": "--d 4 --features 16 --batch 8 --k 2 --rounds 1 --seconds 1",
 }
 NAMES = ("store", "sae", "run", "peer", "model", "empty", "file", "broken", "missing", "new", "texts.jsonl")
-NAMES += ("dl", "sparsify", "imported", "harvested", "swept")
+NAMES += ("dl", "sparsify", "imported", "harvested", "swept", "encoded")
 FOLDERS = {
     "harvest": ("new",),
     "train": ("store", "new"),
     "evaluate": ("sae", "store"),
     "sweep": ("store", "new"),
+    "encode": ("store", "new"),
     "export": ("sae", "new"),
     "import": ("peer", "new"),
     "verify": ("store",),
@@ -55,7 +57,12 @@ def make_places(root: Path) -> None:
     make_model(root)
     formats.export(sae, root / "dl", to="dictionary_learning")
     formats.export(sae, root / "sparsify", to="sparsify", inference="topk")
-    for made in ("import {peer} {imported}", "harvest {harvested}", "sweep {store} {swept}"):
+    for made in (
+        "import {peer} {imported}",
+        "harvest {harvested}",
+        "sweep {store} {swept}",
+        "encode {store} {encoded}",
+    ):
         assert command_line.main(full(made, root)) == 0
     (root / "empty").mkdir()
     (root / "file").write_text("neither a folder nor JSON")

@@ -1,3 +1,4 @@
+import importlib.util
 import os
 
 import pytest
@@ -6,6 +7,10 @@ import torch
 # Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        from quick_interpreter import make_quick
+
+        make_quick()
 # The tensors here are small: a second thread costs more than it gives, several times so on a busy machine.
 torch.set_num_threads(1)
 

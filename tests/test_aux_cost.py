@@ -1,10 +1,15 @@
 """What the dead-feature loss costs: bounded by aux_pool, and never a tensor [B, F]."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from makers import make_sae, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from sampled_sae.impl.dead_features import IdleTokens
 
 
 class Largest(TorchDispatchMode):
@@ -64,3 +69,67 @@ def test_the_gradient_reaches_dead_features(aux_pool):
                 moving[part.features] |= (part.rows.grad != 0).view(len(part.features), -1).any(1)
         assert 0 < moving[:500].sum() <= (aux_pool or 500)
         assert not moving[500:].any()
+
+
+class Reads(TorchDispatchMode):
+    """How often a value went to the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def active(*features):
+    """bool [6]."""
+    return torch.zeros(6, dtype=torch.bool).index_fill(0, torch.tensor(features), True)
+
+
+def test_a_feature_is_dead_when_its_count_says_so_and_is_rarely_asked():
+    """A bound that has grown to the limit while every feature came back is replaced by the greatest count."""
+    idle, counts, expected = IdleTokens(), torch.zeros(6, dtype=torch.int64), []
+    with Reads() as reads:
+        for t in range(30):
+            # each comes back every third token, one of them up to the 18th
+            kept = (0, 1, 2) if t % 3 == 0 else (3, 4) if t % 3 == 1 else ((5,) if t < 20 else (0,))
+            expected.append(int(counts.max()) >= 5)
+            reads.count -= 1
+            assert idle.reaches(counts, 5) == expected[-1]
+            idle.count_(counts, active(*kept), 1)
+    assert sum(expected) == 7
+    # where the bound had grown to 5: a third of the steps, and all once the feature is dead
+    assert reads.count <= 1 + 30 // 3 + sum(expected)
+
+
+def test_counts_moved_by_others_and_another_limit_are_seen():
+    idle, counts = IdleTokens(), torch.zeros(6, dtype=torch.int64)
+    assert not idle.reaches(counts, 5)
+    counts[2] = 7
+    assert idle.reaches(counts, 5)
+    idle.count_(counts, active(0), 1)
+    assert idle.reaches(counts, 8)
+    assert not idle.reaches(counts, 9)
+    idle.count_(counts, active(2), 1)
+    assert not idle.reaches(counts, 9)
+    assert idle.reaches(counts, 2)
+    assert not copy.deepcopy(idle).reaches(counts, 9)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_nothing_is_computed_where_nothing_is_dead(impl, monkeypatch):
+    """Though `dead_after` tokens have passed: every feature is kept in every step."""
+    if impl == "triton":
+        pytest.importorskip("triton")
+    sae = make_sae(torch.float32, impl=impl, d_sae=16, k=16, l=None, aux_coefficient=1.0, dead_after=30)
+    sae.b_enc.data.fill_(100.0)
+    called = []
+    parts = sae._parts
+    spied = replace(parts, aux_loss=lambda *args: called.append(None) or parts.aux_loss(*args))
+    monkeypatch.setattr(type(sae), "_parts", property(lambda self: spied))
+    for _ in range(5):
+        sae(tokens(12, 12, dtype=torch.float32))
+    assert called == []
+    sae.tokens_since_active[3] = 30
+    sae(tokens(12, 12, dtype=torch.float32))
+    assert called == [None]

@@ -68,7 +68,7 @@ def command_lines(draw, name):
     return line
 
 
-@pytest.mark.parametrize("factor", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("factor", [1, pytest.param(6, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_command_line_ends_in_a_traceback(name, factor, places, capsys):  # noqa: F811
     @settings(

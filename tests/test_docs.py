@@ -12,7 +12,7 @@ from sampled_sae import __version__
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sampled_sae"
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("kernels/*.md"), *ROOT.glob("benchmarks/*.md")]
+PAGES = sorted(page for folder in (".", "docs", "kernels", "benchmarks") for page in (ROOT / folder).glob("*.md"))
 # a page may cite what a command writes, not only what is there
 WRITTEN = ("runs/", "trained/", ".venv/")
 NOT_ROOMS = ("build", "dist", "runs", "__pycache__")

@@ -13,6 +13,8 @@ pytest.importorskip("triton")
 
 from benchmarks import gpu
 from benchmarks.gpu_parts import summary, tuning
+from benchmarks.gpu_parts.compiling import REHEARSED
+from benchmarks.operations import OPERATIONS
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,12 +36,14 @@ def test_rehearsal(tmp_path):
     assert {row["check"] for row in rows["kernels"]} == {"passed"}
     assert {row["impl"] for row in rows["kernels"]} == {"triton"}
     compiled = {row["operation"] for row in rows["kernels"] if "torch.compile, eager" in row["rivals"]}
-    assert compiled == {row["operation"] for row in rows["kernels"]}
+    assert compiled == set(list(OPERATIONS)[:REHEARSED])
+    assert {row["operation"] for row in rows["kernels"]} == set(OPERATIONS)
     assert [row["dtype"] for row in rows["score"]] == sorted(row["dtype"] for row in rows["score"])
     assert {row["check"] for part in ("ceilings", "score") for row in rows[part]} == {"passed"}
     graphs = [row for row in rows["steps"] if row["candidate"].endswith("graph")]
     assert {row["reason"] for row in graphs} == {"left out: a graph needs CUDA"}
     assert all("ratio" in row for row in rows["steps"] if row not in graphs)
+    assert {row["candidate"] for row in rows["inference"] if "ratio" in row} >= {"ours", "eager PyTorch"}
     assert {row["candidate"] for row in rows["peers"]} >= {"ours, l=4", "eager PyTorch BatchTopK"}
     assert {row["table"] for row in rows["tuning"]} == set(tuning.CHOICES)
     assert not [row["reason"] for row in rows["tuning"] if "reason" in row]

@@ -12,7 +12,8 @@ from sampled_sae.cli import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {page.name: page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in FILES}
 TABLES = [
     (page, file, shown)
     for page, text in PAGES.items()
@@ -40,7 +41,7 @@ def test_table_equals_its_file(page, file, shown):
     assert shown.strip() == (ROOT / file).read_text(encoding="utf-8").strip()
 
 
-@pytest.mark.parametrize(("file", "table"), report.tables().items(), ids=str)
+@pytest.mark.parametrize(("file", "table"), [pytest.param(*one, id=one[0].name) for one in report.tables().items()])
 def test_table_file_equals_its_result_file(file, table):
     assert file.read_text(encoding="utf-8") == table
 

@@ -12,7 +12,7 @@ from sampled_sae.impl.encoder import Operands
 from sampled_sae.impl.hints import Rule, ThresholdHints
 from sampled_sae.impl.interface import implementation
 from sampled_sae.impl.pool import REST, PoolRule, find_pool
-from sampled_sae.impl.torch import screen, screen_columns, stream
+from sampled_sae.impl.torch import floor_screen, screen, screen_columns, stream
 from sampled_sae.testing import whole_numbers
 
 TORCH = implementation("torch")
@@ -167,7 +167,8 @@ def narrower(monkeypatch, share):
     monkeypatch.setattr(screen, "MARGIN", share * screen.MARGIN)
     for module in (screen, screen_columns, stream):
         monkeypatch.setattr(module, "UNIT", share * screen.UNIT) if module is not screen else None
-    monkeypatch.setattr(screen_columns, "MARGIN", share * screen_columns.MARGIN)
+    for module in (screen_columns, floor_screen):
+        monkeypatch.setattr(module, "MARGIN", share * module.MARGIN)
     monkeypatch.setattr(screen, "UNIT", share * screen.UNIT)
 
 
@@ -179,6 +180,9 @@ def test_the_entry_bound_is_needed(share, found, monkeypatch):
     true = float(TORCH.above_threshold(TORCH.encoder(x, W, b, screen="off"), torch.tensor(0.5)).values[0])
     just_below = torch.tensor(true).nextafter(torch.tensor(0.0))
     assert len(TORCH.above_threshold(seen, just_below).values) == found
+    search = stream.Search(seen.operands)
+    search.look_at(0, seen.operands, slice(0, 64), just_below[None])
+    assert len(search.settle(just_below[None]).values) == found
 
 
 @pytest.mark.parametrize(("share", "holds"), [(1.0, True), (0.9, False)])
@@ -275,8 +279,9 @@ def test_auto_screens_large_products_alone(monkeypatch):
     monkeypatch.setattr(screen, "fast_bfloat16", lambda: True)
     x, W = torch.ones(1024, 2), torch.ones(1024, 2)
     assert screen.rounded(x, W, "auto") is not None
-    for operands in ((x[:8], W), (x.double(), W.double()), (x, W.bfloat16())):
+    for operands in ((x[:8], W), (x.double(), W.double())):
         assert screen.rounded(*operands, "auto") is None
+    assert screen.rounded(x, W.bfloat16(), "auto") is not None
     monkeypatch.setattr(screen, "fast_bfloat16", lambda: False)
     assert screen.rounded(x, W, "auto") is None
 

@@ -55,16 +55,6 @@ def test_token_stream(k, members):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.usefixtures("block_tokens")
-@pytest.mark.parametrize("tau", [0.0, 2.0, 100.0])
-def test_stream_above(tau):
-    t = whole_numbers(40, 5, 1000)
-    a = reference.encode(t["x"], t["W_enc"], t["b_enc"])
-    expected = dense_entries(torch.where((a > 0) & (a >= tau), a, 0))
-    for ours, theirs in zip(stream.stream_above(Operands(t["x"], t["W_enc"].t(), t["b_enc"]), tau), expected):
-        assert torch.equal(ours, theirs)
-
-
 @pytest.mark.usefixtures("poisoned_memory", "block_tokens")
 @pytest.mark.parametrize("score", ["l2", "l2_squared", "entropy", "uniform"])
 def test_scores(score):

@@ -32,8 +32,11 @@ def main() -> None:
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set: the compiler cannot run in the interpreter's process; unset it")
     archs = [args.arch] if args.arch else list(SHARED)
-    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
-        found = dict(zip(archs, pool.map(compiled, archs, [args.only] * len(archs))))
+    if args.arch:
+        found = {args.arch: compiled(args.arch, args.only)}
+    else:
+        with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+            found = dict(zip(archs, pool.map(compiled, archs, [args.only] * len(archs))))
     if args.out:
         args.out.write_text(json.dumps({"triton": triton.__version__, "archs": found}, indent=1))
         return

@@ -125,7 +125,11 @@ CASES: dict[str, dict[str, Case]] = {
         **several(
             chunk_filter.append_above_,
             chunk_filter.append_above_kernel,
-            {"whole dictionary": (*CHUNK, C + 1, F, *LIST), "pool": (*CHUNK, new(C, dtype=int64), F, *LIST)},
+            {
+                "whole dictionary": (*CHUNK, C + 1, F, *LIST),
+                "pool": (*CHUNK, new(C, dtype=int64), F, *LIST),
+                "floors": (*CHUNK, C + 1, F, *LIST, new(C)),
+            },
         ),
         "first threshold": Case(
             chunk_filter.first_threshold_kernel, partial(chunk_filter.first_threshold, *CHUNK, KEPT)

@@ -19,6 +19,8 @@ SPARE_CORES = 2
 SHARE = 0.5
 # seconds for a compilation that was begun before the end
 PATIENCE = 5
+# jobs of a rehearsal, which does each again when it is timed
+REHEARSED = 2
 # what code does not depend on, but for the width of a row or a chunk
 FEW_TOKENS, FEW_FEATURES = 512, 8192
 
@@ -31,9 +33,10 @@ def compile_all(record: Record, jobs: Mapping[str, Job]) -> None:
     A process that dies, or is not done in time, does not stop the others.
     """
     count, end = processes(record), time.time() + SHARE * record.left
+    todo = list(jobs.items())[: REHEARSED if record.rehearse else None]
     workers = [Worker(Compiler) for _ in range(count)]
     for i, worker in enumerate(workers):
-        worker.ask("run", list(jobs.items())[i::count], end)
+        worker.ask("run", todo[i::count], end)
     for worker in workers:
         try:
             failed = worker.answer(None if end == math.inf else end + PATIENCE - time.time())

@@ -11,6 +11,7 @@ SHOWN = {
     "score": (("operation", "dtype"), "{of product:.2f} of the product's rate{failed}"),
     "kernels": (("operation",), "{ms:.3g} ms ({faster}){failed}"),
     "steps": (("candidate",), "{ratio:.2f}"),
+    "inference": (("candidate", "dtype"), "{ratio:.2f}"),
     "peers": (("candidate",), "{ratio:.2f}"),
 }
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.gpu_parts.compiling import compile_all, small
+from benchmarks.gpu_parts.compiling import REHEARSED, compile_all, small
 from benchmarks.measure import RESULTS, Row
 from benchmarks.operations import OPERATIONS, PRODUCT, SCORE_FORMS, Operations, first_call
 from benchmarks.operations.operation import Inputs
@@ -65,12 +65,12 @@ def main() -> None:
         jobs = {f"{n}, {w.name}, {t}": partial(first_call, n, w, t, args.device) for w, t in few for n in names}
         compile_all(record, jobs)
     backend = "eager" if args.rehearse else "inductor"
-    passes: list[tuple[Case, str | None]] = [(case, None if kernels else backend) for case in cases]
+    passes: list[tuple[Case, list[str], str | None]] = [(case, names, None if kernels else backend) for case in cases]
     if kernels and races.operations is OPERATIONS:
         # last of all, at one size: nothing ends a compilation that takes too long
-        passes.append((cases[0], backend))
-    for i, (case, compiler) in enumerate(passes):
-        race_all(record, args, case, names, compiler, (len(passes) - i) * len(names))
+        passes.append((cases[0], names[: REHEARSED if args.rehearse else None], backend))
+    for i, (case, some, compiler) in enumerate(passes):
+        race_all(record, args, case, some, compiler, (len(passes) - i) * len(names))
 
 
 def race_all(record: Record, args: Namespace, case: Case, names: list[str], compiler: str | None, of: int) -> None:

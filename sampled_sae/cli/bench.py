@@ -12,7 +12,7 @@ from .arguments import Command, pool_multiplier
 
 
 def add(command: Command) -> None:
-    from ..bench import DTYPES
+    from ..bench_steps import DTYPES
     from ..config import SELECTS
     from ..optim import MODES
     from ..support.argument_checks import SCORES

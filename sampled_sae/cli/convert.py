@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from .. import formats
+from ..formats.published.ours import origin as recorded
 from ..pretrained import FORMAT, ORIGIN, RUN
 from ..sae import SampledSAE
 from ..support.argument_checks import check_integer
-from ..support.atomic_files import field, read_json, write_json
+from ..support.atomic_files import write_json
 from ..training.activation_store import ActivationStore
 from ..training.checkpoint import CHECKPOINT
 from ..training.sharded_checkpoint import RECORD
@@ -74,26 +74,6 @@ def export(args: argparse.Namespace) -> None:
     )
     for path in written:
         print(path)
-
-
-def recorded(folder: Path) -> formats.Origin:
-    """What an SAE reads, as its training or its import left it.
-
-    Raises:
-        ValueError: a file that does not say it, with its name.
-    """
-    if (folder / RUN).is_file():
-        trained = field(folder / RUN, read_json(folder / RUN), "activations", dict)
-        origin = formats.Origin(trained.get("model"), trained.get("layer"), context_size=trained.get("context"))
-        return origin.checked(folder / RUN)
-    if (folder / ORIGIN).is_file():
-        found: dict[str, Any] = read_json(folder / ORIGIN)
-        found.pop("scale", None)  # in config.json since there is input_scale
-        try:
-            return formats.Origin(**found).checked(folder / ORIGIN)
-        except TypeError as error:
-            raise ValueError(f"{folder / ORIGIN}: {error}") from None
-    return formats.Origin()
 
 
 def import_(args: argparse.Namespace) -> None:

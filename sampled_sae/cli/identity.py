@@ -23,17 +23,17 @@ def trained_on(folder: Path) -> dict[str, Any]:
         return dict(field(folder / RUN, read_json(folder / RUN), "activations", dict))
     if (folder / ORIGIN).is_file():
         origin = read_json(folder / ORIGIN)
-        return {"model": origin.get("model_name"), "layer": _place(origin.get("layer"), origin.get("hook_name"))}
+        return {"model": origin.get("model_name"), "layer": block_read(origin.get("layer"), origin.get("hook_name"))}
     return {}
 
 
-def _place(layer: int | None, hook: str | None) -> int | str | None:
-    """The block whose output the SAE reads; the hook itself where it reads something else than the residual stream."""
+def block_read(layer: int | None, hook: str | None) -> int | str | None:
+    """The block whose output an SAE reads; the hook itself where it reads something else than the residual stream."""
     if layer is None or not hook:
         return layer
     if "resid_pre" in hook:
         return layer - 1
-    return hook if re.search("mlp|attn|attention|resid_mid|hook_[qkvz]$", hook) else layer
+    return hook if re.search("mlp|attn|attention|resid_mid|ln2|layernorm|hook_[qkvz]$|hook_embed", hook) else layer
 
 
 def check_same_activations(folder: Path, d_in: int, store: ActivationStore, insist: bool) -> None:

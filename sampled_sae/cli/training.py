@@ -101,6 +101,7 @@ def _train_arguments(p: argparse.ArgumentParser) -> None:
         "clip": "largest gradient norm",
         "adam": "rows without gradient: dense (they move on, as in torch), lazy or decayed (they stand still)",
         "moments": "dtype of Adam's moments, float32 or bfloat16",
+        "precision": "of the operands of products: bf16, tf32, fp32, or auto: bf16 on a GPU, fp32 without one",
         "seed": "of weights and token order",
         "checkpoint_every": "steps between checkpoints",
         "log_every": "steps between lines of metrics.jsonl",
@@ -141,7 +142,9 @@ def train(args: argparse.Namespace) -> None:
         config, how = _sae_config(args, store.d_in, seed=args.seed, **rule), _train_config(args)
     trainer = Trainer(config, how, store, args.out, args.device, args.ranks.mesh, args.lanes)
     verb = f"Resumes at step {trainer.step}" if trainer.step else "Trains"
-    print(f"{verb} on {args.activations}: {trainer.sae}\nwrites to {args.out}", flush=True)
+    print(
+        f"{verb} on {args.activations} in {trainer.config.precision}: {trainer.sae}\nwrites to {args.out}", flush=True
+    )
     sae = trainer.run(progress=not args.quiet)
     print(f"done: threshold {float(sae.threshold):.4g}, SAE in {args.out}")
 

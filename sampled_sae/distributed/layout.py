@@ -15,7 +15,7 @@ from ..impl.encoder import Share
 from ..impl.interface import Implementation
 from ..impl.layout import Layer, Layout, Leaves
 from ..impl.row_gradients import RowSource
-from .gate import Gate, SpreadRows
+from .gradients import SpreadRows, SumGradients
 from .mesh import Mesh
 from .parts import spread_parts
 from .ranks import SumBackward
@@ -50,7 +50,7 @@ class MeshLayout(Layout):
             rows = SpreadRows(keep_rows, frozenset())
             return Leaves(W_enc.t(), b_enc, W_dec, b_dec, b_dec, rows)
         rows = SpreadRows(keep_rows, wanted)
-        b_in, b_out, rows.anchor = Gate.apply(rows, self.mesh, self.weights, *parameters)
+        b_in, b_out, rows.anchor = SumGradients.apply(rows, self.mesh, self.weights, *parameters)
         return Leaves(W_enc.t(), b_enc, W_dec, b_in, b_out, rows)
 
     def read(self, read: Callable[[], Tensor]) -> tuple[Tensor, Share | None]:
@@ -89,7 +89,7 @@ class MeshLayout(Layout):
             return x
         return SumBackward.apply(x, self.mesh.feature, "gradient of x")
 
-    def guard(self) -> None:
+    def guard(self, layer: Layer) -> None:
         if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
             raise RuntimeError("DistributedDataParallel: `parallelize` has spread the SAE already; leave it out")
 
@@ -140,6 +140,11 @@ class MeshLayout(Layout):
             raise fault
         if refused[0][0] == REFUSED:
             raise OSError(f"{self.mesh.name_of(0, 0)} could not write: it says why")
+
+    def adopt(self, t: Tensor, name: str) -> Tensor:
+        """Of a whole one, which all processes have, their parts."""
+        whole = isinstance(t, DTensor) or name not in self.weights.shapes or t.shape != self.weights.shapes[name]
+        return t if whole else self.weights.wrap(name, self.weights.part_of(name, t))
 
     def local(self, t: Tensor) -> Tensor:
         return self.weights.local(t)

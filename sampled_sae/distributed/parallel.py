@@ -51,7 +51,7 @@ def parallelize(sae: SampledSAE, mesh: DeviceMesh) -> SampledSAE:
     if mesh.size() == 1:
         return sae
     own = Mesh(mesh)
-    weights = Weights(sae.cfg.d_sae, own)
+    weights = Weights(sae.cfg.d_in, sae.cfg.d_sae, own)
     with torch.no_grad():
         for name in NAMES:
             setattr(sae, name, weights.parameter(name, getattr(sae, name)))

@@ -20,7 +20,7 @@ from ..impl.row_gradients import RowSource
 from ..impl.torch.scores import finish_scores
 from ..support.nth_largest import largest_mask
 from .aux_loss import aux_loss
-from .gate import SpreadRows
+from .gradients import SpreadRows
 from .mesh import Mesh
 from .ranks import SumForward
 from .selection import find_cut, keep_of_block, keep_of_entries, keep_of_tokens, sort_bits, table_of

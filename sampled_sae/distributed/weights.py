@@ -18,9 +18,10 @@ class Weights:
 
     Attributes:
         n_features: F of all processes. first, n_local: the features here are first .. first + n_local - 1.
+        most_local: how many any process has at most. shapes: of whole tensors by name.
     """
 
-    def __init__(self, n_features: int, mesh: Mesh) -> None:
+    def __init__(self, d: int, n_features: int, mesh: Mesh) -> None:
         self.mesh = mesh
         self.n_features = n_features
         # as DTensor splits: so many each, the rest to the last
@@ -32,6 +33,13 @@ class Weights:
             )
         self.first = self.most_local * mesh.feature.rank
         self.n_local = min(self.most_local, n_features - self.first)
+        self.shapes = {
+            "W_enc": torch.Size((d, n_features)),
+            "b_enc": torch.Size((n_features,)),
+            "W_dec": torch.Size((n_features, d)),
+            "b_dec": torch.Size((d,)),
+            "tokens_since_active": torch.Size((n_features,)),
+        }
 
     def placements(self, name: str) -> list[Placement]:
         """Of the tensor `name`, one a dimension of the mesh."""
@@ -48,20 +56,12 @@ class Weights:
 
     def wrap(self, name: str, rows: Tensor) -> Tensor:
         """A DTensor of the kind of `name` from its part here, features first (those of W_enc: [F, d])."""
+        shape = self.shapes[name]
+        in_memory = torch.empty(shape[::-1] if name == "W_enc" else shape, device="meta")
+        stride = (in_memory.t() if name == "W_enc" else in_memory).stride()
         local = rows.t() if name == "W_enc" else rows
-        shape = list(local.shape)
-        if name in FEATURES:
-            shape[FEATURES[name]] = self.n_features
-        stride = torch.empty(shape[::-1], device="meta").t().stride() if name == "W_enc" else None
-        whole = torch.empty(shape, device="meta")
-        return DTensor.from_local(
-            local,
-            self.mesh.device_mesh,
-            self.placements(name),
-            run_check=False,
-            shape=whole.shape,
-            stride=stride or whole.stride(),
-        )
+        mesh, placements = self.mesh.device_mesh, self.placements(name)
+        return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
     def part_of(self, name: str, whole: Tensor) -> Tensor:
         """A copy of the part of a whole tensor that belongs here, features first; equal on all that hold it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,11 @@ RULES = ("threshold", "topk")
 # Tensors that are multiplied where activations are; codes and reconstruction come out multiplied too.
 IN_UNITS = ("b_enc", "b_dec", "threshold")
 Say = Callable[[str], None]
+# In units of the dtype's eps: decoder norms this near to 1 have been folded before, and thresholds this near to each
+# other are one threshold times such norms.
+ROUNDING = 8
+# Numbers that are looked at together, so that a check of weights of many gigabytes needs little memory.
+PIECE = 1 << 24
 
 
 def silent(line: str) -> None:
@@ -128,6 +133,15 @@ class PortableSAE:
             raise ValueError(f"b_enc + b_dec W_enc, for an input without b_dec, leaves the range of {self.dtype}")
         return replace(self, b_enc=b_enc, apply_b_dec_to_input=True)
 
+    def with_unit_rows(self, say: Say, why: str) -> PortableSAE:
+        """Unit decoder rows; equivalent to `n = W_dec.norm(dim=1); W_enc * n, b_enc * n, W_dec / n[:, None]`."""
+        norms = self.W_dec.norm(dim=1).clamp(min=1e-8)
+        if bool(((norms - 1).abs() <= ROUNDING * torch.finfo(self.dtype).eps).all()):
+            return self
+        say(f"decoder norms are folded into the encoder: {why}")
+        W_dec = self.W_dec / norms.unsqueeze(1)
+        return replace(self, W_enc=self.W_enc * norms, b_enc=self.b_enc * norms, W_dec=W_dec)
+
     def one_threshold(self) -> PortableSAE:
         """The same function with one threshold t, the geometric mean of the features' own, where each has its own.
 
@@ -212,8 +226,10 @@ def without_fraction(k: float) -> float:
     return int(k) if isinstance(k, float) and k.is_integer() else k
 
 
-def check_tensors(path: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Exactly the tensors of `shapes`, floating and finite; those that are matrices of one dtype.
+def check_tensors(
+    path: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], infinite: Container[str] = ()
+) -> None:
+    """Exactly the tensors of `shapes`, floating and finite; those named in `infinite` may hold inf, but no NaN.
 
     Raises:
         ValueError: naming the file and the tensor.
@@ -227,8 +243,13 @@ def check_tensors(path: Path, tensors: dict[str, Tensor], shapes: dict[str, tupl
             raise ValueError(f"{path}: {name} is {tuple(t.shape)}, must be {shape} by the configuration")
         if t.dtype not in FLOATS:
             raise ValueError(f"{path}: {name} is {t.dtype}, must be one of {', '.join(map(str, FLOATS))}")
-        if not torch.isfinite(t).all():
-            raise ValueError(f"{path}: {name} holds NaN or inf")
+        wrong, found = (torch.isnan, "NaN") if name in infinite else (_not_finite, "NaN or inf")
+        if any(bool(wrong(part).any()) for part in t.reshape(-1).split(PIECE)):
+            raise ValueError(f"{path}: {name} holds {found}")
+
+
+def _not_finite(t: Tensor) -> Tensor:
+    return ~t.isfinite()
 
 
 def check_one_dtype(path: Path, sae: PortableSAE) -> PortableSAE:

@@ -6,7 +6,7 @@ training checkpoints hold; it is read, not written. So are files from before its
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..support.argument_checks import check_positive
 from ..support.atomic_files import field, read_json, read_tensors, write_atomically, write_json
 from . import saelens_before_6
 from .origin import Origin, training_fields
-from .portable import PortableSAE, Say, check_one_dtype, check_tensors, narrowed, silent
+from .portable import ROUNDING, PortableSAE, Say, check_one_dtype, check_tensors, narrowed, silent
 
 NAME = "saelens"
 WEIGHTS = "sae_weights.safetensors"
@@ -38,9 +38,6 @@ AS_TRAINED_HERE = {
 EXPORTED, TRAINED = "sampled_sae", "sampled"
 # Without a version SAELens reads a cfg.json as one from before its release 6 and looks for other names.
 FORMAT_VERSION = "6.54.12"
-# In units of the dtype's eps: decoder norms this near to 1 have been folded before, and thresholds this near to each
-# other are one threshold times such norms.
-ROUNDING = 8
 
 
 def pack(sae: PortableSAE, origin: Origin, say: Say = silent) -> tuple[dict[str, Tensor], Any]:
@@ -133,7 +130,7 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
     architecture = AS_TRAINED_HERE.get(str(architecture), architecture)
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{cfg}: architecture={architecture!r}: this package reads {', '.join(ARCHITECTURES)}")
-    input_scale = _check_inputs(folder, config, say)
+    input_scale = check_inputs(folder, config, say)
     d_in, d_sae = field(cfg, config, "d_in"), field(cfg, config, "d_sae")
     shapes: dict[str, tuple[int, ...]] = {
         "W_enc": (d_in, d_sae),
@@ -169,12 +166,16 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
     sae = check_one_dtype(weights, sae)
     # absent, it is what SAELens takes by default: False for inference, True for training
     if architecture != "jumprelu" and config.get("rescale_acts_by_decoder_norm", architecture != "topk"):
-        sae = _fold_norms(sae, say)
+        sae = sae.with_unit_rows(say, "SAELens selects by activation times decoder norm here")
     return sae
 
 
-def _check_inputs(folder: Path, config: dict[str, Any], say: Say) -> float:
-    """What activations are to be multiplied by."""
+def check_inputs(folder: Path, config: dict[str, Any], say: Say, at_run_time: Container[str] = ()) -> float:
+    """What activations are to be multiplied by.
+
+    Raises:
+        ValueError: they are normalised in a way that is neither one factor nor in `at_run_time`.
+    """
     cfg, scale = folder / CONFIG, 1.0
     normalize = config.get("normalize_activations") or "none"
     if normalize == "expected_average_only_in":
@@ -188,7 +189,7 @@ def _check_inputs(folder: Path, config: dict[str, Any], say: Say) -> float:
             say(f"this is a training checkpoint: activations are multiplied by {scale!r}, as {SCALER} says")
     elif normalize == "covariance_whitening":
         raise ValueError(f"{cfg}: normalize_activations={normalize!r}: must be 'none'; fold it in with SAELens first")
-    elif normalize != "none":
+    elif normalize != "none" and normalize not in at_run_time:
         scaled = "what is done to each token at run time has no place in a SampledSAE"
         raise ValueError(f"{cfg}: normalize_activations={normalize!r}: must be 'none'; {scaled}")
     if config.get("reshape_activations") not in (None, "none"):
@@ -237,12 +238,3 @@ def _recorded_k(config: dict[str, Any]) -> float | None:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
             return value
     return None
-
-
-def _fold_norms(sae: PortableSAE, say: Say) -> PortableSAE:
-    """Unit decoder rows; equivalent to `n = W_dec.norm(dim=1); W_enc * n, b_enc * n, W_dec / n[:, None]`."""
-    norms = sae.W_dec.norm(dim=1).clamp(min=1e-8)
-    if bool(((norms - 1).abs() <= ROUNDING * torch.finfo(sae.dtype).eps).all()):
-        return sae
-    say("decoder norms are folded into the encoder: SAELens selects by activation times decoder norm here")
-    return replace(sae, W_enc=sae.W_enc * norms, b_enc=sae.b_enc * norms, W_dec=sae.W_dec / norms.unsqueeze(1))

@@ -5,6 +5,7 @@ A folder of several SAEs there has one such folder a hook, named after it (`laye
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,24 +85,43 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
     Raises:
         ValueError: a transcoder, a skip connection, another activation than "topk", wrong tensors.
     """
-    weights, cfg = folder / WEIGHTS, folder / CONFIG
-    for name, meaning in FOREIGN.items():
-        if config.get(name):
-            raise ValueError(f"{cfg}: {name}={config[name]!r}: {meaning} has no place in a SampledSAE")
-    activation = config.get("activation", "topk")
-    if activation != "topk":
-        raise ValueError(f"{cfg}: activation={activation!r}: this package reads 'topk'")
-    d_in = field(cfg, config, "d_in")
-    d_sae = field(cfg, {"num_latents": 0, **config}, "num_latents") or d_in * field(cfg, config, "expansion_factor")
-    shapes = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    check_tensors(weights, tensors, shapes)
+    check_weights(tensors, config, folder, FOREIGN)
     sae = PortableSAE(
         W_enc=tensors["encoder.weight"].t(),
         b_enc=tensors["encoder.bias"],
         W_dec=tensors["W_dec"],
         b_dec=tensors["b_dec"],
         rule="topk",
-        k=field(cfg, config, "k"),
+        k=field(folder / CONFIG, config, "k"),
         threshold=None,
     )
-    return check_one_dtype(weights, sae)
+    return check_one_dtype(folder / WEIGHTS, sae)
+
+
+def check_weights(
+    tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, refused: Mapping[str, str]
+) -> tuple[int, int]:
+    """(d_in, d_sae) of tensors that are those of cfg.json; `refused` holds what cfg.json may not say, with a reason.
+
+    Raises:
+        ValueError: naming the file, and what in it is refused or wrong.
+    """
+    cfg = folder / CONFIG
+    for name, meaning in refused.items():
+        if config.get(name):
+            raise ValueError(f"{cfg}: {name}={config[name]!r}: {meaning} has no place here")
+    activation = config.get("activation", "topk")
+    if activation != "topk":
+        raise ValueError(f"{cfg}: activation={activation!r}: this package reads 'topk'")
+    d_in = field(cfg, config, "d_in", int, 1)
+    d_sae = field(cfg, {"num_latents": 0, **config}, "num_latents") or d_in * field(cfg, config, "expansion_factor")
+    shapes: dict[str, tuple[int, ...]] = {
+        "encoder.weight": (d_sae, d_in),
+        "encoder.bias": (d_sae,),
+        "W_dec": (d_sae, d_in),
+        "b_dec": (d_in,),
+    }
+    if config.get("skip_connection"):
+        shapes["W_skip"] = (d_in, d_in)
+    check_tensors(folder / WEIGHTS, tensors, shapes)
+    return d_in, d_sae

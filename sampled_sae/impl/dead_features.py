@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..support.cuda_graphs import capturing
+from ..support.late_values import LateScalars
 
 
 class AuxRule(NamedTuple):
@@ -24,44 +25,60 @@ class AuxRule(NamedTuple):
 
 
 class IdleTokens:
-    """Moves the counts, int64 [F], and bounds their greatest, so that a GPU is rarely asked for it.
+    """Moves the counts, int64 [F], and knows whether their greatest has reached a limit.
 
-    The counts are the caller's, who may also move them in other ways: the bound holds for one version of them.
+    A bound, which grows by B a step, says for how long no count can have. From then on the greatest count of each step
+    is on its way to the host while backward and optimizer run, and the next step goes by it: a GPU is not waited for
+    beyond the forward pass of the step before.
+    The counts are the caller's, who may also move them in other ways: what is known holds for one version of them.
     """
 
     def __init__(self) -> None:
-        self._bound: tuple[int, int] | None = None
+        self._version, self._bound, self._exact = -1, 0, False
+        self._limit = 0
+        self._greatest: LateScalars | None = None
         self._captured = False
 
     @torch.no_grad()
-    def count_(self, counts: Tensor, active: Tensor, n_tokens: int) -> None:
-        """`counts += n_tokens`, and 0 for the features that have a kept entry, active bool [F]."""
-        bound = self._bound
-        if torch.compiler.is_compiling() or (bound is not None and bound[0] != counts._version):
-            bound = None
-        counts.add_(n_tokens).masked_fill_(active, 0)
-        self._bound = None if bound is None else (counts._version, bound[1] + n_tokens)
-
-    def may_reach(
+    def count_(
         self,
         counts: Tensor,
-        dead_after: int,
-        may_wait: bool = True,
-        greatest: Callable[[Tensor], Tensor] = torch.amax,
-    ) -> bool:
-        """False where surely no count has reached `dead_after`.
+        active: Tensor,
+        n_tokens: int,
+        greatest_of: Callable[[Tensor], Tensor] = torch.amax,
+    ) -> None:
+        """`counts += n_tokens`, and 0 for the features that have a kept entry, active bool [F].
 
-        may_wait: look at the counts again when the bound has reached it; a device that is ahead would be waited for.
-        greatest: of counts that other processes hold parts of.
+        greatest_of: the largest of counts, of which other processes may hold a part.
         """
+        known = not torch.compiler.is_compiling() and self._version == counts._version
+        counts.add_(n_tokens).masked_fill_(active, 0)
+        self._version, self._exact, self._greatest = -1, False, None
+        if known:
+            self._version, self._bound = counts._version, self._bound + n_tokens
+            if self._bound >= self._limit and not self._captured:
+                self._greatest = LateScalars()
+                self._greatest.put(0, greatest_of(counts))
+
+    def reaches(self, counts: Tensor, dead_after: int, greatest_of: Callable[[Tensor], Tensor] = torch.amax) -> bool:
+        """Whether a count has reached `dead_after`; True where that is decided on the device (compiled, captured)."""
         if torch.compiler.is_compiling():
             return True
         # from then on replays of the graph may move the counts unseen
         self._captured = self._captured or capturing()
         if self._captured:
             return True
-        known = self._bound is not None and self._bound[0] == counts._version
-        if not known or (may_wait and self._bound is not None and self._bound[1] >= dead_after):
-            self._bound = (counts._version, int(greatest(counts)))
-        assert self._bound is not None
-        return self._bound[1] >= dead_after
+        self._limit = dead_after
+        known = self._version == counts._version
+        if known and self._greatest is not None:
+            ((_, greatest),) = self._greatest.arrived(wait=True)
+            self._bound, self._exact, self._greatest = int(greatest), True, None
+        elif not known or (self._bound >= dead_after and not self._exact):
+            self._version, self._bound, self._exact = counts._version, int(greatest_of(counts)), True
+        return self._bound >= dead_after
+
+    def __deepcopy__(self, memo: dict[int, object]) -> IdleTokens:
+        return IdleTokens()
+
+    def __reduce__(self) -> tuple[type[IdleTokens], tuple[()]]:
+        return IdleTokens, ()

@@ -43,7 +43,8 @@ class Implementation:
     candidate_pool: Callable[..., Tensor]
     select: Callable[..., SparseCodes]
     encode_at: Callable[[Encoder, Entries], SparseCodes]
-    above_threshold: Callable[[Encoder, Tensor], SparseCodes]
+    above_threshold: Callable[..., SparseCodes]
+    dense_above_threshold: Callable[..., Tensor]
     decode: Callable[..., Tensor]
     aux_loss: Callable[..., Tensor]
     dead_candidates: Callable[..., Tensor]
@@ -112,6 +113,7 @@ def parts_of(layer: ModuleType, aux: ModuleType, optimizer: ModuleType) -> Imple
         layer.select,
         layer.encode_at,
         layer.above_threshold,
+        layer.dense_above_threshold,
         layer.decode,
         aux.aux_loss,
         aux.dead_candidates,

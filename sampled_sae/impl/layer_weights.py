@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -25,6 +27,12 @@ class LayerWeights(ThresholdModule):
     def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__(device, dtype)
         self.layout = ALONE
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Whole tensors are taken by a layer that is spread over processes too."""
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[key] = self.layout.adopt(state_dict[key], key[len(prefix) :])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:

@@ -16,6 +16,7 @@ from .encoder import Share
 from .interface import Implementation, implementation
 from .row_gradients import RowSource
 from .step_memory import StepMemory
+from .wrapper_guard import guard_rule
 
 
 class Layer(Protocol):
@@ -75,8 +76,9 @@ class Layout:
         """x [B, d] as the encoder is given it."""
         return x
 
-    def guard(self) -> None:
-        """Refuses what would train by another rule, before a step with gradients."""
+    def guard(self, layer: Layer) -> None:
+        """Refuses, before a step with gradients, what would train `layer` by another rule."""
+        guard_rule(layer)
 
     def numbered(self, codes: SparseCodes) -> SparseCodes:
         """Codes of the features here, as those of all features."""
@@ -93,6 +95,10 @@ class Layout:
     def write(self, write: Callable[[], None]) -> None:
         """Lets one process write what all of them share; the others wait for it."""
         write()
+
+    def adopt(self, t: Tensor, name: str) -> Tensor:
+        """A tensor of a state, in the form that parameter or buffer `name` has here."""
+        return t
 
     def local(self, t: Tensor) -> Tensor:
         """The part of a parameter, a buffer or a moment that is here; changes to it are seen by all that hold it."""

@@ -5,7 +5,6 @@ Gradients are dense and autograd's; where rows of gradients go and where a searc
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import reference
@@ -13,6 +12,7 @@ from ..codes import Entries, SparseCodes
 from ..reference import candidate_pool
 from .dead_features import AuxRule
 from .encoder import Encoder, Operands
+from .gate import Gate
 from .hints import Rule, ThresholdHints
 from .row_gradients import RowSource
 from .torch.products import without_autocast
@@ -25,6 +25,7 @@ __all__ = [
     "column_scores",
     "dead_candidates",
     "decode",
+    "dense_above_threshold",
     "encode_at",
     "encoder",
     "select",
@@ -77,9 +78,16 @@ def encode_at(encoder: Encoder, entries: Entries) -> SparseCodes:
     return SparseCodes(values, entries.tokens, entries.features, encoder.shape)
 
 
-def above_threshold(encoder: Encoder, threshold: Tensor) -> SparseCodes:
-    a = activations(encoder)
-    return SparseCodes.from_dense(torch.where(a > threshold, a, 0))
+def above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None = None) -> SparseCodes:
+    return SparseCodes.from_dense(dense_above_threshold(encoder, threshold, gate))
+
+
+@without_autocast
+def dense_above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None = None) -> Tensor:
+    if gate is None:
+        return reference.above(activations(encoder), threshold)
+    x = centred(encoder.x, encoder.b_dec)
+    return reference.above(reference.gated(x @ encoder.W.t().to(x.dtype), *gate), threshold)
 
 
 @without_autocast

@@ -38,13 +38,10 @@ class Step(NamedTuple):
     codes: SparseCodes
 
 
-def training_step(
-    layer: TrainedLayer, parts: Implementation, tokens: Tensor, encoder: Encoder, leaves: Leaves, may_wait: bool
-) -> Step:
+def training_step(layer: TrainedLayer, parts: Implementation, tokens: Tensor, encoder: Encoder, leaves: Leaves) -> Step:
     """One batch through the layer; moves its threshold and its counts of dead features.
 
     tokens: [B, d], to be reconstructed; `encoder` is of them and of `leaves`.
-    may_wait: whether the counts may be fetched from a device that is ahead.
     """
     c, memory = layer.cfg, layer.memory
     pool = memory.pool.next(lambda: memory.pool.find(parts, encoder.operands, PoolRule.of(c), layer.generator))
@@ -54,11 +51,12 @@ def training_step(
     mse = squared_error(parts, tokens, x_hat, encoder)
     aux = mse.new_zeros(())
     counts = layer.layout.local(layer.tokens_since_active)
-    if c.aux_coefficient > 0 and memory.idle.may_reach(counts, c.dead_after, may_wait, parts.totals.greatest):
+    if c.aux_coefficient > 0 and memory.idle.reaches(counts, c.dead_after, parts.totals.greatest):
         rule = AuxRule(c.aux_features, c.aux_pool, c.score)
         scores = None if pool is None else pool.scores
         aux = parts.aux_loss(encoder, x_hat, leaves.W_dec, counts >= c.dead_after, rule, scores)
-    memory.idle.count_(counts, parts.totals.active_mask(codes, members), encoder.operands.whole_shape[0])
+    active, n_tokens = parts.totals.active_mask(codes, members), encoder.operands.whole_shape[0]
+    memory.idle.count_(counts, active, n_tokens, parts.totals.greatest)
     threshold.move(layer, parts.totals.smallest(codes), c.threshold_decay)
     return Step(mse, aux, x_hat, codes)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sampled_sae.corpus.token_places import TokenPlaces
 from sampled_sae.lm.blocks import check_layer
 from sampled_sae.lm.dropped import check_drop_tokens, dropped
 from sampled_sae.lm.hooks import capture
@@ -151,9 +152,9 @@ def _write_files(
 
     def write(i: int, bar: Any) -> dict[str, Any]:
         if i < len(starts):
-            activations, counts = _activations(model, parts[i], starts[i], manifest, bar)
-            return writer.write_shard(i, activations, dropped=counts)
-        activations, counts = _activations(model, parts[i], train_rows, manifest, bar)
+            activations, places, counts = _activations(model, parts[i], starts[i], manifest, bar)
+            return writer.write_shard(i, activations, places, dropped=counts)
+        activations, _, counts = _activations(model, parts[i], train_rows, manifest, bar)
         return writer.write_holdout(activations, parts[i], dropped=counts)
 
     with ranks.together():
@@ -247,7 +248,7 @@ def _check_same(folder: Path, before: dict[str, Any], settings: dict[str, Any]) 
 
 
 def _new_manifest(model: Any, first_rows: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
-    batch, x = next(_residual_batches(model, first_rows, 0, settings))
+    batch, x = next(residual_batches(model, first_rows, 0, settings))
     norms = x[~dropped(batch, x, settings["drop_first"], settings["drop_tokens"], math.inf)[0]].norm(dim=-1)
     max_norm = settings["max_norm_ratio"] * float(norms.median())
     about = {field: settings[field] for field in ("model", "layer", "context", "source")}
@@ -256,10 +257,13 @@ def _new_manifest(model: Any, first_rows: Tensor, settings: dict[str, Any]) -> d
     return manifest
 
 
-def _residual_batches(
+def residual_batches(
     model: Any, rows: Tensor, first_row: int, settings: dict[str, Any]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield rows [b, T] on the model's device and their residual stream [b, T, d] in float32."""
+    """Yield rows [b, T] on the model's device and their residual stream [b, T, d] in float32.
+
+    Of the settings `batch_size`, `compute_dtype` and `layer` are read; `first_row` numbers the rows in errors.
+    """
     size, device = settings["batch_size"], device_of(model)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings["compute_dtype"] == "bfloat16")
     for start in range(0, len(rows), size):
@@ -279,14 +283,17 @@ def _residual_batches(
 
 def _activations(
     model: Any, rows: Tensor, first_row: int, manifest: dict[str, Any], bar: Any
-) -> tuple[Tensor, dict[str, int]]:
-    """(the vectors [n, d] of the rows that stay, on the CPU in the stored dtype; how many do not, by reason)."""
+) -> tuple[Tensor, TokenPlaces, dict[str, int]]:
+    """(the vectors [n, d] of the rows that stay, on the CPU in the stored dtype; where they stand; how many do not
+    stay, by reason)."""
     kept: list[Tensor] = []
+    stay: list[Tensor] = []
     counts: Counter[str] = Counter()
     settings = manifest["settings"]
-    for batch, x in _residual_batches(model, rows, first_row, settings):
+    for batch, x in residual_batches(model, rows, first_row, settings):
         out, found = dropped(batch, x, settings["drop_first"], settings.get("drop_tokens", ()), manifest["max_norm"])
         kept.append(as_stored(x[~out], manifest["dtype"]))
+        stay.append(~out.cpu())
         counts.update(found)
         bar.update(batch.numel())
-    return torch.cat(kept), dict(counts)
+    return torch.cat(kept), TokenPlaces.of_rows(rows, torch.cat(stay)), dict(counts)

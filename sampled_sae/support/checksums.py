@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,3 +33,21 @@ def tensors_crc32(tensors: dict[str, Tensor]) -> str:
         crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
         crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
     return as_text(crc)
+
+
+def damage(folder: Path, entry: dict[str, Any]) -> str | None:
+    """What is wrong with a file that a manifest lists, by its size and its checksum; None where nothing is.
+
+    Args:
+        folder: that of the manifest.
+        entry: of the manifest: `file`, `bytes`, and `crc32`, which earlier versions did not write.
+    """
+    path = folder / entry["file"]
+    if not path.is_file():
+        return "no such file, but the manifest lists it"
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return f"corrupt, {size} bytes where the manifest says {entry['bytes']}"
+    if "crc32" in entry and (found := file_crc32(path)) != entry["crc32"]:
+        return f"corrupt, checksum {found} where the manifest says {entry['crc32']}"
+    return None

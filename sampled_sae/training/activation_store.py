@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..corpus.token_places import TokenPlaces, TokenShard
 from ..support.argument_checks import check_choice, check_integer
 from ..support.atomic_files import read_rows, read_tensors
 from .store_writer import DTYPES, MANIFEST, check_scale, damage, read_manifest
@@ -112,13 +113,34 @@ class ActivationStore:
 
     def shard(self, i: int, start: int = 0, stop: int | None = None) -> Tensor:
         """Activations [n, d] of one shard, 0 <= i < len(self.tokens), or its tokens from start to stop alone."""
-        i = check_integer("i", i, 0)
-        if i >= len(self.tokens):
-            raise ValueError(f"i={i}: {self.folder} has {len(self.tokens)} shards")
-        entry = self.manifest["shards"][i]
+        entry = self._entry(i)
         if start == 0 and stop in (None, entry["tokens"]):
             return self.load(entry)["activations"]
         return read_rows(self._whole(entry), "activations", start, stop).float()
+
+    @property
+    def has_places(self) -> bool:
+        """Whether every shard says where in the texts its tokens stand; those of earlier versions do not."""
+        return bool(self.tokens) and all(shard.get("rows") for shard in self.manifest["shards"])
+
+    def token_shard(self, i: int) -> TokenShard:
+        """The activations of one shard, and with `has_places` where in the texts its tokens stand.
+
+        Raises:
+            ValueError: places that are not those of the activations; naming the file.
+        """
+        entry = self._entry(i)
+        tensors = self.load(entry)
+        if not self.has_places:
+            return TokenShard(tensors["activations"], None)
+        return TokenShard(tensors["activations"], TokenPlaces.read(self.folder / entry["file"], tensors))
+
+    def _entry(self, i: int) -> dict[str, Any]:
+        i = check_integer("i", i, 0)
+        if i >= len(self.tokens):
+            raise ValueError(f"i={i}: {self.folder} has {len(self.tokens)} shards")
+        entry: dict[str, Any] = self.manifest["shards"][i]
+        return entry
 
     def _whole(self, entry: dict[str, Any]) -> Path:
         """The path of a file in the manifest, whose checksum has been verified once."""

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..support.argument_checks import check_finite
 from ..support.atomic_files import field
 from .checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
-from .same_settings import check_same_settings
+from .same_settings import check_same_settings, with_precision
 from .sharded_checkpoint import RECORD, read_record, read_shards, write_shards
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def load(run: TrainingRun) -> bool:
         then, now = state["settings"], settings(run)
         # an earlier version's: the scale stands among the settings of the activations
         then["sae"] = {"input_scale": now["sae"]["input_scale"], **field(path, then, "sae", dict)}
+        then["train"] = with_precision(then.get("train"))
         check_same_settings(path, then, now)
         lanes = state.get("lanes", 1)
         if lanes != run.feed.stream.lanes:

@@ -35,6 +35,11 @@ def is_same_kind(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return is_same_model(one, other) and len(layers) < 2
 
 
+def with_precision(train: Any) -> Any:
+    """The settings of a training; those of an earlier version, which knew no precision, with that which it had."""
+    return {"precision": "fp32", **train} if isinstance(train, dict) else train
+
+
 def check_same_settings(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     """`then` and `now` are part -> settings.
 

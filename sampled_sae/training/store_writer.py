@@ -1,8 +1,9 @@
 """The files of a store of activations, written one by one, and the manifest that lists them.
 
-The folder holds `shard_00000.safetensors`, ... (tensor `activations` [n, d], raw), `holdout.safetensors` (the same
-for tokens kept for evaluation, and their token rows where there is text) and `manifest.json`. A file becomes visible
-only when whole, and counts only once the manifest lists it, with its checksum.
+The folder holds `shard_00000.safetensors`, ... (tensor `activations` [n, d], raw, and where there is text the
+`TokenPlaces` of the tokens), `holdout.safetensors` (activations of tokens kept for evaluation, and their token rows
+where there is text) and `manifest.json`. A file becomes visible only when whole, and counts only once the manifest
+lists it, with its checksum.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..corpus.token_places import TokenPlaces
+from ..support import checksums
 from ..support.atomic_files import field, read_json, read_tensors, write_atomically, write_json
 from ..support.checksums import file_crc32
 
@@ -121,25 +124,15 @@ def damage(folder: Path, entry: dict[str, Any]) -> str | None:
 
     Stores of earlier versions have no checksums: there the shards' sums of squares say it.
     """
-    path = folder / entry["file"]
-    if not path.is_file():
-        return "no such file, but the manifest lists it"
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        return f"corrupt, {size} bytes where the manifest says {entry['bytes']}"
-    if "crc32" in entry:
-        found = file_crc32(path)
-        return (
-            None if found == entry["crc32"] else f"corrupt, checksum {found} where the manifest says {entry['crc32']}"
-        )
-    if "sum_squares" in entry:
+    problem = checksums.damage(folder, entry)
+    if problem is None and "crc32" not in entry and "sum_squares" in entry:
         try:
-            found_sum = sum_squares(read_tensors(path)["activations"])
+            found_sum = sum_squares(read_tensors(folder / entry["file"])["activations"])
         except (ValueError, KeyError) as error:
             return f"corrupt, no readable activations ({error})"
         if not math.isclose(found_sum, entry["sum_squares"], rel_tol=1e-9):
             return f"corrupt, its squares sum to {found_sum:.9g} where the manifest says {entry['sum_squares']:.9g}"
-    return None
+    return problem
 
 
 def sum_squares(activations: Tensor) -> float:
@@ -184,9 +177,16 @@ class StoreWriter:
         """Whether the manifest lists the held-out part and the file is undamaged."""
         return self._is_whole(self.manifest["holdout"])
 
-    def write_shard(self, index: int, activations: Tensor, **about: Any) -> dict[str, Any]:
-        """activations [n, d], raw, in the dtype of the shards. Returns what the manifest says of it, and of `about`."""
-        entry = self._write(_shard_name(index), {"activations": activations})
+    def write_shard(
+        self, index: int, activations: Tensor, places: TokenPlaces | None = None, **about: Any
+    ) -> dict[str, Any]:
+        """activations [n, d], raw, in the dtype of the shards; places: where in the texts the n tokens stand.
+
+        Returns what the manifest says of it: `about` too.
+        """
+        entry = self._write(_shard_name(index), {"activations": activations, **(places._asdict() if places else {})})
+        if places is not None:
+            entry["rows"] = len(places.rows)
         return self.list_file({**entry, "sum_squares": sum_squares(activations), **about})
 
     def write_holdout(self, activations: Tensor, rows: Tensor | None = None, **about: Any) -> dict[str, Any]:

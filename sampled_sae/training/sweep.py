@@ -19,8 +19,9 @@ from ..support.output_folder import check_output_folder, held_by_first
 from .activation_store import ActivationStore
 from .batches import Feed
 from .evaluation import evaluate_activations, reconstruct_with
+from .precision import settled
 from .sae_group import SAEGroup, check_members
-from .same_settings import check_same_settings, identity, in_words, is_same_kind
+from .same_settings import check_same_settings, identity, in_words, is_same_kind, with_precision
 from .sharded_checkpoint import remove_checkpoint
 from .sweep_table import read_result, write_table
 from .train_config import TrainConfig
@@ -116,7 +117,7 @@ def run_sweep(
     check_members(configs, store)
     check_output_folder(folder)
     ranks = ranks_of(mesh)
-    Feed(store, train.batch_size, train.seed, device, ranks)
+    feed = Feed(store, train.batch_size, train.seed, device, ranks)
     # of a SpliceSource, or of the SpliceEvaluator that a bound method belongs to
     about = getattr(getattr(splice, "__self__", splice), "about", {})
     if about.get("weights_sha256") and not is_same_kind(about, harvested := identity(store.manifest)):
@@ -125,12 +126,12 @@ def run_sweep(
             "SpliceEvaluator.of_harvest, or a function that calls another"
         )
     common = {
-        "train": asdict(train),
         "activations": identity(store.manifest),
         "splice": None if splice is None else about,
         "data": store.manifest["shards"],
     }
-    settings = {name: {"sae": config.settings(), **common} for name, config in configs.items()}
+    trains = {name: asdict(settled(train, config, feed.device)) for name, config in configs.items()}
+    settings = {name: {"sae": config.settings(), "train": trains[name], **common} for name, config in configs.items()}
     place = {name: f"[{i}/{len(configs)}] {name}" for i, name in enumerate(configs, 1)}
     with ranks.together():
         results = {name: found for name in configs if (found := _recorded(folder / name, settings[name])) is not None}
@@ -176,7 +177,8 @@ def _recorded(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     for path in (folder / RESULT, folder / EVALUATION):
         found = read_result(path) if path.exists() else {}
         if "settings" in found:
-            check_same_settings(path, found["settings"], settings)
+            then = found["settings"]
+            check_same_settings(path, {**then, "train": with_precision(then.get("train"))}, settings)
             return found
     return None
 

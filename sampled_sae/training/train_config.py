@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from ..optim import MODES
 from ..support.argument_checks import check_choice, check_integer, check_number
 
+PRECISIONS = ("auto", "bf16", "tf32", "fp32")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -21,6 +23,9 @@ class TrainConfig:
         clip: largest gradient norm.
         adam: RowAdam's mode, "dense", "lazy" or "decayed".
         moments: dtype of RowAdam's moments, "float32" or "bfloat16".
+        precision: of the operands of products, "bf16", "tf32" or "fp32"; weights, sums and gradients are float32.
+            "auto" is "bf16" where the Triton form computes on a GPU, else "fp32". A run goes on in the precision it
+            has begun in; one that device or implementation do not have is an error.
         seed: of the order of the tokens.
         checkpoint_every, log_every: steps between checkpoints and lines of metrics.jsonl.
     """
@@ -33,6 +38,7 @@ class TrainConfig:
     clip: float = 1.0
     adam: str = "dense"
     moments: str = "float32"
+    precision: str = "auto"
     seed: int = 0
     checkpoint_every: int = 500
     log_every: int = 10
@@ -43,6 +49,7 @@ class TrainConfig:
         object.__setattr__(self, "seed", check_integer("seed", self.seed, 0))
         object.__setattr__(self, "adam", check_choice("adam", self.adam, MODES))
         object.__setattr__(self, "moments", check_choice("moments", self.moments, ("float32", "bfloat16")))
+        object.__setattr__(self, "precision", check_choice("precision", self.precision, PRECISIONS))
         for name, most in (("lr", None), ("clip", None), ("warmup", 1), ("decay", 1)):
             object.__setattr__(self, name, check_number(name, getattr(self, name), 0, most))
 

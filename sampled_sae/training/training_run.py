@@ -23,8 +23,9 @@ from ..support.timing import check_memory
 from .activation_store import ActivationStore
 from .batches import Feed, TrainingBatch
 from .checkpoint import CHECKPOINT
+from .precision import forward_in, settled, step_in
 from .resuming import load, save
-from .same_settings import identity
+from .same_settings import identity, with_precision
 from .sharded_checkpoint import RECORD
 from .train_config import TrainConfig
 
@@ -63,6 +64,7 @@ class TrainingRun:
 
     Attributes:
         sae, optimizer: what is trained, and by what.
+        config: `train_config` with the precision that "auto" stands for here.
         metrics: the lines of metrics.jsonl so far.
         step: steps done, those before a resumed checkpoint included.
         seconds: spent in those steps. A GPU may still work on one run while the next is timed: there only the
@@ -70,13 +72,14 @@ class TrainingRun:
 
     Raises:
         ValueError: a checkpoint of other settings in the folder, a damaged one, an SAE of another training without its
-            checkpoint, widths that differ, a folder that cannot be written to, activations that (all but) do not vary.
+            checkpoint, widths that differ, a folder that cannot be written to, activations that (all but) do not vary,
+            a precision that this SAE cannot have on this device.
     """
 
     def __init__(self, sae_config: SampledSAEConfig, train_config: TrainConfig, feed: Feed, folder: str | Path) -> None:
         store = feed.store
         check_fits(sae_config, store)
-        self.config = train_config
+        self.config = train_config = settled(train_config, sae_config, feed.device)
         self.feed = feed
         self.folder = Path(folder)
         self._ranks = ranks = feed.ranks
@@ -122,12 +125,15 @@ class TrainingRun:
         start = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.step)
-        out = self.sae(batch.x, scaled=True)
-        self._losses.put(self.step, out.loss)
-        self._aux.put(self.step, out.aux)
-        self._check_losses()
-        out.loss.backward()
-        self.optimizer.step()
+        precision, device = self.config.precision, self.feed.device
+        with step_in(precision, device):
+            with forward_in(precision, device):
+                out = self.sae(batch.x, scaled=True)
+            self._losses.put(self.step, out.loss)
+            self._aux.put(self.step, out.aux)
+            self._check_losses()
+            out.loss.backward()
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         self.seconds += time.perf_counter() - start
@@ -194,7 +200,9 @@ class TrainingRun:
         if not (self.folder / CONFIG).exists():
             return
         then = read_json(self.folder / RUN) if (self.folder / RUN).exists() else {}
-        of_same = then.get("train") == asdict(self.config) and then.get("activations") == self._activations()
+        of_same = (
+            with_precision(then.get("train")) == asdict(self.config) and then.get("activations") == self._activations()
+        )
         saved = field(self.folder / CONFIG, read_json(self.folder / CONFIG), "sae", dict)
         if not of_same or {**saved, "screen": None} != {**self._saved_config().to_dict(), "screen": None}:
             raise ValueError(

@@ -1,11 +1,13 @@
-"""Whether the files of a folder are whole: a store of activations, an SAE, a training, a sweep."""
+"""Whether the files of a folder are whole: a store of activations or codes, an SAE, a training, a sweep."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..corpus import codes_files
 from ..pretrained import CONFIG, FORMAT, ORIGIN, RUN, WEIGHTS, load_pretrained
+from ..support import checksums
 from ..support.atomic_files import read_json, read_json_lines
 from .checkpoint import CHECKPOINT, read_checkpoint
 from .sharded_checkpoint import RECORD, damaged_files, read_record
@@ -33,11 +35,14 @@ def verify(folder: Path) -> Iterator[Finding]:
             found = True
             yield finding
     if not found:
-        raise ValueError(f"{folder}: holds no activations, SAE, training or sweep of sampled-sae")
+        raise ValueError(f"{folder}: holds no activations, codes, SAE, training or sweep of sampled-sae")
 
 
 def _store(folder: Path) -> Iterator[Finding]:
     try:
+        if codes_files.is_codes(folder):
+            yield from _codes(folder)
+            return
         manifest = read_manifest(folder)
     except ValueError as error:
         yield _finding(folder / MANIFEST, error)
@@ -50,6 +55,16 @@ def _store(folder: Path) -> Iterator[Finding]:
         problem = damage(folder, entry)
         whole = OK if "crc32" in entry else "ok as far as its size and sum tell: no checksum, of an earlier version"
         yield folder / entry["file"], problem or whole, problem is not None
+
+
+def _codes(folder: Path) -> Iterator[Finding]:
+    """ValueError for a manifest that is none."""
+    manifest = codes_files.read_manifest(folder)
+    unfinished = "not finished; run the same encode command again"
+    yield folder / MANIFEST, OK if manifest["complete"] else unfinished, not manifest["complete"]
+    for entry in manifest["shards"]:
+        problem = checksums.damage(folder, entry)
+        yield folder / entry["file"], problem or OK, problem is not None
 
 
 def _run(folder: Path) -> Iterator[Finding]:

@@ -34,6 +34,12 @@ def start(settings, whole_numbers=False):
     return sae
 
 
+def spread(shape, settings, whole_numbers=False):
+    """(SAE over a mesh, its rank among the processes that hold other tokens)."""
+    sae = parallelize(start(settings, whole_numbers), mesh_of(shape))
+    return sae, sae.layout.mesh.data.rank
+
+
 def whole(t):
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
@@ -62,9 +68,9 @@ def optimizer_of(sae, kind):
     return RowAdam(sae, lr=1e-2, mode=kind)
 
 
-def train(sae, data, kind, rank):
-    """One line a step: loss, kept entries, gradients here, threshold; and the state at the end."""
-    optimizer = optimizer_of(sae, kind)
+def train(sae, data, kind, rank, optimizer=None):
+    """One line a step: loss, kept entries, gradients here, threshold."""
+    optimizer = optimizer if optimizer is not None else optimizer_of(sae, kind)
     lines = []
     for of_step in data:
         x = torch.cat(of_step) if rank is None else of_step[rank]
@@ -89,10 +95,10 @@ def state(sae):
 
 def train_on_mesh(shape, settings, counts, steps, kind, whole_numbers=False):
     """The lines and the end state of this process, with where it stands."""
-    sae = parallelize(start(settings, whole_numbers), mesh_of(shape))
+    sae, rank = spread(shape, settings, whole_numbers)
     mesh = sae.layout.mesh
     dtype = settings.get("dtype", torch.float64)
-    lines = train(sae, batches(counts, steps, 12, whole_numbers, dtype), kind, mesh.data.rank)
+    lines = train(sae, batches(counts, steps, 12, whole_numbers, dtype), kind, rank)
     local = {name: sae.layout.local(p).clone() for name, p in sae.named_parameters()}
     return {
         "lines": lines,
@@ -101,7 +107,6 @@ def train_on_mesh(shape, settings, counts, steps, kind, whole_numbers=False):
         "data": mesh.data.rank,
         "feature": mesh.feature.rank,
         "first": sae.layout.weights.first,
-        "traffic": {key: (s.calls, s.size) for key, s in mesh.traffic.sent.items()},
     }
 
 

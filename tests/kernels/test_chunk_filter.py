@@ -69,6 +69,26 @@ def test_appends_what_is_above(tau, shape, device):
     assert (keys[int(count) :] == -7).all()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("has_vectors", [True, False])
+def test_floors_are_strict_and_signed(has_vectors, shape, device):
+    """One for each column, ties and infinities among them; what lies above a negative one is appended unchanged."""
+    z, b, scale = chunk(shape, device)
+    b, scale = (b, scale) if has_vectors else (None, None)
+    make = torch.Generator().manual_seed(1)
+    floors = (torch.randint(-9, 9, shape[1:], generator=make) / 4).to(device)
+    floors[1::5], floors[2::5], floors[3::5] = INF, -INF, NAN
+    values, keys, count = empty_list(z.numel(), device)
+    tau = threshold(NAN, device)
+    append_above_(z, b, scale, 5, 100, tau, values, keys, count, floors)
+    a = (z + b) * scale if has_vectors else z
+    tokens, columns = (a > floors).nonzero(as_tuple=True)
+    found_values, found_keys = in_order(values, keys, count)
+    assert torch.equal(found_values, a[tokens, columns])
+    assert torch.equal(found_keys, tokens * 100 + 5 + columns)
+    assert (keys[int(count) :] == -7).all()
+
+
 def test_some_tile_has_hits_and_some_has_none(device):
     z = torch.zeros(29, 75, device=device)
     z[28, 74] = z[3, 40] = 1.0
@@ -162,6 +182,7 @@ def test_empty(shape, device):
         ({"scale": torch.ones(5, 1)}, "scale must be"),
         ({"features": torch.ones(5)}, r"features must be contiguous torch.int64 \[5\]"),
         ({"tau": torch.ones(())}, "tau must be"),
+        ({"floors": torch.ones(4)}, r"floors must be contiguous torch.float32 \[5\]"),
         ({"values": torch.ones(3, dtype=torch.float64)}, "values must be"),
         ({"keys": torch.ones(4, dtype=torch.int64)}, r"keys must be contiguous torch.int64 \[3\]"),
         ({"count": torch.zeros(1, dtype=torch.int32)}, "count must be"),

@@ -88,6 +88,20 @@ def check_dots(given, left, W):
     assert_within_rounding(entry_dots(left, W, tokens, features, token_ends), expected, magnitude)
 
 
+@pytest.mark.parametrize("skipped", [1, 16, 37])
+def test_entries_before_the_first_token_are_left_out(skipped, device):
+    """token_ends[0] > 0, to within a piece, to its end and over several; what lies before token_ends is not read."""
+    B, d, F = scaled((11, 37, 150), device)
+    values, _, features, token_ends = entries(B, F, device)
+    W = matrix(F, d, torch.float32, device)
+    pad = (skipped, 0)
+    shifted = torch.nn.functional.pad(values, pad, value=float("nan")), torch.nn.functional.pad(features, pad)
+    ends = torch.full((B + 2,), -(2**31) + 1, dtype=torch.int32, device=device)
+    ends[1:] = token_ends + skipped
+    found = gather_sum(*shifted, ends[1:], W)
+    torch.testing.assert_close(found, gather_sum(values, features, token_ends, W), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("has_bias", [True, False])

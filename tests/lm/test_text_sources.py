@@ -118,8 +118,8 @@ def test_paths_and_folders_inside(tmp_path):
     [
         ("a.jsonl", b'"x"\n{"text": "y"', r"a\.jsonl, line 2 is not JSON"),
         ("a.jsonl", b'"x"\n\n{"other": "y", "more": 1}', r"a\.jsonl, line 3 must be .*, has other, more"),
-        ("a.jsonl", b"[" * 200_000, r"a\.jsonl, line 1 is not JSON"),
-        ("a.jsonl", b"1" * 5000, r"a\.jsonl, line 1 is not JSON"),
+        pytest.param("a.jsonl", b"[" * 200_000, r"a\.jsonl, line 1 is not JSON", id="too deep"),
+        pytest.param("a.jsonl", b"1" * 5000, r"a\.jsonl, line 1 is not JSON", id="too long a number"),
         ("a.jsonl", b'[{"role": "user"}]', r"a\.jsonl, line 1 must be .* a chat"),
         ("a.json", b'["x", {"text": 3}]', r"a\.json, record 1 must be"),
         ("a.csv", b"title,body\nx,y\n", r"a\.csv has no column text or .*, but 'title', 'body'"),

@@ -20,4 +20,4 @@ def test_block(name, tmp_path, monkeypatch):
 
 
 def test_every_peer_has_a_block():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6

@@ -192,7 +192,7 @@ def command(name, tmp_path, *arguments):
 @pytest.mark.slow
 def test_peer_steps_command(tmp_path):
     names = ["ours, l=4", "dictionary_learning BatchTopK", "sparsify TopK"]
-    result, shown = command("peer_steps", tmp_path, "--rehearse", "--rounds", 2, "--candidates", *names)
+    result, shown = command("peer_steps", tmp_path, "--rehearse", "--here", "--rounds", 2, "--candidates", *names)
     assert [row["candidate"] for row in result["rows"]] == names
     for row in result["rows"]:
         assert row["ratio_p20"] <= row["ratio"] <= row["ratio_p80"]

@@ -19,7 +19,7 @@ from ...codes import Entries, SparseCodes
 from ...support.reused_memory import Workspace
 from ..encoder import Encoder
 from ..row_gradients import RowSource
-from .products import ends_of_tokens, sampled_product
+from .products import ends_of_tokens, gathered_sums, sampled_product
 
 SLICE_ELEMENTS = 1 << 19
 
@@ -63,11 +63,8 @@ class EntryIndex:
     def sum_by_token(self, weights: Tensor, W: Tensor) -> Tensor:
         """sum_j weights_ij W_j, [B, d]."""
         if W.dtype != weights.dtype:
-            local = torch.searchsorted(self.touched, self.features)
-            W, features = W[self.touched].to(weights.dtype), local
-        else:
-            features = self.features
-        return embedding_bag(features, W, self.token_ends[:-1], mode="sum", per_sample_weights=weights)
+            return gathered_sums(weights, W, self.token_ends, self.features)
+        return embedding_bag(self.features, W, self.token_ends[:-1], mode="sum", per_sample_weights=weights)
 
     def sum_by_feature(self, weights: Tensor, source: Tensor) -> Tensor:
         """sum_i weights_ij source_i for each touched feature, [T, d]."""
@@ -109,8 +106,8 @@ def entry_codes(encoder: Encoder, found: Entries) -> SparseCodes:
     codes = SparseCodes(*found, encoder.shape)
     index = entry_index(codes, rows)
     if torch.is_grad_enabled():
-        W_rows = rows.receiver("W_enc", W, index.touched, operands.x.dtype)
-        b_rows = rows.receiver("b_enc", b, index.touched, operands.x.dtype)
+        W_rows = receiver(rows, "W_enc", W, index, operands.x.dtype)
+        b_rows = receiver(rows, "b_enc", b, index, operands.x.dtype)
         values = EncodeEntries.apply(
             x, b_dec, W_rows, b_rows, found.values, operands.x, operands.W, operands.scale, index
         )
@@ -122,8 +119,14 @@ def entry_codes(encoder: Encoder, found: Entries) -> SparseCodes:
 def decode_entries(codes: SparseCodes, W_dec: Tensor, rows: RowSource) -> Tensor:
     """sum_j c_ij W_dec_j, [B, d]."""
     index = entry_index(codes, rows)
-    W_rows = rows.receiver("W_dec", W_dec, index.touched, codes.values.dtype)
+    W_rows = receiver(rows, "W_dec", W_dec, index, codes.values.dtype)
     return DecodeEntries.apply(codes.values, W_rows, W_dec.detach(), index)
+
+
+def receiver(rows: RowSource, name: str, W: Tensor, index: EntryIndex, dtype: torch.dtype) -> Tensor | None:
+    """Where the gradient of the touched rows goes; None where it is not asked for, and nothing is sorted for it."""
+    wanted = W.requires_grad and torch.is_grad_enabled()
+    return rows.receiver(name, W, index.touched, dtype) if wanted else None
 
 
 def entry_index(codes: SparseCodes, rows: RowSource) -> EntryIndex:
@@ -145,8 +148,8 @@ class EncodeEntries(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         b_dec: Tensor | None,
-        W_rows: Tensor,
-        b_rows: Tensor,
+        W_rows: Tensor | None,
+        b_rows: Tensor | None,
         values: Tensor,
         centred: Tensor,
         W: Tensor,
@@ -165,22 +168,25 @@ class EncodeEntries(torch.autograd.Function):
         index: EntryIndex = ctx.index
         if scale is not None:
             grad = grad * scale[index.features].to(grad.dtype)
-        dx = db_dec = dW_rows = None
-        sums = index.sum_entries(grad)
+        dx = db_dec = dW_rows = db_rows = None
+        _, wants_b_dec, _, wants_b, *_ = ctx.needs_input_grad
+        sums = index.sum_entries(grad) if wants_b_dec or wants_b else grad
         if ctx.needs_input_grad[0]:
             dx = index.sum_by_token(grad, W).to(ctx.dtypes[0])
-        if ctx.needs_input_grad[1]:
+        if wants_b_dec:
             db_dec = -index.sum_touched(sums, W).to(ctx.dtypes[1])
         if ctx.needs_input_grad[2]:
             dW_rows = index.sum_by_feature(grad, centred)
-        return dx, db_dec, dW_rows, sums[index.touched], None, None, None, None, None
+        if wants_b:
+            db_rows = sums[index.touched]
+        return dx, db_dec, dW_rows, db_rows, None, None, None, None, None
 
 
 class DecodeEntries(torch.autograd.Function):
     """sum_j values_ij W_dec_j, [B, d]; `W_rows` [T, d] receives the touched rows' gradient."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W_rows: Tensor, W_dec: Tensor, index: EntryIndex) -> Tensor:
+    def forward(ctx: Any, values: Tensor, W_rows: Tensor | None, W_dec: Tensor, index: EntryIndex) -> Tensor:
         ctx.save_for_backward(values, W_dec)
         ctx.index = index
         return index.sum_by_token(values, W_dec)

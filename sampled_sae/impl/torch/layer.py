@@ -10,9 +10,12 @@ from torch import Tensor
 
 from ...codes import Entries, SparseCodes
 from ..encoder import Encoder, Operands
+from ..gate import Gate, floor_of, magnitudes
 from ..hints import Rule, ThresholdHints
 from ..row_gradients import RowSource
+from .above import entries_above
 from .block import block_codes, use_block
+from .dense_above import DenseAbove, fill_above
 from .entries import decode_entries, entry_codes
 from .pool import candidate_pool
 from .products import without_autocast
@@ -23,7 +26,6 @@ from .stream import (
     batch_hint,
     search_batch,
     sort_entries,
-    stream_above,
     stream_batch,
     stream_token,
     take,
@@ -37,6 +39,7 @@ __all__ = [
     "column_scores",
     "column_statistics",
     "decode",
+    "dense_above_threshold",
     "encode_at",
     "encoder",
     "search",
@@ -116,11 +119,23 @@ def encode_at(encoder: Encoder, entries: Entries) -> SparseCodes:
 
 
 @without_autocast
-def above_threshold(encoder: Encoder, threshold: Tensor) -> SparseCodes:
-    """Every activation strictly above the threshold (0-dim), with its gradient."""
-    threshold = threshold.to(encoder.operands.x.dtype)
-    least = torch.nextafter(threshold, torch.full_like(threshold, torch.inf))
-    return entry_codes(encoder, stream_above(encoder.operands, float(least)))
+def above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None = None) -> SparseCodes:
+    """Every activation strictly above the threshold, 0-dim or [F], with its gradient.
+
+    With a gate those alone that it lets through; the encoder has no scale then, and a bias of 0.
+    """
+    operands = encoder.operands
+    found = entries_above(operands, floor_of(threshold, gate, operands.x.dtype))
+    if gate is not None:
+        found = magnitudes(found, threshold, gate)
+        encoder = encoder._replace(operands=operands._replace(scale=gate.gain.detach()))
+    return entry_codes(encoder, found)
+
+
+@without_autocast
+def dense_above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None = None) -> Tensor:
+    """`above_threshold` as a dense matrix [B, F], whose gradient reaches x alone."""
+    return DenseAbove.apply(encoder.x, encoder.operands, threshold, gate, fill_above)
 
 
 @without_autocast

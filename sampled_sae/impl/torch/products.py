@@ -13,12 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from ...support.reused_memory import scratch
 from ..encoder import Operands
 
 CHUNK_ELEMENTS = 1 << 20
+# of weights that are raised to another dtype at once, [C, d]
+RAISED_ELEMENTS = 1 << 21
 BLOCK_TOKENS = 2048
+# rows of weights, one an entry, that are gathered at once
+GATHERED_ELEMENTS = 1 << 19
 # A chunk of a search is a multiple of so many features wide, so that its maxima can be taken in blocks.
 BLOCK_FEATURES = 32
 # Said once a process by torch for every CSR tensor; the operations used here are covered by our tests.
@@ -45,6 +50,19 @@ def chunk_features(n_tokens: int) -> int:
     return max(64, CHUNK_ELEMENTS // n_tokens // 64 * 64)
 
 
+def chunk_width(operands: Operands) -> int:
+    """Features a chunk of these operands: fewer for few tokens where their weights have another dtype than x."""
+    width = chunk_features(operands.n_tokens)
+    if operands.W.dtype == operands.x.dtype:
+        return width
+    return min(width, max(64, RAISED_ELEMENTS // operands.x.shape[1] // 64 * 64))
+
+
+def raised(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows of the weights in the dtype of `like`; in memory that serves again where they have another."""
+    return rows if rows.dtype == like.dtype else scratch(like, *rows.shape).copy_(rows)
+
+
 def token_blocks(operands: Operands) -> Iterator[tuple[int, Operands]]:
     """(first token, the operands of some tokens) block by block."""
     if 0 < operands.n_tokens <= BLOCK_TOKENS:
@@ -57,13 +75,14 @@ def token_blocks(operands: Operands) -> Iterator[tuple[int, Operands]]:
 def feature_chunks(operands: Operands) -> Iterator[tuple[slice, Tensor]]:
     """(features, their activations after the relu [C, T]) chunk by chunk, for one block of T tokens after another."""
     n_features = operands.n_features
-    for _, (x, W, b, scale, *_) in token_blocks(operands):
-        step = chunk_features(len(x))
+    for _, block in token_blocks(operands):
+        x, W, b, scale, *_ = block
+        step = chunk_width(block)
         buffer = scratch(x, min(step, n_features), len(x))
         for start in range(0, n_features, step):
             at = slice(start, min(start + step, n_features))
             a = buffer[: at.stop - start]
-            torch.addmm(b[at, None], W[at].to(x.dtype), x.t(), out=a).relu_()
+            torch.addmm(b[at, None], raised(W[at], x), x.t(), out=a).relu_()
             if scale is not None:
                 a.mul_(scale[at, None])
             yield at, a
@@ -75,7 +94,7 @@ def candidate_spans(operands: Operands, first: int | None = None) -> Iterator[sl
     Where nothing is known of the threshold, spans start with `first` candidates and double, so that the first cut
     comes early.
     """
-    largest = chunk_features(operands.n_tokens)
+    largest = chunk_width(operands)
     start, width = 0, min(first or largest, largest)
     while start < operands.n_candidates:
         yield slice(start, min(start + width, operands.n_candidates))
@@ -100,7 +119,7 @@ def activations_at(operands: Operands, span: slice) -> Tensor:
     x, W, b, scale, *_ = operands
     at = features_of(operands, span)
     a, inner = padded_chunk(operands, span)
-    torch.addmm(b[at], x, W[at].to(x.dtype).t(), out=inner)
+    torch.addmm(b[at], x, raised(W[at], x).t(), out=inner)
     if scale is not None:
         inner.mul_(scale[at])
     return a
@@ -108,10 +127,41 @@ def activations_at(operands: Operands, span: slice) -> Tensor:
 
 def sampled_product(left: Tensor, W: Tensor, token_ends: Tensor, features: Tensor) -> Tensor:
     """left_i . W_j at each entry (i, j), [n]; sorted by token, of which `token_ends` [B + 1] are the offsets."""
+    if W.dtype != left.dtype:
+        return gathered_product(left, W, token_ends, features)
     pattern = torch.sparse_csr_tensor(
         token_ends, features, left.new_zeros(len(features)), (len(left), len(W)), check_invariants=False
     )
-    return torch.sparse.sampled_addmm(pattern, left, W.to(left.dtype).t(), beta=0.0).values()
+    return torch.sparse.sampled_addmm(pattern, left, W.t(), beta=0.0).values()
+
+
+def gathered_product(left: Tensor, W: Tensor, token_ends: Tensor, features: Tensor) -> Tensor:
+    """`sampled_product` with weights of another dtype."""
+    out = left.new_empty(len(features))
+    tokens = torch.repeat_interleave(token_ends.diff(), output_size=len(features))
+    for at, rows in gathered_rows(left, W, features):
+        torch.sum(rows.mul_(left.index_select(0, tokens[at])), 1, out=out[at])
+    return out
+
+
+def gathered_sums(weights: Tensor, W: Tensor, token_ends: Tensor, features: Tensor) -> Tensor:
+    """sum_j weights_ij W_j, [B, d] in the dtype of the weights of the sum, which W does not have."""
+    out = weights.new_zeros(len(token_ends) - 1, W.shape[1])
+    tokens = torch.repeat_interleave(token_ends.diff(), output_size=len(features))
+    for at, rows in gathered_rows(weights, W, features):
+        first, last = tokens[at.start : at.stop][[0, -1]].tolist()
+        offsets = (token_ends[first : last + 1] - at.start).clamp_min_(0)
+        every = torch.arange(len(rows), device=rows.device)
+        out[first : last + 1] += embedding_bag(every, rows, offsets, mode="sum", per_sample_weights=weights[at])
+    return out
+
+
+def gathered_rows(like: Tensor, W: Tensor, features: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(some entries, the rows of W of their features in the dtype of `like`), some after others."""
+    step = max(1, GATHERED_ELEMENTS // W.shape[1])
+    for start in range(0, len(features), step):
+        at = slice(start, min(start + step, len(features)))
+        yield at, raised(W.index_select(0, features[at]), like)
 
 
 def ends_of_tokens(tokens: Tensor, n_tokens: int) -> Tensor:

@@ -17,10 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...support.argument_checks import HALF
 from ...support.reused_memory import scratch
 from ..encoder import Operands
 from ..rounded_tokens import RoundedTokens, row_norms
-from .products import features_of, padded_chunk
+from .products import features_of, padded_chunk, raised
 
 # what rounding to bfloat16 moves a number by, at most, with the roundings of float32 that come on top
 UNIT = 1.01 * 2.0**-8
@@ -32,7 +33,7 @@ FEWEST_ACTIVATIONS = 1 << 20
 
 def rounded(x: Tensor, W: Tensor, screen: str) -> RoundedTokens | None:
     """x [B, d] in bfloat16 where `screen` asks for it and the operands allow it; else None."""
-    if screen == "off" or x.dtype != torch.float32 or W.dtype != torch.float32 or x.device.type != "cpu":
+    if screen == "off" or x.dtype != torch.float32 or W.dtype not in (torch.float32, *HALF) or x.device.type != "cpu":
         return None
     if screen == "auto" and (x.shape[0] * W.shape[0] < FEWEST_ACTIVATIONS or not fast_bfloat16()):
         return None
@@ -62,10 +63,11 @@ class FeatureRounding(NamedTuple):
 
     @classmethod
     def of(cls, W: Tensor) -> FeatureRounding:
-        """Of W [C, d] float32, in memory that serves again."""
+        """Of W [C, d] float32, bfloat16 or float16, in memory that serves again."""
+        exact = raised(W, W.new_empty(0, dtype=torch.float32))
         low = scratch(W.new_empty(0, dtype=torch.bfloat16), *W.shape).copy_(W)
-        change = torch.sub(W, low, out=scratch(W, *W.shape))
-        return cls(low, row_norms(W), row_norms(change))
+        change = torch.sub(exact, low, out=scratch(exact, *W.shape))
+        return cls(low, row_norms(exact), row_norms(change))
 
     def sum_errors(self, d: int) -> Tensor:
         """[C]: what rounding the sums over d moves z^_ij by, at most, for ||x^_i|| = 1."""
@@ -94,7 +96,7 @@ def rounding_slack(operands: Operands, at: slice | Tensor) -> Tensor:
     """[B]: how far two float32 values of one activation of these features lie apart, in whatever order they sum."""
     seen = operands.screen
     assert seen is not None
-    norms, bias = row_norms(operands.W[at]), operands.b[at].abs()
+    norms, bias = row_norms(raised(operands.W[at], operands.x)), operands.b[at].abs()
     if operands.scale is not None:
         scale = operands.scale[at]
         norms, bias = norms * scale, bias * scale

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...support.reused_memory import scratch
 from ..column_bounds import ColumnBounds
 from ..encoder import Operands
-from .products import chunk_features, token_blocks, without_autocast
+from .products import chunk_width, token_blocks, without_autocast
 from .scores import column_scores
 from .screen import MARGIN, UNIT, FeatureRounding, entry_slack, smallest_normal
 
@@ -76,7 +76,7 @@ def seen_chunks(operands: Operands) -> Iterator[tuple[Operands, slice, Tensor, F
     for _, block in token_blocks(operands):
         _, W, b, scale, _, screen, _ = block
         assert screen is not None
-        step = chunk_features(block.n_tokens)
+        step = chunk_width(block)
         memory = scratch(operands.x, min(step, n_features), block.n_tokens)
         low = scratch(screen.x, min(step, n_features), block.n_tokens)
         for start in range(0, n_features, step):

@@ -96,15 +96,6 @@ class Search:
         return z if scale is None else z.mul_(scale.index_select(0, features))
 
 
-def stream_above(operands: Operands, tau: float) -> Entries:
-    """Every entry > 0 and >= tau, sorted by token, then feature."""
-    floor, search = operands.x.new_full((1,), tau), Search(operands)
-    for token, block in token_blocks(operands):
-        for span in candidate_spans(block):
-            search.look_at(token, block, span, floor)
-    return sort_entries(search.settle(floor), operands.members)
-
-
 def stream_batch(operands: Operands, n: int, hint: float | None = None) -> Entries:
     """The n largest strictly positive entries of the batch, ties to the lower token, then feature.
 

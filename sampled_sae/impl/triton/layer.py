@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from ...codes import Entries, SparseCodes
+from ...kernels.batch_topk import compact_largest
 from ..encoder import Encoder, Operands
+from ..gate import Gate, floor_of, keep_above_, magnitudes
 from ..hints import Rule, ThresholdHints
 from ..row_gradients import RowSource
-from ...kernels.batch_topk import compact_largest
+from ..torch.dense_above import DenseAbove
 from . import block, entries, scores
 from .block import BLOCK_FEATURES, block_codes
 from .entries import narrow, padded_codes, select_entries
 from .pool import candidate_pool
 from .scores import column_scores
-from .stream import stream_above
+from .stream import dense_products, stream_above
 
 __all__ = [
     "above_threshold",
@@ -29,6 +31,7 @@ __all__ = [
     "column_scores",
     "column_statistics",
     "decode",
+    "dense_above_threshold",
     "encode_at",
     "encoder",
     "search",
@@ -57,7 +60,8 @@ def encoder(
     """What this step computes with: x - b_dec rounded once, and W, in the dtype of the products; biases in fp32."""
     dtype = product_dtype(x)
     centred = x.detach() if b_dec is None else x.detach().float() - b_dec.detach().float()
-    weights = W.detach().to(dtype).contiguous()
+    # weights of fewer bits than the activations are raised chunk by chunk
+    weights = (W.detach() if W.dtype.itemsize < dtype.itemsize else W.detach().to(dtype)).contiguous()
     scales = None if scale is None else scale.detach().float().contiguous()
     operands = Operands(centred.to(dtype).contiguous(), weights, b.detach().float().contiguous(), scales)
     return Encoder(x, W, b, b_dec, scale, rows if rows is not None else RowSource(), operands)
@@ -122,9 +126,28 @@ def encode_at(encoder: Encoder, entries: Entries) -> SparseCodes:
     return padded_codes(encoder, narrow(entries), None)
 
 
-def above_threshold(encoder: Encoder, threshold: Tensor) -> SparseCodes:
-    """Every activation strictly above the threshold (0-dim), with its gradient; waits for the GPU to count them."""
-    return padded_codes(encoder, narrow(stream_above(encoder.operands, threshold)), None)
+def above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None = None) -> SparseCodes:
+    """Every activation strictly above the threshold, 0-dim or [F], with its gradient; waits for the GPU to count them.
+
+    With a gate those alone that it lets through; the encoder has no scale then, and a bias of 0.
+    """
+    operands, floors = encoder.operands, None
+    if threshold.dim() or gate is not None:
+        floors = floor_of(threshold, gate, torch.float32).expand(operands.n_features).contiguous()
+    found = stream_above(operands, threshold if threshold.dim() == 0 else 0.0, floors)
+    if gate is not None:
+        found = magnitudes(found, threshold, gate)
+        encoder = encoder._replace(operands=operands._replace(scale=gate.gain.detach().float().contiguous()))
+    return padded_codes(encoder, narrow(found), None)
+
+
+def dense_above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None = None) -> Tensor:
+    """`above_threshold` as a dense fp32 matrix [B, F], whose gradient reaches x alone; waits for nothing."""
+    return DenseAbove.apply(encoder.x, encoder.operands, threshold, gate, fill_above)
+
+
+def fill_above(operands: Operands, threshold: Tensor, gate: Gate | None) -> Tensor:
+    return keep_above_(dense_products(operands), threshold, gate)
 
 
 def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, rows: RowSource | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from ...kernels.chunk_scores import chunk_statistics
 from ...kernels.column_scores import STATISTICS, statistics_of
 from ...kernels.column_scores import column_statistics as fused_statistics
 from ...kernels.configs import architecture, largest_fused_d
+from ...support.float32_products import tf32_allowed
 from ..encoder import Operands
 from ..torch.scores import finish_scores
 from .products import encoder_chunks
@@ -30,7 +31,7 @@ def column_statistics(x: Tensor, W: Tensor, b: Tensor, score: str, scale: Tensor
     The fused kernel saves writing and reading [B, F] and multiplies slower than cuBLAS: it wins up to some d. It
     knows no TF32: whoever allows that gets cuBLAS.
     """
-    tf32 = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    tf32 = x.dtype == torch.float32 and tf32_allowed()
     if not tf32 and (x.ndim != 2 or x.shape[1] <= largest_fused_d(architecture(x.device), x.dtype)):
         return fused_statistics(x, W, b, score, scale)
     return chunked_statistics(Operands(x, W, b, scale), score)

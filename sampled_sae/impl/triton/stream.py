@@ -2,7 +2,9 @@
 
 Chunks of the encoder product pass a filter by a guessed threshold tau, whose hits go to a list with room for
 CAPACITY times the budget. A tau that lets too many or too few through is seen by their count, on the device, and
-the selection is then done again exactly (kernels/exact_fallback.py): the guess costs time, never exactness. Lists
+the selection is then done again exactly (kernels/exact_fallback.py): the guess costs time, never exactness. What is
+found again comes from another product than cuBLAS's, in IEEE whatever TF32's switch says: values differ in their last
+bits, or by TF32's rounding, and so may what is kept of the entries that lie so close to the cut. Lists
 are ordered by key, token * F + feature, before anything depends on their order.
 """
 
@@ -32,6 +34,9 @@ SAMPLE_STEP = 16
 FEWEST_TOKENS = 64
 # of a threshold chosen by the caller: guessed entries a token
 ABOVE_PER_TOKEN = 128
+# a threshold that lets more than this share through gets whole rows, of so many activations at once
+MOST_LISTED = 1 / 16
+ROW_ELEMENTS = 1 << 26
 
 
 class Hits(NamedTuple):
@@ -85,32 +90,58 @@ def stream_token(operands: Operands, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return compact_largest(values.flatten(), keys.flatten(), n_tokens * k, n_tokens, n_features)
 
 
-def stream_above(operands: Operands, tau: Tensor | float) -> Entries:
+def stream_above(operands: Operands, tau: Tensor | float, floors: Tensor | None = None) -> Entries:
     """Every entry > 0 and > tau: values fp32, tokens and features int64, sorted by token, then feature.
 
-    Waits for the device to count them, and runs again where there are more than was guessed.
+    With `floors` fp32 [F] every entry of (x W^T + b) * scale > floors, whatever tau is. Waits for the device to count
+    them, and runs again where there are more than was guessed: for a list of them, or where that would be large for
+    whole rows of activations, a few tokens at a time.
     """
     n_tokens, n_features = operands.n_tokens, operands.n_features
     least = torch.as_tensor(tau, dtype=torch.float32, device=operands.x.device).reshape(1)
     least = torch.nextafter(least, torch.full_like(least, torch.inf))
     cap = min(ABOVE_PER_TOKEN * n_tokens, n_tokens * operands.n_candidates)
-    hits = hits_above(operands, least, cap)
+    hits = hits_above(operands, least, cap, floors)
     found = int(hits.found)
+    if found > max(cap, MOST_LISTED * n_tokens * n_features) and operands.members is None:
+        return in_whole_rows(operands, least, floors)
     if found > cap:
-        hits = hits_above(operands, least, found)
+        hits = hits_above(operands, least, found, floors)
     values, keys = in_order(hits.values[:found], hits.keys[:found], (n_tokens, n_features))
     tokens = keys // max(n_features, 1)
     return Entries(values, tokens, keys - tokens * n_features)
 
 
-def hits_above(operands: Operands, tau: Tensor, cap: int) -> Hits:
-    """Entries > 0 and >= tau."""
+def in_whole_rows(operands: Operands, least: Tensor, floors: Tensor | None) -> Entries:
+    """Entries > 0 and >= least, or > floors, of dense rows of activations."""
+    step, parts = max(1, ROW_ELEMENTS // operands.n_features), []
+    for start in range(0, operands.n_tokens, step):
+        part = operands.of_tokens(slice(start, start + step))
+        z = dense_products(part)
+        tokens, features = ((z > 0) & (z >= least) if floors is None else z > floors).nonzero(as_tuple=True)
+        parts.append(Entries(z[tokens, features], tokens + start, features))
+    return Entries(*(torch.cat(column) for column in zip(*parts)))
+
+
+def dense_products(operands: Operands) -> Tensor:
+    """(x W^T + b) * scale, fp32 [B, F], chunk by chunk."""
+    out = operands.x.new_empty(operands.n_tokens, operands.n_features, dtype=torch.float32)
+    for chunk in encoder_chunks(operands):
+        z = torch.add(chunk.z, chunk.b, out=out[:, chunk.at])
+        if chunk.scale is not None:
+            z.mul_(chunk.scale)
+    return out
+
+
+def hits_above(operands: Operands, tau: Tensor, cap: int, floors: Tensor | None = None) -> Hits:
+    """Entries > 0 and >= tau; with floors [F] those of (x W^T + b) * scale > floors."""
     n_features = operands.n_features
     values = operands.x.new_zeros(cap, dtype=torch.float32)
     keys = torch.full((cap,), operands.n_tokens * n_features, dtype=torch.int64, device=values.device)
     count = operands.x.new_zeros(1, dtype=torch.int64)
     for chunk in encoder_chunks(operands):
-        append_above_(chunk.z, chunk.b, chunk.scale, chunk.features, n_features, tau, values, keys, count)
+        some = None if floors is None else floors[chunk.at if operands.members is None else chunk.features]
+        append_above_(chunk.z, chunk.b, chunk.scale, chunk.features, n_features, tau, values, keys, count, some)
     return Hits(values, keys, count)
 
 

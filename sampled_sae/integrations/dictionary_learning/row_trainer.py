@@ -281,7 +281,7 @@ class RowTrainer(SAETrainer):
             counts, idle = counts.clone(), IdleTokens()
         idle.count_(counts, codes.active_mask(), codes.shape[0])
         after = self.dead_feature_threshold
-        return counts >= after if idle.may_reach(counts, after) else None
+        return counts >= after if idle.reaches(counts, after) else None
 
     def move_threshold(self, inputs: StepInputs, codes: SparseCodes, steps: int) -> None:
         """Toward the smallest kept activation, in the batch or a token; `steps`: 0 where it starts."""

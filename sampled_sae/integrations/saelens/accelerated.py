@@ -1,4 +1,4 @@
-"""SAELens' TopK, BatchTopK and MatryoshkaBatchTopK training SAEs with the step of `SparseStep`."""
+"""SAELens' TopK, BatchTopK and MatryoshkaBatchTopK training SAEs with the step of `SparseStep`, and `accelerate`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
-from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 
 from ...codes import SparseCodes
 from ...support.argument_checks import check_budget
 from .as_made import DENSE_METHODS
+from .inference import INFERENCE_FORMS, METHODS, SparseInference
 from .step import SparseStep, StepInputs, feature_major
 
 
@@ -80,23 +81,25 @@ FAST_FORMS: dict[type[TrainingSAE[Any]], type[SparseStep]] = {
 }
 
 
-def accelerate(sae: TrainingSAE[Any], optimizer: torch.optim.Optimizer | None = None) -> TrainingSAE[Any]:
-    """Gives a living SAELens training SAE this package's step, in place, and returns it.
+def accelerate(sae: SAE[Any], optimizer: torch.optim.Optimizer | None = None) -> SAE[Any]:
+    """Gives a living SAELens SAE this package's step, or for inference its search, in place, and returns it.
 
     Parameters, buffers, hooks, config and files stay what they are: checkpoints say "batchtopk" and load without this
-    package. Only its class changes, to a subclass of what it was.
+    package. Only its class changes, to a subclass of what it was: `SparseStep` for training, `SparseInference` for
+    inference, which also has `encode_sparse`.
 
     Args:
-        sae: a TopKTrainingSAE, BatchTopKTrainingSAE or MatryoshkaBatchTopKTrainingSAE.
+        sae: a TopKTrainingSAE, BatchTopKTrainingSAE or MatryoshkaBatchTopKTrainingSAE; for inference a StandardSAE,
+            TopKSAE, JumpReLUSAE, GatedSAE, or any transcoder.
         optimizer: the one that has trained it so far; its state is laid out in memory as W_enc now is, which
             saves time and changes no value.
 
     Raises:
         TypeError: another class, a subclass included: it may compute something else.
         ValueError: `training_forward_pass` was replaced on the object, as `compile_sae` does, or something that
-            SAELens' step calls; a k that SAELens' step would not take.
+            SAELens' step calls; a k that SAELens' step would not take. For inference, `encode`, `decode` or `forward`.
     """
-    if not isinstance(sae, SparseStep):
+    if not isinstance(sae, (SparseStep, SparseInference)):
         change_class(sae)
     if optimizer is not None:
         state = optimizer.state.get(sae.W_enc, {})
@@ -106,15 +109,17 @@ def accelerate(sae: TrainingSAE[Any], optimizer: torch.optim.Optimizer | None = 
     return sae
 
 
-def change_class(sae: TrainingSAE[Any]) -> None:
+def change_class(sae: SAE[Any]) -> None:
     """The part of `accelerate` that is done once."""
-    if type(sae) not in FAST_FORMS:
-        known = ", ".join(cls.__name__ for cls in FAST_FORMS)
+    forms: dict[Any, Any] = {**FAST_FORMS, **INFERENCE_FORMS}
+    if type(sae) not in forms:
+        known = ", ".join(cls.__name__ for cls in forms)
         raise TypeError(f"sae={type(sae).__name__}: must be one of SAELens' {known}, and no subclass")
-    for name in ("training_forward_pass", *DENSE_METHODS):
+    for name in METHODS if type(sae) in INFERENCE_FORMS else ("training_forward_pass", *DENSE_METHODS):
         if name in vars(sae):
             raise ValueError(f"sae.{name}: was replaced on this object; accelerate before compiling or replacing it")
-    fast = FAST_FORMS[type(sae)]
-    check_budget(getattr(sae.activation_fn, "k", 1), None, sae.W_dec.shape[0], fast.selection)
+    fast = forms[type(sae)]
+    if type(sae) in FAST_FORMS:
+        check_budget(getattr(sae.activation_fn, "k", 1), None, sae.W_dec.shape[0], fast.selection)
     sae.__class__ = fast
     sae.prepare()

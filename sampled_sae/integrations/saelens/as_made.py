@@ -35,7 +35,7 @@ FUNCTIONS = [
     )
     for name in names
 ]
-FORWARDS = {cls: cls.forward for cls in (TopK, BatchTopK, HookPoint, SparseHookPoint, nn.Identity)}
+FORWARDS = {cls: cls.forward for cls in (TopK, BatchTopK, HookPoint, SparseHookPoint, nn.Identity, nn.ReLU)}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = [f"_global{name}" for name in HOOKS]
 # the functions that SAELens sets where activations keep their shape

@@ -82,7 +82,7 @@ class PutAside(torch.autograd.Function):
         return grad.new_zeros(()), None, None
 
 
-class Gate(torch.autograd.Function):
+class SumGradients(torch.autograd.Function):
     """b_dec [d] twice, for the encoder and for the decoder, and the anchor, 0-dim."""
 
     @staticmethod

@@ -1,0 +1,234 @@
+"""Active features of published SAEs: our search, SAELens' own encode, eager PyTorch and torch.compile.
+
+    .venv/peers/bin/python benchmarks/inference.py --out benchmarks/results/inference.json --within 350
+    .venv/peers/bin/python benchmarks/inference.py --out FILE.json --quick
+
+Each gives the codes of the same tokens by a threshold for each feature (JumpReLU); ours as `SparseCodes`, the others as
+a matrix [B, F]. Times are multiples of the encoder product, `torch.mm` into memory that exists, in the dtype of the
+weights and beside each sample; memory is the peak above what is held, in units of one float32 [B, F]. "32 features"
+asks for chosen features alone. A candidate whose codes are not those of float64 on some tokens, but for entries within
+rounding of their threshold, gets no figure but the reason. `--quick` leaves out the largest sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Row, product, spread_columns
+from benchmarks.record import SIZE, Record, markdown, parser
+from benchmarks.workloads import REHEARSAL, Workload
+from sampled_sae.bench import activations
+from sampled_sae.codes import SparseCodes
+from sampled_sae.inference.config import InferenceConfig
+from sampled_sae.inference.inference_sae import InferenceSAE
+from sampled_sae.support.timing import free_memory, interleaved, peak_memory
+
+MOST_ENTRIES = 1 << 26  # of [B, F], so that a matrix of codes fits beside the weights
+TOKENS, FEWEST_TOKENS = 1024, 64
+DTYPES = ("float32", "bfloat16")
+QUICK = 1 << 16
+CHOSEN = 32
+CHECKED_TOKENS = 4
+# features that are made, or checked, at once
+CHUNK = 1 << 14
+# seconds of rounds at most at one size
+LONGEST = 25.0
+SCREENS = {"ours": "auto", "ours, no screen": "off"}
+# relative to the largest activation: what rounding may move, by dtype of the weights
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+COLUMNS = {
+    **SIZE,
+    "dtype": "{dtype}",
+    "candidate": "{candidate}",
+    "ms": "{ms:.4g}",
+    "/ product": "{ratio:.2f}",
+    "p20–p80": "{ratio_p20:.2f}–{ratio_p80:.2f}",
+    "peak / [B, F]": "{peak_extra_memory:.3f}",
+}
+
+
+class Setup(NamedTuple):
+    """x [B, d] and W [F, d] of one dtype, b and threshold float32 [F]."""
+
+    x: Tensor
+    W: Tensor
+    b: Tensor
+    threshold: Tensor
+
+    def chosen(self) -> Tensor:
+        """A few features at even distances."""
+        n = len(self.W)
+        return torch.arange(min(CHOSEN, n), device=self.W.device) * n // min(CHOSEN, n)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Of an SAE; decoder and encoder share their memory, of which there is not always enough for two."""
+        W, b_dec = self.W, torch.zeros(self.W.shape[1], device=self.W.device)
+        return {"W_enc": W.t(), "b_enc": self.b, "W_dec": W, "b_dec": b_dec, "threshold": self.threshold}
+
+
+def sizes(quick: bool, device: str) -> list[Workload]:
+    """Small dictionaries first, in case the time runs out."""
+    found = []
+    for F, widths in {1 << 14: (768,), QUICK: (768, 2304), 1 << 18: (768,), 1 << 20: (768, 2304)}.items():
+        B = max(FEWEST_TOKENS, min(TOKENS, MOST_ENTRIES // F)) * (8 if device == "cuda" else 1)
+        for d in widths:
+            found += [
+                Workload(f"d={d}, F={F}, L0={k}", B, d, F, k) for k in ((20, 100) if (d, F) == (768, QUICK) else (20,))
+            ]
+    return [w for w in found if not quick or w.F <= QUICK]
+
+
+@torch.no_grad()
+def setup(w: Workload, dtype: torch.dtype, device: str) -> Setup:
+    """Random features of unit norm, each with the threshold that a k/F of its activations exceed."""
+    generator = torch.Generator(device).manual_seed(1)
+    x = activations(w.B, w.d, 0).to(device, dtype)
+    W = torch.empty(w.F, w.d, dtype=dtype, device=device)
+    drawn = torch.randn(min(CHUNK, w.F), w.d, generator=generator, device=device)
+    drawn = torch.nn.functional.normalize(drawn, dim=1)
+    for rows in W.split(CHUNK):
+        # other features from the same numbers, which take long to draw
+        signs = torch.randint(0, 2, (w.d,), generator=generator, device=device) * 2 - 1
+        rows.copy_(drawn[: len(rows)] * signs)
+    b = 0.01 * torch.randn(w.F, generator=generator, device=device)
+    some = x[: max(2, min(64, w.B))].float()
+    above = float(torch.special.ndtri(torch.tensor(1 - w.k / w.F, dtype=torch.float64)))
+    spreads = torch.cat([(some @ rows.float().t()).std(0) for rows in W.split(CHUNK)])
+    return Setup(x, W, b, above * spreads + b)
+
+
+def eager(x: Tensor, W: Tensor, b: Tensor, threshold: Tensor) -> Tensor:
+    a = torch.relu(x @ W.t() + b)
+    return a * (a > threshold)
+
+
+def candidates(s: Setup, w: Workload, impl: str, compiled: bool) -> dict[str, Callable[[], Any]]:
+    """Name -> what is timed. What is not installed, or has no memory, raises when it is first called."""
+    configs = {name: InferenceConfig(w.d, w.F, "jumprelu", impl=impl, screen=how) for name, how in SCREENS.items()}
+    made = {name: InferenceSAE(config, s.tensors()) for name, config in configs.items()}
+    b, threshold = s.b.to(s.W.dtype), s.threshold.to(s.W.dtype)
+    calls: dict[str, Callable[[], Any]] = {
+        **{name: lambda sae=sae: sae.encode_sparse(s.x) for name, sae in made.items()},
+        "ours, 32 features": lambda: made["ours"].encode(s.x, features=s.chosen()),
+        "SAELens": lazily(lambda: saelens(s, w)),
+        "eager PyTorch": lambda: eager(s.x, s.W, b, threshold),
+    }
+    if compiled:
+        form = torch.compile(eager, dynamic=False)
+        calls["torch.compile"] = lambda: form(s.x, s.W, b, threshold)
+    return calls
+
+
+def lazily(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+    """A call that is made when it is first called."""
+    made: list[Callable[[], Any]] = []
+
+    def call() -> Any:
+        if not made:
+            made.append(make())
+        return made[0]()
+
+    return call
+
+
+def saelens(s: Setup, w: Workload) -> Callable[[], Any]:
+    from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+
+    dtype = str(s.W.dtype).removeprefix("torch.")
+    options = {"dtype": dtype, "apply_b_dec_to_input": False}
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=w.d, d_sae=w.F, device="meta", **options))
+    state = {name: t if name.startswith("W") else t.to(s.W.dtype) for name, t in s.tensors().items()}
+    sae.load_state_dict(state, assign=True)
+    return lambda: sae.encode(s.x)
+
+
+@torch.no_grad()
+def wrong(s: Setup, found: Any, columns: Tensor | None) -> str | None:
+    """Why codes are not those of the rule on some tokens; None where they are, but for rounding."""
+    n = min(CHECKED_TOKENS, len(s.x))
+    given = (found if isinstance(found, Tensor) else found.to_dense())[:n].float()
+    slack = ROUNDING[s.W.dtype]
+    at = torch.arange(len(s.W), device=s.W.device) if columns is None else columns
+    for part in torch.arange(len(at), device=s.W.device).split(CHUNK):
+        W, b, threshold = (t[at[part]].double() for t in (s.W, s.b, s.threshold))
+        a = s.x[:n].double() @ W.t() + b
+        margin = slack * float(a.abs().max())
+        expected = torch.where((a > threshold) & (a > 0), a, 0)
+        error = (given[:, part].double() - expected).abs()
+        bad = int(((error > margin) & ((a - threshold).abs() > margin)).sum())
+        if bad:
+            return f"{bad} codes are not those of the rule"
+    return None
+
+
+def race(w: Workload, dtype: str, args: argparse.Namespace, seconds: float, compiled: bool) -> list[Row]:
+    """The rows of one size."""
+    kind = getattr(torch, dtype)
+    needed = w.F * w.d * kind.itemsize + 5 * 4 * w.B * w.F
+    if needed > free_memory(args.device):
+        raise MemoryError(f"about {needed / 1e9:.3g} GB are needed")
+    s = setup(w, kind, args.device)
+    rows: list[Row] = []
+    calls: dict[str, Callable[[], Any]] = {}
+    with torch.no_grad():
+        for name, call in candidates(s, w, args.impl, compiled).items():
+            row = {**w.columns(), "dtype": dtype, "candidate": name}
+            try:
+                found = call()
+                reason = wrong(s, found, s.chosen() if "features" in name else None)
+                row |= {"l0": found.l0()} if isinstance(found, SparseCodes) else {}
+                del found
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"[:200]
+            if reason is None:
+                calls[name] = call
+            rows.append(row if reason is None else {**row, "reason": reason})
+        floor = product(s.x, s.W)
+        samples = interleaved({"product": floor, **calls}, args.device, args.rounds, seconds, False)
+        for row in rows:
+            if (own := samples.get(row["candidate"])) is None:
+                continue
+            row |= {"ms": spread_columns(own, "ms")["ms"], "product_ms": spread_columns(samples["product"], "ms")["ms"]}
+            row |= spread_columns([a / b for a, b in zip(own, samples["product"])], "ratio")
+            row |= {"rounds": len(own), "peak_extra_memory": peak(calls[row["candidate"]], args.device, w)}
+    return rows
+
+
+def peak(call: Callable[[], Any], device: str, w: Workload) -> float | None:
+    """In units of one float32 [B, F]; None where the system does not tell."""
+    try:
+        return peak_memory(call, device) / (4 * w.B * w.F)
+    except OSError:
+        return None
+
+
+def markdown_table(result: dict[str, Any]) -> str:
+    return markdown(COLUMNS, result["rows"])
+
+
+def main() -> None:
+    command = parser(__doc__, "--out", "--device", "--rehearse", "--within", rounds=7, impl="auto")
+    command.add_argument("--quick", action="store_true", help=f"up to {QUICK} features")
+    args = command.parse_args()
+    record = Record(args, markdown_table)
+    cases = [(w, dtype) for w in (REHEARSAL if args.rehearse else sizes(args.quick, args.device)) for dtype in DTYPES]
+    for i, (w, dtype) in enumerate(cases):
+        # what is early is short, and leaves its share to what comes later
+        share = min(LONGEST, record.left / (len(cases) - i) / 2)
+        row = {**w.columns(), "dtype": dtype, "candidate": "all"}
+        compiled = not args.rehearse and (w.d, w.F, w.k) == (768, QUICK, 20)
+        record.attempt([row], partial(race, w, dtype, args, share, compiled), 5.0)
+
+
+if __name__ == "__main__":
+    main()

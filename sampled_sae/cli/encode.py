@@ -1,0 +1,106 @@
+"""`sampled-sae encode`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..corpus.codes_files import DTYPES
+from ..corpus.encode import Source, encode_corpus
+from ..formats.published import LAYOUTS, Published, read_inference
+from ..support.argument_checks import check_device, check_integer
+from ..support.output_folder import check_output_folder
+from ..training.activation_store import ActivationStore
+from ..training.stored_activations import StoredActivations
+from .arguments import Command, model_arguments
+from .identity import block_read
+from .texts import Texts, text_arguments
+
+
+def add(command: Command) -> None:
+    p = command("encode", encode, "Write the sparse codes of stored activations, or of a model over texts, to shards.")
+    p.add_argument("activations", type=Path, nargs="?", help="folder of activations; absent, --texts are read")
+    p.add_argument("out", type=Path, help="folder to write to; an interrupted encode there is resumed")
+    p.add_argument("--sae", required=True, help="folder of an SAE in any layout, or owner/name on the Hugging Face hub")
+    p.add_argument("--at", default=None, help="folder or file inside it, as layer_12/width_16k/average_l0_82")
+    p.add_argument("--layout", choices=tuple(LAYOUTS), default=None, help="of its files; found by them when absent")
+    p.add_argument("--k", type=int, default=None, help="features a token, where no file says it")
+    p.add_argument("--sae-dtype", choices=tuple(DTYPES), default=None, help="of the weights; as stored when absent")
+    p.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the codes on disk")
+    p.add_argument("--batch-size", type=int, default=4096, help="tokens at a time")
+    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    p.add_argument("--insist", action="store_true", help="take another model or layer than the SAE's files name")
+    model_arguments(p, None, "the one that the SAE's files name when absent: ")
+    p.add_argument("--layer", type=int, default=None, help="block whose output is read; that of the SAE when absent")
+    text_arguments(p, None)
+
+
+def encode(args: argparse.Namespace) -> None:
+    check_integer("batch_size", args.batch_size, 1)
+    check_output_folder(args.out)
+    device = check_device(args.device)
+    if (args.activations is None) == (args.texts is None):
+        raise ValueError("either a folder of activations or --texts must be given")
+    dtype = None if args.sae_dtype is None else DTYPES[args.sae_dtype]
+    found = read_inference(args.sae, args.at, layout=args.layout, k=args.k, device=device, dtype=dtype)
+    source: Source
+    if args.activations is not None:
+        store = ActivationStore.open(args.activations)
+        _check_same(found, {"model": store.manifest.get("model"), "layer": store.manifest.get("layer")}, args)
+        source = StoredActivations(store)
+        if not store.has_places:
+            print(f"{args.activations} does not say where in texts its tokens stand: contexts will be token numbers")
+    else:
+        source = _model_rows(found, args)
+    name = args.sae if args.at is None else f"{args.sae}/{args.at}"
+    options = {"sae_name": name, "batch_size": args.batch_size, "dtype": args.dtype}
+    done = encode_corpus(found.sae, source, args.out, **options, progress=not args.quiet)
+    tokens, entries = (sum(shard[count] for shard in done.manifest["shards"]) for count in ("tokens", "entries"))
+    print(f"{tokens} tokens, L0 {entries / max(1, tokens):.4g}, in {args.out}", end="")
+    if done.tokens:
+        rates = f"{done.tokens / done.seconds:.4g} tokens/s, {done.tokens / done.sae_seconds:.4g} in the SAE alone"
+        print(f"; {done.tokens} of them now, {rates}")
+    else:
+        print(": nothing was left to do")
+
+
+def _model_rows(found: Published, args: argparse.Namespace) -> Any:
+    from ..lm import ModelRows, load_model
+
+    model_name = args.model or found.origin.model_name
+    if not model_name:
+        raise ValueError(f"{args.sae}: does not name its language model; give --model")
+    layer = _block(found) if args.layer is None else check_integer("layer", args.layer, 0)
+    if not isinstance(layer, int):
+        what = "names no layer" if layer is None else f"reads {layer}, which is not a block's output"
+        raise ValueError(f"{args.sae}: {what}; give --layer")
+    _check_same(found, {"model": model_name, "layer": layer}, args)
+    texts = Texts.open(args, model_name, layer)
+    print(f"Encodes layer {layer} of {model_name} over {args.texts} into {args.out}{texts.without()}", flush=True)
+    rows = texts.rows()
+    model, _ = load_model(model_name, args.cache)
+    model.to(args.device)
+    return ModelRows(model, rows, layer, model_name=model_name, source=args.texts, drop_tokens=texts.dropped)
+
+
+def _check_same(found: Published, given: dict[str, Any], args: argparse.Namespace) -> None:
+    """ValueError where the SAE's files name another model or layer than is given; what is not named is not compared."""
+    then = {"model": found.origin.model_name, "layer": _block(found)}
+    before, now = (None if about["model"] is None else _short(str(about["model"])) for about in (then, given))
+    differ = [] if None in (before, now) or before == now else ["model"]
+    if None not in (then["layer"], given["layer"]) and then["layer"] != given["layer"]:
+        differ.append("layer")
+    if differ and not args.insist:
+        is_, of = (", ".join(f"{name} {about[name]}" for name in differ) for about in (given, then))
+        raise ValueError(f"{args.sae} reads {of}, and was given {is_}; take the same, or insist with --insist")
+
+
+def _block(found: Published) -> int | str | None:
+    """The block whose output the SAE reads, or the hook where it reads something else; None where no file says it."""
+    return block_read(found.origin.layer, found.origin.hook_name)
+
+
+def _short(model: str) -> str:
+    """A model's name without its owner, as files have it in either form."""
+    return model.rstrip("/").rpartition("/")[2].lower()

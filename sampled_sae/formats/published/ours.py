@@ -1,0 +1,56 @@
+"""A `SampledSAE`'s own files, read for inference alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ... import pretrained
+from ...config import SampledSAEConfig
+from ...support.atomic_files import field, read_json
+from ..origin import Origin
+from ..portable import PortableSAE, Say
+from .reading import Place, Reading, of_portable
+
+NAME = pretrained.FORMAT
+
+
+def read(place: Place, say: Say) -> Reading:
+    """The SAE in a folder, under the rule of its evaluation mode.
+
+    Raises:
+        ValueError: as `load_pretrained`.
+    """
+    fields, tensors = pretrained.load_pretrained(place.path)
+    config = SampledSAEConfig.from_dict(fields)
+    is_set = int(tensors["threshold_steps"]) > 0 or float(tensors["threshold"]) > 0
+    weights: dict[str, Any] = {name: tensors[name] for name in pretrained.WEIGHT_NAMES}
+    sae = PortableSAE(
+        **weights,
+        rule="topk" if config.is_topk else "threshold",
+        k=config.k,
+        threshold=tensors["threshold"].clamp(min=0) if is_set else None,
+        apply_b_dec_to_input=config.apply_b_dec_to_input,
+        input_scale=config.input_scale,
+    )
+    return of_portable(sae, "TopK SAE" if config.is_topk else "threshold SAE", origin(place.path), say)
+
+
+def origin(folder: Path) -> Origin:
+    """What an SAE reads, as its training or its import left it.
+
+    Raises:
+        ValueError: a file that does not say it, with its name.
+    """
+    if (folder / pretrained.RUN).is_file():
+        trained = field(folder / pretrained.RUN, read_json(folder / pretrained.RUN), "activations", dict)
+        found = Origin(trained.get("model"), trained.get("layer"), context_size=trained.get("context"))
+        return found.checked(folder / pretrained.RUN)
+    if (folder / pretrained.ORIGIN).is_file():
+        recorded: dict[str, Any] = read_json(folder / pretrained.ORIGIN)
+        recorded.pop("scale", None)  # in config.json since there is input_scale
+        try:
+            return Origin(**recorded).checked(folder / pretrained.ORIGIN)
+        except TypeError as error:
+            raise ValueError(f"{folder / pretrained.ORIGIN}: {error}") from None
+    return Origin()

@@ -1,0 +1,1 @@
+"""SAEs that others have trained: their rules and conventions, by the layer's three forms. Nothing here trains."""

@@ -1,0 +1,73 @@
+"""From tokens to active features: what each rule asks of an implementation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..codes import SparseCodes
+from ..impl.encoder import Encoder
+from ..impl.gate import Gate
+from ..impl.hints import Rule, ThresholdHints
+from ..impl.interface import Implementation
+from .config import InferenceConfig
+
+
+class TokensToEncode(NamedTuple):
+    """An encoder of some or all features, and which of its activations are active but for the k largest of "topk".
+
+    threshold: 0-dim or [F]. gate: of "gated".
+    """
+
+    encoder: Encoder
+    threshold: Tensor
+    gate: Gate | None
+
+
+def tokens_to_encode(
+    parts: Implementation,
+    cfg: InferenceConfig,
+    tensors: dict[str, Tensor],
+    x: Tensor,
+    scale: Tensor | None,
+    features: Tensor | None = None,
+) -> TokensToEncode:
+    """Of x [B, d_in], normed and centred.
+
+    Args:
+        scale: [F], the norms of the decoder rows where activations are multiplied by them.
+        features: int64 [P], whose rows alone are read; None for all.
+    """
+
+    def rows(t: Tensor) -> Tensor:
+        return t if features is None else t.index_select(0, features)
+
+    W, scale = rows(tensors["W_enc"].t()), None if scale is None else rows(scale)
+    screen = cfg.screen if features is None else "off"
+    if cfg.rule == "gated":
+        gain, shift = rows(tensors["r_mag"]).exp(), rows(tensors["b_mag"])
+        if scale is not None:
+            gain, shift = gain * scale, shift * scale
+        b_gate = rows(tensors["b_gate"])
+        encoder = parts.encoder(x, W, torch.zeros_like(b_gate), screen=screen)
+        return TokensToEncode(encoder, b_gate.new_zeros(()), Gate(b_gate, gain, shift))
+    b = rows(tensors["b_enc"])
+    threshold = tensors.get("threshold", b.new_zeros(()))
+    encoder = parts.encoder(x, W, b, scale=scale, screen=screen)
+    return TokensToEncode(encoder, rows(threshold) if threshold.dim() else threshold, None)
+
+
+def active_codes(parts: Implementation, k: int | None, tokens: TokensToEncode, hints: ThresholdHints) -> SparseCodes:
+    """The active features of each token; k of "topk"."""
+    if k is not None:
+        return parts.select(tokens.encoder, None, Rule(k, "token"), hints)
+    return parts.above_threshold(*tokens)
+
+
+def active_dense(parts: Implementation, k: int | None, tokens: TokensToEncode, hints: ThresholdHints) -> Tensor:
+    """The same, dense [B, F]."""
+    if k is not None:
+        return active_codes(parts, k, tokens, hints).to_dense()
+    return parts.dense_above_threshold(*tokens)

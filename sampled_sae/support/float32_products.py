@@ -1,0 +1,53 @@
+"""How a device multiplies float32 matrices: what torch's switches say, and a choice of one's own for a while.
+
+There are old switches (`allow_tf32`, `set_float32_matmul_precision`) and new ones (`fp32_precision`, of all backends
+and of one's products). Products follow the new ones, which the old ones write; the old getters raise where they differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+# whose type hints do not know the new switches
+backends: Any = torch.backends
+
+
+def tf32_allowed() -> bool:
+    """Whether float32 products on a GPU take TF32 operands, by whichever switch."""
+    return bool(backends.cuda.matmul.fp32_precision == "tf32")
+
+
+@contextmanager
+def float32_products(precision: str, device: torch.device) -> Iterator[None]:
+    """Products of float32 matrices on the device are "ieee" or "tf32"; afterwards every switch is as before.
+
+    The switches are torch's, one for the process: other threads see the choice meanwhile.
+    """
+    switch = (backends.cuda if device.type == "cuda" else backends.mkldnn).matmul
+    before = switch.fp32_precision
+    if before == precision or (before, precision) == ("none", "ieee"):
+        yield
+        return
+    if before != "none" and _inherited(switch):
+        before = "none"
+    switch.fp32_precision = precision
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+def _inherited(switch: Any) -> bool:
+    """Whether a switch says what that of all backends says because it was never set itself."""
+    common = backends.fp32_precision
+    if switch.fp32_precision != common:
+        return False
+    try:
+        backends.fp32_precision = other = "tf32" if common == "ieee" else "ieee"
+        return bool(switch.fp32_precision == other)
+    finally:
+        backends.fp32_precision = common

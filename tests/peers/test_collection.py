@@ -1,0 +1,10 @@
+"""Every process finds the same tests of this folder."""
+
+import pytest
+from collected import collected_elsewhere
+
+
+@pytest.mark.slow
+def test_names_depend_on_nothing_outside(request):
+    names = [item.nodeid for item in request.session.items]
+    assert [name for name in collected_elsewhere("tests/peers") if name in set(names)] == names

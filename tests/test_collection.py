@@ -1,0 +1,11 @@
+"""Every process finds the same tests: pytest-xdist stops where two of its workers do not."""
+
+import pytest
+from collected import collected_elsewhere
+
+
+@pytest.mark.slow
+def test_names_depend_on_nothing_outside(request):
+    """Those of this run, whatever it was asked for."""
+    names = [item.nodeid for item in request.session.items]
+    assert [name for name in collected_elsewhere("tests") if name in set(names)] == names
