@@ -10,13 +10,14 @@ is a model (`benchmarks/scale_model.py`) and no measurement.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks import scale_model
-from benchmarks.measure import ROOT, Row, spread_columns
+from benchmarks.measure import Row, spread_columns
+from benchmarks.quality import splice_of
 from benchmarks.record import Record, Result, markdown, parser
-from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig
+from sampled_sae import ActivationStore, RowAdam, SampledSAE, SampledSAEConfig, TrainConfig, Trainer
 from sampled_sae.distributed import parallelize
+from sampled_sae.support.all_ranks import DIMENSIONS
 from sampled_sae.support.atomic_files import read_json
+from sampled_sae.training.sweep import evaluate
 
 LAYOUTS = ((2, 1), (4, 1), (1, 2), (1, 4), (2, 2))
 COUNTED = {
@@ -72,29 +76,31 @@ MODEL = {
 }
 PARTS = {"counted": COUNTED, "timed": TIMED, "trained": TRAINED, "model": MODEL}
 SEEDS = (0, 1, 2)
+TWO = {"data": (2, 1), "feature": (1, 2)}
 
 
 def on_processes(size: int, work: Callable[..., Any], *args: Any) -> Any:
     """What `work(*args)` returns on the first of `size` processes, each of one thread and all in one gloo group."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__"])
     answers = context.SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(target=_join, args=(rank, size, f"{folder}/store", answers, work, args))
-            for rank in range(size)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        if any(process.exitcode for process in processes):
-            raise RuntimeError(f"exit codes {[process.exitcode for process in processes]}")
-        return answers.get()
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        place = f"tcp://127.0.0.1:{found.getsockname()[1]}"
+    tasks = [(rank, size, place, answers, work, args) for rank in range(size)]
+    processes = [context.Process(target=_join, args=task) for task in tasks]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise RuntimeError(f"exit codes {[process.exitcode for process in processes]}")
+    return answers.get()
 
 
-def _join(rank: int, size: int, store: str, answers: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _join(rank: int, size: int, place: str, answers: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=size)
     found = work(*args)
     if rank == 0:
         answers.put(found)
@@ -104,7 +110,7 @@ def _join(rank: int, size: int, store: str, answers: Any, work: Callable[..., An
 
 def make(shape: tuple[int, int], F: int, d: int, k: int) -> tuple[SampledSAE, RowAdam, Callable[[Tensor], None]]:
     """An SAE, its optimizer, and a training step."""
-    mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("data", "feature"))
+    mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=DIMENSIONS)
     config = SampledSAEConfig(d_in=d, d_sae=F, k=k, l=4, aux_coefficient=0.0, row_grads=True)
     sae = parallelize(SampledSAE(config), mesh)
     optimizer = RowAdam(sae, mode="decayed", moments=torch.bfloat16)
@@ -176,31 +182,31 @@ def race(shape: tuple[int, int], F: int, d: int, k: int, B: int, weak: bool, rou
     return ratios
 
 
-def train(activations: Path, folder: Path, layout: str, seed: int, options: list[str]) -> Row:
-    """FVU and loss recovered of a training by the command line: "alone", "data" or "feature"."""
-    start = [sys.executable, "-m", *(["sampled_sae"] if layout == "alone" else ["torch.distributed.run"])]
-    many = [] if layout == "alone" else ["--nproc-per-node", "2", "-m", "sampled_sae"]
-    shards = ["--feature-shards", "2"] if layout == "feature" else ["--lanes", "2"]
-    out = folder / f"{layout}{seed}"
-    command = ["train", str(activations), str(out), *options, "--seed", str(seed), "--quiet", "--threads", "1", *shards]
-    subprocess.run([*start, *many, *command], check=True, cwd=ROOT)
-    subprocess.run([*start[:2], "sampled_sae", "evaluate", str(out), str(activations), "--quiet"], check=True, cwd=ROOT)
-    return read_json(out / "evaluation.json")
-
-
-def trained(activations: Path, folder: Path, options: list[str]) -> list[Row]:
-    found = {
-        name: [train(activations, folder, name, s, options) for s in SEEDS] for name in ("alone", "data", "feature")
-    }
-    rows = []
-    for name, results in found.items():
+def train(activations: Path, folder: Path, config: SampledSAEConfig, how: TrainConfig, rows: int) -> list[Row] | None:
+    """FVU and loss recovered over the seeds: one process, two with other tokens, two with other features."""
+    store, first = ActivationStore.open(activations), dist.get_rank() == 0
+    meshes = {name: dist.init_device_mesh("cpu", shape, mesh_dim_names=DIMENSIONS) for name, shape in TWO.items()}
+    for seed in SEEDS:
+        settings = replace(config, seed=seed), replace(how, seed=seed), store
+        for name, mesh in meshes.items():
+            Trainer(*settings, folder / f"{name}{seed}", mesh=mesh).run(progress=False)
+        if first:  # on the batches of two
+            Trainer(*settings, folder / f"alone{seed}", lanes=2).run(progress=False)
+    if not first:
+        return None
+    splice, held_out = splice_of(store.manifest["model"], store, rows), store.holdout()[0]
+    found, alone = [], []
+    for name in ("alone", *TWO):
+        saes = [SampledSAE.from_pretrained(folder / f"{name}{seed}") for seed in SEEDS]
+        results = [evaluate(sae, held_out, how.batch_size, splice) for sae in saes]
         row: Row = {"part": "trained", "processes": 1 if name == "alone" else 2, "layout": name}
         for measure in ("fvu", "loss_recovered_zero"):
             values = [result[measure] for result in results]
             row[measure] = (statistics.mean(values), min(values), max(values))
-        pairs = zip(results, found["alone"])
-        rows.append({**row, "difference": max(abs(one["fvu"] - other["fvu"]) for one, other in pairs)})
-    return rows
+        alone = alone or results
+        row["difference"] = max(abs(one["fvu"] - other["fvu"]) for one, other in zip(results, alone))
+        found.append(row)
+    return found
 
 
 def markdown_table(result: Result) -> str:
@@ -208,49 +214,57 @@ def markdown_table(result: Result) -> str:
     headings = {
         "counted": "Bytes and collectives of a step on a process, counted (of a gather what all send):",
         "timed": "Step time of one process over that of several, each of one thread (weak: equal tokens a process):",
-        "trained": "Trainings on {about}, mean (least–largest) over the seeds:",
+        "trained": "Trainings on {on}: {features} features, k={k}, {steps} steps of {batch_size} tokens; mean "
+        "(least–largest) over seeds {seeds}, loss recovered on {splice_rows} rows:",
         "model": "A model, no measurement: the fastest layout for {batch} tokens a step, k={k}, l={l}, on GPUs of "
         "{flops:.0e} flop/s in machines of {gpus_a_machine}, {nvlink:.0e} B/s inside and {network:.0e} B/s between:",
     }
     tables = []
     for part, columns in PARTS.items():
         if rows := [row for row in result["rows"] if row["part"] == part]:
-            about = headings[part].format(about=result.get("trained_on"), **result["model"])
+            about = headings[part].format(**(result["setup"] if part == "trained" else result["model"]))
             tables.append(f"{about}\n\n{markdown(columns, rows)}")
     return "\n".join(tables)
 
 
 def main() -> None:
-    command = parser(__doc__, "--out", "--rehearse", threads=1, steps=300, batch_size=256, features=4096, rounds=15)
-    command.add_argument("--activations", type=Path, help="of a harvest, for the trainings; left out when absent")
+    small = {"steps": 300, "batch_size": 256, "features": 4096, "rounds": 15, "splice_rows": 8}
+    command = parser(__doc__, "--out", "--rehearse", threads=1, **small)
+    command.add_argument("--activations", type=Path, help="of a harvest, for the trainings; none when absent")
     command.add_argument("--folder", type=Path, default=Path("runs/scale"), help="of the trained SAEs")
+    command.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), help="other parts stay as they are")
     args = command.parse_args()
-    options = ["--features", str(args.features), "--k", "32", "--l", "4", "--steps", str(args.steps)]
-    options += ["--batch-size", str(args.batch_size), "--lr", "3e-3", "--dead-after", "50000"]
+    before = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
+    kept = [row for row in before["rows"] if row["part"] not in args.only]
     hardware = scale_model.Hardware()
-    on = {} if args.activations is None else {"trained_on": f"{_about(args.activations)}: {' '.join(options)}"}
-    record = Record(args, markdown_table, model=scale_model.assumptions(hardware), **on)
-    # the same traffic per feature at a width that a small machine has room for, to see that it grows with F alone
-    sizes = [(1024, 16)] if args.rehearse else [(65_536, 768), (65_536, 16), (1_048_576, 16)]
-    for F, d in sizes:
-        dense = on_processes(2, count_dense, F, d, 16)
-        for shape in LAYOUTS if d == sizes[0][1] else LAYOUTS[:1]:
-            record.add({**on_processes(shape[0] * shape[1], count, shape, F, d, 32, 64), "dense": dense})
-    F, d, k, B = (512, 16, 4, 64) if args.rehearse else (16_384, 256, 32, 1024)
-    for shape, weak in (((2, 1), True), ((2, 1), False), ((1, 2), False)):
-        speed = on_processes(2, race, shape, F, d, k, B, weak, 3 if args.rehearse else args.rounds)
-        about = {"layout": f"{shape[0]} x {shape[1]}", "scaling": "weak" if weak else "strong"}
-        size = {"processes": 2, "B": B, "d": d, "F": F, "k": k}
-        record.add({"part": "timed", **about, **size, **spread_columns(speed, "speed")})
+    how = TrainConfig(steps=args.steps, batch_size=args.batch_size, lr=3e-3)
+    setup = {"k": 32, "features": args.features, "splice_rows": args.splice_rows, "seeds": SEEDS, **asdict(how)}
     if args.activations is not None:
-        record.add(*trained(args.activations, args.folder, options))
-    record.add(*scale_model.rows(hardware))
-
-
-def _about(activations: Path) -> str:
-    manifest = read_json(activations / "manifest.json")
-    tokens = sum(shard["tokens"] for shard in manifest["shards"])
-    return f"layer {manifest['layer']} of {manifest['model']}, {tokens} tokens"
+        manifest = read_json(args.activations / "manifest.json")
+        tokens = sum(shard["tokens"] for shard in manifest["shards"])
+        setup["on"] = f"layer {manifest['layer']} of {manifest['model']}, {tokens} tokens"
+    setup = setup if "trained" in args.only else before["setup"]
+    record = Record(args, markdown_table, model=scale_model.assumptions(hardware), setup=setup)
+    record.add(*kept)
+    if "counted" in args.only:
+        # at a width that a small machine has room for, F grows alone
+        sizes = [(1024, 16)] if args.rehearse else [(65_536, 768), (65_536, 16), (1_048_576, 16)]
+        for F, d in sizes:
+            dense = on_processes(2, count_dense, F, d, 16)
+            for shape in LAYOUTS if (F, d) == sizes[0] else LAYOUTS[:1]:
+                record.add({**on_processes(shape[0] * shape[1], count, shape, F, d, 32, 64), "dense": dense})
+    if "timed" in args.only:
+        F, d, k, B = (512, 16, 4, 64) if args.rehearse else (16_384, 256, 32, 1024)
+        for shape, weak in (((2, 1), True), ((2, 1), False), ((1, 2), False)):
+            speed = on_processes(2, race, shape, F, d, k, B, weak, 3 if args.rehearse else args.rounds)
+            about = {"layout": f"{shape[0]} x {shape[1]}", "scaling": "weak" if weak else "strong"}
+            size = {"processes": 2, "B": B, "d": d, "F": F, "k": k}
+            record.add({"part": "timed", **about, **size, **spread_columns(speed, "speed")})
+    if "trained" in args.only and args.activations is not None:
+        config = SampledSAEConfig(d_in=manifest["d_in"], d_sae=args.features, k=32, l=4, dead_after=50_000)
+        record.add(*on_processes(2, train, args.activations, args.folder, config, how, args.splice_rows))
+    if "model" in args.only:
+        record.add(*scale_model.rows(hardware))
 
 
 if __name__ == "__main__":

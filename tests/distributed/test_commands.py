@@ -1,12 +1,13 @@
 """`torchrun -m sampled_sae train`, `evaluate` and `sweep`: what one process does, and one sentence where it fails."""
 
 import json
+import re
 
 import pytest
 import torch
 from launching import OPTIONS, Mishap, files, launch
 from makers import write_store
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sampled_sae.cli import main
 
@@ -88,6 +89,19 @@ def test_an_error_on_one_rank_is_one_sentence_that_names_it(store, tmp_path):
     assert codes == [1, 1]
     assert outputs == ["", "sampled-sae train: rank 1: the disk is on fire\n"]
     assert (tmp_path / "run" / "checkpoint_00000003").is_dir()
+
+
+def test_nan_that_one_rank_reads_stops_all_with_rank_and_step(tmp_path):
+    store = write_store(tmp_path / "store")
+    shard = store / "shard_00001.safetensors"
+    x = load_file(shard)["activations"]
+    x[77, 3] = float("nan")
+    save_file({"activations": x}, shard)
+    codes, outputs = launch(tmp_path, 2, ["train", store, tmp_path / "run", *OPTIONS])
+    assert codes == [1, 1]
+    (said,) = filter(None, outputs)
+    rank = outputs.index(said)
+    assert re.match(rf"sampled-sae train: rank {rank}: activations at step \d: 1 of 384 values are NaN or inf", said)
 
 
 @pytest.mark.parametrize(
