@@ -138,7 +138,8 @@ class SampledSAE(LayerWeights):
             self.layout.guard(self)
         leaves = self.layout.leaves(self, c.row_grads)
         tokens, encoder = self._batch(x, scaled, leaves)
-        mse, aux, x_hat, codes = training_step(self, self._parts, tokens, encoder, leaves)
+        pool = self.memory.pool.next(lambda: self._find_pool(encoder))
+        mse, aux, x_hat, codes = training_step(self, self._parts, tokens, encoder, leaves, pool)
         self.row_grads += leaves.rows.gradients
         x_hat = self._unscaled(x_hat, scaled).to(x.dtype).view(x.shape)
         return SampledSAEOutput(mse + c.aux_coefficient * aux, mse, aux, x_hat, self.layout.numbered(codes))

@@ -29,18 +29,30 @@ def aux_loss(
 
     x_hat: [B, d], of the tokens here. dead: bool [F], and scores: [F], of the features here.
     """
-    mesh, n_tokens = parts.mesh, encoder.operands.whole_shape[0]
+    mesh, operands = parts.mesh, encoder.operands
     target = encoder.x.to(x_hat.dtype).detach()
     residual = target - x_hat.detach()
-    denominator = residual_variance(residual, target, n_tokens, mesh)
-    members = dead_candidates(parts, encoder.operands, dead, rule, scores)
-    n_members = int(mesh.feature.sum_(torch.tensor(len(members), device=dead.device), "dead features"))
-    if n_members == 0 or denominator == 0:
-        return residual.new_zeros(())
-    codes = parts.select(encoder.weights_alone(), members, Rule(min(rule.k_aux, n_members), "token"))
+    denominator = residual_variance(residual, target, operands.whole_shape[0], mesh)
+    alone, k_aux, defined = encoder.weights_alone(), rule.k_aux, denominator > 0
+    if parts.waits or rule.aux_pool is None or mesh.feature.size > 1:
+        members = dead_candidates(parts, operands, dead, rule, scores)
+        n_members = int(mesh.feature.sum_(torch.tensor(len(members), device=dead.device), "dead features"))
+        if n_members == 0:
+            return residual.new_zeros(())
+        k_aux = min(k_aux, n_members)
+    else:
+        # as many as there may be, so that nothing waits for their number: live ones are put out by their bias
+        scores = parts.column_scores(operands, rule.score) if scores is None else scores
+        # one bit pattern up: a dead feature of score 0 still ranks above every live one
+        keys = torch.where(dead, (scores.view(torch.int32) + 1).view(torch.float32), 0)
+        members = parts.candidate_pool(keys, min(rule.aux_pool, len(dead)))
+        out = [torch.where(dead, b, -torch.inf) for b in (alone.b, alone.operands.b)]
+        alone = alone._replace(b=out[0], operands=alone.operands._replace(b=out[1]))
+        defined = defined & dead.any()
+    codes = parts.select(alone, members, Rule(k_aux, "token"))
     e_hat = parts.decode(codes, W_dec, None, encoder.rows)
-    missed = parts.totals.mean((residual - e_hat).square().sum(-1), encoder.operands)
-    return missed / denominator
+    missed = parts.totals.mean((residual - e_hat).square().sum(-1), operands)
+    return torch.where(defined, missed / torch.where(defined, denominator, 1), 0)
 
 
 def residual_variance(residual: Tensor, x: Tensor, n_tokens: int, mesh: Mesh) -> Tensor:

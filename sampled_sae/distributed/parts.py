@@ -31,7 +31,7 @@ from .weights import Weights
 def spread_parts(name: str, weights: Weights, mesh: Mesh) -> Implementation:
     """The parts of "triton" or "torch" over a mesh."""
     local = implementation(name)
-    spread = SpreadParts(local, weights, mesh)
+    spread = SpreadParts(local, weights, mesh, waits=name == "torch")
     return replace(
         local,
         column_scores=spread.column_scores,
@@ -45,10 +45,10 @@ def spread_parts(name: str, weights: Weights, mesh: Mesh) -> Implementation:
 
 
 class SpreadParts:
-    """local: the parts of one process."""
+    """local: the parts of one process. waits: whether they may ask a device for values that decide what comes next."""
 
-    def __init__(self, local: Implementation, weights: Weights, mesh: Mesh) -> None:
-        self.local, self.weights, self.mesh = local, weights, mesh
+    def __init__(self, local: Implementation, weights: Weights, mesh: Mesh, waits: bool) -> None:
+        self.local, self.weights, self.mesh, self.waits = local, weights, mesh, waits
         self.totals = SpreadTotals(mesh)
 
     def column_scores(self, operands: Operands, score: str) -> Tensor:
@@ -103,7 +103,7 @@ class SpreadParts:
     ) -> SparseCodes:
         n = rule.budget(operands.whole_shape[0])
         rule, members = rule._replace(most=n), operands.members
-        hint = hints.of(rule, members)
+        hint = hints.of(rule, members) if self.waits else None
         hint = None if isinstance(hint, Tensor) else hint
         codes, found = self._candidates(encoder, operands, rule, hint, as_block)
         bits = sort_bits(found.values)
@@ -113,7 +113,7 @@ class SpreadParts:
             codes, found = self._candidates(encoder, operands, rule, None, as_block)
             bits = sort_bits(found.values)
             cut = find_cut(bits, n, self.mesh)
-        if operands.x.device.type == "cpu":
+        if self.waits:
             hints.keep(rule, members, 0.9 * value_of(cut.bits, found.values.dtype) if cut.bits > 0 else None)
         if codes is not None:
             return masked(codes, keep_of_block(bits, cut, self.mesh))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from ..codes import SparseCodes
@@ -15,7 +14,7 @@ from .encoder import Encoder
 from .hints import Rule
 from .interface import Implementation
 from .layout import Layer, Layout, Leaves
-from .pool import PoolRule
+from .pool import Pool
 
 
 class TrainedLayer(Layer, Protocol):
@@ -23,7 +22,6 @@ class TrainedLayer(Layer, Protocol):
 
     cfg: SampledSAEConfig
     layout: Layout
-    generator: torch.Generator
     threshold: Tensor
     threshold_steps: Tensor
     tokens_since_active: Tensor
@@ -38,13 +36,15 @@ class Step(NamedTuple):
     codes: SparseCodes
 
 
-def training_step(layer: TrainedLayer, parts: Implementation, tokens: Tensor, encoder: Encoder, leaves: Leaves) -> Step:
+def training_step(
+    layer: TrainedLayer, parts: Implementation, tokens: Tensor, encoder: Encoder, leaves: Leaves, pool: Pool | None
+) -> Step:
     """One batch through the layer; moves its threshold and its counts of dead features.
 
     tokens: [B, d], to be reconstructed; `encoder` is of them and of `leaves`.
+    pool: None for the whole dictionary.
     """
     c, memory = layer.cfg, layer.memory
-    pool = memory.pool.next(lambda: memory.pool.find(parts, encoder.operands, PoolRule.of(c), layer.generator))
     members = None if pool is None else pool.members
     codes = parts.select(encoder, members, Rule(c.k, c.select), memory.hints)
     x_hat = parts.decode(codes, leaves.W_dec, leaves.b_out, leaves.rows)

@@ -1,8 +1,14 @@
 """Training steps of several processes against one process on all tokens, in float64."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from cases import batches, close, compare, rows_of, spread, start, train_alone, train_on_mesh
+from no_host_sync import NoHostSync, allow_late_scalars
+from torch.utils._python_dispatch import _disable_current_modes
+
+from sampled_sae import RowAdam
 
 BASE = {"aux_coefficient": 0.1, "dead_after": 20, "aux_pool": 7, "impl": "torch"}
 COUNTS = {1: [[13], [9], [5]], 2: [[7, 6], [0, 9], [5, 0]], 3: [[4, 0, 9], [2, 3, 4], [0, 0, 5]]}
@@ -83,3 +89,34 @@ def test_gradients_add_up_and_reach_the_input(workers, shape, row_grads):
         for step, gradient in enumerate(of_x):
             start_at = sum(counts[step][:rank])
             close(of_ours[step], gradient[start_at : start_at + counts[step][rank]], "x", 1e-11)
+
+
+def steps_without_waiting(settings):
+    """With a pool over `data`: fails at an operation that waits for a device. Hosts tell each other their numbers."""
+    sae, rank = spread((2, 1), settings)
+    sae.memory.inputs.check = lambda x: None
+    optimizer = RowAdam(sae)
+    parts = batches([[5, 3]], 3, dtype=torch.float32)
+    exchange = sae.layout.mesh.exchange
+
+    def between_hosts(number):
+        with _disable_current_modes():
+            return exchange(number)
+
+    sae.layout.mesh.exchange = between_hosts
+    with pytest.MonkeyPatch.context() as patch:
+        allow_late_scalars(patch)
+        for step, of_step in enumerate(parts):
+            with NoHostSync() if step else nullcontext():
+                out = sae(of_step[rank])
+                out.loss.backward()
+                optimizer.step()
+            optimizer.zero_grad()
+    return float(out.aux)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("select", ["batch", "token"])
+def test_no_step_with_a_pool_waits_for_the_device(workers, select):
+    settings = {**BASE, "impl": "triton", "dtype": torch.float32, "dead_after": 8, "row_grads": True, "select": select}
+    assert all(aux > 0 for aux in workers.run(2, steps_without_waiting, settings))
