@@ -266,7 +266,7 @@ def test_training_takes_the_same_steps(rule):
         kept = []
         for name, sae in saes.items():
             out = sae(tokens(32, 12, seed=step).float())
-            assert (sae._encoder(tokens(1, 12).float()).operands.screen is None) == (name == "off")
+            assert (sae._encoder_of(tokens(1, 12).float()).operands.screen is None) == (name == "off")
             out.loss.backward()
             optimizers[name].step()
             optimizers[name].zero_grad()
