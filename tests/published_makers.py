@@ -215,10 +215,11 @@ class Hub(types.ModuleType):
 
     def __init__(self, repositories, cache):
         super().__init__("huggingface_hub")
-        self.repositories, self.cache, self.asked = repositories, cache, []
+        self.repositories, self.cache, self.asked, self.patterns = repositories, cache, [], []
 
     def snapshot_download(self, name, revision=None, allow_patterns=None):
         self.asked.append((name, revision))
+        self.patterns += allow_patterns
         if not (self.repositories / name).is_dir():
             raise OSError(f"404 Client Error\n{name}")
         for pattern in allow_patterns:

@@ -3,6 +3,7 @@
 import builtins
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -133,6 +134,21 @@ def test_ours(tmp_path, select):
     assert "model m, layer 3; activations times 0.5" in line_of(tmp_path)
 
 
+def test_ours_without_a_threshold_to_rely_on(tmp_path):
+    sae = make_sae(torch.float32)
+    sae.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"sae\.safetensors: sae\.threshold was never set: .*sae\.calibrate\(x\)"):
+        load_inference(tmp_path)
+    sae.threshold.fill_(0.5)
+    sae.threshold_steps.fill_(2)
+    sae.save_pretrained(tmp_path)
+    said = []
+    assert float(load_inference(tmp_path, say=said.append).threshold) == 0.5
+    assert "running mean" in said[0]
+    make_sae(torch.float32, l=None, select="token").save_pretrained(tmp_path)
+    assert load_inference(tmp_path, say=silent).cfg.rule == "topk"
+
+
 def test_a_training_checkpoint_of_saelens(tmp_path):
     """Decoder norms are folded in, as SAELens does when it saves for inference."""
     config = {**SAELENS_6, "architecture": "batchtopk", "k": 4.0}
@@ -159,12 +175,26 @@ def test_dtypes(tmp_path):
         load_inference(folder, dtype=torch.int8)
 
 
+def test_weights_of_16_bits_leave_biases_and_thresholds_exact(tmp_path):
+    exact = load_inference(write_saelens(tmp_path / "a"), say=silent)
+    sae = load_inference(tmp_path / "a", dtype=torch.bfloat16, say=silent)
+    assert torch.equal(sae.threshold, exact.threshold)
+    assert torch.equal(sae.b_enc, exact.b_enc)
+    save_inference(sae, tmp_path / "b", to="saelens")
+    back = load_inference(tmp_path / "b", say=silent)
+    assert back.W_enc.dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(sae.buffers(), back.buffers(), strict=True))
+
+
 @pytest.mark.parametrize(("to", "architecture"), [("sparsify", "jumprelu"), ("gemma_scope", "standard")])
 def test_a_layout_refuses_what_it_cannot_hold(tmp_path, to, architecture):
     sae = load_inference(write_saelens(tmp_path / "a", architecture), say=silent)
     with pytest.raises(ValueError, match="files have no place for it"):
         save_inference(sae, tmp_path / "b", to=to)
     assert not (tmp_path / "b").exists()
+    by_norm = sampled_sae.InferenceSAE(replace(sae.cfg, scale_by_decoder_norm=True), dict(sae.named_buffers()))
+    with pytest.raises(ValueError, match="scale_by_decoder_norm=True: SAELens' files have no place for it"):
+        save_inference(by_norm, tmp_path / "b", to="saelens")
     with pytest.raises(ValueError, match="holds an SAE in the layout 'saelens'"):
         save_inference(sae, tmp_path / "a", to=to)
 
@@ -207,6 +237,8 @@ def test_the_hub(tmp_path, hub):
     assert line.startswith(f"google/gemma-scope-2b-pt-res/{at}: JumpReLU SAE of gemma_scope")
     assert hub.asked == [("google/gemma-scope-2b-pt-res", "abc")]
     assert [f.name for f in hub.cache.rglob("*") if f.is_file()] == ["params.npz"]
+    load_inference("google/gemma-scope-2b-pt-res", at + "/", say=silent)
+    assert not any(pattern.endswith("/") for pattern in hub.patterns)
     write_qwen_scope(tmp_path / "hub" / "Qwen", "SAE-Res-Qwen3-8B-Base-W64K-L0_50")
     line = line_of("Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50", "layer3.sae.pt")
     assert "k=50, float32; model Qwen/Qwen3-8B-Base, layer 3" in line

@@ -122,6 +122,21 @@ def test_truncated_arrays(tmp_path):
             load_inference(folder)
 
 
+def test_damaged_compressed_arrays(tmp_path):
+    folder = write_gemma_scope(tmp_path)
+    np.savez_compressed(folder / "params.npz", **dict(np.load(folder / "params.npz")))
+    whole = bytearray((folder / "params.npz").read_bytes())
+    whole[60:80] = b"\xff" * 20
+    (folder / "params.npz").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"params.npz: truncated"):
+        load_inference(folder)
+
+
+def test_k_is_refused_where_the_files_have_the_rule(tmp_path):
+    with pytest.raises(ValueError, match=r"k=3: is for qwen_scope alone; files in the layout 'saelens'"):
+        load_inference(write_saelens(tmp_path, "topk"), k=3)
+
+
 def test_places_that_hold_no_sae(tmp_path):
     with pytest.raises(ValueError, match=r"no SAE in a known layout; must hold sae_weights.safetensors and cfg.json"):
         load_inference(tmp_path)

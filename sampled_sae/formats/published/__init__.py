@@ -127,6 +127,8 @@ def read_inference(
         if layout is None:
             raise ValueError(f"{place.path}: no SAE in a known layout; {_known()}")
     check_choice("layout", layout, tuple(LAYOUTS))
+    if k is not None and layout != qwen_scope.NAME:
+        raise ValueError(f"k={k}: is for {qwen_scope.NAME} alone; files in the layout {layout!r} have the rule in them")
     reading = LAYOUTS[layout].read(place, say).in_one_dtype(dtype, say)
     config = replace(reading.config, impl=impl, screen=screen)
     tensors = {name: t.to(device) for name, t in reading.tensors.items()} if device is not None else reading.tensors

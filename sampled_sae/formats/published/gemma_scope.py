@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ FILES = (ARRAYS,)
 FILES_OF_SECOND = (TENSORS,)
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 SKIP = "affine_skip_connection"
+# what numpy and zipfile raise for a file that is damaged or none; RuntimeError for an encrypted one
+UNREADABLE = (ValueError, TypeError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError)
 # What the last part of a repository's name says of the place: hook of TransformerLens in a block.
 HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z", "transcoders": "ln2.hook_normalized"}
 
@@ -82,7 +85,7 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
             if not isinstance(arrays, np.lib.npyio.NpzFile):
                 raise ValueError("one array, not an archive")
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (ValueError, TypeError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path}: truncated or not an .npz file of plain arrays ({error})") from None
 
 
@@ -103,7 +106,9 @@ def pack(reading: Reading) -> dict[str, Tensor]:
 
 def write(folder: Path, tensors: dict[str, Tensor]) -> None:
     """`params.npz`, to a temporary name that is then renamed."""
-    arrays: dict[str, Any] = {name: t.float().numpy() for name, t in tensors.items()}
+    arrays: dict[str, Any] = {
+        name: t.to(torch.promote_types(t.dtype, torch.float32)).numpy() for name, t in tensors.items()
+    }
 
     def save(path: Path) -> None:
         # given a path, numpy would add a suffix to the temporary name

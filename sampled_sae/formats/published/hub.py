@@ -32,7 +32,8 @@ def download(repository: str, at: str | None, files: Iterable[str], revision: st
     except ImportError:
         needed = 'reading from the hub needs huggingface_hub: pip install "sampled-sae[hub]"'
         raise ImportError(f"{repository}: {needed}, or download the files and name their folder") from None
-    names = [name if at is None else f"{at.rstrip('/')}/{name}" for name in files]
+    at = None if at is None else at.rstrip("/")  # with one, the hub takes it for all that is below
+    names = [name if at is None else f"{at}/{name}" for name in files]
     # at may be a file itself; a run's own config.json at the root says what its SAEs read
     wanted = [*names, "config.json"] if at is None else [*names, at, "config.json"]
     try:

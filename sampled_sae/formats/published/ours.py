@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ... import pretrained
 from ...config import SampledSAEConfig
+from ...impl.threshold import NEVER_SET, RUNNING_MEAN
 from ...support.atomic_files import field, read_json
 from ..origin import Origin
 from ..portable import PortableSAE, Say
@@ -19,21 +22,31 @@ def read(place: Place, say: Say) -> Reading:
     """The SAE in a folder, under the rule of its evaluation mode.
 
     Raises:
-        ValueError: as `load_pretrained`.
+        ValueError: as `load_pretrained`; a threshold that was never set, where the rule is by it.
     """
     fields, tensors = pretrained.load_pretrained(place.path)
     config = SampledSAEConfig.from_dict(fields)
-    is_set = int(tensors["threshold_steps"]) > 0 or float(tensors["threshold"]) > 0
+    if not config.is_topk:
+        _check_threshold(place.path, tensors, say)
     weights: dict[str, Any] = {name: tensors[name] for name in pretrained.WEIGHT_NAMES}
     sae = PortableSAE(
         **weights,
         rule="topk" if config.is_topk else "threshold",
         k=config.k,
-        threshold=tensors["threshold"].clamp(min=0) if is_set else None,
+        threshold=tensors["threshold"].clamp(min=0),
         apply_b_dec_to_input=config.apply_b_dec_to_input,
         input_scale=config.input_scale,
     )
     return of_portable(sae, "TopK SAE" if config.is_topk else "threshold SAE", origin(place.path), say)
+
+
+def _check_threshold(folder: Path, tensors: dict[str, Tensor], say: Say) -> None:
+    """Whether codes by it are to be relied on; a file of an earlier version counts as calibrated."""
+    steps = int(tensors["threshold_steps"])
+    if steps == 0 and float(tensors["threshold"]) <= 0:
+        raise ValueError(f"{folder / pretrained.WEIGHTS}: {NEVER_SET}, and save it again")
+    if int(tensors.get("calibrated_at", steps)) != steps:
+        say(RUNNING_MEAN)
 
 
 def origin(folder: Path) -> Origin:

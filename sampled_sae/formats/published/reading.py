@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ...inference.config import InferenceConfig
+from ...inference.tensors import WEIGHTS
 from ...support.argument_checks import FLOATS
 from ..origin import Origin
-from ..portable import PortableSAE, Say
+from ..portable import PortableSAE, Say, narrowed
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,19 @@ class Reading:
     origin: Origin
 
     def in_one_dtype(self, dtype: torch.dtype | None, say: Say) -> Reading:
-        """With all tensors in `dtype`, by default in the widest that they have."""
-        found = {t.dtype for t in self.tensors.values()}
+        """With all weights in `dtype`, by default in the widest that they have; nothing in 64 bits is narrowed then.
+
+        Biases and thresholds stay as they are: rounded, others would be active.
+        """
+        weights = {name: t for name, t in self.tensors.items() if name in WEIGHTS}
         if dtype is None:
-            (dtype, *others) = sorted(found, key=FLOATS.index)
+            found = {t.dtype for t in self.tensors.values() if t.dtype == torch.float64}
+            (dtype, *others) = sorted(found | {t.dtype for t in weights.values()}, key=FLOATS.index)
             for other in others:
                 dtype = torch.promote_types(dtype, other)
             if others:
                 say(f"tensors of several dtypes are taken in {dtype}, which loses nothing")
-        if found == {dtype}:
-            return self
-        return replace(self, tensors={name: t.to(dtype) for name, t in self.tensors.items()})
+        return replace(self, tensors={**self.tensors, **{name: t.to(dtype) for name, t in weights.items()}})
 
 
 def config_of(path: Path, **fields: Any) -> InferenceConfig:
@@ -81,6 +84,12 @@ def config_of(path: Path, **fields: Any) -> InferenceConfig:
         return InferenceConfig(**fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def in_dtype_of_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Biases and thresholds, which are kept in at least float32, as narrow as W_dec where that loses nothing."""
+    dtype = tensors["W_dec"].dtype
+    return {name: t if t.dtype == dtype else narrowed(t, dtype) for name, t in tensors.items()}
 
 
 def of_portable(sae: PortableSAE, architecture: str, origin: Origin, say: Say) -> Reading:

@@ -17,7 +17,7 @@ from ...support.atomic_files import field
 from .. import saelens
 from ..origin import Origin
 from ..portable import Say, check_tensors
-from .reading import Place, Reading, config_of, layer_of, of_portable
+from .reading import Place, Reading, config_of, in_dtype_of_weights, layer_of, of_portable
 
 NAME = saelens.NAME
 FILES = (saelens.WEIGHTS, saelens.CONFIG)
@@ -77,13 +77,15 @@ def pack(reading: Reading) -> tuple[dict[str, Tensor], dict[str, Any]]:
     rule = "jumprelu" if config.rule == "threshold" else config.rule
     of_kind = TRANSCODERS if config.is_transcoder else SAES
     names = {name for name, of in of_kind.items() if of == rule and ("skip" in name) == config.skip}
-    if not names or config.input_scale != 1 or config.output_scale != 1:
+    by_norm = config.scale_by_decoder_norm and rule != "topk"
+    if not names or by_norm or config.input_scale != 1 or config.output_scale != 1:
         what = f"rule={config.rule!r}, d_out={config.d_out}, skip={config.skip}, input_scale={config.input_scale}"
+        what += f", scale_by_decoder_norm={config.scale_by_decoder_norm}"
         raise ValueError(f"{what}: SAELens' files have no place for it")
     (name,) = names
-    tensors = dict(reading.tensors)
+    tensors = in_dtype_of_weights(reading.tensors)
     if "threshold" in tensors:
-        tensors["threshold"] = tensors["threshold"].to(tensors["W_dec"].dtype).expand(config.d_sae)
+        tensors["threshold"] = tensors["threshold"].expand(config.d_sae)
     metadata = {
         "sae_lens_version": saelens.FORMAT_VERSION,
         "model_name": origin.model_name,
