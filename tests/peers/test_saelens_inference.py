@@ -199,6 +199,22 @@ def test_what_is_replaced_is_followed(tmp_path):
         torch.testing.assert_close(ours.encode_sparse(x()).to_dense(), 3 * theirs.encode(x()), **NEAR)
 
 
+@pytest.mark.parametrize("architecture", SAES)
+def test_nan_is_what_it_was(tmp_path, architecture):
+    """Of a token of zeros that is divided by its norm, and of biases."""
+    theirs, ours = pair(tmp_path, architecture, normalize_activations="constant_norm_rescale")
+    tokens = x()
+    tokens[3] = 0
+    with torch.no_grad():
+        expected = theirs.encode(tokens)
+        assert expected[3].isnan().any()
+        torch.testing.assert_close(ours.encode(tokens), expected, **NEAR, equal_nan=True)
+        torch.testing.assert_close(ours(tokens), theirs(tokens), **NEAR, equal_nan=True)
+        for sae in (theirs, ours):
+            (sae.b_mag if architecture == "gated" else sae.b_enc).data[5] = torch.nan
+        torch.testing.assert_close(ours.encode(x()), theirs.encode(x()), **NEAR, equal_nan=True)
+
+
 def test_it_refuses_what_it_does_not_know(tmp_path):
     theirs, _ = pair(tmp_path, "standard")
     theirs.__class__ = type("Mine", (type(theirs),), {})

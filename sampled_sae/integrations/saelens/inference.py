@@ -18,7 +18,7 @@ from ...codes import SparseCodes
 from ...impl.hints import ThresholdHints
 from ...impl.interface import Implementation, implementation, resolve_impl
 from ...inference.config import InferenceConfig
-from ...inference.encoding import active_codes, tokens_to_encode
+from ...inference.encoding import TokensToEncode, active_codes, active_dense, tokens_to_encode
 from ..replaced import has_other_methods
 from .as_made import FUNCTIONS, is_plain, plain_budget
 from .step import feature_major
@@ -84,11 +84,14 @@ class SparseInference(SAE[Any]):
     @torch.compiler.disable
     def encode(self, x: Tensor) -> Tensor:
         """As SAELens'; see the class."""
-        codes = self._active(x)
-        if codes is None:
+        ready = self._ready(x)
+        if ready is None:
             return super().encode(x)
-        dense = codes.to_dense().to(self.dtype).view(*self._leading(x), codes.shape[1])
-        return self.hook_sae_acts_post(dense)
+        # a list of entries has gradients to weights, and needs more memory than the matrix where many are active
+        dense = (
+            active_codes(*ready, self._hints).to_dense() if self._weights_grad() else active_dense(*ready, self._hints)
+        )
+        return self.hook_sae_acts_post(dense.to(self.dtype).view(*self._leading(x), dense.shape[1]))
 
     @torch.compiler.disable
     def decode(self, feature_acts: Tensor) -> Tensor:
@@ -123,14 +126,20 @@ class SparseInference(SAE[Any]):
 
     def _active(self, x: Tensor) -> SparseCodes | None:
         """The active entries of each token; None where they are for SAELens' own code."""
-        grad = torch.is_grad_enabled()
-        weights_grad = grad and any(p.requires_grad for p in self.parameters())
+        ready = self._ready(x)
+        return None if ready is None else active_codes(*ready, self._hints)
+
+    def _weights_grad(self) -> bool:
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+
+    def _ready(self, x: Tensor) -> tuple[Implementation, int | None, TokensToEncode] | None:
+        """What `active_codes` and `active_dense` take; None where x is for SAELens' own code."""
         budget = plain_budget(self.activation_fn, 1, self.W_dec.shape[0]) if self.rule == "topk" else None
         if (
             not self._is_as_made()
             or not self._has_plain_rule(budget)
             or not is_plain(self.hook_sae_acts_pre, HookPoint, nn.Identity)
-            or (weights_grad and (self.rule == "gated" or self._weighs_by_norms()))
+            or (self._weights_grad() and (self.rule == "gated" or self._weighs_by_norms()))
             or x.numel() == 0
             or not bool(x.isfinite().all())
         ):
@@ -138,6 +147,8 @@ class SparseInference(SAE[Any]):
         sae_in = self.process_sae_in(x)
         flat = sae_in.reshape(-1, sae_in.shape[-1])
         tensors = dict(self.named_parameters(recurse=False))
+        if not _without_nan(flat, tensors):
+            return None
         if "threshold" in tensors:
             tensors["threshold"] = tensors["threshold"].detach().to(torch.promote_types(self.dtype, torch.float32))
         scale = self._norms() if self._weighs_by_norms() else None
@@ -145,7 +156,7 @@ class SparseInference(SAE[Any]):
         k = None if budget is None else int(budget)
         d_in, d_sae = self.W_enc.shape
         cfg = InferenceConfig(d_in, d_sae, self.rule, k=k)
-        return active_codes(parts, k, tokens_to_encode(parts, cfg, tensors, flat, scale), self._hints)
+        return parts, k, tokens_to_encode(parts, cfg, tensors, flat, scale)
 
     def _decode_codes(self, codes: SparseCodes, leading: tuple[int, ...]) -> Tensor:
         if self._weighs_by_norms():
@@ -189,6 +200,15 @@ class SparseInference(SAE[Any]):
 
     def _parts(self) -> Implementation:
         return implementation(resolve_impl("auto", self.W_enc.device, self.W_enc.dtype))
+
+
+def _without_nan(tokens: Tensor, tensors: dict[str, Tensor]) -> bool:
+    """Whether neither the tokens to encode, which a norm of 0 or b_dec may have spoilt, nor biases hold a NaN.
+
+    A search by comparison would leave it out in silence.
+    """
+    vectors = [tokens, *(t for t in tensors.values() if t.dim() == 1)]
+    return not bool(torch.stack([t.isnan().any() for t in vectors]).any())
 
 
 class SparseTranscoding(SparseInference):
