@@ -72,6 +72,12 @@ def test_gemma_scope_2(tmp_path):
     folder = write_gemma_scope_2(tmp_path / "a")
     assert_jumprelu(folder, thresholds())
     assert "google/gemma-3-270m, layer 5 (model.layers.5.output)" in line_of(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for said, model in (("gemma-v3-270m-pt", "google/gemma-3-270m"), ("gemma-v3-1b-it", "google/gemma-3-1b-it")):
+        (folder / "config.json").write_text(json.dumps({**config, "model_name": said, "hf_hook_point_out": None}))
+        assert f"JumpReLU SAE of gemma_scope_2, d_in=12, d_sae=96, jumprelu, float32; model {model}," in line_of(folder)
+    (folder / "config.json").unlink()
+    assert "model google/gemma-3-270m, layer 5" in line_of(folder)
     folder = write_gemma_scope_2(tmp_path / "b", skip=True)
     ours = load_inference(folder, say=silent)
     tensors = load_file(folder / "params.safetensors")

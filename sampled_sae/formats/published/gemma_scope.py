@@ -67,8 +67,8 @@ def read_second(place: Place, say: Say) -> Reading:
     if SKIP in named:
         named["W_skip"] = named.pop(SKIP).t()  # [d_in, d_out] there
     model, hook = (field(cfg, config, name, (str, type(None))) for name in ("model_name", "hf_hook_point_in"))
-    origin = Origin(model, layer_of(hook), hook).filled_by(_origin(place))
-    return _reading(path, named, _is_transcoder(place) or "hf_hook_point_out" in config, origin)
+    origin = Origin(_published_as(model), layer_of(hook), hook).filled_by(_origin(place))
+    return _reading(path, named, _is_transcoder(place) or config.get("hf_hook_point_out") is not None, origin)
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:
@@ -139,6 +139,15 @@ def _is_transcoder(place: Place) -> bool:
     return "transcoder" in place.tail
 
 
+def _published_as(model: str | None) -> str | None:
+    """The repository of a Gemma, which the files also call gemma-v3-1b-pt; the smallest base model has no suffix."""
+    if model is None:
+        return None
+    name = model.replace("gemma-v3-", "gemma-3-")
+    name = name if "/" in name else f"google/{name}"
+    return name.removesuffix("-pt") if "-270m" in name else name
+
+
 def _origin(place: Place) -> Origin:
     """By the names of repository and folder, as far as they are Gemma Scope's own."""
     layer = place.number("layer_")
@@ -151,7 +160,7 @@ def _origin(place: Place) -> Origin:
     suffix = f"-{tuning}" if second or tuning == "it" else ""
     hook = HOOKS.get(kind or "")
     return Origin(
-        f"google/gemma-{generation}-{size}{suffix}",
+        _published_as(f"google/gemma-{generation}-{size}{suffix}"),
         layer,
         None if layer is None or hook is None or "embedding" in place.tail else f"blocks.{layer}.{hook}",
     )
