@@ -125,6 +125,13 @@ class RowAdam(Optimizer):
                 self._update(i, group, grad, factor)
         return loss
 
+    def allocate(self) -> None:
+        """Makes the moments, of 0, before the first step: for what fills a state in place, as
+        `torch.distributed.checkpoint` does."""
+        for group in self.param_groups:
+            weight = self.sae.layout.local(group["params"][0].detach())
+            self._begun(group, rows_first(group["name"], weight))
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, whatever memory layout the moments were saved in."""
         super().load_state_dict(state_dict)
@@ -219,21 +226,28 @@ class RowAdam(Optimizer):
         self.grad_norm = self._parts.totals.norm(exact)
         return None if self.clip is None else (self.clip / (self.grad_norm + 1e-6)).clamp(max=1.0)
 
-    def _update(self, index: int, group: dict[str, Any], grad: ParameterGradient, factor: Tensor | None) -> None:
-        parameter, weight, layout = group["params"][0], grad.weight, self.sae.layout
-        state = self.state[parameter]
+    def _mode_of(self, name: str) -> str:
         # every element of b_dec has a gradient in every step
-        mode = self.mode if grad.name != "b_dec" else "dense"
+        return self.mode if name != "b_dec" else "dense"
+
+    def _begun(self, group: dict[str, Any], weight: Tensor) -> dict[str, Any]:
+        """The state of a parameter, made where there is none yet; `weight` is the part of it here, features first."""
+        state, layout, name = self.state[group["params"][0]], self.sae.layout, group["name"]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
             like = weight.new_empty(0, dtype=self._moment_dtype(group))
-            for name in ("exp_avg", "exp_avg_sq"):
-                moment = rows_first(grad.name, on_huge_pages(like, *weight.shape).zero_())
-                state[name] = layout.like(moment, grad.name)
-        if mode == "decayed" and "last" not in state:
+            for moment in ("exp_avg", "exp_avg_sq"):
+                zeros = rows_first(name, on_huge_pages(like, *weight.shape).zero_())
+                state[moment] = layout.like(zeros, name)
+        if self._mode_of(name) == "decayed" and "last" not in state:
             # in a state that another mode has left behind, every row has just moved
             last = state["step"].to(torch.int32).expand(weight.shape[0]).clone()
             state["last"] = layout.like(last, "b_enc")
+        return state
+
+    def _update(self, index: int, group: dict[str, Any], grad: ParameterGradient, factor: Tensor | None) -> None:
+        weight, layout = grad.weight, self.sae.layout
+        state, mode = self._begun(group, weight), self._mode_of(grad.name)
         state["step"] += 1
         step = AdamStep(
             number=state["step"],

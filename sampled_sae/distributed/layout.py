@@ -34,6 +34,7 @@ class MeshLayout(Layout):
     def __init__(self, mesh: Mesh, weights: Weights) -> None:
         self.mesh, self.weights = mesh, weights
         self.size = mesh.size
+        self.device_mesh = mesh.device_mesh
         self.batches = 0
         self._parts = lru_cache(maxsize=None)(lambda name: spread_parts(name, weights, mesh))
 

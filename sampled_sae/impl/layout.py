@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..codes import SparseCodes
 from .encoder import Share
@@ -52,9 +53,11 @@ class Layout:
 
     Attributes:
         size: number of processes.
+        device_mesh: of them; None for one.
     """
 
     size = 1
+    device_mesh: DeviceMesh | None = None
 
     def parts(self, name: str) -> Implementation:
         """The layer's parts in the implementation `name`."""
