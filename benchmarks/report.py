@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import drop_in, equal_time, inference, precision, quality
+from benchmarks import drop_in, equal_time, inference, precision, quality, scale
 from benchmarks.measure import RESULTS, ROOT
 from benchmarks.operations.race import COLUMNS
 from benchmarks.record import markdown, with_caption
@@ -38,6 +38,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "drop_in": drop_in.markdown_table,
     "drop_in_768": drop_in.markdown_table,
     "equal_time": equal_time.markdown_table,
+    "scale": scale.markdown_table,
     "inference": inference.markdown_table,
     "kernels": lambda result: markdown(COLUMNS, result["rows"]),
 }
@@ -83,7 +84,7 @@ def stale_plots() -> list[Path]:
     with tempfile.TemporaryDirectory() as folder:
         made = [file for file in write_plots(results(), Path(folder)) if file.suffix == ".svg"]
         pairs = [(file, PLOTS / file.name) for file in made]
-        return [old for new, old in pairs if not old.is_file() or old.read_text() != new.read_text()]
+        return [old for new, old in pairs if not old.is_file() or old.read_bytes() != new.read_bytes()]
 
 
 def pages() -> list[Path]:

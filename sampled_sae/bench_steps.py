@@ -98,7 +98,7 @@ class SectionedSAE(SampledSAE):
     def _parts(self) -> Implementation:
         parts = super()._parts
         timed = {attribute: self.sections.timed(name, getattr(parts, attribute)) for attribute, name in PARTS.items()}
-        return replace(parts, **timed)
+        return replace(parts, **timed)  # type: ignore[arg-type]
 
 
 class OurStep:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .impl.adam_step import AdamStep, Moments, ParameterGradient, rows_first
-from .impl.interface import Implementation, implementation
+from .impl.interface import Implementation
 from .support.argument_checks import check_choice, check_number
 from .support.reused_memory import on_huge_pages
 
@@ -51,7 +51,7 @@ class RowAdam(Optimizer):
     call `zero_grad()` after `step()` or before the forward pass: between forward and backward it would drop the rows.
 
     Raises:
-        TypeError: an `sae` that is none, or whose parameters are spread over devices (FSDP, DTensor).
+        TypeError: an `sae` that is none, or whose parameters something else than `parallelize` has spread (FSDP).
         RuntimeError: by `step()`, with `cfg.row_grads`, where the rows were dropped, where a `GradScaler` steps, and
             where something else has changed `b_dec.grad` after `backward()` (`clip_grad_norm_`, a division), for that
             cannot have changed the rows. By `step()` where a parameter of the SAE was replaced.
@@ -88,10 +88,13 @@ class RowAdam(Optimizer):
         names = {name for name, _ in sae.named_parameters()}
         if names != {"W_enc", "b_enc", "W_dec", "b_dec"}:
             raise TypeError(f"sae={type(sae).__name__}: must be a SampledSAE (of a wrapped one, the module inside)")
-        spread = [name for name, p in sae.named_parameters() if type(p.data) is not Tensor]
+        spread = [name for name, p in sae.named_parameters() if type(sae.layout.local(p.data)) is not Tensor]
         if spread:
             kind = type(getattr(sae, spread[0]).data).__name__
-            raise TypeError(f"sae.{spread[0]} is a {kind}: RowAdam needs whole tensors, use another optimizer")
+            raise TypeError(
+                f"sae.{spread[0]} is a {kind}: RowAdam needs whole tensors, or an SAE that "
+                "sampled_sae.distributed.parallelize has spread; use another optimizer"
+            )
         if moments is not None and sae.W_enc.dtype != torch.float32:
             raise ValueError(f"moments={moments!r}: needs weights in float32, these are {sae.W_enc.dtype}")
         groups = [{"params": [p], "name": name} for name, p in sae.named_parameters()]
@@ -115,24 +118,35 @@ class RowAdam(Optimizer):
                 loss = closure()
         self._check_gradients()
         grads = self._collect()
-        factor = self._clip_factor([grad.values() for grad in grads.values() if grad])
+        factor = self._clip_factor({name: grad.values() for name, grad in grads.items() if grad})
         for i, group in enumerate(self.param_groups):
             grad = grads[group["name"]]
             if grad:
                 self._update(i, group, grad, factor)
         return loss
 
+    def allocate(self) -> None:
+        """Makes the moments, of 0, before the first step: for what fills a state in place, as
+        `torch.distributed.checkpoint` does."""
+        for group in self.param_groups:
+            weight = self.sae.layout.local(group["params"][0].detach())
+            self._begun(group, rows_first(group["name"], weight))
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, whatever memory layout the moments were saved in."""
         super().load_state_dict(state_dict)
+        layout = self.sae.layout
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             parameter = group["params"][0]
             # from the original: torch has given all but the step the parameter's dtype
             for name, value in state_dict["state"].get(saved["params"][0], {}).items():
-                value = value.detach().to(parameter.device, copy=True)
+                value, kind = value.detach().to(parameter.device, copy=True), group["name"]
+                if name == "last":
+                    value = layout.adopt(value, "b_enc")
                 if name in ("exp_avg", "exp_avg_sq"):
-                    moment = rows_first(group["name"], value).to(self._moment_dtype(group)).contiguous()
-                    value = rows_first(group["name"], moment)
+                    local = layout.local(layout.adopt(value, kind))
+                    moment = rows_first(kind, local).to(self._moment_dtype(group)).contiguous()
+                    value = layout.like(rows_first(kind, moment), kind)
                 self.state[parameter][name] = value
 
     def __getstate__(self) -> dict[str, Any]:
@@ -152,7 +166,7 @@ class RowAdam(Optimizer):
 
     @property
     def _parts(self) -> Implementation:
-        return implementation(self.sae.impl_in_use)
+        return self.sae.layout.parts(self.sae.impl_in_use)
 
     def _moment_dtype(self, group: dict[str, Any]) -> torch.dtype:
         matrix = group["name"] in ("W_enc", "W_dec")
@@ -191,7 +205,11 @@ class RowAdam(Optimizer):
             )
 
     def _collect(self) -> dict[str, ParameterGradient]:
-        grads = {g["name"]: ParameterGradient(g["name"], g["params"][0]) for g in self.param_groups}
+        local = self.sae.layout.local
+        grads = {}
+        for name, parameter in ((g["name"], g["params"][0]) for g in self.param_groups):
+            dense = None if parameter.grad is None else local(parameter.grad)
+            grads[name] = ParameterGradient(name, local(parameter.detach()), dense)
         for part in self.sae.row_grads:
             if part.rows.grad is not None:
                 grads[part.name].parts.append((part.features, part.rows.grad))
@@ -199,27 +217,37 @@ class RowAdam(Optimizer):
             grad.merge(self._parts.union)
         return grads
 
-    def _clip_factor(self, tensors: list[Tensor]) -> Tensor | None:
+    def _clip_factor(self, tensors: dict[str, Tensor]) -> Tensor | None:
         """What the gradients are multiplied by, so that their global norm is at most `clip`: 0-dim, or None for 1."""
         if not tensors:
             return None
-        norms = [torch.linalg.vector_norm(t).to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-        self.grad_norm = torch.linalg.vector_norm(torch.stack(norms))
+        norms = {name: torch.linalg.vector_norm(t) for name, t in tensors.items()}
+        exact = {name: norm.to(torch.promote_types(norm.dtype, torch.float32)) for name, norm in norms.items()}
+        self.grad_norm = self._parts.totals.norm(exact)
         return None if self.clip is None else (self.clip / (self.grad_norm + 1e-6)).clamp(max=1.0)
 
-    def _update(self, index: int, group: dict[str, Any], grad: ParameterGradient, factor: Tensor | None) -> None:
-        parameter, weight = group["params"][0], grad.weight
-        state = self.state[parameter]
+    def _mode_of(self, name: str) -> str:
         # every element of b_dec has a gradient in every step
-        mode = self.mode if grad.name != "b_dec" else "dense"
+        return self.mode if name != "b_dec" else "dense"
+
+    def _begun(self, group: dict[str, Any], weight: Tensor) -> dict[str, Any]:
+        """The state of a parameter, made where there is none yet; `weight` is the part of it here, features first."""
+        state, layout, name = self.state[group["params"][0]], self.sae.layout, group["name"]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
             like = weight.new_empty(0, dtype=self._moment_dtype(group))
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = rows_first(grad.name, on_huge_pages(like, *weight.shape).zero_())
-        if mode == "decayed" and "last" not in state:
+            for moment in ("exp_avg", "exp_avg_sq"):
+                zeros = rows_first(name, on_huge_pages(like, *weight.shape).zero_())
+                state[moment] = layout.like(zeros, name)
+        if self._mode_of(name) == "decayed" and "last" not in state:
             # in a state that another mode has left behind, every row has just moved
-            state["last"] = state["step"].to(torch.int32).expand(weight.shape[0]).clone()
+            last = state["step"].to(torch.int32).expand(weight.shape[0]).clone()
+            state["last"] = layout.like(last, "b_enc")
+        return state
+
+    def _update(self, index: int, group: dict[str, Any], grad: ParameterGradient, factor: Tensor | None) -> None:
+        weight, layout = grad.weight, self.sae.layout
+        state, mode = self._begun(group, weight), self._mode_of(grad.name)
         state["step"] += 1
         step = AdamStep(
             number=state["step"],
@@ -234,8 +262,8 @@ class RowAdam(Optimizer):
             renormalize=grad.name == "W_dec",
             seed=index,
         )
-        exp_avg, exp_avg_sq = (rows_first(grad.name, state[name]) for name in ("exp_avg", "exp_avg_sq"))
-        moments = Moments(exp_avg, exp_avg_sq, state["last"] if mode == "decayed" else None)
+        exp_avg, exp_avg_sq = (rows_first(grad.name, layout.local(state[name])) for name in ("exp_avg", "exp_avg_sq"))
+        moments = Moments(exp_avg, exp_avg_sq, layout.local(state["last"]) if mode == "decayed" else None)
         # Rows are worked on in memory order: a weight of another layout as a copy.
         rows = weight.contiguous()
         self._parts.row_adam_(rows, moments, grad.values(), grad.features(), step)

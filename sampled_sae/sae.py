@@ -14,21 +14,22 @@ from . import functional
 from .codes import SampledSAEOutput, SparseCodes
 from .config import SampledSAEConfig
 from .impl import threshold
-from .impl.dead_features import AuxRule
 from .impl.encoder import Encoder
 from .impl.hints import Rule
-from .impl.interface import Implementation, implementation, resolve_impl
+from .impl.interface import Implementation, resolve_impl
+from .impl.layer_weights import LayerWeights
+from .impl.layout import Leaves
 from .impl.pool import KeptPool, Pool, PoolRule
-from .impl.row_gradients import RowGradient, RowSource
+from .impl.row_gradients import RowGradient
 from .impl.row_guard import guard_rows
 from .impl.step_memory import StepMemory
-from .impl.threshold import ThresholdModule
+from .impl.training_step import squared_error, training_step
 from .pretrained import TENSORS, check_scale_of_state, load_pretrained, save_pretrained, scale_into_state
 from .support.argument_checks import HALF, check_activations, check_positive, check_same
 from .support.geometric_median import geometric_median
 
 
-class SampledSAE(ThresholdModule):
+class SampledSAE(LayerWeights):
     """Sparse autoencoder that keeps the B*k largest activations inside a pool of k*l scored features.
 
     Activations x are given as the model makes them, and reconstructions are in their units: the SAE multiplies by
@@ -56,10 +57,6 @@ class SampledSAE(ThresholdModule):
         device, dtype: of the parameters; float32 by default.
     """
 
-    W_enc: nn.Parameter
-    b_enc: nn.Parameter
-    W_dec: nn.Parameter
-    b_dec: nn.Parameter
     tokens_since_active: Tensor
 
     def __init__(
@@ -110,7 +107,7 @@ class SampledSAE(ThresholdModule):
     @property
     def dead(self) -> Tensor:
         """bool [d_sae]: not selected for `cfg.dead_after` tokens."""
-        return self.tokens_since_active >= self.cfg.dead_after
+        return self.layout.whole(self.tokens_since_active) >= self.cfg.dead_after
 
     def forward(self, x: Tensor, *, scaled: bool = False) -> SampledSAEOutput:
         """x [..., d_in] to a `SampledSAEOutput`; in training mode moves threshold and dead-feature counts.
@@ -123,7 +120,7 @@ class SampledSAE(ThresholdModule):
             ValueError, TypeError: wrong shape, dtype or device, an empty batch, NaN or inf. On a GPU NaN and inf
                 are reported by the next call but one at the latest, with the number of the call they came in.
         """
-        if self.training and self.impl_in_use == "triton" and self.cfg.pool_every == 1:
+        if self.training and self.impl_in_use == "triton" and self.cfg.pool_every == self.layout.size == 1:
             return self._train_batch(x, scaled)
         return self._forward_uncompiled(x, scaled)
 
@@ -134,32 +131,27 @@ class SampledSAE(ThresholdModule):
         return self._train_batch(x, scaled) if self.training else self._evaluate(x, scaled)
 
     def _train_batch(self, x: Tensor, scaled: bool) -> SampledSAEOutput:
-        c, parts = self.cfg, self._parts
-        if c.row_grads and torch.is_grad_enabled():
-            guard_rows(self)
-        encoder = self._encoder(x, scaled, self.memory.rows(c.row_grads))
+        c = self.cfg
+        if torch.is_grad_enabled():
+            if c.row_grads:
+                guard_rows(self)
+            self.layout.guard(self)
+        leaves = self.layout.leaves(self, c.row_grads)
+        tokens, encoder = self._batch(x, scaled, leaves)
         pool = self.memory.pool.next(lambda: self._find_pool(encoder))
-        codes = parts.select(encoder, None if pool is None else pool.members, Rule(c.k, c.select), self.memory.hints)
-        x_hat = parts.decode(codes, self.W_dec, self.b_dec, encoder.rows)
-        mse = (encoder.x.to(x_hat.dtype) - x_hat).square().sum(-1).mean()
-        aux = mse.new_zeros(())
-        if c.aux_coefficient > 0 and self.memory.idle.reaches(self.tokens_since_active, c.dead_after):
-            rule = AuxRule(c.aux_features, c.aux_pool, c.score)
-            aux = parts.aux_loss(encoder, x_hat, self.W_dec, self.dead, rule, None if pool is None else pool.scores)
-        self.row_grads += encoder.rows.gradients
-        self.memory.idle.count_(self.tokens_since_active, codes)
-        threshold.move(self, codes, c.threshold_decay)
-        loss = mse + c.aux_coefficient * aux
-        x_hat = self._unscaled(x_hat, scaled)
-        return SampledSAEOutput(loss, mse, aux, x_hat.to(x.dtype).view(x.shape), codes)
+        mse, aux, x_hat, codes = training_step(self, self._parts, tokens, encoder, leaves, pool)
+        self.row_grads += leaves.rows.gradients
+        x_hat = self._unscaled(x_hat, scaled).to(x.dtype).view(x.shape)
+        return SampledSAEOutput(mse + c.aux_coefficient * aux, mse, aux, x_hat, self.layout.numbered(codes))
 
     def _evaluate(self, x: Tensor, scaled: bool) -> SampledSAEOutput:
-        encoder = self._encoder(x, scaled)
+        leaves = self.layout.leaves(self, keep_rows=False)
+        tokens, encoder = self._batch(x, scaled, leaves)
         codes = self._select_each(encoder)
-        x_hat = self._parts.decode(codes, self.W_dec, self.b_dec)
-        mse = (encoder.x.to(x_hat.dtype) - x_hat).square().sum(-1).mean()
-        x_hat = self._unscaled(x_hat, scaled)
-        return SampledSAEOutput(mse, mse, mse.new_zeros(()), x_hat.to(x.dtype).view(x.shape), codes)
+        x_hat = self._parts.decode(codes, leaves.W_dec, leaves.b_out, leaves.rows)
+        mse = squared_error(self._parts, tokens, x_hat, encoder)
+        x_hat = self._unscaled(x_hat, scaled).to(x.dtype).view(x.shape)
+        return SampledSAEOutput(mse, mse, mse.new_zeros(()), x_hat, self.layout.numbered(codes))
 
     def _select_each(self, encoder: Encoder) -> SparseCodes:
         """What evaluation mode keeps of each token, whatever the others are."""
@@ -172,19 +164,20 @@ class SampledSAE(ThresholdModule):
     def encode_sparse(self, x: Tensor, *, scaled: bool = False) -> SparseCodes:
         """Codes of x [..., d_in]: by the batch in training mode; in evaluation mode by the threshold, or k of each
         token for a TopK SAE. `scaled` as in `forward`."""
-        encoder = self._encoder(x, scaled)
         if not self.training:
-            return self._select_each(encoder)
+            return self.layout.complete(self._select_each(self._encoder_of(x, scaled)))
+        encoder = self._encoder_of(x, scaled, by_batch=True)
         pool = self._find_pool(encoder)
         members = None if pool is None else pool.members
-        return self._parts.select(encoder, members, Rule(self.cfg.k, self.cfg.select), self.memory.hints)
+        codes = self._parts.select(encoder, members, Rule(self.cfg.k, self.cfg.select), self.memory.hints)
+        return self.layout.complete(codes)
 
     @torch.compiler.disable
     def encode_above_threshold(self, x: Tensor, *, scaled: bool = False) -> SparseCodes:
         """Codes of x [..., d_in] by the threshold alone, in both modes and for a TopK SAE too."""
         if not self.training:
             self._notice.before_use(self)
-        return self._parts.above_threshold(self._encoder(x, scaled), self.threshold)
+        return self.layout.complete(self._parts.above_threshold(self._encoder_of(x, scaled), self.threshold))
 
     def encode(self, x: Tensor, *, scaled: bool = False) -> Tensor:
         """`encode_sparse` as a dense tensor [..., d_sae]; equivalent in evaluation mode by the threshold to
@@ -194,13 +187,19 @@ class SampledSAE(ThresholdModule):
     def decode(self, codes: SparseCodes | Tensor, *, scaled: bool = False) -> Tensor:
         """Reconstruction [..., d_in] of SparseCodes [B, d_sae] or a dense tensor [..., d_sae]: in the units of x, or
         with `scaled` times `cfg.input_scale`."""
-        if isinstance(codes, SparseCodes):
-            return self._unscaled(functional.decode(codes, self.W_dec, self.b_dec, self.cfg.impl), scaled)
-        if not isinstance(codes, Tensor):
+        if not isinstance(codes, (SparseCodes, Tensor)):
             raise TypeError(f"codes={type(codes).__name__}: must be SparseCodes or a torch.Tensor")
         if codes.shape[-1:] != (self.cfg.d_sae,):
             raise ValueError(f"codes.shape={tuple(codes.shape)}: the last dimension must be {self.cfg.d_sae}")
-        return self._unscaled(codes.to(self.W_dec.dtype) @ self.W_dec + self.b_dec, scaled)
+        if self.layout.size > 1:
+            leaves = self.layout.leaves(self, keep_rows=False)
+            x_hat = self._parts.decode(self.layout.here(codes), leaves.W_dec, leaves.b_out, leaves.rows)
+            x_hat = x_hat.to(self.W_dec.dtype).view(*codes.shape[:-1], self.cfg.d_in)
+        elif isinstance(codes, SparseCodes):
+            x_hat = functional.decode(codes, self.W_dec, self.b_dec, self.cfg.impl)
+        else:
+            x_hat = codes.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+        return self._unscaled(x_hat, scaled)
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, l0: float | None = None, *, scaled: bool = False) -> float:
@@ -213,7 +212,7 @@ class SampledSAE(ThresholdModule):
             l0: target, in (0, d_sae].
             scaled: as in `forward`.
         """
-        encoder = self._encoder(x, scaled)
+        encoder = self._encoder_of(x, scaled, by_batch=True)
         l0 = check_positive("l0", self.cfg.k if l0 is None else l0, self.cfg.d_sae)
         threshold.calibrate(self, self._parts, encoder, l0)
         return float(self.threshold)
@@ -221,19 +220,10 @@ class SampledSAE(ThresholdModule):
     @torch.no_grad()
     def init_b_dec(self, x: Tensor, *, scaled: bool = False) -> None:
         """Sets b_dec to the geometric median of activations x [..., d_in], as before a training's first step."""
-        self.b_dec.copy_(geometric_median(self._flatten(x, scaled)).to(self.b_dec.dtype))
-
-    @torch.no_grad()
-    def normalize_decoder(self) -> None:
-        """Unit decoder rows; equivalent to `W_dec /= W_dec.norm(dim=1, keepdim=True)`."""
-        self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min_(1e-12))
-
-    @torch.no_grad()
-    def project_decoder_grad(self) -> None:
-        """Removes from W_dec.grad the part parallel to each decoder row; for optimizers other than RowAdam."""
-        if self.W_dec.grad is not None:
-            W = nn.functional.normalize(self.W_dec, dim=1)
-            self.W_dec.grad.sub_((self.W_dec.grad * W).sum(1, keepdim=True) * W)
+        tokens, _ = self.layout.read(lambda: self._flatten(x, scaled))
+        totals = self._parts.totals
+        median = geometric_median(tokens, total=totals.sum_of_tokens, greatest=totals.max_of_tokens)
+        self.layout.local(self.b_dec).copy_(median)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; row gradients are dropped too."""
@@ -247,7 +237,8 @@ class SampledSAE(ThresholdModule):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `sae.safetensors`, each to a temporary name that is then renamed."""
-        save_pretrained(Path(folder), self.cfg.to_dict(), {name: getattr(self, name) for name in TENSORS})
+        tensors = {name: self.layout.whole(getattr(self, name)) for name in TENSORS}
+        self.layout.write(lambda: save_pretrained(Path(folder), self.cfg.to_dict(), tensors))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], device: torch.device | str | None = None) -> SampledSAE:
@@ -272,7 +263,7 @@ class SampledSAE(ThresholdModule):
 
     def _flatten(self, x: Tensor, scaled: bool) -> Tensor:
         """[B, d_in], times `cfg.input_scale`."""
-        check_activations(x, self.cfg.d_in)
+        check_activations(x, self.cfg.d_in, may_be_empty=self.layout.size > 1)
         if x.dtype in HALF and self.W_enc.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
             x = x.float()
         check_same(x=x, W_enc=self.W_enc)
@@ -284,14 +275,25 @@ class SampledSAE(ThresholdModule):
     def _unscaled(self, x_hat: Tensor, scaled: bool) -> Tensor:
         return x_hat if scaled or self.cfg.input_scale == 1 else x_hat / self.cfg.input_scale
 
-    def _encoder(self, x: Tensor, scaled: bool = False, rows: RowSource | None = None) -> Encoder:
-        b_dec = self.b_dec if self.cfg.apply_b_dec_to_input else None
-        operands = self.W_enc.t(), self.b_enc, b_dec
-        return self._parts.encoder(self._flatten(x, scaled), *operands, rows=rows, screen=self.cfg.screen)
+    def _batch(self, x: Tensor, scaled: bool, leaves: Leaves) -> tuple[Tensor, Encoder]:
+        """Tokens [B, d_in] and their encoder; those of all processes are one batch."""
+        tokens, share = self.layout.read(lambda: self._flatten(x, scaled))
+        return tokens, self._encoder(tokens, leaves).of_share(share)
+
+    def _encoder(self, tokens: Tensor, leaves: Leaves) -> Encoder:
+        """Of tokens [B, d_in] as `_flatten` gives them."""
+        b_dec = leaves.b_in if self.cfg.apply_b_dec_to_input else None
+        x, weights = self.layout.into_encoder(tokens), (leaves.W_enc, leaves.b_enc, b_dec)
+        return self._parts.encoder(x, *weights, rows=leaves.rows, screen=self.cfg.screen)
+
+    def _encoder_of(self, x: Tensor, scaled: bool = False, by_batch: bool = False) -> Encoder:
+        """by_batch: the tokens of all processes are one batch; else each of them stands alone."""
+        leaves = self.layout.leaves(self, keep_rows=False)
+        return self._batch(x, scaled, leaves)[1] if by_batch else self._encoder(self._flatten(x, scaled), leaves)
 
     @property
     def _parts(self) -> Implementation:
-        return implementation(self.impl_in_use)
+        return self.layout.parts(self.impl_in_use)
 
     def _find_pool(self, encoder: Encoder) -> Pool | None:
         return self.memory.pool.find(self._parts, encoder.operands, PoolRule.of(self.cfg), self.generator)

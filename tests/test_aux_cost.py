@@ -9,7 +9,6 @@ from makers import make_sae, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sampled_sae import SparseCodes
 from sampled_sae.impl.dead_features import IdleTokens
 
 
@@ -82,10 +81,9 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def codes_of(*features):
-    """One token with these of 6 features."""
-    at = torch.tensor(features)
-    return SparseCodes(torch.ones(len(features)), torch.zeros_like(at), at, (1, 6))
+def active(*features):
+    """bool [6]."""
+    return torch.zeros(6, dtype=torch.bool).index_fill(0, torch.tensor(features), True)
 
 
 def test_a_feature_is_dead_when_its_count_says_so_and_is_rarely_asked():
@@ -98,7 +96,7 @@ def test_a_feature_is_dead_when_its_count_says_so_and_is_rarely_asked():
             expected.append(int(counts.max()) >= 5)
             reads.count -= 1
             assert idle.reaches(counts, 5) == expected[-1]
-            idle.count_(counts, codes_of(*kept))
+            idle.count_(counts, active(*kept), 1)
     assert sum(expected) == 7
     # where the bound had grown to 5: a third of the steps, and all once the feature is dead
     assert reads.count <= 1 + 30 // 3 + sum(expected)
@@ -109,10 +107,10 @@ def test_counts_moved_by_others_and_another_limit_are_seen():
     assert not idle.reaches(counts, 5)
     counts[2] = 7
     assert idle.reaches(counts, 5)
-    idle.count_(counts, codes_of(0))
+    idle.count_(counts, active(0), 1)
     assert idle.reaches(counts, 8)
     assert not idle.reaches(counts, 9)
-    idle.count_(counts, codes_of(2))
+    idle.count_(counts, active(2), 1)
     assert not idle.reaches(counts, 9)
     assert idle.reaches(counts, 2)
     assert not copy.deepcopy(idle).reaches(counts, 9)

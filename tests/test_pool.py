@@ -9,6 +9,7 @@ from makers import make_sae, tokens
 
 from sampled_sae import SampledSAEConfig, reference
 from sampled_sae.impl import pool as pools
+from sampled_sae.impl.encoder import Operands, Share
 
 IMPLS = ["torch", "reference", "triton"]
 
@@ -63,16 +64,21 @@ def test_scores_of_a_share_of_the_tokens(impl):
     pool = members(sae, some)
     assert not torch.equal(pool, members(sae, x))
     assert not outside(sae(x).codes, pool)
-    assert torch.equal(sae._find_pool(sae._encoder(x)).members, pool)
+    assert torch.equal(sae._find_pool(sae._encoder_of(x)).members, pool)
 
 
 @pytest.mark.parametrize(
     ("share", "expected"), [(0.25, [0, 4, 8]), (1e-9, [0]), (0.5, [0, 2, 4, 6, 8, 10]), (1.0, None)]
 )
 def test_share_of(share, expected):
-    x = torch.arange(12)[:, None]
-    found = x[pools.share_of(x, share)]
-    assert found.squeeze(1).tolist() == (list(range(12)) if expected is None else expected)
+    x, expected = torch.arange(12.0)[:, None], list(range(12)) if expected is None else expected
+    whole = Operands(x, torch.ones(3, 1), torch.ones(3))
+    assert pools.share_of(whole, share).tolist() == expected
+    found = []
+    for first, stop in ((0, 5), (5, 5), (5, 6), (6, 12)):  # the same of a batch in pieces
+        part = whole._replace(x=x[first:stop], share=Share(12, 3, first))
+        found += (pools.share_of(part, share) + first).tolist()
+    assert found == expected
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 
-from sampled_sae import check, cli, optim, reference, testing
+from sampled_sae import check, cli, reference, testing
 from sampled_sae import functional as F
-from sampled_sae.impl import interface
+from sampled_sae.impl import interface, layout
 
 RULE = {"k": 3, "l": 4, "score": "l2"}
 SHAPE = (33, 17, 252)
@@ -142,6 +142,7 @@ def test_check_passes_here(capsys):
     assert done == total
 
 
+@pytest.mark.slow
 def test_check_as_a_user_runs_it():
     """Without a GPU it has to put Triton into its interpreter by itself, before Triton is imported.
 
@@ -193,7 +194,7 @@ def test_check_finds_a_wrong_optimizer(monkeypatch):
             weight.mul_(1 + 1e-5)
 
     changed = dataclasses.replace(parts, row_adam_=wrong)
-    monkeypatch.setattr(optim, "implementation", lambda name: changed)
+    monkeypatch.setattr(layout, "implementation", lambda name: changed)
     failed = {row.op for row in check.run_checks("torch", "cpu", quick=True) if row.failure}
     assert failed == {"RowAdam dense", "RowAdam lazy", "RowAdam decayed"}
 

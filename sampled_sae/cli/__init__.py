@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 
+from ..support.all_ranks import ALONE
 from ..support.interruption import terminable
+from ..support.launch import launched
 from ..support.version import __version__
 from . import bench, check, convert, encode, harvest, training, verify
 from .arguments import threads
 from .errors import sentence
 from .parser import Parser
+from .processes import Nowhere, join, leave, unheard
 
 # the commands whose standard output was asked for, and is kept with --quiet
 RESULTS = ("evaluate", "verify", "check", "bench")
@@ -34,23 +37,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file may hold what the terminal cannot show
     parser = build_parser()
-    args = parser.parse_args(argv)
     try:
-        if args.threads is not None:
-            torch.set_num_threads(args.threads)
-        with terminable(), quiet(args.command in RESULTS) if args.quiet else written_out():
-            return args.run(args) or 0
+        launch = launched()
+    except ValueError as error:
+        print(f"sampled-sae: {error}", file=sys.stderr)
+        return 1
+    with unheard(launch):
+        args = parser.parse_args(argv)
+    args.ranks = ALONE
+    try:
+        with terminable(), unheard(launch):
+            if args.threads is not None:
+                torch.set_num_threads(args.threads)
+            with quiet(args.command in RESULTS) if args.quiet else written_out():
+                args.ranks = join(args, launch)
+                with args.ranks.accounted():
+                    status = args.run(args) or 0
+                args.ranks.close()
+                return int(status)
     except BrokenPipeError:  # the reader of the output has gone, as `head` does; Python flushes it again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
+        status = 1
     except (Exception, KeyboardInterrupt) as error:
         if args.debug:
             traceback.print_exc()
-        options = parser.commands()[args.command].options()
-        print(f"sampled-sae {args.command}: {sentence(error, options)}", file=sys.stderr)
-        if isinstance(error, KeyboardInterrupt):
-            return 128 + getattr(error, "number", signal.SIGINT)
-        return 1
+        status = 128 + getattr(error, "number", signal.SIGINT) if isinstance(error, KeyboardInterrupt) else 1
+        # before they have joined, what is wrong with one is wrong with all on its machine
+        said = args.ranks.said_here(error) if args.ranks.size > 1 or launch is None or launch.local_rank == 0 else None
+        if said is not None:
+            options = parser.commands()[args.command].options()
+            print(f"sampled-sae {args.command}: {said}{sentence(error, options)}", file=sys.stderr)
+    if args.ranks.size > 1:
+        leave(status)
+    return status
 
 
 def build_parser() -> Parser:
@@ -81,13 +100,6 @@ def _everywhere(p: argparse.ArgumentParser, **default: Any) -> None:
     p.add_argument(
         "--debug", action="store_true", default=default["debug"], help="show where in the code an error came from"
     )
-
-
-class Nowhere(io.TextIOBase):
-    """A stream that drops what is written, and is never closed: loggers keep it."""
-
-    def write(self, text: str) -> int:
-        return len(text)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from ..sae import SampledSAE
 from ..support.argument_checks import check_integer
 from ..support.atomic_files import write_json
 from ..training.activation_store import ActivationStore
-from ..training.training_run import CHECKPOINT
+from ..training.checkpoint import CHECKPOINT
+from ..training.sharded_checkpoint import RECORD
 from .arguments import Command
 
 
@@ -79,7 +80,7 @@ def import_(args: argparse.Namespace) -> None:
     found = formats.detect(args.out)
     if found not in (None, FORMAT):
         raise ValueError(f"{args.out}: holds an SAE in the format {found!r}; import to another folder")
-    for left in (RUN, CHECKPOINT):
+    for left in (RUN, CHECKPOINT, RECORD):
         if (args.out / left).exists():
             raise ValueError(f"{args.out}: holds {left} of an SAE that was trained there; import to another folder")
     loaded = formats.read(

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 
 import torch
 
+from ..support.all_ranks import RankError
+
 # What is said to users; anything else that is raised is a fault of this package.
-EXPECTED = (ValueError, TypeError, ImportError, FloatingPointError, OSError)
+EXPECTED = (ValueError, TypeError, ImportError, FloatingPointError, OSError, RankError)
 # torch has no type of its own for either on a CPU
 NO_MEMORY = re.compile(r"not enough memory|can't allocate memory|cannot allocate memory|out of memory", re.IGNORECASE)
 TOO_LARGE = re.compile(r"overflow|negative dimension|too large to convert|[Ii]nvalid size|out of range")

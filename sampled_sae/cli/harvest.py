@@ -8,6 +8,7 @@ from pathlib import Path
 from ..support.argument_checks import check_integer
 from ..support.output_folder import check_output_folder
 from .arguments import Command, model_arguments
+from .processes import add_rank_options
 from .texts import Texts, text_arguments
 
 
@@ -20,6 +21,7 @@ def add(command: Command) -> None:
     p.add_argument("--holdout-rows", type=int, default=32, help="rows kept for evaluation, never trained on")
     p.add_argument("--batch-size", type=int, default=8, help="rows a forward pass")
     p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the shards")
+    add_rank_options(p, shards=False)
 
 
 def harvest(args: argparse.Namespace) -> None:
@@ -53,6 +55,7 @@ def harvest(args: argparse.Namespace) -> None:
         drop_tokens=texts.dropped,
         holdout_rows=args.holdout_rows,
         progress=not args.quiet,
+        mesh=args.ranks.mesh,
     )
     tokens = sum(shard["tokens"] for shard in manifest["shards"])
     held_out = manifest["holdout"]["tokens"] if manifest["holdout"] else 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import POOLS, SCREENS, SELECTS, SampledSAEConfig
+from ..distributed import parallelize
 from ..impl import threshold
 from ..sae import SampledSAE
 from ..support.argument_checks import SCORES, check_integer
@@ -17,6 +18,7 @@ from ..support.atomic_files import write_json, write_text
 from ..support.output_folder import check_output_folder
 from ..training.activation_store import ActivationStore
 from ..training.batches import CALIBRATION_TOKENS
+from ..training.evaluation import part_of
 from ..training.sweep import EVALUATION, evaluate, run_sweep, variants
 from ..training.sweep_plots import plot_sweep
 from ..training.sweep_table import markdown_table
@@ -24,6 +26,7 @@ from ..training.train_config import TrainConfig
 from ..training.trainer import Trainer
 from .arguments import Command, listed, model_arguments, pool_multiplier, seed
 from .identity import SPLICE_ROWS, check_same_activations, splice_source
+from .processes import add_rank_options
 
 
 def add(command: Command) -> None:
@@ -36,12 +39,20 @@ def add(command: Command) -> None:
     p.add_argument("--pool", choices=POOLS, default="top", help="highest scores, or a draw in proportion to them")
     p.add_argument("--select", choices=SELECTS, default="batch", help="budget for the batch or for each token")
     _train_arguments(p)
+    p.add_argument(
+        "--lanes",
+        type=int,
+        default=None,
+        help="stretches that an epoch is cut into, for as many processes to read; those of the checkpoint, or one a "
+        "process, when absent",
+    )
 
     p = command("evaluate", run_evaluate, "Evaluate a trained SAE on held-out activations and in the model.")
     p.add_argument("sae", type=Path, help="folder of a trained SAE; evaluation.json is written there")
     p.add_argument("activations", type=Path, help="folder of activations with a held-out part")
     p.add_argument("--batch-size", type=int, default=2048, help="tokens a batch")
     _splice_arguments(p)
+    add_rank_options(p)
 
     p = command("sweep", sweep, "Train over l, scores and seeds at equal k, evaluate at equal L0, compare.")
     p.add_argument("activations", type=Path, help="folder of activations with a held-out part")
@@ -100,7 +111,8 @@ def _train_arguments(p: argparse.ArgumentParser) -> None:
             continue
         name = "--" + field.name.replace("_", "-")
         p.add_argument(name, type=type(field.default), default=field.default, help=text[field.name])
-    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; of several processes, cuda gives each its own")
+    add_rank_options(p)
 
 
 def _sae_config(args: argparse.Namespace, d_in: int, **rule: Any) -> SampledSAEConfig:
@@ -124,10 +136,11 @@ def _train_config(args: argparse.Namespace) -> TrainConfig:
 
 
 def train(args: argparse.Namespace) -> None:
-    store = ActivationStore.open(args.activations)
-    rule = {"l": args.l, "score": args.score, "pool": args.pool, "select": args.select}
-    config = _sae_config(args, store.d_in, seed=args.seed, **rule)
-    trainer = Trainer(config, _train_config(args), store, args.out, args.device)
+    with args.ranks.together():
+        store = ActivationStore.open(args.activations)
+        rule = {"l": args.l, "score": args.score, "pool": args.pool, "select": args.select}
+        config, how = _sae_config(args, store.d_in, seed=args.seed, **rule), _train_config(args)
+    trainer = Trainer(config, how, store, args.out, args.device, args.ranks.mesh, args.lanes)
     verb = f"Resumes at step {trainer.step}" if trainer.step else "Trains"
     print(
         f"{verb} on {args.activations} in {trainer.config.precision}: {trainer.sae}\nwrites to {args.out}", flush=True
@@ -137,29 +150,38 @@ def train(args: argparse.Namespace) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    store = ActivationStore.open(args.activations)
-    sae = SampledSAE.from_pretrained(args.sae)
-    check_integer("batch_size", args.batch_size, 1)
-    check_same_activations(args.sae, sae.cfg.d_in, store, args.insist)
-    check_output_folder(args.sae)
-    splice = splice_source(args, store)
+    ranks = args.ranks
+    with ranks.together():
+        store = ActivationStore.open(args.activations)
+        sae = SampledSAE.from_pretrained(args.sae)
+        check_integer("batch_size", args.batch_size, 1)
+        check_same_activations(args.sae, sae.cfg.d_in, store, args.insist)
+        check_output_folder(args.sae)
+        splice = splice_source(args, store)
     target = args.sae / EVALUATION
     if not args.quiet:
         print(f"Evaluates {args.sae} on the held-out part of {args.activations}, writes {target}", flush=True)
-    held_out, _ = store.holdout()
+    with ranks.together():
+        held_out, _ = store.holdout()
+    if ranks.mesh is not None:
+        parallelize(sae, ranks.mesh)
     if not sae.cfg.is_topk and not threshold.is_set(sae):
-        found = sae.calibrate(store.first(CALIBRATION_TOKENS).to(sae.W_enc.dtype))
+        found = sae.calibrate(part_of(store.first(CALIBRATION_TOKENS), ranks).to(sae.W_enc.dtype))
         print(f"The SAE has no threshold yet: {found:.4g}, calibrated to L0 = k on training activations, is used here")
     result = evaluate(sae, held_out, args.batch_size, None if splice is None else splice.load())
-    write_json(target, result)
+    with ranks.together():
+        if ranks.first:
+            write_json(target, result)
     for name, value in result.items():
         print(f"{name}: {value}")
 
 
 def sweep(args: argparse.Namespace) -> None:
-    store = ActivationStore.open(args.activations)
-    base = _sae_config(args, store.d_in)
-    configs = variants(base, args.ls, args.scores, args.seeds, not args.no_topk)
+    with args.ranks.together():
+        store = ActivationStore.open(args.activations)
+        base = _sae_config(args, store.d_in)
+        configs = variants(base, args.ls, args.scores, args.seeds, not args.no_topk)
+        how, splice = _train_config(args), splice_source(args, store)
     print(
         f"Trains {len(configs)} SAEs on {args.activations}, writes to {args.out}: {', '.join(configs)}",
         flush=True,
@@ -169,15 +191,24 @@ def sweep(args: argparse.Namespace) -> None:
         print('No plots without matplotlib: pip install "sampled-sae[plot]"', flush=True)
     rows = run_sweep(
         configs,
-        _train_config(args),
+        how,
         store,
         args.out,
-        splice_source(args, store),
+        splice,
         progress=not args.quiet,
         say=lambda line: print(line, flush=True),
         together=args.together,
         device=args.device,
+        mesh=args.ranks.mesh,
     )
+    with args.ranks.together():
+        if args.ranks.first:
+            _write_report(rows, args, store, with_plots)
+
+
+def _write_report(
+    rows: list[dict[str, Any]], args: argparse.Namespace, store: ActivationStore, with_plots: bool
+) -> None:
     plots = plot_sweep(rows, args.out) if with_plots else []
     report = args.out / "report.md"
     write_text(report, _report(rows, args, store, plots))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Union = Callable[[list[Tensor], int], Tensor]
 
@@ -47,13 +47,11 @@ class AdamStep:
 class ParameterGradient:
     """(features, rows) pairs that `merge` makes one, or a dense tensor; W_enc is seen as W_enc.T."""
 
-    def __init__(self, name: str, parameter: nn.Parameter) -> None:
+    def __init__(self, name: str, weight: Tensor, dense: Tensor | None) -> None:
         self.name = name
-        self.weight = rows_first(name, parameter.detach())
+        self.weight = rows_first(name, weight)
         self.parts: list[tuple[Tensor, Tensor]] = []
-        self.dense: Tensor | None = None
-        if parameter.grad is not None:
-            self.dense = rows_first(name, parameter.grad).contiguous()
+        self.dense = None if dense is None else rows_first(name, dense).contiguous()
 
     def __bool__(self) -> bool:
         return bool(self.parts) or self.dense is not None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..codes import SparseCodes
 from ..support.cuda_graphs import capturing
 from ..support.late_values import LateScalars
 
@@ -40,18 +40,27 @@ class IdleTokens:
         self._captured = False
 
     @torch.no_grad()
-    def count_(self, counts: Tensor, codes: SparseCodes) -> None:
-        """`counts += B`, and 0 for the features that have a kept entry."""
+    def count_(
+        self,
+        counts: Tensor,
+        active: Tensor,
+        n_tokens: int,
+        greatest_of: Callable[[Tensor], Tensor] = torch.amax,
+    ) -> None:
+        """`counts += n_tokens`, and 0 for the features that have a kept entry, active bool [F].
+
+        greatest_of: the largest of counts, of which other processes may hold a part.
+        """
         known = not torch.compiler.is_compiling() and self._version == counts._version
-        counts.add_(codes.shape[0]).masked_fill_(codes.active_mask(), 0)
+        counts.add_(n_tokens).masked_fill_(active, 0)
         self._version, self._exact, self._greatest = -1, False, None
         if known:
-            self._version, self._bound = counts._version, self._bound + codes.shape[0]
+            self._version, self._bound = counts._version, self._bound + n_tokens
             if self._bound >= self._limit and not self._captured:
                 self._greatest = LateScalars()
-                self._greatest.put(0, counts.max())
+                self._greatest.put(0, greatest_of(counts))
 
-    def reaches(self, counts: Tensor, dead_after: int) -> bool:
+    def reaches(self, counts: Tensor, dead_after: int, greatest_of: Callable[[Tensor], Tensor] = torch.amax) -> bool:
         """Whether a count has reached `dead_after`; True where that is decided on the device (compiled, captured)."""
         if torch.compiler.is_compiling():
             return True
@@ -65,7 +74,7 @@ class IdleTokens:
             ((_, greatest),) = self._greatest.arrived(wait=True)
             self._bound, self._exact, self._greatest = int(greatest), True, None
         elif not known or (self._bound >= dead_after and not self._exact):
-            self._version, self._bound, self._exact = counts._version, int(counts.max()), True
+            self._version, self._bound, self._exact = counts._version, int(greatest_of(counts)), True
         return self._bound >= dead_after
 
     def __deepcopy__(self, memo: dict[int, object]) -> IdleTokens:

@@ -13,11 +13,23 @@ from .rounded_tokens import RoundedTokens
 from .row_gradients import RowSource
 
 
+class Share(NamedTuple):
+    """Of what the tokens and features of this process are a part, where both are spread over several.
+
+    n_tokens, n_features: of all processes. first: how many of these tokens stand before ours.
+    """
+
+    n_tokens: int
+    n_features: int
+    first: int
+
+
 class Operands(NamedTuple):
     """What scores and searches multiply: no gradient, in the dtype of the products, centred.
 
     x: [B, d]. W: [F, d]. b: [F]. scale: [F] or None. members: int64 [P], ascending, the features that a search looks
-    at; None for all. screen: x in bfloat16 where scores and searches look through such products first.
+    at; None for all. screen: x in bfloat16 where scores and searches look through such products first. share: for a
+    batch that is spread over processes; None for a whole one.
     """
 
     x: Tensor
@@ -26,6 +38,7 @@ class Operands(NamedTuple):
     scale: Tensor | None = None
     members: Tensor | None = None
     screen: RoundedTokens | None = None
+    share: Share | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -35,6 +48,11 @@ class Operands(NamedTuple):
     def n_features(self) -> int:
         """F, whatever `members` says."""
         return self.W.shape[0]
+
+    @property
+    def whole_shape(self) -> tuple[int, int]:
+        """(B, F) of all processes."""
+        return (self.x.shape[0], self.W.shape[0]) if self.share is None else self.share[:2]
 
     @property
     def n_candidates(self) -> int:
@@ -58,7 +76,7 @@ class Operands(NamedTuple):
         """An encoder of those features alone, int64 [P]: their weights are copied."""
         scale = None if self.scale is None else self.scale.index_select(0, features)
         W, b = self.W.index_select(0, features), self.b.index_select(0, features)
-        return Operands(self.x, W, b, scale, screen=self.screen)
+        return Operands(self.x, W, b, scale, screen=self.screen, share=self.share)
 
 
 class Encoder(NamedTuple):
@@ -80,6 +98,10 @@ class Encoder(NamedTuple):
     def shape(self) -> tuple[int, int]:
         """(B, F), that of the codes."""
         return self.x.shape[0], self.W.shape[0]
+
+    def of_share(self, share: Share | None) -> Encoder:
+        """The same, of a part of a batch."""
+        return self if share is None else self._replace(operands=self.operands.in_full()._replace(share=share))
 
     def weights_alone(self) -> Encoder:
         """An encoder of the same centred input whose gradient reaches W and b alone; no scale."""

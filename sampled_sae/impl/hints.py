@@ -6,14 +6,24 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..config import batch_budget
+
 MOST_KEPT = 8
 
 
 class Rule(NamedTuple):
-    """How many entries are kept: round(B*k) in a batch for select="batch", int(k) in each token for "token"."""
+    """How many entries are kept: round(B*k) in a batch for select="batch", int(k) in each token for "token".
+
+    most: so many in a batch, in place of round(B*k).
+    """
 
     k: float
     select: str = "batch"
+    most: int | None = None
+
+    def budget(self, n_tokens: int) -> int:
+        """Of a batch."""
+        return batch_budget(n_tokens, self.k) if self.most is None else self.most
 
 
 class ThresholdHints:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
@@ -18,9 +18,11 @@ from . import reference_form
 from .adam_step import AdamStep, Moments
 from .column_bounds import ColumnBounds
 from .encoder import Encoder, Operands
+from .hints import Rule
 from .torch import aux_loss as torch_aux
 from .torch import layer as torch_layer
 from .torch import row_adam as torch_row_adam
+from .totals import Totals
 
 # once: torch 2.11 does not trace through the search
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -31,7 +33,8 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Implementation:
     """The layer's parts, each under one signature: see torch/layer.py, torch/aux_loss.py and torch/row_adam.py.
 
-    `encoder` makes the value that the others are given, once a step.
+    `encoder` makes the value that the others are given, once a step. Of `column_statistics`, `use_block`, `search` and
+    `take_kept` scores and selections of many processes are made (distributed/parts.py); the reference has none.
     """
 
     encoder: Callable[..., Encoder]
@@ -47,6 +50,11 @@ class Implementation:
     dead_candidates: Callable[..., Tensor]
     row_adam_: Callable[[Tensor, Moments, Tensor, Tensor | None, AdamStep], None]
     union: Callable[[list[Tensor], int], Tensor]
+    column_statistics: Callable[[Operands, str], Tensor] | None = None
+    use_block: Callable[[int, float, int], bool] | None = None
+    search: Callable[[Operands, Rule, float | None], Entries] | None = None
+    take_kept: Callable[[Entries, Tensor, int, int], Entries] | None = None
+    totals: Totals = field(default_factory=Totals)
 
 
 def resolve_impl(impl: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
@@ -111,4 +119,8 @@ def parts_of(layer: ModuleType, aux: ModuleType, optimizer: ModuleType) -> Imple
         aux.dead_candidates,
         optimizer.row_adam_,
         optimizer.union,
+        getattr(layer, "column_statistics", None),
+        getattr(layer, "use_block", None),
+        getattr(layer, "search", None),
+        getattr(layer, "take_kept", None),
     )

@@ -119,10 +119,10 @@ def find_pool(
 
     Where the operands have a screen, only the columns whose rank it leaves open are scored in full.
     """
-    size = pool_size(rule.k, rule.l, operands.n_features)
-    if size == operands.n_features:
+    size = pool_size(rule.k, rule.l, operands.whole_shape[1])
+    if size == operands.whole_shape[1]:
         return None
-    seen = operands if rule.score_tokens == 1 else operands.of_tokens(share_of(operands.x, rule.score_tokens))
+    seen = operands if rule.score_tokens == 1 else operands.of_tokens(share_of(operands, rule.score_tokens))
     bounds = parts.column_bounds(seen, rule.score)
     if bounds is None:
         scores = parts.column_scores(seen, rule.score)
@@ -140,7 +140,13 @@ def find_pool(
     return Pool(largest_mask(keys(scores), size).nonzero().squeeze(1), scores)
 
 
-def share_of(x: Tensor, share: float) -> Tensor:
-    """Indices int64 of round(share * B) tokens, at least one, at even distances: neighbours may belong to one text."""
-    n = max(1, round(share * len(x)))
-    return torch.arange(n, device=x.device) * len(x) // n
+def share_of(operands: Operands, share: float) -> Tensor:
+    """Indices int64 of round(share * B) tokens, at least one, at even distances: neighbours may belong to one text.
+
+    Of a batch that is spread over processes those that are here.
+    """
+    n_tokens = operands.whole_shape[0]
+    n, first = max(1, round(share * n_tokens)), 0 if operands.share is None else operands.share.first
+    # token number i is i * B // n
+    start, stop = (-(-at * n // n_tokens) for at in (first, first + operands.n_tokens))
+    return torch.arange(start, stop, device=operands.x.device) * n_tokens // n - first

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..codes import SparseCodes
 from ..support.argument_checks import HALF
 from ..support.cuda_graphs import capturing
 from .encoder import Encoder
@@ -23,6 +22,13 @@ RUNNING_MEAN = (
 )
 
 Self = TypeVar("Self", bound="ThresholdModule")
+
+
+class HasThreshold(Protocol):
+    """The buffers that training moves."""
+
+    threshold: Tensor
+    threshold_steps: Tensor
 
 
 def is_set(sae: ThresholdModule) -> bool:
@@ -39,11 +45,12 @@ def fault(sae: ThresholdModule) -> str | None:
 
 def calibrate(sae: ThresholdModule, parts: Implementation, encoder: Encoder, l0: float) -> None:
     """Sets it between the activations so that l0 a token are above it on average, or all where they are fewer."""
-    n_tokens, n_features = encoder.shape
+    n_tokens, n_features = encoder.operands.whole_shape
     n = round(n_tokens * l0)
     budget = min(n + 1, n_tokens * n_features)
     codes = parts.select(encoder, None, Rule(budget / n_tokens))
-    sae.threshold.fill_(float(codes.smallest()) if codes.count() > n else 0.0)
+    found = parts.totals.count(codes)
+    sae.threshold.fill_(float(parts.totals.smallest(codes)) if found > n else 0.0)
     sae.threshold_steps.clamp_(min=1)
     sae.calibrated_at.copy_(sae.threshold_steps)
 
@@ -69,9 +76,9 @@ class ThresholdNotice:
 
 
 @torch.no_grad()
-def move(sae: ThresholdModule, codes: SparseCodes, decay: float) -> None:
+def move(sae: HasThreshold, smallest: Tensor, decay: float) -> None:
     """One training step of a running mean of the smallest kept activation that starts at its first value."""
-    smallest = codes.smallest().to(sae.threshold.dtype)
+    smallest = smallest.to(sae.threshold.dtype)
     moved = sae.threshold.lerp(smallest, 1 - decay)
     moved = torch.where(sae.threshold_steps == 0, smallest, moved)
     found = smallest < torch.inf

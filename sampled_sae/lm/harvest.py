@@ -21,9 +21,10 @@ from sampled_sae.lm.blocks import check_layer
 from sampled_sae.lm.dropped import check_drop_tokens, dropped
 from sampled_sae.lm.hooks import capture
 from sampled_sae.lm.models import check_rows, device_of, name_of, weights_digest
+from sampled_sae.support.all_ranks import AllRanks, ranks_of
 from sampled_sae.support.argument_checks import check_choice, check_flag, check_integer, check_number
 from sampled_sae.support.atomic_files import field
-from sampled_sae.support.output_folder import check_output_folder, locked
+from sampled_sae.support.output_folder import check_output_folder, held_by_first
 from sampled_sae.training.store_writer import (
     DTYPES,
     MANIFEST,
@@ -52,8 +53,13 @@ def harvest(
     max_norm_ratio: float = 10.0,
     holdout_rows: int = 0,
     progress: bool = True,
+    mesh: Any = None,
 ) -> dict[str, Any]:
     """Write the residual stream after block `layer` (see `hooks`) for all rows; a second call resumes.
+
+    Several processes may call it together, all with the same arguments and a folder that all of them see: they share
+    the rows, and what they write is what one would. Each loses at most the shard under way when it is killed, and
+    another number of them may go on.
 
     Args:
         model: causal language model or encoder; put in eval mode.
@@ -75,6 +81,7 @@ def harvest(
             batch (without those left out before); at least 1.
         holdout_rows: the last rows, kept out of the shards for evaluation.
         progress: show a progress bar.
+        mesh: the processes that share the work, as a DeviceMesh ("data", "feature") of all there are.
 
     Returns:
         The manifest, as in manifest.json: format, version, model, layer, context, d_in, dtype, scale (with
@@ -87,8 +94,9 @@ def harvest(
             (names the field), a manifest that is none, or activations that are not finite (names the rows;
             finished shards stay).
         BlockingIOError: for a folder in which another process is at work.
+        RankError: what one of these is on another rank, or a rank that does not answer; names the rank.
     """
-    folder = Path(out_dir)
+    folder, ranks = Path(out_dir), ranks_of(mesh)
     check_layer(model, layer)
     layer = check_integer("layer", layer, 0)
     check_rows(model, rows)
@@ -121,43 +129,80 @@ def harvest(
         "max_norm_ratio": max_norm_ratio,
         "holdout_rows": holdout_rows,
     }
-    check_output_folder(folder)
-    with locked(folder, "harvest"):
-        return _write_files(folder, model, rows, settings, progress)
+    with ranks.accounted():
+        with ranks.together():
+            check_output_folder(folder)
+        with held_by_first(folder, "harvest", ranks):
+            return _write_files(folder, model, rows, settings, ranks, progress)
 
 
-def _write_files(folder: Path, model: Any, rows: Tensor, settings: dict[str, Any], progress: bool) -> dict[str, Any]:
-    batch_size, rows_per_shard, holdout_rows = (settings[n] for n in ("batch_size", "rows_per_shard", "holdout_rows"))
-    manifest = _read_manifest(folder, settings)
-    if manifest is None:
-        manifest = _new_manifest(model, rows[:batch_size], settings)
-        StoreWriter(folder, manifest).write_manifest()
+def _write_files(
+    folder: Path, model: Any, rows: Tensor, settings: dict[str, Any], ranks: AllRanks, progress: bool
+) -> dict[str, Any]:
+    manifest = _begun(folder, model, rows, settings, ranks)
     writer = StoreWriter(folder, manifest)
+    train_rows = len(rows) - settings["holdout_rows"]
+    starts = range(0, train_rows, settings["rows_per_shard"])
+    # the held-out part comes last
+    parts = [rows[start : min(start + starts.step, train_rows)] for start in starts]
+    parts += [rows[train_rows:]] if settings["holdout_rows"] else []
 
-    train_rows = rows[: len(rows) - holdout_rows]
-    with tqdm(total=rows.numel(), unit="token", unit_scale=True, desc="harvest", disable=not progress) as bar:
-        for index, start in enumerate(range(0, len(train_rows), rows_per_shard)):
-            shard_rows = train_rows[start : start + rows_per_shard]
-            if writer.has_shard(index):
-                bar.update(shard_rows.numel())
-                bar.initial = bar.n  # so that the speed shown is that of this call
-                continue
-            activations, places, counts = _activations(model, shard_rows, start, manifest, bar)
-            writer.write_shard(index, activations, places)
-            manifest["shards"][index]["dropped"] = counts
-            writer.write_manifest()
-        if holdout_rows and not writer.has_holdout():
-            held = rows[len(train_rows) :]
-            activations, _, counts = _activations(model, held, len(train_rows), manifest, bar)
-            writer.write_holdout(activations, held)
-            manifest["holdout"]["dropped"] = counts
+    def is_written(i: int) -> bool:
+        return writer.has_shard(i) if i < len(starts) else writer.has_holdout()
+
+    def write(i: int, bar: Any) -> dict[str, Any]:
+        if i < len(starts):
+            activations, places, counts = _activations(model, parts[i], starts[i], manifest, bar)
+            return writer.write_shard(i, activations, places, dropped=counts)
+        activations, _, counts = _activations(model, parts[i], train_rows, manifest, bar)
+        return writer.write_holdout(activations, parts[i], dropped=counts)
+
+    with ranks.together():
+        looked_at = range(ranks.rank, len(parts), ranks.size)
+        found = [i for i in looked_at if not is_written(i)]
+    missing = sorted(i for of_rank in ranks.gather(found) for i in of_rank)
+    shown = progress and ranks.first
+    with tqdm(total=rows.numel(), unit="token", unit_scale=True, desc="harvest", disable=not shown) as bar:
+        bar.update(sum(part.numel() for i, part in enumerate(parts) if i not in missing))
+        bar.initial = bar.n  # so that the speed shown is that of this call
+        for start in range(0, len(missing), ranks.size):
+            these = missing[start : start + ranks.size]
+            entry = None
+            with ranks.together():
+                if ranks.rank < len(these):
+                    entry = write(these[ranks.rank], bar)
+            for other in filter(None, ranks.gather(entry)):
+                writer.list_file(other)
+            with ranks.together():
+                if ranks.first:
+                    writer.write_manifest()
+            bar.update(sum(parts[i].numel() for i in these[1:]))
     if all("dropped" in shard for shard in manifest["shards"]):
         manifest["dropped"] = {
             reason: sum(shard["dropped"][reason] for shard in manifest["shards"])
             for reason in manifest["shards"][0]["dropped"]
         }
-    writer.write_manifest(complete=True)
-    return manifest
+    with ranks.together():
+        if ranks.first:
+            writer.write_manifest(complete=True)
+    return ranks.share(manifest)
+
+
+def _begun(folder: Path, model: Any, rows: Tensor, settings: dict[str, Any], ranks: AllRanks) -> dict[str, Any]:
+    """The manifest of a harvest that goes on or begins, which the first rank has read or written."""
+    ours = ranks.share(settings)
+    with ranks.together():
+        if differ := [name for name, value in settings.items() if ours[name] != value]:
+            raise ValueError(f"{', '.join(differ)}: other than those of the first rank; give all ranks the same")
+    manifest = None
+    with ranks.together():
+        if ranks.first:
+            manifest = _read_manifest(folder, settings)
+            if manifest is None:
+                manifest = _new_manifest(model, rows[: settings["batch_size"]], settings)
+                StoreWriter(folder, manifest).write_manifest()
+    found: dict[str, Any] = ranks.share(manifest)
+    return found
 
 
 def check_holdout(holdout_rows: int, rows: int) -> int:

@@ -111,15 +111,15 @@ def check_budget(k: Any, l: Any, n_features: int, select: str) -> tuple[float, f
     return number, None if l is None else check_number("l", l, 1, None)
 
 
-def check_activations(x: Any, d_in: int, name: str = "x") -> None:
-    """[..., d_in], floating, at least one token. Finiteness is `check_finite`'s."""
+def check_activations(x: Any, d_in: int, name: str = "x", may_be_empty: bool = False) -> None:
+    """[..., d_in], floating, at least one token unless it `may_be_empty`. Finiteness is `check_finite`'s."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}={type(x).__name__}: must be a torch.Tensor of shape [..., {d_in}]")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}.dtype={x.dtype}: must be one of {', '.join(map(str, FLOATS))}")
     if x.dim() < 1 or x.shape[-1] != d_in:
         raise ValueError(f"{name}.shape={tuple(x.shape)}: the last dimension must be d_in={d_in}")
-    if x.numel() == 0:
+    if x.numel() == 0 and not may_be_empty:
         raise ValueError(f"{name}.shape={tuple(x.shape)}: the batch is empty; at least one token is needed")
 
 

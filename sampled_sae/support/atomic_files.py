@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,7 +30,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     # One name for all tries: what a kill left behind is overwritten by the next.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with _errors_named(path):
+        with errors_named(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.unlink(missing_ok=True)
             temporary.touch()
@@ -50,7 +50,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 def append_text(path: Path, text: str) -> None:
     """At once and to be seen by readers; not atomic. Errors as those of `write_atomically`."""
-    with _errors_named(path), open(path, "a", encoding="utf-8", newline="") as file:
+    with errors_named(path), open(path, "a", encoding="utf-8", newline="") as file:
         file.write(text)
 
 
@@ -75,7 +75,8 @@ def _flush_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _errors_named(path: Path) -> Iterator[None]:
+def errors_named(path: Path) -> Iterator[None]:
+    """Around a write: where torch and safetensors have errors of their own, the system's, which names the path."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -169,6 +170,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
+
+
+def read_rows(path: Path, name: str, start: int, stop: int | None) -> Tensor:
+    """Rows start to stop of one tensor of a safetensors file, without reading the others."""
+    with safe_open(path, "pt") as file:
+        rows: Tensor = file.get_slice(name)[start:stop]
+    return rows
 
 
 def field(

@@ -9,11 +9,14 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from .all_ranks import AllRanks
 
 if sys.platform == "win32":
     import msvcrt
@@ -23,6 +26,8 @@ else:
 LOCK = ".lock"
 # the lock, and temporary files of write_atomically and, inside it, of safetensors
 _LEFTOVER = re.compile(re.escape(LOCK) + r"|\..+\.tmp|\.tmp\w{6}")
+# for a file of another machine to show, twice a second
+_LOOKS = 60
 _HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 
 
@@ -88,6 +93,33 @@ def locked(folder: Path, work: str) -> Iterator[None]:
         if made:
             with suppress(OSError):
                 folder.rmdir()  # nothing came of the work
+
+
+@contextmanager
+def held_by_first(folder: Path, work: str, ranks: AllRanks) -> Iterator[None]:
+    """As `locked`, by the first of several ranks for all of them.
+
+    Raises:
+        ValueError: a rank that does not see the folder of the first.
+        RankError: any of these on another rank.
+    """
+    with ExitStack() as stack:
+        with ranks.together():
+            if ranks.first:
+                stack.enter_context(locked(folder, work))
+        with ranks.together():
+            if not _is_seen(folder / LOCK):
+                raise ValueError(f"{folder}: not what the first rank sees there; all ranks need one file system")
+        yield
+
+
+def _is_seen(path: Path) -> bool:
+    """Whether a file that another process has just written is there; network file systems take a while to show it."""
+    for _ in range(_LOOKS):
+        if path.exists():
+            return True
+        time.sleep(0.5)
+    return path.exists()
 
 
 def _open_locked(path: Path) -> BinaryIO:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..corpus.token_places import TokenPlaces, TokenShard
 from ..support.argument_checks import check_choice, check_integer
-from ..support.atomic_files import read_tensors
+from ..support.atomic_files import read_rows, read_tensors
 from .store_writer import DTYPES, MANIFEST, check_scale, damage, read_manifest
 from .tensor_writer import write_tensors
 
@@ -102,11 +102,7 @@ class ActivationStore:
         Raises:
             ValueError: naming the file: missing, truncated, corrupt, or other than the manifest says.
         """
-        path = self.folder / entry["file"]
-        if path not in self._verified and (problem := damage(self.folder, entry)):
-            cure = "the same harvest command writes it again" if "model" in self.manifest else "make the store again"
-            raise ValueError(f"{path}: {problem}; {cure}")
-        self._verified.add(path)
+        path = self._whole(entry)
         tensors = read_tensors(path)
         x = tensors.get("activations")
         if x is None or tuple(x.shape) != (entry["tokens"], self.d_in):
@@ -115,9 +111,12 @@ class ActivationStore:
         tensors["activations"] = x.float()
         return tensors
 
-    def shard(self, i: int) -> Tensor:
-        """Activations [n, d] of one shard, 0 <= i < len(self.tokens)."""
-        return self.load(self._entry(i))["activations"]
+    def shard(self, i: int, start: int = 0, stop: int | None = None) -> Tensor:
+        """Activations [n, d] of one shard, 0 <= i < len(self.tokens), or its tokens from start to stop alone."""
+        entry = self._entry(i)
+        if start == 0 and stop in (None, entry["tokens"]):
+            return self.load(entry)["activations"]
+        return read_rows(self._whole(entry), "activations", start, stop).float()
 
     @property
     def has_places(self) -> bool:
@@ -142,6 +141,15 @@ class ActivationStore:
             raise ValueError(f"i={i}: {self.folder} has {len(self.tokens)} shards")
         entry: dict[str, Any] = self.manifest["shards"][i]
         return entry
+
+    def _whole(self, entry: dict[str, Any]) -> Path:
+        """The path of a file in the manifest, whose checksum has been verified once."""
+        path = self.folder / entry["file"]
+        if path not in self._verified and (problem := damage(self.folder, entry)):
+            cure = "the same harvest command writes it again" if "model" in self.manifest else "make the store again"
+            raise ValueError(f"{path}: {problem}; {cure}")
+        self._verified.add(path)
+        return path
 
     def first(self, n: int) -> Tensor:
         """The first n training activations, or all where there are fewer: [<= n, d]."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..codes import SparseCodes
 from ..impl import threshold
 from ..sae import SampledSAE
+from ..support.all_ranks import AllRanks, ranks_of
 from ..support.argument_checks import check_integer
 
 HISTOGRAM_EDGES = [0.0, *(10.0 ** (e / 2) for e in range(-9, 0)), 1.0]
@@ -21,7 +20,8 @@ HISTOGRAM_EDGES = [0.0, *(10.0 ** (e / 2) for e in range(-9, 0)), 1.0]
 def evaluate_activations(sae: SampledSAE, x: Tensor, batch_size: int = 2048) -> dict[str, Any]:
     """Metrics on held-out activations x [n, d_in], on the CPU, as the model made them: the SAE scales them itself.
 
-    The SAE may be on another device, and is left as it was. Returns a dict:
+    The SAE may be on another device, and is left as it was. Of one that is spread over several ranks, each calls this
+    with all of x and encodes its part of each batch. Returns a dict:
 
     - `tokens`: n.
     - `fvu`: sum of squared errors over sum of squared deviations from the mean.
@@ -66,26 +66,30 @@ def evaluate_activations(sae: SampledSAE, x: Tensor, batch_size: int = 2048) -> 
 
 
 def _measure(sae: SampledSAE, x: Tensor, batch_size: int) -> dict[str, Any]:
-    device = sae.W_enc.device
+    device, ranks = sae.W_enc.device, ranks_of(sae.layout.device_mesh)
     counts = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=device)
     error_sum = torch.zeros(sae.cfg.d_in, dtype=torch.float64, device=device)
-    error_squares = torch.zeros_like(error_sum)
-    cosine = 0.0
+    error_squares, cosines = torch.zeros_like(error_sum), torch.zeros((), dtype=torch.float64, device=device)
     overlaps: list[float] = []
     before: Tensor | None = None
-    for batch, codes in _batches(sae, x, batch_size):
+    for whole in x.split(batch_size):
+        batch = part_of(whole, ranks).to(device)
+        codes = sae.encode_sparse(batch.to(sae.W_enc.dtype))
         x_hat = sae.decode(codes).to(batch.dtype)
         error = (batch - x_hat).double()
         error_sum += error.sum(0)
         error_squares += error.square().sum(0)
-        cosine += float(torch.nn.functional.cosine_similarity(batch, x_hat, dim=1).sum())
+        cosines += torch.nn.functional.cosine_similarity(batch, x_hat, dim=1).sum()
         counts += torch.bincount(codes.features, minlength=sae.cfg.d_sae)
-        active = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=device)
-        active[codes.features] = True
-        if before is not None and len(batch) == batch_size:
+        active = torch.zeros(sae.cfg.d_sae, dtype=torch.uint8, device=device)
+        active[codes.features] = 1
+        active = ranks.max_(active).bool()
+        if before is not None and len(whole) == batch_size:
             union = int((active | before).sum())
             overlaps.append(int((active & before).sum()) / union if union else 1.0)
         before = active
+    for total in (counts, error_sum, error_squares, cosines):
+        ranks.sum_(total)
     n = len(x)
     counts, error_sum, error_squares = counts.cpu(), error_sum.cpu(), error_squares.cpu()
     deviations = (x.double() - x.double().mean(0)).square().sum(0)
@@ -95,7 +99,7 @@ def _measure(sae: SampledSAE, x: Tensor, batch_size: int) -> dict[str, Any]:
         "tokens": n,
         "fvu": float(error_squares.sum() / deviations.sum()),
         "explained_variance": float((1 - error_variance / deviations.clamp_min(1e-30)).mean()),
-        "cosine": cosine / n,
+        "cosine": float(cosines) / n,
         "l0": float(counts.sum()) / n,
         "dead_share": float((counts == 0).double().mean()),
         "never_active": int((counts == 0).sum()),
@@ -106,10 +110,10 @@ def _measure(sae: SampledSAE, x: Tensor, batch_size: int) -> dict[str, Any]:
     }
 
 
-def _batches(sae: SampledSAE, x: Tensor, batch_size: int) -> Iterator[tuple[Tensor, SparseCodes]]:
-    for batch in x.split(batch_size):
-        batch = batch.to(sae.W_enc.device)
-        yield batch, sae.encode_sparse(batch.to(sae.W_enc.dtype))
+def part_of(batch: Tensor, ranks: AllRanks) -> Tensor:
+    """This rank's tokens of a batch [B, d]."""
+    which, of = ranks.data
+    return batch[len(batch) * which // of : len(batch) * (which + 1) // of]
 
 
 def features_for_share(counts: Tensor, share: float) -> int:

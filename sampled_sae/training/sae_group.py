@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..config import SampledSAEConfig
 from ..sae import SampledSAE
+from ..support.all_ranks import AllRanks, ranks_of
 from .activation_store import ActivationStore
 from .batches import Feed
+from .sharded_checkpoint import lanes_of
 from .train_config import TrainConfig
 from .training_loop import train_to_end
 from .training_run import TrainingRun, check_fits
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _FOLDER_NAME = re.compile(r'[^<>:"/\\|?*\x00-\x1f]*[^<>:"/\\|?*\x00-\x1f. ]')
 _DEVICES = ("CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(1, 10)))
@@ -35,6 +41,7 @@ class SAEGroup:
         stores: one store for all members, or name -> store, such as one for each layer.
         folder: where the members' folders are.
         device: where they are trained.
+        mesh: as in Trainer; every member is trained by all its processes.
 
     Attributes:
         members: name -> TrainingRun.
@@ -51,18 +58,32 @@ class SAEGroup:
         stores: ActivationStore | dict[str, ActivationStore],
         folder: str | Path,
         device: torch.device | str = "cpu",
+        mesh: DeviceMesh | None = None,
     ) -> None:
         check_members(configs, stores)
+        ranks = ranks_of(mesh)
         self.config = train
         self.folder = Path(folder)
         self.members: dict[str, TrainingRun] = {}
+        with ranks.accounted():
+            self._make(configs, train, stores, device, ranks)
+
+    def _make(
+        self,
+        configs: dict[str, SampledSAEConfig],
+        train: TrainConfig,
+        stores: ActivationStore | dict[str, ActivationStore],
+        device: torch.device | str,
+        ranks: AllRanks,
+    ) -> None:
         feeds: dict[Path, Feed] = {}
+        lanes = lanes_of([self.folder / name for name in configs], ranks, None)
         for name, config in configs.items():
             store = stores[name] if isinstance(stores, dict) else stores
             place = store.folder.resolve()
             try:
                 if place not in feeds:
-                    feeds[place] = Feed(store, train.batch_size, train.seed, device)
+                    feeds[place] = Feed(store, train.batch_size, train.seed, device, ranks, lanes)
                 self.members[name] = TrainingRun(config, train, feeds[place], self.folder / name)
             except ValueError as error:
                 raise ValueError(f"configs[{name!r}]: {error}") from error

@@ -177,21 +177,33 @@ class StoreWriter:
         """Whether the manifest lists the held-out part and the file is undamaged."""
         return self._is_whole(self.manifest["holdout"])
 
-    def write_shard(self, index: int, activations: Tensor, places: TokenPlaces | None = None) -> None:
-        """activations [n, d], raw, in the dtype of the shards; places: where in the texts the n tokens stand."""
+    def write_shard(
+        self, index: int, activations: Tensor, places: TokenPlaces | None = None, **about: Any
+    ) -> dict[str, Any]:
+        """activations [n, d], raw, in the dtype of the shards; places: where in the texts the n tokens stand.
+
+        Returns what the manifest says of it: `about` too.
+        """
         entry = self._write(_shard_name(index), {"activations": activations, **(places._asdict() if places else {})})
         if places is not None:
             entry["rows"] = len(places.rows)
-        self._shards[entry["file"]] = {**entry, "sum_squares": sum_squares(activations)}
-        self.manifest["shards"] = [self._shards[file] for file in sorted(self._shards)]
+        return self.list_file({**entry, "sum_squares": sum_squares(activations), **about})
 
-    def write_holdout(self, activations: Tensor, rows: Tensor | None = None) -> None:
+    def write_holdout(self, activations: Tensor, rows: Tensor | None = None, **about: Any) -> dict[str, Any]:
         """activations [n, d], raw; rows int64 [N, context], the token ids that they were computed from."""
         if rows is None:
-            self.manifest["holdout"] = self._write(HOLDOUT, {"activations": activations})
+            return self.list_file({**self._write(HOLDOUT, {"activations": activations}), **about})
+        entry = self._write(HOLDOUT, {"rows": rows.contiguous(), "activations": activations})
+        return self.list_file({**entry, "rows": len(rows), **about})
+
+    def list_file(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """Puts a file into the manifest that this writer, or another in the same folder, has written."""
+        if entry["file"] == HOLDOUT:
+            self.manifest["holdout"] = entry
         else:
-            entry = self._write(HOLDOUT, {"rows": rows.contiguous(), "activations": activations})
-            self.manifest["holdout"] = {**entry, "rows": len(rows)}
+            self._shards[entry["file"]] = entry
+            self.manifest["shards"] = [self._shards[file] for file in sorted(self._shards)]
+        return entry
 
     def write_manifest(self, complete: bool = False) -> None:
         """Lists the files written so far, with the scale that their activations have together.

@@ -5,25 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..config import SampledSAEConfig
 from ..sae import SampledSAE
+from ..support.all_ranks import ranks_of
 from ..support.argument_checks import check_integer
 from ..support.atomic_files import without_nan, write_json
-from ..support.output_folder import check_output_folder, locked
+from ..support.output_folder import check_output_folder, held_by_first
 from .activation_store import ActivationStore
 from .batches import Feed
-from .checkpoint import CHECKPOINT
 from .evaluation import evaluate_activations, reconstruct_with
 from .precision import settled
 from .sae_group import SAEGroup, check_members
 from .same_settings import check_same_settings, identity, in_words, is_same_kind, with_precision
+from .sharded_checkpoint import remove_checkpoint
 from .sweep_table import read_result, write_table
 from .train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Splice = Callable[[Callable[[Tensor], Tensor]], dict[str, float]]
 EVALUATION = "evaluation.json"
@@ -82,6 +86,7 @@ def run_sweep(
     say: Callable[[str], None] = lambda line: None,
     together: int = 4,
     device: torch.device | str = "cpu",
+    mesh: DeviceMesh | None = None,
 ) -> list[dict[str, Any]]:
     """Trains and evaluates each config in `folder`/name, then writes the table. What is evaluated is not redone.
 
@@ -96,6 +101,7 @@ def run_sweep(
         configs: name -> config.
         store: with a held-out part.
         splice: measures a reconstruction in the language model, such as `SpliceEvaluator.evaluate`, or loads what does.
+        mesh: as in Trainer; each SAE is trained and evaluated by all its processes, and the first one writes.
         progress, say: whether to show a progress bar; what to call with each line of news.
 
     Returns:
@@ -110,7 +116,8 @@ def run_sweep(
     together = check_integer("together", together, 1)
     check_members(configs, store)
     check_output_folder(folder)
-    feed = Feed(store, train.batch_size, train.seed, device)
+    ranks = ranks_of(mesh)
+    feed = Feed(store, train.batch_size, train.seed, device, ranks)
     # of a SpliceSource, or of the SpliceEvaluator that a bound method belongs to
     about = getattr(getattr(splice, "__self__", splice), "about", {})
     if about.get("weights_sha256") and not is_same_kind(about, harvested := identity(store.manifest)):
@@ -126,7 +133,9 @@ def run_sweep(
     trains = {name: asdict(settled(train, config, feed.device)) for name, config in configs.items()}
     settings = {name: {"sae": config.settings(), "train": trains[name], **common} for name, config in configs.items()}
     place = {name: f"[{i}/{len(configs)}] {name}" for i, name in enumerate(configs, 1)}
-    results = {name: found for name in configs if (found := _recorded(folder / name, settings[name])) is not None}
+    with ranks.together():
+        results = {name: found for name in configs if (found := _recorded(folder / name, settings[name])) is not None}
+    results = ranks.share(results)
     for name in results:
         say(f"{place[name]}: already evaluated")
     held_out, _ = store.holdout()
@@ -135,23 +144,27 @@ def run_sweep(
         """One group; its memory is free when this returns, before the next is made."""
         for name in names:
             say(f"{place[name]}: training in {folder / name}")
-        group = SAEGroup({name: configs[name] for name in names}, train, store, folder, device)
+        group = SAEGroup({name: configs[name] for name in names}, train, store, folder, device, mesh)
         for name, sae in group.run(progress).items():
             found = evaluate(sae, held_out, train.batch_size, measure)
-            write_json(folder / name / EVALUATION, found)
             seconds = round(group.members[name].seconds, 1)
             results[name] = merged(found, {"settings": settings[name], "seconds": seconds})
-            write_json(folder / name / RESULT, results[name])
-            (folder / name / CHECKPOINT).unlink(missing_ok=True)
+            with ranks.together():
+                if ranks.first:
+                    write_json(folder / name / EVALUATION, found)
+                    write_json(folder / name / RESULT, results[name])
+                    remove_checkpoint(folder / name)
 
-    with locked(folder, "a sweep"):
+    with held_by_first(folder, "a sweep", ranks):
         measure = splice.load() if isinstance(splice, SpliceSource) else splice
         waiting = [name for name in configs if name not in results]
         for start in range(0, len(waiting), together):
             train_and_evaluate(waiting[start : start + together], measure)
         rows = [_row(name, config, results[name]) for name, config in configs.items()]
-        write_table(rows, folder)
-        write_json(folder / "sweep.json", {"rows": rows, "train": asdict(train)})
+        with ranks.together():
+            if ranks.first:
+                write_table(rows, folder)
+                write_json(folder / "sweep.json", {"rows": rows, "train": asdict(train)})
     return rows
 
 

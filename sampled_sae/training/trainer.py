@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..config import SampledSAEConfig
 from ..sae import SampledSAE
+from ..support.all_ranks import ranks_of
 from .activation_store import ActivationStore
 from .batches import Feed
+from .sharded_checkpoint import lanes_of
 from .train_config import TrainConfig
 from .training_loop import train_to_end
 from .training_run import TrainingRun
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Trainer(TrainingRun):
@@ -22,12 +28,19 @@ class Trainer(TrainingRun):
     the end the SAE itself (`config.json`, `sae.safetensors`) and `run.json`. Started on a folder that holds a
     checkpoint of the same settings, it goes on from there; the result equals that of an uninterrupted run.
 
+    With a mesh, all its processes train one SAE: each has its part of every batch, and of the features. All call this
+    with the same arguments and a folder that all of them see; the first one writes what is not a checkpoint. An epoch
+    is cut into as many lanes as there are processes (`ShuffledStream`), so that each reads its share of the shards.
+    A checkpoint may be loaded by another number of them: the lanes, and so the batches, stay those it began with.
+
     Args:
         sae_config, train_config: the SAE and how it is trained; `row_grads` is switched on in training, and
             `input_scale` becomes that of the store.
         store: activations to train on.
         folder: where everything is written.
         device: where the SAE is trained; a checkpoint may be loaded on another.
+        mesh: a DeviceMesh with the dimensions ("data", "feature") and all processes; None for a process alone.
+        lanes: for a run that begins; one a process when None.
 
     Raises:
         ValueError: a checkpoint of other settings in the folder, a corrupt one, widths that differ, no such device.
@@ -40,10 +53,15 @@ class Trainer(TrainingRun):
         store: ActivationStore,
         folder: str | Path,
         device: torch.device | str = "cpu",
+        mesh: DeviceMesh | None = None,
+        lanes: int | None = None,
     ) -> None:
-        super().__init__(
-            sae_config, train_config, Feed(store, train_config.batch_size, train_config.seed, device), folder
-        )
+        ranks = ranks_of(mesh)
+        with ranks.accounted():
+            lanes = lanes_of([Path(folder)], ranks, lanes)
+            with ranks.together():
+                feed = Feed(store, train_config.batch_size, train_config.seed, device, ranks, lanes)
+            super().__init__(sae_config, train_config, feed, folder)
         self.store = store
         self.stream = self.feed.stream
 
@@ -54,6 +72,7 @@ class Trainer(TrainingRun):
             FloatingPointError: a loss that is NaN or inf, or an aux loss out of all bounds; the checkpoint stays.
             Interrupted: Ctrl-C or SIGTERM; the checkpoint is that of the last step.
             BlockingIOError: another process trains in this folder.
+            RankError: one of these on another rank, or a rank that does not answer; names it.
         """
         train_to_end({"": self}, progress)
         return self.sae

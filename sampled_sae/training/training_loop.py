@@ -7,8 +7,9 @@ from contextlib import ExitStack
 
 from tqdm import tqdm
 
+from ..support.all_ranks import AllRanks
 from ..support.interruption import Interrupted, Interruption
-from ..support.output_folder import locked
+from ..support.output_folder import held_by_first
 from .training_run import TrainingRun
 
 
@@ -22,13 +23,17 @@ def train_to_end(runs: Mapping[str, TrainingRun], progress: bool) -> None:
         FloatingPointError: a loss that is NaN or inf, with the run's name where there are several.
         Interrupted: a signal came; the checkpoints are those of the step that it names.
         BlockingIOError: another process trains in the folder of a run.
+        RankError: one of these on another rank, or a rank that does not answer; names it.
     """
-    with ExitStack() as stack:
+    ranks = next(iter(runs.values())).feed.ranks
+    with ranks.accounted(), ExitStack() as stack:
         for run in runs.values():
-            stack.enter_context(locked(run.folder, "a training"))
-            run.start_metrics()
+            stack.enter_context(held_by_first(run.folder, "a training", ranks))
+        with ranks.together():
+            for run in runs.values():
+                run.start_metrics()
         with Interruption() as interruption:
-            _steps(runs, progress, interruption)
+            _steps(runs, progress and ranks.first, interruption)
         for run in runs.values():
             run.save()
         # One feed after another: the tokens of each take up to CALIBRATION_TOKENS * d_in floats.
@@ -40,7 +45,7 @@ def train_to_end(runs: Mapping[str, TrainingRun], progress: bool) -> None:
 
 
 def _steps(runs: Mapping[str, TrainingRun], progress: bool, interruption: Interruption) -> None:
-    config = next(iter(runs.values())).config
+    config, ranks = next(iter(runs.values())).config, next(iter(runs.values())).feed.ranks
     first = min(run.step for run in runs.values())
     for run in runs.values():
         run.sae.train()
@@ -65,16 +70,19 @@ def _steps(runs: Mapping[str, TrainingRun], progress: bool, interruption: Interr
             if lines:
                 bar.set_postfix(_summary(lines), refresh=False)
             bar.update()
-            if interruption.number is not None:
-                _stop(runs, interruption.number)
+            # of several ranks all stop, after the same step
+            if (number := ranks.latest(interruption.number)) is not None:
+                _stop(runs, number, ranks)
 
 
-def _stop(runs: Mapping[str, TrainingRun], number: int) -> None:
+def _stop(runs: Mapping[str, TrainingRun], number: int, ranks: AllRanks) -> None:
     for run in runs.values():
         run.save()
     done, steps = min(run.step for run in runs.values()), next(iter(runs.values())).config.steps
     folders = ", ".join(str(run.folder) for run in runs.values())
-    raise Interrupted(number, f"step {done} of {steps} is saved in {folders}; the same command or call goes on from it")
+    said = f"step {done} of {steps} is saved in {folders}; the same command or call goes on from it"
+    ranks.agree(stopped := Interrupted(number, said), "" if ranks.first else None)
+    raise stopped
 
 
 def _summary(lines: list[dict[str, float]]) -> dict[str, str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import SampledSAEConfig
+from ..distributed import parallelize
 from ..optim import RowAdam
 from ..pretrained import CONFIG, RUN, WEIGHTS, check_target
 from ..sae import SampledSAE, SampledSAEOutput
@@ -21,9 +22,11 @@ from ..support.output_folder import check_output_folder
 from ..support.timing import check_memory
 from .activation_store import ActivationStore
 from .batches import Feed, TrainingBatch
-from .checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
+from .checkpoint import CHECKPOINT
 from .precision import forward_in, settled, step_in
-from .same_settings import check_same_settings, identity, with_precision
+from .resuming import load, save
+from .same_settings import identity, with_precision
+from .sharded_checkpoint import RECORD
 from .train_config import TrainConfig
 
 METRICS = "metrics.jsonl"
@@ -79,14 +82,19 @@ class TrainingRun:
         self.config = train_config = settled(train_config, sae_config, feed.device)
         self.feed = feed
         self.folder = Path(folder)
+        self._ranks = ranks = feed.ranks
         needed = checkpoint_bytes(sae_config, train_config)
-        check_memory(f"d_sae={sae_config.d_sae}", needed, feed.device)
-        # A checkpoint is written beside the one before it.
-        check_output_folder(self.folder, needed if (self.folder / CHECKPOINT).exists() else 2 * needed)
-        check_target(self.folder)
+        with ranks.together():
+            check_memory(f"d_sae={sae_config.d_sae}", needed // ranks.feature[1], feed.device)
+            # A checkpoint is written beside the one before it.
+            begun = any((self.folder / name).exists() for name in (CHECKPOINT, RECORD))
+            check_output_folder(self.folder, needed if begun else 2 * needed)
+            check_target(self.folder)
         self.row_grads = sae_config.row_grads
         in_training = replace(sae_config, row_grads=sae_config.impl != "reference", input_scale=store.scale)
         self.sae = SampledSAE(in_training, device=feed.device)
+        if ranks.mesh is not None:
+            parallelize(self.sae, ranks.mesh)
         self.optimizer = RowAdam(
             self.sae,
             lr=train_config.lr,
@@ -99,14 +107,13 @@ class TrainingRun:
         self.metrics: list[dict[str, float]] = []
         self._losses, self._aux = LateScalars(), LateScalars()
         self._seen = self._files()
-        if (self.folder / CHECKPOINT).exists():
-            self._load()
-        else:
-            self._check_saved()
+        if not load(self):
+            with ranks.together():
+                self._check_saved()
             batch = feed.batch(0)
             self._check_variance(batch)
             with torch.no_grad():
-                self.sae.b_dec.copy_(batch.median)
+                self.sae.layout.local(self.sae.b_dec).copy_(batch.median)
 
     def train_on(self, batch: TrainingBatch) -> dict[str, float] | None:
         """One step; `batch` is number `self.step` of the feed. Returns the line of metrics where one is due.
@@ -141,13 +148,16 @@ class TrainingRun:
         Raises:
             BlockingIOError: another process has written a checkpoint or an SAE since this run looked for one.
         """
+        if not self._ranks.first:
+            return
         if self._files() != self._seen:
             raise BlockingIOError(f"{self.folder}: another training has written there meanwhile; start again")
         write_text(self.folder / METRICS, "".join(map(json_line, self.metrics)))
 
     def write_metrics(self, line: dict[str, float]) -> None:
         """One line behind the others, there to be read at once."""
-        append_text(self.folder / METRICS, json_line(line))
+        if self._ranks.first:
+            append_text(self.folder / METRICS, json_line(line))
 
     def save(self) -> None:
         """Writes the checkpoint, atomically.
@@ -156,17 +166,7 @@ class TrainingRun:
             FloatingPointError: a loss so far is NaN or inf; nothing is written.
         """
         self._check_losses(wait=True)
-        state = {
-            "settings": self._settings(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "sae": self.sae.state_dict(),
-            "generator": self.sae.generator.get_state(),
-            "pool": self.sae.memory.pool.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "metrics": self.metrics,
-        }
-        write_checkpoint(self.folder / CHECKPOINT, state)
+        save(self)
         self._seen = self._files()
 
     def finish(self, x: Tensor) -> None:
@@ -181,11 +181,14 @@ class TrainingRun:
             "activations": self._activations(),
             "tokens": self.step * self.config.batch_size,
         }
-        write_json(self.folder / RUN, run)
+        with self._ranks.together():
+            if self._ranks.first:
+                write_json(self.folder / RUN, run)
 
     def _files(self) -> list[tuple[int, int] | None]:
         """Size and time of what one training would take from another."""
-        found = [path.stat() if path.exists() else None for path in (self.folder / CHECKPOINT, self.folder / WEIGHTS)]
+        paths = [self.folder / name for name in (CHECKPOINT, RECORD, WEIGHTS)]
+        found = [path.stat() if path.exists() else None for path in paths]
         return [None if stat is None else (stat.st_size, stat.st_mtime_ns) for stat in found]
 
     def _saved_config(self) -> SampledSAEConfig:
@@ -224,7 +227,7 @@ class TrainingRun:
             "mse": float(out.mse.detach()),
             "aux": float(out.aux.detach()),
             "fvu": float(out.mse.detach()) / batch.variance if batch.variance else math.nan,
-            "l0": out.codes.l0(),
+            "l0": self._ranks.total(out.codes.count()) / self.config.batch_size,
             "dead_share": float(self.sae.dead.float().mean()),
             "threshold": float(self.sae.threshold),
             "grad_norm": math.nan if norm is None else float(norm),
@@ -243,40 +246,9 @@ class TrainingRun:
                 )
 
     def _check_variance(self, batch: TrainingBatch) -> None:
-        size = float(batch.x.square().sum(1).mean())
-        if len(batch.x) > 1 and batch.variance <= LEAST_VARIANCE * max(size, self.sae.cfg.d_in):
+        size, tokens = batch.square, self.config.batch_size
+        if tokens > 1 and batch.variance <= LEAST_VARIANCE * max(size, self.sae.cfg.d_in):
             raise ValueError(
-                f"{self.feed.store.folder}: the activations of the first {len(batch.x)} tokens are all but the same "
+                f"{self.feed.store.folder}: the activations of the first {tokens} tokens are all but the same "
                 f"(variance {batch.variance:.3g} at a mean square of {size:.3g}): there is nothing to learn from them"
             )
-
-    def _settings(self) -> dict[str, Any]:
-        """What a checkpoint must have been made with. Model and layer too: their shards may be of equal sizes."""
-        manifest = self.feed.store.manifest
-        return {
-            # first: other activations have another scale, and so another SAE
-            "activations": {name: manifest.get(name) for name in ("model", "layer", "source", "scale")},
-            "sae": self.sae.cfg.settings(),
-            "train": asdict(self.config),
-            "data": manifest["shards"],
-        }
-
-    def _load(self) -> None:
-        path = self.folder / CHECKPOINT
-        state = read_checkpoint(path)
-        then, now = state["settings"], self._settings()
-        # an earlier version's: the scale stands among the settings of the activations
-        then["sae"] = {"input_scale": now["sae"]["input_scale"], **field(path, then, "sae", dict)}
-        then["train"] = with_precision(then.get("train"))
-        check_same_settings(path, then, now)
-        try:
-            self.sae.load_state_dict(state["sae"])
-            self.sae.generator.set_state(state["generator"])
-            self.sae.memory.pool.load_state_dict(state["pool"], self.feed.device)
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (LookupError, AttributeError, TypeError, RuntimeError, ValueError) as error:
-            said = " ".join(str(error).split())
-            raise ValueError(f"{path}: damaged, it does not fit its own settings ({said})") from error
-        self.step = state["step"]
-        self.seconds = state["seconds"]
-        self.metrics = state["metrics"]

@@ -10,6 +10,7 @@ from ..pretrained import CONFIG, FORMAT, ORIGIN, RUN, WEIGHTS, load_pretrained
 from ..support import checksums
 from ..support.atomic_files import read_json, read_json_lines
 from .checkpoint import CHECKPOINT, read_checkpoint
+from .sharded_checkpoint import RECORD, damaged_files, read_record
 from .store_writer import MANIFEST, check_scale, damage, read_manifest
 from .training_run import METRICS
 
@@ -73,11 +74,25 @@ def _run(folder: Path) -> Iterator[Finding]:
     for path, read in ((folder / METRICS, _read_lines), (folder / CHECKPOINT, read_checkpoint)):
         if path.exists():
             yield _finding(path, _error(read, path))
+    if (folder / RECORD).exists():
+        yield from _shards(folder)
     if _has_sae(folder):
         error = _error(lambda path: load_pretrained(path.parent), folder / WEIGHTS)
         of_config = error is not None and str(error).startswith(str(folder / CONFIG))
         yield _finding(folder / CONFIG, error if of_config else None)
         yield _finding(folder / WEIGHTS, None if of_config else error)
+
+
+def _shards(folder: Path) -> Iterator[Finding]:
+    try:
+        record = read_record(folder)
+    except ValueError as error:
+        yield _finding(folder / RECORD, error)
+        return
+    yield _finding(folder / RECORD, None)
+    damaged = dict(damaged_files(folder, record))
+    for path in (folder / record["folder"] / name for name in sorted(record["files"])):
+        yield path, damaged.get(path, OK), path in damaged
 
 
 def _has_sae(folder: Path) -> bool:

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...codes import SparseCodes
-from ...config import batch_budget
 from ...support.nth_largest import largest_mask, largest_mask_of_rows
 from ..encoder import Encoder
 from ..hints import Rule
@@ -67,7 +66,7 @@ def block_mask(a: Tensor, rule: Rule) -> Tensor:
     """Kept entries of a [B, P]: strictly positive, within the budget, ties to the lower index."""
     positive = a > 0
     if rule.select == "batch":
-        budget = batch_budget(a.shape[0], rule.k)
+        budget = rule.budget(a.shape[0])
         if int(positive.count_nonzero()) <= budget:
             return positive
         return largest_mask(a.flatten(), budget).view(a.shape) & positive

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ...codes import Entries, SparseCodes
-from ...config import batch_budget
 from ..encoder import Encoder, Operands
 from ..gate import Gate, floor_of, magnitudes
 from ..hints import Rule, ThresholdHints
@@ -20,21 +19,33 @@ from .dense_above import DenseAbove, fill_above
 from .entries import decode_entries, entry_codes
 from .pool import candidate_pool
 from .products import without_autocast
-from .scores import column_scores
+from .scores import column_scores, column_statistics
 from .screen import rounded
 from .screen_columns import column_bounds
-from .stream import batch_hint, stream_batch, stream_token, token_hint
+from .stream import (
+    batch_hint,
+    search_batch,
+    sort_entries,
+    stream_batch,
+    stream_token,
+    take,
+    token_hint,
+)
 
 __all__ = [
     "above_threshold",
     "candidate_pool",
     "column_bounds",
     "column_scores",
+    "column_statistics",
     "decode",
     "dense_above_threshold",
     "encode_at",
     "encoder",
+    "search",
     "select",
+    "take_kept",
+    "use_block",
 ]
 
 
@@ -66,13 +77,35 @@ def select(encoder: Encoder, members: Tensor | None, rule: Rule, hints: Threshol
     candidates, hint = encoder.operands.among(members), hints.of(rule, members)
     hint = None if isinstance(hint, Tensor) else hint
     if rule.select == "batch":
-        budget = batch_budget(candidates.n_tokens, rule.k)
+        budget = rule.budget(candidates.n_tokens)
         found = stream_batch(candidates, budget, hint)
         hints.keep(rule, members, batch_hint(found, budget))
     else:
         found = stream_token(candidates, int(rule.k), hint)
         hints.keep(rule, members, token_hint(found, candidates.x, int(rule.k)))
     return entry_codes(encoder, found)
+
+
+@without_autocast
+def search(operands: Operands, rule: Rule, hint: float | None) -> Entries:
+    """Entries of some tokens that can be among those kept of more, sorted by token, then feature; no gradient.
+
+    Args:
+        operands: with the candidates as its members.
+        rule: by batch, the `rule.most` largest at or above `hint`, with None of all; by token, the k largest of each.
+    """
+    if operands.n_tokens == 0 or operands.n_candidates == 0:
+        nothing = operands.x.new_zeros(0)
+        return Entries(nothing, nothing.long(), nothing.long())
+    if rule.select == "token":
+        return stream_token(operands, min(int(rule.k), operands.n_candidates))
+    found = search_batch(operands, rule.budget(operands.n_tokens), hint)
+    return sort_entries(found, operands.members)
+
+
+def take_kept(found: Entries, kept: Tensor, n_tokens: int, n_features: int) -> Entries:
+    """Those of `kept`, bool, among what `search` found."""
+    return take(found, kept.nonzero().squeeze(1))
 
 
 @without_autocast

@@ -74,7 +74,7 @@ def seen_chunks(operands: Operands) -> Iterator[tuple[Operands, slice, Tensor, F
     """(block of tokens, features, their activations before the relu [C, T], their rounding) from bfloat16 products."""
     n_features = operands.n_features
     for _, block in token_blocks(operands):
-        _, W, b, scale, _, screen = block
+        _, W, b, scale, _, screen, _ = block
         assert screen is not None
         step = chunk_width(block)
         memory = scratch(operands.x, min(step, n_features), block.n_tokens)

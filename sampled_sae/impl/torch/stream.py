@@ -89,7 +89,7 @@ class Search:
 
     def _activations(self, entries: Entries) -> Tensor:
         """Before the relu, at entries sorted by token."""
-        x, W, b, scale, members, _ = self.operands
+        x, W, b, scale, members, *_ = self.operands
         features = entries.features if members is None else members.index_select(0, entries.features)
         z = sampled_product(x, W, ends_of_tokens(entries.tokens, len(x)), features)
         z += b.index_select(0, features)
@@ -102,6 +102,14 @@ def stream_batch(operands: Operands, n: int, hint: float | None = None) -> Entri
     Args:
         hint: a guess of the n-th largest; a bad one costs time, never exactness.
     """
+    found = search_batch(operands, n, hint)
+    if len(found.values) < n and hint is not None:
+        found = search_batch(operands, n)
+    return sort_entries(found, operands.members)
+
+
+def search_batch(operands: Operands, n: int, hint: float | None = None) -> Entries:
+    """The n largest among those > 0 and >= hint; ties and order as `keep_best` has them, columns those of the pool."""
     floor, search = operands.x.new_full((1,), 0.0 if hint is None else hint), Search(operands)
     for token, block in token_blocks(operands):
         for span in candidate_spans(block, FIRST_CHUNK if hint is None else None):
@@ -110,10 +118,7 @@ def stream_batch(operands: Operands, n: int, hint: float | None = None) -> Entri
                 kept = search.keep(keep_best(search.settle(floor), n, operands.n_features))
                 if search.count == n:
                     floor.fill_(kept.values.min())
-    found = search.settle(floor)
-    if len(found.values) < n and hint is not None:
-        return stream_batch(operands, n)
-    return sort_entries(keep_best(found, n, operands.n_features), operands.members)
+    return keep_best(search.settle(floor), n, operands.n_features)
 
 
 def stream_token(operands: Operands, k: int, hint: float | None = None) -> Entries:

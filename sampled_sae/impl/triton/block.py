@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ...codes import SparseCodes
-from ...config import batch_budget
 from ...kernels.batch_topk import keep_largest_
 from ...kernels.token_topk import keep_rows_
 from ..encoder import Encoder
@@ -28,7 +27,7 @@ def block_codes(encoder: Encoder, members: Tensor, rule: Rule, b: Tensor | None 
     b_taken = gather(rows, "b_enc", bias if b is None else b, members)
     scale = None if operands.scale is None else operands.scale.index_select(0, members)
     per_token = rule.select == "token"
-    budget = int(rule.k) if per_token else batch_budget(operands.n_tokens, rule.k)
+    budget = int(rule.k) if per_token else rule.budget(operands.n_tokens)
     block, low = select_block(x, b_dec, taken, b_taken, operands.x, scale, budget, per_token)
     return SparseCodes.from_block(block, members, operands.n_features, low)
 

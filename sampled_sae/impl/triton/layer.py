@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ...codes import Entries, SparseCodes
-from ...config import batch_budget
+from ...kernels.batch_topk import compact_largest
 from ..encoder import Encoder, Operands
 from ..gate import Gate, floor_of, keep_above_, magnitudes
 from ..hints import Rule, ThresholdHints
 from ..row_gradients import RowSource
 from ..torch.dense_above import DenseAbove
-from . import block, entries
+from . import block, entries, scores
 from .block import BLOCK_FEATURES, block_codes
 from .entries import narrow, padded_codes, select_entries
 from .pool import candidate_pool
@@ -29,11 +29,15 @@ __all__ = [
     "candidate_pool",
     "column_bounds",
     "column_scores",
+    "column_statistics",
     "decode",
     "dense_above_threshold",
     "encode_at",
     "encoder",
+    "search",
     "select",
+    "take_kept",
+    "use_block",
 ]
 
 
@@ -76,12 +80,41 @@ def select(encoder: Encoder, members: Tensor | None, rule: Rule, hints: Threshol
         *found, _ = select_entries(x, W, b, scale, members, int(rule.k), True, None)
         return padded_codes(encoder, Entries(*found), members)
     hints = hints if hints is not None else ThresholdHints()
-    budget = batch_budget(encoder.operands.n_tokens, rule.k)
+    budget = rule.budget(encoder.operands.n_tokens)
     hint = hints.of(rule, members)
     hint = hint if isinstance(hint, Tensor) else None
     *found, hint = select_entries(x, W, b, scale, members, budget, False, hint)
     hints.keep(rule, members, hint)
     return padded_codes(encoder, Entries(*found), members)
+
+
+def column_statistics(operands: Operands, score: str) -> Tensor:
+    """[S, F] fp32, sums over the tokens: as those of torch/scores.py."""
+    x, W, b, scale, *_ = operands
+    if operands.n_tokens == 0:
+        return x.new_zeros(scores.STATISTICS[score], W.shape[0], dtype=torch.float32)
+    return scores.column_statistics(x, W, b, score, scale)
+
+
+def use_block(pool: int, k: float, n_features: int) -> bool:
+    """Whether a pool is handled as one block [B, P]."""
+    return pool <= BLOCK_FEATURES
+
+
+def search(operands: Operands, rule: Rule, hint: float | None) -> Entries:
+    """As the torch form's, in a list of fixed length with padding at its end; tokens and features int32."""
+    x, W, b, scale, members, *_ = operands
+    by_token = rule.select == "token"
+    budget = int(rule.k) if by_token else rule.budget(operands.n_tokens)
+    *found, _ = select_entries(x, W, b, scale, members, budget, by_token, None)
+    return Entries(*found)
+
+
+def take_kept(found: Entries, kept: Tensor, n_tokens: int, n_features: int) -> Entries:
+    """Those of `kept`, bool, among what `search` found; in as many places, so that nothing waits for their number."""
+    values = torch.where(kept, found.values, 0)
+    keys = found.tokens.long() * n_features + found.features.long()
+    return Entries(*compact_largest(values, keys, len(values), n_tokens, n_features))
 
 
 def encode_at(encoder: Encoder, entries: Entries) -> SparseCodes:

@@ -66,7 +66,7 @@ def chunk_width(n_tokens: int) -> int:
 
 def encoder_chunks(operands: Operands) -> Iterator[ProductChunk]:
     """The product of x with the rows of W chunk by chunk; with those of the candidates, where there are some."""
-    x, W, b, scale, members, _ = operands
+    x, W, b, scale, members, *_ = operands
     n_tokens, size = operands.n_tokens, operands.n_candidates
     width = min(chunk_width(n_tokens), size)
     buffer = torch.empty(n_tokens * width, dtype=torch.float32, device=x.device)

@@ -60,7 +60,7 @@ def stream_batch(operands: Operands, n: int, hint: Tensor | None = None) -> tupl
         values fp32, tokens int32 and features int32, each [n], sorted by token, then feature; padding at the
         end holds 0, B and F. The next batch's hint, fp32 [1]; 0 where the budget was not filled.
     """
-    x, W, b, scale, members, _ = operands
+    x, W, b, scale, members, *_ = operands
     shape = operands.n_tokens, operands.n_features
     size = operands.n_tokens * operands.n_candidates
     if n == 0 or size == 0:
@@ -147,7 +147,7 @@ def hits_above(operands: Operands, tau: Tensor, cap: int, floors: Tensor | None 
 
 def sampled_threshold(operands: Operands, n: int) -> Tensor:
     """A threshold that about MARGIN * n entries of the batch reach, judged by every s-th token: fp32 [1]."""
-    x, W, b, scale, members, _ = operands
+    x, W, b, scale, members, *_ = operands
     n_tokens, size = operands.n_tokens, operands.n_candidates
     step = max(1, min(SAMPLE_STEP, n_tokens // FEWEST_TOKENS), n_tokens * size // SAMPLE_ELEMENTS)
     some = x[::step]

@@ -279,7 +279,7 @@ class RowTrainer(SAETrainer):
         counts, idle = self.num_tokens_since_fired, self._memory.idle
         if logging:
             counts, idle = counts.clone(), IdleTokens()
-        idle.count_(counts, codes)
+        idle.count_(counts, codes.active_mask(), codes.shape[0])
         after = self.dead_feature_threshold
         return counts >= after if idle.reaches(counts, after) else None
 

@@ -1,0 +1,89 @@
+"""A model, not a measurement: what a step takes on many GPUs, from sizes, latencies and bandwidths alone.
+
+Each rank computes the scores of its tokens and features, the block of its pool, and moves the rows of the optimizer;
+what it sends is the table of docs/scale.md. An all-reduce of n bytes over R ranks takes 2 (R-1)/R n / bandwidth and
+2 log2(R) latencies; ranks of one dimension use NVLink where they are on one machine, else the network.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from itertools import product
+
+from benchmarks.measure import Row
+
+POOL_MULTIPLIER, K = 4, 32
+FLOATS = 4
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Per GPU: flops a second of products and bytes a second of memory that a step reaches, bytes of memory. Links:
+    bytes a second each way, seconds of latency."""
+
+    flops: float = 3e14
+    memory_bandwidth: float = 2.5e12
+    memory: float = 80e9
+    gpus_a_machine: int = 8
+    nvlink: float = 3e11
+    nvlink_latency: float = 8e-6
+    network: float = 400e9 / 8
+    network_latency: float = 2e-5
+
+
+def all_reduce(n: float, ranks: int, stride: int, hardware: Hardware) -> float:
+    """Seconds for n bytes over ranks that stand `stride` apart."""
+    if ranks == 1:
+        return 0.0
+    inside = ranks * stride <= hardware.gpus_a_machine
+    speed = hardware.nvlink if inside else hardware.network
+    latency = hardware.nvlink_latency if inside else hardware.network_latency
+    return 2 * (ranks - 1) / ranks * n / speed + 2 * math.log2(ranks) * latency
+
+
+def sent(F: float, d: int, tokens: float, data: int, shards: int) -> dict[str, dict[str, float]]:
+    """Bytes a rank puts into collectives in a step, by dimension and purpose: data x shards ranks, `tokens` on each."""
+    P, radix = K * POOL_MULTIPLIER, 3 * 2048 * 8
+    rows = FLOATS * (2 * P * d / shards + P / shards + d)
+    over_data = {"column statistics": FLOATS * F / shards, "radix counts": radix, "gradients": rows}
+    over_features = {"pool": 16 * P * shards, "radix counts": radix, "decode": FLOATS * tokens * d, "b_dec": FLOATS * d}
+    return {"data": over_data if data > 1 else {}, "feature": over_features if shards > 1 else {}}
+
+
+def step(F: float, d: int, batch: int, data: int, shards: int, hardware: Hardware) -> Row | None:
+    """Seconds of a step of `batch` tokens in all, its parts; None where the shard does not fit into a GPU."""
+    tokens, P = batch / data, K * POOL_MULTIPLIER
+    held = 2 * 3 * FLOATS * F * d / shards  # weights and two moments of two matrices
+    if held > 0.8 * hardware.memory:
+        return None
+    compute = 2 * tokens * d * (F / shards + 5 * P / shards) / hardware.flops
+    compute += 12 * FLOATS * P * d / hardware.memory_bandwidth + FLOATS * F * d / shards / hardware.memory_bandwidth
+    bytes_sent = sent(F, d, tokens, data, shards)
+    travel = sum(all_reduce(n, data, shards, hardware) for n in bytes_sent["data"].values())
+    travel += sum(all_reduce(n, shards, 1, hardware) for n in bytes_sent["feature"].values())
+    dense = all_reduce(2 * FLOATS * F * d, data, shards, hardware)
+    return {
+        "data": data,
+        "shards": shards,
+        "ms": 1e3 * (compute + travel),
+        "travel": travel / (compute + travel),
+        "dense_ms": 1e3 * (compute + dense),
+        "gigabytes": held / 1e9,
+    }
+
+
+def rows(hardware: Hardware, batch: int = 65_536) -> list[Row]:
+    """The fastest layout for each F, d and number of GPUs."""
+    found: list[Row] = []
+    for F, d, gpus in product((2**16, 2**20, 2**24), (768, 4096), (1, 8, 64, 1024)):
+        shards = [2**i for i in range(11) if gpus % 2**i == 0 and 2**i <= gpus]
+        layouts = [made for s in shards if (made := step(F, d, batch, gpus // s, s, hardware)) is not None]
+        best = min(layouts, key=lambda made: made["ms"]) if layouts else {"reason": "does not fit"}
+        found.append({"part": "model", "F": F, "d": d, "gpus": gpus, **best})
+    return found
+
+
+def assumptions(hardware: Hardware, batch: int = 65_536) -> Row:
+    """What the model takes for granted, for the head of a result."""
+    return {**asdict(hardware), "batch": batch, "k": K, "l": POOL_MULTIPLIER}

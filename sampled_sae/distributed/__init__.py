@@ -1,0 +1,6 @@
+"""One SAE over many processes: `parallelize`. docs/scale.md says how to run it and what travels."""
+
+from .parallel import parallelize
+from .ranks import Sent, Traffic
+
+__all__ = ["Sent", "Traffic", "parallelize"]

@@ -1,0 +1,78 @@
+"""The dead-feature loss, step 6 of docs/method.md, over the tokens and features of all processes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..impl.dead_features import AuxRule
+from ..impl.encoder import Encoder, Operands
+from ..impl.hints import Rule
+from .mesh import Mesh
+
+if TYPE_CHECKING:
+    from .parts import SpreadParts
+
+
+def aux_loss(
+    parts: SpreadParts,
+    encoder: Encoder,
+    x_hat: Tensor,
+    W_dec: Tensor,
+    dead: Tensor,
+    rule: AuxRule,
+    scores: Tensor | None = None,
+) -> Tensor:
+    """As that of one process: impl/torch/aux_loss.py.
+
+    x_hat: [B, d], of the tokens here. dead: bool [F], and scores: [F], of the features here.
+    """
+    mesh, operands = parts.mesh, encoder.operands
+    target = encoder.x.to(x_hat.dtype).detach()
+    residual = target - x_hat.detach()
+    denominator = residual_variance(residual, target, operands.whole_shape[0], mesh)
+    alone, k_aux, defined = encoder.weights_alone(), rule.k_aux, denominator > 0
+    if parts.waits or rule.aux_pool is None or mesh.feature.size > 1:
+        members = dead_candidates(parts, operands, dead, rule, scores)
+        n_members = int(mesh.feature.sum_(torch.tensor(len(members), device=dead.device), "dead features"))
+        if n_members == 0:
+            return residual.new_zeros(())
+        k_aux = min(k_aux, n_members)
+    else:
+        # as many as there may be, so that nothing waits for their number: live ones are put out by their bias
+        scores = parts.column_scores(operands, rule.score) if scores is None else scores
+        # one bit pattern up: a dead feature of score 0 still ranks above every live one
+        keys = torch.where(dead, (scores.view(torch.int32) + 1).view(torch.float32), 0)
+        members = parts.candidate_pool(keys, min(rule.aux_pool, len(dead)))
+        out = [torch.where(dead, b, -torch.inf) for b in (alone.b, alone.operands.b)]
+        alone = alone._replace(b=out[0], operands=alone.operands._replace(b=out[1]))
+        defined = defined & dead.any()
+    codes = parts.select(alone, members, Rule(k_aux, "token"))
+    e_hat = parts.decode(codes, W_dec, None, encoder.rows)
+    missed = parts.totals.mean((residual - e_hat).square().sum(-1), operands)
+    return torch.where(defined, missed / torch.where(defined, denominator, 1), 0)
+
+
+def residual_variance(residual: Tensor, x: Tensor, n_tokens: int, mesh: Mesh) -> Tensor:
+    """As that of the reference, of the tokens of all processes: 0-dim."""
+    d = residual.shape[1]
+    sums = torch.cat((residual.sum(0), residual.square().sum()[None], x.square().sum()[None]))
+    sums = mesh.data.sum_(sums, "residual") / n_tokens
+    variance = mesh.data.sum_((residual - sums[:d]).square().sum(), "residual") / n_tokens
+    return torch.where(variance > (64 * torch.finfo(residual.dtype).eps) ** 2 * sums[d:].sum(), variance, 0)
+
+
+def dead_candidates(
+    parts: SpreadParts, operands: Operands, dead: Tensor, rule: AuxRule, scores: Tensor | None
+) -> Tensor:
+    """int64, ascending: of the dead features here those that take part."""
+    members = dead.nonzero().squeeze(1)
+    if rule.aux_pool is None:
+        return members
+    counts = parts.mesh.feature.gather(torch.tensor(len(members), device=dead.device), "dead features")
+    if int(counts.sum()) <= rule.aux_pool:
+        return members
+    of_members = parts.column_scores(operands.of_features(members), rule.score) if scores is None else scores[members]
+    return members[parts.largest(of_members, rule.aux_pool, int(counts.max()))]

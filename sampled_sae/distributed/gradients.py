@@ -1,0 +1,170 @@
+"""Where the gradients of a step leave it: one node behind all others, which sums them over the processes at once.
+
+Rows of gradients do not flow through it but are put aside; it is a function of `anchor`, which every one of them
+depends on, and so runs after the last of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..impl.row_gradients import RowGradient, RowSource, empty_receiver
+from .mesh import Mesh
+from .weights import NAMES, Weights
+
+ROWS = NAMES[:3]
+
+
+@dataclass
+class Pending(RowGradient):
+    """Rows whose gradient is on its way.
+
+    fresh: what a backward pass has left, of this process alone; `own`: of which features. union: what `align` found.
+    """
+
+    own: Tensor
+    fresh: Tensor | None = None
+    union: Tensor | None = None
+
+
+class SpreadRows(RowSource):
+    """Rows whose gradients are summed over the processes, then kept as rows or made dense.
+
+    Attributes:
+        shared: by id, features that are the same on all processes of the data dimension, such as a pool.
+        among: by the id of others, which of those they are among.
+        wanted: the weights that ask for a gradient; none outside autograd.
+    """
+
+    def __init__(self, keep_rows: bool, wanted: frozenset[str]) -> None:
+        super().__init__(keep=True)
+        self.dense = not keep_rows
+        self.wanted = wanted
+        self.anchor: Tensor | None = None
+        self.shared: dict[int, Tensor] = {}
+        self.among: dict[int, Tensor] = {}
+        self.pending: list[Pending] = []
+
+    def gather(self, name: str, W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._put_aside(name, W, features, W.detach().index_select(0, features).to(dtype))
+
+    def receiver(self, name: str, W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._put_aside(name, W, features, empty_receiver(W.detach(), features, dtype))
+
+    def _put_aside(self, name: str, W: Tensor, features: Tensor, rows: Tensor) -> Tensor:
+        if name not in self.wanted or not torch.is_grad_enabled():
+            return rows
+        part = Pending(name, features, empty_receiver(W.detach(), features, rows.dtype), own=features)
+        self.pending.append(part)
+        if not self.dense:
+            self.gradients.append(part)
+        return PutAside.apply(self.anchor, rows, part)
+
+
+class PutAside(torch.autograd.Function):
+    """The rows; their gradient stays with `part`."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, rows: Tensor, part: Pending) -> Tensor:
+        ctx.part = part
+        return rows.view_as(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        part = ctx.part
+        part.fresh = grad if part.fresh is None else part.fresh + grad
+        return grad.new_zeros(()), None, None
+
+
+class SumGradients(torch.autograd.Function):
+    """b_dec [d] twice, for the encoder and for the decoder, and the anchor, 0-dim."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: SpreadRows, mesh: Mesh, weights: Weights, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.rows, ctx.mesh, ctx.weights = rows, mesh, weights
+        b_dec = weights.local(parameters[3])
+        return b_dec.clone(), b_dec.clone(), b_dec.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, into_encoder: Tensor, of_decoder: Tensor, _: Tensor) -> tuple[Any, ...]:
+        rows, mesh, weights = ctx.rows, ctx.mesh, ctx.weights
+        # each process of the feature dimension has subtracted b_dec for its own features
+        b_dec = mesh.feature.sum_(into_encoder.contiguous(), "b_dec") + of_decoder
+        parts = [part for part in rows.pending if part.fresh is not None]
+        align(parts, rows, weights.n_local, mesh)
+        b_dec = sum_all(parts, b_dec, mesh)
+        gradients: list[Tensor | None] = [None] * 3
+        if rows.dense:
+            gradients = [dense(weights, [p for p in parts if p.name == name], b_dec.dtype) for name in ROWS]
+        else:
+            for part in parts:
+                part.rows.grad = part.fresh if part.rows.grad is None else part.rows.grad + part.fresh
+        for part in parts:
+            part.fresh = None
+        wanted = ctx.needs_input_grad[3:]
+        gradients.append(weights.wrap("b_dec", b_dec))
+        return None, None, None, *(g if want else None for g, want in zip(gradients, wanted))
+
+
+def sum_all(parts: list[Pending], b_dec: Tensor, mesh: Mesh) -> Tensor:
+    """Sums what the parts hold over the data dimension, and b_dec's gradient, which is returned: one collective."""
+    if mesh.data.size == 1:
+        return b_dec
+    tensors = [b_dec, *(part.fresh for part in parts if part.fresh is not None)]
+    dtype = torch.float32
+    for t in tensors:
+        dtype = torch.promote_types(dtype, t.dtype)
+    flat = mesh.data.sum_(torch.cat([t.reshape(-1).to(dtype) for t in tensors]), "gradients")
+    b_dec, *sums = (s.view(t.shape).to(t.dtype) for s, t in zip(flat.split([t.numel() for t in tensors]), tensors))
+    for part, total in zip(parts, sums):
+        part.fresh = total
+    return b_dec
+
+
+def align(parts: list[Pending], rows: SpreadRows, n_features: int, mesh: Mesh) -> None:
+    """Gives each part the features that any process of the data dimension has touched in its place.
+
+    Those of a pool are the same everywhere; of others the union is found, which waits for the device.
+    """
+    if mesh.data.size == 1:
+        return
+    unions: dict[int, Tensor] = {}
+    for part in parts:
+        features, fresh = part.own, part.fresh
+        if id(features) in rows.shared:
+            continue
+        if part.union is None:
+            if id(features) not in unions:
+                unions[id(features)] = union(features, rows.among.get(id(features)), n_features, mesh)
+            part.features = part.union = unions[id(features)]
+        assert fresh is not None
+        aligned = fresh.new_zeros(len(part.union), *fresh.shape[1:])
+        part.fresh = aligned.index_copy_(0, torch.searchsorted(part.union, features), fresh)
+        if part.rows.shape != aligned.shape:
+            part.rows = empty_receiver(fresh, part.union, fresh.dtype)
+
+
+def union(features: Tensor, among: Tensor | None, n_features: int, mesh: Mesh) -> Tensor:
+    """int64, ascending: every feature that a process of the data dimension has; all are `among` those, where given."""
+    size, at = (n_features, features) if among is None else (len(among), torch.searchsorted(among, features))
+    touched = torch.zeros(size, dtype=torch.uint8, device=features.device).index_fill_(0, at, 1)
+    found = mesh.data.max_(touched, "touched features").nonzero().squeeze(1)
+    return found if among is None else among.index_select(0, found)
+
+
+def dense(weights: Weights, parts: list[Pending], dtype: torch.dtype) -> Tensor | None:
+    """The gradient of a weight from those of its rows, as a DTensor; None where there are none."""
+    total = None
+    for part in parts:
+        assert part.fresh is not None
+        if total is None:
+            total = part.fresh.new_zeros(weights.n_local, *part.fresh.shape[1:], dtype=dtype)
+        total.index_add_(0, part.features, part.fresh.to(dtype))
+    return None if total is None else weights.wrap(parts[0].name, total)

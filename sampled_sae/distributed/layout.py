@@ -1,0 +1,162 @@
+"""The layout of a layer that is spread over a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ..codes import SparseCodes
+from ..impl.encoder import Share
+from ..impl.interface import Implementation
+from ..impl.layout import Layer, Layout, Leaves
+from ..impl.row_gradients import RowSource
+from .gradients import SpreadRows, SumGradients
+from .mesh import Mesh
+from .parts import spread_parts
+from .ranks import SumBackward
+from .weights import NAMES, Weights
+
+REFUSED = -1
+
+
+class MeshLayout(Layout):
+    """Tokens over the dimension `data` of a mesh, features over `feature`.
+
+    Attributes:
+        mesh: the processes. weights: which features are here. batches: how many were read together so far.
+    """
+
+    def __init__(self, mesh: Mesh, weights: Weights) -> None:
+        self.mesh, self.weights = mesh, weights
+        self.size = mesh.size
+        self.device_mesh = mesh.device_mesh
+        self.batches = 0
+        self._parts = lru_cache(maxsize=None)(lambda name: spread_parts(name, weights, mesh))
+
+    def parts(self, name: str) -> Implementation:
+        return self._parts(name)
+
+    def leaves(self, layer: Layer, keep_rows: bool) -> Leaves:
+        parameters = [getattr(layer, name) for name in NAMES]
+        W_enc, b_enc, W_dec, b_dec = (self.weights.local(p) for p in parameters)
+        wanted = frozenset(name for name, p in zip(NAMES, parameters) if p.requires_grad)
+        rows: RowSource
+        if not wanted or not torch.is_grad_enabled():
+            rows = SpreadRows(keep_rows, frozenset())
+            return Leaves(W_enc.t(), b_enc, W_dec, b_dec, b_dec, rows)
+        rows = SpreadRows(keep_rows, wanted)
+        b_in, b_out, rows.anchor = SumGradients.apply(rows, self.mesh, self.weights, *parameters)
+        return Leaves(W_enc.t(), b_enc, W_dec, b_in, b_out, rows)
+
+    def read(self, read: Callable[[], Tensor]) -> tuple[Tensor, Share | None]:
+        """A batch that one process refuses, for NaN or inf say, is refused by all of them, with its rank.
+
+        Raises:
+            ValueError, TypeError: that; a batch without any token; processes of `feature` that were given other tokens.
+        """
+        self.batches += 1
+        fault: Exception | None = None
+        try:
+            tokens = read()
+            number = len(tokens)
+        except (TypeError, ValueError) as error:
+            fault, number = error, REFUSED
+        numbers = self.mesh.exchange(number)
+        where = f"in batch {self.batches} of sampled_sae.distributed"
+        if fault is not None:
+            raise type(fault)(f"rank {self.mesh.rank}, {where}: {fault}") from fault
+        for i, of_rank in enumerate(numbers):
+            if REFUSED in of_rank:
+                name = self.mesh.name_of(i, of_rank.index(REFUSED))
+                raise ValueError(f"x: {name} refused its tokens {where} (NaN, inf or a wrong shape: it says which)")
+            if len(set(of_rank)) > 1:
+                raise ValueError(
+                    f"x: {of_rank} tokens on the processes of the dimension 'feature' {where}; they take the same ones"
+                )
+        counts = [of_rank[0] for of_rank in numbers]
+        if sum(counts) == 0:
+            raise ValueError(f"x: no process has a token {where}; at least one is needed")
+        first = sum(counts[: self.mesh.data.rank])
+        return tokens, Share(sum(counts), self.weights.n_features, first)
+
+    def into_encoder(self, x: Tensor) -> Tensor:
+        if self.mesh.feature.size == 1 or not x.requires_grad:
+            return x
+        return SumBackward.apply(x, self.mesh.feature, "gradient of x")
+
+    def guard(self, layer: Layer) -> None:
+        if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
+            raise RuntimeError("DistributedDataParallel: `parallelize` has spread the SAE already; leave it out")
+
+    def numbered(self, codes: SparseCodes) -> SparseCodes:
+        if self.mesh.feature.size == 1:
+            return codes
+        shape = (codes.shape[0], self.weights.n_features)
+        if codes.block is not None and codes.pool is not None:
+            return SparseCodes.from_block(codes.block, codes.pool + self.weights.first, shape[1], codes.low_block)
+        values, tokens, features = codes.entries()
+        return SparseCodes(values, tokens, features + self.weights.first, shape)
+
+    def complete(self, codes: SparseCodes) -> SparseCodes:
+        """Detached where features are split."""
+        ranks = self.mesh.feature
+        if ranks.size == 1:
+            return codes
+        found = self.numbered(codes).detach().entries()
+        counts = ranks.gather(torch.tensor([len(found.values)], device=codes.device), "codes").flatten().tolist()
+        columns = []
+        for column in found:
+            padded = column.new_zeros(max(counts))
+            padded[: len(column)] = column
+            columns.append(torch.cat([row[:n] for row, n in zip(ranks.gather(padded, "codes"), counts)]))
+        order = torch.argsort(columns[1], stable=True)
+        values, tokens, features = (column[order] for column in columns)
+        return SparseCodes(values, tokens, features, (codes.shape[0], self.weights.n_features))
+
+    def here(self, codes: SparseCodes | Tensor) -> SparseCodes:
+        codes = super().here(codes)
+        if self.mesh.feature.size == 1:
+            return codes
+        values, tokens, features = codes.entries()
+        first, n_local = self.weights.first, self.weights.n_local
+        at = ((features >= first) & (features < first + n_local)).nonzero().squeeze(1)
+        return SparseCodes(values[at], tokens[at], features[at] - first, (codes.shape[0], n_local))
+
+    def write(self, write: Callable[[], None]) -> None:
+        """Raises, on every process, what the first one met."""
+        fault: Exception | None = None
+        if self.mesh.is_first:
+            try:
+                write()
+            except Exception as error:
+                fault = error
+        refused = self.mesh.exchange(REFUSED if fault is not None else 0)
+        if fault is not None:
+            raise fault
+        if refused[0][0] == REFUSED:
+            raise OSError(f"{self.mesh.name_of(0, 0)} could not write: it says why")
+
+    def adopt(self, t: Tensor, name: str) -> Tensor:
+        """Of a whole one, which all processes have, their parts."""
+        whole = isinstance(t, DTensor) or name not in self.weights.shapes or t.shape != self.weights.shapes[name]
+        return t if whole else self.weights.wrap(name, self.weights.part_of(name, t))
+
+    def local(self, t: Tensor) -> Tensor:
+        return self.weights.local(t)
+
+    def like(self, t: Tensor, name: str) -> Tensor:
+        return self.weights.wrap(name, t.t() if name == "W_enc" else t)
+
+    def whole(self, t: Tensor) -> Tensor:
+        if not isinstance(t, DTensor):
+            return t.detach()
+        with torch.no_grad():
+            return t.full_tensor()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> MeshLayout:
+        return self

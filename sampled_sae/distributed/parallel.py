@@ -1,0 +1,68 @@
+"""`parallelize`: spreads a layer over a mesh."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..sae import SampledSAE
+from .layout import MeshLayout
+from .mesh import DIMENSIONS, Mesh
+from .weights import NAMES, Weights
+
+
+def parallelize(sae: SampledSAE, mesh: DeviceMesh) -> SampledSAE:
+    """Spreads an SAE over the processes of a mesh, in place, and returns it.
+
+    R processes that call it with their own tokens x_0 .. x_(R-1), [B_r, d_in], some of them empty, then compute what
+    one would on `torch.cat([x_0, ..., x_(R-1)])`: pool, kept entries with their ties, loss, gradients, threshold and
+    counts of dead features. Losses are those of all tokens, `x_hat` and `codes` those of the tokens here.
+
+    - Parameters, `tokens_since_active` and the moments of `RowAdam` become DTensors: replicated over the dimension
+      `data`, where tokens are split, and split by features over `feature`, where all processes are given the same
+      tokens. Their values are those of the first process. Make optimizers afterwards.
+    - After `backward()` gradients are those of all tokens: rows with `cfg.row_grads`, else dense, for any optimizer.
+    - Scores and searches look at every activation in full precision: `cfg.screen` has no effect.
+    - All processes have to make the same calls in the same order.
+
+    Args:
+        sae: on the device of this process, not wrapped in DistributedDataParallel or FSDP.
+        mesh: a DeviceMesh with the dimensions "data" and "feature", or one of them. Of a single process it leaves the
+            SAE as it is.
+
+    Equivalent on one process to `sae`.
+
+    Raises:
+        TypeError, ValueError: naming the argument; `cfg.impl="reference"`, which is for one process.
+    """
+    if not isinstance(sae, SampledSAE):
+        raise TypeError(f"sae={type(sae).__name__}: must be a SampledSAE (of a wrapped one, the module inside)")
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh={type(mesh).__name__}: must be a torch.distributed.device_mesh.DeviceMesh")
+    names = mesh.mesh_dim_names or ()
+    if not names or not set(names) <= set(DIMENSIONS):
+        raise ValueError(f"mesh.mesh_dim_names={mesh.mesh_dim_names!r}: must be among {DIMENSIONS!r}")
+    if sae.layout.size > 1:
+        raise ValueError(f"sae: is spread over {sae.layout.size} processes already")
+    if mesh.device_type != sae.W_enc.device.type:
+        raise ValueError(f"mesh.device_type={mesh.device_type!r}: the SAE is on {sae.W_enc.device}")
+    if sae.impl_in_use == "reference":
+        raise ValueError("impl='reference': is for one process; use 'torch' or 'triton'")
+    if mesh.size() == 1:
+        return sae
+    own = Mesh(mesh)
+    weights = Weights(sae.cfg.d_in, sae.cfg.d_sae, own)
+    with torch.no_grad():
+        for name in NAMES:
+            setattr(sae, name, weights.parameter(name, getattr(sae, name)))
+        for name, buffer in sae.named_buffers():
+            part = weights.part_of(name, buffer)
+            setattr(sae, name, weights.wrap(name, part) if name == "tokens_since_active" else part)
+    state = sae.generator.get_state().to(sae.W_enc.device)
+    for ranks in (own.data, own.feature):
+        ranks.from_first_(state)
+    sae.generator.set_state(state.cpu())
+    sae.row_grads = []
+    sae.memory.forget()
+    sae.layout = MeshLayout(own, weights)
+    return sae

@@ -1,0 +1,196 @@
+"""The layer's parts over a mesh: each has the signature of one process's (impl/interface.py), and is made of those.
+
+Operands hold the tokens and the features that are here, and say of what they are a share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..codes import Entries, SparseCodes
+from ..impl.dead_features import AuxRule
+from ..impl.encoder import Encoder, Operands
+from ..impl.hints import Rule, ThresholdHints
+from ..impl.interface import Implementation, implementation
+from ..impl.pool_sampling import gumbel_noise
+from ..impl.row_gradients import RowSource
+from ..impl.torch.scores import finish_scores
+from ..support.nth_largest import largest_mask
+from .aux_loss import aux_loss
+from .gradients import SpreadRows
+from .mesh import Mesh
+from .ranks import SumForward
+from .selection import find_cut, keep_of_block, keep_of_entries, keep_of_tokens, sort_bits, table_of
+from .totals import SpreadTotals
+from .weights import Weights
+
+
+def spread_parts(name: str, weights: Weights, mesh: Mesh) -> Implementation:
+    """The parts of "triton" or "torch" over a mesh."""
+    local = implementation(name)
+    spread = SpreadParts(local, weights, mesh, waits=name == "torch")
+    return replace(
+        local,
+        column_scores=spread.column_scores,
+        column_bounds=lambda operands, score: None,
+        candidate_pool=spread.candidate_pool,
+        select=spread.select,
+        decode=spread.decode,
+        aux_loss=spread.aux_loss,
+        totals=spread.totals,
+    )
+
+
+class SpreadParts:
+    """local: the parts of one process. waits: whether they may ask a device for values that decide what comes next."""
+
+    def __init__(self, local: Implementation, weights: Weights, mesh: Mesh, waits: bool) -> None:
+        self.local, self.weights, self.mesh, self.waits = local, weights, mesh, waits
+        self.totals = SpreadTotals(mesh)
+
+    def column_scores(self, operands: Operands, score: str) -> Tensor:
+        """[F], of the features here over the tokens of all."""
+        assert self.local.column_statistics is not None
+        statistics = self.local.column_statistics(operands, score)
+        return finish_scores(self.mesh.data.sum_(statistics, "column statistics"), score)
+
+    def candidate_pool(
+        self, scores: Tensor, size: int, pool: str = "top", generator: torch.Generator | None = None
+    ) -> Tensor:
+        """int64, ascending: which of the features here, of scores [F], are among the `size` of all."""
+        if self.mesh.feature.size == 1:
+            return self.local.candidate_pool(scores, size, pool, generator)
+        keys = scores
+        if pool == "sample":
+            # drawn for all features, so that processes draw alike
+            noise = gumbel_noise(scores.new_empty(self.weights.n_features), generator)
+            keys = scores.double().log() + noise[self.weights.first : self.weights.first + self.weights.n_local]
+        return self.largest(keys, size, self.weights.most_local)
+
+    def largest(self, keys: Tensor, size: int, most_local: int) -> Tensor:
+        """int64, ascending: which of the keys here are among the `size` largest of all; ties to the lower process.
+
+        most_local: how many keys any process of the dimension `feature` holds at most.
+        """
+        # a key of -inf ranks before the places of shorter lists
+        keys = keys.clamp_min(torch.finfo(keys.dtype).min)
+        mine = largest_mask(keys, min(size, len(keys))).nonzero().squeeze(1)
+        shown = keys.new_full((min(size, most_local),), -torch.inf)
+        shown[: len(mine)] = keys[mine]
+        taken = largest_mask(self.mesh.feature.gather(shown, "pool").flatten(), size).view(-1, len(shown))
+        return mine[taken[self.mesh.feature.rank, : len(mine)].nonzero().squeeze(1)]
+
+    def select(
+        self, encoder: Encoder, members: Tensor | None, rule: Rule, hints: ThresholdHints | None = None
+    ) -> SparseCodes:
+        """What of the tokens and features here is kept; members: of the pool, those here."""
+        operands, rows = encoder.operands.among(members), encoder.rows
+        assert self.local.use_block is not None
+        as_block = members is not None and self.local.use_block(len(members), rule.k, self.weights.n_local)
+        if as_block and members is not None and isinstance(rows, SpreadRows):
+            rows.shared[id(members)] = members
+        if rule.select == "token":
+            if self.mesh.feature.size == 1 and operands.n_tokens > 0:
+                return self.local.select(encoder, members, rule, hints)
+            return self._by_token(encoder, operands, rule, as_block)
+        return self._by_batch(encoder, operands, rule, hints if hints is not None else ThresholdHints(), as_block)
+
+    def _by_batch(
+        self, encoder: Encoder, operands: Operands, rule: Rule, hints: ThresholdHints, as_block: bool
+    ) -> SparseCodes:
+        n = rule.budget(operands.whole_shape[0])
+        rule, members = rule._replace(most=n), operands.members
+        hint = hints.of(rule, members) if self.waits else None
+        hint = None if isinstance(hint, Tensor) else hint
+        codes, found = self._candidates(encoder, operands, rule, hint, as_block)
+        bits = sort_bits(found.values)
+        cut = find_cut(bits, n, self.mesh)
+        if hint is not None and value_of(cut.bits, found.values.dtype) < hint:
+            # what is kept reaches below the hint, and lists that start there may lack some of it
+            codes, found = self._candidates(encoder, operands, rule, None, as_block)
+            bits = sort_bits(found.values)
+            cut = find_cut(bits, n, self.mesh)
+        if self.waits:
+            hints.keep(rule, members, 0.9 * value_of(cut.bits, found.values.dtype) if cut.bits > 0 else None)
+        if codes is not None:
+            return masked(codes, keep_of_block(bits, cut, self.mesh))
+        kept = keep_of_entries(bits, found.tokens, operands.n_tokens, cut, self.mesh)
+        return self._encode_at(encoder, operands, found, kept)
+
+    def _by_token(self, encoder: Encoder, operands: Operands, rule: Rule, as_block: bool) -> SparseCodes:
+        k = int(rule.k)
+        codes, found = self._candidates(encoder, operands, rule, None, as_block)
+        if codes is None:
+            table = table_of(found.values, found.tokens, operands.n_tokens, k)
+        else:
+            table = found.values.topk(min(k, found.values.shape[1]), dim=1).values
+            table = torch.nn.functional.pad(table, (0, k - table.shape[1]))
+        cut, ties = keep_of_tokens(table.contiguous(), k, self.mesh)
+        if codes is not None:
+            tied = (found.values == cut[:, None]) & (found.values > 0)
+            return masked(codes, (found.values > cut[:, None]) | (tied & (tied.cumsum(1) <= ties[:, None])))
+        tokens = found.tokens.long().clamp(max=operands.n_tokens - 1)
+        tied = (found.values == cut[tokens]) & (found.values > 0)
+        of_token = tied.new_zeros(operands.n_tokens, dtype=torch.int64).index_add_(0, tokens, tied.long())
+        rank = tied.cumsum(0) - (of_token.cumsum(0) - of_token)[tokens]
+        return self._encode_at(encoder, operands, found, (found.values > cut[tokens]) | (tied & (rank <= ties[tokens])))
+
+    def _candidates(
+        self, encoder: Encoder, operands: Operands, rule: Rule, hint: float | None, as_block: bool
+    ) -> tuple[SparseCodes | None, Entries]:
+        """Entries here that may be kept: codes of a block, whose values [B, P] stand in the entries; or a list."""
+        if as_block:
+            codes = self.local.select(encoder, operands.members, rule)
+            assert codes.block is not None
+            nothing = codes.block.new_zeros(0).long()
+            return codes, Entries(codes.block.detach(), nothing, nothing)
+        assert self.local.search is not None
+        return None, self.local.search(operands, rule, hint)
+
+    def _encode_at(self, encoder: Encoder, operands: Operands, found: Entries, kept: Tensor) -> SparseCodes:
+        """Codes of the entries that are kept."""
+        assert self.local.take_kept is not None
+        codes = self.local.encode_at(encoder, self.local.take_kept(found, kept, *encoder.shape))
+        if operands.members is not None and isinstance(encoder.rows, SpreadRows) and encoder.rows.pending:
+            rows = codes.index.touched if codes.padded is None else codes.padded.rows
+            encoder.rows.among[id(rows)] = operands.members
+        return codes
+
+    def decode(self, codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, rows: RowSource | None = None) -> Tensor:
+        """[B, d], of the entries of all processes of `feature`."""
+        if self.mesh.feature.size == 1:
+            return self.local.decode(codes, W_dec, b_dec, rows)
+        part = self.local.decode(codes, W_dec, None, rows)
+        x_hat: Tensor = SumForward.apply(part, self.mesh.feature, "decode")
+        return x_hat if b_dec is None else x_hat + b_dec.to(x_hat.dtype)
+
+    def aux_loss(
+        self,
+        encoder: Encoder,
+        x_hat: Tensor,
+        W_dec: Tensor,
+        dead: Tensor,
+        rule: AuxRule,
+        scores: Tensor | None = None,
+    ) -> Tensor:
+        """See aux_loss.py."""
+        return aux_loss(self, encoder, x_hat, W_dec, dead, rule, scores)
+
+
+def masked(codes: SparseCodes, kept: Tensor) -> SparseCodes:
+    """Of a block [B, P] the kept entries."""
+    assert codes.block is not None
+    assert codes.pool is not None
+    low = codes.low_block
+    if low is not None and low.numel() > 0:
+        low = torch.where(kept, low, 0)
+    return SparseCodes.from_block(torch.where(kept, codes.block, 0), codes.pool, codes.shape[1], low)
+
+
+def value_of(bits: Tensor, dtype: torch.dtype) -> float:
+    """The inverse of `sort_bits`."""
+    integers = torch.int64 if dtype == torch.float64 else torch.int32
+    return float(bits.to(integers).view(dtype))

@@ -1,0 +1,76 @@
+"""Parameters, buffers and moments as DTensors: replicated over `data`, split by features over `feature`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from .mesh import Mesh
+
+NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+# which dimension of a tensor counts features
+FEATURES = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "tokens_since_active": 0}
+
+
+class Weights:
+    """Which features are here, and how a tensor of theirs is told apart from a whole one.
+
+    Attributes:
+        n_features: F of all processes. first, n_local: the features here are first .. first + n_local - 1.
+        most_local: how many any process has at most. shapes: of whole tensors by name.
+    """
+
+    def __init__(self, d: int, n_features: int, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.n_features = n_features
+        # as DTensor splits: so many each, the rest to the last
+        self.most_local = -(-n_features // mesh.feature.size)
+        if self.most_local * (mesh.feature.size - 1) >= n_features:
+            raise ValueError(
+                f"d_sae={n_features}: cannot be split over {mesh.feature.size} processes of the dimension 'feature' in "
+                f"ranges of {self.most_local}; use fewer, or more features"
+            )
+        self.first = self.most_local * mesh.feature.rank
+        self.n_local = min(self.most_local, n_features - self.first)
+        self.shapes = {
+            "W_enc": torch.Size((d, n_features)),
+            "b_enc": torch.Size((n_features,)),
+            "W_dec": torch.Size((n_features, d)),
+            "b_dec": torch.Size((d,)),
+            "tokens_since_active": torch.Size((n_features,)),
+        }
+
+    def placements(self, name: str) -> list[Placement]:
+        """Of the tensor `name`, one a dimension of the mesh."""
+        at = FEATURES.get(name)
+        dimensions = self.mesh.device_mesh.mesh_dim_names or ()
+        return [Shard(at) if at is not None and dim == "feature" else Replicate() for dim in dimensions]
+
+    def local(self, t: Tensor) -> Tensor:
+        """What of a DTensor is here, on the same memory; another tensor as it is. Detached."""
+        if not isinstance(t, DTensor):
+            return t.detach()
+        with torch.no_grad():
+            return t.to_local()
+
+    def wrap(self, name: str, rows: Tensor) -> Tensor:
+        """A DTensor of the kind of `name` from its part here, features first (those of W_enc: [F, d])."""
+        shape = self.shapes[name]
+        in_memory = torch.empty(shape[::-1] if name == "W_enc" else shape, device="meta")
+        stride = (in_memory.t() if name == "W_enc" else in_memory).stride()
+        local = rows.t() if name == "W_enc" else rows
+        mesh, placements = self.mesh.device_mesh, self.placements(name)
+        return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+    def part_of(self, name: str, whole: Tensor) -> Tensor:
+        """A copy of the part of a whole tensor that belongs here, features first; equal on all that hold it."""
+        rows = whole.detach().t() if name == "W_enc" else whole.detach()
+        part = rows[self.first : self.first + self.n_local] if name in FEATURES else rows
+        part = part.clone(memory_format=torch.contiguous_format)
+        self.mesh.data.from_first_(part)
+        return part if name in FEATURES else self.mesh.feature.from_first_(part)
+
+    def parameter(self, name: str, whole: nn.Parameter) -> nn.Parameter:
+        """As a DTensor."""
+        return nn.Parameter(self.wrap(name, self.part_of(name, whole)), requires_grad=whole.requires_grad)

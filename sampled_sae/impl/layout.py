@@ -1,0 +1,116 @@
+"""Where the tokens and the features of a layer are: all in this process, unless `sampled_sae.distributed` spreads them.
+
+What depends on it asks the layer's layout, so that the step of one process and that of many are the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..codes import SparseCodes
+from .encoder import Share
+from .interface import Implementation, implementation
+from .row_gradients import RowSource
+from .step_memory import StepMemory
+from .wrapper_guard import guard_rule
+
+
+class Layer(Protocol):
+    """What a layout asks of a SampledSAE."""
+
+    memory: StepMemory
+
+    @property
+    def W_enc(self) -> nn.Parameter: ...
+    @property
+    def b_enc(self) -> nn.Parameter: ...
+    @property
+    def W_dec(self) -> nn.Parameter: ...
+    @property
+    def b_dec(self) -> nn.Parameter: ...
+
+
+class Leaves(NamedTuple):
+    """What a step computes with, of this process, and where its gradients go.
+
+    W_enc: [F, d]. b_enc: [F]. W_dec: [F, d]. b_in, b_out: [d], b_dec as the encoder subtracts and the decoder adds it.
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_in: Tensor
+    b_out: Tensor
+    rows: RowSource
+
+
+class Layout:
+    """Of one process, which holds everything; nothing has to travel.
+
+    Attributes:
+        size: number of processes.
+        device_mesh: of them; None for one.
+    """
+
+    size = 1
+    device_mesh: DeviceMesh | None = None
+
+    def parts(self, name: str) -> Implementation:
+        """The layer's parts in the implementation `name`."""
+        return implementation(name)
+
+    def leaves(self, layer: Layer, keep_rows: bool) -> Leaves:
+        """The layer's weights for one step; `keep_rows` as in `RowSource`."""
+        rows = layer.memory.rows(keep_rows)
+        return Leaves(layer.W_enc.t(), layer.b_enc, layer.W_dec, layer.b_dec, layer.b_dec, rows)
+
+    def read(self, read: Callable[[], Tensor]) -> tuple[Tensor, Share | None]:
+        """What `read` makes of the caller's batch, [B, d], and where it stands in that of all processes."""
+        return read(), None
+
+    def into_encoder(self, x: Tensor) -> Tensor:
+        """x [B, d] as the encoder is given it."""
+        return x
+
+    def guard(self, layer: Layer) -> None:
+        """Refuses, before a step with gradients, what would train `layer` by another rule."""
+        guard_rule(layer)
+
+    def numbered(self, codes: SparseCodes) -> SparseCodes:
+        """Codes of the features here, as those of all features."""
+        return codes
+
+    def complete(self, codes: SparseCodes) -> SparseCodes:
+        """Codes of the features here and those of all others, of the tokens here."""
+        return codes
+
+    def here(self, codes: SparseCodes | Tensor) -> SparseCodes:
+        """Of codes of all features, [B, F] or a dense tensor [..., F], those of the features here."""
+        return codes if isinstance(codes, SparseCodes) else SparseCodes.from_dense(codes.view(-1, codes.shape[-1]))
+
+    def write(self, write: Callable[[], None]) -> None:
+        """Lets one process write what all of them share; the others wait for it."""
+        write()
+
+    def adopt(self, t: Tensor, name: str) -> Tensor:
+        """A tensor of a state, in the form that parameter or buffer `name` has here."""
+        return t
+
+    def local(self, t: Tensor) -> Tensor:
+        """The part of a parameter, a buffer or a moment that is here; changes to it are seen by all that hold it."""
+        return t
+
+    def like(self, t: Tensor, name: str) -> Tensor:
+        """The inverse of `local`, for what has the shape of parameter or buffer `name`."""
+        return t
+
+    def whole(self, t: Tensor) -> Tensor:
+        """All of a parameter or a buffer, detached, on every process."""
+        return t.detach()
+
+
+ALONE = Layout()

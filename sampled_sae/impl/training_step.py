@@ -1,0 +1,66 @@
+"""Steps 1 to 6 of docs/method.md in their order, on the parts of an implementation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from ..codes import SparseCodes
+from ..config import SampledSAEConfig
+from . import threshold
+from .dead_features import AuxRule
+from .encoder import Encoder
+from .hints import Rule
+from .interface import Implementation
+from .layout import Layer, Layout, Leaves
+from .pool import Pool
+
+
+class TrainedLayer(Layer, Protocol):
+    """What a training step reads and moves of a SampledSAE."""
+
+    cfg: SampledSAEConfig
+    layout: Layout
+    threshold: Tensor
+    threshold_steps: Tensor
+    tokens_since_active: Tensor
+
+
+class Step(NamedTuple):
+    """mse, aux: 0-dim. x_hat: [B, d] in the units of the training."""
+
+    mse: Tensor
+    aux: Tensor
+    x_hat: Tensor
+    codes: SparseCodes
+
+
+def training_step(
+    layer: TrainedLayer, parts: Implementation, tokens: Tensor, encoder: Encoder, leaves: Leaves, pool: Pool | None
+) -> Step:
+    """One batch through the layer; moves its threshold and its counts of dead features.
+
+    tokens: [B, d], to be reconstructed; `encoder` is of them and of `leaves`.
+    pool: None for the whole dictionary.
+    """
+    c, memory = layer.cfg, layer.memory
+    members = None if pool is None else pool.members
+    codes = parts.select(encoder, members, Rule(c.k, c.select), memory.hints)
+    x_hat = parts.decode(codes, leaves.W_dec, leaves.b_out, leaves.rows)
+    mse = squared_error(parts, tokens, x_hat, encoder)
+    aux = mse.new_zeros(())
+    counts = layer.layout.local(layer.tokens_since_active)
+    if c.aux_coefficient > 0 and memory.idle.reaches(counts, c.dead_after, parts.totals.greatest):
+        rule = AuxRule(c.aux_features, c.aux_pool, c.score)
+        scores = None if pool is None else pool.scores
+        aux = parts.aux_loss(encoder, x_hat, leaves.W_dec, counts >= c.dead_after, rule, scores)
+    active, n_tokens = parts.totals.active_mask(codes, members), encoder.operands.whole_shape[0]
+    memory.idle.count_(counts, active, n_tokens, parts.totals.greatest)
+    threshold.move(layer, parts.totals.smallest(codes), c.threshold_decay)
+    return Step(mse, aux, x_hat, codes)
+
+
+def squared_error(parts: Implementation, tokens: Tensor, x_hat: Tensor, encoder: Encoder) -> Tensor:
+    """The mean over tokens of ||x - x_hat||^2, 0-dim."""
+    return parts.totals.mean((tokens.to(x_hat.dtype) - x_hat).square().sum(-1), encoder.operands)

@@ -1,0 +1,279 @@
+"""The processes of one run: what they tell each other beside their tensors, and how they fail together."""
+
+from __future__ import annotations
+
+import functools
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from .launch import Launch
+from .meeting import meet
+from .roll_call import Alarm, RollCall
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+DIMENSIONS = ("data", "feature")
+TIMEOUT = 600.0
+# how gloo, NCCL and the store say that another process does not answer
+_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out", re.IGNORECASE)
+
+
+class RankError(RuntimeError):
+    """Another rank has failed, or does not answer; names it."""
+
+
+class AllRanks:
+    """The processes of a mesh ("data", "feature"), which are all there are; or one process alone.
+
+    Everything here is done by all ranks in the same order.
+
+    Args:
+        mesh: a DeviceMesh, or None for a process alone.
+
+    Attributes:
+        rank, size: which of how many.
+        data, feature: (which, of how many) along the dimensions of the mesh.
+        mesh: as given.
+
+    Raises:
+        ValueError: a mesh of other dimensions, or of some of the processes only.
+    """
+
+    def __init__(self, mesh: DeviceMesh | None = None) -> None:
+        self.mesh = mesh
+        self.rank, self.size = 0, 1
+        self.data = self.feature = (0, 1)
+        self._agreed: BaseException | None = None
+        self._line: str | None = ""
+        if mesh is None:
+            return
+        if mesh.mesh_dim_names != DIMENSIONS or mesh.size() != dist.get_world_size():
+            raise ValueError(
+                f"mesh={mesh}: must have the dimensions {DIMENSIONS} and all {dist.get_world_size()} processes"
+            )
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.data, self.feature = ((mesh.get_local_rank(name), mesh.size(i)) for i, name in enumerate(DIMENSIONS))
+        self._control = dist.new_group(backend="gloo")
+        self._roll = RollCall(dist.distributed_c10d._get_default_store(), self.rank, self.size)
+        self._pending: tuple[Any, torch.Tensor] | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+    @property
+    def control(self) -> dist.ProcessGroup | None:
+        """A group of all ranks for what lies in the memory of the host; None for a process alone."""
+        return None if self.size == 1 else self._control
+
+    def share(self, value: Any) -> Any:
+        """The value of the first rank."""
+        if self.size == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, src=0, group=self._control)
+        return held[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self._control)
+        return found
+
+    def total(self, number: float) -> float:
+        """The sum of a number of each rank."""
+        return number if self.size == 1 else float(sum(self.gather(number)))
+
+    def sum_(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum along the data dimension, in place: the same bits on all ranks."""
+        return self._reduce(x, dist.ReduceOp.SUM)
+
+    def max_(self, x: torch.Tensor) -> torch.Tensor:
+        """The maximum along the data dimension, in place."""
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+    def _reduce(self, x: torch.Tensor, op: Any) -> torch.Tensor:
+        if self.mesh is not None and self.data[1] > 1:
+            dist.all_reduce(x, op=op, group=self.mesh.get_group("data"))
+        return x
+
+    def latest(self, number: int | None) -> int | None:
+        """The largest number that any rank gave to the call before this one, which nobody waits for; None for none.
+
+        A process alone has its own, at once.
+        """
+        if self.size == 1:
+            return number
+        before, self._pending = self._pending, None
+        found = torch.tensor(number or 0)
+        self._pending = dist.all_reduce(found, dist.ReduceOp.MAX, self._control, async_op=True), found
+        if before is None:
+            return None
+        before[0].wait()
+        return int(before[1]) or None
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around work without exchanges between ranks: where it fails on one of them, all end with its error.
+
+        Raises:
+            RankError: another rank failed; its own error where this one did.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            if self.size == 1:
+                raise
+            error = caught
+        if self.size == 1:
+            return
+        said = self.gather(None if error is None else (type(error).__name__, str(error)))
+        failed = [rank for rank in range(self.size) if said[rank] is not None]
+        if not failed:
+            return
+        alike = len(failed) == self.size and len(set(said)) == 1
+        if error is not None and (alike or self.rank == failed[0]):
+            self.agree(error, None if self.rank != failed[0] else "" if alike else f"rank {self.rank}: ")
+            raise error
+        self.agree(other := RankError(f"rank {failed[0]}: {said[failed[0]][1]}"), None)
+        raise other from error
+
+    def agree(self, error: BaseException, line: str | None) -> None:
+        """Notes that all ranks know of an error; `line` is what precedes it where it is said, None where it is not."""
+        self._agreed, self._line = error, line
+
+    @contextmanager
+    def accounted(self) -> Iterator[None]:
+        """Around work with exchanges between ranks: an error on one ends the others with RankError, which names it."""
+        try:
+            yield
+        except BaseException as error:
+            if self.size == 1 or error is self._agreed or isinstance(error, SystemExit):
+                raise
+            found = self._account(error)
+            if found is error:
+                raise
+            raise found from error
+
+    def said_here(self, error: BaseException) -> str | None:
+        """What precedes the one line for an error that went through `accounted`; None where another rank says it."""
+        if self.size == 1:
+            return ""
+        return self._line if self._line is None or error is self._agreed else f"rank {self.rank}: "
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """For exchanges along the mesh, whose groups have torch's default and not that of the processes."""
+        if self.mesh is not None:
+            for group in (self._control, *self.mesh.get_all_groups()):
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+    def close(self) -> None:
+        """At the end of all work, on all ranks."""
+        if self.size > 1:
+            self._roll.close()
+            dist.barrier(group=self._control)
+            dist.destroy_process_group()
+
+    def _account(self, error: BaseException) -> BaseException:
+        """The error that this rank raises; asks the others where it is one of contact or of a signal from outside."""
+        with _signals_ignored():
+            reason = None if _lost_contact(error) else f"{error}" or type(error).__name__
+            alarm = self._roll.raise_alarm(reason)
+        if alarm.ours and (reason is not None or (isinstance(error, KeyboardInterrupt) and not alarm.silent)):
+            # a signal comes to all, a loss is that of all
+            shared = isinstance(error, (KeyboardInterrupt, FloatingPointError))
+            self.agree(error, "" if shared else f"rank {self.rank}: ")
+            return error
+        found = RankError(f"rank {alarm.rank}: {alarm.reason}" if alarm.reason is not None else _verdict(alarm, error))
+        self.agree(found, "" if alarm.ours else None)
+        return found
+
+
+ALONE = AllRanks()
+
+
+def ranks_of(mesh: DeviceMesh | None) -> AllRanks:
+    """The AllRanks of a mesh, one for all who ask."""
+    if mesh is None:
+        return ALONE
+    if not dist.is_initialized():
+        raise ValueError(f"mesh={mesh}: its process group has ended")
+    return _made(mesh, dist.group.WORLD)
+
+
+@functools.cache
+def _made(mesh: DeviceMesh, world: dist.ProcessGroup) -> AllRanks:
+    """Meshes of another start of the process group are other meshes, and equal."""
+    return AllRanks(mesh)
+
+
+def start(launch: Launch, cuda: bool, feature_shards: int, timeout: float = TIMEOUT) -> AllRanks:
+    """Joins the processes that torchrun or SLURM has started: data x feature shards, neighbours in the latter.
+
+    Args:
+        launch: which of them this is.
+        cuda: NCCL between GPUs; else gloo alone.
+        feature_shards: ranks that share one dictionary.
+        timeout: seconds after which a rank that does not answer is given up.
+
+    Raises:
+        ValueError: a number of shards that the processes cannot be divided by.
+    """
+    if launch.size % feature_shards:
+        raise ValueError(f"feature_shards={feature_shards}: must divide the {launch.size} processes")
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    patience = timedelta(seconds=timeout)
+    store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+    store = meet(store, rank, size, patience)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    layout = (launch.size // feature_shards, feature_shards)
+    ranks = ranks_of(dist.init_device_mesh("cuda" if cuda else "cpu", layout, mesh_dim_names=DIMENSIONS))
+    ranks.set_timeout(patience)
+    return ranks
+
+
+def _lost_contact(error: BaseException) -> bool:
+    """Whether it may come from another rank's end: a broken exchange, or a signal of the launcher that saw it."""
+    if isinstance(error, (dist.DistError, KeyboardInterrupt)):
+        return True
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+
+
+def _verdict(alarm: Alarm, error: BaseException) -> str:
+    if alarm.silent:
+        return f"{_named(alarm.silent)} no longer there: ended by the system, or its machine lost or standing still"
+    if alarm.behind:
+        return f"{_named(alarm.behind)} late: took no part in an exchange in time ({' '.join(str(error).split())})"
+    return f"rank {alarm.rank}: lost contact, but all ranks are there ({' '.join(str(error).split())})"
+
+
+def _named(ranks: tuple[int, ...]) -> str:
+    return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"
+
+
+@contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """A launcher that sees one rank end sends SIGTERM to all others, which have a last word to say."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)

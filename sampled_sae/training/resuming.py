@@ -1,0 +1,168 @@
+"""What a training's checkpoint holds, and a training that goes on from it.
+
+A process alone writes `checkpoint.pt`; several ranks write shards, which one process goes on with too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..support.argument_checks import check_finite
+from ..support.atomic_files import field
+from .checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
+from .same_settings import check_same_settings, with_precision
+from .sharded_checkpoint import RECORD, read_record, read_shards, write_shards
+
+if TYPE_CHECKING:
+    from .training_run import TrainingRun
+
+
+def settings(run: TrainingRun) -> dict[str, Any]:
+    """What a checkpoint must have been made with. Model and layer too: their shards may be of equal sizes."""
+    manifest = run.feed.store.manifest
+    return {
+        # first: other activations have another scale, and so another SAE
+        "activations": {name: manifest.get(name) for name in ("model", "layer", "source", "scale")},
+        "sae": run.sae.cfg.settings(),
+        "train": asdict(run.config),
+        "data": manifest["shards"],
+    }
+
+
+def save(run: TrainingRun) -> None:
+    """Writes the checkpoint; of several ranks each its shard."""
+    ranks, lanes = run.feed.ranks, run.feed.stream.lanes
+    state = {"settings": settings(run), "step": run.step, "seconds": run.seconds, "metrics": run.metrics}
+    if ranks.size == 1 and lanes == 1 and not (run.folder / RECORD).exists():
+        whole = {
+            "sae": run.sae.state_dict(),
+            "generator": run.sae.generator.get_state(),
+            "pool": run.sae.memory.pool.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+        }
+        write_checkpoint(run.folder / CHECKPOINT, {**state, **whole})
+        return
+    tensors = _tensors(run)
+    pool = {name: value for name, value in run.sae.memory.pool.state_dict().items() if not isinstance(value, Tensor)}
+    record = {**state, "lanes": lanes, "plain": {"pool": pool, "tensors": sorted(tensors)}}
+    write_shards(run.folder, tensors, record, ranks)
+
+
+def load(run: TrainingRun) -> bool:
+    """Goes on from the checkpoint in the folder; False where there is none.
+
+    Raises:
+        ValueError: one of other settings, or a damaged one.
+    """
+    ranks = run.feed.ranks
+    with ranks.together():
+        kinds = [name for name in (RECORD, CHECKPOINT) if (run.folder / name).exists()]
+    kinds = ranks.share(kinds)
+    if not kinds:
+        return False
+    path = run.folder / kinds[0]
+    with ranks.together():
+        state = read_record(run.folder) if kinds[0] == RECORD else read_checkpoint(path)
+        then, now = state["settings"], settings(run)
+        # an earlier version's: the scale stands among the settings of the activations
+        then["sae"] = {"input_scale": now["sae"]["input_scale"], **field(path, then, "sae", dict)}
+        then["train"] = with_precision(then.get("train"))
+        check_same_settings(path, then, now)
+        lanes = state.get("lanes", 1)
+        if lanes != run.feed.stream.lanes:
+            raise ValueError(f"{path}: made with {lanes} lanes, this training has {run.feed.stream.lanes}")
+    try:
+        if kinds[0] == RECORD:
+            _load_shards(run, state)
+        elif ranks.size == 1:
+            _load_whole(run, state)
+        else:
+            _spread_whole(run, state)
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path}: damaged, it does not fit its own settings ({said})") from error
+    run.step, run.seconds, run.metrics = state["step"], state["seconds"], state["metrics"]
+    return True
+
+
+def _load_whole(run: TrainingRun, state: dict[str, Any]) -> None:
+    try:
+        run.sae.load_state_dict(state["sae"])
+        run.sae.generator.set_state(state["generator"])
+        run.sae.memory.pool.load_state_dict(state["pool"], run.feed.device)
+        run.optimizer.load_state_dict(state["optimizer"])
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _load_shards(run: TrainingRun, record: dict[str, Any]) -> None:
+    run.optimizer.allocate()
+    own = _tensors(run, kept=record["plain"]["pool"])
+    wanted = {name: own[name] for name in record["plain"]["tensors"]}
+    read_shards(run.folder, record, wanted, run.feed.ranks)
+    for name, tensor in wanted.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if local.is_floating_point():
+            check_finite(local, name)
+    _take_over(run, wanted, record["plain"]["pool"])
+
+
+def _spread_whole(run: TrainingRun, state: dict[str, Any]) -> None:
+    """Each rank has read a checkpoint of one process, and keeps what is its own of it."""
+    run.optimizer.allocate()
+    groups = state["optimizer"]["param_groups"]
+    moments = {group["name"]: state["optimizer"]["state"][group["params"][0]] for group in groups}
+    whole = {f"sae.{name}": tensor for name, tensor in state["sae"].items()}
+    whole |= {f"optimizer.{name}.{key}": t for name, kept in moments.items() for key, t in kept.items()}
+    whole["generator"] = state["generator"]
+    pool = state["pool"]
+    if "members" in pool:
+        mask = torch.zeros(run.sae.cfg.d_sae, dtype=torch.bool)
+        whole |= {"pool.members": mask.index_fill_(0, pool["members"], True), "pool.scores": pool["scores"]}
+    own = _tensors(run, kept=pool)
+    for name, tensor in own.items():
+        part = whole[name].to(tensor.device)
+        tensor.copy_(
+            distribute_tensor(part, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else part
+        )
+    _take_over(run, own, pool)
+
+
+def _tensors(run: TrainingRun, kept: dict[str, Any] | None = None) -> dict[str, Tensor]:
+    """By name all that a run goes on from, or is to read: of a pool that is kept, its members are a mask.
+
+    kept: what a checkpoint says of its pool; that of the run itself where None.
+    """
+    found: dict[str, Tensor] = {f"sae.{name}": tensor for name, tensor in run.sae.state_dict().items()}
+    for group in run.optimizer.param_groups:
+        for key, tensor in run.optimizer.state[group["params"][0]].items():
+            found[f"optimizer.{group['name']}.{key}"] = tensor
+    found["generator"] = run.sae.generator.get_state()
+    layout, local = run.sae.layout, run.sae.layout.local(run.sae.b_enc)
+    pool = run.sae.memory.pool.state_dict() if kept is None else {}
+    if "uses" in (pool if kept is None else kept):
+        mask = torch.zeros(len(local), dtype=torch.bool, device=local.device)
+        if kept is None:
+            mask[pool["members"]] = True
+        scores = pool.get("scores", torch.zeros_like(local))
+        found |= {"pool.members": layout.like(mask, "b_enc"), "pool.scores": layout.like(scores, "b_enc")}
+    return found
+
+
+def _take_over(run: TrainingRun, tensors: dict[str, Tensor], pool: dict[str, Any]) -> None:
+    """What is not filled in place."""
+    scale = tensors["sae.input_scale"]
+    if float(scale) != run.sae.cfg.input_scale:
+        raise ValueError(f"input_scale={float(scale)}, the SAE has {run.sae.cfg.input_scale}")
+    run.sae.generator.set_state(tensors["generator"])
+    kept = dict(pool)
+    if "uses" in kept:
+        local = run.sae.layout.local
+        members = local(tensors["pool.members"]).nonzero().squeeze(1)
+        kept |= {"members": members, "scores": local(tensors["pool.scores"])}
+    run.sae.memory.pool.load_state_dict(kept, run.feed.device)

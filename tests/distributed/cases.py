@@ -1,0 +1,156 @@
+"""What the processes of a mesh compute, and the same by one process on all tokens; results are plain tensors."""
+
+import torch
+from makers import make_sae
+from torch.distributed.device_mesh import init_device_mesh
+
+from sampled_sae import RowAdam
+from sampled_sae.distributed import parallelize
+
+
+def mesh_of(shape):
+    return init_device_mesh("cpu", shape, mesh_dim_names=("data", "feature"))
+
+
+def batches(counts, steps, d=12, whole_numbers=False, dtype=torch.float64, seed=5):
+    """For each step a list of the tokens of each rank of the data dimension."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for step in range(steps):
+        of_step = counts[step % len(counts)]
+        x = torch.randn(sum(of_step), d, generator=generator, dtype=torch.float64)
+        x = (2 * x).round() if whole_numbers else x
+        made.append(list(x.to(dtype).split(of_step)))
+    return made
+
+
+def start(settings, whole_numbers=False):
+    sae = make_sae(**settings)
+    if whole_numbers:
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for p in sae.parameters():
+                p.copy_(torch.randint(-2, 3, p.shape, generator=generator))
+    return sae
+
+
+def spread(shape, settings, whole_numbers=False):
+    """(SAE over a mesh, its rank among the processes that hold other tokens)."""
+    sae = parallelize(start(settings, whole_numbers), mesh_of(shape))
+    return sae, sae.layout.mesh.data.rank
+
+
+def whole(t):
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def rows_of(sae, name):
+    """The dense gradient [F, ...] of this process, from rows or from the parameter; None where there is none."""
+    parameter = sae.get_parameter(name)
+    local = sae.layout.local
+    grad = parameter.grad
+    if grad is not None:
+        grad = local(grad)
+        return grad.t() if name == "W_enc" else grad
+    weight = local(parameter)
+    total = torch.zeros_like(weight.t() if name == "W_enc" else weight, memory_format=torch.contiguous_format)
+    for part in sae.row_grads:
+        if part.name == name and part.rows.grad is not None:
+            total.index_add_(0, part.features, part.rows.grad.to(total.dtype))
+    return total
+
+
+def optimizer_of(sae, kind):
+    if kind == "sgd":
+        return torch.optim.SGD(sae.parameters(), lr=1e-2)
+    if kind == "adam":
+        return torch.optim.Adam(sae.parameters(), lr=1e-2)
+    return RowAdam(sae, lr=1e-2, mode=kind)
+
+
+def train(sae, data, kind, rank, optimizer=None):
+    """One line a step: loss, kept entries, gradients here, threshold."""
+    optimizer = optimizer if optimizer is not None else optimizer_of(sae, kind)
+    lines = []
+    for of_step in data:
+        x = torch.cat(of_step) if rank is None else of_step[rank]
+        out = sae(x)
+        out.loss.backward()
+        line = {"loss": out.loss.detach(), "mse": out.mse.detach(), "aux": out.aux.detach()}
+        line |= {"tokens": out.codes.tokens, "features": out.codes.features, "values": out.codes.values.detach()}
+        line |= {"x_hat": out.x_hat.detach()}
+        line |= {name: rows_of(sae, name).clone() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        optimizer.step()
+        optimizer.zero_grad()
+        if kind in ("sgd", "adam"):
+            sae.normalize_decoder()
+        lines.append({**line, "threshold": sae.threshold.clone()})
+    return lines
+
+
+def state(sae):
+    found = {name: whole(t.detach()).clone() for name, t in sae.state_dict().items()}
+    return found
+
+
+def train_on_mesh(shape, settings, counts, steps, kind, whole_numbers=False):
+    """The lines and the end state of this process, with where it stands."""
+    sae, rank = spread(shape, settings, whole_numbers)
+    mesh = sae.layout.mesh
+    dtype = settings.get("dtype", torch.float64)
+    lines = train(sae, batches(counts, steps, 12, whole_numbers, dtype), kind, rank)
+    local = {name: sae.layout.local(p).clone() for name, p in sae.named_parameters()}
+    return {
+        "lines": lines,
+        "state": state(sae),
+        "local": local,
+        "data": mesh.data.rank,
+        "feature": mesh.feature.rank,
+        "first": sae.layout.weights.first,
+    }
+
+
+def train_alone(settings, counts, steps, kind, whole_numbers=False):
+    sae = start(settings, whole_numbers)
+    dtype = settings.get("dtype", torch.float64)
+    lines = train(sae, batches(counts, steps, 12, whole_numbers, dtype), kind, None)
+    return {"lines": lines, "state": state(sae)}
+
+
+def close(found, expected, where, tolerance):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, msg=lambda text: f"{where}: {text}")
+
+
+def compare(alone, ranks, counts, tolerance=1e-12):
+    """The processes of a mesh against one process, and against each other."""
+    for step, expected in enumerate(alone["lines"]):
+        of_step = counts[step % len(counts)]
+        starts = [sum(of_step[:i]) for i in range(len(of_step))]
+        found = [rank["lines"][step] for rank in ranks]
+        assert pairs_of(ranks, step, starts) == sorted(zip(expected["tokens"].tolist(), expected["features"].tolist()))
+        for name in ("loss", "mse", "aux", "threshold", "b_dec"):
+            for line in found:
+                close(line[name], expected[name], f"step {step}, {name}", 10 * tolerance)
+                assert torch.equal(line[name], found[0][name]), (step, name)
+        for rank, line in zip(ranks, found):
+            start = starts[rank["data"]]
+            tokens = slice(start, start + of_step[rank["data"]])
+            close(line["x_hat"], expected["x_hat"][tokens], f"step {step}, x_hat", 10 * tolerance)
+            for name in ("W_enc", "b_enc", "W_dec"):
+                features = slice(rank["first"], rank["first"] + len(line[name]))
+                close(line[name], expected[name][features], f"step {step}, {name}", 10 * tolerance)
+    for rank in ranks:
+        for name, t in alone["state"].items():
+            close(rank["state"][name], t, name, tolerance)
+        twin = next(other for other in ranks if other["feature"] == rank["feature"])
+        for name, t in rank["local"].items():
+            assert torch.equal(t, twin["local"][name]), f"{name} differs between processes"
+
+
+def pairs_of(ranks, step, starts):
+    """The kept (token, feature) pairs of all processes."""
+    pairs = []
+    for rank in ranks:
+        line = rank["lines"][step]
+        pairs += zip((line["tokens"] + starts[rank["data"]]).tolist(), line["features"].tolist())
+    return sorted(pairs)

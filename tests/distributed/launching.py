@@ -1,0 +1,129 @@
+"""Commands as torchrun starts them: processes of their own, their output, and what may befall one of them."""
+
+import importlib
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+
+import torch
+
+OPTIONS = ["--features", "96", "--k", "3", "--steps", "8", "--batch-size", "64", "--checkpoint-every", "3"]
+OPTIONS += ["--log-every", "2", "--quiet"]
+
+
+@dataclass
+class Mishap:
+    """What happens to one rank (None: to all) when it calls a function for the n-th time, from 0, before or after.
+
+    what: "killed", "stopped" (stands still), "SIGTERM", or the text of a ValueError.
+    """
+
+    rank: int | None
+    function: str
+    what: str
+    call: int = 0
+    after: bool = False
+
+    def arm(self):
+        module, *owners, name = self.function.split(":")[0], *self.function.split(":")[1].split(".")
+        owner = importlib.import_module(module)
+        for part in owners:
+            owner = getattr(owner, part)
+        whole, calls = getattr(owner, name), iter(range(10**9))
+
+        def called(*args, **kwargs):
+            now = next(calls) == self.call
+            if now and not self.after:
+                self.happen()
+            result = whole(*args, **kwargs)
+            if now and self.after:
+                self.happen()
+            return result
+
+        setattr(owner, name, called)
+
+    def happen(self):
+        signals = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "SIGTERM": signal.SIGTERM}
+        if self.what not in signals:
+            raise ValueError(self.what)
+        os.kill(os.getpid(), signals[self.what])
+
+
+def command_line(argv):
+    from sampled_sae.cli import main
+
+    try:
+        return main(argv)
+    except SystemExit as end:  # of argparse
+        return end.code
+
+
+def run_rank(*task):
+    """One process, whose exit status is what its task returns."""
+    os._exit(do(*task))
+
+
+def do(rank, target, argv, environment, log, mishap, most_bytes):
+    """What `target(argv)` returns, with the standard streams in a file."""
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(out, stream)
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
+    torch.set_num_threads(1)
+    if most_bytes is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    if mishap is not None and mishap.rank in (None, rank):
+        mishap.arm()
+    status = target(argv)
+    sys.stdout.flush()
+    return status
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def launch(folder, size, argv, mishap=None, full=None, waits_for=None, target=command_line, **environment):
+    """(exit statuses, outputs) of `size` processes that run one command, or another function of its arguments.
+
+    folder: for their logs. full: the rank whose disk has room for files of 3000 bytes. waits_for: ranks whose end is
+    waited for; the others are killed then.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.tensor", "sampled_sae.distributed", "sampled_sae.cli"])
+    environment = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment}
+    logs = [folder / f"log{rank}.txt" for rank in range(size)]
+    processes = [
+        context.Process(
+            target=run_rank,
+            args=(rank, target, list(map(str, argv)), environment, logs[rank], mishap, 3000 if rank == full else None),
+        )
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for rank, process in enumerate(processes):
+        if waits_for is None or rank in waits_for:
+            process.join()
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+        process.join()
+    outputs = [log.read_text() for log in logs]
+    for log in logs:
+        log.unlink()
+    return [process.exitcode for process in processes], outputs
+
+
+def files(folder):
+    """What a folder holds, by name; the record of a checkpoint without the time that it took."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: content for name, content in found.items() if not name.startswith("checkpoint")}

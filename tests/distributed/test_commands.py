@@ -1,0 +1,131 @@
+"""`torchrun -m sampled_sae train`, `evaluate` and `sweep`: what one process does, and one sentence where it fails."""
+
+import json
+import re
+
+import pytest
+import torch
+from launching import OPTIONS, Mishap, files, launch
+from makers import write_store
+from safetensors.torch import load_file, save_file
+
+from sampled_sae.cli import main
+
+BATCH = "sampled_sae.training.batches:ShuffledStream.batch"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("commands") / "store")
+
+
+@pytest.fixture(scope="module")
+def two(store, tmp_path_factory):
+    """The folder of a run by two processes, and what they said."""
+    folder = tmp_path_factory.mktemp("two")
+    said = launch(folder, 2, ["train", store, folder / "run", *OPTIONS[:-1]])
+    return folder / "run", said
+
+
+def weights(folder):
+    return load_file(folder / "sae.safetensors")
+
+
+def assert_close(found, expected):
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_two_processes_train_what_one_does(store, two, tmp_path):
+    folder, (codes, (first, second)) = two
+    assert codes == [0, 0]
+    assert "2 processes over gloo: the tokens of a batch in 2 parts, each has all features" in first
+    assert "done: threshold" in first
+    assert second == ""
+    assert main(["train", str(store), str(tmp_path / "one"), *OPTIONS, "--lanes", "2"]) == 0
+    assert_close(weights(folder), weights(tmp_path / "one"))
+    lines = [[json.loads(line) for line in (f / "metrics.jsonl").open()] for f in (folder, tmp_path / "one")]
+    assert [line["step"] for line in lines[0]] == [2, 4, 6, 8]
+    for ours, theirs in zip(*lines):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert files(folder)["config.json"] == files(tmp_path / "one")["config.json"]
+    assert main(["verify", str(folder)]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "shards"), [(2, 2), (4, 2), (3, 1), (3, 3)])
+def test_every_layout_trains_what_one_process_does(store, tmp_path, size, shards):
+    argv = ["train", store, tmp_path / "run", *OPTIONS, "--feature-shards", shards]
+    assert launch(tmp_path, size, argv)[0] == [0] * size
+    assert main(["train", str(store), str(tmp_path / "one"), *OPTIONS, "--lanes", str(size)]) == 0
+    assert_close(weights(tmp_path / "run"), weights(tmp_path / "one"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [1, 2])
+def test_evaluate_and_sweep_give_what_one_process_does(store, tmp_path, shards):
+    argv = ["sweep", store, tmp_path / "two", *OPTIONS, "--ls", "2,none", "--scores", "l2", "--splice-rows", "0"]
+    assert launch(tmp_path, 2, [*argv, "--feature-shards", shards])[0] == [0, 0]
+    rows = json.loads((tmp_path / "two" / "sweep.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["l2_l2", "batchtopk", "topk"]
+    assert {path.name for path in (tmp_path / "two" / "topk").iterdir()} == {
+        "config.json", "evaluation.json", "metrics.jsonl", "result.json", "run.json", "sae.safetensors"
+    }  # fmt: skip
+    folder = tmp_path / "two" / "l2_l2"
+    spread = json.loads((folder / "evaluation.json").read_text())
+    command = ["evaluate", str(folder), str(store), "--batch-size", "64", "--splice-rows", "0", "--quiet"]
+    assert main(command) == 0
+    alone = json.loads((folder / "evaluation.json").read_text())
+    assert launch(tmp_path, 2, [*command, "--feature-shards", shards])[0] == [0, 0]
+    for found in (spread, json.loads((folder / "evaluation.json").read_text())):
+        assert found.keys() == alone.keys()
+        for name, value in alone.items():
+            assert found[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_an_error_on_one_rank_is_one_sentence_that_names_it(store, tmp_path):
+    mishap = Mishap(1, BATCH, "the disk is on fire", call=4)
+    codes, outputs = launch(tmp_path, 2, ["train", store, tmp_path / "run", *OPTIONS], mishap)
+    assert codes == [1, 1]
+    assert outputs == ["", "sampled-sae train: rank 1: the disk is on fire\n"]
+    assert (tmp_path / "run" / "checkpoint_00000003").is_dir()
+
+
+def test_nan_that_one_rank_reads_stops_all_with_rank_and_step(tmp_path):
+    store = write_store(tmp_path / "store")
+    shard = store / "shard_00001.safetensors"
+    x = load_file(shard)["activations"]
+    x[77, 3] = float("nan")
+    save_file({"activations": x}, shard)
+    codes, outputs = launch(tmp_path, 2, ["train", store, tmp_path / "run", *OPTIONS])
+    assert codes == [1, 1]
+    (said,) = filter(None, outputs)
+    rank = outputs.index(said)
+    assert re.match(rf"sampled-sae train: rank {rank}: activations at step \d: 1 of 384 values are NaN or inf", said)
+
+
+@pytest.mark.parametrize(
+    ("argv", "size", "status", "said"),
+    [
+        (["train", "{store}", "{new}", *OPTIONS, "--k", "-1"], 2, 1, "--k -1.0: must be in (0, 96]"),
+        (["train", "{new}", "{new}", *OPTIONS], 2, 1, "manifest.json: no such file"),
+        (["train", "{store}", "{new}", "--step", "3"], 2, 2, "did you mean --steps?"),
+        (["train", "{store}", "{new}", *OPTIONS, "--feature-shards", "2"], 3, 1, "--feature-shards 2: must divide"),
+        (["verify", "{store}"], 2, 1, "verify is for one process; start it without torchrun"),
+    ],
+    ids=["value", "file", "option", "shards", "command"],
+)
+def test_what_is_wrong_for_all_is_said_once(store, tmp_path, argv, size, status, said):
+    argv = [part.format(store=store, new=tmp_path / "new") for part in argv]
+    codes, outputs = launch(tmp_path, size, argv)
+    assert codes == [status] * size
+    assert said in outputs[0]
+    assert outputs[0].count("\n") == 1
+    assert "rank" not in outputs[0]
+    assert outputs[1:] == [""] * (size - 1)
+    assert not (tmp_path / "new").exists()
+
+
+def test_feature_shards_need_processes(store, tmp_path, capsys):
+    assert main(["train", str(store), str(tmp_path / "new"), "--feature-shards", "2"]) == 1
+    assert "--feature-shards 2: needs as many processes: torchrun --nproc-per-node 2" in capsys.readouterr().err

@@ -1,0 +1,50 @@
+"""Several processes harvest what one does, and a killed one loses its shard under way."""
+
+import json
+
+import pytest
+from launching import Mishap, files, launch
+from tiny_harvest import harvest_tiny
+
+WRITES = "sampled_sae.training.store_writer:StoreWriter.write_shard"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    assert harvest_tiny([folder]) == 0
+    return files(folder)
+
+
+def go(tmp_path, size, *argv, **changes):
+    return launch(tmp_path, size, [tmp_path / "store", *argv], target=harvest_tiny, **changes)
+
+
+def test_three_processes_write_what_one_does_and_go_on_after_a_kill(alone, tmp_path):
+    mishap = Mishap(1, WRITES, "killed", call=1, after=True)
+    codes, outputs = go(tmp_path, 3, mishap=mishap)
+    assert codes == [1, -9, 1]
+    assert "".join(outputs).count("rank 1 is no longer there") == 1, outputs
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    assert (len(manifest["shards"]), manifest["complete"]) == (3, False)
+    before = {entry["file"]: entry["crc32"] for entry in manifest["shards"]}
+    assert go(tmp_path, 2)[0] == [0, 0]
+    assert files(tmp_path / "store") == alone
+    assert before.items() <= {e["file"]: e["crc32"] for e in json.loads(alone["manifest.json"])["shards"]}.items()
+
+
+def test_what_differs_between_ranks_is_said(tmp_path):
+    codes, outputs = go(tmp_path, 2, 3)
+    assert codes == [1, 1]
+    assert outputs == ["", "rank 1: rows_sha256: other than those of the first rank; give all ranks the same\n"]
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_one_rank_names_it_and_the_file(alone, tmp_path):
+    codes, outputs = go(tmp_path, 2, full=1, mishap=Mishap(1, "sampled_sae.training.store_writer:save_file", "no"))
+    assert codes == [1, 1]
+    assert outputs[0] == ""
+    assert outputs[1].startswith("rank 1: ")
+    assert go(tmp_path, 2)[0] == [0, 0]
+    assert files(tmp_path / "store") == alone

@@ -1,0 +1,71 @@
+"""Which process this is, by the environment of torchrun and of SLURM."""
+
+import pytest
+
+from sampled_sae.support.launch import Launch, first_host, launched
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "2",
+}
+
+
+def test_torchrun_says_who_it_is():
+    assert launched(dict(TORCHRUN)) == Launch(3, 4, 1, 2)
+    assert launched({**TORCHRUN, "LOCAL_WORLD_SIZE": "4"}) == Launch(3, 4, 1, 4)
+    assert launched({**SLURM, **TORCHRUN}) == Launch(3, 4, 1, 4), "torchrun under srun"
+
+
+@pytest.mark.parametrize(
+    "alone",
+    [
+        {},
+        {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"},
+        # a batch script, and an interactive step
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_NODELIST": "n1"},
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+    ],
+)
+def test_a_process_alone(alone):
+    assert launched(alone) is None
+
+
+def test_a_step_of_slurm_is_put_in_torchruns_names():
+    environment = dict(SLURM)
+    assert launched(environment) == Launch(5, 8, 1, 4)
+    assert environment["MASTER_ADDR"] == "gpu07"
+    assert 15_000 <= int(environment["MASTER_PORT"]) < 30_000
+    other = {**SLURM, "SLURM_STEP_ID": "3"}
+    launched(other)
+    assert other["MASTER_PORT"] != environment["MASTER_PORT"]
+    given = {**SLURM, "MASTER_ADDR": "me", "MASTER_PORT": "9"}
+    launched(given)
+    assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("me", "9")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("n[3-5]", "n3"), ("n[03,07-9]-x,m1", "n03-x"), ("a-b.c[1]", "a-b.c1")],
+)
+def test_first_host_of_a_list(nodes, host):
+    assert first_host(nodes) == host
+
+
+@pytest.mark.parametrize(
+    ("environment", "match"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK, MASTER_ADDR, MASTER_PORT: not set"),
+        ({**TORCHRUN, "RANK": "4"}, "RANK=4: must be from 0 to 3"),
+        ({**TORCHRUN, "WORLD_SIZE": "x"}, "WORLD_SIZE='x'"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_PROCID: not set"),
+    ],
+)
+def test_half_an_environment_is_refused(environment, match):
+    with pytest.raises(ValueError, match=match):
+        launched(environment)

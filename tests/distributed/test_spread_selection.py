@@ -1,0 +1,126 @@
+"""Pools and kept entries of several processes are those of one on all tokens, ties and empty processes included."""
+
+import pytest
+import torch
+from cases import batches, mesh_of, spread, start
+from selections import encode_alone, encode_on_mesh, random_cases
+
+SETTINGS = {"l": 2.0, "impl": "torch"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "number"),
+    [((2, 1), 24), ((3, 1), 24), ((1, 3), 24), ((2, 2), 24)]
+    + [pytest.param(shape, 60, marks=pytest.mark.slow) for shape in ((4, 1), (1, 4), (2, 1), (1, 2))],
+    ids=str,
+)
+def test_kept_entries_are_those_of_one_process(workers, shape, number):
+    cases = random_cases(number, shape[0])
+    results = workers.run(shape[0] * shape[1], encode_on_mesh, shape, cases)
+    for i, (expected, (settings, counts, _)) in enumerate(zip(encode_alone(cases), cases)):
+        for step, (tokens, features, values, (n_tokens, n_features)) in enumerate(expected):
+            for rank, found in results:
+                first = sum(counts[:rank])
+                mine = (tokens >= first) & (tokens < first + counts[rank])
+                where = f"case {i}, {settings}, counts {counts}, batch {step}, rank {rank}"
+                ours = found[i][step]
+                assert ours[3] == (counts[rank], n_features), where
+                assert torch.equal(ours[0], tokens[mine] - first), where
+                assert torch.equal(ours[1], features[mine]), where
+                torch.testing.assert_close(ours[2], values[mine], rtol=1e-12, atol=1e-12)
+            assert n_tokens == sum(counts)
+
+
+def use(sae, x):
+    """What the rest of the module makes of tokens x."""
+    sae.init_b_dec(x)
+    found = {"b_dec": sae.layout.whole(sae.b_dec).clone(), "calibrated": sae.calibrate(x, 2.5)}
+    sae.eval()
+    found["codes"] = sae.encode(x).detach()
+    sparse = sae.encode_sparse(x)
+    found["sparse"] = sparse.to_dense().detach()
+    found["decoded"] = sae.decode(sparse).detach()
+    found["decoded from dense"] = sae.decode(found["codes"]).detach()
+    out = sae(x)
+    found["mse"], found["x_hat"] = out.mse.detach(), out.x_hat.detach()
+    found["above"] = sae.encode_above_threshold(x).to_dense().detach()
+    return found
+
+
+def use_on_mesh(shape, counts, settings):
+    sae, rank = spread(shape, settings)
+    return rank, use(sae, batches([counts], 1)[0][rank])
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 2)], ids=str)
+@pytest.mark.parametrize("settings", [SETTINGS, {**SETTINGS, "l": None, "select": "token"}], ids=["pool", "topk"])
+def test_the_rest_of_the_module(workers, shape, settings):
+    counts = [9, 4][: shape[0]]
+    parts = batches([counts], 1)[0]
+    expected = use(start(settings), torch.cat(parts))
+    for rank, found in workers.run(shape[0] * shape[1], use_on_mesh, shape, counts, settings):
+        tokens = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        for name, value in expected.items():
+            whole = name in ("b_dec", "calibrated", "mse")
+            torch.testing.assert_close(found[name], value if whole else value[tokens], rtol=1e-9, atol=1e-11)
+
+
+def faults(shape):
+    """What is said of a batch that cannot be computed; a good one goes through afterwards."""
+    sae, _ = spread(shape, SETTINGS)
+    (x, *_), said = batches([[5]], 1)[0], []
+    bad = x.clone()
+    bad[2, 1] = torch.nan
+    last = sae.layout.mesh.rank == shape[0] * shape[1] - 1
+    for given in (bad if last else x, x[:, :7] if last else x, x[:0], x[: 4 if last else 5]):
+        try:
+            sae(given)
+            said.append(None)
+        except ValueError as error:
+            said.append(str(error))
+    sae(x).loss.backward()
+    return said
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=str)
+def test_a_batch_that_one_process_refuses_is_refused_by_all(workers, shape):
+    first, last = workers.run(2, faults, shape)
+    where = "in batch 1 of sampled_sae.distributed"
+    assert first[0] == f"x: rank 1 refused its tokens {where} (NaN, inf or a wrong shape: it says which)"
+    assert last[0] == f"rank 1, {where}: x: 1 of 60 values are NaN or inf, the first at (2, 1)"
+    assert "rank 1 refused" in first[1]
+    assert "d_in=12" in last[1]
+    assert "no process has a token" in first[2]
+    assert first[2] == last[2]
+    if shape == (1, 2):
+        assert first[3] == last[3]
+        assert "[5, 4] tokens on the processes of the dimension 'feature'" in first[3]
+    else:
+        assert first[3] is None
+
+
+def refusals():
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from sampled_sae.distributed import parallelize
+
+    mesh, said = mesh_of((1, 2)), []
+    for sae, given in (
+        (torch.nn.Linear(2, 2), mesh),
+        (start(SETTINGS), 3),
+        (start(SETTINGS), init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))),
+        (start({**SETTINGS, "impl": "reference"}), mesh),
+        (start({**SETTINGS, "d_sae": 1, "k": 1, "l": None}), mesh),
+        (spread((1, 2), SETTINGS)[0], mesh),
+    ):
+        try:
+            parallelize(sae, given)
+        except (TypeError, ValueError) as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_cannot_be_spread(workers):
+    named = ["sae=Linear", "mesh=int", "mesh.mesh_dim_names=('tp',)", "impl='reference'", "d_sae=1", "sae: is spread"]
+    for said in workers.run(2, refusals):
+        assert [text[: len(name)] for text, name in zip(said, named)] == named

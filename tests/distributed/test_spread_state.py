@@ -1,0 +1,92 @@
+"""States of an SAE over a mesh: saved, loaded whole, and through torch.distributed.checkpoint at another layout."""
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from cases import batches, optimizer_of, spread, start, state, train, train_alone
+
+from sampled_sae import SampledSAE
+from sampled_sae.pretrained import TENSORS
+
+SETTINGS = {"l": 3.0, "impl": "torch", "row_grads": True}
+COUNTS = {1: [[11]], 2: [[7, 4]]}
+
+
+def trained(shape, steps, folder):
+    """Trains over a mesh, saves in both forms; the whole state at the end."""
+    sae, rank = spread(shape, SETTINGS)
+    optimizer = optimizer_of(sae, "decayed")
+    train(sae, batches(COUNTS[shape[0]], steps), "decayed", rank, optimizer)
+    sae.save_pretrained(folder / "one")
+    dcp.save({"sae": sae.state_dict(), "optimizer": moments(optimizer)}, checkpoint_id=folder / "sharded")
+    return state(sae)
+
+
+def moments(optimizer):
+    return {str(i): state for i, state in optimizer.state_dict()["state"].items()}
+
+
+def resumed(shape, steps, folder):
+    """Goes on at another layout from the sharded checkpoint."""
+    sae, rank = spread(shape, {**SETTINGS, "seed": 1})
+    optimizer = optimizer_of(sae, "decayed")
+    data = batches(COUNTS[shape[0]], steps)
+    train(sae, data[:1], "decayed", rank, optimizer)  # so that the moments exist
+    held = {"sae": sae.state_dict(), "optimizer": moments(optimizer)}
+    dcp.load(held, checkpoint_id=folder / "sharded")
+    sae.load_state_dict(held["sae"])
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": {int(i): s for i, s in held["optimizer"].items()}, "param_groups": groups})
+    train(sae, data[steps // 2 :], "decayed", rank, optimizer)
+    return state(sae)
+
+
+@pytest.mark.parametrize(("before", "after"), [((2, 1), (1, 2)), ((1, 2), (2, 1))], ids=str)
+def test_a_checkpoint_goes_on_at_another_layout(workers, tmp_path, before, after):
+    expected = train_alone(SETTINGS, COUNTS[after[0]], 6, "decayed")["state"]
+    saved = workers.run(2, trained, before, 3, tmp_path)
+    one = SampledSAE.from_pretrained(tmp_path / "one")
+    for name in TENSORS:
+        for found in saved:
+            assert torch.equal(one.state_dict()[name], found[name]), name
+    for found in workers.run(2, resumed, after, 6, tmp_path):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-12)
+
+
+def from_whole(shape, states, steps):
+    sae, rank = spread(shape, {**SETTINGS, "seed": 1})
+    optimizer = optimizer_of(sae, "decayed")
+    sae.load_state_dict(states["sae"])
+    optimizer.load_state_dict(states["optimizer"])
+    train(sae, batches(COUNTS[shape[0]], steps)[steps // 2 :], "decayed", rank, optimizer)
+    return state(sae)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=str)
+def test_the_state_of_one_process_goes_on_over_a_mesh(workers, shape):
+    sae = start(SETTINGS)
+    optimizer = optimizer_of(sae, "decayed")
+    data = batches(COUNTS[shape[0]], 6)
+    train(sae, data[:3], "decayed", None, optimizer)
+    results = workers.run(2, from_whole, shape, {"sae": sae.state_dict(), "optimizer": optimizer.state_dict()}, 6)
+    train(sae, data[3:], "decayed", None, optimizer)
+    for found in results:
+        for name, value in state(sae).items():
+            torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-12)
+
+
+def full_disk(shape, folder):
+    sae, _ = spread(shape, SETTINGS)
+    (folder / "file").write_text("in the way")
+    try:
+        sae.save_pretrained(folder / "file")
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def test_what_the_first_process_cannot_write_stops_all(workers, tmp_path):
+    first, second = workers.run(2, full_disk, (2, 1), tmp_path)
+    assert first is not None
+    assert second == "rank 0 could not write: it says why"

@@ -1,0 +1,100 @@
+"""What travels in a step is counted, and held to the table of docs/scale.md; memory falls with the features here."""
+
+import pytest
+import torch
+from cases import mesh_of
+from torch.distributed.tensor import DTensor
+
+from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig
+from sampled_sae.distributed import parallelize
+
+
+def bytes_of_a_step(shape, n_features, d, k, l, row_grads=True):
+    """By purpose: (collectives, bytes) of the second step, and the sizes of what this process holds."""
+    sae = SampledSAE(SampledSAEConfig(d, n_features, k, l, impl="torch", row_grads=row_grads))
+    sae, generator = parallelize(sae, mesh_of(shape)), torch.Generator().manual_seed(1)
+    traffic = sae.layout.mesh.traffic
+    for _ in range(2):
+        sae.zero_grad()
+        traffic.clear()
+        sae(torch.randn(2, d, generator=generator)).loss.backward()
+    return {purpose: (sent.calls, sent.size) for (_, purpose), sent in traffic.sent.items()}
+
+
+def expected_bytes(n_features, d, P):
+    """Of the data dimension with a pool: statistics, radix counts, ties, rows of the pool, and single numbers."""
+    return {
+        "batch sizes": (1, 16),
+        "column statistics": (1, 4 * n_features),
+        "radix counts": (3, 3 * 2048 * 8),
+        "ties": (1, 16),
+        "loss": (1, 4),
+        "active features": (1, P),
+        "threshold": (1, 4),
+        "gradients": (1, 4 * (2 * P * d + P + d)),
+    }
+
+
+@pytest.mark.parametrize(("n_features", "d"), [(65536, 12), (4096, 768), (1 << 20, 2)], ids=str)
+def test_with_a_pool_bytes_do_not_grow_with_the_dictionary(workers, n_features, d):
+    for found in workers.run(2, bytes_of_a_step, (2, 1), n_features, d, 32, 4.0):
+        assert found == expected_bytes(n_features, d, 128)
+
+
+def test_the_bytes_at_full_size():
+    """By the formula that the test above holds in both sizes."""
+
+    def total(n_features, d):
+        return sum(size for _, size in expected_bytes(n_features, d, 128).values())
+
+    assert total(65536, 768) <= 1.3e6
+    assert total(1 << 20, 768) - total(65536, 768) == 4 * ((1 << 20) - 65536)
+
+
+@pytest.mark.slow
+def test_the_bytes_at_full_size_are_counted(workers):
+    for found in workers.run(2, bytes_of_a_step, (2, 1), 65536, 768, 32, 4.0):
+        assert sum(size for _, size in found.values()) <= 1.3e6
+
+
+def test_a_larger_pool_sends_no_more_than_its_rows(workers):
+    P = 2048
+    for found in workers.run(2, bytes_of_a_step, (2, 1), 65536, 8, 32, 64.0):
+        assert found["touched features"] == (1, P)
+        assert found["gradients"][1] <= 4 * (2 * P * 8 + P + 8)
+
+
+def test_over_features_nothing_of_the_dictionary_travels(workers):
+    P, B, d = 128, 2, 12
+    for found in workers.run(2, bytes_of_a_step, (1, 2), 65536, d, 32, 4.0):
+        assert found == {
+            "batch sizes": (1, 16),
+            "pool": (1, 2 * P * 4),
+            "radix counts": (3, 3 * 2048 * 8),
+            "ties": (1, 2 * B * 4),
+            "decode": (1, B * d * 4),
+            "b_dec": (1, d * 4),
+            "threshold": (1, 4),
+        }
+
+
+def elements(t):
+    return t.to_local().numel() if isinstance(t, DTensor) else t.numel()
+
+
+def held(shape):
+    sae = parallelize(SampledSAE(SampledSAEConfig(16, 2400, 4, 3.0, impl="torch")), mesh_of(shape))
+    optimizer = RowAdam(sae)
+    sae(torch.randn(6, 16)).loss.backward()
+    optimizer.step()
+    parameters = list(sae.parameters())
+    moments = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
+    return [sum(map(elements, tensors)) for tensors in (parameters, [p.grad for p in parameters], moments)]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_over_features_memory_falls(workers, ranks):
+    whole = 2 * 16 * 2400 + 2400 + 16
+    for parameters, gradients, moments in workers.run(ranks, held, (1, ranks)):
+        for found, of_one in ((parameters, whole), (gradients, whole), (moments, 2 * whole)):
+            assert found == pytest.approx(of_one / ranks, rel=0.01)

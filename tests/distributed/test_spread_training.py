@@ -1,0 +1,122 @@
+"""Training steps of several processes against one process on all tokens, in float64."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from cases import batches, close, compare, rows_of, spread, start, train_alone, train_on_mesh
+from no_host_sync import NoHostSync, allow_late_scalars
+from torch.utils._python_dispatch import _disable_current_modes
+
+from sampled_sae import RowAdam
+
+BASE = {"aux_coefficient": 0.1, "dead_after": 20, "aux_pool": 7, "impl": "torch"}
+COUNTS = {1: [[13], [9], [5]], 2: [[7, 6], [0, 9], [5, 0]], 3: [[4, 0, 9], [2, 3, 4], [0, 0, 5]]}
+CASES = [
+    ((2, 1), {"row_grads": True}, "dense"),
+    ((2, 1), {"row_grads": True, "l": None}, "lazy"),
+    ((3, 1), {"row_grads": True, "l": 8.0, "score": "entropy"}, "decayed"),
+    ((2, 1), {"select": "token", "pool": "sample", "score": "l2_squared"}, "adam"),
+    ((1, 2), {"row_grads": True}, "dense"),
+    ((1, 2), {"row_grads": True, "l": None, "select": "token", "aux_pool": None}, "decayed"),
+    ((1, 3), {"pool": "sample", "score": "entropy", "d_sae": 101}, "dense"),
+    ((1, 2), {"select": "token", "score": "uniform", "apply_b_dec_to_input": False}, "sgd"),
+    ((2, 2), {"row_grads": True, "pool_every": 2, "score_tokens": 0.5}, "lazy"),
+    ((2, 2), {"l": None, "input_scale": 0.37}, "adam"),
+]
+
+
+@pytest.mark.parametrize(("shape", "rule", "kind"), CASES, ids=str)
+def test_twenty_steps_are_those_of_one_process(workers, shape, rule, kind):
+    settings, counts = {**BASE, **rule}, COUNTS[shape[0]]
+    ranks = workers.run(shape[0] * shape[1], train_on_mesh, shape, settings, counts, 20, kind)
+    alone = train_alone(settings, counts, 20, kind)
+    assert any(line["aux"] > 0 for line in alone["lines"])
+    compare(alone, ranks, counts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 2)], ids=str)
+@pytest.mark.parametrize("kind", ["dense", "lazy", "decayed", "adam"])
+@pytest.mark.parametrize("rule", [{}, {"l": None}, {"l": None, "select": "token"}, {"l": 8.0}], ids=str)
+def test_every_optimizer_on_every_mesh(workers, shape, kind, rule):
+    settings, counts = {**BASE, **rule, "row_grads": kind != "adam"}, COUNTS[shape[0]]
+    ranks = workers.run(shape[0] * shape[1], train_on_mesh, shape, settings, counts, 5, kind)
+    compare(train_alone(settings, counts, 5, kind), ranks, counts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "rule"),
+    [((2, 1), {}), ((2, 1), {"l": None}), ((1, 2), {"select": "token"}), ((1, 2), {"l": None})],
+    ids=str,
+)
+def test_the_triton_form(workers, shape, rule):
+    settings = {**BASE, **rule, "impl": "triton", "dtype": torch.float32, "dead_after": 10, "row_grads": True}
+    counts = [[3, 2], [0, 4]] if shape[0] == 2 else [[5], [4]]
+    ranks = workers.run(2, train_on_mesh, shape, settings, counts, 2, "dense")
+    compare(train_alone(settings, counts, 2, "dense"), ranks, counts, 1e-4)
+
+
+def accumulate(sae, parts, rank):
+    """Gradients of two batches together, of x too, through a loss that is not the SAE's own."""
+    total, x_gradients = 0, []
+    for of_step in parts:
+        x = (torch.cat(of_step) if rank is None else of_step[rank]).clone().requires_grad_()
+        out = sae(x)
+        loss = out.loss * 3
+        loss.backward()
+        x_gradients.append(x.grad)
+        total += float(loss.detach())
+    return {name: rows_of(sae, name).clone() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}, x_gradients, total
+
+
+def accumulate_on_mesh(shape, settings, counts):
+    sae, rank = spread(shape, settings)
+    return rank, sae.layout.weights.first, accumulate(sae, batches(counts, 2), rank)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("row_grads", [True, False])
+def test_gradients_add_up_and_reach_the_input(workers, shape, row_grads):
+    settings, counts = {"impl": "torch", "l": 2.0, "row_grads": row_grads}, COUNTS[shape[0]]
+    expected, of_x, total = accumulate(start(settings), batches(counts, 2), None)
+    for rank, first, (found, of_ours, ours) in workers.run(2, accumulate_on_mesh, shape, settings, counts):
+        close(torch.tensor(ours), torch.tensor(total), "loss", 1e-11)
+        for name, gradient in expected.items():
+            part = gradient if name == "b_dec" else gradient[first : first + len(found[name])]
+            close(found[name], part, name, 1e-11)
+        for step, gradient in enumerate(of_x):
+            start_at = sum(counts[step][:rank])
+            close(of_ours[step], gradient[start_at : start_at + counts[step][rank]], "x", 1e-11)
+
+
+def steps_without_waiting(settings):
+    """With a pool over `data`: fails at an operation that waits for a device. Hosts tell each other their numbers."""
+    sae, rank = spread((2, 1), settings)
+    sae.memory.inputs.check = lambda x: None
+    optimizer = RowAdam(sae)
+    parts = batches([[5, 3]], 3, dtype=torch.float32)
+    exchange = sae.layout.mesh.exchange
+
+    def between_hosts(number):
+        with _disable_current_modes():
+            return exchange(number)
+
+    sae.layout.mesh.exchange = between_hosts
+    with pytest.MonkeyPatch.context() as patch:
+        allow_late_scalars(patch)
+        for step, of_step in enumerate(parts):
+            with NoHostSync() if step else nullcontext():
+                out = sae(of_step[rank])
+                out.loss.backward()
+                optimizer.step()
+            optimizer.zero_grad()
+    return float(out.aux)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("select", ["batch", "token"])
+def test_no_step_with_a_pool_waits_for_the_device(workers, select):
+    settings = {**BASE, "impl": "triton", "dtype": torch.float32, "dead_after": 8, "row_grads": True, "select": select}
+    assert all(aux > 0 for aux in workers.run(2, steps_without_waiting, settings))

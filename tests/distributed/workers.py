@@ -1,0 +1,81 @@
+"""Processes that are started once and compute many cases, each in a gloo process group of its own."""
+
+import multiprocessing
+import os
+import shutil
+import tempfile
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+MOST = 4
+# against a test that hangs, no measure of speed
+PATIENCE = 300
+
+
+def serve(connection, rank):
+    """Calls what the connection asks for: (function, arguments, number of processes, store)."""
+    torch.set_num_threads(1)
+    while (task := connection.recv()) is not None:
+        function, arguments, size, store = task
+        try:
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE)
+            )
+            result = (True, function(*arguments))
+        except BaseException:
+            result = (False, traceback.format_exc())
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        connection.send(result)
+
+
+class Workers:
+    """MOST processes; a case takes as many of them as it needs."""
+
+    def __init__(self):
+        os.environ["OMP_NUM_THREADS"] = "1"
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed.tensor", "sampled_sae.distributed"])
+        self.folder = tempfile.mkdtemp()
+        self.calls = 0
+        self.workers = []
+        for rank in range(MOST):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs, rank), daemon=True)
+            process.start()
+            self.workers.append((process, ours))
+
+    def run(self, size, function, *arguments):
+        """What `function(*arguments)` returns in each of `size` processes that form a group."""
+        self.calls += 1
+        task = (function, arguments, size, os.path.join(self.folder, f"store{self.calls}"))
+        for _, connection in self.workers[:size]:
+            connection.send(task)
+        results = []
+        for rank, (process, connection) in enumerate(self.workers[:size]):
+            if not connection.poll(2 * PATIENCE):
+                self.close()
+                raise TimeoutError(f"rank {rank} has not answered")
+            try:
+                results.append(connection.recv())
+            except EOFError:
+                raise RuntimeError(f"rank {rank} died: exit code {process.exitcode}") from None
+        failed = [f"rank {rank}:\n{text}" for rank, (fine, text) in enumerate(results) if not fine]
+        assert not failed, "\n".join(failed)
+        return [value for _, value in results]
+
+    def close(self):
+        for process, connection in self.workers:
+            if process.is_alive():
+                try:
+                    connection.send(None)
+                    process.join(timeout=10)
+                except OSError:
+                    pass
+            if process.is_alive():
+                process.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
