@@ -3,6 +3,8 @@
 # make bench  the training step against the encoder product, to benchmarks/results
 
 PYTHON ?= python3
+# two environments are made at a time
+MAKEFLAGS += --jobs=2
 VENV := .venv
 BIN := $(VENV)/bin
 # most of what is installed is never imported: Python compiles what is

@@ -71,7 +71,7 @@ MODEL = {
     "data x feature": "{data} x {shards}",
     "ms a step": "{ms:.2f}",
     "share that travels": "{travel:.0%}",
-    "ms with dense gradients": "{dense_ms:.2f}",
+    "ms by DDP with dense gradients": "{dense_ms:.2f}",
     "GB a GPU": "{gigabytes:.1f}",
 }
 PARTS = {"counted": COUNTED, "timed": TIMED, "trained": TRAINED, "model": MODEL}

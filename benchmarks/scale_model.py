@@ -51,26 +51,25 @@ def sent(F: float, d: int, tokens: float, data: int, shards: int) -> dict[str, d
     return {"data": over_data if data > 1 else {}, "feature": over_features if shards > 1 else {}}
 
 
+def compute(F: float, d: int, tokens: float, shards: int, hardware: Hardware) -> float:
+    """Seconds of a rank: products of scores and of the pool's block, and memory moved once for weights and rows."""
+    P = K * POOL_MULTIPLIER
+    moved = FLOATS * (F * d / shards + 12 * P * d)
+    return 2 * tokens * d * (F + 5 * P) / shards / hardware.flops + moved / hardware.memory_bandwidth
+
+
 def step(F: float, d: int, batch: int, data: int, shards: int, hardware: Hardware) -> Row | None:
-    """Seconds of a step of `batch` tokens in all, its parts; None where the shard does not fit into a GPU."""
-    tokens, P = batch / data, K * POOL_MULTIPLIER
+    """Milliseconds of a step of `batch` tokens in all, and its parts; None where the shard does not fit into a GPU."""
     held = 2 * 3 * FLOATS * F * d / shards  # weights and two moments of two matrices
     if held > 0.8 * hardware.memory:
         return None
-    compute = 2 * tokens * d * (F / shards + 5 * P / shards) / hardware.flops
-    compute += 12 * FLOATS * P * d / hardware.memory_bandwidth + FLOATS * F * d / shards / hardware.memory_bandwidth
-    bytes_sent = sent(F, d, tokens, data, shards)
+    own, bytes_sent = compute(F, d, batch / data, shards, hardware), sent(F, d, batch / data, data, shards)
     travel = sum(all_reduce(n, data, shards, hardware) for n in bytes_sent["data"].values())
     travel += sum(all_reduce(n, shards, 1, hardware) for n in bytes_sent["feature"].values())
-    dense = all_reduce(2 * FLOATS * F * d, data, shards, hardware)
-    return {
-        "data": data,
-        "shards": shards,
-        "ms": 1e3 * (compute + travel),
-        "travel": travel / (compute + travel),
-        "dense_ms": 1e3 * (compute + dense),
-        "gigabytes": held / 1e9,
-    }
+    ranks = data * shards
+    dense = compute(F, d, batch / ranks, 1, hardware) + all_reduce(2 * FLOATS * F * d, ranks, 1, hardware)
+    about = {"data": data, "shards": shards, "gigabytes": held / 1e9}
+    return {**about, "ms": 1e3 * (own + travel), "travel": travel / (own + travel), "dense_ms": 1e3 * dense}
 
 
 def rows(hardware: Hardware, batch: int = 65_536) -> list[Row]:

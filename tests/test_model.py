@@ -11,13 +11,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import model
+from benchmarks import costs, model
 from benchmarks.gpu_parts import summary
 from benchmarks.gpu_parts.predictions import with_predictions
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = json.loads(model.FILE.read_text())["rows"]
-H100 = model.DEVICES["H100"]
+H100 = costs.DEVICES["H100"]
 
 
 @pytest.mark.slow
@@ -38,25 +38,25 @@ def test_the_file_has_every_row_and_its_table():
 @pytest.mark.parametrize("row", ROWS, ids=model.key)
 def test_a_row_adds_up(row):
     assert row["of_product"] == pytest.approx(sum(row["shares"].values()), abs=0.005)
-    floor = 2 * row["B"] * row["d"] * row["F"] / model.DEVICES[row["device"]].tflops[row["dtype"]] / 1e9
+    floor = 2 * row["B"] * row["d"] * row["F"] / costs.DEVICES[row["device"]].tflops[row["dtype"]] / 1e9
     assert row["ms"] == pytest.approx(row["of_product"] * floor, rel=1e-3)
-    assert row["TFLOP"] * 1e12 >= 2 * row["B"] * row["d"] * row["F"]
+    assert row["TFLOP"] * 1.001e12 >= 2 * row["B"] * row["d"] * row["F"]
 
 
 def test_work_takes_the_longest_of_its_parts():
     tera = 10**12
-    assert model.Work("x", bytes=3 * tera).seconds(H100) == pytest.approx(1)
-    assert model.Work("x", cached=11 * tera).seconds(H100) == pytest.approx(2)
-    assert model.Work("mm", 3 * tera, 0, 1596 * tera, "bfloat16").seconds(H100) == pytest.approx(2)
-    issued = model.Work("x", instructions=lambda arch: 4 * 132 * 1_750_000_000)
+    assert costs.Work("x", bytes=3 * tera).seconds(H100) == pytest.approx(1)
+    assert costs.Work("x", cached=11 * tera).seconds(H100) == pytest.approx(2)
+    assert costs.Work("mm", 3 * tera, 0, 1596 * tera, "bfloat16").seconds(H100) == pytest.approx(2)
+    issued = costs.Work("x", instructions=lambda arch: 4 * 132 * 1_750_000_000)
     assert issued.seconds(H100) == pytest.approx(1)
-    assert model.Work("x").seconds(H100) == pytest.approx(2e-6)
+    assert costs.Work("x").seconds(H100) == pytest.approx(2e-6)
 
 
 def test_instructions_are_those_of_the_tables():
     for arch in ("sm_80", "sm_90"):
-        assert set(model.CODE.values()) <= set(model.instructions(arch))
-    assert min(model.instructions("sm_90").values()) > 50
+        assert set(costs.CODE.values()) <= set(costs.instructions(arch))
+    assert min(costs.instructions("sm_90").values()) > 50
 
 
 def test_operations_of_pytorch_are_counted():
@@ -69,7 +69,7 @@ def test_operations_of_pytorch_are_counted():
     found = [(work.name, work.bytes) for work in trace.works]
     add, multiply = ("PyTorch passes", 2 * 128), ("PyTorch passes", 2 * 128 + 16)
     cast = ("PyTorch passes", 128 + 64)
-    gather, sort = ("gather", 2 * 48 + 24), ("sort", model.SORT_PASSES * 2 * (16 + 32))
+    gather, sort = ("gather", 2 * 48 + 24), ("sort", costs.SORT_PASSES * 2 * (16 + 32))
     assert found == [add, multiply, gather, sort, cast, ("products of cuBLAS", 64 + 128 + 256)]
     assert trace.works[-1].flops == 2 * 8 * 4 * 16
     assert trace.works[-1].dtype == "bfloat16"
