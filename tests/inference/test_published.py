@@ -140,21 +140,6 @@ def test_ours(tmp_path, select):
     assert "model m, layer 3; activations times 0.5" in line_of(tmp_path)
 
 
-def test_ours_without_a_threshold_to_rely_on(tmp_path):
-    sae = make_sae(torch.float32)
-    sae.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"sae\.safetensors: sae\.threshold was never set: .*sae\.calibrate\(x\)"):
-        load_inference(tmp_path)
-    sae.threshold.fill_(0.5)
-    sae.threshold_steps.fill_(2)
-    sae.save_pretrained(tmp_path)
-    said = []
-    assert float(load_inference(tmp_path, say=said.append).threshold) == 0.5
-    assert "running mean" in said[0]
-    make_sae(torch.float32, l=None, select="token").save_pretrained(tmp_path)
-    assert load_inference(tmp_path, say=silent).cfg.rule == "topk"
-
-
 def test_a_training_checkpoint_of_saelens(tmp_path):
     """Decoder norms are folded in, as SAELens does when it saves for inference."""
     config = {**SAELENS_6, "architecture": "batchtopk", "k": 4.0}

@@ -5,6 +5,8 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
+from makers import make_sae
 from published_makers import (
     F,
     write_dictionary_learning,
@@ -130,6 +132,21 @@ def test_damaged_compressed_arrays(tmp_path):
     (folder / "params.npz").write_bytes(whole)
     with pytest.raises(ValueError, match=r"params.npz: truncated"):
         load_inference(folder)
+
+
+def test_ours_without_a_threshold_to_rely_on(tmp_path):
+    sae = make_sae(torch.float32)
+    sae.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"sae\.safetensors: sae\.threshold was never set: .*sae\.calibrate\(x\)"):
+        load_inference(tmp_path)
+    sae.threshold.fill_(0.5)
+    sae.threshold_steps.fill_(2)
+    sae.save_pretrained(tmp_path)
+    said = []
+    assert float(load_inference(tmp_path, say=said.append).threshold) == 0.5
+    assert "running mean" in said[0]
+    make_sae(torch.float32, l=None, select="token").save_pretrained(tmp_path)
+    assert load_inference(tmp_path, say=silent).cfg.rule == "topk"
 
 
 def test_k_is_refused_where_the_files_have_the_rule(tmp_path):
