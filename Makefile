@@ -3,6 +3,8 @@
 # make bench  the training step against the encoder product, to benchmarks/results
 
 PYTHON ?= python3
+# two environments are made at a time
+MAKEFLAGS += --jobs=2
 VENV := .venv
 BIN := $(VENV)/bin
 # most of what is installed is never imported: Python compiles what is
@@ -16,7 +18,10 @@ RUNS := runs/demo
 
 .PHONY: test lint demo bench clean
 
-$(BIN)/.torch: constraints.txt
+$(VENV):
+	mkdir -p $@
+
+$(BIN)/.torch: constraints.txt | $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	touch $@
@@ -40,10 +45,14 @@ $(OLD_TRITON)/.installed: $(BIN)/.installed
 	$(BIN)/$(INSTALL) --no-deps --upgrade --target $(OLD_TRITON) triton==3.6.0
 	touch $@
 
-# dictionary-learning and sae-bench ask for a torchvision that breaks importing every peer: only what they import
-$(PEERS)/.installed: constraints-peers.txt pyproject.toml setup.py
+$(PEERS)/.torch: constraints-peers.txt | $(VENV)
 	$(PYTHON) -m venv $(PEERS)
 	$(PEER_PIP) torch
+	touch $@
+
+# dictionary-learning and sae-bench ask for a torchvision that breaks importing every peer: only what they import.
+# After the other environment: two builds of this package at once would write the same files.
+$(PEERS)/.installed: $(PEERS)/.torch pyproject.toml setup.py | $(BIN)/.installed
 	$(PEER_PIP) --editable ".[peers]" pytest pytest-timeout pytest-xdist
 	$(PEER_PIP) --no-deps dictionary-learning nnsight sae-bench
 	$(PEER_PIP) einops gputil pillow python-socketio tabulate websocket-client zstandard

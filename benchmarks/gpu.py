@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.gpu_parts.predictions import with_predictions
 from benchmarks.gpu_parts.summary import summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +57,7 @@ def main() -> int:
     start, failed = time.monotonic(), 0
     for part in args.only:
         begun = time.monotonic()
-        left = IN_ALL - GRACE - (begun - start)
+        left = math.inf if args.rehearse else IN_ALL - GRACE - (begun - start)
         share = left if part == args.only[-1] else min(PARTS[part][0], left)
         trouble = run_part(part, args.out.resolve(), share, args.rehearse)
         failed += trouble is not None
@@ -63,7 +65,7 @@ def main() -> int:
     if len(table) > LONGEST_TABLE:
         table = [*table[: LONGEST_TABLE - 1], f"... {len(table) - LONGEST_TABLE + 1} more lines"]
     text = "\n".join(table)
-    (args.out / "table.txt").write_text(text + "\n")
+    (args.out / "table.txt").write_text(text + "\n", encoding="utf-8")
     print(text)
     return 1 if failed else 0
 
@@ -109,7 +111,8 @@ def report(part: str, out: Path, trouble: str | None, took: float) -> list[str]:
     lines = [f"{part} ({took:.0f} s)" + (f": FAILED, {trouble} (see {part}.log)" if trouble else "")]
     try:
         found = json.loads((out / f"{part}.json").read_text())
-        lines += [f"  {line}" for line in summary(part, found["rows"])]
+        rows = with_predictions(found["rows"], found["device"]) if part == "steps" else found["rows"]
+        lines += [f"  {line}" for line in summary(part, rows)]
     except FileNotFoundError:
         pass
     except Exception as error:

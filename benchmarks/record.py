@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.measure import PEERS, Row, machine
 from benchmarks.worker import one_line
+from sampled_sae.support.atomic_files import write_text
 
 # heading -> format string over the names of a row; a dash stands for what it lacks
 Columns = Mapping[str, str]
@@ -120,5 +121,5 @@ def with_caption(table: str, result: Result) -> str:
 def write_result(out: Path, result: Result, table: str) -> None:
     """`out` with the result as JSON, and the table with its caption beside it as .md."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    out.with_suffix(".md").write_text(with_caption(table, result))
+    write_text(out, json.dumps(result, indent=2) + "\n")
+    write_text(out.with_suffix(".md"), with_caption(table, result))

@@ -84,7 +84,7 @@ def stale_plots() -> list[Path]:
     with tempfile.TemporaryDirectory() as folder:
         made = [file for file in write_plots(results(), Path(folder)) if file.suffix == ".svg"]
         pairs = [(file, PLOTS / file.name) for file in made]
-        return [old for new, old in pairs if not old.is_file() or old.read_text() != new.read_text()]
+        return [old for new, old in pairs if not old.is_file() or old.read_bytes() != new.read_bytes()]
 
 
 def pages() -> list[Path]:

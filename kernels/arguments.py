@@ -3,6 +3,7 @@
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+COPIES = (torch.bfloat16, torch.float16)
 
 
 def rows_are_contiguous(matrix: torch.Tensor) -> bool:
@@ -58,3 +59,15 @@ def check_features(b: torch.Tensor | None, scale: torch.Tensor | None, length: i
             continue
         if vector.shape != (length,) or vector.dtype not in FLOATS or not vector.is_contiguous():
             raise ValueError(f"{name} must be contiguous, [{length}], got {vector.dtype} {list(vector.shape)}")
+
+
+def check_block(
+    z: torch.Tensor, b: torch.Tensor | None, scale: torch.Tensor | None, copy: torch.Tensor | None = None
+) -> None:
+    """What every function that selects inside a block of products asks of its arguments."""
+    if z.ndim != 2 or z.dtype != torch.float32 or not z.is_contiguous():
+        raise ValueError(f"z must be contiguous fp32 [B, P], got {z.dtype} {list(z.shape)}")
+    check_features(b, scale, z.shape[1])
+    if copy is not None and (copy.shape != z.shape or copy.dtype not in COPIES or not copy.is_contiguous()):
+        shape = list(z.shape)
+        raise ValueError(f"copy must be contiguous bf16 or fp16 {shape}, got {copy.dtype} {list(copy.shape)}")

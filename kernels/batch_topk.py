@@ -10,11 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from sampled_sae.kernels.arguments import check_vector
+from sampled_sae.kernels.arguments import check_block, check_vector
 from sampled_sae.kernels.configs import launch
 from sampled_sae.kernels.interpreter import rounded
 from sampled_sae.kernels.radix import cut_of_span, find_cut, is_kept, sort_bits, span_of_program
-from sampled_sae.kernels.token_topk import check_block, keep_rows_
+from sampled_sae.kernels.token_topk import keep_rows_
 
 
 @triton.jit

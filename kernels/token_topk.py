@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 
 from sampled_sae.kernels.activation import activation
-from sampled_sae.kernels.arguments import check_features, check_vector
+from sampled_sae.kernels.arguments import check_block, check_vector
 from sampled_sae.kernels.configs import MERGED_ROWS, architecture, launch, long_rows_config, merge_config, rows_config
 from sampled_sae.kernels.interpreter import rounded
 from sampled_sae.kernels.radix import is_kept, pick_digit, sort_bits
 
-COPIES = (torch.bfloat16, torch.float16)
 MAX_K = 512
 MAX_CHUNK = MERGED_ROWS[-1][0]
 
@@ -292,15 +291,3 @@ def merge_rows_(
         HAS_SCALE=scale is not None,
         BK=triton.next_power_of_2(k),
     )
-
-
-def check_block(
-    z: torch.Tensor, b: torch.Tensor | None, scale: torch.Tensor | None, copy: torch.Tensor | None = None
-) -> None:
-    """What every function that selects inside a block of products asks of its arguments."""
-    if z.ndim != 2 or z.dtype != torch.float32 or not z.is_contiguous():
-        raise ValueError(f"z must be contiguous fp32 [B, P], got {z.dtype} {list(z.shape)}")
-    check_features(b, scale, z.shape[1])
-    if copy is not None and (copy.shape != z.shape or copy.dtype not in COPIES or not copy.is_contiguous()):
-        shape = list(z.shape)
-        raise ValueError(f"copy must be contiguous bf16 or fp16 {shape}, got {copy.dtype} {list(copy.shape)}")

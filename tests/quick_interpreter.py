@@ -8,7 +8,7 @@ stays so until it ends.
 from __future__ import annotations
 
 import inspect
-from functools import cache, wraps
+from functools import cache
 
 import triton.language as tl
 from triton.runtime import interpreter
@@ -16,7 +16,7 @@ from triton.runtime import interpreter
 
 def make_quick() -> None:
     """In this process, for good."""
-    patch_language, run_grid = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patch_language = interpreter._patch_lang
     replaced: set[int] = set()
 
     @cache
@@ -29,18 +29,19 @@ def make_quick() -> None:
                 interpreter._patch_attr(module, name, getattr(module, name), builder, scope)
 
     def patch_once(fn):
+        """None for a call within a launch from a file whose names are replaced already."""
         if id(fn.__globals__) in replaced:
             return None
+        scope, is_launch = patch_language(fn), not replaced
         replaced.add(id(fn.__globals__))
-        return patch_language(fn)
+        if is_launch:
+            restore = scope.restore
 
-    @wraps(run_grid)
-    def run(self, *args, **kwargs):
-        replaced.clear()
-        try:
-            return run_grid(self, *args, **kwargs)
-        finally:
-            replaced.clear()
+            def forget_and_restore():
+                replaced.clear()
+                restore()
+
+            scope.restore = forget_and_restore
+        return scope
 
     interpreter._patch_builtin, interpreter._patch_lang = patch_builtins, patch_once
-    interpreter.GridExecutor.__call__ = run

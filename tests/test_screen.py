@@ -18,7 +18,7 @@ from sampled_sae.testing import whole_numbers
 TORCH = implementation("torch")
 SCORED = [("l2", "top"), ("l2_squared", "top"), ("uniform", "top"), ("l2", "sample"), ("l2_squared", "sample")]
 quick = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-long = settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+long = settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 def low_rank(x, W, b, g):

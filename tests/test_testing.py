@@ -142,6 +142,7 @@ def test_check_passes_here(capsys):
     assert done == total
 
 
+@pytest.mark.slow
 def test_check_as_a_user_runs_it():
     """Without a GPU it has to put Triton into its interpreter by itself, before Triton is imported.
 

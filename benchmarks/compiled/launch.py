@@ -105,8 +105,8 @@ def resources(kernel: Any, arch: str) -> dict[str, int]:
         registers, *spills = (int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1]) for name in names)
         lanes, line = 64, r"^\s+[vs]_|^\s+(?:global|buffer|flat|ds)_"
     else:
-        usage, assembly = dumped(kernel.asm["cubin"])
-        registers, *spills = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+        assembly = dumped(kernel.asm["cubin"])
+        registers, *spills = (int(re.search(rf"{name}:(\d+)", assembly)[1]) for name in ("REG", "STACK", "LOCAL"))
         lanes, line = 32, r"^\s+/\*[0-9a-f]{4,}\*/"
 
     def count(pattern: str) -> int:
@@ -124,14 +124,10 @@ def resources(kernel: Any, arch: str) -> dict[str, int]:
     }
 
 
-def dumped(cubin: bytes) -> tuple[str, str]:
-    """(resource usage, SASS) of a cubin, by the tool inside the triton wheel."""
-    tool = triton.knobs.nvidia.cuobjdump.path
+def dumped(cubin: bytes) -> str:
+    """Resource usage and SASS of a cubin, by the tool inside the triton wheel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    return usage, sass
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -10,7 +10,7 @@ SHOWN = {
     "ceilings": (("dtype",), "{product TFLOP/s:.1f} TFLOP/s, copy {copy GB/s:.0f} GB/s"),
     "score": (("operation", "dtype"), "{of product:.2f} of the product's rate{failed}"),
     "kernels": (("operation",), "{ms:.3g} ms ({faster}){failed}"),
-    "steps": (("candidate",), "{ratio:.2f}"),
+    "steps": (("candidate",), "{ratio:.2f}{beside}"),
     "inference": (("candidate", "dtype"), "{ratio:.2f}"),
     "peers": (("candidate",), "{ratio:.2f}"),
 }
@@ -35,10 +35,12 @@ def summary(part: str, rows: list[Row]) -> list[str]:
 
 
 def extra(row: Row) -> dict[str, str]:
-    """Of an operation: a mark for a failed check, and how many times faster it is than eager PyTorch."""
+    """Of an operation: a mark for a failed check, and how many times faster it is than eager PyTorch; of a step: what
+    was predicted."""
     factor = row.get("rivals", {}).get("eager", {}).get("factor")
     failed = "" if row.get("check", "passed") == "passed" else " (!)"
-    return {"failed": failed, "faster": "-" if factor is None else f"{factor:.1f}x"}
+    beside = f" ({row['predicted']:.2f} predicted)" if "predicted" in row else ""
+    return {"beside": beside, "failed": failed, "faster": "-" if factor is None else f"{factor:.1f}x"}
 
 
 def correctness(rows: list[Row]) -> list[str]:

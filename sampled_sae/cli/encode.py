@@ -37,11 +37,16 @@ def add(command: Command) -> None:
 
 
 def encode(args: argparse.Namespace) -> None:
-    check_integer("batch_size", args.batch_size, 1)
+    for name, least in {"batch_size": 1, "k": 1, "layer": 0, "context": 2, "tokens": 1}.items():
+        if getattr(args, name) is not None:
+            check_integer(name, getattr(args, name), least)
     check_output_folder(args.out)
     device = check_device(args.device)
-    if (args.activations is None) == (args.texts is None):
+    if args.activations is None and args.texts is None:
         raise ValueError("either a folder of activations or --texts must be given")
+    for name in ("texts", "model", "layer") if args.activations is not None else ():
+        if getattr(args, name) is not None:
+            raise ValueError(f"{name}={getattr(args, name)!r}: not beside {args.activations}, which holds activations")
     dtype = None if args.sae_dtype is None else DTYPES[args.sae_dtype]
     found = read_inference(args.sae, args.at, layout=args.layout, k=args.k, device=device, dtype=dtype)
     source: Source

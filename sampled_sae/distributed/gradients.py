@@ -6,7 +6,7 @@ depends on, and so runs after the last of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,23 +32,34 @@ class Pending(RowGradient):
     union: Tensor | None = None
 
 
+@dataclass
+class Aside:
+    """What a step has put aside. It knows nothing of the anchor, whose node knows it: a circle would never be freed.
+
+    dense: whether gradients of rows are to become dense ones. pending: the rows. shared: by id, features that are the
+    same on all processes of the data dimension, such as a pool. among: by the id of others, which of those they are
+    among.
+    """
+
+    dense: bool
+    pending: list[Pending] = field(default_factory=list)
+    shared: dict[int, Tensor] = field(default_factory=dict)
+    among: dict[int, Tensor] = field(default_factory=dict)
+
+
 class SpreadRows(RowSource):
     """Rows whose gradients are summed over the processes, then kept as rows or made dense.
 
     Attributes:
-        shared: by id, features that are the same on all processes of the data dimension, such as a pool.
-        among: by the id of others, which of those they are among.
         wanted: the weights that ask for a gradient; none outside autograd.
+        aside: the rows so far. anchor: what their gradients hang on.
     """
 
     def __init__(self, keep_rows: bool, wanted: frozenset[str]) -> None:
         super().__init__(keep=True)
-        self.dense = not keep_rows
         self.wanted = wanted
+        self.aside = Aside(dense=not keep_rows)
         self.anchor: Tensor | None = None
-        self.shared: dict[int, Tensor] = {}
-        self.among: dict[int, Tensor] = {}
-        self.pending: list[Pending] = []
 
     def gather(self, name: str, W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
         return self._put_aside(name, W, features, W.detach().index_select(0, features).to(dtype))
@@ -60,8 +71,8 @@ class SpreadRows(RowSource):
         if name not in self.wanted or not torch.is_grad_enabled():
             return rows
         part = Pending(name, features, empty_receiver(W.detach(), features, rows.dtype), own=features)
-        self.pending.append(part)
-        if not self.dense:
+        self.aside.pending.append(part)
+        if not self.aside.dense:
             self.gradients.append(part)
         return PutAside.apply(self.anchor, rows, part)
 
@@ -86,22 +97,22 @@ class SumGradients(torch.autograd.Function):
     """b_dec [d] twice, for the encoder and for the decoder, and the anchor, 0-dim."""
 
     @staticmethod
-    def forward(ctx: Any, rows: SpreadRows, mesh: Mesh, weights: Weights, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.rows, ctx.mesh, ctx.weights = rows, mesh, weights
+    def forward(ctx: Any, aside: Aside, mesh: Mesh, weights: Weights, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.aside, ctx.mesh, ctx.weights = aside, mesh, weights
         b_dec = weights.local(parameters[3])
         return b_dec.clone(), b_dec.clone(), b_dec.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, into_encoder: Tensor, of_decoder: Tensor, _: Tensor) -> tuple[Any, ...]:
-        rows, mesh, weights = ctx.rows, ctx.mesh, ctx.weights
+        aside, mesh, weights = ctx.aside, ctx.mesh, ctx.weights
         # each process of the feature dimension has subtracted b_dec for its own features
         b_dec = mesh.feature.sum_(into_encoder.contiguous(), "b_dec") + of_decoder
-        parts = [part for part in rows.pending if part.fresh is not None]
-        align(parts, rows, weights.n_local, mesh)
+        parts = [part for part in aside.pending if part.fresh is not None]
+        align(parts, aside, weights.n_local, mesh)
         b_dec = sum_all(parts, b_dec, mesh)
         gradients: list[Tensor | None] = [None] * 3
-        if rows.dense:
+        if aside.dense:
             gradients = [dense(weights, [p for p in parts if p.name == name], b_dec.dtype) for name in ROWS]
         else:
             for part in parts:
@@ -128,7 +139,7 @@ def sum_all(parts: list[Pending], b_dec: Tensor, mesh: Mesh) -> Tensor:
     return b_dec
 
 
-def align(parts: list[Pending], rows: SpreadRows, n_features: int, mesh: Mesh) -> None:
+def align(parts: list[Pending], aside: Aside, n_features: int, mesh: Mesh) -> None:
     """Gives each part the features that any process of the data dimension has touched in its place.
 
     Those of a pool are the same everywhere; of others the union is found, which waits for the device.
@@ -138,11 +149,11 @@ def align(parts: list[Pending], rows: SpreadRows, n_features: int, mesh: Mesh) -
     unions: dict[int, Tensor] = {}
     for part in parts:
         features, fresh = part.own, part.fresh
-        if id(features) in rows.shared:
+        if id(features) in aside.shared:
             continue
         if part.union is None:
             if id(features) not in unions:
-                unions[id(features)] = union(features, rows.among.get(id(features)), n_features, mesh)
+                unions[id(features)] = union(features, aside.among.get(id(features)), n_features, mesh)
             part.features = part.union = unions[id(features)]
         assert fresh is not None
         aligned = fresh.new_zeros(len(part.union), *fresh.shape[1:])

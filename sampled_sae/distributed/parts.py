@@ -91,7 +91,7 @@ class SpreadParts:
         assert self.local.use_block is not None
         as_block = members is not None and self.local.use_block(len(members), rule.k, self.weights.n_local)
         if as_block and members is not None and isinstance(rows, SpreadRows):
-            rows.shared[id(members)] = members
+            rows.aside.shared[id(members)] = members
         if rule.select == "token":
             if self.mesh.feature.size == 1 and operands.n_tokens > 0:
                 return self.local.select(encoder, members, rule, hints)
@@ -154,9 +154,9 @@ class SpreadParts:
         """Codes of the entries that are kept."""
         assert self.local.take_kept is not None
         codes = self.local.encode_at(encoder, self.local.take_kept(found, kept, *encoder.shape))
-        if operands.members is not None and isinstance(encoder.rows, SpreadRows) and encoder.rows.pending:
+        if operands.members is not None and isinstance(encoder.rows, SpreadRows) and encoder.rows.aside.pending:
             rows = codes.index.touched if codes.padded is None else codes.padded.rows
-            encoder.rows.among[id(rows)] = operands.members
+            encoder.rows.aside.among[id(rows)] = operands.members
         return codes
 
     def decode(self, codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, rows: RowSource | None = None) -> Tensor:

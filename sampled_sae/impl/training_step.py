@@ -63,4 +63,12 @@ def training_step(
 
 def squared_error(parts: Implementation, tokens: Tensor, x_hat: Tensor, encoder: Encoder) -> Tensor:
     """The mean over tokens of ||x - x_hat||^2, 0-dim."""
-    return parts.totals.mean((tokens.to(x_hat.dtype) - x_hat).square().sum(-1), encoder.operands)
+    return parts.totals.mean(squared_errors(tokens, x_hat), encoder.operands)
+
+
+def squared_errors(x: Tensor, x_hat: Tensor) -> Tensor:
+    """||x_i - x_hat_i||^2 of each token, [B]; equivalent to `(x - x_hat).square().sum(-1)`.
+
+    In this order the gradient of x_hat has the sign of the residual, and no pass has to turn it.
+    """
+    return (x_hat - x.to(x_hat.dtype)).square().sum(-1)

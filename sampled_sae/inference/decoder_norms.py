@@ -1,4 +1,4 @@
-"""The norms of decoder rows, computed once for the same weights."""
+"""The norms of decoder rows. They are not remembered: weights may be changed in ways that nobody is told of."""
 
 from __future__ import annotations
 
@@ -9,27 +9,15 @@ from torch import Tensor
 CHUNK_ELEMENTS = 1 << 22
 
 
-class DecoderNorms:
-    """Keeps the norms of the last W_dec that was asked for, and looks again where it has changed since."""
-
-    def __init__(self) -> None:
-        self._known: tuple[Tensor, int] | None = None
-        self._norms: Tensor | None = None
-
-    def of(self, W_dec: Tensor) -> Tensor:
-        """[F] of the rows of W_dec [F, d], in at least float32."""
-        if self._norms is None or self._known is None or not _same(self._known, W_dec):
-            step = max(1, CHUNK_ELEMENTS // W_dec.shape[1])
-            exact = torch.promote_types(W_dec.dtype, torch.float32)
-            parts = [torch.linalg.vector_norm(rows.to(exact), dim=1) for rows in W_dec.split(step)]
-            self._known, self._norms = (W_dec, W_dec._version), torch.cat(parts)
-        return self._norms
-
-    def inverse_of(self, W_dec: Tensor) -> Tensor:
-        """[F], 1 / norm; 0 for a row of zeros, which adds nothing."""
-        norms = self.of(W_dec)
-        return torch.where(norms > 0, 1 / norms, 0)
+def decoder_norms(W_dec: Tensor, features: Tensor | None = None) -> Tensor:
+    """[F] of the rows of W_dec [F, d], or [P] of those of the features, in at least float32."""
+    rows = W_dec if features is None else W_dec.index_select(0, features)
+    exact = torch.promote_types(W_dec.dtype, torch.float32)
+    parts = rows.split(max(1, CHUNK_ELEMENTS // W_dec.shape[1]))
+    return torch.cat([torch.linalg.vector_norm(part.to(exact), dim=1) for part in parts])
 
 
-def _same(known: tuple[Tensor, int], W_dec: Tensor) -> bool:
-    return known[0] is W_dec and known[1] == W_dec._version
+def inverse_norms(W_dec: Tensor, features: Tensor | None = None) -> Tensor:
+    """1 / norm; 0 for a row of zeros, which adds nothing."""
+    norms = decoder_norms(W_dec, features)
+    return torch.where(norms > 0, 1 / norms, 0)

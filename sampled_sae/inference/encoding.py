@@ -37,14 +37,14 @@ def tokens_to_encode(
     """Of x [B, d_in], normed and centred.
 
     Args:
-        scale: [F], the norms of the decoder rows where activations are multiplied by them.
+        scale: [F] or [P], the norms of the decoder rows where activations are multiplied by them.
         features: int64 [P], whose rows alone are read; None for all.
     """
 
     def rows(t: Tensor) -> Tensor:
         return t if features is None else t.index_select(0, features)
 
-    W, scale = rows(tensors["W_enc"].t()), None if scale is None else rows(scale)
+    W = rows(tensors["W_enc"].t())
     screen = cfg.screen if features is None else "off"
     if cfg.rule == "gated":
         gain, shift = rows(tensors["r_mag"]).exp(), rows(tensors["b_mag"])

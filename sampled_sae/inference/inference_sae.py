@@ -15,7 +15,7 @@ from ..impl.interface import Implementation, implementation, resolve_impl
 from ..support.argument_checks import HALF, check_activations, describe
 from ..support.late_values import FiniteInputs
 from .config import InferenceConfig
-from .decoder_norms import DecoderNorms
+from .decoder_norms import decoder_norms, inverse_norms
 from .encoding import TokensToEncode, active_codes, active_dense, tokens_to_encode
 from .features import check_features, codes_of_features, dense_columns
 from .products import product
@@ -172,7 +172,7 @@ class InferenceSAE(nn.Module):
         return self
 
     def _forget(self) -> None:
-        self._hints, self._norms = ThresholdHints(), DecoderNorms()
+        self._hints = ThresholdHints()
 
     def _tokens(self, x: Tensor) -> tuple[Tensor, NormedTokens]:
         """[B, d_in] of x times `cfg.input_scale` in the dtype to compute in; and that normed, without b_dec."""
@@ -228,7 +228,7 @@ class InferenceSAE(nn.Module):
         if name == "triton":
             # its products are of what 16-bit activations and weights are rounded to
             given = given.to(torch.promote_types(x.dtype, self.W_enc.dtype))
-        scale = self._norms.of(self.W_dec) if self.cfg.scale_by_decoder_norm else None
+        scale = decoder_norms(self.W_dec, features) if self.cfg.scale_by_decoder_norm else None
         tensors, parts = dict(self.named_buffers()), implementation(name)
         return parts, tokens_to_encode(parts, self.cfg, tensors, given, scale, features)
 
@@ -239,7 +239,7 @@ class InferenceSAE(nn.Module):
     def _decode_sparse(self, codes: SparseCodes) -> Tensor:
         """codes W_dec + b_dec, [B, d_out]."""
         if self.cfg.scale_by_decoder_norm:
-            codes = codes.scaled(self._norms.inverse_of(self.W_dec).to(codes.values.dtype))
+            codes = codes.scaled(inverse_norms(self.W_dec).to(codes.values.dtype))
         return implementation(self._form_for(codes.values.dtype)).decode(codes, self.W_dec, self.b_dec)
 
     def _decode_dense(self, codes: Tensor, features: Tensor | None) -> Tensor:
@@ -250,6 +250,5 @@ class InferenceSAE(nn.Module):
         exact = torch.promote_types(torch.promote_types(codes.dtype, self.W_dec.dtype), torch.float32)
         codes, W = codes.to(exact), self.W_dec if features is None else self.W_dec.index_select(0, features)
         if self.cfg.scale_by_decoder_norm:
-            inverse = self._norms.inverse_of(self.W_dec)
-            codes = codes * (inverse if features is None else inverse.index_select(0, features)).to(exact)
+            codes = codes * inverse_norms(self.W_dec, features).to(exact)
         return product(codes, W.t()) + self.b_dec.to(exact)

@@ -1,5 +1,6 @@
 """Training steps of several processes against one process on all tokens, in float64."""
 
+import gc
 from contextlib import nullcontext
 
 import pytest
@@ -9,6 +10,7 @@ from no_host_sync import NoHostSync, allow_late_scalars
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sampled_sae import RowAdam
+from sampled_sae.distributed.gradients import Pending
 
 BASE = {"aux_coefficient": 0.1, "dead_after": 20, "aux_pool": 7, "impl": "torch"}
 COUNTS = {1: [[13], [9], [5]], 2: [[7, 6], [0, 9], [5, 0]], 3: [[4, 0, 9], [2, 3, 4], [0, 0, 5]]}
@@ -89,6 +91,26 @@ def test_gradients_add_up_and_reach_the_input(workers, shape, row_grads):
         for step, gradient in enumerate(of_x):
             start_at = sum(counts[step][:rank])
             close(of_ours[step], gradient[start_at : start_at + counts[step][rank]], "x", 1e-11)
+
+
+def left_behind(shape, settings):
+    """Rows that are still held when steps are over, one with its backward pass and one without."""
+    sae, rank = spread(shape, settings)
+    gc.collect()
+    gc.disable()
+    x = batches(COUNTS[shape[0]], 1)[0][rank]
+    sae(x).loss.backward()
+    sae.zero_grad()
+    sae(x)
+    sae.zero_grad()
+    held = [found for found in gc.get_objects() if isinstance(found, Pending)]
+    gc.enable()
+    return len(held)
+
+
+@pytest.mark.parametrize("row_grads", [True, False])
+def test_a_step_leaves_nothing_behind(workers, row_grads):
+    assert workers.run(2, left_behind, (2, 1), {"impl": "torch", "l": None, "row_grads": row_grads}) == [0, 0]
 
 
 def steps_without_waiting(settings):

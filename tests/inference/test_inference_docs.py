@@ -21,11 +21,13 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", Hub(tmp_path / "hub", tmp_path / "cache"))
     folder = write_gemma_scope(tmp_path / "hub" / "google")
-    load, read = PYTHON
+    load, from_tensors, read = PYTHON
     names = {}
     exec(compile(load, "docs/inference.md", "exec"), names)
     assert names["x_hat"].shape == names["x"].shape
     torch.testing.assert_close(names["a"], names["sae"].encode(names["x"])[:, [3, 17]])
+    exec(compile(from_tensors, "docs/inference.md", "exec"), names)
+    assert names["some"].shape == names["x"].grad.shape
     write_store(tmp_path / "acts")
     folder.rename(tmp_path / "my_sae")
     for command in (COMMANDS[0], COMMANDS[2]):

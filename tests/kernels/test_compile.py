@@ -36,7 +36,6 @@ def compiled(arch, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("arch", SHARED)
 def test_what_the_compiler_makes(arch, tmp_path):
     usages = compiled(arch, tmp_path)

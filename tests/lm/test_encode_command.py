@@ -96,7 +96,7 @@ def test_what_does_not_belong_together(root, acts, tmp_path, capsys):
     assert run("encode", acts, out, "--sae", other, "--insist", "--quiet") == 0
     assert "either a folder of activations or --texts" in failure(capsys, "encode", out, "--sae", other)
     both = ("encode", acts, out, "--sae", root / "sae", "--texts", root / "texts.jsonl")
-    assert "either a folder of activations or --texts" in failure(capsys, *both)
+    assert "texts.jsonl': not beside" in failure(capsys, *both)
     mlp = {**SAELENS_6["metadata"], "hook_name": "blocks.1.hook_mlp_out"}
     folder = write_saelens(tmp_path / "mlp", "jumprelu", metadata=mlp)
     more = ("--texts", root / "texts.jsonl", "--model", root / "model")

@@ -186,7 +186,7 @@ def command(name, tmp_path, *arguments):
     assert {"device", "torch", "date", "command"} <= set(result)
     assert result["command"].endswith("--out result.json")
     assert str(tmp_path.parent) not in result["command"]
-    return result, out.with_suffix(".md").read_text()
+    return result, out.with_suffix(".md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

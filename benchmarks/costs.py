@@ -1,0 +1,122 @@
+"""What one launch on a GPU costs: its bytes, FLOPs and instructions, and every constant that turns them into time."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from torch import Tensor
+
+from benchmarks.compiled.table import TABLES
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a GPU reaches, not its peak: TFLOP/s of products by dtype, TB/s of its memory and of its L2, multiprocessors
+    and their GHz."""
+
+    arch: str
+    tflops: dict[str, float]
+    tbs: float
+    l2_tbs: float
+    multiprocessors: int
+    ghz: float
+
+
+# every constant of the model
+DEVICES = {
+    "H100": Device("sm_90", {"bfloat16": 798, "float32": 51}, 3.0, 5.5, 132, 1.75),
+    "H200": Device("sm_90", {"bfloat16": 790, "float32": 51}, 4.3, 5.5, 132, 1.75),
+    "A100": Device("sm_80", {"bfloat16": 260, "float32": 17}, 1.75, 4.0, 108, 1.41),
+}
+# a multiprocessor issues so many instructions of warps a cycle
+ISSUED = 4
+# bytes of a matrix whose rows, gathered again and again, come from L2
+FITS_L2 = 32 << 20
+# of the library's rate, what the fused score kernel multiplies at
+FUSED = 0.8
+# passes of a radix sort, each of which reads and writes keys and places
+SORT_PASSES = 4
+# microseconds that the shortest launch takes on the device, and that any takes on the host
+SHORTEST_US, HOST_US = 2.0, 12.0
+# kernel -> its row in the tables of compiled code, for kernels that are not bound by a loop of unknown length
+CODE = {
+    "append_above_kernel": "chunk_filter: whole dictionary",
+    "chunk_partials_kernel": "chunk_scores: partials l2",
+    "row_adam_kernel": "row_adam: dense d=4096",
+}
+# times that a kernel's loop, of known length, goes through its code
+TRIPS: dict[str, Callable[[dict[str, Any]], int]] = {"chunk_partials_kernel": lambda c: c["STEPS"]}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One launch on the device. cached: bytes that come from L2."""
+
+    name: str
+    bytes: int = 0
+    cached: int = 0
+    flops: int = 0
+    dtype: str = "float32"
+    instructions: Callable[[str], int] = lambda arch: 0
+
+    def seconds(self, on: Device) -> float:
+        rate = on.tflops[self.dtype] * (FUSED if self.name == "column_partials_kernel" else 1)
+        issued = self.instructions(on.arch) / (ISSUED * on.multiprocessors * on.ghz * 1e9)
+        moved = self.bytes / (on.tbs * 1e12) + self.cached / (on.l2_tbs * 1e12)
+        return max(moved, self.flops / (rate * 1e12), issued, SHORTEST_US * 1e-6)
+
+
+def size(*tensors: Any) -> int:
+    """Bytes of tensors, an expanded one as often as it is in memory."""
+    return sum(t.itemsize * math.prod(n for n, s in zip(t.shape, t.stride()) if s) for t in tensors if t is not None)
+
+
+def adam_bytes(a: dict[str, Any], c: dict[str, Any]) -> int:
+    """Weight and moments read and written, the gradient read, the copy written."""
+    row = 2 * sum(a[name].itemsize for name in ("weight", "exp_avg", "exp_avg_sq"))
+    row += 0 if a["copy"] is None else a["copy"].itemsize
+    return a["R"] * c["D"] * row + size(a["grad"])
+
+
+# what a launch moves: of the others each argument once
+BYTES: dict[str, Callable[[dict[str, Any], dict[str, Any]], int]] = {
+    "append_above_kernel": lambda a, c: size(a["z"]),
+    "refill_kernel": lambda a, c: 0,
+    "row_adam_kernel": adam_bytes,
+    "entry_dots_kernel": lambda a, c: size(a["left"], a["tokens"], a["features"]),
+    "rests_kernel": lambda a, c: size(a["partials"]),
+    "segments_kernel": lambda a, c: size(a["weights"], a["partials"], a["out"]),
+    "write_pool_kernel": lambda a, c: 2 * size(a["z"]) + size(a["copy"]),
+    "keep_rows_kernel": lambda a, c: 2 * size(a["z"]) + size(a["copy"]),
+    "keep_long_rows_kernel": lambda a, c: 4 * size(a["z"]) + size(a["copy"]),
+}
+# and of which matrix it gathers a row for each entry of which list
+GATHERED = {"entry_dots_kernel": ("W", "tokens"), "segments_kernel": ("source", "weights")}
+
+
+def work_of_launch(kernel: Any, config: triton.Config, grid: Any, args: tuple[Any, ...], **constexprs: Any) -> Work:
+    name, a = kernel.fn.__name__, dict(zip(kernel.arg_names, args))
+    c = {**constexprs, **config.kwargs}
+    tensors = [t for t in args if isinstance(t, Tensor)]
+    moved = BYTES[name](a, c) if name in BYTES else size(*tensors)
+    cached = 0
+    if name in GATHERED:
+        source, entries = (a[argument] for argument in GATHERED[name])
+        gathered = len(entries) * source.shape[1] * source.itemsize
+        moved, cached = (moved + size(source), gathered) if size(source) <= FITS_L2 else (moved + gathered, 0)
+    programs = math.prod(grid(c) if callable(grid) else grid)
+    flops = 2 * a["B"] * a["F"] * c["D"] if name == "column_partials_kernel" else 0
+    dtype = str(a["W"].dtype).removeprefix("torch.") if flops else "float32"
+    times = programs * config.num_warps * TRIPS.get(name, lambda c: 1)(c)
+    return Work(name, moved, cached, flops, dtype, lambda arch: times * instructions(arch).get(CODE.get(name, ""), 0))
+
+
+def instructions(arch: str) -> dict[str, int]:
+    """By row of the table of compiled code."""
+    rows = re.findall(r"^\| (\w+: .*?) \|(.*)\|$", (TABLES / f"{arch}.md").read_text(), re.MULTILINE)
+    return {name: int(cells.split("|")[4]) for name, cells in rows}

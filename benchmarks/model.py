@@ -1,0 +1,207 @@
+"""What a training step should take on a GPU, predicted without one: launches, bytes, FLOPs and instructions, added up.
+
+    python -m benchmarks.model                 writes benchmarks/results/predicted.json and .md
+    python -m benchmarks.model --check         exits 1 where a prediction is worse than the file's by more than 5%
+
+A step runs on tensors without memory (device "meta") at its real size: every launch of a kernel and every operation of
+PyTorch is recorded, none is made. Each then takes the longest of its bytes at the memory's rate, its FLOPs at the
+product's and its instructions at the rate they are issued, as `benchmarks/results/compiled` counts them; one after
+another. No overlap, no cache, no waiting: these are predictions and no measurements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.costs import DEVICES, HOST_US, SORT_PASSES, Work, size, work_of_launch
+from benchmarks.measure import RESULTS, Row
+from benchmarks.record import markdown
+from benchmarks.replaced import replaced
+from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig
+from sampled_sae.impl import interface
+from sampled_sae.impl.triton import block, layer, products, scores
+from sampled_sae.support.late_values import all_finite
+
+FILE = RESULTS / "predicted.json"
+B, F, K = 8192, 65536, 64
+WIDTHS, LS, DTYPES, MODES = (768, 2304, 4096), (4.0, None), ("bfloat16", "float32"), ("decayed", "dense")
+ALLOWED = 1.05
+
+
+class Trace(TorchDispatchMode):
+    """Notes every operation of PyTorch, those inside this package's operators too."""
+
+    FREE = (
+        "empty",
+        "new_empty",
+        "view",
+        "detach",
+        "alias",
+        "resize",
+        "set_",
+        "_unsafe_view",
+        "lift_fresh",
+        "expand",
+        "_reshape",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.works: list[Work] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "sampled_sae":
+            with self:
+                return OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        if not func.is_view and not name.startswith(self.FREE):
+            self.works.append(self._work(name, [*args, *(kwargs or {}).values()], out))
+        return out
+
+    def _work(self, name: str, args: list[Any], out: Any) -> Work:
+        flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
+        made = [t for t in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(t, Tensor)]
+        if name == "mm":
+            return product_work(flat[0], flat[1], made[0])
+        if name == "sort":
+            return Work("sort", SORT_PASSES * 2 * size(*made))
+        if name == "index_select":
+            return Work("gather", 2 * size(*made) + size(flat[1]))
+        if name.startswith(("index_copy", "index_fill", "index_put")):
+            return Work("scatter", 2 * size(*flat[1:]))
+        written = () if name in ("fill_", "zero_") else flat
+        return Work("PyTorch passes", size(*made) + size(*written))
+
+
+def product_work(a: Tensor, b: Tensor, out: Tensor) -> Work:
+    flops = 2 * a.shape[0] * a.shape[1] * b.shape[1]
+    return Work("products of cuBLAS", size(a, b, out), 0, flops, str(a.dtype).removeprefix("torch."))
+
+
+def traced(d: int, l: float | None, dtype: str, arch: str) -> dict[str, list[Work]]:
+    """The launches of one step in training, in which no feature is dead, by mode of RowAdam."""
+    trace = Trace()
+
+    def launch(*args: Any, **constexprs: Any) -> None:
+        trace.works.append(work_of_launch(*args, **constexprs))
+
+    def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        made = a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32) if out is None else out
+        trace.works.append(product_work(a, b, made))
+        return made
+
+    with ExitStack() as stack:
+        for owner in (products, block):
+            stack.enter_context(patch.object(owner, "product", product))
+        stack.enter_context(patch.object(layer, "product_dtype", lambda x: getattr(torch, dtype)))
+        stack.enter_context(patch.object(scores, "architecture", lambda device: arch))
+        stack.enter_context(patch.object(interface, "interpreted", lambda: True))
+        known = {"architecture": lambda device: arch, "resident_programs": lambda device: 2 * 132}
+        stack.enter_context(replaced(launch=launch, **known))
+        config = SampledSAEConfig(d, F, K, l, impl="triton", row_grads=True, aux_coefficient=0.0)
+        with patch.object(torch, "randn", lambda *shape, **options: torch.empty(*shape, device="meta")):
+            sae = SampledSAE(config, device="meta")
+        stack.enter_context(patch.object(sae.memory.inputs, "check", all_finite))
+        x = torch.empty(B, d, device="meta")
+
+        def second(call: Callable[[], Any]) -> list[Work]:
+            """What it does once there are moments, and a threshold to begin with."""
+            call()
+            trace.works.clear()
+            with trace:
+                call()
+            return [*trace.works]
+
+        def forward_and_backward() -> None:
+            sae.zero_grad()
+            sae(x, scaled=True).loss.backward()
+
+        both = second(forward_and_backward)
+        return {mode: both + second(RowAdam(sae, mode=mode).step) for mode in MODES}
+
+
+def predictions() -> Iterator[Row]:
+    """A row for each size, rule, optimizer and device."""
+    for dtype in DTYPES:
+        for d in WIDTHS:
+            for l in LS:
+                for name, on in DEVICES.items():
+                    works = traced(d, l, dtype, on.arch)
+                    yield from (predicted(works[mode], name, d, l, dtype, mode) for mode in MODES)
+
+
+def predicted(works: list[Work], name: str, d: int, l: float | None, dtype: str, mode: str) -> Row:
+    on = DEVICES[name]
+    floor = 2 * B * d * F / (on.tflops[dtype] * 1e12)
+    shares: Counter[str] = Counter()
+    for work in works:
+        shares[work.name] += work.seconds(on) / floor
+    return {
+        "device": name,
+        **{"dtype": dtype, "B": B, "d": d, "F": F, "k": K, "l": l, "adam": mode, "launches": len(works)},
+        "GB": round(sum(work.bytes + work.cached for work in works) / 1e9, 3),
+        "TFLOP": round(sum(work.flops for work in works) / 1e12, 3),
+        "ms": round(1e3 * floor * shares.total(), 4),
+        "of_product": round(shares.total(), 4),
+        "host_ms": round(1e-3 * HOST_US * len(works), 3),
+        "shares": {part: round(share, 4) for part, share in shares.most_common()},
+    }
+
+
+COLUMNS = {name: f"{{{name}}}" for name in ("device", "dtype", "d", "l", "adam", "launches", "GB", "TFLOP")}
+COLUMNS |= {"ms": "{ms:.2f}", "of the product": "{of_product:.2f}", "host, ms": "{host_ms:.1f}"}
+PARTS = {"d": "{d}", "l": "{l}", "adam": "{adam}", "of the product, part by part": "{parts}"}
+HEAD = f"""# Predicted, not measured
+
+Written by `python -m benchmarks.model`, which says how: a training step of B={B} tokens, F={F}, k={K}, in units of the
+encoder product 2BdF. No GPU has run it. The constants, such as the rates of each GPU, stand in `benchmarks/costs.py`.
+"""
+
+
+def table(rows: list[Row]) -> str:
+    shown = [row for row in rows if (row["device"], row["dtype"]) == ("H100", "bfloat16")]
+    lines = []
+    for row in shown:
+        parts = ", ".join(f"{part} {share:.2f}" for part, share in row["shares"].items() if share >= 0.02)
+        lines.append({**row, "parts": parts})
+    return f"{HEAD}\n{markdown(COLUMNS, rows)}\nWhere it goes on an H100 in bfloat16:\n\n{markdown(PARTS, lines)}"
+
+
+def key(row: Row) -> str:
+    return " ".join(str(row[name]) for name in ("device", "dtype", "d", "l", "adam"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a prediction became worse")
+    args = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        sys.exit("TRITON_INTERPRET is set: the kernels' sizes would be the interpreter's; unset it")
+    rows = [*predictions()]
+    if not args.check:
+        FILE.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        FILE.with_suffix(".md").write_text(table(rows))
+        return 0
+    before = {key(row): row for row in json.loads(FILE.read_text())["rows"]}
+    worse = [row for row in rows if row["ms"] > ALLOWED * before.get(key(row), {"ms": 0})["ms"]]
+    for row in worse:
+        print(f"{key(row)}: {row['ms']} ms, {before.get(key(row), {}).get('ms', 'nothing')} in {FILE.name}")
+    return 1 if worse else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,96 @@
+"""Who touched each byte during a launch, and which two accesses of it collide.
+
+- race: two programs touch one element, one of them writes, and not both by atomics; in whatever order they ran here.
+- duplicate: two lanes of one store write different values to one address.
+- same program: one program touches an element twice, one a write, without `tl.debug_barrier` between. On a GPU that is
+  right only where the same thread owns the element both times: a suspect, to be judged by the layouts in the TTGIR.
+
+It knows nothing of caches, of memory ordering or of warps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from .regions import Access, Region
+
+# (kind, index of the other access's site, lanes)
+Collision = tuple[str, int, int]
+NOBODY = -1
+
+
+class Touched:
+    """The last access of one sort, byte by byte: by which program, between which barriers, from which line."""
+
+    def __init__(self, size: int) -> None:
+        self.program, self.epoch = np.full(size, NOBODY, np.int32), np.full(size, NOBODY, np.int32)
+        self.site = np.zeros(size, np.int32)
+
+    def note(self, at: np.ndarray, program: int, epoch: int, site: int) -> None:
+        self.program[at], self.epoch[at], self.site[at] = program, epoch, site
+
+    def by_others(self, at: np.ndarray, program: int) -> np.ndarray:
+        return (self.program[at] != NOBODY) & (self.program[at] != program)
+
+    def collisions(self, kind: str, at: np.ndarray, where: np.ndarray) -> Iterator[Collision]:
+        for site in np.unique(self.site[at][where]):
+            yield kind, int(site), int((self.site[at][where] == site).sum())
+
+
+class Shadow:
+    """Of one storage."""
+
+    def __init__(self, size: int) -> None:
+        self.written, self.read, self.added = Touched(size), Touched(size), Touched(size)
+        self.read_by_several = np.zeros(size, bool)
+
+    def load(self, at: np.ndarray, program: int, epoch: int, site: int) -> Iterator[Collision]:
+        """`at`: bytes at which the elements begin, each once."""
+        for kind, other in (("race: read, another program wrote", self.written), ("race: read, atomic", self.added)):
+            yield from other.collisions(kind, at, other.by_others(at, program))
+        own = (self.written.program[at] == program) & (self.written.epoch[at] == epoch)
+        yield from self.written.collisions("same program: read after write", at, own)
+        self.read_by_several[at] |= self.read.by_others(at, program)
+        self.read.note(at, program, epoch, site)
+
+    def store(self, at: np.ndarray, program: int, epoch: int, site: int, atomic: bool) -> Iterator[Collision]:
+        kind = "atomic" if atomic else "write"
+        others = self.written.by_others(at, program)
+        yield from self.written.collisions(f"race: {kind}, another program wrote", at, others)
+        others = self.read_by_several[at] | self.read.by_others(at, program)
+        yield from self.read.collisions(f"race: {kind}, another program read", at, others)
+        if not atomic:
+            yield from self.added.collisions("race: write, atomic", at, self.added.by_others(at, program))
+        for other, name in ((self.read, "read"), (self.written, "write")):
+            own = (other.program[at] == program) & (other.epoch[at] == epoch)
+            yield from other.collisions(f"same program: {kind} after {name}", at, own)
+        (self.added if atomic else self.written).note(at, program, epoch, site)
+
+
+class Shadows:
+    """Of all storages of one launch."""
+
+    def __init__(self) -> None:
+        self._shadows: dict[int, Shadow] = {}
+
+    def note(self, access: Access, step: Callable[[Shadow, np.ndarray], Iterator[Collision]]) -> Iterator[Collision]:
+        """`step` of each storage that the lanes touch, with the bytes at which their elements begin, each once."""
+        for region, inside in access.parts:
+            if inside.any():
+                at = np.unique(access.real[inside].astype(np.int64) - region.storage)
+                yield from step(self._of(region), at)
+
+    def _of(self, region: Region) -> Shadow:
+        if region.storage not in self._shadows:
+            self._shadows[region.storage] = Shadow(max(region.storage_bytes, 1))
+        return self._shadows[region.storage]
+
+
+def is_duplicate(access: Access, values: np.ndarray) -> bool:
+    """Whether two lanes store different bits to one address."""
+    lanes = np.broadcast_to(values, access.good.shape)[access.good]
+    bits = np.ascontiguousarray(lanes).view(f"u{lanes.dtype.itemsize}")
+    at, first, inverse = np.unique(access.real[access.good], return_index=True, return_inverse=True)
+    return bool(len(at) < len(bits) and (bits[first][inverse] != bits).any())

@@ -1,0 +1,223 @@
+"""The memory checker: each fault that it looks for is planted and found; every kernel here is free of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+
+from memcheck.interpreter import POISON, checked  # noqa: E402
+
+HALF, LONG = torch.bfloat16, torch.int64
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs Triton's interpreter")
+
+
+@triton.jit
+def copy_kernel(x, y, n, stride, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, tl.load(x + at * stride, mask=at < n), mask=at < n)
+
+
+@triton.jit
+def sum_kernel(x, y, ATOMIC: tl.constexpr):
+    if ATOMIC:
+        tl.atomic_add(y, tl.load(x + tl.program_id(0)))
+    else:
+        tl.store(y, tl.load(y) + tl.load(x + tl.program_id(0)))
+
+
+@triton.jit
+def shift_kernel(x, AFTER: tl.constexpr):
+    """Reads what the program after or before it writes."""
+    i = tl.program_id(0)
+    value = tl.load(x + i + 1) if AFTER else tl.load(x + tl.maximum(i - 1, 0))
+    tl.store(x + i, value)
+
+
+@triton.jit
+def claim_kernel(x):
+    tl.atomic_cas(x + 1, 0, 1)
+
+
+@triton.jit
+def reverse_kernel(x, BARRIER: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(x + at, tl.load(x + at) + 1)
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(x + at, tl.load(x + BLOCK - 1 - at))
+
+
+@triton.jit
+def scatter_kernel(x, y, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(y + at // 2, tl.load(x + at))
+
+
+@triton.jit
+def order_kernel(x, y):
+    """Which program comes first."""
+    place = tl.atomic_add(x, 1)
+    tl.store(y + place, tl.program_id(0))
+
+
+def copied(n, x, y, stride=1):
+    copy_kernel[(triton.cdiv(n, 4),)](x, y, n, stride, BLOCK=4)
+
+
+def kinds(findings):
+    return {finding.kind.split(":")[0] for finding in findings.lanes}
+
+
+def whole(n=8):
+    return torch.arange(1.0, n + 1)
+
+
+def zeros(dtype):
+    return torch.zeros(4, dtype=dtype)
+
+
+FAULTS = {
+    "read past the end": ("out of bounds", lambda: copied(8, whole(7), torch.zeros(8))),
+    "written past the end": ("out of bounds", lambda: copied(8, whole(), torch.zeros(7))),
+    "read before the start": ("out of bounds", lambda: copied(2, whole(), torch.zeros(8), stride=-1)),
+    "read in the holes of a view": ("out of bounds", lambda: copied(8, torch.zeros(4, 4)[:, :2], torch.zeros(8))),
+    "read far away": ("out of bounds", lambda: copied(2, whole(), torch.zeros(8), stride=1 << 41)),
+    "atomic past the end": ("out of bounds", lambda: sum_kernel[(1,)](whole(), torch.zeros(0), True)),
+    "uninitialised": ("uninitialised read", lambda: copied(8, torch.empty(8), torch.zeros(8))),
+    "uninitialised, 16 bits": ("uninitialised read", lambda: copied(4, torch.empty(4, dtype=HALF), zeros(HALF))),
+    "uninitialised, 64 bits": ("uninitialised read", lambda: copied(4, whole().new_empty(4, dtype=LONG), zeros(LONG))),
+    "sum without atomics": ("race", lambda: sum_kernel[(3,)](whole(), torch.zeros(1), False)),
+    "read what the next writes": ("race", lambda: shift_kernel[(3,)](whole(), True)),
+    "read what the last wrote": ("race", lambda: shift_kernel[(3,)](whole(), False)),
+    "two lanes, one address": ("duplicate", lambda: scatter_kernel[(1,)](whole(), torch.zeros(8), BLOCK=8)),
+    "other lanes without barrier": ("same program", lambda: reverse_kernel[(1,)](whole(), False, BLOCK=8)),
+}
+RIGHT = {
+    "copy": lambda: copied(7, whole(7), torch.zeros(7)),
+    "copy of every second": lambda: copied(4, torch.zeros(8)[::2], torch.zeros(4), stride=2),
+    "written, then read": lambda: (y := torch.empty(8), copied(8, whole(), y), copied(8, y, torch.zeros(8))),
+    "sum by atomics": lambda: sum_kernel[(3,)](whole(), torch.zeros(1), True),
+    "equal values to one address": lambda: scatter_kernel[(1,)](torch.ones(8), torch.zeros(8), BLOCK=8),
+    "claim": lambda: claim_kernel[(3,)](torch.zeros(2, dtype=torch.int32)),
+}
+
+
+@pytest.mark.parametrize(("kind", "launch"), FAULTS.values(), ids=FAULTS.keys())
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+def test_a_planted_fault_is_found_where_it_is(order, kind, launch):
+    with checked(order) as findings:
+        launch()
+    assert kinds(findings) - {"same program"} <= {kind}
+    found = [finding for finding in findings.lanes if finding.kind.startswith(kind)]
+    assert found
+    for finding in found:
+        assert finding.site.startswith("test_memcheck.py:")
+        assert finding.kernel.endswith("_kernel")
+        assert (finding in findings.faults()) == (kind != "same program")
+
+
+@pytest.mark.parametrize("launch", RIGHT.values(), ids=RIGHT.keys())
+def test_what_is_right_is_not_reported(launch):
+    with checked() as findings:
+        launch()
+    assert findings.faults() == []
+    assert findings.kernels.total() > 0
+    assert findings.accesses > 0
+
+
+def test_the_barrier_of_a_program_is_seen():
+    """What is left is the store after the load, with no barrier between."""
+    found = []
+    for barrier in (False, True):
+        with checked() as findings:
+            reverse_kernel[(1,)](whole(), barrier, BLOCK=8)
+        found.append({finding.kind for finding in findings.lanes})
+    assert "same program: read after write" in found[0] - found[1]
+
+
+def test_out_of_bounds_is_left_undone():
+    memory = torch.full((9,), 5.0)
+    with checked():
+        copied(8, whole(), memory[:7])
+    assert memory[7:].tolist() == [5.0, 5.0]
+    refused = pytest.raises(triton.runtime.errors.InterpreterError, match="claim_kernel: atomic_cas out of bounds")
+    with checked(), refused:
+        claim_kernel[(1,)](torch.zeros(1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "shuffle"])
+def test_programs_run_in_the_order_asked_for(order):
+    found = torch.zeros(16, dtype=torch.int32)
+    with checked(order):
+        order_kernel[(16,)](torch.zeros(1, dtype=torch.int32), found)
+    assert (found.tolist() == [*range(16)]) == (order == "forward")
+    assert (found.tolist() == [*reversed(range(16))]) == (order == "reverse")
+    assert sorted(found.tolist()) == [*range(16)]
+
+
+def test_another_order_is_an_error():
+    with pytest.raises(ValueError, match="order='backward': must be one of"), checked("backward"):
+        pass
+
+
+def test_everything_is_as_before_afterwards():
+    with checked():
+        assert torch.empty(3).view(torch.int32).tolist() == [POISON[4]] * 3
+    with checked(poison=False) as findings:
+        copied(4, torch.empty(4), torch.zeros(4))
+    assert findings.lanes == {}
+    copied(8, torch.empty(8), torch.zeros(8))
+    assert findings.kernels.total() == 1
+
+
+# of each kernel of this package some tests that are cheap in the interpreter: all arguments, tails, unused slots
+CHEAP = (
+    "(optional_arguments and True-True) or unused_slots or (rows_apart and 16) or (listed_features and True-True) or "
+    "(largest_indices and 77) or (compact_largest and 50-4) or (nth_largest and True) or threshold_stays or "
+    "(other_rows_stand and decayed) or before_the_first_token"
+)
+
+
+def run_plugin(*arguments, cwd=ROOT):
+    command = [sys.executable, "-m", "pytest", "-p", "tests.memcheck", "-p", "no:cacheprovider", "-q", "-n", "0"]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*command, *arguments], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_every_kernel_is_free_of_faults(tmp_path):
+    """In a shuffled order of their programs; the results are those of the tests themselves."""
+    report = tmp_path / "report.json"
+    done = run_plugin("tests/kernels", "-k", CHEAP, "--program-order", "shuffle", f"--memcheck-report={report}")
+    assert done.returncode == 0, done.stdout[-5000:]
+    found = json.loads(report.read_text())
+    assert [row for row in found["found"] if not row["kind"].startswith("same program")] == []
+    defined = {
+        line.split("def ")[1].split("(")[0]
+        for file in (ROOT / "kernels").glob("*.py")
+        for line in file.read_text().splitlines()
+        if line.startswith("def ") and line.split("(")[0].endswith("_kernel")
+    }
+    assert set(found["kernels"]) == defined
+
+
+def test_the_plugin_fails_the_test_at_fault(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import torch, triton, triton.language as tl\n\n\n"
+        "@triton.jit\ndef one_kernel(x):\n    tl.store(x + 1, 1.0)\n\n\n"
+        "def test_bad():\n    one_kernel[(1,)](torch.zeros(1))\n\n\n"
+        "def test_good():\n    one_kernel[(1,)](torch.zeros(2))\n"
+    )
+    done = run_plugin("test_it.py", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "1 failed, 1 passed" in done.stdout
+    assert "out of bounds: store | one_kernel | test_it.py:6 | elements 1 to 1 of pointer 1 (1,)" in done.stdout
+    assert run_plugin("test_it.py", "--memcheck-go-on", cwd=tmp_path).returncode == 0

@@ -1,0 +1,85 @@
+"""The predicted step: the account of single launches by hand, and no landing that makes a prediction worse unseen."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks import costs, model
+from benchmarks.gpu_parts import summary
+from benchmarks.gpu_parts.predictions import with_predictions
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = json.loads(model.FILE.read_text())["rows"]
+H100 = costs.DEVICES["H100"]
+
+
+@pytest.mark.slow
+def test_no_prediction_became_worse():
+    """By more than 5%; where it is meant, `python -m benchmarks.model` writes the file anew."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.model", "--check"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_the_file_has_every_row_and_its_table():
+    assert len(ROWS) == len({model.key(row) for row in ROWS}) == 3 * 3 * 2 * 2 * 2
+    assert model.FILE.with_suffix(".md").read_text() == model.table(ROWS)
+    assert model.table(ROWS).startswith("# Predicted, not measured")
+
+
+@pytest.mark.parametrize("row", ROWS, ids=model.key)
+def test_a_row_adds_up(row):
+    assert row["of_product"] == pytest.approx(sum(row["shares"].values()), abs=0.005)
+    floor = 2 * row["B"] * row["d"] * row["F"] / costs.DEVICES[row["device"]].tflops[row["dtype"]] / 1e9
+    assert row["ms"] == pytest.approx(row["of_product"] * floor, rel=1e-3)
+    assert row["TFLOP"] * 1.001e12 >= 2 * row["B"] * row["d"] * row["F"]
+
+
+def test_work_takes_the_longest_of_its_parts():
+    tera = 10**12
+    assert costs.Work("x", bytes=3 * tera).seconds(H100) == pytest.approx(1)
+    assert costs.Work("x", cached=11 * tera).seconds(H100) == pytest.approx(2)
+    assert costs.Work("mm", 3 * tera, 0, 1596 * tera, "bfloat16").seconds(H100) == pytest.approx(2)
+    issued = costs.Work("x", instructions=lambda arch: 4 * 132 * 1_750_000_000)
+    assert issued.seconds(H100) == pytest.approx(1)
+    assert costs.Work("x").seconds(H100) == pytest.approx(2e-6)
+
+
+def test_instructions_are_those_of_the_tables():
+    for arch in ("sm_80", "sm_90"):
+        assert set(costs.CODE.values()) <= set(costs.instructions(arch))
+    assert min(costs.instructions("sm_90").values()) > 50
+
+
+def test_operations_of_pytorch_are_counted():
+    a, b = torch.empty(8, 4, device="meta"), torch.empty(4, device="meta")
+    with model.Trace() as trace:
+        (a.t().expand(4, 8) + 1).mul_(b[:, None].expand(4, 8))
+        a.index_select(0, torch.empty(3, dtype=torch.int64, device="meta"))
+        torch.sort(b)
+        torch.mm(a.bfloat16(), torch.empty(4, 16, dtype=torch.bfloat16, device="meta"))
+    found = [(work.name, work.bytes) for work in trace.works]
+    add, multiply = ("PyTorch passes", 2 * 128), ("PyTorch passes", 2 * 128 + 16)
+    cast = ("PyTorch passes", 128 + 64)
+    gather, sort = ("gather", 2 * 48 + 24), ("sort", costs.SORT_PASSES * 2 * (16 + 32))
+    assert found == [add, multiply, gather, sort, cast, ("products of cuBLAS", 64 + 128 + 256)]
+    assert trace.works[-1].flops == 2 * 8 * 4 * 16
+    assert trace.works[-1].dtype == "bfloat16"
+
+
+def test_a_measured_step_stands_beside_its_prediction():
+    size = {"workload": "wide", "B": model.B, "d": 768, "F": model.F, "k": model.K, "ratio": 2.0}
+    names = ("l=4, RowAdam dense", "l=4, RowAdam dense, graph", "l=None (BatchTopK), RowAdam dense")
+    rows = [{**size, "candidate": name} for name in names] + [{**size, "candidate": names[0], "d": 100}]
+    found = with_predictions(rows, "NVIDIA H100 80GB HBM3")
+    assert ["predicted" in row for row in found] == [True, False, True, False]
+    assert f"2.00 ({found[0]['predicted']:.2f} predicted)" in "\n".join(summary.summary("steps", found[:2]))
+    assert with_predictions(rows, "AMD EPYC") == rows

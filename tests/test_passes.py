@@ -1,0 +1,58 @@
+"""What a step reads and writes of [B, d] around its products: passes counted, values and gradients as before."""
+
+import pytest
+import torch
+from makers import tokens
+
+pytest.importorskip("triton")
+
+from benchmarks.model import Trace
+from sampled_sae.impl.training_step import squared_errors
+from sampled_sae.support.late_values import all_finite
+
+B, D = 64, 32
+
+
+def passes(call):
+    """(what the call returns, how often its operations read or write [B, D] float32)."""
+    with Trace() as trace:
+        out = call()
+    return out, sum(work.bytes for work in trace.works) // (4 * B * D)
+
+
+def test_squared_errors_in_six_passes_and_six_back():
+    x, x_hat = tokens(B, D, dtype=torch.float32), tokens(B, D, dtype=torch.float32, seed=2).requires_grad_()
+    errors, forward = passes(lambda: squared_errors(x, x_hat))
+    (gradient,), backward = passes(lambda: torch.autograd.grad(errors.mean(), x_hat))
+    assert (forward, backward) == (6, 6)
+    expected = (x - x_hat).square().sum(-1)
+    assert torch.equal(errors, expected)
+    assert torch.equal(gradient, torch.autograd.grad(expected.mean(), x_hat)[0])
+
+
+def test_squared_errors_have_both_derivatives():
+    x, x_hat = tokens(3, 4), tokens(3, 4, seed=2)
+    assert torch.autograd.gradcheck(squared_errors, (x.requires_grad_(), x_hat.requires_grad_()))
+    assert torch.autograd.gradgradcheck(squared_errors, (x, x_hat))
+
+
+def test_a_token_that_is_met_exactly_has_no_gradient():
+    x_hat = torch.ones(2, 3, requires_grad=True)
+    squared_errors(torch.tensor([[1.0, 1, 1], [1, 1, 3]]), x_hat).sum().backward()
+    assert x_hat.grad.tolist() == [[0, 0, 0], [0, 0, -4]]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_what_is_not_finite_is_seen(dtype, bad):
+    x = torch.full((5, 7), torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(x)
+    x[3, 4] = bad
+    assert not all_finite(x)
+    x[1, 2] = -bad
+    assert not all_finite(x)
+
+
+def test_the_check_is_one_pass():
+    x = tokens(B, D, dtype=torch.float32)
+    assert passes(lambda: all_finite(x))[1] == 1
