@@ -82,7 +82,7 @@ TWO = {"data": (2, 1), "feature": (1, 2)}
 def on_processes(size: int, work: Callable[..., Any], *args: Any) -> Any:
     """What `work(*args)` returns on the first of `size` processes, each of one thread and all in one gloo group."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__"])
+    context.set_forkserver_preload(["benchmarks.scale"])
     answers = context.SimpleQueue()
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

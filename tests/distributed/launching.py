@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 OPTIONS = ["--features", "96", "--k", "3", "--steps", "8", "--batch-size", "64", "--checkpoint-every", "3"]
-OPTIONS += ["--log-every", "2", "--quiet"]
+OPTIONS += ["--log-every", "2", "--rank-timeout", "120", "--quiet"]
 
 
 @dataclass
