@@ -21,7 +21,7 @@ KILLS = [
     (Mishap(1, BATCH, "killed", call=1), None),
     (Mishap(0, "sampled_sae.sae:SampledSAE.forward", "killed", call=1), None),
     (Mishap(1, "torch:Tensor.backward", "killed", call=1), None),
-    (Mishap(1, "sampled_sae.distributed.gate:sum_all", "killed", call=1), None),
+    (Mishap(1, "sampled_sae.distributed.gradients:sum_all", "killed", call=1), None),
     (Mishap(1, "sampled_sae.optim:RowAdam.step", "killed", call=1, after=True), None),
     (Mishap(1, SHARDS, "killed"), None),
     (Mishap(0, RECORD, "killed"), None),
