@@ -50,6 +50,9 @@ class MeshLayout(Layout):
             rows = SpreadRows(keep_rows, frozenset())
             return Leaves(W_enc.t(), b_enc, W_dec, b_dec, b_dec, rows)
         rows = SpreadRows(keep_rows, wanted)
+        for part, parameter in zip((W_enc, b_enc, W_dec), parameters):
+            # says that rows of it are asked for; no gradient flows here
+            part.requires_grad_(parameter.requires_grad)
         b_in, b_out, rows.anchor = SumGradients.apply(rows.aside, self.mesh, self.weights, *parameters)
         return Leaves(W_enc.t(), b_enc, W_dec, b_in, b_out, rows)
 
