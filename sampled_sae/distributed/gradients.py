@@ -106,11 +106,12 @@ class SumGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, into_encoder: Tensor, of_decoder: Tensor, _: Tensor) -> tuple[Any, ...]:
         aside, mesh, weights = ctx.aside, ctx.mesh, ctx.weights
-        # each process of the feature dimension has subtracted b_dec for its own features
-        b_dec = mesh.feature.sum_(into_encoder.contiguous(), "b_dec") + of_decoder
+        # each process of the feature dimension has subtracted b_dec for its own features, and all have added it
+        b_dec = into_encoder + of_decoder if mesh.feature.rank == 0 else into_encoder.clone()
         parts = [part for part in aside.pending if part.fresh is not None]
         align(parts, aside, weights.n_local, mesh)
-        b_dec = sum_all(parts, b_dec, mesh)
+        # over `feature` last: lists of other lengths may be summed in another order, and b_dec is the same everywhere
+        b_dec = mesh.feature.sum_(sum_all(parts, b_dec, mesh).contiguous(), "b_dec")
         gradients: list[Tensor | None] = [None] * 3
         if aside.dense:
             gradients = [dense(weights, [p for p in parts if p.name == name], b_dec.dtype) for name in ROWS]
@@ -156,18 +157,29 @@ def align(parts: list[Pending], aside: Aside, n_features: int, mesh: Mesh) -> No
                 unions[id(features)] = union(features, aside.among.get(id(features)), n_features, mesh)
             part.features = part.union = unions[id(features)]
         assert fresh is not None
-        aligned = fresh.new_zeros(len(part.union), *fresh.shape[1:])
-        part.fresh = aligned.index_copy_(0, torch.searchsorted(part.union, features), fresh)
+        aligned = part.fresh = rows_at(part.union, features, fresh)
         if part.rows.shape != aligned.shape:
             part.rows = empty_receiver(fresh, part.union, fresh.dtype)
 
 
 def union(features: Tensor, among: Tensor | None, n_features: int, mesh: Mesh) -> Tensor:
-    """int64, ascending: every feature that a process of the data dimension has; all are `among` those, where given."""
-    size, at = (n_features, features) if among is None else (len(among), torch.searchsorted(among, features))
-    touched = torch.zeros(size, dtype=torch.uint8, device=features.device).index_fill_(0, at, 1)
+    """int64, ascending: every feature that a process of the data dimension has; where given, of `among` those alone.
+
+    A list may hold others beside them, whose gradient is 0: all features where most are touched, or what fills it.
+    """
+    touched = torch.zeros(n_features, dtype=torch.uint8, device=features.device).index_fill_(0, features, 1)
+    touched = touched if among is None else touched.index_select(0, among)
     found = mesh.data.max_(touched, "touched features").nonzero().squeeze(1)
     return found if among is None else among.index_select(0, found)
+
+
+def rows_at(union: Tensor, features: Tensor, rows: Tensor) -> Tensor:
+    """[U, ...]: of rows [T, ...] of `features`, ascending as those of `union` are, those there; 0 for what is not."""
+    if len(features) == 0:
+        return rows.new_zeros(len(union), *rows.shape[1:])
+    at = torch.searchsorted(features, union).clamp_(max=len(features) - 1)
+    missing = features.index_select(0, at) != union
+    return rows.index_select(0, at).masked_fill_(missing.view(-1, *[1] * (rows.dim() - 1)), 0)
 
 
 def dense(weights: Weights, parts: list[Pending], dtype: torch.dtype) -> Tensor | None:

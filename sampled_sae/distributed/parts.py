@@ -94,7 +94,7 @@ class SpreadParts:
             rows.aside.shared[id(members)] = members
         if rule.select == "token":
             if self.mesh.feature.size == 1 and operands.n_tokens > 0:
-                return self.local.select(encoder, members, rule, hints)
+                return self._noted(encoder, members, self.local.select(encoder, members, rule, hints))
             return self._by_token(encoder, operands, rule, as_block)
         return self._by_batch(encoder, operands, rule, hints if hints is not None else ThresholdHints(), as_block)
 
@@ -154,9 +154,14 @@ class SpreadParts:
         """Codes of the entries that are kept."""
         assert self.local.take_kept is not None
         codes = self.local.encode_at(encoder, self.local.take_kept(found, kept, *encoder.shape))
-        if operands.members is not None and isinstance(encoder.rows, SpreadRows) and encoder.rows.aside.pending:
-            rows = codes.index.touched if codes.padded is None else codes.padded.rows
-            encoder.rows.aside.among[id(rows)] = operands.members
+        return self._noted(encoder, operands.members, codes)
+
+    def _noted(self, encoder: Encoder, members: Tensor | None, codes: SparseCodes) -> SparseCodes:
+        """The codes, whose gradients are among those of the members: so on every process, also one without tokens."""
+        rows = encoder.rows
+        if codes.block is None and members is not None and isinstance(rows, SpreadRows) and rows.aside.pending:
+            touched = codes.index.touched if codes.padded is None else codes.padded.rows
+            rows.aside.among[id(touched)] = members
         return codes
 
     def decode(self, codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, rows: RowSource | None = None) -> Tensor:

@@ -33,6 +33,8 @@ def launched(environment: MutableMapping[str, str] = os.environ) -> Launch | Non
         if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
             return None
         _from_slurm(environment)
+    if environment.get("WORLD_SIZE") == "1":
+        return None  # whatever else is set, or is not
     if missing := [name for name in _TORCHRUN if name not in environment]:
         raise ValueError(f"{', '.join(missing)}: not set, but others of torchrun's variables are; start with torchrun")
     try:
@@ -44,7 +46,7 @@ def launched(environment: MutableMapping[str, str] = os.environ) -> Launch | Non
     # "4(x2),3" of SLURM: 4 on each of two machines, 3 on another
     here = re.match(r"\d+", environment.get("LOCAL_WORLD_SIZE") or environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
     local_size = max(local_rank + 1, int(here[0]) if here else 0)
-    return Launch(rank, size, local_rank, local_size) if size > 1 else None
+    return Launch(rank, size, local_rank, local_size)
 
 
 def _from_slurm(environment: MutableMapping[str, str]) -> None:

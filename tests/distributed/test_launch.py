@@ -27,6 +27,8 @@ def test_torchrun_says_who_it_is():
     [
         {},
         {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"},
+        {"WORLD_SIZE": "1"},
+        {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "a", "SLURM_STEP_NUM_TASKS": "1"},
         # a batch script, and an interactive step
         {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_NODELIST": "n1"},
         {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},

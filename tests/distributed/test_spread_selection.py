@@ -52,10 +52,9 @@ def use_on_mesh(shape, counts, settings):
     return rank, use(sae, batches([counts], 1)[0][rank])
 
 
-@pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 2)], ids=str)
+@pytest.mark.parametrize(("shape", "counts"), [((2, 1), [9, 0]), ((1, 2), [9]), ((2, 2), [9, 4])], ids=str)
 @pytest.mark.parametrize("settings", [SETTINGS, {**SETTINGS, "l": None, "select": "token"}], ids=["pool", "topk"])
-def test_the_rest_of_the_module(workers, shape, settings):
-    counts = [9, 4][: shape[0]]
+def test_the_rest_of_the_module(workers, shape, counts, settings):
     parts = batches([counts], 1)[0]
     expected = use(start(settings), torch.cat(parts))
     for rank, found in workers.run(shape[0] * shape[1], use_on_mesh, shape, counts, settings):

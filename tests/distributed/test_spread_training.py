@@ -25,6 +25,9 @@ CASES = [
     ((1, 2), {"select": "token", "score": "uniform", "apply_b_dec_to_input": False}, "sgd"),
     ((2, 2), {"row_grads": True, "pool_every": 2, "score_tokens": 0.5}, "lazy"),
     ((2, 2), {"l": None, "input_scale": 0.37}, "adam"),
+    # a pool beyond a block: of most features, of which most are touched; and by token with processes without tokens
+    ((2, 1), {"row_grads": True, "l": 14.0}, "lazy"),
+    ((2, 1), {"row_grads": True, "l": 8.0, "select": "token"}, "decayed"),
 ]
 
 

@@ -38,6 +38,9 @@ FEWEST_TOKENS = 32
 
 def entries_above(operands: Operands, floor: Tensor) -> Entries:
     """Every entry of (x W^T + b) * scale strictly above the floor, [1] or [F], sorted by token, then feature."""
+    if operands.n_tokens == 0:  # of a process whose part of a batch is empty
+        nothing = operands.x.new_zeros(0)
+        return Entries(nothing, nothing.long(), nothing.long())
     search, found = FloorSearch(floor), []
     for token, block in token_blocks(operands):
         values, tokens, features = search.among(block)

@@ -98,6 +98,9 @@ def stream_above(operands: Operands, tau: Tensor | float, floors: Tensor | None 
     whole rows of activations, a few tokens at a time.
     """
     n_tokens, n_features = operands.n_tokens, operands.n_features
+    if n_tokens == 0:  # of a process whose part of a batch is empty
+        nothing = operands.x.new_zeros(0, dtype=torch.float32)
+        return Entries(nothing, nothing.long(), nothing.long())
     least = torch.as_tensor(tau, dtype=torch.float32, device=operands.x.device).reshape(1)
     least = torch.nextafter(least, torch.full_like(least, torch.inf))
     cap = min(ABOVE_PER_TOKEN * n_tokens, n_tokens * operands.n_candidates)
