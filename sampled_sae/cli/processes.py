@@ -71,13 +71,22 @@ def join(args: argparse.Namespace, launch: Launch | None) -> AllRanks:
     timeout = check_number("rank_timeout", args.rank_timeout, 1, None)
     cuda = getattr(args, "device", "cpu") == "cuda"
     if cuda:
-        if launch.local_size > torch.cuda.device_count():
-            raise ValueError(f"device='cuda': {torch.cuda.device_count()} GPUs for {launch.local_size} processes here")
-        torch.cuda.set_device(launch.local_rank)
-        args.device = f"cuda:{launch.local_rank}"
+        index = gpu_of(launch, torch.cuda.device_count())
+        torch.cuda.set_device(index)
+        args.device = f"cuda:{index}"
     ranks = start(launch, cuda, shards, timeout)
     print(f"{ranks.size} processes over {'NCCL' if cuda else 'gloo'}: {in_words(args.command, ranks)}", flush=True)
     return ranks
+
+
+def gpu_of(launch: Launch, n_visible: int) -> int:
+    """Which of the GPUs that this process sees is its own."""
+    if launch.local_size <= n_visible:
+        return launch.local_rank
+    # SLURM's --gpus-per-task shows each process its own alone
+    if n_visible == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
+        return 0
+    raise ValueError(f"device='cuda': {n_visible} GPUs for {launch.local_size} processes here")
 
 
 def in_words(command: str, ranks: AllRanks) -> str:

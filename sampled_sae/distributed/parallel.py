@@ -20,7 +20,7 @@ def parallelize(sae: SampledSAE, mesh: DeviceMesh) -> SampledSAE:
 
     - Parameters, `tokens_since_active` and the moments of `RowAdam` become DTensors: replicated over the dimension
       `data`, where tokens are split, and split by features over `feature`, where all processes are given the same
-      tokens. Their values are those of the first process. Make optimizers afterwards.
+      tokens. Their values are those of the first process that holds them. Make optimizers afterwards.
     - After `backward()` gradients are those of all tokens: rows with `cfg.row_grads`, else dense, for any optimizer.
     - Scores and searches look at every activation in full precision: `cfg.screen` has no effect.
     - All processes have to make the same calls in the same order.

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sampled_sae.cli.processes import gpu_of
 from sampled_sae.support.launch import Launch, first_host, launched
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -71,3 +72,13 @@ def test_first_host_of_a_list(nodes, host):
 def test_half_an_environment_is_refused(environment, match):
     with pytest.raises(ValueError, match=match):
         launched(environment)
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    second = Launch(3, 4, 1, 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_of(second, n_visible=2) == 1
+    with pytest.raises(ValueError, match="device='cuda': 1 GPUs for 2 processes here"):
+        gpu_of(second, n_visible=1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # as SLURM's --gpus-per-task=1 does for each process
+    assert gpu_of(second, n_visible=1) == 0
