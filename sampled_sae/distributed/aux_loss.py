@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -11,9 +9,7 @@ from ..impl.dead_features import AuxRule
 from ..impl.encoder import Encoder, Operands
 from ..impl.hints import Rule
 from .mesh import Mesh
-
-if TYPE_CHECKING:
-    from .parts import SpreadParts
+from .parts import SpreadParts
 
 
 def aux_loss(

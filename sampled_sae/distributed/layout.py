@@ -16,8 +16,8 @@ from ..impl.interface import Implementation
 from ..impl.layout import Layer, Layout, Leaves
 from ..impl.row_gradients import RowSource
 from .gradients import SpreadRows, SumGradients
+from .implementation import spread_parts
 from .mesh import Mesh
-from .parts import spread_parts
 from .ranks import SumBackward
 from .weights import NAMES, Weights
 

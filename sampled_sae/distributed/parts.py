@@ -5,21 +5,17 @@ Operands hold the tokens and the features that are here, and say of what they ar
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from ..codes import Entries, SparseCodes
-from ..impl.dead_features import AuxRule
 from ..impl.encoder import Encoder, Operands
 from ..impl.hints import Rule, ThresholdHints
-from ..impl.interface import Implementation, implementation
+from ..impl.interface import Implementation
 from ..impl.pool_sampling import gumbel_noise
 from ..impl.row_gradients import RowSource
 from ..impl.torch.scores import finish_scores
 from ..support.nth_largest import largest_mask
-from .aux_loss import aux_loss
 from .gradients import SpreadRows
 from .mesh import Mesh
 from .ranks import SumForward
@@ -28,28 +24,14 @@ from .totals import SpreadTotals
 from .weights import Weights
 
 
-def spread_parts(name: str, weights: Weights, mesh: Mesh) -> Implementation:
-    """The parts of "triton" or "torch" over a mesh."""
-    local = implementation(name)
-    spread = SpreadParts(local, weights, mesh, waits=name == "torch")
-    return replace(
-        local,
-        column_scores=spread.column_scores,
-        column_bounds=lambda operands, score: None,
-        candidate_pool=spread.candidate_pool,
-        select=spread.select,
-        decode=spread.decode,
-        aux_loss=spread.aux_loss,
-        totals=spread.totals,
-    )
-
-
 class SpreadParts:
     """local: the parts of one process. waits: whether they may ask a device for values that decide what comes next."""
 
     def __init__(self, local: Implementation, weights: Weights, mesh: Mesh, waits: bool) -> None:
         self.local, self.weights, self.mesh, self.waits = local, weights, mesh, waits
         self.totals = SpreadTotals(mesh)
+        # a process without tokens has none: with those that every process must have alike they would be mixed up
+        self.own_hints = ThresholdHints()
 
     def column_scores(self, operands: Operands, score: str) -> Tensor:
         """[F], of the features here over the tokens of all."""
@@ -94,7 +76,7 @@ class SpreadParts:
             rows.aside.shared[id(members)] = members
         if rule.select == "token":
             if self.mesh.feature.size == 1 and operands.n_tokens > 0:
-                return self._noted(encoder, members, self.local.select(encoder, members, rule, hints))
+                return self._noted(encoder, members, self.local.select(encoder, members, rule, self.own_hints))
             return self._by_token(encoder, operands, rule, as_block)
         return self._by_batch(encoder, operands, rule, hints if hints is not None else ThresholdHints(), as_block)
 
@@ -171,18 +153,6 @@ class SpreadParts:
         part = self.local.decode(codes, W_dec, None, rows)
         x_hat: Tensor = SumForward.apply(part, self.mesh.feature, "decode")
         return x_hat if b_dec is None else x_hat + b_dec.to(x_hat.dtype)
-
-    def aux_loss(
-        self,
-        encoder: Encoder,
-        x_hat: Tensor,
-        W_dec: Tensor,
-        dead: Tensor,
-        rule: AuxRule,
-        scores: Tensor | None = None,
-    ) -> Tensor:
-        """See aux_loss.py."""
-        return aux_loss(self, encoder, x_hat, W_dec, dead, rule, scores)
 
 
 def masked(codes: SparseCodes, kept: Tensor) -> SparseCodes:

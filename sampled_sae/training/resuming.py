@@ -6,23 +6,38 @@ A process alone writes `checkpoint.pt`; several ranks write shards, which one pr
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..optim import RowAdam
+from ..sae import SampledSAE
 from ..support.argument_checks import check_finite
 from ..support.atomic_files import field
+from .batches import Feed
 from .checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from .same_settings import check_same_settings, with_precision
 from .sharded_checkpoint import RECORD, read_record, read_shards, write_shards
-
-if TYPE_CHECKING:
-    from .training_run import TrainingRun
+from .train_config import TrainConfig
 
 
-def settings(run: TrainingRun) -> dict[str, Any]:
+class Resumable(Protocol):
+    """A `TrainingRun`, as far as its checkpoint goes."""
+
+    sae: SampledSAE
+    optimizer: RowAdam
+    feed: Feed
+    config: TrainConfig
+    folder: Path
+    step: int
+    seconds: float
+    metrics: list[dict[str, float]]
+
+
+def settings(run: Resumable) -> dict[str, Any]:
     """What a checkpoint must have been made with. Model and layer too: their shards may be of equal sizes."""
     manifest = run.feed.store.manifest
     return {
@@ -34,7 +49,7 @@ def settings(run: TrainingRun) -> dict[str, Any]:
     }
 
 
-def save(run: TrainingRun) -> None:
+def save(run: Resumable) -> None:
     """Writes the checkpoint; of several ranks each its shard."""
     ranks, lanes = run.feed.ranks, run.feed.stream.lanes
     state = {"settings": settings(run), "step": run.step, "seconds": run.seconds, "metrics": run.metrics}
@@ -53,7 +68,7 @@ def save(run: TrainingRun) -> None:
     write_shards(run.folder, tensors, record, ranks)
 
 
-def load(run: TrainingRun) -> bool:
+def load(run: Resumable) -> bool:
     """Goes on from the checkpoint in the folder; False where there is none.
 
     Raises:
@@ -90,7 +105,7 @@ def load(run: TrainingRun) -> bool:
     return True
 
 
-def _load_whole(run: TrainingRun, state: dict[str, Any]) -> None:
+def _load_whole(run: Resumable, state: dict[str, Any]) -> None:
     try:
         run.sae.load_state_dict(state["sae"])
         run.sae.generator.set_state(state["generator"])
@@ -100,7 +115,7 @@ def _load_whole(run: TrainingRun, state: dict[str, Any]) -> None:
         raise ValueError(str(error)) from error
 
 
-def _load_shards(run: TrainingRun, record: dict[str, Any]) -> None:
+def _load_shards(run: Resumable, record: dict[str, Any]) -> None:
     run.optimizer.allocate()
     own = _tensors(run, kept=record["plain"]["pool"])
     wanted = {name: own[name] for name in record["plain"]["tensors"]}
@@ -112,7 +127,7 @@ def _load_shards(run: TrainingRun, record: dict[str, Any]) -> None:
     _take_over(run, wanted, record["plain"]["pool"])
 
 
-def _spread_whole(run: TrainingRun, state: dict[str, Any]) -> None:
+def _spread_whole(run: Resumable, state: dict[str, Any]) -> None:
     """Each rank has read a checkpoint of one process, and keeps what is its own of it."""
     run.optimizer.allocate()
     groups = state["optimizer"]["param_groups"]
@@ -133,7 +148,7 @@ def _spread_whole(run: TrainingRun, state: dict[str, Any]) -> None:
     _take_over(run, own, pool)
 
 
-def _tensors(run: TrainingRun, kept: dict[str, Any] | None = None) -> dict[str, Tensor]:
+def _tensors(run: Resumable, kept: dict[str, Any] | None = None) -> dict[str, Tensor]:
     """By name all that a run goes on from, or is to read: of a pool that is kept, its members are a mask.
 
     kept: what a checkpoint says of its pool; that of the run itself where None.
@@ -154,7 +169,7 @@ def _tensors(run: TrainingRun, kept: dict[str, Any] | None = None) -> dict[str, 
     return found
 
 
-def _take_over(run: TrainingRun, tensors: dict[str, Tensor], pool: dict[str, Any]) -> None:
+def _take_over(run: Resumable, tensors: dict[str, Tensor], pool: dict[str, Any]) -> None:
     """What is not filled in place."""
     scale = tensors["sae.input_scale"]
     if float(scale) != run.sae.cfg.input_scale:
