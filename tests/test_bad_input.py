@@ -212,7 +212,7 @@ def test_decode_of_something_else():
         F.decode(torch.eye(4), W_DEC)
     with pytest.raises(ValueError, match=r"codes.shape=\(2, 95\): the last dimension must be 96"):
         make_sae().decode(torch.zeros(2, 95))
-    with pytest.raises(ValueError, match=r"W_dec=tensor \(96, 12\): must be a tensor of shape \[4, d_in\]"):
+    with pytest.raises(ValueError, match=r"codes.shape=\(4, 4\): the last dimension must be 96"):
         make_sae().decode(CODES)
     with pytest.raises(TypeError, match=r"codes=list: must be SparseCodes or a torch\.Tensor"):
         make_sae().decode([1.0])

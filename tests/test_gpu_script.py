@@ -76,7 +76,7 @@ def test_a_part_that_fails_does_not_lose_the_others(tmp_path, monkeypatch, capsy
 
 def test_what_was_found_before_a_crash_is_kept(tmp_path):
     rows = [{"candidate": "l=4", "workload": "w", "ratio": 1.5}, {"candidate": "l=16", "workload": "w", "reason": "no"}]
-    (tmp_path / "steps.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "steps.json").write_text(json.dumps({"device": "cpu", "rows": rows}))
     lines = gpu.report("steps", tmp_path, "exit status -11: Segmentation fault", 3.0)
     assert lines[0] == "steps (3 s): FAILED, exit status -11: Segmentation fault (see steps.log)"
     assert any("1.50" in line for line in lines)

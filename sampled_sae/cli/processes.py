@@ -62,13 +62,13 @@ def join(args: argparse.Namespace, launch: Launch | None) -> AllRanks:
         ValueError: a command for one process, feature shards without processes, more processes than GPUs.
     """
     shards = check_integer("feature_shards", getattr(args, "feature_shards", 1), 1)
+    timeout = check_number("rank_timeout", getattr(args, "rank_timeout", TIMEOUT), 1, None)
     if launch is None:
         if shards > 1:
             raise ValueError(f"feature_shards={shards}: needs as many processes: torchrun --nproc-per-node {shards}")
         return ALONE
     if args.command not in SPREAD:
         raise ValueError(f"{args.command} is for one process; start it without torchrun or srun")
-    timeout = check_number("rank_timeout", args.rank_timeout, 1, None)
     cuda = getattr(args, "device", "cpu") == "cuda"
     if cuda:
         index = gpu_of(launch, torch.cuda.device_count())

@@ -27,6 +27,7 @@ from .totals import Totals
 # once: torch 2.11 does not trace through the search
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ONE_PROCESS = Totals()
 
 
 @dataclass(frozen=True)
@@ -123,4 +124,5 @@ def parts_of(layer: ModuleType, aux: ModuleType, optimizer: ModuleType) -> Imple
         getattr(layer, "use_block", None),
         getattr(layer, "search", None),
         getattr(layer, "take_kept", None),
+        ONE_PROCESS,
     )
