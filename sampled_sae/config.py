@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from .support.argument_checks import (
     SCORES,
     check_budget,
     check_choice,
+    check_field_names,
     check_flag,
     check_integer,
     check_number,
@@ -135,9 +136,5 @@ class SampledSAEConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SampledSAEConfig:
         """The inverse of `to_dict`; an unknown or missing name is an error, not a silent default."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        missing = sorted({"d_in", "d_sae", "k"} - set(values))
-        if unknown or missing:
-            raise ValueError(f"config: unknown fields {unknown}, missing fields {missing}; known: {sorted(known)}")
+        check_field_names(values, cls, {"d_in", "d_sae", "k"})
         return cls(**values)

@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 from .impl.adam_step import AdamStep, Moments, ParameterGradient, rows_first
 from .impl.interface import Implementation
 from .support.argument_checks import check_choice, check_number
+from .support.cuda_graphs import capturing
+from .support.late_values import LateScalars
 from .support.reused_memory import on_huge_pages
 
 if TYPE_CHECKING:
@@ -156,7 +158,7 @@ class RowAdam(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if not hasattr(self, "_b_dec_version"):  # a copy: load_state_dict comes here too
+        if not hasattr(self, "_left"):  # a copy: load_state_dict comes here too
             self._watch_b_dec()
 
     @property
@@ -174,12 +176,14 @@ class RowAdam(Optimizer):
 
     def _watch_b_dec(self) -> None:
         """Remembers in what state backward leaves b_dec.grad, which all that edits gradients edits too."""
-        self._b_dec_version: int | None = None
+        self._left: tuple[int, Tensor] | None = None  # its version, and a copy: GradScaler.unscale_ moves no version
+        self._edits = LateScalars()
         me = weakref.ref(self)
 
         def remember(b_dec: Tensor) -> None:
-            if (optimizer := me()) is not None and b_dec.grad is not None:
-                optimizer._b_dec_version = b_dec.grad._version
+            optimizer = me()
+            if optimizer is not None and optimizer.sae.row_grads and b_dec.grad is not None:
+                optimizer._left = b_dec.grad._version, optimizer.sae.layout.local(b_dec.grad).detach().clone()
 
         if self.sae.b_dec.requires_grad:
             self.sae.b_dec.register_post_accumulate_grad_hook(remember)
@@ -198,11 +202,22 @@ class RowAdam(Optimizer):
                 "row_grads=True: the rows' gradients were dropped by a zero_grad() between forward and backward; "
                 "call it after step(), or before the forward pass"
             )
-        if sae.row_grads and b_dec is not None and self._b_dec_version not in (None, b_dec._version):
+        if sae.row_grads and b_dec is not None and self._was_edited(b_dec):
             raise RuntimeError(
-                "row_grads=True: b_dec.grad was changed after backward (clip_grad_norm_, a division), and those "
-                "in sae.row_grads were not; set row_grads=False, or RowAdam's clip"
+                "row_grads=True: b_dec.grad was changed after backward (clip_grad_norm_, a division, unscale_), and "
+                "those in sae.row_grads were not; set row_grads=False, or RowAdam's clip"
             )
+
+    def _was_edited(self, b_dec: Tensor) -> bool:
+        """Whether its gradient is another than backward left; of a GPU's values this is known one step later."""
+        if self._left is None:
+            return False
+        version, left = self._left
+        if not capturing():
+            now = self.sae.layout.local(b_dec)
+            self._edits.put(0, ((now != left) & (left == left)).any())  # NaN is another thing, and not this one's
+        edits = [edited for _, edited in self._edits.arrived()]
+        return version != b_dec._version or any(edits)
 
     def _collect(self) -> dict[str, ParameterGradient]:
         local = self.sae.layout.local

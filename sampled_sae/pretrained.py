@@ -13,7 +13,7 @@ from torch import Tensor
 from .config import SampledSAEConfig
 from .support.argument_checks import FLOATS
 from .support.atomic_files import read_json, read_tensors, write_atomically, write_json
-from .support.checksums import tensors_crc32
+from .support.checksums import json_crc32, tensors_crc32
 
 FORMAT = "sampled-sae"
 VERSION = 1
@@ -55,7 +55,7 @@ def save_pretrained(folder: Path, config: dict[str, Any], tensors: dict[str, Ten
     # One entry: safetensors writes several in a random order, and the same SAE should give the same bytes.
     metadata = {"format": f"{FORMAT} {VERSION} crc32 {tensors_crc32(tensors)}"}
     write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
-    write_json(folder / CONFIG, {"format": FORMAT, "version": VERSION, "sae": config})
+    write_json(folder / CONFIG, {"format": FORMAT, "version": VERSION, "sae": config, "crc32": json_crc32(config)})
 
 
 def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -93,6 +93,9 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError(f"{path}: {name} is {tensors[name].dtype}, must be one of {', '.join(map(str, FLOATS))}")
         if not torch.isfinite(tensors[name]).all():
             raise ValueError(f"{path}: {name} holds NaN or inf")
+    # last: what is wrong with a field says more than that it was changed; earlier versions wrote no checksum
+    if config.get("crc32", json_crc32(fields)) != json_crc32(fields):
+        raise ValueError(f"{folder / CONFIG}: damaged, or edited by hand: then remove its line 'crc32'")
     if "input_scale" not in fields:
         fields["input_scale"] = recorded_scale(folder)
     return fields, {name: tensors[name] for name in TENSORS if name in tensors}

@@ -101,6 +101,23 @@ def test_a_store_without_checksums_nor_sums_is_read(tmp_path):
     assert len(ActivationStore.open(write_store(tmp_path / "a")).shard(0)) == 200
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("k", 4.0), ("input_scale", 0.5), ("apply_b_dec_to_input", False), ("select", "token")]
+)
+def test_a_config_that_was_changed_since(trained, field, value):
+    """Within what is allowed, so that nothing but its checksum tells."""
+    path = trained / "config.json"
+    config = json.loads(path.read_text())
+    assert config["sae"][field] != value
+    config["sae"][field] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json: damaged, or edited by hand: then remove its line 'crc32'"):
+        SampledSAE.from_pretrained(trained)
+    del config["crc32"]
+    path.write_text(json.dumps(config))
+    assert getattr(SampledSAE.from_pretrained(trained).cfg, field) == value
+
+
 @pytest.mark.parametrize("place", [0.0, 0.1, 0.5, 0.9, 0.999, 1.0])
 @pytest.mark.parametrize("bit", [0, 7])
 def test_one_flipped_bit_in_a_checkpoint(trained, store, place, bit):

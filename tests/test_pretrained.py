@@ -117,7 +117,7 @@ BAD = {
     "scale": (lambda f: changed(f, lambda c: c["sae"].update(input_scale=0)), "input_scale=0: must be > 0"),
     "scale of the training": (
         lambda f: (
-            changed(f, lambda c: c["sae"].pop("input_scale")),
+            changed(f, lambda c: (c.pop("crc32"), c["sae"].pop("input_scale"))),
             (f / "run.json").write_text('{"activations": {"scale": -2}}'),
         ),
         "input_scale=-2: must be",

@@ -166,6 +166,19 @@ def test_gradscaler_is_refused(unscale):
     assert_same(before, state_of(sae))
 
 
+@pytest.mark.parametrize("scale", [1024.0, 0.5])
+def test_what_a_gradscaler_unscales_without_stepping_is_refused(scale):
+    """`unscale_` writes into gradients and leaves their version as it was."""
+    sae = make_sae(torch.float32, row_grads=True)
+    optimizer, scaler = RowAdam(sae), torch.amp.GradScaler("cpu", init_scale=scale)
+    before = state_of(sae)
+    scaler.scale(sae(tokens(9, 12, dtype=torch.float32)).loss).backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match=r"b_dec.grad was changed after backward .*unscale_"):
+        optimizer.step()
+    assert_same(before, state_of(sae))
+
+
 def test_gradscaler_with_dense_gradients_or_switched_off():
     results = []
     for row_grads, scale in ((False, 1024.0), (True, None), (False, None)):

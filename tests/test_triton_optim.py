@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from makers import make_sae, tokens
-from no_host_sync import NoHostSync
+from no_host_sync import NoHostSync, allow_late_scalars
 
 from sampled_sae import RowAdam
 
@@ -84,6 +84,7 @@ def test_resume_is_bit_for_bit(mode, moments):
 def test_no_step_waits_for_the_device(mode, monkeypatch):
     sae = make("triton")
     monkeypatch.setattr(sae.memory.inputs, "check", lambda x: None)
+    allow_late_scalars(monkeypatch)
     optimizer = RowAdam(sae, mode=mode)
     trained(sae, optimizer, 3)
     x = tokens(10, 12, dtype=torch.float32).to(DEVICE)

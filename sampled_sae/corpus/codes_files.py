@@ -16,12 +16,12 @@ from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..codes import Entries
-from ..support.atomic_files import field, read_json, write_atomically, write_json
-from ..support.checksums import damage, file_crc32
+from ..support.atomic_files import field, read_json, write_json
+from ..support.checksums import damage
+from ..support.listed_files import ListedFilesWriter
 from .token_places import TokenPlaces
 
 FORMAT = "sampled-sae codes"
@@ -95,18 +95,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-class CodesWriter:
-    """Writes files into the folder of a store and keeps the manifest of them.
-
-    Args:
-        folder: of the store.
-        manifest: from `new_manifest`, or that of a store whose writing goes on.
-    """
-
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        self.folder, self.manifest = folder, manifest
-        manifest["complete"] = False  # until every file has been looked at
-        self._shards: dict[str, dict[str, Any]] = {shard["file"]: shard for shard in manifest["shards"]}
+class CodesWriter(ListedFilesWriter):
+    """Writes the files of a store of codes, and its manifest."""
 
     def written(self, index: int) -> dict[str, Any] | None:
         """The manifest's entry of a shard whose file is undamaged; None of any other."""
@@ -115,18 +105,13 @@ class CodesWriter:
 
     def write_shard(self, index: int, entries: Entries, n_tokens: int, places: TokenPlaces | None) -> dict[str, Any]:
         """Entries by token of n tokens; returns the manifest's entry."""
-        file = _shard_name(index)
         codes = CodesOfShard.of(entries, DTYPES[self.manifest["dtype"]])
-        tensors = {**codes._asdict(), **(places._asdict() if places else {})}
-        path = self.folder / file
-        write_atomically(path, lambda temporary: save_file(tensors, temporary))
+        entry = self.write_file(_shard_name(index), {**codes._asdict(), **(places._asdict() if places else {})})
         sizes = {"tokens": n_tokens, "entries": len(codes.values), "rows": None if places is None else len(places.rows)}
-        self._shards[file] = {"file": file, **sizes, "bytes": path.stat().st_size, "crc32": file_crc32(path)}
-        return self._shards[file]
+        return self.list_shard({**entry, **sizes})
 
     def write_manifest(self, complete: bool = False) -> None:
         """Lists the files written so far."""
-        self.manifest["shards"] = [self._shards[file] for file in sorted(self._shards)]
         self.manifest["complete"] = complete
         write_json(self.folder / MANIFEST, self.manifest)
 

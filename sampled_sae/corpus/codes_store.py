@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..codes import SparseCodes
 from ..support.argument_checks import check_integer
-from ..support.checksums import damage
+from ..support.listed_files import ListedFiles
 from .codes_files import MANIFEST, CodesOfShard, read_manifest
 from .token_places import TokenPlaces
 
@@ -35,17 +35,14 @@ class Context(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CodesStore:
+class CodesStore(ListedFiles):
     """A folder of codes that `sampled-sae encode` wrote.
 
     Attributes:
         folder, manifest: where and what; `manifest` is `manifest.json` as a dict.
     """
 
-    folder: Path
-    manifest: dict[str, Any]
     _index: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _verified: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: str | Path) -> CodesStore:
@@ -62,11 +59,6 @@ class CodesStore:
     @property
     def d_sae(self) -> int:
         return int(self.manifest["d_sae"])
-
-    @property
-    def tokens(self) -> list[int]:
-        """Tokens in each shard."""
-        return [shard["tokens"] for shard in self.manifest["shards"]]
 
     @property
     def l0(self) -> float:
@@ -116,9 +108,9 @@ class CodesStore:
 
     def places(self, i: int) -> TokenPlaces | None:
         """Where in the texts the tokens of shard i stand; None without text."""
-        if self._entry(i)["rows"] is None:
+        if self.entry(i)["rows"] is None:
             return None
-        return TokenPlaces.read(self.folder / self._entry(i)["file"], self._read(i, TokenPlaces._fields))
+        return TokenPlaces.read(self.folder / self.entry(i)["file"], self._read(i, TokenPlaces._fields))
 
     def _firsts(self) -> list[int]:
         """The number of each shard's first token in the corpus."""
@@ -133,7 +125,7 @@ class CodesStore:
         row, position = (int(t[token - firsts[i]]) for t in places[1:])
         start = max(0, position - before)
         ids = places.rows[row, start : position + after + 1].tolist()
-        rows_before = sum(self._entry(j)["rows"] for j in range(i))
+        rows_before = sum(self.entry(j)["rows"] for j in range(i))
         return Context(value, token, ids, position - start, rows_before + row, position)
 
     def _of_shard(self, i: int, feature: int, first: int) -> tuple[Tensor, Tensor]:
@@ -148,7 +140,7 @@ class CodesStore:
         if i not in self._index:
             shard = self._read(i, ("features", "counts"))
             ends = torch.cat((torch.zeros(1, dtype=torch.int64), shard["counts"].long().cumsum(0)))
-            entry = self._entry(i)
+            entry = self.entry(i)
             features = shard["features"].long()
             ascending = bool((features.diff() > 0).all()) and (len(features) == 0 or int(features[0]) >= 0)
             if not ascending or int(ends[-1]) != entry["entries"] or (len(features) and features[-1] >= self.d_sae):
@@ -158,23 +150,14 @@ class CodesStore:
             self._index[i] = features, ends
         return self._index[i]
 
-    def _entry(self, i: int) -> dict[str, Any]:
-        i = check_integer("i", i, 0)
-        if i >= len(self.tokens):
-            raise ValueError(f"i={i}: {self.folder} has {len(self.tokens)} shards")
-        entry: dict[str, Any] = self.manifest["shards"][i]
-        return entry
+    def _cure(self) -> str:
+        return "the same encode command writes it again"
 
     def _read(
         self, i: int, names: tuple[str, ...], start: int | None = None, end: int | None = None
     ) -> dict[str, Tensor]:
         """Tensors of a shard, of the entries [start, end) where these are given; its checksum is verified once."""
-        entry = self._entry(i)
-        path = self.folder / entry["file"]
-        if entry["file"] not in self._verified:
-            if problem := damage(self.folder, entry):
-                raise ValueError(f"{path}: {problem}; the same encode command writes it again")
-            self._verified.add(entry["file"])
+        path = self.whole(self.entry(i))
         try:
             with safe_open(path, "pt") as file:
                 return {name: file.get_slice(name)[start:end] for name in names}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..config import IMPLS, SCREENS
-from ..support.argument_checks import check_choice, check_flag, check_integer, check_positive
+from ..support.argument_checks import check_choice, check_field_names, check_flag, check_integer, check_positive
 
 RULES = ("relu", "jumprelu", "topk", "threshold", "gated")
 NORMS = ("none", "layer_norm", "constant_norm")
@@ -98,9 +98,5 @@ class InferenceConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> InferenceConfig:
         """The inverse of `to_dict`; an unknown or missing name is an error, not a silent default."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        missing = sorted({"d_in", "d_sae", "rule"} - set(values))
-        if unknown or missing:
-            raise ValueError(f"config: unknown fields {unknown}, missing fields {missing}; known: {sorted(known)}")
+        check_field_names(values, cls, {"d_in", "d_sae", "rule"})
         return cls(**values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -162,3 +163,11 @@ def check_same(**tensors: Tensor) -> None:
 
 def describe(value: Any) -> str:
     return f"tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def check_field_names(values: dict[str, Any], config: type, required: set[str]) -> None:
+    """ValueError unless `values` are fields of a dataclass, those `required` among them: no silent default."""
+    known = {f.name for f in fields(config)}
+    unknown, missing = sorted(set(values) - known), sorted(required - set(values))
+    if unknown or missing:
+        raise ValueError(f"config: unknown fields {unknown}, missing fields {missing}; known: {sorted(known)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ def tensors_crc32(tensors: dict[str, Tensor]) -> str:
         crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
         crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
     return as_text(crc)
+
+
+def json_crc32(value: Any) -> str:
+    """The same of a value that JSON gives back as it was."""
+    return as_text(zlib.crc32(json.dumps(value, sort_keys=True).encode()))
 
 
 def damage(folder: Path, entry: dict[str, Any]) -> str | None:

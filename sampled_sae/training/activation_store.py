@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..corpus.token_places import TokenPlaces, TokenShard
 from ..support.argument_checks import check_choice, check_integer
 from ..support.atomic_files import read_rows, read_tensors
+from ..support.listed_files import ListedFiles
 from .store_writer import DTYPES, MANIFEST, check_scale, damage, read_manifest
 from .tensor_writer import write_tensors
 
@@ -21,16 +22,12 @@ SHARD_TOKENS = 32_768
 
 
 @dataclass(frozen=True)
-class ActivationStore:
+class ActivationStore(ListedFiles):
     """A folder of activations that `sampled-sae harvest` or `ActivationStore.write` wrote.
 
     Attributes:
         folder, manifest: where and what; `manifest` is `manifest.json` as a dict.
     """
-
-    folder: Path
-    manifest: dict[str, Any]
-    _verified: set[Path] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: str | Path) -> ActivationStore:
@@ -89,11 +86,6 @@ class ActivationStore:
         """Activations times this have mean ||x||^2 = d_in; training sets `SampledSAEConfig.input_scale` to it."""
         return float(self.manifest["scale"])
 
-    @property
-    def tokens(self) -> list[int]:
-        """Tokens in each shard."""
-        return [int(shard["tokens"]) for shard in self.manifest["shards"]]
-
     def load(self, entry: dict[str, Any]) -> dict[str, Tensor]:
         """The tensors of one file named in the manifest; "activations" as they were made, float32 [n, d].
 
@@ -102,7 +94,7 @@ class ActivationStore:
         Raises:
             ValueError: naming the file: missing, truncated, corrupt, or other than the manifest says.
         """
-        path = self._whole(entry)
+        path = self.whole(entry)
         tensors = read_tensors(path)
         x = tensors.get("activations")
         if x is None or tuple(x.shape) != (entry["tokens"], self.d_in):
@@ -113,10 +105,10 @@ class ActivationStore:
 
     def shard(self, i: int, start: int = 0, stop: int | None = None) -> Tensor:
         """Activations [n, d] of one shard, 0 <= i < len(self.tokens), or its tokens from start to stop alone."""
-        entry = self._entry(i)
+        entry = self.entry(i)
         if start == 0 and stop in (None, entry["tokens"]):
             return self.load(entry)["activations"]
-        return read_rows(self._whole(entry), "activations", start, stop).float()
+        return read_rows(self.whole(entry), "activations", start, stop).float()
 
     @property
     def has_places(self) -> bool:
@@ -129,27 +121,17 @@ class ActivationStore:
         Raises:
             ValueError: places that are not those of the activations; naming the file.
         """
-        entry = self._entry(i)
+        entry = self.entry(i)
         tensors = self.load(entry)
         if not self.has_places:
             return TokenShard(tensors["activations"], None)
         return TokenShard(tensors["activations"], TokenPlaces.read(self.folder / entry["file"], tensors))
 
-    def _entry(self, i: int) -> dict[str, Any]:
-        i = check_integer("i", i, 0)
-        if i >= len(self.tokens):
-            raise ValueError(f"i={i}: {self.folder} has {len(self.tokens)} shards")
-        entry: dict[str, Any] = self.manifest["shards"][i]
-        return entry
+    def _damage(self, entry: dict[str, Any]) -> str | None:
+        return damage(self.folder, entry)
 
-    def _whole(self, entry: dict[str, Any]) -> Path:
-        """The path of a file in the manifest, whose checksum has been verified once."""
-        path = self.folder / entry["file"]
-        if path not in self._verified and (problem := damage(self.folder, entry)):
-            cure = "the same harvest command writes it again" if "model" in self.manifest else "make the store again"
-            raise ValueError(f"{path}: {problem}; {cure}")
-        self._verified.add(path)
-        return path
+    def _cure(self) -> str:
+        return "the same harvest command writes it again" if "model" in self.manifest else "make the store again"
 
     def first(self, n: int) -> Tensor:
         """The first n training activations, or all where there are fewer: [<= n, d]."""

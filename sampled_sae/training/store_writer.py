@@ -15,13 +15,12 @@ from types import NoneType
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..corpus.token_places import TokenPlaces
 from ..support import checksums
-from ..support.atomic_files import field, read_json, read_tensors, write_atomically, write_json
-from ..support.checksums import file_crc32
+from ..support.atomic_files import field, read_json, read_tensors, write_json
+from ..support.listed_files import ListedFilesWriter
 
 FORMAT = "sampled-sae activations"
 VERSION = 1
@@ -155,18 +154,11 @@ def scale_of(manifest: dict[str, Any]) -> float:
     return scale
 
 
-class StoreWriter:
-    """Writes files into the folder of a store and keeps the manifest of them.
-
-    Args:
-        folder: of the store.
-        manifest: from `new_manifest`, or that of a store whose writing goes on.
-    """
+class StoreWriter(ListedFilesWriter):
+    """Writes the files of a store, and its manifest."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        self.folder, self.manifest = folder, manifest
-        manifest["complete"] = False  # until every file has been looked at
-        self._shards: dict[str, dict[str, Any]] = {shard["file"]: shard for shard in manifest["shards"]}
+        super().__init__(folder, manifest)
         self._written: list[str] = []
 
     def has_shard(self, index: int) -> bool:
@@ -198,11 +190,9 @@ class StoreWriter:
 
     def list_file(self, entry: dict[str, Any]) -> dict[str, Any]:
         """Puts a file into the manifest that this writer, or another in the same folder, has written."""
-        if entry["file"] == HOLDOUT:
-            self.manifest["holdout"] = entry
-        else:
-            self._shards[entry["file"]] = entry
-            self.manifest["shards"] = [self._shards[file] for file in sorted(self._shards)]
+        if entry["file"] != HOLDOUT:
+            return self.list_shard(entry)
+        self.manifest["holdout"] = entry
         return entry
 
     def write_manifest(self, complete: bool = False) -> None:
@@ -225,11 +215,8 @@ class StoreWriter:
         return entry is not None and damage(self.folder, entry) is None
 
     def _write(self, file: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        path = self.folder / file
         self._written.append(file)
-        write_atomically(path, lambda temporary: save_file(tensors, temporary))
-        tokens, size = len(tensors["activations"]), path.stat().st_size
-        return {"file": file, "tokens": tokens, "bytes": size, "crc32": file_crc32(path)}
+        return {**self.write_file(file, tensors), "tokens": len(tensors["activations"])}
 
 
 def _shard_name(index: int) -> str:
