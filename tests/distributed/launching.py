@@ -28,12 +28,21 @@ class Mishap:
     call: int = 0
     after: bool = False
 
-    def arm(self):
-        module, *owners, name = self.function.split(":")[0], *self.function.split(":")[1].split(".")
+    def __post_init__(self):
+        self.find()  # a name that is gone fails the test at once, not a process that the others wait for
+
+    def find(self):
+        """(owner, name of its attribute, the function)"""
+        module, path = self.function.split(":")
+        *owners, name = path.split(".")
         owner = importlib.import_module(module)
         for part in owners:
             owner = getattr(owner, part)
-        whole, calls = getattr(owner, name), iter(range(10**9))
+        return owner, name, getattr(owner, name)
+
+    def arm(self):
+        owner, name, whole = self.find()
+        calls = iter(range(10**9))
 
         def called(*args, **kwargs):
             now = next(calls) == self.call
@@ -76,6 +85,7 @@ def do(rank, target, argv, environment, log, mishap, most_bytes):
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
     torch.set_num_threads(1)
     if most_bytes is not None:
+        sys.dont_write_bytecode = True  # Python 3.11 keeps the part of a .pyc file that there was room for
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
     if mishap is not None and mishap.rank in (None, rank):

@@ -41,10 +41,9 @@ def test_what_differs_between_ranks_is_said(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_of_one_rank_names_it_and_the_file(alone, tmp_path):
-    codes, outputs = go(tmp_path, 2, full=1, mishap=Mishap(1, "sampled_sae.training.store_writer:save_file", "no"))
-    assert codes == [1, 1]
-    assert outputs[0] == ""
-    assert outputs[1].startswith("rank 1: ")
+def test_a_rank_that_cannot_write_is_named_and_the_next_run_goes_on(alone, tmp_path):
+    no_room = Mishap(1, "sampled_sae.support.listed_files:save_file", "no room")
+    codes, outputs = go(tmp_path, 2, mishap=no_room)
+    assert (codes, outputs) == ([1, 1], ["", "rank 1: no room\n"])
     assert go(tmp_path, 2)[0] == [0, 0]
     assert files(tmp_path / "store") == alone
