@@ -32,6 +32,7 @@ class Resumable(Protocol):
     feed: Feed
     config: TrainConfig
     folder: Path
+    init: str | None
     step: int
     seconds: float
     metrics: list[dict[str, float]]
@@ -46,6 +47,7 @@ def settings(run: Resumable) -> dict[str, Any]:
         "sae": run.sae.cfg.settings(),
         "train": asdict(run.config),
         "data": manifest["shards"],
+        "init": run.init,
     }
 
 
@@ -86,7 +88,7 @@ def load(run: Resumable) -> bool:
         then, now = state["settings"], settings(run)
         # an earlier version's: the scale stands among the settings of the activations
         then["sae"] = {"input_scale": now["sae"]["input_scale"], **field(path, then, "sae", dict)}
-        then["train"] = with_precision(then.get("train"))
+        then["train"] = _extended(with_precision(then.get("train")), state["step"], run.config.steps)
         check_same_settings(path, then, now)
         lanes = state.get("lanes", 1)
         if lanes != run.feed.stream.lanes:
@@ -103,6 +105,12 @@ def load(run: Resumable) -> bool:
         raise ValueError(f"{path}: damaged, it does not fit its own settings ({said})") from error
     run.step, run.seconds, run.metrics = state["step"], state["seconds"], state["metrics"]
     return True
+
+
+def _extended(train: Any, step: int, steps: int) -> Any:
+    """The settings of a training that has ended with another number of steps, where it is to take more."""
+    ended = isinstance(train, dict) and step == train.get("steps")
+    return {**train, "steps": steps} if ended and steps > step else train
 
 
 def _load_whole(run: Resumable, state: dict[str, Any]) -> None:

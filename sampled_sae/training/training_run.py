@@ -20,9 +20,10 @@ from ..support.atomic_files import append_text, field, json_line, read_json, wri
 from ..support.late_values import LateScalars
 from ..support.output_folder import check_output_folder
 from ..support.timing import check_memory
-from .activation_store import ActivationStore
+from .activations import Activations
 from .batches import Feed, TrainingBatch
 from .checkpoint import CHECKPOINT
+from .initial_weights import begin_with, check_initial
 from .precision import forward_in, settled, step_in
 from .resuming import load, save
 from .same_settings import identity, with_precision
@@ -36,13 +37,13 @@ LEAST_VARIANCE = 1e-7
 LARGEST_AUX = 1e6
 
 
-def check_fits(sae_config: SampledSAEConfig, store: ActivationStore) -> None:
+def check_fits(sae_config: SampledSAEConfig, store: Activations) -> None:
     """ValueError where an SAE cannot be trained on these activations."""
     if sae_config.d_in != store.d_in:
-        raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.folder} have {store.d_in}")
+        raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.where} have {store.d_in}")
     if sae_config.input_scale not in (1, store.scale):
         raise ValueError(
-            f"input_scale={sae_config.input_scale!r}: the training multiplies the activations in {store.folder} by "
+            f"input_scale={sae_config.input_scale!r}: the training multiplies the activations in {store.where} by "
             f"{store.scale}; leave it at 1 to have it set"
         )
 
@@ -61,6 +62,7 @@ class TrainingRun:
             `input_scale` becomes that of the store.
         feed: where its batches come from, and the device it is trained on; may be shared by several runs.
         folder: where everything is written.
+        init_from: an SAE whose weights it begins with, in place of drawn ones; left as it is.
 
     Attributes:
         sae, optimizer: what is trained, and by what.
@@ -76,12 +78,20 @@ class TrainingRun:
             a precision that this SAE cannot have on this device.
     """
 
-    def __init__(self, sae_config: SampledSAEConfig, train_config: TrainConfig, feed: Feed, folder: str | Path) -> None:
+    def __init__(
+        self,
+        sae_config: SampledSAEConfig,
+        train_config: TrainConfig,
+        feed: Feed,
+        folder: str | Path,
+        init_from: SampledSAE | None = None,
+    ) -> None:
         store = feed.store
         check_fits(sae_config, store)
         self.config = train_config = settled(train_config, sae_config, feed.device)
         self.feed = feed
         self.folder = Path(folder)
+        self.init = None if init_from is None else check_initial(init_from, sae_config)
         self._ranks = ranks = feed.ranks
         needed = checkpoint_bytes(sae_config, train_config)
         with ranks.together():
@@ -93,6 +103,8 @@ class TrainingRun:
         self.row_grads = sae_config.row_grads
         in_training = replace(sae_config, row_grads=sae_config.impl != "reference", input_scale=store.scale)
         self.sae = SampledSAE(in_training, device=feed.device)
+        if init_from is not None:
+            begin_with(self.sae, init_from)
         if ranks.mesh is not None:
             parallelize(self.sae, ranks.mesh)
         self.optimizer = RowAdam(
@@ -112,8 +124,9 @@ class TrainingRun:
                 self._check_saved()
             batch = feed.batch(0)
             self._check_variance(batch)
-            with torch.no_grad():
-                self.sae.layout.local(self.sae.b_dec).copy_(batch.median)
+            if init_from is None:
+                with torch.no_grad():
+                    self.sae.layout.local(self.sae.b_dec).copy_(batch.median)
 
     def train_on(self, batch: TrainingBatch) -> dict[str, float] | None:
         """One step; `batch` is number `self.step` of the feed. Returns the line of metrics where one is due.
@@ -179,6 +192,7 @@ class TrainingRun:
         run = {
             "train": asdict(self.config),
             "activations": self._activations(),
+            "init": self.init,
             "tokens": self.step * self.config.batch_size,
         }
         with self._ranks.together():
@@ -200,9 +214,8 @@ class TrainingRun:
         if not (self.folder / CONFIG).exists():
             return
         then = read_json(self.folder / RUN) if (self.folder / RUN).exists() else {}
-        of_same = (
-            with_precision(then.get("train")) == asdict(self.config) and then.get("activations") == self._activations()
-        )
+        made = with_precision(then.get("train")), then.get("activations"), then.get("init")
+        of_same = made == (asdict(self.config), self._activations(), self.init)
         saved = field(self.folder / CONFIG, read_json(self.folder / CONFIG), "sae", dict)
         if not of_same or {**saved, "screen": None} != {**self._saved_config().to_dict(), "screen": None}:
             raise ValueError(
@@ -242,13 +255,13 @@ class TrainingRun:
             if aux > LARGEST_AUX:
                 raise FloatingPointError(
                     f"aux={aux:.3g} at step {step}: the residuals of this batch are all but the same, as where tokens "
-                    f"are copies of each other; leave repeated tokens out of {self.feed.store.folder}; {intact}"
+                    f"are copies of each other; leave repeated tokens out of {self.feed.store.where}; {intact}"
                 )
 
     def _check_variance(self, batch: TrainingBatch) -> None:
         size, tokens = batch.square, self.config.batch_size
         if tokens > 1 and batch.variance <= LEAST_VARIANCE * max(size, self.sae.cfg.d_in):
             raise ValueError(
-                f"{self.feed.store.folder}: the activations of the first {tokens} tokens are all but the same "
+                f"{self.feed.store.where}: the activations of the first {tokens} tokens are all but the same "
                 f"(variance {batch.variance:.3g} at a mean square of {size:.3g}): there is nothing to learn from them"
             )
