@@ -103,12 +103,16 @@ def _train_arguments(p: argparse.ArgumentParser) -> None:
         "seed": "of weights and token order",
         "checkpoint_every": "steps between checkpoints",
         "log_every": "steps between lines of metrics.jsonl",
+        "k_start": "k of the first step, which goes linearly to --k; --k itself when absent",
+        "l_start": "l of the first step, which goes linearly to --l; --l itself when absent",
+        "schedule_steps": "steps until k and l are those of the SAE, with --k-start or --l-start",
     }
     for field in fields(TrainConfig):
         if field.name == "seed" and p.prog.endswith("sweep"):
             continue
         name = "--" + field.name.replace("_", "-")
-        p.add_argument(name, type=type(field.default), default=field.default, help=text[field.name])
+        kind = type(field.default) if field.default is not None else int if field.name == "schedule_steps" else float
+        p.add_argument(name, type=kind, default=field.default, help=text[field.name])
     p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; of several processes, cuda gives each its own")
     add_rank_options(p)
 

@@ -21,7 +21,8 @@ from .evaluation import evaluate_activations, reconstruct_with
 from .opening import Readable, as_activations
 from .precision import settled
 from .sae_group import SAEGroup, check_members
-from .same_settings import check_same_settings, identity, in_words, is_same_kind, with_precision
+from .same_settings import check_same_settings, completed, identity, in_words, is_same_kind
+from .schedules import check_schedule
 from .sharded_checkpoint import remove_checkpoint
 from .sweep_table import read_result, write_table
 from .train_config import TrainConfig
@@ -130,6 +131,11 @@ def run_sweep(
         "splice": None if splice is None else about,
         "data": store.manifest["shards"],
     }
+    for name, config in configs.items():
+        try:
+            check_schedule(config, train)
+        except ValueError as error:
+            raise ValueError(f"configs[{name!r}]: {error}") from None
     trains = {name: asdict(settled(train, config, feed.device)) for name, config in configs.items()}
     settings = {name: {"sae": config.settings(), "train": trains[name], **common} for name, config in configs.items()}
     place = {name: f"[{i}/{len(configs)}] {name}" for i, name in enumerate(configs, 1)}
@@ -178,7 +184,7 @@ def _recorded(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         found = read_result(path) if path.exists() else {}
         if "settings" in found:
             then = found["settings"]
-            check_same_settings(path, {**then, "train": with_precision(then.get("train"))}, settings)
+            check_same_settings(path, {**then, "train": completed(then.get("train"))}, settings)
             return found
     return None
 
