@@ -34,6 +34,7 @@ def activations_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def open_activations(args: argparse.Namespace) -> Activations:
+    """What the argument `activations` names."""
     return as_activations(args.activations, args.holdout)
 
 

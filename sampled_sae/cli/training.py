@@ -16,26 +16,31 @@ from ..sae import SampledSAE
 from ..support.argument_checks import check_integer
 from ..support.atomic_files import write_json, write_text
 from ..support.output_folder import check_output_folder
+from ..training.activation_stream import StreamedActivations
 from ..training.activations import Activations
 from ..training.batches import CALIBRATION_TOKENS
 from ..training.evaluation import part_of
+from ..training.sae_group import SAEGroup
 from ..training.sweep import EVALUATION, evaluate, run_sweep, variants
 from ..training.sweep_plots import plot_sweep
 from ..training.sweep_table import markdown_table
 from ..training.train_config import TrainConfig
 from ..training.trainer import Trainer
+from ..training.training_run import TrainingRun
 from .arguments import Command, listed, model_arguments, pool_multiplier, seed
 from .beginning import activations_arguments, initial_sae, open_activations, rule_arguments, rule_of
 from .identity import SPLICE_ROWS, check_same_activations, splice_source
 from .processes import add_rank_options
+from .streaming import check_no_model, open_stream, stream_arguments
 
 
 def add(command: Command) -> None:
-    p = command("train", train, "Train one SAE on stored activations; resumes from the folder's checkpoint.")
+    p = command("train", train, "Train one SAE on stored activations, or one a layer on a language model at work.")
     activations_arguments(p)
     p.add_argument("out", type=Path, help="folder for checkpoint, metrics and the SAE")
     rule_arguments(p)
     _sae_arguments(p)
+    stream_arguments(p)
     _train_arguments(p)
     p.add_argument(
         "--lanes",
@@ -137,16 +142,38 @@ def _train_config(args: argparse.Namespace) -> TrainConfig:
 
 def train(args: argparse.Namespace) -> None:
     with args.ranks.together():
-        store, initial = open_activations(args), initial_sae(args)
-        config = _sae_config(args, store.d_in, seed=args.seed, **rule_of(args, initial))
-        how = _train_config(args)
-    trainer = Trainer(config, how, store, args.out, args.device, args.ranks.mesh, args.lanes, initial)
-    verb = f"Resumes at step {trainer.step}" if trainer.step else "Trains"
-    print(
-        f"{verb} on {args.activations} in {trainer.config.precision}: {trainer.sae}\nwrites to {args.out}", flush=True
-    )
+        initial, how = initial_sae(args), _train_config(args)
+        if args.model is None:
+            check_no_model(args)
+            stores: dict[str, Activations | StreamedActivations] = {"": open_activations(args)}
+        else:
+            stores = {**open_stream(args)}
+        rule = {"seed": args.seed, **rule_of(args, initial)}
+        configs = {name: _sae_config(args, store.d_in, **rule) for name, store in stores.items()}
+    if len(stores) > 1:
+        return _train_layers(configs, how, stores, args)
+    trainer = Trainer(configs[""], how, stores[""], args.out, args.device, args.ranks.mesh, args.lanes, initial)
+    print(f"{_begins(trainer)}: {trainer.sae}\nwrites to {args.out}", flush=True)
     sae = trainer.run(progress=not args.quiet)
     print(f"done: threshold {float(sae.threshold):.4g}, SAE in {args.out}")
+
+
+def _train_layers(
+    configs: dict[str, SampledSAEConfig], how: TrainConfig, stores: Any, args: argparse.Namespace
+) -> None:
+    for name in ("init_from", "lanes"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"{name}={getattr(args, name)}: is for one SAE; train the layers one by one")
+    group = SAEGroup(configs, how, stores, args.out, args.device)
+    for name, run in group.members.items():
+        print(f"{_begins(run)}: {run.sae}\nwrites to {args.out / name}", flush=True)
+    for name, sae in group.run(progress=not args.quiet).items():
+        print(f"done: threshold {float(sae.threshold):.4g}, SAE in {args.out / name}")
+
+
+def _begins(run: TrainingRun) -> str:
+    verb = f"Resumes at step {run.step}" if run.step else "Trains"
+    return f"{verb} on {run.feed.store.where} in {run.config.precision}"
 
 
 def run_evaluate(args: argparse.Namespace) -> None:

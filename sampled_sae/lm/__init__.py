@@ -9,14 +9,17 @@ from sampled_sae.lm.dropped import special_tokens
 from sampled_sae.lm.harvest import harvest
 from sampled_sae.lm.hooks import capture, replace
 from sampled_sae.lm.model_rows import ModelRows
+from sampled_sae.lm.model_source import ModelSource
 from sampled_sae.lm.models import load_model, weights_digest
-from sampled_sae.lm.rows import token_rows
+from sampled_sae.lm.rows import RowReader, token_rows
 from sampled_sae.lm.splice import SpliceEvaluator, spliced_cross_entropy
 from sampled_sae.lm.texts import load_texts, shuffled_texts
 
 __all__ = [
     "BUNDLED_MODELS",
     "ModelRows",
+    "ModelSource",
+    "RowReader",
     "SpliceEvaluator",
     "capture",
     "harvest",
