@@ -24,7 +24,7 @@ from ..training.sweep_plots import plot_sweep
 from ..training.sweep_table import markdown_table
 from ..training.train_config import TrainConfig
 from ..training.trainer import Trainer
-from .arguments import Command, listed, model_arguments, pool_multiplier, seed
+from .arguments import Command, listed, model_arguments, pool_multiplier, seed, whole_number
 from .identity import SPLICE_ROWS, check_same_activations, splice_source
 from .processes import add_rank_options
 
@@ -87,6 +87,13 @@ def _sae_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--pool-every", type=int, default=1, help="steps for which a candidate pool is kept")
     p.add_argument("--score-tokens", type=float, default=1.0, help="share of the tokens that the scores look at")
     p.add_argument("--dead-after", type=int, default=10_000_000, help="tokens unselected that make a feature dead")
+    p.add_argument(
+        "--groups",
+        type=listed(whole_number),
+        default=None,
+        help="a Matryoshka SAE: numbers of features, ascending, comma-separated, that each reconstruct on their own; "
+        "all of them come last",
+    )
     p.add_argument("--screen", choices=SCREENS, default="auto", help="look through bfloat16 products; same results")
     p.add_argument("--impl", default="auto", help="auto, triton, torch or reference")
 
@@ -116,6 +123,9 @@ def _train_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def _sae_config(args: argparse.Namespace, d_in: int, **rule: Any) -> SampledSAEConfig:
+    groups = args.groups
+    if groups is not None and args.features not in groups[-1:]:
+        groups = [*groups, args.features]
     return SampledSAEConfig(
         d_in=d_in,
         d_sae=args.features,
@@ -125,6 +135,7 @@ def _sae_config(args: argparse.Namespace, d_in: int, **rule: Any) -> SampledSAEC
         score_tokens=args.score_tokens,
         dead_after=args.dead_after,
         screen=args.screen,
+        groups=groups,
         impl=args.impl,
         **rule,
     )
