@@ -12,6 +12,7 @@ from typing import Any
 from ..config import POOLS, SCREENS, SELECTS, SampledSAEConfig
 from ..distributed import parallelize
 from ..impl import threshold
+from ..pretrained import EVALUATION
 from ..sae import SampledSAE
 from ..support.argument_checks import SCORES, check_integer
 from ..support.atomic_files import write_json, write_text
@@ -19,7 +20,7 @@ from ..support.output_folder import check_output_folder
 from ..training.activation_store import ActivationStore
 from ..training.batches import CALIBRATION_TOKENS
 from ..training.evaluation import part_of
-from ..training.sweep import EVALUATION, evaluate, run_sweep, variants
+from ..training.sweep import evaluate, run_sweep, variants
 from ..training.sweep_plots import plot_sweep
 from ..training.sweep_table import markdown_table
 from ..training.train_config import TrainConfig

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sampled_sae.lm.blocks import text_config, transformer_blocks
 from sampled_sae.lm.bundled import BUNDLED_MODELS, bundled_folder
 from sampled_sae.lm.foreign_errors import named
+from sampled_sae.residual_stream.blocks import text_config, transformer_blocks
 
 
 def _transformers() -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import SampledSAEConfig
+from ..pretrained import EVALUATION
 from ..sae import SampledSAE
 from ..support.all_ranks import ranks_of
 from ..support.argument_checks import check_integer
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Splice = Callable[[Callable[[Tensor], Tensor]], dict[str, float]]
-EVALUATION = "evaluation.json"
 # The sweep's own record of a member: what its table has, whatever is evaluated later.
 RESULT = "result.json"
 
