@@ -16,6 +16,7 @@ from .support.argument_checks import (
     check_number,
     check_positive,
 )
+from .support.html_table import config_table
 
 POOLS = ("top", "sample")
 SELECTS = ("batch", "token")
@@ -128,6 +129,9 @@ class SampledSAEConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for JSON."""
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        return config_table(self)
 
     def settings(self) -> dict[str, Any]:
         """`to_dict` without `screen`, which changes no result."""

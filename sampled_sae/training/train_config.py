@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..optim import MODES
 from ..support.argument_checks import check_choice, check_integer, check_number
+from ..support.html_table import config_table
 
 PRECISIONS = ("auto", "bf16", "tf32", "fp32")
 
@@ -52,6 +53,9 @@ class TrainConfig:
         object.__setattr__(self, "precision", check_choice("precision", self.precision, PRECISIONS))
         for name, most in (("lr", None), ("clip", None), ("warmup", 1), ("decay", 1)):
             object.__setattr__(self, name, check_number(name, getattr(self, name), 0, most))
+
+    def _repr_html_(self) -> str:
+        return config_table(self)
 
     def lr_at(self, step: int) -> float:
         """lr of step 0, 1, ...: linear warm-up, constant, linear decay."""
