@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .config import SampledSAEConfig
+from .support.hub import is_identifier
 from .support.version import __version__
 
 MARK = "<!-- written by sampled-sae: the next push_to_hub replaces it; without this line it stays -->"
@@ -67,10 +68,9 @@ def model_card(repository: str, cfg: SampledSAEConfig, facts: RunFacts, revision
 
 
 def _metadata(model: str | None) -> str:
-    """YAML, of which JSON is a part: whatever a model is called, it stays a string."""
     lines = ["---", "library_name: sampled-sae", "tags:", *(f"- {tag}" for tag in TAGS)]
-    if model is not None and model.count("/") == 1 and not model.startswith(("/", ".", "~")):
-        lines.append(f"base_model: {json.dumps(model)}")
+    if model is not None and is_identifier(model):
+        lines.append(f"base_model: {model}")
     return "\n".join([*lines, "---"])
 
 
