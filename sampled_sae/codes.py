@@ -205,7 +205,7 @@ class SparseCodes:
             best = zip(features[here][order].tolist(), values[here][order].tolist())
             shown = [f"{feature}: {value:.4g}" for feature, value in list(best)[:SHOWN_FEATURES]]
             rest = len(order) - len(shown)
-            rows.append((token, ", ".join([*shown, *([f"{rest} more"] if rest else [])])))
+            rows.append((str(token), ", ".join([*shown, *([f"{rest} more"] if rest else [])])))
         more = self.shape[0] - len(rows)
         if more:
             rows.append(("...", f"{more} more tokens"))

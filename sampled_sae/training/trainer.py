@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..config import SampledSAEConfig
+from ..run_logs import LogPlace
 from ..sae import SampledSAE
 from ..support.all_ranks import ranks_of
 from .activation_store import ActivationStore
@@ -41,6 +42,8 @@ class Trainer(TrainingRun):
         device: where the SAE is trained; a checkpoint may be loaded on another.
         mesh: a DeviceMesh with the dimensions ("data", "feature") and all processes; None for a process alone.
         lanes: for a run that begins; one a process when None.
+        log: wandb, TensorBoard or trackio, where the lines of metrics go besides. `self.log` is open from the first
+            step of `run` on: give it `result(...)` and `close(failed=False)`.
 
     Raises:
         ValueError: a checkpoint of other settings in the folder, a corrupt one, widths that differ, no such device.
@@ -55,6 +58,7 @@ class Trainer(TrainingRun):
         device: torch.device | str = "cpu",
         mesh: DeviceMesh | None = None,
         lanes: int | None = None,
+        log: LogPlace | None = None,
     ) -> None:
         ranks = ranks_of(mesh)
         with ranks.accounted():
@@ -62,6 +66,7 @@ class Trainer(TrainingRun):
             with ranks.together():
                 feed = Feed(store, train_config.batch_size, train_config.seed, device, ranks, lanes)
             super().__init__(sae_config, train_config, feed, folder)
+        self.show_in(log)
         self.store = store
         self.stream = self.feed.stream
 
