@@ -81,6 +81,6 @@ def rule_of(args: argparse.Namespace, initial: SampledSAE | None) -> dict[str, A
     else:
         about = initial.cfg
         found = {name: getattr(about, "d_sae" if name == "features" else name) for name in RULE}
-        more = {"apply_b_dec_to_input": about.apply_b_dec_to_input}
+        more = {"apply_b_dec_to_input": about.apply_b_dec_to_input, "groups": about.groups}
     rule = {**found, **given, **more}
     return {"d_sae": rule.pop("features"), **rule}

@@ -51,9 +51,14 @@ def open_stream(args: argparse.Namespace) -> dict[str, StreamedActivations]:
         raise ValueError(f"holdout={args.holdout}: is for a file of activations; --holdout-rows is for texts")
     if args.layer is None:
         raise ValueError("layer=None: must be given with --model: the block, from 0, whose output is trained on")
+    if args.splice_rows is not None:
+        raise ValueError(f"splice_rows={args.splice_rows}: is for stored activations; evaluate on a harvest of them")
     layers = [check_integer("layer", layer, 0) for layer in args.layer]
     if len(set(layers)) < len(layers):
         raise ValueError(f"layer={layers}: none twice")
+    for name in ("init_from", "lanes"):
+        if len(layers) > 1 and getattr(args, name) is not None:
+            raise ValueError(f"{name}={getattr(args, name)}: is for one SAE; train the layers one by one")
     for name in ("model_batch_size", "buffer_tokens"):
         check_integer(name, getattr(args, name), 1)
     check_device(args.device)

@@ -12,24 +12,28 @@ from typing import Any
 from ..config import SCREENS, SampledSAEConfig
 from ..distributed import parallelize
 from ..impl import threshold
+from ..pretrained import EVALUATION
 from ..sae import SampledSAE
 from ..support.argument_checks import check_integer
 from ..support.atomic_files import write_json, write_text
 from ..support.output_folder import check_output_folder
-from ..training.activation_stream import StreamedActivations
 from ..training.activations import Activations
 from ..training.batches import CALIBRATION_TOKENS
+from ..training.closing_line import closing_line
 from ..training.evaluation import part_of
 from ..training.sae_group import SAEGroup
-from ..training.sweep import EVALUATION, evaluate, run_sweep, variants
+from ..training.sweep import evaluate, run_sweep, variants
 from ..training.sweep_plots import plot_sweep
 from ..training.sweep_table import markdown_table
 from ..training.train_config import TrainConfig
 from ..training.trainer import Trainer
+from ..training.training_loop import closed_logs, train_to_end
 from ..training.training_run import TrainingRun
-from .arguments import Command, listed, model_arguments, pool_multiplier, seed
+from .arguments import Command, listed, model_arguments, pool_multiplier, seed, whole_number
 from .beginning import activations_arguments, initial_sae, open_activations, rule_arguments, rule_of
+from .closing import closing_splice, evaluate_at_end
 from .identity import SPLICE_ROWS, check_same_activations, splice_source
+from .logs import add_log_options, log_place
 from .processes import add_rank_options
 from .streaming import check_no_model, open_stream, stream_arguments
 
@@ -48,6 +52,13 @@ def add(command: Command) -> None:
         default=None,
         help="stretches that an epoch is cut into, for as many processes to read; those of the checkpoint, or one a "
         "process, when absent",
+    )
+    p.add_argument(
+        "--splice-rows",
+        type=int,
+        default=None,
+        help=f"held-out rows for the loss recovered at the end, 0 for none; {SPLICE_ROWS} when absent, where the "
+        "harvested model is on this machine",
     )
 
     p = command("evaluate", run_evaluate, "Evaluate a trained SAE on held-out activations and in the model.")
@@ -90,6 +101,13 @@ def _sae_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--pool-every", type=int, default=1, help="steps for which a candidate pool is kept")
     p.add_argument("--score-tokens", type=float, default=1.0, help="share of the tokens that the scores look at")
     p.add_argument("--dead-after", type=int, default=10_000_000, help="tokens unselected that make a feature dead")
+    p.add_argument(
+        "--groups",
+        type=listed(whole_number),
+        default=None,
+        help="a Matryoshka SAE: numbers of features, ascending, comma-separated, that each reconstruct on their own; "
+        "all of them come last",
+    )
     p.add_argument("--screen", choices=SCREENS, default="auto", help="look through bfloat16 products; same results")
     p.add_argument("--impl", default="auto", help="auto, triton, torch or reference")
 
@@ -118,11 +136,15 @@ def _train_arguments(p: argparse.ArgumentParser) -> None:
         name = "--" + field.name.replace("_", "-")
         kind = type(field.default) if field.default is not None else int if field.name == "schedule_steps" else float
         p.add_argument(name, type=kind, default=field.default, help=text[field.name])
+    add_log_options(p)
     p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; of several processes, cuda gives each its own")
     add_rank_options(p)
 
 
 def _sae_config(args: argparse.Namespace, d_in: int, **rule: Any) -> SampledSAEConfig:
+    if args.groups is not None:
+        n_features = rule["d_sae"]
+        rule["groups"] = args.groups if n_features in args.groups[-1:] else [*args.groups, n_features]
     return SampledSAEConfig(
         d_in=d_in,
         aux_coefficient=args.aux_coefficient,
@@ -141,34 +163,43 @@ def _train_config(args: argparse.Namespace) -> TrainConfig:
 
 
 def train(args: argparse.Namespace) -> None:
+    if args.model is not None:
+        return _train_on_model(args)
     with args.ranks.together():
-        initial, how = initial_sae(args), _train_config(args)
-        if args.model is None:
-            check_no_model(args)
-            stores: dict[str, Activations | StreamedActivations] = {"": open_activations(args)}
-        else:
-            stores = {**open_stream(args)}
-        rule = {"seed": args.seed, **rule_of(args, initial)}
-        configs = {name: _sae_config(args, store.d_in, **rule) for name, store in stores.items()}
-    if len(stores) > 1:
-        return _train_layers(configs, how, stores, args)
-    trainer = Trainer(configs[""], how, stores[""], args.out, args.device, args.ranks.mesh, args.lanes, initial)
+        check_no_model(args)
+        store, initial = open_activations(args), initial_sae(args)
+        config = _sae_config(args, store.d_in, seed=args.seed, **rule_of(args, initial))
+        how, log, source = _train_config(args), log_place(args), closing_splice(args, store)
+    trainer = Trainer(config, how, store, args.out, args.device, args.ranks.mesh, args.lanes, initial, log)
     print(f"{_begins(trainer)}: {trainer.sae}\nwrites to {args.out}", flush=True)
-    sae = trainer.run(progress=not args.quiet)
-    print(f"done: threshold {float(sae.threshold):.4g}, SAE in {args.out}")
+    with closed_logs([trainer]):
+        sae = trainer.run(progress=not args.quiet)
+        result = evaluate_at_end(sae, args, store, source)
+        trainer.log.result(result)
+    print(f"done: threshold {float(sae.threshold):.4g}, {closing_line(result, args.out)}")
 
 
-def _train_layers(
-    configs: dict[str, SampledSAEConfig], how: TrainConfig, stores: Any, args: argparse.Namespace
-) -> None:
-    for name in ("init_from", "lanes"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"{name}={getattr(args, name)}: is for one SAE; train the layers one by one")
-    group = SAEGroup(configs, how, stores, args.out, args.device)
-    for name, run in group.members.items():
-        print(f"{_begins(run)}: {run.sae}\nwrites to {args.out / name}", flush=True)
-    for name, sae in group.run(progress=not args.quiet).items():
-        print(f"done: threshold {float(sae.threshold):.4g}, SAE in {args.out / name}")
+def _train_on_model(args: argparse.Namespace) -> None:
+    """One SAE in args.out, or one a layer in folders there."""
+    initial, how, log = initial_sae(args), _train_config(args), log_place(args)
+    parts = open_stream(args)
+    rule = {"seed": args.seed, **rule_of(args, initial)}
+    configs = {name: _sae_config(args, part.d_in, **rule) for name, part in parts.items()}
+    if len(parts) == 1:
+        ((name, part),) = parts.items()
+        run = Trainer(configs[name], how, part, args.out, args.device, None, args.lanes, initial, log)
+        runs: dict[Path, TrainingRun] = {args.out: run}
+    else:
+        group = SAEGroup(configs, how, {**parts}, args.out, args.device)
+        runs = {args.out / name: run for name, run in group.members.items()}
+        for name, run in group.members.items():
+            run.show_in(log, name)
+    for folder, run in runs.items():
+        print(f"{_begins(run)}: {run.sae}\nwrites to {folder}", flush=True)
+    with closed_logs(runs.values()):
+        train_to_end({str(folder): run for folder, run in runs.items()}, not args.quiet)
+    for folder, run in runs.items():
+        print(f"done: threshold {float(run.sae.threshold):.4g}, {closing_line({}, folder)}")
 
 
 def _begins(run: TrainingRun) -> str:
@@ -208,7 +239,7 @@ def sweep(args: argparse.Namespace) -> None:
         store = open_activations(args)
         base = _sae_config(args, store.d_in, d_sae=args.features, k=args.k)
         configs = variants(base, args.ls, args.scores, args.seeds, not args.no_topk)
-        how, splice = _train_config(args), splice_source(args, store)
+        how, splice, log = _train_config(args), splice_source(args, store), log_place(args)
     print(
         f"Trains {len(configs)} SAEs on {args.activations}, writes to {args.out}: {', '.join(configs)}",
         flush=True,
@@ -227,6 +258,7 @@ def sweep(args: argparse.Namespace) -> None:
         together=args.together,
         device=args.device,
         mesh=args.ranks.mesh,
+        log=log,
     )
     with args.ranks.together():
         if args.ranks.first:
