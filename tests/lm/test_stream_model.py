@@ -12,7 +12,7 @@ from sampled_sae import ActivationStore, SampledSAE, SampledSAEConfig, TrainConf
 from sampled_sae.cli import main
 from sampled_sae.lm import ModelSource, RowReader, capture, harvest, load_model, token_rows
 from sampled_sae.lm import rows as rows_module
-from sampled_sae.lm.several_layers import capture_layers
+from sampled_sae.residual_stream.several_layers import capture_layers
 from sampled_sae.training.activation_stream import ActivationStream
 from sampled_sae.training.sae_group import SAEGroup
 from sampled_sae.training.streamed_batches import StreamedBatches

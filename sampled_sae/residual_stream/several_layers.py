@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sampled_sae.lm.blocks import BlockOutputs
-from sampled_sae.lm.hooks import capture
+from .blocks import BlockOutputs
+from .hooks import capture
 
 
 @contextmanager
