@@ -175,6 +175,12 @@ class SparseCodes:
         codes.index = self.index
         return codes
 
+    def of_first(self, n_features: int) -> SparseCodes:
+        """The entries of the first so many features, of a [B, F] matrix as before."""
+        values, tokens, features = self.entries()
+        at = (features < n_features).nonzero().squeeze(1)
+        return SparseCodes(values[at], tokens[at], features[at], self.shape)
+
     def to_dense(self) -> Tensor:
         """[B, F], differentiable. Costs a full matrix."""
         values, tokens, features = self.entries()
@@ -217,7 +223,7 @@ class SampledSAEOutput:
     """What a forward pass gives.
 
     Attributes:
-        loss: mse + aux_coefficient * aux, 0-dim.
+        loss: mse + aux_coefficient * aux, 0-dim; of a Matryoshka SAE with the mean over its groups in place of mse.
         mse: mean over tokens of ||x - x_hat||^2, summed over d_in, in the units that the SAE is trained in: those of
             x times `cfg.input_scale`.
         aux: the dead-feature loss before its coefficient; 0 when no feature is dead and in evaluation.

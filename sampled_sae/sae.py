@@ -21,7 +21,7 @@ from .impl.pool import KeptPool, Pool, PoolRule
 from .impl.row_gradients import RowGradient
 from .impl.row_guard import guard_rows
 from .impl.step_memory import StepMemory
-from .impl.training_step import squared_error, training_step
+from .impl.training_step import reconstruct, training_step
 from .pretrained import check_scale_of_state, scale_into_state
 from .residual_stream.splicing import Splicing
 from .sharing import Sharing
@@ -139,19 +139,18 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         leaves = self.layout.leaves(self, c.row_grads)
         tokens, encoder = self._batch(x, scaled, leaves)
         pool = self.memory.pool.next(lambda: self._find_pool(encoder))
-        mse, aux, x_hat, codes = training_step(self, self._parts, tokens, encoder, leaves, pool)
+        loss, mse, aux, x_hat, codes = training_step(self, self._parts, tokens, encoder, leaves, pool)
         self.row_grads += leaves.rows.gradients
         x_hat = self._unscaled(x_hat, scaled).to(x.dtype).view(x.shape)
-        return SampledSAEOutput(mse + c.aux_coefficient * aux, mse, aux, x_hat, self.layout.numbered(codes))
+        return SampledSAEOutput(loss + c.aux_coefficient * aux, mse, aux, x_hat, self.layout.numbered(codes))
 
     def _evaluate(self, x: Tensor, scaled: bool) -> SampledSAEOutput:
         leaves = self.layout.leaves(self, keep_rows=False)
         tokens, encoder = self._batch(x, scaled, leaves)
         codes = self._select_each(encoder)
-        x_hat = self._parts.decode(codes, leaves.W_dec, leaves.b_out, leaves.rows)
-        mse = squared_error(self._parts, tokens, x_hat, encoder)
+        loss, mse, x_hat = reconstruct(self.cfg, self._parts, tokens, encoder, leaves, codes)
         x_hat = self._unscaled(x_hat, scaled).to(x.dtype).view(x.shape)
-        return SampledSAEOutput(mse, mse, mse.new_zeros(()), x_hat, self.layout.numbered(codes))
+        return SampledSAEOutput(loss, mse, mse.new_zeros(()), x_hat, self.layout.numbered(codes))
 
     def _select_each(self, encoder: Encoder) -> SparseCodes:
         """What evaluation mode keeps of each token, whatever the others are."""

@@ -25,6 +25,7 @@ from .pretrained import (
 )
 from .support.atomic_files import field, parse_json, read_json, write_json, write_text
 from .support.hub import Repository, check_identifier, download, is_identifier
+from .support.tensor_file import Kind
 
 CARD = "README.md"
 FILES = (CONFIG, WEIGHTS, RUN, ORIGIN, EVALUATION)
@@ -39,8 +40,9 @@ class Sharing:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `sae.safetensors`, each to a temporary name that is then renamed."""
-        tensors = {name: self.layout.whole(getattr(self, name)) for name in TENSORS}
-        self.layout.write(lambda: save_pretrained(Path(folder), self.cfg.to_dict(), tensors))
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        kinds = {name: Kind(t.dtype, t.shape) for name, t in tensors.items()}
+        self.layout.write(tensors, lambda pieces: save_pretrained(Path(folder), self.cfg.to_dict(), kinds, pieces))
 
     @classmethod
     def from_pretrained(

@@ -9,12 +9,12 @@ from typing import Any
 from ..pretrained import EVALUATION
 from ..sae import SampledSAE
 from ..support.atomic_files import write_json
-from ..training.activation_store import ActivationStore
+from ..training.activations import Activations
 from ..training.sweep import SpliceSource, evaluate
 from .identity import splice_source
 
 
-def closing_splice(args: argparse.Namespace, store: ActivationStore) -> SpliceSource | None:
+def closing_splice(args: argparse.Namespace, store: Activations) -> SpliceSource | None:
     """The language model that the loss recovered is measured in; None for none.
 
     With --splice-rows it has to be there. Without, it is taken where nothing need be fetched for it.
@@ -40,7 +40,7 @@ def closing_splice(args: argparse.Namespace, store: ActivationStore) -> SpliceSo
 
 
 def evaluate_at_end(
-    sae: SampledSAE, args: argparse.Namespace, store: ActivationStore, source: SpliceSource | None
+    sae: SampledSAE, args: argparse.Namespace, store: Activations, source: SpliceSource | None
 ) -> dict[str, Any]:
     """As `sampled-sae evaluate`, evaluation.json included; empty for a store without a held-out part."""
     if not store.manifest.get("holdout"):
@@ -66,7 +66,7 @@ def _loaded(source: SpliceSource | None, args: argparse.Namespace) -> Any:
         return None
 
 
-def _is_at_hand(model: str | None, store: ActivationStore) -> bool:
+def _is_at_hand(model: str | None, store: Activations) -> bool:
     from ..lm.models import is_at_hand
 
     return bool(model) and store.has_text and is_at_hand(str(model))

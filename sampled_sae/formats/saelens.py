@@ -220,9 +220,15 @@ def _details(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _training(cfg: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """None where it was not trained by this package's rule."""
+    """None where it was trained neither by this package's rule nor as a Matryoshka SAE."""
     details = dict(_details(config))
     architecture = _metadata(config).get("training_architecture")
+    widths = config.get("matryoshka_widths", details.get("matryoshka_widths"))
+    if widths is not None:
+        field(cfg, {"matryoshka_widths": widths}, "matryoshka_widths", list)
+        d_sae = config["d_sae"]
+        # SAELens adds a level of all features where there is none
+        return training_fields(cfg, {"groups": widths if d_sae in widths[-1:] else [*widths, d_sae]})
     if architecture not in (EXPORTED, TRAINED):
         return None
     if "aux_loss_coefficient" in details:

@@ -18,13 +18,14 @@ from ..support.all_ranks import ranks_of
 from ..support.argument_checks import check_integer
 from ..support.atomic_files import without_nan, write_json
 from ..support.output_folder import check_output_folder, held_by_first
-from .activation_store import ActivationStore
 from .batches import Feed
 from .closing_line import closing_line
 from .evaluation import evaluate_activations, reconstruct_with
+from .opening import Readable, as_activations
 from .precision import settled
 from .sae_group import SAEGroup, check_members
-from .same_settings import check_same_settings, identity, in_words, is_same_kind, with_precision
+from .same_settings import check_same_settings, completed, identity, in_words, is_same_kind
+from .schedules import check_schedule
 from .sharded_checkpoint import remove_checkpoint
 from .sweep_table import read_result, write_table
 from .train_config import TrainConfig
@@ -83,7 +84,7 @@ def variants(
 def run_sweep(
     configs: dict[str, SampledSAEConfig],
     train: TrainConfig,
-    store: ActivationStore,
+    store: Readable,
     folder: Path,
     splice: Splice | SpliceSource | None = None,
     progress: bool = True,
@@ -104,7 +105,7 @@ def run_sweep(
 
     Args:
         configs: name -> config.
-        store: with a held-out part.
+        store: activations as `Trainer` takes them, with a held-out part.
         splice: measures a reconstruction in the language model, such as `SpliceEvaluator.evaluate`, or loads what does.
         log: as in Trainer, a run for each SAE.
         mesh: as in Trainer; each SAE is trained and evaluated by all its processes, and the first one writes.
@@ -119,7 +120,7 @@ def run_sweep(
         BlockingIOError: another process trains there.
         Interrupted: a signal came; all that was done is saved.
     """
-    together = check_integer("together", together, 1)
+    together, store = check_integer("together", together, 1), as_activations(store)
     check_members(configs, store)
     check_output_folder(folder)
     ranks = ranks_of(mesh)
@@ -128,7 +129,7 @@ def run_sweep(
     about = getattr(getattr(splice, "__self__", splice), "about", {})
     if about.get("weights_sha256") and not is_same_kind(about, harvested := identity(store.manifest)):
         raise ValueError(
-            f"splice is in {in_words(about)}, but {store.folder} holds {in_words(harvested)}; take the evaluator of "
+            f"splice is in {in_words(about)}, but {store.where} holds {in_words(harvested)}; take the evaluator of "
             "SpliceEvaluator.of_harvest, or a function that calls another"
         )
     common = {
@@ -136,6 +137,11 @@ def run_sweep(
         "splice": None if splice is None else about,
         "data": store.manifest["shards"],
     }
+    for name, config in configs.items():
+        try:
+            check_schedule(config, train)
+        except ValueError as error:
+            raise ValueError(f"configs[{name!r}]: {error}") from None
     trains = {name: asdict(settled(train, config, feed.device)) for name, config in configs.items()}
     settings = {name: {"sae": config.settings(), "train": trains[name], **common} for name, config in configs.items()}
     place = {name: f"[{i}/{len(configs)}] {name}" for i, name in enumerate(configs, 1)}
@@ -192,7 +198,7 @@ def _recorded(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         found = read_result(path) if path.exists() else {}
         if "settings" in found:
             then = found["settings"]
-            check_same_settings(path, {**then, "train": with_precision(then.get("train"))}, settings)
+            check_same_settings(path, {**then, "train": completed(then.get("train"))}, settings)
             return found
     return None
 
