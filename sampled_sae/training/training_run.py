@@ -38,6 +38,11 @@ LARGEST_AUX = 1e6
 
 def check_fits(sae_config: SampledSAEConfig, store: ActivationStore) -> None:
     """ValueError where an SAE cannot be trained on these activations."""
+    if sae_config.is_transcoder:
+        raise ValueError(
+            f"d_out={sae_config.d_out}: a transcoder needs targets, and {store.folder} has none; train it with "
+            "sae(x, target) and RowAdam"
+        )
     if sae_config.d_in != store.d_in:
         raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.folder} have {store.d_in}")
     if sae_config.input_scale not in (1, store.scale):
