@@ -179,9 +179,7 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
         rule="topk" if architecture == "topk" else "threshold",
         k=k,
         threshold=threshold,
-        apply_b_dec_to_input=field(
-            cfg, {"apply_b_dec_to_input": not transcodes, **config}, "apply_b_dec_to_input", bool
-        ),
+        apply_b_dec_to_input=centres,
         training=_training(cfg, config),
         input_scale=input_scale,
         transcodes=transcodes,
