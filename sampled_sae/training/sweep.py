@@ -16,15 +16,17 @@ from ..support.all_ranks import ranks_of
 from ..support.argument_checks import check_integer
 from ..support.atomic_files import without_nan, write_json
 from ..support.output_folder import check_output_folder, held_by_first
-from .activation_store import ActivationStore
 from .batches import Feed
 from .evaluation import evaluate_activations, reconstruct_with
+from .opening import Stored, as_activations
 from .precision import settled
 from .sae_group import SAEGroup, check_members
-from .same_settings import check_same_settings, identity, in_words, is_same_kind, with_precision
+from .same_settings import check_same_settings, completed, identity, in_words, is_same_kind
+from .schedules import check_schedule
 from .sharded_checkpoint import remove_checkpoint
 from .sweep_table import read_result, write_table
 from .train_config import TrainConfig
+from .training_run import check_fits
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -79,7 +81,7 @@ def variants(
 def run_sweep(
     configs: dict[str, SampledSAEConfig],
     train: TrainConfig,
-    store: ActivationStore,
+    store: Stored,
     folder: Path,
     splice: Splice | SpliceSource | None = None,
     progress: bool = True,
@@ -99,7 +101,7 @@ def run_sweep(
 
     Args:
         configs: name -> config.
-        store: with a held-out part.
+        store: activations as `Trainer` takes them, with a held-out part.
         splice: measures a reconstruction in the language model, such as `SpliceEvaluator.evaluate`, or loads what does.
         mesh: as in Trainer; each SAE is trained and evaluated by all its processes, and the first one writes.
         progress, say: whether to show a progress bar; what to call with each line of news.
@@ -113,7 +115,7 @@ def run_sweep(
         BlockingIOError: another process trains there.
         Interrupted: a signal came; all that was done is saved.
     """
-    together = check_integer("together", together, 1)
+    together, store = check_integer("together", together, 1), as_activations(store)
     check_members(configs, store)
     check_output_folder(folder)
     ranks = ranks_of(mesh)
@@ -122,7 +124,7 @@ def run_sweep(
     about = getattr(getattr(splice, "__self__", splice), "about", {})
     if about.get("weights_sha256") and not is_same_kind(about, harvested := identity(store.manifest)):
         raise ValueError(
-            f"splice is in {in_words(about)}, but {store.folder} holds {in_words(harvested)}; take the evaluator of "
+            f"splice is in {in_words(about)}, but {store.where} holds {in_words(harvested)}; take the evaluator of "
             "SpliceEvaluator.of_harvest, or a function that calls another"
         )
     common = {
@@ -130,6 +132,12 @@ def run_sweep(
         "splice": None if splice is None else about,
         "data": store.manifest["shards"],
     }
+    for name, config in configs.items():
+        try:
+            check_fits(config, feed)
+            check_schedule(config, train)
+        except ValueError as error:
+            raise ValueError(f"configs[{name!r}]: {error}") from None
     trains = {name: asdict(settled(train, config, feed.device)) for name, config in configs.items()}
     settings = {name: {"sae": config.settings(), "train": trains[name], **common} for name, config in configs.items()}
     place = {name: f"[{i}/{len(configs)}] {name}" for i, name in enumerate(configs, 1)}
@@ -178,7 +186,7 @@ def _recorded(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         found = read_result(path) if path.exists() else {}
         if "settings" in found:
             then = found["settings"]
-            check_same_settings(path, {**then, "train": with_precision(then.get("train"))}, settings)
+            check_same_settings(path, {**then, "train": completed(then.get("train"))}, settings)
             return found
     return None
 
@@ -192,13 +200,21 @@ def _row(name: str, config: SampledSAEConfig, result: dict[str, Any]) -> dict[st
 def evaluate(sae: SampledSAE, held_out: Tensor, batch_size: int, splice: Splice | None) -> dict[str, Any]:
     """The metrics of `evaluate_activations` and, where there is `splice`, those in the language model.
 
+    held_out: [n, d_in], and of a transcoder [n, d_in + d_out], as `PairedActivations` gives it.
+
     `tokens` counts the held-out activations, `predicted_tokens` those that the language model predicts. What is not a
     number is None.
 
     Raises:
-        ValueError: `splice` gives a metric that there is already.
+        ValueError: `splice` gives a metric that there is already; a transcoder with `splice`.
     """
-    result = evaluate_activations(sae, held_out, batch_size)
+    d_in, transcodes, width = sae.cfg.d_in, sae.cfg.is_transcoder, sae.cfg.d_in + (sae.cfg.d_out or 0)
+    if held_out.shape[1] != width:
+        behind = ", a transcoder's targets (--targets) behind what it reads" if transcodes else ""
+        raise ValueError(f"held-out activations {list(held_out.shape)}: must be [n, {width}]{behind}")
+    if transcodes and splice is not None:
+        raise ValueError(f"splice: is of SAEs, which reconstruct a residual stream; d_out={sae.cfg.d_out}")
+    result = evaluate_activations(sae, held_out[:, :d_in], batch_size, held_out[:, d_in:] if transcodes else None)
     if splice is not None:
         with torch.no_grad():
             spliced = splice(reconstruct_with(sae))

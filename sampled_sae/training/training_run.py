@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,18 @@ from ..support.atomic_files import append_text, field, json_line, read_json, wri
 from ..support.late_values import LateScalars
 from ..support.output_folder import check_output_folder
 from ..support.timing import check_memory
-from .activation_store import ActivationStore
-from .batches import Feed, TrainingBatch
+from .activation_stream import StreamedActivations
+from .activations import Activations
+from .batches import Feed
 from .checkpoint import CHECKPOINT
+from .initial_weights import begin_with, check_initial
 from .precision import forward_in, settled, step_in
-from .resuming import load, save
-from .same_settings import identity, with_precision
+from .resuming import load, save, saved
+from .same_settings import completed, identity
+from .schedules import check_schedule, config_at, is_scheduled
 from .sharded_checkpoint import RECORD
 from .train_config import TrainConfig
+from .training_batch import TrainingBatch
 
 METRICS = "metrics.jsonl"
 # Below this share of their mean square, what tells tokens apart drowns in the rounding of float32.
@@ -36,26 +40,35 @@ LEAST_VARIANCE = 1e-7
 LARGEST_AUX = 1e6
 
 
-def check_fits(sae_config: SampledSAEConfig, store: ActivationStore) -> None:
+def check_width(sae_config: SampledSAEConfig, store: Activations | StreamedActivations) -> None:
     """ValueError where an SAE cannot be trained on these activations."""
-    if sae_config.is_transcoder:
-        raise ValueError(
-            f"d_out={sae_config.d_out}: a transcoder needs targets, and {store.folder} has none; train it with "
-            "sae(x, target) and RowAdam"
-        )
+    d_out = store.d_out if isinstance(store, Activations) else None
+    if sae_config.d_out != d_out:
+        held = "has no targets: PairedActivations puts them beside it" if d_out is None else f"has targets of {d_out}"
+        raise ValueError(f"d_out={sae_config.d_out}: {store.where} {held}")
     if sae_config.d_in != store.d_in:
-        raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.folder} have {store.d_in}")
-    if sae_config.input_scale not in (1, store.scale):
+        raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.where} have {store.d_in}")
+
+
+def check_fits(sae_config: SampledSAEConfig, feed: Feed) -> None:
+    """ValueError where an SAE cannot be trained on these activations, or not in their units."""
+    check_width(sae_config, feed.store)
+    if sae_config.input_scale not in (1, feed.scale):
         raise ValueError(
-            f"input_scale={sae_config.input_scale!r}: the training multiplies the activations in {store.folder} by "
-            f"{store.scale}; leave it at 1 to have it set"
+            f"input_scale={sae_config.input_scale!r}: the training multiplies the activations in {feed.store.where} by "
+            f"{feed.scale}; leave it at 1 to have it set"
+        )
+    if sae_config.output_scale not in (1, feed.output_scale):
+        raise ValueError(
+            f"output_scale={sae_config.output_scale!r}: the training multiplies the targets in {feed.store.where} by "
+            f"{feed.output_scale}; leave it at 1 to have it set"
         )
 
 
 def checkpoint_bytes(sae_config: SampledSAEConfig, train_config: TrainConfig) -> int:
     """Of the weights, in float32, and of both moments."""
     moments = 2 * getattr(torch, train_config.moments).itemsize
-    return 2 * sae_config.d_in * sae_config.d_sae * (4 + moments)
+    return (sae_config.d_in + sae_config.width_out) * sae_config.d_sae * (4 + moments)
 
 
 class TrainingRun:
@@ -66,6 +79,7 @@ class TrainingRun:
             `input_scale` becomes that of the store.
         feed: where its batches come from, and the device it is trained on; may be shared by several runs.
         folder: where everything is written.
+        init_from: an SAE whose weights it begins with, in place of drawn ones; left as it is.
 
     Attributes:
         sae, optimizer: what is trained, and by what.
@@ -81,12 +95,20 @@ class TrainingRun:
             a precision that this SAE cannot have on this device.
     """
 
-    def __init__(self, sae_config: SampledSAEConfig, train_config: TrainConfig, feed: Feed, folder: str | Path) -> None:
-        store = feed.store
-        check_fits(sae_config, store)
+    def __init__(
+        self,
+        sae_config: SampledSAEConfig,
+        train_config: TrainConfig,
+        feed: Feed,
+        folder: str | Path,
+        init_from: SampledSAE | None = None,
+    ) -> None:
+        check_width(sae_config, feed.store)
+        check_schedule(sae_config, train_config)
         self.config = train_config = settled(train_config, sae_config, feed.device)
         self.feed = feed
         self.folder = Path(folder)
+        self.init = None if init_from is None else check_initial(init_from, sae_config)
         self._ranks = ranks = feed.ranks
         needed = checkpoint_bytes(sae_config, train_config)
         with ranks.together():
@@ -95,9 +117,17 @@ class TrainingRun:
             begun = any((self.folder / name).exists() for name in (CHECKPOINT, RECORD))
             check_output_folder(self.folder, needed if begun else 2 * needed)
             check_target(self.folder)
+        found = saved(self.folder, ranks)
+        if found is not None:
+            with ranks.together():
+                feed.begin_at(str(found.path), found.state.get("stream"))
+        check_fits(sae_config, feed)
         self.row_grads = sae_config.row_grads
-        in_training = replace(sae_config, row_grads=sae_config.impl != "reference", input_scale=store.scale)
-        self.sae = SampledSAE(in_training, device=feed.device)
+        scaled = replace(sae_config, input_scale=feed.scale, output_scale=feed.output_scale)
+        self.target = replace(scaled, row_grads=sae_config.impl != "reference")
+        self.sae = SampledSAE(self.target, device=feed.device)
+        if init_from is not None:
+            begin_with(self.sae, init_from)
         if ranks.mesh is not None:
             parallelize(self.sae, ranks.mesh)
         self.optimizer = RowAdam(
@@ -107,33 +137,58 @@ class TrainingRun:
             mode=train_config.adam,
             moments=getattr(torch, train_config.moments),
         )
+        self._set = self.target
         self.step = 0
         self.seconds = 0.0
         self.metrics: list[dict[str, float]] = []
         self._losses, self._aux = LateScalars(), LateScalars()
         self._seen = self._files()
-        if not load(self):
+        if found is not None:
+            load(self, found)
+        else:
             with ranks.together():
                 self._check_saved()
             batch = feed.batch(0)
             self._check_variance(batch)
-            with torch.no_grad():
-                self.sae.layout.local(self.sae.b_dec).copy_(batch.median)
+            if batch.target is not None:
+                self.sae.init_b_dec(batch.x, batch.target, scaled=True)
+            elif init_from is None:
+                with torch.no_grad():
+                    self.sae.layout.local(self.sae.b_dec).copy_(batch.median)
+
+    def follow_schedule(self, step: int) -> None:
+        """The SAE computes by the k and l of a step.
+
+        Raises:
+            ValueError: its config is none that this training has set.
+        """
+        if self.sae.cfg != self._set:
+            changed = [f.name for f in fields(self._set) if getattr(self.sae.cfg, f.name) != getattr(self._set, f.name)]
+            values = "; ".join(f"{n} was {getattr(self._set, n)!r}, is {getattr(self.sae.cfg, n)!r}" for n in changed)
+            raise ValueError(
+                f"sae.cfg was changed in mid-training ({values}): a checkpoint could not go on from it; k_start and "
+                "l_start of TrainConfig change k and l, and init_from begins another training"
+            )
+        config = config_at(self.target, self.config, step)
+        if config != self._set:
+            self.sae.cfg = self._set = config
 
     def train_on(self, batch: TrainingBatch) -> dict[str, float] | None:
         """One step; `batch` is number `self.step` of the feed. Returns the line of metrics where one is due.
 
         Raises:
+            ValueError: `sae.cfg` was changed since the step before.
             FloatingPointError: a loss that is NaN or inf. On a CPU it is the loss of this step, and the weights stay as
                 they were. A GPU's loss arrives later, so that there it may be that of the step before.
         """
         start = time.perf_counter()
+        self.follow_schedule(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.step)
         precision, device = self.config.precision, self.feed.device
         with step_in(precision, device):
             with forward_in(precision, device):
-                out = self.sae(batch.x, scaled=True)
+                out = self.sae(batch.x, batch.target, scaled=True)
             self._losses.put(self.step, out.loss)
             self._aux.put(self.step, out.aux)
             self._check_losses()
@@ -176,7 +231,7 @@ class TrainingRun:
 
     def finish(self, x: Tensor) -> None:
         """Calibrates the threshold to L0 = k on x [n, d_in], scaled; writes the SAE and run.json."""
-        self.sae.cfg = self._saved_config()
+        self.sae.cfg = self._set = self._saved_config()
         self.sae.eval()
         self.sae.calibrate(x, scaled=True)
         self.sae.save_pretrained(self.folder)
@@ -184,6 +239,7 @@ class TrainingRun:
         run = {
             "train": asdict(self.config),
             "activations": self._activations(),
+            "init": self.init,
             "tokens": self.step * self.config.batch_size,
         }
         with self._ranks.together():
@@ -198,16 +254,15 @@ class TrainingRun:
 
     def _saved_config(self) -> SampledSAEConfig:
         """With the row_grads that was asked for: another optimizer that trains the SAE on needs dense gradients."""
-        return replace(self.sae.cfg, row_grads=self.row_grads)
+        return replace(self.target, row_grads=self.row_grads)
 
     def _check_saved(self) -> None:
         """ValueError where the end of this run would replace the SAE of another."""
         if not (self.folder / CONFIG).exists():
             return
         then = read_json(self.folder / RUN) if (self.folder / RUN).exists() else {}
-        of_same = (
-            with_precision(then.get("train")) == asdict(self.config) and then.get("activations") == self._activations()
-        )
+        made = completed(then.get("train")), then.get("activations"), then.get("init")
+        of_same = made == (asdict(self.config), self._activations(), self.init)
         saved = field(self.folder / CONFIG, read_json(self.folder / CONFIG), "sae", dict)
         if not of_same or {**saved, "screen": None} != {**self._saved_config().to_dict(), "screen": None}:
             raise ValueError(
@@ -217,13 +272,14 @@ class TrainingRun:
 
     def _activations(self) -> dict[str, Any]:
         """What run.json says of them."""
-        manifest = self.feed.store.manifest
+        manifest = self.feed.about
         return {**{k: v for k, v in manifest.items() if k not in ("shards", "settings")}, **identity(manifest)}
 
     def _measure(self, batch: TrainingBatch, out: SampledSAEOutput) -> dict[str, float]:
         """One line of metrics.jsonl. FVU is that of the batch; no time, so that runs compare bit for bit."""
         self._check_losses(wait=True)
-        norm = self.optimizer.grad_norm
+        norm, cfg = self.optimizer.grad_norm, self.sae.cfg
+        rule = {"k": cfg.k, "l": math.nan if cfg.l is None else cfg.l} if is_scheduled(self.config) else {}
         return {
             "step": self.step,
             "tokens": self.step * self.config.batch_size,
@@ -236,6 +292,7 @@ class TrainingRun:
             "dead_share": float(self.sae.dead.float().mean()),
             "threshold": float(self.sae.threshold),
             "grad_norm": math.nan if norm is None else float(norm),
+            **rule,
         }
 
     def _check_losses(self, wait: bool = False) -> None:
@@ -247,13 +304,13 @@ class TrainingRun:
             if aux > LARGEST_AUX:
                 raise FloatingPointError(
                     f"aux={aux:.3g} at step {step}: the residuals of this batch are all but the same, as where tokens "
-                    f"are copies of each other; leave repeated tokens out of {self.feed.store.folder}; {intact}"
+                    f"are copies of each other; leave repeated tokens out of {self.feed.store.where}; {intact}"
                 )
 
     def _check_variance(self, batch: TrainingBatch) -> None:
         size, tokens = batch.square, self.config.batch_size
         if tokens > 1 and batch.variance <= LEAST_VARIANCE * max(size, self.sae.cfg.d_in):
             raise ValueError(
-                f"{self.feed.store.folder}: the activations of the first {tokens} tokens are all but the same "
+                f"{self.feed.store.where}: the activations of the first {tokens} tokens are all but the same "
                 f"(variance {batch.variance:.3g} at a mean square of {size:.3g}): there is nothing to learn from them"
             )
