@@ -12,21 +12,26 @@ from typing import Any
 from ..config import SCREENS, SampledSAEConfig
 from ..distributed import parallelize
 from ..impl import threshold
+from ..pretrained import EVALUATION
 from ..sae import SampledSAE
 from ..support.argument_checks import check_integer
 from ..support.atomic_files import write_json, write_text
 from ..support.output_folder import check_output_folder
 from ..training.activations import Activations
 from ..training.batches import CALIBRATION_TOKENS
+from ..training.closing_line import closing_line
 from ..training.evaluation import part_of
-from ..training.sweep import EVALUATION, evaluate, run_sweep, variants
+from ..training.sweep import evaluate, run_sweep, variants
 from ..training.sweep_plots import plot_sweep
 from ..training.sweep_table import markdown_table
 from ..training.train_config import TrainConfig
 from ..training.trainer import Trainer
+from ..training.training_loop import closed_logs
 from .arguments import Command, listed, model_arguments, pool_multiplier, seed, whole_number
 from .beginning import activations_arguments, initial_sae, open_activations, rule_arguments, rule_of
+from .closing import closing_splice, evaluate_at_end
 from .identity import SPLICE_ROWS, check_same_activations, splice_source
+from .logs import add_log_options, log_place
 from .processes import add_rank_options
 
 
@@ -43,6 +48,13 @@ def add(command: Command) -> None:
         default=None,
         help="stretches that an epoch is cut into, for as many processes to read; those of the checkpoint, or one a "
         "process, when absent",
+    )
+    p.add_argument(
+        "--splice-rows",
+        type=int,
+        default=None,
+        help=f"held-out rows for the loss recovered at the end, 0 for none; {SPLICE_ROWS} when absent, where the "
+        "harvested model is on this machine",
     )
 
     p = command("evaluate", run_evaluate, "Evaluate a trained SAE on held-out activations and in the model.")
@@ -121,6 +133,7 @@ def _train_arguments(p: argparse.ArgumentParser) -> None:
         name = "--" + field.name.replace("_", "-")
         kind = type(field.default) if field.default is not None else int if field.name == "schedule_steps" else float
         p.add_argument(name, type=kind, default=field.default, help=text[field.name])
+    add_log_options(p)
     p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; of several processes, cuda gives each its own")
     add_rank_options(p)
 
@@ -152,14 +165,17 @@ def train(args: argparse.Namespace) -> None:
     with args.ranks.together():
         store, initial = open_activations(args), initial_sae(args)
         config = _sae_config(args, store, seed=args.seed, **rule_of(args, initial))
-        how = _train_config(args)
-    trainer = Trainer(config, how, store, args.out, args.device, args.ranks.mesh, args.lanes, initial)
+        how, log, source = _train_config(args), log_place(args), closing_splice(args, store)
+    trainer = Trainer(config, how, store, args.out, args.device, args.ranks.mesh, args.lanes, initial, log)
     verb = f"Resumes at step {trainer.step}" if trainer.step else "Trains"
     print(
         f"{verb} on {args.activations} in {trainer.config.precision}: {trainer.sae}\nwrites to {args.out}", flush=True
     )
-    sae = trainer.run(progress=not args.quiet)
-    print(f"done: threshold {float(sae.threshold):.4g}, SAE in {args.out}")
+    with closed_logs([trainer]):
+        sae = trainer.run(progress=not args.quiet)
+        result = evaluate_at_end(sae, args, store, source)
+        trainer.log.result(result)
+    print(f"done: threshold {float(sae.threshold):.4g}, {closing_line(result, args.out)}")
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -194,7 +210,7 @@ def sweep(args: argparse.Namespace) -> None:
         store = open_activations(args)
         base = _sae_config(args, store, d_sae=args.features, k=args.k)
         configs = variants(base, args.ls, args.scores, args.seeds, not args.no_topk)
-        how = _train_config(args)
+        how, log = _train_config(args), log_place(args)
         splice = None if args.targets and not args.splice_rows else splice_source(args, store)
     print(
         f"Trains {len(configs)} SAEs on {args.activations}, writes to {args.out}: {', '.join(configs)}",
@@ -214,6 +230,7 @@ def sweep(args: argparse.Namespace) -> None:
         together=args.together,
         device=args.device,
         mesh=args.ranks.mesh,
+        log=log,
     )
     with args.ranks.together():
         if args.ranks.first:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from sampled_sae.lm.blocks import check_layer
 from sampled_sae.lm.dropped import check_drop_tokens, dropped
 from sampled_sae.lm.harvest import check_holdout
 from sampled_sae.lm.models import check_rows, device_of, name_of, predicts_next_token, weights_digest
+from sampled_sae.residual_stream.blocks import check_layer
 from sampled_sae.support.argument_checks import check_integer, check_number
 from sampled_sae.support.output_folder import check_output_folder, locked
 from sampled_sae.training.paired_activations import PairedActivations

@@ -13,8 +13,7 @@ def check_schedule(config: SampledSAEConfig, train: TrainConfig) -> None:
     """ValueError where an SAE cannot begin with the k and l of `train`; names the argument."""
     if train.l_start is not None and config.l is None:
         raise ValueError(
-            f"l_start={train.l_start!r}: an SAE without an l has the whole dictionary from its first step on; leave "
-            "it out"
+            f"l_start={train.l_start!r}: an SAE without an l has the whole dictionary from its first step; leave it out"
         )
     if train.k_start is not None:
         try:

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from ..config import SampledSAEConfig
+from ..pretrained import EVALUATION
+from ..run_logs import LogPlace
 from ..sae import SampledSAE
 from ..support.all_ranks import ranks_of
 from ..support.argument_checks import check_integer
 from ..support.atomic_files import without_nan, write_json
 from ..support.output_folder import check_output_folder, held_by_first
 from .batches import Feed
+from .closing_line import closing_line
 from .evaluation import evaluate_activations, reconstruct_with
 from .opening import Stored, as_activations
 from .precision import settled
@@ -26,13 +29,13 @@ from .schedules import check_schedule
 from .sharded_checkpoint import remove_checkpoint
 from .sweep_table import read_result, write_table
 from .train_config import TrainConfig
-from .training_run import check_fits
+from .training_loop import closed_logs
+from .training_run import TrainingRun, check_fits
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Splice = Callable[[Callable[[Tensor], Tensor]], dict[str, float]]
-EVALUATION = "evaluation.json"
 # The sweep's own record of a member: what its table has, whatever is evaluated later.
 RESULT = "result.json"
 
@@ -89,6 +92,7 @@ def run_sweep(
     together: int = 4,
     device: torch.device | str = "cpu",
     mesh: DeviceMesh | None = None,
+    log: LogPlace | None = None,
 ) -> list[dict[str, Any]]:
     """Trains and evaluates each config in `folder`/name, then writes the table. What is evaluated is not redone.
 
@@ -103,6 +107,7 @@ def run_sweep(
         configs: name -> config.
         store: activations as `Trainer` takes them, with a held-out part.
         splice: measures a reconstruction in the language model, such as `SpliceEvaluator.evaluate`, or loads what does.
+        log: as in Trainer, a run for each SAE.
         mesh: as in Trainer; each SAE is trained and evaluated by all its processes, and the first one writes.
         progress, say: whether to show a progress bar; what to call with each line of news.
 
@@ -153,15 +158,23 @@ def run_sweep(
         for name in names:
             say(f"{place[name]}: training in {folder / name}")
         group = SAEGroup({name: configs[name] for name in names}, train, store, folder, device, mesh)
-        for name, sae in group.run(progress).items():
-            found = evaluate(sae, held_out, train.batch_size, measure)
-            seconds = round(group.members[name].seconds, 1)
-            results[name] = merged(found, {"settings": settings[name], "seconds": seconds})
-            with ranks.together():
-                if ranks.first:
-                    write_json(folder / name / EVALUATION, found)
-                    write_json(folder / name / RESULT, results[name])
-                    remove_checkpoint(folder / name)
+        for name, member in group.members.items():
+            member.show_in(log, name)
+        with closed_logs(group.members.values()):
+            for name, sae in group.run(progress).items():
+                found = evaluate(sae, held_out, train.batch_size, measure)
+                record(name, found, group.members[name])
+
+    def record(name: str, found: dict[str, Any], member: TrainingRun) -> None:
+        """What was measured of a member, in its folder, in the log and in a line."""
+        results[name] = merged(found, {"settings": settings[name], "seconds": round(member.seconds, 1)})
+        with ranks.together():
+            if ranks.first:
+                write_json(folder / name / EVALUATION, found)
+                write_json(folder / name / RESULT, results[name])
+                remove_checkpoint(folder / name)
+        member.log.result(found)
+        say(f"{place[name]}: {closing_line(found, folder / name)}")
 
     with held_by_first(folder, "a sweep", ranks):
         measure = splice.load() if isinstance(splice, SpliceSource) else splice

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..optim import MODES
 from ..support.argument_checks import check_choice, check_integer, check_number, check_positive
+from ..support.html_table import config_table
 
 PRECISIONS = ("auto", "bf16", "tf32", "fp32")
 
@@ -77,6 +78,9 @@ class TrainConfig:
                 f"schedule_steps={self.schedule_steps}: must be at most {self.steps}, the steps of the training, which "
                 "would end before k and l are those of the SAE"
             )
+
+    def _repr_html_(self) -> str:
+        return config_table(self)
 
     def lr_at(self, step: int) -> float:
         """lr of step 0, 1, ...: linear warm-up, constant, linear decay."""

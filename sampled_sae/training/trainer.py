@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..config import SampledSAEConfig
+from ..run_logs import LogPlace
 from ..sae import SampledSAE
 from ..support.all_ranks import ranks_of
 from .batches import Feed
@@ -46,6 +47,8 @@ class Trainer(TrainingRun):
         lanes: for a run that begins; one a process when None.
         init_from: an SAE whose weights the training begins with (`begin_with` says in which units), of the same d_in
             and d_sae; `formats.load` reads a peer's. Step, optimizer and counts begin anew.
+        log: wandb, TensorBoard or trackio, where the lines of metrics go besides. `self.log` is open from the first
+            step of `run` on: give it `result(...)` and `close(failed=False)`.
 
     Raises:
         ValueError: a checkpoint of other settings in the folder, a corrupt one, widths that differ, no such device.
@@ -61,6 +64,7 @@ class Trainer(TrainingRun):
         mesh: DeviceMesh | None = None,
         lanes: int | None = None,
         init_from: SampledSAE | None = None,
+        log: LogPlace | None = None,
     ) -> None:
         ranks = ranks_of(mesh)
         with ranks.accounted():
@@ -71,6 +75,7 @@ class Trainer(TrainingRun):
                     self.store, train_config.batch_size, train_config.seed, device, ranks, lanes, train_config.steps
                 )
             super().__init__(sae_config, train_config, feed, folder, init_from)
+        self.show_in(log)
         self.stream = self.feed.stream
 
     def run(self, progress: bool = True) -> SampledSAE:

@@ -15,6 +15,7 @@ from ..config import SampledSAEConfig
 from ..distributed import parallelize
 from ..optim import RowAdam
 from ..pretrained import CONFIG, RUN, WEIGHTS, check_target
+from ..run_logs import NO_LOG, LogPlace, RunLog
 from ..sae import SampledSAE, SampledSAEOutput
 from ..support.atomic_files import append_text, field, json_line, read_json, write_json, write_text
 from ..support.late_values import LateScalars
@@ -85,6 +86,7 @@ class TrainingRun:
         sae, optimizer: what is trained, and by what.
         config: `train_config` with the precision that "auto" stands for here.
         metrics: the lines of metrics.jsonl so far.
+        log: where the lines of metrics go besides; open once the steps have begun, and closed by the caller.
         step: steps done, those before a resumed checkpoint included.
         seconds: spent in those steps. A GPU may still work on one run while the next is timed: there only the
             sum over the runs of a process is exact.
@@ -141,6 +143,8 @@ class TrainingRun:
         self.step = 0
         self.seconds = 0.0
         self.metrics: list[dict[str, float]] = []
+        self.log: RunLog = NO_LOG
+        self._log_place: tuple[LogPlace, str] | None = None
         self._losses, self._aux = LateScalars(), LateScalars()
         self._seen = self._files()
         if found is not None:
@@ -202,10 +206,15 @@ class TrainingRun:
         self.metrics.append(self._measure(batch, out))
         return self.metrics[-1]
 
+    def show_in(self, place: LogPlace | None, member: str = "") -> None:
+        """Lets the lines of metrics go to `place` too, in a sweep under the member's name."""
+        self._log_place = None if place is None else (place, member)
+
     def start_metrics(self) -> None:
         """metrics.jsonl with the lines up to this step: those that a killed process wrote beyond are dropped.
 
         Raises:
+            ValueError: the place that shows the run refuses it.
             BlockingIOError: another process has written a checkpoint or an SAE since this run looked for one.
         """
         if not self._ranks.first:
@@ -213,11 +222,17 @@ class TrainingRun:
         if self._files() != self._seen:
             raise BlockingIOError(f"{self.folder}: another training has written there meanwhile; start again")
         write_text(self.folder / METRICS, "".join(map(json_line, self.metrics)))
+        if self._log_place is not None:
+            place, member = self._log_place
+            about = {"sae": self.sae.cfg.to_dict(), "train": asdict(self.config)}
+            about["activations"] = identity(self.feed.store.manifest)
+            self.log = place.open(self.folder, about, self.step, member)
 
     def write_metrics(self, line: dict[str, float]) -> None:
         """One line behind the others, there to be read at once."""
         if self._ranks.first:
             append_text(self.folder / METRICS, json_line(line))
+            self.log.metrics(self.step, line)
 
     def save(self) -> None:
         """Writes the checkpoint, atomically.
