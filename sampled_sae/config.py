@@ -20,8 +20,18 @@ from .support.argument_checks import (
 POOLS = ("top", "sample")
 SELECTS = ("batch", "token")
 SCREENS = ("auto", "off", "bf16")
+INFERENCES = ("threshold", "batch", "pool")
 IMPLS = ("auto", "triton", "torch", "reference")
-CHOICES = {"score": SCORES, "pool": POOLS, "select": SELECTS, "impl": IMPLS, "screen": SCREENS}
+CHOICES = {
+    "score": SCORES,
+    "pool": POOLS,
+    "select": SELECTS,
+    "inference": INFERENCES,
+    "impl": IMPLS,
+    "screen": SCREENS,
+}
+# What versions before there was such a field computed.
+ADDED: dict[str, Any] = {"inference": "threshold", "inference_pool": None}
 LEAST = {"d_in": 1, "d_sae": 1, "pool_every": 1, "dead_after": 1, "seed": 0}
 
 
@@ -64,6 +74,10 @@ class SampledSAEConfig:
         screen: "auto", "off" or "bf16": whether scores and searches look through bfloat16 products first, whose error
             is bounded, and compute in full what the bound leaves open. The result is the same; "auto" does so where it
             is faster.
+        inference: how evaluation mode selects. "threshold": every activation above one threshold. "batch": the rule of
+            training, pool and selection made for the batch given. "pool": above a threshold, inside a fixed set of
+            features that `calibrate` chooses by their scores. A TopK SAE keeps k features of each token whatever it is.
+        inference_pool: how many features the fixed set holds, in [1, d_sae]; None means as many as a batch's pool.
 
     l=None with select="batch" is BatchTopK, with select="token" TopK. Numbers of numpy, torch, decimal and fractions
     are taken and kept as ints and floats.
@@ -92,10 +106,12 @@ class SampledSAEConfig:
     seed: int = 0
     input_scale: float = 1.0
     screen: str = "auto"
+    inference: str = "threshold"
+    inference_pool: int | None = None
 
     def __post_init__(self) -> None:
         plain: dict[str, Any] = {name: check_integer(name, getattr(self, name), n) for name, n in LEAST.items()}
-        for name in ("k_aux", "aux_pool"):
+        for name in ("k_aux", "aux_pool", "inference_pool"):
             value = getattr(self, name)
             plain[name] = None if value is None else check_integer(name, value, 1)
         for name, allowed in CHOICES.items():
@@ -103,17 +119,28 @@ class SampledSAEConfig:
         for name in ("apply_b_dec_to_input", "row_grads"):
             plain[name] = check_flag(name, getattr(self, name))
         plain["k"], plain["l"] = check_budget(self.k, self.l, plain["d_sae"], plain["select"])
+        if self.inference_pool is not None and plain["inference_pool"] > plain["d_sae"]:
+            most = plain["d_sae"]
+            raise ValueError(f"inference_pool={self.inference_pool!r}: must be None or in [1, {most}], all features")
         plain["aux_coefficient"] = check_number("aux_coefficient", self.aux_coefficient, 0, None)
         plain["threshold_decay"] = check_number("threshold_decay", self.threshold_decay, 0, 1)
         plain["score_tokens"] = check_positive("score_tokens", self.score_tokens, 1)
         plain["input_scale"] = check_positive("input_scale", self.input_scale)
         for name, value in plain.items():
             object.__setattr__(self, name, value)
+        if self.is_topk and self.inference == "pool":
+            keeps = "a TopK SAE (select='token', l=None) keeps k features of each token"
+            raise ValueError(f"inference='pool': {keeps}; must be 'threshold' or 'batch', which are the same for it")
 
     @property
     def pool_size(self) -> int:
         """P, the number of candidate features of a batch."""
         return pool_size(self.k, self.l, self.d_sae)
+
+    @property
+    def inference_size(self) -> int:
+        """Features in the fixed set of `inference="pool"`: inference_pool with its default filled in."""
+        return self.pool_size if self.inference_pool is None else self.inference_pool
 
     @property
     def is_topk(self) -> bool:

@@ -23,9 +23,16 @@ WEIGHT_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 # Earlier versions wrote none of the first, nor `input_scale` in config.json.
 SINCE = ("calibrated_at",)
 TENSORS = (*WEIGHT_NAMES, "threshold", "threshold_steps", "tokens_since_active", *SINCE)
+# Of an SAE with inference="pool".
+MEMBERS = "inference_members"
 # What `train` leaves beside an SAE, and what `import` does: model, layer, context and scale of its activations.
 RUN = "run.json"
 ORIGIN = "origin.json"
+
+
+def tensor_names(inference: str) -> tuple[str, ...]:
+    """The tensors of an SAE whose config says this `inference`."""
+    return (*TENSORS, MEMBERS) if inference == "pool" else TENSORS
 
 
 def check_target(folder: Path) -> None:
@@ -51,7 +58,7 @@ def save_pretrained(folder: Path, config: dict[str, Any], tensors: dict[str, Ten
         ValueError: as `check_target`.
     """
     check_target(folder)
-    tensors = {name: tensors[name].detach().cpu().contiguous() for name in TENSORS}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     # One entry: safetensors writes several in a random order, and the same SAE should give the same bytes.
     metadata = {"format": f"{FORMAT} {VERSION} crc32 {tensors_crc32(tensors)}"}
     write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
@@ -76,13 +83,15 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(fields, dict):
         raise ValueError(f"{folder / CONFIG}: sae={fields!r}: must be the fields of a SampledSAEConfig")
     try:
-        SampledSAEConfig.from_dict(fields)
+        sae = SampledSAEConfig.from_dict(fields)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
     d_in, d_sae = fields.get("d_in"), fields.get("d_sae")
-    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    shapes |= {"threshold": (), "threshold_steps": (), "calibrated_at": (), "tokens_since_active": (d_sae,)}
-    for name in TENSORS:
+    names = tensor_names(sae.inference)
+    shapes: dict[str, tuple[Any, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    shapes |= dict.fromkeys(("threshold", "threshold_steps", "calibrated_at"), ())
+    shapes |= dict.fromkeys(("b_enc", "tokens_since_active", MEMBERS), (d_sae,))
+    for name in names:
         if name not in tensors:
             if name in SINCE:
                 continue
@@ -93,12 +102,22 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError(f"{path}: {name} is {tensors[name].dtype}, must be one of {', '.join(map(str, FLOATS))}")
         if not torch.isfinite(tensors[name]).all():
             raise ValueError(f"{path}: {name} holds NaN or inf")
+    if MEMBERS in names:
+        check_members(path, tensors[MEMBERS], sae)
     # last: what is wrong with a field says more than that it was changed; earlier versions wrote no checksum
     if config.get("crc32", json_crc32(fields)) != json_crc32(fields):
         raise ValueError(f"{folder / CONFIG}: damaged, or edited by hand: then remove its line 'crc32'")
     if "input_scale" not in fields:
         fields["input_scale"] = recorded_scale(folder)
-    return fields, {name: tensors[name] for name in TENSORS if name in tensors}
+    return fields, {name: tensors[name] for name in names if name in tensors}
+
+
+def check_members(path: Path, members: Tensor, sae: SampledSAEConfig) -> None:
+    """ValueError unless the fixed set of `inference="pool"`, bool [d_sae], is empty or of the config's size."""
+    count = int(members.sum()) if members.dtype == torch.bool else None
+    if count not in (0, sae.inference_size):
+        found = f"{members.dtype} with {count} features" if count is not None else str(members.dtype)
+        raise ValueError(f"{path}: {MEMBERS} is {found}, must be torch.bool with 0 or {sae.inference_size}")
 
 
 class HasConfig(Protocol):

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from . import functional
 from .codes import SampledSAEOutput, SparseCodes
-from .config import SampledSAEConfig
-from .impl import threshold
+from .config import INFERENCES, SampledSAEConfig
+from .impl import inference_rule
 from .impl.encoder import Encoder
 from .impl.hints import Rule
+from .impl.inference_rule import Inference
 from .impl.interface import Implementation, resolve_impl
 from .impl.layer_weights import LayerWeights
 from .impl.layout import Leaves
@@ -24,8 +25,8 @@ from .impl.row_gradients import RowGradient
 from .impl.row_guard import guard_rows
 from .impl.step_memory import StepMemory
 from .impl.training_step import squared_error, training_step
-from .pretrained import TENSORS, check_scale_of_state, load_pretrained, save_pretrained, scale_into_state
-from .support.argument_checks import HALF, check_activations, check_positive, check_same
+from .pretrained import check_scale_of_state, load_pretrained, save_pretrained, scale_into_state, tensor_names
+from .support.argument_checks import HALF, check_activations, check_choice, check_positive, check_same
 from .support.geometric_median import geometric_median
 
 
@@ -39,15 +40,16 @@ class SampledSAE(LayerWeights):
     Parameters `W_enc` [d_in, d_sae] (each feature's weights contiguous: its memory is that of [d_sae, d_in]),
     `b_enc` [d_sae], `W_dec` [d_sae, d_in], `b_dec` [d_in]. Buffers: `threshold` (0-dim, inference),
     `threshold_steps` (training steps behind it), `calibrated_at` (`threshold_steps` when it was last calibrated),
-    `tokens_since_active` int64 [d_sae]. The state dict shares their memory, so that its W_enc is not contiguous:
+    `tokens_since_active` int64 [d_sae], with `cfg.inference="pool"` also `inference_members` bool [d_sae]. The state
+    dict shares their memory, so that its W_enc is not contiguous:
     `safetensors.torch.save_model(sae, path)` and `load_model` store it, `save_file` takes
     `{name: t.contiguous() for name, t in sae.state_dict().items()}`.
 
     In training mode the codes are chosen by the batch, the threshold and the dead-feature counts move. In
     evaluation mode a feature is active where its activation is above `threshold`, whatever else is in the
-    batch; a TopK SAE (`select="token", l=None`) keeps k features of each token in both modes. Of a threshold that
-    was never calibrated a warning says so once. Trained from scratch, decoder rows are kept at unit norm by
-    `sampled_sae.optim.RowAdam`, or by calling `normalize_decoder()` after another optimizer's step.
+    batch; `cfg.inference` has two other rules. A TopK SAE (`select="token", l=None`) keeps k features of each token in
+    both modes. Of a threshold that was never calibrated a warning says so once. Trained from scratch, decoder rows
+    are kept at unit norm by `sampled_sae.optim.RowAdam`, or by `normalize_decoder()` after another optimizer's step.
 
     Equivalent, in training mode with l=None, to BatchTopK (arXiv 2412.06410); the pool is arXiv 2508.21324's, read as
     docs/method.md says.
@@ -92,10 +94,12 @@ class SampledSAE(LayerWeights):
     def cfg(self, cfg: SampledSAEConfig) -> None:
         if not isinstance(cfg, SampledSAEConfig):
             raise TypeError(f"cfg={cfg!r}: must be a SampledSAEConfig")
-        before = getattr(self, "_cfg", cfg)
-        if (cfg.d_in, cfg.d_sae) != (before.d_in, before.d_sae):
+        before = getattr(self, "_cfg", None)
+        if before is not None and (cfg.d_in, cfg.d_sae) != (before.d_in, before.d_sae):
             held = f"the weights are of d_in={before.d_in}, d_sae={before.d_sae}"
             raise ValueError(f"cfg: d_in={cfg.d_in}, d_sae={cfg.d_sae}: {held}; make another SampledSAE")
+        self.layout.check_inference(cfg.inference)
+        inference_rule.follow(self, before, cfg)
         self._cfg = cfg
         self.memory.pool = KeptPool(cfg.pool_every)
 
@@ -147,37 +151,42 @@ class SampledSAE(LayerWeights):
     def _evaluate(self, x: Tensor, scaled: bool) -> SampledSAEOutput:
         leaves = self.layout.leaves(self, keep_rows=False)
         tokens, encoder = self._batch(x, scaled, leaves)
-        codes = self._select_each(encoder)
+        codes = self._select(encoder)
         x_hat = self._parts.decode(codes, leaves.W_dec, leaves.b_out, leaves.rows)
         mse = squared_error(self._parts, tokens, x_hat, encoder)
         x_hat = self._unscaled(x_hat, scaled).to(x.dtype).view(x.shape)
         return SampledSAEOutput(mse, mse, mse.new_zeros(()), x_hat, self.layout.numbered(codes))
 
-    def _select_each(self, encoder: Encoder) -> SparseCodes:
-        """What evaluation mode keeps of each token, whatever the others are."""
-        if self.cfg.is_topk:
+    def _select(self, encoder: Encoder, inference: Inference | None = None) -> SparseCodes:
+        """By `inference`; by that of evaluation mode where None, which warns of a threshold not to be relied on."""
+        found = inference or inference_rule.of_evaluation(self, self.cfg)
+        if found.mode == "token":
             return self._parts.select(encoder, None, Rule(self.cfg.k, "token"))
-        self._notice.before_use(self)
-        return self._parts.above_threshold(encoder, self.threshold)
+        if found.mode == "batch":
+            pool = self._find_pool(encoder)
+            members = None if pool is None else pool.members
+            return self._parts.select(encoder, members, Rule(self.cfg.k, self.cfg.select), self.memory.hints)
+        if inference is None:
+            self._notice.before_use(self)
+        return self._parts.above_threshold(encoder, found.floors)
 
     @torch.compiler.disable
-    def encode_sparse(self, x: Tensor, *, scaled: bool = False) -> SparseCodes:
-        """Codes of x [..., d_in]: by the batch in training mode; in evaluation mode by the threshold, or k of each
-        token for a TopK SAE. `scaled` as in `forward`."""
-        if not self.training:
-            return self.layout.complete(self._select_each(self._encoder_of(x, scaled)))
-        encoder = self._encoder_of(x, scaled, by_batch=True)
-        pool = self._find_pool(encoder)
-        members = None if pool is None else pool.members
-        codes = self._parts.select(encoder, members, Rule(self.cfg.k, self.cfg.select), self.memory.hints)
+    def encode_sparse(self, x: Tensor, *, scaled: bool = False, inference: Inference | None = None) -> SparseCodes:
+        """Codes of x [..., d_in]: by the batch in training mode; in evaluation mode as `cfg.inference` says, or k of
+        each token for a TopK SAE; in both by `inference` where it is given. `scaled` as in `forward`."""
+        if inference is None and self.training:
+            inference = Inference("batch")
+        found = inference or inference_rule.of_evaluation(self, self.cfg)
+        codes = self._select(self._encoder_of(x, scaled, by_batch=found.mode == "batch"), inference)
         return self.layout.complete(codes)
 
     @torch.compiler.disable
     def encode_above_threshold(self, x: Tensor, *, scaled: bool = False) -> SparseCodes:
-        """Codes of x [..., d_in] by the threshold alone, in both modes and for a TopK SAE too."""
+        """Codes of x [..., d_in] by the threshold (of `cfg.inference="pool"` inside its set), whatever the mode."""
         if not self.training:
             self._notice.before_use(self)
-        return self.layout.complete(self._parts.above_threshold(self._encoder_of(x, scaled), self.threshold))
+        floors = inference_rule.by_threshold(self, self.cfg).floors
+        return self.layout.complete(self._parts.above_threshold(self._encoder_of(x, scaled), floors))
 
     def encode(self, x: Tensor, *, scaled: bool = False) -> Tensor:
         """`encode_sparse` as a dense tensor [..., d_sae]; equivalent in evaluation mode by the threshold to
@@ -205,17 +214,32 @@ class SampledSAE(LayerWeights):
     def calibrate(self, x: Tensor, l0: float | None = None, *, scaled: bool = False) -> float:
         """Sets the threshold to the value that gives mean L0 = l0 (default k) on x, and returns it.
 
-        A TopK SAE uses it in `encode_above_threshold` and where it is exported for a threshold.
+        With `cfg.inference="pool"` it first chooses the fixed set: the features of highest score on x. A TopK SAE and
+        one with `cfg.inference="batch"` use the threshold in `encode_above_threshold` and where they are exported.
 
         Args:
             x: [..., d_in], activations of the kind the SAE will see; tens of thousands of tokens are enough.
             l0: target, in (0, d_sae].
             scaled: as in `forward`.
         """
+        mode = "pool" if self.cfg.inference == "pool" else "threshold"
+        inference_rule.adopt(self, self.inference_on(x, mode, l0, scaled=scaled))
+        return float(self.threshold)
+
+    @torch.no_grad()
+    def inference_on(self, x: Tensor, mode: str, l0: float | None = None, *, scaled: bool = False) -> Inference:
+        """An inference for `encode_sparse`, whatever `cfg.inference` is; the SAE stays as it is.
+
+        Args:
+            x, l0, scaled: as in `calibrate`, for "threshold" and "pool", which are calibrated on x.
+            mode: one of "threshold", "batch" and "pool".
+        """
         encoder = self._encoder_of(x, scaled, by_batch=True)
         l0 = check_positive("l0", self.cfg.k if l0 is None else l0, self.cfg.d_sae)
-        threshold.calibrate(self, self._parts, encoder, l0)
-        return float(self.threshold)
+        if check_choice("mode", mode, INFERENCES) == "batch":
+            return Inference("batch")
+        self.layout.check_inference(mode)
+        return inference_rule.calibrated(self._parts, encoder, self.cfg, mode, l0)
 
     @torch.no_grad()
     def init_b_dec(self, x: Tensor, *, scaled: bool = False) -> None:
@@ -237,7 +261,7 @@ class SampledSAE(LayerWeights):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `sae.safetensors`, each to a temporary name that is then renamed."""
-        tensors = {name: self.layout.whole(getattr(self, name)) for name in TENSORS}
+        tensors = {name: self.layout.whole(getattr(self, name)) for name in tensor_names(self.cfg.inference)}
         self.layout.write(lambda: save_pretrained(Path(folder), self.cfg.to_dict(), tensors))
 
     @classmethod

@@ -9,9 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..config import POOLS, SCREENS, SELECTS, SampledSAEConfig
+from ..config import INFERENCES, POOLS, SCREENS, SELECTS, SampledSAEConfig
 from ..distributed import parallelize
-from ..impl import threshold
+from ..impl import inference_rule
 from ..sae import SampledSAE
 from ..support.argument_checks import SCORES, check_integer
 from ..support.atomic_files import write_json, write_text
@@ -38,6 +38,8 @@ def add(command: Command) -> None:
     p.add_argument("--score", choices=SCORES, default="l2", help="what ranks the features of a batch")
     p.add_argument("--pool", choices=POOLS, default="top", help="highest scores, or a draw in proportion to them")
     p.add_argument("--select", choices=SELECTS, default="batch", help="budget for the batch or for each token")
+    p.add_argument("--inference", choices=INFERENCES, default="threshold", help="how evaluation mode selects features")
+    p.add_argument("--inference-pool", type=int, default=None, help="features in the fixed set of --inference pool")
     _train_arguments(p)
     p.add_argument(
         "--lanes",
@@ -139,6 +141,7 @@ def train(args: argparse.Namespace) -> None:
     with args.ranks.together():
         store = ActivationStore.open(args.activations)
         rule = {"l": args.l, "score": args.score, "pool": args.pool, "select": args.select}
+        rule |= {"inference": args.inference, "inference_pool": args.inference_pool}
         config, how = _sae_config(args, store.d_in, seed=args.seed, **rule), _train_config(args)
     trainer = Trainer(config, how, store, args.out, args.device, args.ranks.mesh, args.lanes)
     verb = f"Resumes at step {trainer.step}" if trainer.step else "Trains"
@@ -165,7 +168,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         held_out, _ = store.holdout()
     if ranks.mesh is not None:
         parallelize(sae, ranks.mesh)
-    if not sae.cfg.is_topk and not threshold.is_set(sae):
+    if inference_rule.missing(sae, sae.cfg) is not None:
         found = sae.calibrate(part_of(store.first(CALIBRATION_TOKENS), ranks).to(sae.W_enc.dtype))
         print(f"The SAE has no threshold yet: {found:.4g}, calibrated to L0 = k on training activations, is used here")
     result = evaluate(sae, held_out, args.batch_size, None if splice is None else splice.load())

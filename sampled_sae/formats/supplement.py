@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import SampledSAEConfig
-from ..pretrained import TENSORS, WEIGHT_NAMES
+from ..pretrained import MEMBERS, WEIGHT_NAMES, check_members, tensor_names
 from ..support.atomic_files import field, write_atomically
 from .origin import Origin
 from .portable import IN_UNITS, PortableSAE, rescaled
@@ -38,8 +38,8 @@ class Supplement:
         config: of the exported SAE.
         scale: factor of the activations that the export folded into the weights.
         fingerprint: of what the peer's files hold.
-        tensors: `threshold`, `threshold_steps`, `tokens_since_active`, and those weights that the peer's files do
-            not give back bit for bit.
+        tensors: `threshold`, `threshold_steps`, `tokens_since_active`, the fixed set of `inference="pool"`, and those
+            weights that the peer's files do not give back bit for bit.
         origin: what the SAE reads.
     """
 
@@ -52,7 +52,7 @@ class Supplement:
     @classmethod
     def of(cls, sae: SampledSAE, packed: PortableSAE, scale: float, origin: Origin) -> Supplement:
         """For an SAE whose exported files read as `packed`."""
-        tensors = {name: getattr(sae, name).detach().cpu() for name in TENSORS}
+        tensors = {name: getattr(sae, name).detach().cpu() for name in tensor_names(sae.cfg.inference)}
         back = packed.read_at(scale)
         for name in WEIGHT_NAMES:
             if same_bits(tensors[name], getattr(back, name)):
@@ -104,12 +104,16 @@ class Supplement:
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path}: {error}; delete it to do without") from None
         shapes = {"W_enc": (config.d_in, config.d_sae), "W_dec": (config.d_sae, config.d_in), "b_dec": (config.d_in,)}
-        shapes |= {"b_enc": (config.d_sae,), "tokens_since_active": (config.d_sae,)}
+        shapes |= dict.fromkeys(("b_enc", "tokens_since_active", MEMBERS), (config.d_sae,))
         for name, t in tensors.items():
-            if name not in TENSORS or tuple(t.shape) != shapes.get(name, ()):
+            if name not in tensor_names(config.inference) or tuple(t.shape) != shapes.get(name, ()):
                 raise ValueError(f"{path}: {name} is {tuple(t.shape)}, its configuration says {shapes.get(name, ())}")
             if not torch.isfinite(t).all():
                 raise ValueError(f"{path}: {name} holds NaN or inf; delete the file to do without")
+        if config.inference == "pool":
+            if MEMBERS not in tensors:
+                raise ValueError(f"{path}: tensor {MEMBERS!r} is missing; delete the file to do without")
+            check_members(path, tensors[MEMBERS], config)
         return cls(config, scale, fingerprint, tensors, origin)
 
 

@@ -8,11 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..impl import threshold
+from ..impl import inference_rule
+from ..impl.inference_rule import Inference
 from ..sae import SampledSAE
 from ..support.all_ranks import AllRanks, ranks_of
 from ..support.argument_checks import check_integer
 
+# Tokens that the inferences which the SAE does not have are calibrated on.
+CALIBRATED_ON = 65_536
+# What is measured of every inference.
+OF_EACH = ("l0", "fvu", "features_for_90", "jaccard")
 HISTOGRAM_EDGES = [0.0, *(10.0 ** (e / 2) for e in range(-9, 0)), 1.0]
 
 
@@ -32,31 +37,40 @@ def evaluate_activations(sae: SampledSAE, x: Tensor, batch_size: int = 2048) -> 
       `frequency_edges`; without features never active.
     - `features_for_90`: how many features hold 90% of the kept entries.
     - `jaccard`: mean overlap of the feature sets of consecutive batches.
-    - `threshold`: the inference threshold, by which the metrics above select; None for a TopK SAE, which keeps k
-      features of each token.
-    - `batch_l0`, `batch_fvu`, `batch_features_for_90`, `batch_jaccard`: the same by the rule of training, with pool and
-      selection made for each batch.
+    - `inference`: how the metrics above select: `sae.cfg.inference`, or "token" for a TopK SAE, which keeps k features
+      of each token.
+    - `threshold`: what they select by, inside its set for "pool"; None for "batch" and "token".
+    - `threshold_l0`, `threshold_fvu`, `threshold_features_for_90`, `threshold_jaccard`: the same four by a threshold
+      over the whole dictionary. `pool_...`: inside the fixed set of the `pool_features` features of highest score.
+      `batch_...`: by the rule of training, with pool and selection made for each batch. The inference of the SAE is as
+      it is; a threshold or a set that it does not have is calibrated to L0 = k on the first 65,536 tokens of x. None
+      where there is no such inference: no "pool" and no "threshold" for a TopK SAE, no "pool" over several ranks.
 
     Raises:
-        ValueError: a threshold that was never set.
+        ValueError: a threshold or a set that was never set.
     """
     batch_size = check_integer("batch_size", batch_size, 1)
     if not isinstance(x, Tensor) or x.ndim != 2:
         found = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x={found}: must be a tensor [n, d_in]")
-    if not sae.cfg.is_topk and not threshold.is_set(sae):
-        raise ValueError(threshold.NEVER_SET)
+    if (missing := inference_rule.missing(sae, sae.cfg)) is not None:
+        raise ValueError(missing)
     was_training = sae.training
     state = {name: getattr(sae, name).clone() for name in ("threshold", "threshold_steps", "tokens_since_active")}
     generator = sae.generator.get_state()
     try:
         sae.eval()
+        own = inference_rule.of_evaluation(sae, sae.cfg)
         result: dict[str, Any] = _measure(sae, x, batch_size)
-        result["threshold"] = None if sae.cfg.is_topk else float(sae.threshold)
-        sae.train()
-        by_batch = _measure(sae, x, batch_size)
-        names = ("l0", "fvu", "features_for_90", "jaccard")
-        result |= {f"batch_{name}": by_batch[name] for name in names}
+        measured = {own.mode: result}
+        result["inference"] = own.mode
+        result["threshold"] = None if own.threshold is None else float(own.threshold)
+        for mode in ("threshold", "pool", "batch"):
+            if mode not in measured and (other := _other(sae, x, mode)) is not None:
+                sae.generator.set_state(generator)
+                measured[mode] = _measure(sae, x, batch_size, other)
+            result |= {f"{mode}_{name}": measured.get(mode, {}).get(name) for name in OF_EACH}
+        result["pool_features"] = sae.cfg.inference_size if "pool" in measured else None
     finally:
         sae.train(was_training)
         sae.generator.set_state(generator)
@@ -65,7 +79,20 @@ def evaluate_activations(sae: SampledSAE, x: Tensor, batch_size: int = 2048) -> 
     return result
 
 
-def _measure(sae: SampledSAE, x: Tensor, batch_size: int) -> dict[str, Any]:
+def _other(sae: SampledSAE, x: Tensor, mode: str) -> Inference | None:
+    """An inference that is not the SAE's own, calibrated on x where it has to be; None where it has none such."""
+    if mode == "batch":
+        return Inference(mode)
+    ranks = ranks_of(sae.layout.device_mesh)
+    if sae.cfg.is_topk or (mode == "pool" and ranks.size > 1):
+        return None
+    if mode == "threshold" and sae.cfg.inference == "batch" and int(sae.calibrated_at) > 0:
+        return Inference(mode, sae.threshold)
+    return sae.inference_on(part_of(x[:CALIBRATED_ON], ranks).to(sae.W_enc), mode)
+
+
+def _measure(sae: SampledSAE, x: Tensor, batch_size: int, inference: Inference | None = None) -> dict[str, Any]:
+    """By `inference`; by that of evaluation mode where None."""
     device, ranks = sae.W_enc.device, ranks_of(sae.layout.device_mesh)
     counts = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=device)
     error_sum = torch.zeros(sae.cfg.d_in, dtype=torch.float64, device=device)
@@ -74,7 +101,7 @@ def _measure(sae: SampledSAE, x: Tensor, batch_size: int) -> dict[str, Any]:
     before: Tensor | None = None
     for whole in x.split(batch_size):
         batch = part_of(whole, ranks).to(device)
-        codes = sae.encode_sparse(batch.to(sae.W_enc.dtype))
+        codes = sae.encode_sparse(batch.to(sae.W_enc.dtype), inference=inference)
         x_hat = sae.decode(codes).to(batch.dtype)
         error = (batch - x_hat).double()
         error_sum += error.sum(0)
