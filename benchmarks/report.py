@@ -27,6 +27,7 @@ from benchmarks.measure import RESULTS, ROOT
 from benchmarks.operations.race import COLUMNS
 from benchmarks.record import markdown, with_caption
 from benchmarks.steps.experiments import EXPERIMENTS, table
+from benchmarks.study_parts.report import tables as study_tables
 from sampled_sae.training import sweep_table
 
 DEMO, PLOTS = RESULTS / "demo", RESULTS / "plots"
@@ -59,7 +60,8 @@ def tables() -> dict[Path, str]:
     found = results()
     made = {RESULTS / f"{name}.md": with_caption(TABLES[name](result), result) for name, result in found.items()}
     demo = json.loads((DEMO / "sweep.json").read_text())["rows"]
-    return {**made, RESULTS / "summary.md": summary(found), DEMO / "results.md": sweep_table.markdown_table(demo)}
+    others = {RESULTS / "summary.md": summary(found), DEMO / "results.md": sweep_table.markdown_table(demo)}
+    return {**made, **others, **study_tables()}
 
 
 def summary(found: dict[str, dict[str, Any]]) -> str:
