@@ -30,8 +30,8 @@ CHOICES = {
     "impl": IMPLS,
     "screen": SCREENS,
 }
-# What versions before there was such a field computed.
-ADDED: dict[str, Any] = {"inference": "threshold", "inference_pool": None}
+# fields that earlier versions did not know, with what they stood for there
+LATER: dict[str, Any] = {"inference": "threshold", "inference_pool": None}
 LEAST = {"d_in": 1, "d_sae": 1, "pool_every": 1, "dead_after": 1, "seed": 0}
 
 
@@ -153,8 +153,8 @@ class SampledSAEConfig:
         return self.k_aux if self.k_aux is not None else max(1, self.d_in // 2)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, for JSON."""
-        return asdict(self)
+        """Plain values only, for JSON; without those of LATER that are not used, as earlier versions wrote it."""
+        return {name: value for name, value in asdict(self).items() if name not in LATER or value != LATER[name]}
 
     def settings(self) -> dict[str, Any]:
         """`to_dict` without `screen`, which changes no result."""

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.plots import STYLE, axes_of
 from benchmarks.study_parts.rows import Row, Rows
-from benchmarks.study_parts.variants import VARIANTS
+from benchmarks.study_parts.variants import SYNTHETIC
 
 KINDS = {"top": ("o", "C0"), "sample": ("^", "C1")}
 BASELINE = ("s", "C2")
@@ -32,7 +32,7 @@ def write_plots(folder: Path) -> list[Path]:
 def tradeoff(rows: Rows) -> Figure:
     """F1 against R2 by a threshold and by the rule of training, and MCC against l; a marker a seed."""
     figure, (by_threshold, by_batch, matching) = axes_of(3, width=4.6, height=4.2)
-    found = rows.of(VARIANTS)
+    found = rows.of(SYNTHETIC)
     for axis, mode, title in (
         (by_threshold, "threshold", "inference: one threshold"),
         (by_batch, "batch", "inference: the rule of training"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.study_parts.rows import FOLDER, Row, Rows, spread
-from benchmarks.study_parts.variants import VARIANTS
+from benchmarks.study_parts.variants import SYNTHETIC
 from sampled_sae.support.atomic_files import write_text
 
 # heading -> column of the rows, the part behind an inference
@@ -26,7 +26,7 @@ def tables(folder: Path = FOLDER) -> dict[Path, str]:
 
 def table(rows: Rows) -> str:
     """One table of decoders and codes by a threshold, one of F1 and R2 by every inference, and how they were made."""
-    found = rows.of(VARIANTS)
+    found = rows.of(SYNTHETIC)
     head = ["SAE", "seeds", *DECODER, *CODES]
     lines = [[name, str(len(of)), *_cells(of, _first(of))] for name, of in found.items()]
     by = ["SAE", *(f"{heading}: F1 / R2" for heading in INFERENCES.values()), "best size"]

@@ -122,8 +122,3 @@ class SyntheticStudy:
     def _codes(self, mode: str, sae: SampledSAE, matches: Tensor) -> Row:
         found = metrics.of_codes(sae.eval(), self.held_out, matches)
         return {f"{mode}_{name}": value for name, value in found.items()}
-
-
-def all_runs(variants: list[Variant], seeds: list[int]) -> Iterator[tuple[Variant, int]]:
-    """All seeds of the first variant, then those of the next: what is done is done with its spread."""
-    return ((variant, seed) for variant in variants for seed in seeds)

@@ -25,7 +25,7 @@ def pooled(pool: str, score: str, l: float) -> Variant:
     return Variant(f"{pool}-{score}-l{l:g}", {"l": l, "score": score, "pool": pool})
 
 
-_ALL = (
+_SYNTHETIC = (
     Variant("batchtopk", {"l": None}),
     # the library's own, which trains by its own code
     Variant(SAELENS, {"l": None}),
@@ -45,4 +45,13 @@ _ALL = (
     pooled("top", "entropy", 4),
     Variant("topk", {"l": None, "select": "token"}),
 )
-VARIANTS = {variant.name: variant for variant in _ALL}
+# with the top of the scores, l2 and l2_squared are one rule, and uniform none
+_REAL = (
+    Variant("batchtopk", {"l": None}),
+    Variant("topk", {"l": None, "select": "token"}),
+    *(pooled(pool, "l2", l) for l in (4, 16, 64, 1, 2) for pool in ("top", "sample")),
+    *(pooled(pool, "entropy", l) for l in (4, 16, 64, 1, 2) for pool in ("top", "sample")),
+    *(pooled("sample", score, l) for l in (4, 16, 64, 1, 2) for score in ("l2_squared", "uniform")),
+)
+SYNTHETIC = {variant.name: variant for variant in _SYNTHETIC}
+REAL = {variant.name: variant for variant in _REAL}

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..config import ADDED
 from ..optim import RowAdam
 from ..sae import SampledSAE
 from ..support.argument_checks import check_finite
@@ -86,7 +85,7 @@ def load(run: Resumable) -> bool:
         state = read_record(run.folder) if kinds[0] == RECORD else read_checkpoint(path)
         then, now = state["settings"], settings(run)
         # an earlier version's: the scale stands among the settings of the activations
-        then["sae"] = {"input_scale": now["sae"]["input_scale"], **ADDED, **field(path, then, "sae", dict)}
+        then["sae"] = {"input_scale": now["sae"]["input_scale"], **field(path, then, "sae", dict)}
         then["train"] = with_precision(then.get("train"))
         check_same_settings(path, then, now)
         lanes = state.get("lanes", 1)

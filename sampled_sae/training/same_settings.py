@@ -53,8 +53,8 @@ def check_same_settings(path: Path, then: dict[str, Any], now: dict[str, Any]) -
         if not isinstance(values, dict) or not isinstance(before, dict):
             changed = f"{part}: was {before}, is {values}" if part in then and None in (before, values) else part
             raise ValueError(f"{path}: made with other settings ({changed}); use another folder")
-        differ = [name for name in values if before.get(name) != values[name]]
-        changes = "; ".join(f"{name} was {before.get(name)!r}, is {values[name]!r}" for name in differ)
+        differ = [name for name in {**values, **before} if before.get(name) != values.get(name)]
+        changes = "; ".join(f"{name} was {before.get(name)!r}, is {values.get(name)!r}" for name in differ)
         raise ValueError(
             f"{path}: made with other settings ({part}: {', '.join(differ)}): {changes}; use another folder"
         )

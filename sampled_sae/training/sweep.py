@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..config import ADDED, SampledSAEConfig
+from ..config import SampledSAEConfig
 from ..sae import SampledSAE
 from ..support.all_ranks import ranks_of
 from ..support.argument_checks import check_integer
@@ -178,8 +178,7 @@ def _recorded(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         found = read_result(path) if path.exists() else {}
         if "settings" in found:
             then = found["settings"]
-            sae = {**ADDED, **then["sae"]} if isinstance(then.get("sae"), dict) else then.get("sae")
-            check_same_settings(path, {**then, "sae": sae, "train": with_precision(then.get("train"))}, settings)
+            check_same_settings(path, {**then, "train": with_precision(then.get("train"))}, settings)
             return found
     return None
 

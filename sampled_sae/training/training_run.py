@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import ADDED, SampledSAEConfig
+from ..config import SampledSAEConfig
 from ..distributed import parallelize
 from ..optim import RowAdam
 from ..pretrained import CONFIG, RUN, WEIGHTS, check_target
@@ -204,7 +204,7 @@ class TrainingRun:
             with_precision(then.get("train")) == asdict(self.config) and then.get("activations") == self._activations()
         )
         saved = field(self.folder / CONFIG, read_json(self.folder / CONFIG), "sae", dict)
-        if not of_same or {**ADDED, **saved, "screen": None} != {**self._saved_config().to_dict(), "screen": None}:
+        if not of_same or {**saved, "screen": None} != {**self._saved_config().to_dict(), "screen": None}:
             raise ValueError(
                 f"{self.folder}: holds an SAE that is not of this training, and no checkpoint; it would be replaced, "
                 "use another folder"

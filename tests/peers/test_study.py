@@ -9,7 +9,7 @@ from benchmarks.ground_truth.synthetic import WORLDS
 from benchmarks.study_parts import synthetic
 from benchmarks.study_parts.report import table
 from benchmarks.study_parts.rows import Rows, spread
-from benchmarks.study_parts.variants import SAELENS, VARIANTS
+from benchmarks.study_parts.variants import SAELENS, SYNTHETIC
 from sampled_sae import SampledSAEConfig
 
 NAMES = ["batchtopk", "sample-l2-l4", "topk"]
@@ -106,7 +106,7 @@ def test_saelens_and_ours_learn_alike(places):
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_variant_is_a_valid_config_of_every_world(world):
     w = WORLDS[world]
-    configs = {name: SampledSAEConfig(w.d, w.F, w.k, **variant.rule) for name, variant in VARIANTS.items()}
+    configs = {name: SampledSAEConfig(w.d, w.F, w.k, **variant.rule) for name, variant in SYNTHETIC.items()}
     assert len({(c.l, c.score, c.pool, c.select) for name, c in configs.items() if name != SAELENS}) == len(configs) - 1
 
 
