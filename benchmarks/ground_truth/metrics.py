@@ -49,6 +49,8 @@ def uniqueness(matches: Tensor) -> float:
 class Detection:
     """Precision, recall and F1 of each feature as a detector of the true one that it stands for; their means.
 
+    Copies of a feature each count in these means, as in SynthSAEBench; `found` counts a true feature once.
+
     matches: int64 [F]. A quotient of 0 and 0 counts as 0, so that a feature that never fires lowers all three.
     """
 
@@ -68,13 +70,15 @@ class Detection:
         self.tokens += len(firing)
 
     def result(self) -> dict[str, float]:
-        """`precision`, `recall`, `f1`, `l0`, and `dead`, the number of features that never fired."""
+        """`precision`, `recall`, `f1`, `l0`; `dead`, the number of features that never fired; `found`, how many
+        different true features have a detector with an F1 above a half."""
         precision, recall = self.hits / self.active.clamp(min=1), self.hits / self.true.clamp(min=1)
         both = precision + recall
         f1 = torch.where(both > 0, 2 * precision * recall / both, 0)
         of_each = {"precision": precision, "recall": recall, "f1": f1}
         means = {name: float(t.double().mean()) for name, t in of_each.items()}
-        return {**means, "l0": int(self.active.sum()) / self.tokens, "dead": int((self.active == 0).sum())}
+        found, dead = len(self.matches[f1 > 0.5].unique()), int((self.active == 0).sum())
+        return {**means, "l0": int(self.active.sum()) / self.tokens, "dead": dead, "found": found}
 
 
 class Explained:
@@ -109,7 +113,7 @@ def of_decoder(decoder: Tensor, truth: Tensor) -> tuple[dict[str, float], Tensor
 def of_codes(
     sae: SampledSAE, batches: Iterable[Batch], matches: Tensor, inference: Inference | None = None
 ) -> dict[str, float]:
-    """`precision`, `recall`, `f1`, `l0`, `dead`, `r2` of an SAE in evaluation mode, by its own inference or another."""
+    """What `Detection` counts, and `r2`, of an SAE in evaluation mode: by its own inference or another."""
     detection, explained = Detection(matches), Explained()
     for x, firing in batches:
         codes = sae.encode_sparse(x.to(sae.W_enc), inference=inference)

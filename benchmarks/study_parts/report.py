@@ -10,7 +10,8 @@ from sampled_sae.support.atomic_files import write_text
 
 # heading -> column of the rows, the part behind an inference
 DECODER = {"MCC": "mcc", "uniqueness": "uniqueness"}
-CODES = {"F1": "f1", "precision": "precision", "recall": "recall", "R2": "r2", "L0": "l0", "dead": "dead"}
+CODES = {"F1": "f1", "precision": "precision", "recall": "recall", "found": "found", "R2": "r2", "L0": "l0"}
+CODES |= {"dead": "dead"}
 INFERENCES = {
     "threshold": "threshold",
     "pool": "pool, of a batch's size",
@@ -65,7 +66,7 @@ def _cell(rows: list[Row], column: str) -> str:
     if found is None:
         return "–"
     mean, least, greatest = found
-    digits = 0 if column.endswith("dead") else 2 if column.endswith("l0") else 3
+    digits = 0 if column.endswith(("dead", "found")) else 2 if column.endswith("l0") else 3
     half = f" ±{(greatest - least) / 2:.{digits}f}" if len(rows) > 1 else ""
     return f"{mean:.{digits}f}{half}"
 

@@ -66,7 +66,9 @@ def evaluate_activations(sae: SampledSAE, x: Tensor, batch_size: int = 2048) -> 
         result["inference"] = own.mode
         result["threshold"] = None if own.threshold is None else float(own.threshold)
         for mode in ("threshold", "pool", "batch"):
-            if mode not in measured and (other := _other(sae, x, mode)) is not None:
+            if mode == "pool" and sae.cfg.inference_size == sae.cfg.d_sae and "threshold" in measured:
+                measured[mode] = measured["threshold"]  # a set of all features
+            elif mode not in measured and (other := _other(sae, x, mode)) is not None:
                 sae.generator.set_state(generator)
                 measured[mode] = _measure(sae, x, batch_size, other)
             result |= {f"{mode}_{name}": measured.get(mode, {}).get(name) for name in OF_EACH}

@@ -80,6 +80,7 @@ def test_detection_counts_what_loops_count(seed):
         each.append((precision, recall, 2 * precision * recall / (precision + recall) if hits else 0.0))
     for name, values in zip(("precision", "recall", "f1"), zip(*each, strict=True), strict=True):
         assert found[name] == pytest.approx(np.mean(values), abs=1e-6)
+    assert found["found"] == len({int(j) for j, (*_, f1) in zip(matches, each, strict=True) if f1 > 0.5})
     assert found["l0"] == pytest.approx(float((codes > 0).sum()) / B)
     assert found["dead"] == sum(not bool((codes[:, j] > 0).any()) for j in range(F)) >= 1
     if seed:
@@ -132,7 +133,9 @@ def test_an_sae_of_the_true_features_finds_them():
     found, matches = metrics.of_decoder(sae.W_dec, truth)
     codes = metrics.of_codes(sae, [Batch(x, firing)], matches)
     assert found == {"mcc": 1, "uniqueness": 1}
-    assert codes == pytest.approx({"precision": 1, "recall": 1, "f1": 1, "l0": sae.cfg.k, "dead": 0, "r2": 1})
+    assert codes == pytest.approx(
+        {"precision": 1, "recall": 1, "f1": 1, "l0": sae.cfg.k, "dead": 0, "found": 6, "r2": 1}
+    )
 
 
 @pytest.fixture(scope="module")
