@@ -16,15 +16,15 @@ KINDS = {"top": ("o", "C0"), "sample": ("^", "C1")}
 BASELINE = ("s", "C2")
 
 
-def write_plots(folder: Path) -> list[Path]:
-    """A PNG and an SVG for each file of rows."""
+def write_plots(folder: Path, out: Path) -> list[Path]:
+    """A PNG and an SVG in `out` for each file of rows in `folder`."""
     written = []
     with rc_context(STYLE):
         for path in sorted(folder.glob("synthetic_*.csv")):
             figure = tradeoff(Rows(path))
             for kind in ("png", "svg"):
                 metadata = {"Date": None} if kind == "svg" else {"Software": None}
-                written.append(path.with_suffix(f".{kind}"))
+                written.append(out / f"{path.stem}.{kind}")
                 figure.savefig(written[-1], dpi=150, transparent=True, metadata=metadata)
     return written
 

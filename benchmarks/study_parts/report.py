@@ -36,13 +36,13 @@ def table(rows: Rows) -> str:
 
 
 def write_report(folder: Path = FOLDER) -> list[Path]:
-    """Writes the tables, and the plots where matplotlib is there; returns their paths."""
+    """Writes tables and plots; returns their paths."""
     from benchmarks.study_parts.plots import write_plots
 
     made = tables(folder)
     for path, text in made.items():
         write_text(path, text)
-    return [*made, *write_plots(folder)]
+    return [*made, *write_plots(folder, folder)]
 
 
 def _first(rows: list[Row]) -> str:
