@@ -30,19 +30,21 @@ def write_plots(folder: Path, out: Path) -> list[Path]:
 
 
 def tradeoff(rows: Rows) -> Figure:
-    """F1 against R2 by a threshold and by the rule of training, and MCC against l; a marker a seed."""
-    figure, (by_threshold, by_batch, matching) = axes_of(3, width=4.6, height=4.2)
+    """F1 and the features that are found against FVU, by a threshold, and MCC against l; a marker a seed."""
+    figure, (detection, finding, matching) = axes_of(3, width=4.6, height=4.2)
     found = rows.of(SYNTHETIC)
-    for axis, mode, title in (
-        (by_threshold, "threshold", "inference: one threshold"),
-        (by_batch, "batch", "inference: the rule of training"),
+    for axis, measure, label in (
+        (detection, "f1", "mean F1 as detectors"),
+        (finding, "found", "true features found, each counted once"),
     ):
         for name, of in found.items():
-            if of[0].get(f"{mode}_f1") is not None:
-                _points(axis, of, f"{mode}_r2", f"{mode}_f1", _short(name))
-        axis.set_xlabel("R2 of the reconstruction")
-        axis.set_ylabel("F1 as detectors of the true features")
-        axis.set_title(title)
+            if of[0]["threshold_f1"] is not None:
+                explained = [{**row, "fvu": 1 - row["threshold_r2"]} for row in of]
+                _points(axis, explained, "fvu", f"threshold_{measure}", _short(name))
+        axis.set_xscale("log")
+        axis.set_xlabel("FVU = 1 - R2 of the reconstruction")
+        axis.set_ylabel(label)
+        axis.set_title("inference: one threshold")
     for name, of in found.items():
         if of[0]["l"] is not None:
             _points(matching, of, "l", "mcc", _short(name))
