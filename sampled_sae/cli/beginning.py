@@ -24,7 +24,7 @@ def activations_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "activations",
         help="folder written by harvest or ActivationStore.write; or a .npy, .safetensors[:NAME] or .pt[:NAME] file "
-        "of a tensor [n, d]",
+        "of a tensor [n, d]; or a URL of either that fsspec knows",
     )
     p.add_argument(
         "--holdout",
@@ -35,6 +35,7 @@ def activations_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def open_activations(args: argparse.Namespace) -> Activations:
+    """What the argument `activations` names."""
     return as_activations(args.activations, args.holdout)
 
 

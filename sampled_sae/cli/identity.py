@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..formats.published import Published
 from ..pretrained import ORIGIN, RUN
 from ..support.atomic_files import field, read_json
 from ..training.activations import Activations
 from ..training.same_settings import identity, in_words, is_same_kind, is_same_model
 from ..training.sweep import Splice, SpliceSource
+from .arguments import loaded_model
 
 SPLICE_ROWS = 16
 
@@ -34,6 +36,30 @@ def block_read(layer: int | None, hook: str | None) -> int | str | None:
     if "resid_pre" in hook:
         return layer - 1
     return hook if re.search("mlp|attn|attention|resid_mid|ln2|layernorm|hook_[qkvz]$|hook_embed", hook) else layer
+
+
+def block(found: Published) -> int | str | None:
+    """The block whose output a published SAE reads, or the hook where it reads something else; None for unknown."""
+    return block_read(found.origin.layer, found.origin.hook_name)
+
+
+def check_same_origin(
+    name: str, found: Published, given: dict[str, Any], insist: bool, what: str = "and was given"
+) -> None:
+    """ValueError where an SAE's files name another model or layer than is given; what is not named is not compared."""
+    then = {"model": found.origin.model_name, "layer": block(found)}
+    before, now = (None if about["model"] is None else _short(str(about["model"])) for about in (then, given))
+    differ = [] if None in (before, now) or before == now else ["model"]
+    if None not in (then["layer"], given["layer"]) and then["layer"] != given["layer"]:
+        differ.append("layer")
+    if differ and not insist:
+        is_, of = (", ".join(f"{part} {about[part]}" for part in differ) for about in (given, then))
+        raise ValueError(f"{name} reads {of}, {what} {is_}; take the same, or insist with --insist")
+
+
+def _short(model: str) -> str:
+    """A model's name without its owner, as files have it in either form."""
+    return model.rstrip("/").rpartition("/")[2].lower()
 
 
 def check_same_activations(folder: Path, d_in: int, store: Activations, insist: bool) -> None:
@@ -82,9 +108,9 @@ def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource 
         return None
 
     def load() -> Splice:
-        from ..lm import SpliceEvaluator, load_model, weights_digest
+        from ..lm import SpliceEvaluator, weights_digest
 
-        model, _ = load_model(name, args.cache)
+        model = loaded_model(name, args)
         if not args.insist:
             _check_model({"model": name, "weights_sha256": weights_digest(model)}, harvested, store)
         return SpliceEvaluator.of_harvest(model, rows, store.manifest, insist=True).evaluate

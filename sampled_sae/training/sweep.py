@@ -21,7 +21,7 @@ from ..support.output_folder import check_output_folder, held_by_first
 from .batches import Feed
 from .closing_line import closing_line
 from .evaluation import evaluate_activations, reconstruct_with
-from .opening import Readable, as_activations
+from .opening import Stored, as_activations
 from .precision import settled
 from .sae_group import SAEGroup, check_members
 from .same_settings import check_same_settings, completed, identity, in_words, is_same_kind
@@ -30,7 +30,7 @@ from .sharded_checkpoint import remove_checkpoint
 from .sweep_table import read_result, write_table
 from .train_config import TrainConfig
 from .training_loop import closed_logs
-from .training_run import TrainingRun
+from .training_run import TrainingRun, check_fits
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -84,7 +84,7 @@ def variants(
 def run_sweep(
     configs: dict[str, SampledSAEConfig],
     train: TrainConfig,
-    store: Readable,
+    store: Stored,
     folder: Path,
     splice: Splice | SpliceSource | None = None,
     progress: bool = True,
@@ -139,6 +139,7 @@ def run_sweep(
     }
     for name, config in configs.items():
         try:
+            check_fits(config, feed)
             check_schedule(config, train)
         except ValueError as error:
             raise ValueError(f"configs[{name!r}]: {error}") from None

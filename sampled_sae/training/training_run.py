@@ -21,12 +21,13 @@ from ..support.atomic_files import append_text, field, json_line, read_json, wri
 from ..support.late_values import LateScalars
 from ..support.output_folder import check_output_folder
 from ..support.timing import check_memory
+from .activation_stream import StreamedActivations
 from .activations import Activations
 from .batches import Feed, TrainingBatch
 from .checkpoint import CHECKPOINT
 from .initial_weights import begin_with, check_initial
 from .precision import forward_in, settled, step_in
-from .resuming import load, save
+from .resuming import load, save, saved
 from .same_settings import completed, identity
 from .schedules import check_schedule, config_at, is_scheduled
 from .sharded_checkpoint import RECORD
@@ -39,14 +40,19 @@ LEAST_VARIANCE = 1e-7
 LARGEST_AUX = 1e6
 
 
-def check_fits(sae_config: SampledSAEConfig, store: Activations) -> None:
+def check_width(sae_config: SampledSAEConfig, store: Activations | StreamedActivations) -> None:
     """ValueError where an SAE cannot be trained on these activations."""
     if sae_config.d_in != store.d_in:
         raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.where} have {store.d_in}")
-    if sae_config.input_scale not in (1, store.scale):
+
+
+def check_fits(sae_config: SampledSAEConfig, feed: Feed) -> None:
+    """ValueError where an SAE cannot be trained on these activations, or not in their units."""
+    check_width(sae_config, feed.store)
+    if sae_config.input_scale not in (1, feed.scale):
         raise ValueError(
-            f"input_scale={sae_config.input_scale!r}: the training multiplies the activations in {store.where} by "
-            f"{store.scale}; leave it at 1 to have it set"
+            f"input_scale={sae_config.input_scale!r}: the training multiplies the activations in {feed.store.where} by "
+            f"{feed.scale}; leave it at 1 to have it set"
         )
 
 
@@ -89,8 +95,7 @@ class TrainingRun:
         folder: str | Path,
         init_from: SampledSAE | None = None,
     ) -> None:
-        store = feed.store
-        check_fits(sae_config, store)
+        check_width(sae_config, feed.store)
         check_schedule(sae_config, train_config)
         self.config = train_config = settled(train_config, sae_config, feed.device)
         self.feed = feed
@@ -104,8 +109,13 @@ class TrainingRun:
             begun = any((self.folder / name).exists() for name in (CHECKPOINT, RECORD))
             check_output_folder(self.folder, needed if begun else 2 * needed)
             check_target(self.folder)
+        found = saved(self.folder, ranks)
+        if found is not None:
+            with ranks.together():
+                feed.begin_at(str(found.path), found.state.get("stream"))
+        check_fits(sae_config, feed)
         self.row_grads = sae_config.row_grads
-        self.target = replace(sae_config, row_grads=sae_config.impl != "reference", input_scale=store.scale)
+        self.target = replace(sae_config, row_grads=sae_config.impl != "reference", input_scale=feed.scale)
         self.sae = SampledSAE(self.target, device=feed.device)
         if init_from is not None:
             begin_with(self.sae, init_from)
@@ -126,7 +136,9 @@ class TrainingRun:
         self._log_place: tuple[LogPlace, str] | None = None
         self._losses, self._aux = LateScalars(), LateScalars()
         self._seen = self._files()
-        if not load(self):
+        if found is not None:
+            load(self, found)
+        else:
             with ranks.together():
                 self._check_saved()
             batch = feed.batch(0)
@@ -262,7 +274,7 @@ class TrainingRun:
 
     def _activations(self) -> dict[str, Any]:
         """What run.json says of them."""
-        manifest = self.feed.store.manifest
+        manifest = self.feed.about
         return {**{k: v for k, v in manifest.items() if k not in ("shards", "settings")}, **identity(manifest)}
 
     def _measure(self, batch: TrainingBatch, out: SampledSAEOutput) -> dict[str, float]:
