@@ -237,7 +237,6 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         l0 = check_positive("l0", self.cfg.k if l0 is None else l0, self.cfg.d_sae)
         if check_choice("mode", mode, INFERENCES) == "batch":
             return Inference("batch")
-        self.layout.check_inference(mode)
         return inference_rule.calibrated(self._parts, encoder, self.cfg, mode, l0)
 
     @torch.no_grad()

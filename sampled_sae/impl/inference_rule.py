@@ -21,7 +21,8 @@ class Inference(NamedTuple):
     """One way to select codes.
 
     mode: "threshold" and "pool": every activation above `floors`. "batch": the rule of training. "token": the k largest
-    of each token, of a TopK SAE. threshold: 0-dim. members: bool [F], for "pool". Both None where they have no part.
+    of each token, of a TopK SAE. threshold: 0-dim. members: bool [F], for "pool", of a spread layer of the features
+    here. Both None where they have no part.
     """
 
     mode: str
@@ -75,12 +76,13 @@ def calibrated(parts: Implementation, encoder: Encoder, cfg: SampledSAEConfig, m
     The set of "pool" holds the `cfg.inference_size` features of highest score over all these tokens; ties go to the
     lower feature.
     """
-    members = mask = None
+    members, mask, size = None, None, cfg.d_sae
     if mode == "pool":
+        size = cfg.inference_size
         scores = parts.column_scores(encoder.operands.in_full(), cfg.score)
-        members = parts.candidate_pool(scores, cfg.inference_size, "top", None)
-        mask = torch.zeros(cfg.d_sae, dtype=torch.bool, device=members.device).index_fill_(0, members, True)
-    return Inference(mode, threshold.between(parts, encoder, l0, members), mask)
+        members = parts.candidate_pool(scores, size, "top", None)
+        mask = torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, members, True)
+    return Inference(mode, threshold.between(parts, encoder, l0, members, size), mask)
 
 
 def adopt(sae: ThresholdModule, found: Inference) -> None:

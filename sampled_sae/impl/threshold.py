@@ -48,14 +48,14 @@ def fault(sae: ThresholdModule) -> str | None:
     return None if int(sae.calibrated_at) == int(sae.threshold_steps) else RUNNING_MEAN
 
 
-def between(parts: Implementation, encoder: Encoder, l0: float, members: Tensor | None = None) -> Tensor:
+def between(parts: Implementation, encoder: Encoder, l0: float, members: Tensor | None, n_features: int) -> Tensor:
     """What l0 activations a token are above on average, or all where they are fewer; 0-dim, on the CPU, float64.
 
-    members: int64 [P], the features that count; None for all.
+    members: int64 [P], those of the `n_features` features that count which are here; None for all.
     """
-    n_tokens, n_features = encoder.operands.whole_shape
+    n_tokens = encoder.operands.whole_shape[0]
     n = round(n_tokens * l0)
-    budget = min(n + 1, n_tokens * (n_features if members is None else len(members)))
+    budget = min(n + 1, n_tokens * n_features)
     codes = parts.select(encoder, members, Rule(budget / n_tokens))
     smallest = float(parts.totals.smallest(codes)) if parts.totals.count(codes) > n else 0.0
     return torch.tensor(smallest, dtype=torch.float64)

@@ -45,7 +45,7 @@ def evaluate_activations(sae: SampledSAE, x: Tensor, batch_size: int = 2048) -> 
       over the whole dictionary. `pool_...`: inside the fixed set of the `pool_features` features of highest score.
       `batch_...`: by the rule of training, with pool and selection made for each batch. The inference of the SAE is as
       it is; a threshold or a set that it does not have is calibrated to L0 = k on the first 65,536 tokens of x. None
-      where there is no such inference: no "pool" and no "threshold" for a TopK SAE, no "pool" over several ranks.
+      for the first two of a TopK SAE, which has no such inference.
 
     Raises:
         ValueError: a threshold or a set that was never set.
@@ -86,12 +86,12 @@ def _other(sae: SampledSAE, x: Tensor, mode: str) -> Inference | None:
     """An inference that is not the SAE's own, calibrated on x where it has to be; None where it has none such."""
     if mode == "batch":
         return Inference(mode)
-    ranks = ranks_of(sae.layout.device_mesh)
-    if sae.cfg.is_topk or (mode == "pool" and ranks.size > 1):
+    if sae.cfg.is_topk:
         return None
     if mode == "threshold" and sae.cfg.inference == "batch" and int(sae.calibrated_at) > 0:
         return Inference(mode, sae.threshold)
-    return sae.inference_on(part_of(x[:CALIBRATED_ON], ranks).to(sae.W_enc), mode)
+    seen = part_of(x[:CALIBRATED_ON], ranks_of(sae.layout.device_mesh))
+    return sae.inference_on(seen.to(sae.W_enc.device, sae.W_enc.dtype), mode)
 
 
 def _measure(sae: SampledSAE, x: Tensor, batch_size: int, inference: Inference | None = None) -> dict[str, Any]:
