@@ -33,8 +33,8 @@ def parallelize(sae: SampledSAE, mesh: DeviceMesh) -> SampledSAE:
     Equivalent on one process to `sae`.
 
     Raises:
-        TypeError, ValueError: naming the argument; `cfg.impl="reference"` and
-            `cfg.inference="pool"`, which are for one process.
+        TypeError, ValueError: naming the argument; `cfg.impl="reference"`, `cfg.inference="pool"` and transcoders,
+            which are for one process.
     """
     if not isinstance(sae, SampledSAE):
         raise TypeError(f"sae={type(sae).__name__}: must be a SampledSAE (of a wrapped one, the module inside)")
@@ -52,6 +52,8 @@ def parallelize(sae: SampledSAE, mesh: DeviceMesh) -> SampledSAE:
     check_inference(sae.cfg.inference)
     if mesh.size() == 1:
         return sae
+    if sae.cfg.is_transcoder:
+        raise ValueError(f"d_out={sae.cfg.d_out}: transcoders are for one process")
     own = Mesh(mesh)
     weights = Weights(sae.cfg.d_in, sae.cfg.d_sae, own)
     with torch.no_grad():
