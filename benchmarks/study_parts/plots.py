@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.plots import STYLE, axes_of
 from benchmarks.study_parts.rows import Row, Rows
@@ -14,6 +15,7 @@ from benchmarks.study_parts.variants import SYNTHETIC
 
 KINDS = {"top": ("o", "C0"), "sample": ("^", "C1")}
 BASELINE = ("s", "C2")
+FVU_TICKS = (0.2, 0.5, 1, 2, 5)
 
 
 def write_plots(folder: Path, out: Path) -> list[Path]:
@@ -42,6 +44,8 @@ def tradeoff(rows: Rows) -> Figure:
                 explained = [{**row, "fvu": 1 - row["threshold_r2"]} for row in of]
                 _points(axis, explained, "fvu", f"threshold_{measure}", _short(name))
         axis.set_xscale("log")
+        axis.set_xticks(FVU_TICKS, [f"{tick:g}" for tick in FVU_TICKS])
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("FVU = 1 - R2 of the reconstruction")
         axis.set_ylabel(label)
         axis.set_title("inference: one threshold")
