@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import SCREENS, SampledSAEConfig
 from ..distributed import parallelize
-from ..impl import threshold
+from ..impl import inference_rule
 from ..pretrained import EVALUATION
 from ..sae import SampledSAE
 from ..support.argument_checks import check_integer
@@ -228,7 +228,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         held_out, _ = store.holdout()
     if ranks.mesh is not None:
         parallelize(sae, ranks.mesh)
-    if not sae.cfg.is_topk and not threshold.is_set(sae):
+    if inference_rule.missing(sae, sae.cfg) is not None:
         found = sae.calibrate(part_of(store.first(CALIBRATION_TOKENS)[:, : store.d_in], ranks).to(sae.W_enc.dtype))
         print(f"The SAE has no threshold yet: {found:.4g}, calibrated to L0 = k on training activations, is used here")
     result = evaluate(sae, held_out, args.batch_size, None if splice is None else splice.load())

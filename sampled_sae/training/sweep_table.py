@@ -20,6 +20,7 @@ COLUMNS = {
     "l0": "L0",
     "batch_l0": "L0 (batch)",
     "fvu": "FVU",
+    "pool_fvu": "FVU (pool)",
     "explained_variance": "expl. var.",
     "cosine": "cosine",
     "loss_recovered_zero": "loss recovered",
