@@ -90,6 +90,32 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(store, tmp_path, confi
     assert (tmp_path / "killed" / METRICS).read_bytes() == (tmp_path / "whole" / METRICS).read_bytes()
 
 
+@pytest.mark.parametrize("k", [3, 8, 9])
+def test_a_resumed_run_searches_from_the_same_threshold(tmp_path, k):
+    """A token whose threshold was too high is multiplied once more alone, which may round otherwise."""
+    x = torch.randn(3000, 12, generator=torch.Generator().manual_seed(0))
+    config, train = replace(SAE, d_sae=96, k=k, l=None, select="token"), replace(TRAIN, batch_size=32, lr=3e-3)
+    whole = Trainer(config, train, x, tmp_path)
+    whole.train_on(whole.feed.batch(0))
+    whole.save()
+    resumed = Trainer(config, train, x, tmp_path)
+    assert resumed.sae.memory.hints.state_dict() == whole.sae.memory.hints.state_dict() != []
+    for run in (whole, resumed):
+        run.train_on(run.feed.batch(1))
+    assert same_weights(resumed.sae, whole.sae)
+
+
+def test_a_checkpoint_without_thresholds_of_searches_goes_on(store, tmp_path):
+    """As earlier versions wrote it."""
+    trainer = Trainer(replace(SAE, l=None), TRAIN, store, tmp_path)
+    trainer.train_on(trainer.feed.batch(0))
+    trainer.save()
+    state = torch.load(tmp_path / CHECKPOINT)
+    del state["hints"]
+    torch.save(state, tmp_path / CHECKPOINT)
+    assert Trainer(replace(SAE, l=None), TRAIN, store, tmp_path).step == 1
+
+
 def test_a_run_goes_on_with_another_screen(store, tmp_path):
     train_killed_at(15, store, tmp_path, replace(SAE, screen="off"), TRAIN)
     resumed = Trainer(replace(SAE, screen="bf16"), TRAIN, store, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..config import batch_budget
@@ -57,6 +58,18 @@ class ThresholdHints:
             if known is None and len(self._known) == MOST_KEPT:
                 self._known.pop(next(iter(self._known)))
             self._known[key] = hint
+
+    def state_dict(self) -> list[tuple[float, str, bool, float | Tensor]]:
+        """What a checkpoint needs: a search from another threshold may differ in last bits of what it finds."""
+        return [(*key, hint) for key, hint in self._known.items()]
+
+    def load_state_dict(
+        self, state: list[tuple[float, str, bool, float | Tensor]], device: torch.device | str
+    ) -> None:
+        """The inverse of `state_dict`."""
+        self._known = {
+            tuple(key): hint.to(device) if isinstance(hint, Tensor) else float(hint) for *key, hint in state
+        }
 
     def forget(self) -> None:
         """For other weights, or another device."""

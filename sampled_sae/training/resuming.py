@@ -67,6 +67,7 @@ def save(run: Resumable) -> None:
             "sae": run.sae.state_dict(),
             "generator": run.sae.generator.get_state(),
             "pool": run.sae.memory.pool.state_dict(),
+            "hints": run.sae.memory.hints.state_dict(),
             "optimizer": run.optimizer.state_dict(),
         }
         write_checkpoint(run.folder / CHECKPOINT, {**state, **whole})
@@ -142,6 +143,7 @@ def _load_whole(run: Resumable, state: dict[str, Any]) -> None:
         run.sae.load_state_dict(state["sae"])
         run.sae.generator.set_state(state["generator"])
         run.sae.memory.pool.load_state_dict(state["pool"], run.feed.device)
+        run.sae.memory.hints.load_state_dict(state.get("hints", []), run.feed.device)  # earlier versions: none
         run.optimizer.load_state_dict(state["optimizer"])
     except RuntimeError as error:
         raise ValueError(str(error)) from error
