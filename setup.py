@@ -22,6 +22,8 @@ setup(
         "sampled_sae.integrations.saelens",
         "sampled_sae.integrations.sparsify",
         "sampled_sae.lm",
+        "sampled_sae.residual_stream",
+        "sampled_sae.run_logs",
         "sampled_sae.support",
         "sampled_sae.training",
         "sampled_sae.kernels",

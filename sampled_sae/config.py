@@ -17,6 +17,7 @@ from .support.argument_checks import (
     check_number,
     check_positive,
 )
+from .support.html_table import config_table
 
 POOLS = ("top", "sample")
 SELECTS = ("batch", "token")
@@ -171,6 +172,9 @@ class SampledSAEConfig:
         """Plain values only, for JSON; without those of LATER that are not used, as earlier versions wrote it."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         return {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
+
+    def _repr_html_(self) -> str:
+        return config_table(self)
 
     def settings(self) -> dict[str, Any]:
         """`to_dict` without `screen`, which changes no result."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,13 +23,14 @@ from .impl.row_gradients import RowGradient
 from .impl.row_guard import guard_rows
 from .impl.step_memory import StepMemory
 from .impl.training_step import reconstruct, skipped, training_step
-from .pretrained import check_scale_of_state, load_pretrained, save_pretrained, scale_into_state, tensor_names
+from .pretrained import check_scale_of_state, scale_into_state
+from .residual_stream.splicing import Splicing
+from .sharing import Sharing
 from .support.argument_checks import check_positive
 from .support.geometric_median import geometric_median
-from .support.tensor_file import Kind
 
 
-class SampledSAE(LayerWeights):
+class SampledSAE(Sharing, Splicing, LayerWeights):
     """Sparse autoencoder that keeps the B*k largest activations inside a pool of k*l scored features.
 
     Activations x are given as the model makes them, and reconstructions are in their units: the SAE multiplies by
@@ -237,23 +236,13 @@ class SampledSAE(LayerWeights):
         self.memory.pool.reset()
         return super().load_state_dict(*args, **kwargs)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `config.json` and `sae.safetensors`, each to a temporary name that is then renamed."""
-        tensors = {name: getattr(self, name) for name in tensor_names(self.cfg)}
-        kinds = {name: Kind(t.dtype, t.shape) for name, t in tensors.items()}
-        self.layout.write(tensors, lambda pieces: save_pretrained(Path(folder), self.cfg.to_dict(), kinds, pieces))
+    def _reconstruction(self, codes: SparseCodes, x: Tensor) -> Tensor:
+        return self.decode(codes)
 
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], device: torch.device | str | None = None) -> SampledSAE:
-        """Reads what `save_pretrained` wrote, into an SAE in evaluation mode: call `train()` to train it on.
-
-        Raises:
-            ValueError: a missing, truncated or foreign file, or one with NaN or inf, with its name and what is wrong.
-        """
-        cfg, tensors = load_pretrained(Path(folder))
-        sae = cls(SampledSAEConfig.from_dict(cfg), device=device, dtype=tensors["W_enc"].dtype)
-        sae.load_state_dict(tensors)
-        return sae.eval()
+    def _splice_refusal(self) -> str | None:
+        if self.training:
+            return "the SAE is in training mode, where codes depend on the batch: call sae.eval() first"
+        return None if self.layout.size == 1 else "an SAE that is spread over processes cannot be spliced"
 
     def extra_repr(self) -> str:
         c = self.cfg

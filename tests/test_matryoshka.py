@@ -12,6 +12,7 @@ from optim_steps import assert_close, plain_step, state_of
 
 from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig, SparseCodes, TrainConfig, Trainer, reference
 from sampled_sae.cli import build_parser
+from sampled_sae.cli.beginning import rule_of
 from sampled_sae.cli.training import _sae_config
 from sampled_sae.formats.origin import training_fields
 from sampled_sae.impl.interface import implementation
@@ -222,7 +223,7 @@ def test_training_resumes_with_its_groups_alone(store, tmp_path, short_calibrati
 def test_command_line():
     def config(*options):
         args = build_parser().parse_args(["train", "activations", "out", "--features", "96", "--k", "3", *options])
-        return _sae_config(args, 12)
+        return _sae_config(args, 12, **rule_of(args, None))
 
     assert config().groups is None
     assert config("--groups", "10, 40").groups == config("--groups", "10,40,96").groups == (10, 40, 96)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..pretrained import ORIGIN, RUN
 from ..support.atomic_files import field, read_json
-from ..training.activation_store import ActivationStore
+from ..training.activations import Activations
 from ..training.same_settings import identity, in_words, is_same_kind, is_same_model
 from ..training.sweep import Splice, SpliceSource
 
@@ -36,30 +36,28 @@ def block_read(layer: int | None, hook: str | None) -> int | str | None:
     return hook if re.search("mlp|attn|attention|resid_mid|ln2|layernorm|hook_[qkvz]$|hook_embed", hook) else layer
 
 
-def check_same_activations(folder: Path, d_in: int, store: ActivationStore, insist: bool) -> None:
+def check_same_activations(folder: Path, d_in: int, store: Activations, insist: bool) -> None:
     """Whether the SAE in `folder` reads what `store` holds; says so where nothing tells.
 
     Raises:
         ValueError: another width; without `insist`, another model, layer or source. Names both.
     """
     if d_in != store.d_in:
-        raise ValueError(f"{folder}: d_in={d_in}, but the activations in {store.folder} have {store.d_in}")
+        raise ValueError(f"{folder}: d_in={d_in}, but the activations in {store.where} have {store.d_in}")
     then, now = trained_on(folder), identity(store.manifest)
     named = [about for about in (then, now) if about.get("model") or about.get("source")]
     if not named and then.get("scale") == store.scale:
         return  # the store that it was trained on
     if not named or not (then.get("model") or then.get("source") or "scale" in then):
-        print(
-            f"Nothing tells whether {folder} was trained on activations such as {store.folder} holds", file=sys.stderr
-        )
+        print(f"Nothing tells whether {folder} was trained on activations such as {store.where} holds", file=sys.stderr)
     elif not insist and not is_same_kind(then, now):
         raise ValueError(
-            f"{folder} was trained on {in_words(then)}, but {store.folder} holds {in_words(now)}; evaluate on the "
+            f"{folder} was trained on {in_words(then)}, but {store.where} holds {in_words(now)}; evaluate on the "
             "same kind of activations, or insist with --insist"
         )
 
 
-def splice_source(args: argparse.Namespace, store: ActivationStore) -> SpliceSource | None:
+def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource | None:
     """The language model in which reconstructions are measured, by the options; loaded later. None for no splicing.
 
     Raises:
@@ -72,12 +70,12 @@ def splice_source(args: argparse.Namespace, store: ActivationStore) -> SpliceSou
     if count == 0:
         return None
     if store.has_text and not 0 <= count <= there:
-        raise ValueError(f"--splice-rows {count}: must be from 0 to {there}, the held-out rows in {store.folder}")
+        raise ValueError(f"--splice-rows {count}: must be from 0 to {there}, the held-out rows in {store.where}")
     rows = store.holdout_rows()[:count]
     harvested = identity(store.manifest)
     name = args.model or harvested["model"]
     if not name:
-        raise ValueError(f"{store.folder}: does not name the language model it was harvested from; give its --model")
+        raise ValueError(f"{store.where}: does not name the language model it was harvested from; give its --model")
     if not args.insist and not harvested["weights_sha256"]:
         _check_model({"model": name}, harvested, store)
     if not _has_loss(name, args, count):
@@ -107,10 +105,10 @@ def _has_loss(name: str, args: argparse.Namespace, count: int) -> bool:
     return False
 
 
-def _check_model(model: dict[str, Any], harvested: dict[str, Any], store: ActivationStore) -> None:
+def _check_model(model: dict[str, Any], harvested: dict[str, Any], store: Activations) -> None:
     if not is_same_model(model, harvested):
         then, now = ({**about, "layer": harvested["layer"]} for about in (harvested, model))
         raise ValueError(
-            f"{store.folder} holds {in_words(then)}, and --model {model['model']} gives {in_words(now)}; take the "
+            f"{store.where} holds {in_words(then)}, and --model {model['model']} gives {in_words(now)}; take the "
             "model that was harvested, as it was loaded then, or insist with --insist"
         )

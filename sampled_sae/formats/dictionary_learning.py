@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..pretrained import PEER_FILES
 from ..support.atomic_files import field, read_json, write_atomically, write_json
 from .origin import Origin, training_fields
 from .portable import PortableSAE, Say, check_one_dtype, check_tensors, narrowed, silent
 
 NAME = "dictionary_learning"
-WEIGHTS = "ae.pt"
-CONFIG = "config.json"
+WEIGHTS, CONFIG = PEER_FILES[NAME]
 CENTRES_ALWAYS = True
 NESTED = "MatryoshkaBatchTopKSAE"
 RULE_OF_CLASS = {"BatchTopKSAE": "threshold", "AutoEncoderTopK": "topk", NESTED: "threshold"}

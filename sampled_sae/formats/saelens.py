@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..pretrained import PEER_FILES
 from ..support.argument_checks import check_positive
 from ..support.atomic_files import field, read_json, read_tensors, write_atomically, write_json
 from . import saelens_before_6
@@ -22,8 +23,7 @@ from .origin import Origin, training_fields
 from .portable import ROUNDING, PortableSAE, Say, check_one_dtype, check_tensors, narrowed, silent
 
 NAME = "saelens"
-WEIGHTS = "sae_weights.safetensors"
-CONFIG = "cfg.json"
+WEIGHTS, CONFIG = PEER_FILES[NAME]
 CENTRES_ALWAYS = False
 # Of a checkpoint from mid-training, whose factor on the activations is not yet folded into the weights.
 SCALER = "activation_scaler.json"
