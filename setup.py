@@ -9,6 +9,7 @@ setup(
     packages=[
         "sampled_sae",
         "sampled_sae.cli",
+        "sampled_sae.comparison",
         "sampled_sae.corpus",
         "sampled_sae.distributed",
         "sampled_sae.formats",

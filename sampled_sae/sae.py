@@ -13,7 +13,7 @@ from .codes import SampledSAEOutput, SparseCodes
 from .config import SampledSAEConfig
 from .impl import threshold
 from .impl.encoder import Encoder
-from .impl.given_tokens import flat_goal, flat_tokens, goal_of
+from .impl.given_tokens import flat_tokens, given_back, goal_of
 from .impl.hints import Rule
 from .impl.interface import Implementation, resolve_impl
 from .impl.layer_weights import LayerWeights
@@ -23,6 +23,7 @@ from .impl.row_gradients import RowGradient
 from .impl.row_guard import guard_rows
 from .impl.step_memory import StepMemory
 from .impl.training_step import reconstruct, skipped, training_step
+from .impl.transcoder_start import start_from_targets
 from .pretrained import check_scale_of_state, scale_into_state
 from .residual_stream.splicing import Splicing
 from .sharing import Sharing
@@ -138,7 +139,7 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         pool = self.memory.pool.next(lambda: self._find_pool(encoder))
         loss, mse, aux, x_hat, codes = training_step(self, self._parts, tokens, encoder, leaves, pool)
         self.row_grads += leaves.rows.gradients
-        x_hat = self._unscaled(x_hat, x, scaled)
+        x_hat = given_back(self.cfg, x_hat, x, scaled)
         return SampledSAEOutput(loss + c.aux_coefficient * aux, mse, aux, x_hat, self.layout.numbered(codes))
 
     def _evaluate(self, x: Tensor, target: Tensor | None, scaled: bool) -> SampledSAEOutput:
@@ -146,7 +147,7 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         tokens, encoder = self._batch(x, target, scaled, leaves)
         codes = self._select_each(encoder)
         loss, mse, x_hat = reconstruct(self.cfg, self._parts, tokens, encoder, leaves, codes)
-        x_hat = self._unscaled(x_hat, x, scaled)
+        x_hat = given_back(self.cfg, x_hat, x, scaled)
         return SampledSAEOutput(loss, mse, mse.new_zeros(()), x_hat, self.layout.numbered(codes))
 
     def _select_each(self, encoder: Encoder) -> SparseCodes:
@@ -156,17 +157,19 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         self._notice.before_use(self)
         return self._parts.above_threshold(encoder, self.threshold)
 
+    def _select_together(self, encoder: Encoder) -> SparseCodes:
+        """What training mode keeps of a batch."""
+        pool = self._find_pool(encoder)
+        members = None if pool is None else pool.members
+        return self._parts.select(encoder, members, Rule(self.cfg.k, self.cfg.select), self.memory.hints)
+
     @torch.compiler.disable
     def encode_sparse(self, x: Tensor, *, scaled: bool = False) -> SparseCodes:
         """Codes of x [..., d_in]: by the batch in training mode; in evaluation mode by the threshold, or k of each
         token for a TopK SAE. `scaled` as in `forward`."""
         if not self.training:
             return self.layout.complete(self._select_each(self._encoder_of(x, scaled)))
-        encoder = self._encoder_of(x, scaled, by_batch=True)
-        pool = self._find_pool(encoder)
-        members = None if pool is None else pool.members
-        codes = self._parts.select(encoder, members, Rule(self.cfg.k, self.cfg.select), self.memory.hints)
-        return self.layout.complete(codes)
+        return self.layout.complete(self._select_together(self._encoder_of(x, scaled, by_batch=True)))
 
     @torch.compiler.disable
     def encode_above_threshold(self, x: Tensor, *, scaled: bool = False) -> SparseCodes:
@@ -198,7 +201,7 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
             x_hat = codes.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
         if x is not None and self.W_skip is not None:
             x_hat = x_hat + skipped(flat_tokens(self, x, scaled), self.W_skip, x_hat.dtype).view(x_hat.shape)
-        return self._unscaled(x_hat, x_hat, scaled)
+        return given_back(self.cfg, x_hat, x_hat, scaled)
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, l0: float | None = None, *, scaled: bool = False) -> float:
@@ -217,11 +220,15 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         return float(self.threshold)
 
     @torch.no_grad()
-    def init_b_dec(self, x: Tensor, *, scaled: bool = False) -> None:
-        """Sets b_dec to the geometric median of activations x [..., d_in], as before a training's first step; for a
-        transcoder give its targets [..., d_out]."""
-        read = flat_goal if self.cfg.is_transcoder else flat_tokens
-        tokens, _ = self.layout.read(lambda: read(self, x, scaled))
+    def init_b_dec(self, x: Tensor, target: Tensor | None = None, *, scaled: bool = False) -> None:
+        """Sets b_dec to the geometric median of activations x [..., d_in], as before a training's first step. Of a
+        transcoder, which takes its target too, to that of the target; then its decoder rows follow, and its encoder."""
+        tokens, _ = self.layout.read(lambda: flat_tokens(self, x, scaled))
+        goal = goal_of(self, x, tokens, target, scaled)
+        if self.cfg.is_transcoder:
+            leaves = self.layout.leaves(self, keep_rows=False)
+            start_from_targets(self, tokens, goal, lambda: self._select_together(self._encoder(tokens, leaves)))
+            return
         totals = self._parts.totals
         median = geometric_median(tokens, total=totals.sum_of_tokens, greatest=totals.max_of_tokens)
         self.layout.local(self.b_dec).copy_(median)
@@ -242,22 +249,18 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
     def _splice_refusal(self) -> str | None:
         if self.training:
             return "the SAE is in training mode, where codes depend on the batch: call sae.eval() first"
+        if self.cfg.is_transcoder:
+            return "a transcoder reconstructs other activations than it reads"
         return None if self.layout.size == 1 else "an SAE that is spread over processes cannot be spliced"
 
     def extra_repr(self) -> str:
-        c = self.cfg
-        width = f", d_out={c.d_out}" if c.is_transcoder else ""
+        c, width = self.cfg, f", d_out={self.cfg.d_out}" if self.cfg.is_transcoder else ""
         return f"d_in={c.d_in}, d_sae={c.d_sae}{width}, k={c.k}, l={c.l}, score={c.score!r}, impl={self.impl_in_use!r}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SampledSAE:
         """As in torch; what was remembered of the old weights is dropped."""
         self.memory.forget()
         return super()._apply(fn, recurse)
-
-    def _unscaled(self, x_hat: Tensor, like: Tensor, scaled: bool) -> Tensor:
-        """[B, d_out] as the caller gets it: of the dtype and the leading dimensions of `like`."""
-        x_hat = x_hat if scaled or self.cfg.factor_out == 1 else x_hat / self.cfg.factor_out
-        return x_hat.to(like.dtype).view(*like.shape[:-1], self.cfg.width_out)
 
     def _batch(self, x: Tensor, target: Tensor | None, scaled: bool, leaves: Leaves) -> tuple[Tensor, Encoder]:
         """What is to be reconstructed [B, d_out], and the encoder of x; those of all processes are one batch."""

@@ -27,6 +27,7 @@ SMALL = {
     "sweep": "--model {model} --features 16 --k 2 --steps 1 --batch-size 16 --ls 2 --scores l2 --splice-rows 0",
     "encode": "--sae {sae}",
     "export": "--to saelens",
+    "compare": "--out {new}",
     "check": "--quick --impl torch",
     "bench": "--d 4 --features 16 --batch 8 --k 2 --rounds 1 --seconds 1",
 }
@@ -40,6 +41,7 @@ FOLDERS = {
     "encode": ("store", "new"),
     "export": ("sae", "new"),
     "import": ("peer", "new"),
+    "compare": ("sae", "run"),
     "verify": ("store",),
 }
 # a command may take so many bytes more than the process has: what is too large fails at once and harms nobody

@@ -151,10 +151,33 @@ def test_where_a_training_starts():
     assert sae.W_skip.count_nonzero() == 0
     square = SampledSAE(SampledSAEConfig(d_in=D, d_sae=96, k=4, d_out=D))
     assert not torch.equal(square.W_dec, square.W_enc.t())
-    y = tokens(60, D_OUT, dtype=torch.float32)
-    sae.init_b_dec(y)
-    gradient = torch.nn.functional.normalize(y - sae.b_dec, dim=1).sum(0)  # 0 at the geometric median
+
+
+@pytest.mark.parametrize(
+    "rule", [{"l": 3.0}, {"l": None, "skip": True, "input_scale": 0.37, "output_scale": 2.0}], ids=str
+)
+def test_the_start_from_a_batch(rule):
+    sae = SampledSAE(SampledSAEConfig(d_in=D, d_sae=96, k=4, d_out=D_OUT, **rule), dtype=torch.float64)
+    x = tokens(60, D)
+    x[:, 0] = x[:, 0].abs() + 1
+    with torch.no_grad():
+        sae.W_enc[:, 5] = -torch.eye(D, dtype=torch.float64)[0]  # active nowhere
+    drawn, before = sae.W_dec[5].clone(), sae.W_enc.detach().clone()
+    y = torch.relu(x @ tokens(D, D_OUT, seed=3)) + 1
+    sae.init_b_dec(x, y)
+    in_units = y * sae.cfg.output_scale
+    gradient = torch.nn.functional.normalize(in_units - sae.b_dec, dim=1).sum(0)  # 0 at the geometric median
     assert gradient.norm() < 1e-2
+    a = torch.relu(x * sae.cfg.input_scale @ before)
+    expected = torch.nn.functional.normalize(a.t() @ (in_units - sae.b_dec), dim=1)
+    torch.testing.assert_close(sae.W_dec[:5], expected[:5])
+    assert torch.equal(sae.W_dec[5], drawn)
+    out = sae(x, y)
+    part = out.x_hat * sae.cfg.output_scale - sae.b_dec
+    # no factor on the codes makes it better
+    torch.testing.assert_close((part * (in_units - sae.b_dec)).sum(), part.square().sum())
+    assert out.mse < (in_units - sae.b_dec).square().sum(1).mean()
+    torch.testing.assert_close(sae.W_enc, before * (sae.W_enc[0, 0] / before[0, 0]))
 
 
 def test_saved_and_loaded(tmp_path):

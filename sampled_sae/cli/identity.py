@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..formats.published import Published
 from ..pretrained import ORIGIN, RUN
 from ..support.atomic_files import field, read_json
 from ..training.activations import Activations
@@ -34,6 +35,30 @@ def block_read(layer: int | None, hook: str | None) -> int | str | None:
     if "resid_pre" in hook:
         return layer - 1
     return hook if re.search("mlp|attn|attention|resid_mid|ln2|layernorm|hook_[qkvz]$|hook_embed", hook) else layer
+
+
+def block(found: Published) -> int | str | None:
+    """The block whose output a published SAE reads, or the hook where it reads something else; None for unknown."""
+    return block_read(found.origin.layer, found.origin.hook_name)
+
+
+def check_same_origin(
+    name: str, found: Published, given: dict[str, Any], insist: bool, what: str = "and was given"
+) -> None:
+    """ValueError where an SAE's files name another model or layer than is given; what is not named is not compared."""
+    then = {"model": found.origin.model_name, "layer": block(found)}
+    before, now = (None if about["model"] is None else _short(str(about["model"])) for about in (then, given))
+    differ = [] if None in (before, now) or before == now else ["model"]
+    if None not in (then["layer"], given["layer"]) and then["layer"] != given["layer"]:
+        differ.append("layer")
+    if differ and not insist:
+        is_, of = (", ".join(f"{part} {about[part]}" for part in differ) for about in (given, then))
+        raise ValueError(f"{name} reads {of}, {what} {is_}; take the same, or insist with --insist")
+
+
+def _short(model: str) -> str:
+    """A model's name without its owner, as files have it in either form."""
+    return model.rstrip("/").rpartition("/")[2].lower()
 
 
 def check_same_activations(folder: Path, d_in: int, store: Activations, insist: bool) -> None:

@@ -1,4 +1,4 @@
-"""The activations that a caller gives to a layer, as the layer computes with them."""
+"""The activations that a caller gives to a layer, as the layer computes with them, and back."""
 
 from __future__ import annotations
 
@@ -61,6 +61,12 @@ def goal_of(layer: TakesTokens, x: Tensor, tokens: Tensor, target: Tensor | None
     if not isinstance(target, Tensor) or target.shape != (*x.shape[:-1], c.width_out):
         raise ValueError(f"target={describe(target)}: must be a tensor of shape {[*x.shape[:-1], c.width_out]}")
     return flat_goal(layer, target, scaled)
+
+
+def given_back(cfg: SampledSAEConfig, x_hat: Tensor, like: Tensor, scaled: bool) -> Tensor:
+    """A reconstruction [B, d_out] as the caller gets it: of the dtype and the leading dimensions of `like`."""
+    x_hat = x_hat if scaled or cfg.factor_out == 1 else x_hat / cfg.factor_out
+    return x_hat.to(like.dtype).view(*like.shape[:-1], cfg.width_out)
 
 
 def _flat(layer: TakesTokens, x: Tensor, width: int, name: str) -> Tensor:
