@@ -13,7 +13,7 @@ from .codes import SampledSAEOutput, SparseCodes
 from .config import INFERENCES, SampledSAEConfig
 from .impl import inference_rule
 from .impl.encoder import Encoder
-from .impl.given_tokens import flat_tokens, given_back, goal_of
+from .impl.given_tokens import flat_encoded, flat_tokens, given_back, goal_of
 from .impl.hints import Rule
 from .impl.inference_rule import Inference
 from .impl.interface import Implementation, resolve_impl
@@ -211,7 +211,8 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         else:
             x_hat = codes.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
         if x is not None and self.W_skip is not None:
-            x_hat = x_hat + skipped(flat_tokens(self, x, scaled), self.W_skip, x_hat.dtype).view(x_hat.shape)
+            tokens = flat_encoded(self, x, x_hat.shape[:-1].numel(), scaled)
+            x_hat = x_hat + skipped(tokens, self.W_skip, x_hat.dtype).view(x_hat.shape)
         return given_back(self.cfg, x_hat, x_hat, scaled)
 
     @torch.no_grad()
