@@ -22,10 +22,11 @@ setup(
         "sampled_sae.integrations.saelens",
         "sampled_sae.integrations.sparsify",
         "sampled_sae.lm",
+        "sampled_sae.pages",
         "sampled_sae.support",
         "sampled_sae.training",
         "sampled_sae.kernels",
     ],
     package_dir={"sampled_sae": "sampled_sae", "sampled_sae.kernels": "kernels"},
-    package_data={"sampled_sae": ["py.typed"]},
+    package_data={"sampled_sae": ["py.typed"], "sampled_sae.pages": ["assets/*"]},
 )

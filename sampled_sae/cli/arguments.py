@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..formats.published import LAYOUTS
+
 # (name, what to run, one line of help) to the command's parser
 Command = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
 
@@ -89,3 +91,10 @@ def model_arguments(p: argparse.ArgumentParser, default: str | None = "smollm2-1
         "packages: smollm2-135m, gemma3-270m, all-mpnet-base-v2 (an encoder)",
     )
     p.add_argument("--cache", type=Path, default=None, help="folder for converted models")
+
+
+def published_arguments(p: argparse.ArgumentParser) -> None:
+    """How an SAE in any layout is read."""
+    p.add_argument("--at", default=None, help="folder or file inside it, as layer_12/width_16k/average_l0_82")
+    p.add_argument("--layout", choices=tuple(LAYOUTS), default=None, help="of its files; found by them when absent")
+    p.add_argument("--k", type=int, default=None, help="features a token, where no file says it")

@@ -8,13 +8,13 @@ from typing import Any
 
 from ..corpus.codes_files import DTYPES
 from ..corpus.encode import Source, encode_corpus
-from ..formats.published import LAYOUTS, Published, read_inference
+from ..formats.published import Published, read_inference
 from ..support.argument_checks import check_device, check_integer
 from ..support.output_folder import check_output_folder
 from ..training.activation_store import ActivationStore
 from ..training.stored_activations import StoredActivations
-from .arguments import Command, model_arguments
-from .identity import block_read
+from .arguments import Command, model_arguments, published_arguments
+from .identity import block_of, check_same_origin
 from .texts import Texts, text_arguments
 
 
@@ -23,9 +23,7 @@ def add(command: Command) -> None:
     p.add_argument("activations", type=Path, nargs="?", help="folder of activations; absent, --texts are read")
     p.add_argument("out", type=Path, help="folder to write to; an interrupted encode there is resumed")
     p.add_argument("--sae", required=True, help="folder of an SAE in any layout, or owner/name on the Hugging Face hub")
-    p.add_argument("--at", default=None, help="folder or file inside it, as layer_12/width_16k/average_l0_82")
-    p.add_argument("--layout", choices=tuple(LAYOUTS), default=None, help="of its files; found by them when absent")
-    p.add_argument("--k", type=int, default=None, help="features a token, where no file says it")
+    published_arguments(p)
     p.add_argument("--sae-dtype", choices=tuple(DTYPES), default=None, help="of the weights; as stored when absent")
     p.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the codes on disk")
     p.add_argument("--batch-size", type=int, default=4096, help="tokens at a time")
@@ -52,7 +50,7 @@ def encode(args: argparse.Namespace) -> None:
     source: Source
     if args.activations is not None:
         store = ActivationStore.open(args.activations)
-        _check_same(found, {"model": store.manifest.get("model"), "layer": store.manifest.get("layer")}, args)
+        check_same_origin(args.sae, found, store.manifest, args.insist)
         source = StoredActivations(store)
         if not store.has_places:
             print(f"{args.activations} does not say where in texts its tokens stand: contexts will be token numbers")
@@ -76,36 +74,14 @@ def _model_rows(found: Published, args: argparse.Namespace) -> Any:
     model_name = args.model or found.origin.model_name
     if not model_name:
         raise ValueError(f"{args.sae}: does not name its language model; give --model")
-    layer = _block(found) if args.layer is None else check_integer("layer", args.layer, 0)
+    layer = block_of(found) if args.layer is None else check_integer("layer", args.layer, 0)
     if not isinstance(layer, int):
         what = "names no layer" if layer is None else f"reads {layer}, which is not a block's output"
         raise ValueError(f"{args.sae}: {what}; give --layer")
-    _check_same(found, {"model": model_name, "layer": layer}, args)
+    check_same_origin(args.sae, found, {"model": model_name, "layer": layer}, args.insist)
     texts = Texts.open(args, model_name, layer)
     print(f"Encodes layer {layer} of {model_name} over {args.texts} into {args.out}{texts.without()}", flush=True)
     rows = texts.rows()
     model, _ = load_model(model_name, args.cache)
     model.to(args.device)
     return ModelRows(model, rows, layer, model_name=model_name, source=args.texts, drop_tokens=texts.dropped)
-
-
-def _check_same(found: Published, given: dict[str, Any], args: argparse.Namespace) -> None:
-    """ValueError where the SAE's files name another model or layer than is given; what is not named is not compared."""
-    then = {"model": found.origin.model_name, "layer": _block(found)}
-    before, now = (None if about["model"] is None else _short(str(about["model"])) for about in (then, given))
-    differ = [] if None in (before, now) or before == now else ["model"]
-    if None not in (then["layer"], given["layer"]) and then["layer"] != given["layer"]:
-        differ.append("layer")
-    if differ and not args.insist:
-        is_, of = (", ".join(f"{name} {about[name]}" for name in differ) for about in (given, then))
-        raise ValueError(f"{args.sae} reads {of}, and was given {is_}; take the same, or insist with --insist")
-
-
-def _block(found: Published) -> int | str | None:
-    """The block whose output the SAE reads, or the hook where it reads something else; None where no file says it."""
-    return block_read(found.origin.layer, found.origin.hook_name)
-
-
-def _short(model: str) -> str:
-    """A model's name without its owner, as files have it in either form."""
-    return model.rstrip("/").rpartition("/")[2].lower()

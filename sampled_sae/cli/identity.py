@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..formats.published import Published
 from ..pretrained import ORIGIN, RUN
 from ..support.atomic_files import field, read_json
 from ..training.activation_store import ActivationStore
@@ -34,6 +35,33 @@ def block_read(layer: int | None, hook: str | None) -> int | str | None:
     if "resid_pre" in hook:
         return layer - 1
     return hook if re.search("mlp|attn|attention|resid_mid|ln2|layernorm|hook_[qkvz]$|hook_embed", hook) else layer
+
+
+def block_of(found: Published) -> int | str | None:
+    """The block whose output an SAE reads, or the hook where it reads something else; None where no file says it."""
+    return block_read(found.origin.layer, found.origin.hook_name)
+
+
+def check_same_origin(name: str, found: Published, given: dict[str, Any], insist: bool) -> None:
+    """Whether the files of an SAE name the model and layer of `given`; what is not named is not compared.
+
+    Raises:
+        ValueError: another one, without `insist`; names both.
+    """
+    then = {"model": found.origin.model_name, "layer": block_of(found)}
+    given = {key: given.get(key) for key in then}
+    before, now = (None if about["model"] is None else _short(str(about["model"])) for about in (then, given))
+    differ = [] if None in (before, now) or before == now else ["model"]
+    if None not in (then["layer"], given["layer"]) and then["layer"] != given["layer"]:
+        differ.append("layer")
+    if differ and not insist:
+        is_, of = (", ".join(f"{key} {about[key]}" for key in differ) for about in (given, then))
+        raise ValueError(f"{name} reads {of}, and was given {is_}; take the same, or insist with --insist")
+
+
+def _short(model: str) -> str:
+    """A model's name without its owner, as files have it in either form."""
+    return model.rstrip("/").rpartition("/")[2].lower()
 
 
 def check_same_activations(folder: Path, d_in: int, store: ActivationStore, insist: bool) -> None:
@@ -79,7 +107,7 @@ def splice_source(args: argparse.Namespace, store: ActivationStore) -> SpliceSou
     if not name:
         raise ValueError(f"{store.folder}: does not name the language model it was harvested from; give its --model")
     if not args.insist and not harvested["weights_sha256"]:
-        _check_model({"model": name}, harvested, store)
+        check_model({"model": name}, harvested, store.folder)
     if not _has_loss(name, args, count):
         return None
 
@@ -88,7 +116,7 @@ def splice_source(args: argparse.Namespace, store: ActivationStore) -> SpliceSou
 
         model, _ = load_model(name, args.cache)
         if not args.insist:
-            _check_model({"model": name, "weights_sha256": weights_digest(model)}, harvested, store)
+            check_model({"model": name, "weights_sha256": weights_digest(model)}, harvested, store.folder)
         return SpliceEvaluator.of_harvest(model, rows, store.manifest, insist=True).evaluate
 
     # Without --insist the weights are those that were harvested, under whatever name.
@@ -107,10 +135,11 @@ def _has_loss(name: str, args: argparse.Namespace, count: int) -> bool:
     return False
 
 
-def _check_model(model: dict[str, Any], harvested: dict[str, Any], store: ActivationStore) -> None:
+def check_model(model: dict[str, Any], harvested: dict[str, Any], folder: Path) -> None:
+    """ValueError where a model is not the one whose activations `folder` holds, by their `identity`."""
     if not is_same_model(model, harvested):
         then, now = ({**about, "layer": harvested["layer"]} for about in (harvested, model))
         raise ValueError(
-            f"{store.folder} holds {in_words(then)}, and --model {model['model']} gives {in_words(now)}; take the "
+            f"{folder} holds {in_words(then)}, and --model {model['model']} gives {in_words(now)}; take the "
             "model that was harvested, as it was loaded then, or insist with --insist"
         )
