@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import SampledSAEConfig
 from .support.argument_checks import FLOATS
 from .support.atomic_files import read_json, read_tensors, write_atomically, write_json
 from .support.checksums import json_crc32, tensors_crc32
+from .support.tensor_file import Kind, Piece, write_pieces
 
 FORMAT = "sampled-sae"
 VERSION = 1
@@ -44,17 +45,18 @@ def check_target(folder: Path) -> None:
         raise ValueError(f"{path}: is of something else than a SampledSAE and would be replaced; use another folder")
 
 
-def save_pretrained(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def save_pretrained(folder: Path, config: dict[str, Any], kinds: Mapping[str, Kind], pieces: Iterable[Piece]) -> None:
     """W_enc is written as [d_in, d_sae], row-major, as SAELens and SAEBench have it.
+
+    Args:
+        config: fields of the SampledSAEConfig.
+        kinds, pieces: of the tensors that `TENSORS` names.
 
     Raises:
         ValueError: as `check_target`.
     """
     check_target(folder)
-    tensors = {name: tensors[name].detach().cpu().contiguous() for name in TENSORS}
-    # One entry: safetensors writes several in a random order, and the same SAE should give the same bytes.
-    metadata = {"format": f"{FORMAT} {VERSION} crc32 {tensors_crc32(tensors)}"}
-    write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
+    write_atomically(folder / WEIGHTS, lambda path: write_pieces(path, kinds, pieces, f"{FORMAT} {VERSION}"))
     write_json(folder / CONFIG, {"format": FORMAT, "version": VERSION, "sae": config, "crc32": json_crc32(config)})
 
 

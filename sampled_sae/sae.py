@@ -27,6 +27,7 @@ from .impl.training_step import squared_error, training_step
 from .pretrained import TENSORS, check_scale_of_state, load_pretrained, save_pretrained, scale_into_state
 from .support.argument_checks import HALF, check_activations, check_positive, check_same
 from .support.geometric_median import geometric_median
+from .support.tensor_file import Kind
 
 
 class SampledSAE(LayerWeights):
@@ -237,8 +238,9 @@ class SampledSAE(LayerWeights):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `sae.safetensors`, each to a temporary name that is then renamed."""
-        tensors = {name: self.layout.whole(getattr(self, name)) for name in TENSORS}
-        self.layout.write(lambda: save_pretrained(Path(folder), self.cfg.to_dict(), tensors))
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        kinds = {name: Kind(t.dtype, t.shape) for name, t in tensors.items()}
+        self.layout.write(tensors, lambda pieces: save_pretrained(Path(folder), self.cfg.to_dict(), kinds, pieces))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], device: torch.device | str | None = None) -> SampledSAE:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from sampled_sae import SampledSAE, SampledSAEConfig
 from sampled_sae import pretrained as pretrained_module
 from sampled_sae.support.atomic_files import read_json, write_atomically, write_json, write_text
+from sampled_sae.support.tensor_file import write_pieces
 
 CONFIG, WEIGHTS = "config.json", "sae.safetensors"
 
@@ -153,8 +154,8 @@ def test_a_failed_write_leaves_the_old_files(saved, monkeypatch, stage):
     def fail(*args, **kwargs):
         raise DiskFull
 
-    def half(tensors, path, metadata):
-        save_file(tensors, path, metadata)
+    def half(path, *tensors):
+        write_pieces(path, *tensors)
         cut(path, 1000)
         raise DiskFull
 
@@ -163,7 +164,7 @@ def test_a_failed_write_leaves_the_old_files(saved, monkeypatch, stage):
     elif stage == "fsync":
         monkeypatch.setattr(os, "fsync", fail)
     else:
-        monkeypatch.setattr(pretrained_module, "save_file", half if stage == "half" else fail)
+        monkeypatch.setattr(pretrained_module, "write_pieces", half if stage == "half" else fail)
     with pytest.raises(DiskFull):
         make_sae(seed=7).save_pretrained(saved)
     monkeypatch.undo()

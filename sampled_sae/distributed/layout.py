@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 
 import torch
@@ -15,6 +15,7 @@ from ..impl.encoder import Share
 from ..impl.interface import Implementation
 from ..impl.layout import Layer, Layout, Leaves
 from ..impl.row_gradients import RowSource
+from ..support.tensor_file import Piece
 from .gradients import SpreadRows, SumGradients
 from .implementation import spread_parts
 from .mesh import Mesh
@@ -130,14 +131,19 @@ class MeshLayout(Layout):
         at = ((features >= first) & (features < first + n_local)).nonzero().squeeze(1)
         return SparseCodes(values[at], tokens[at], features[at] - first, (codes.shape[0], n_local))
 
-    def write(self, write: Callable[[], None]) -> None:
+    def write(self, tensors: Mapping[str, Tensor], write: Callable[[Iterator[Piece]], None]) -> None:
         """Raises, on every process, what the first one met."""
         fault: Exception | None = None
+        pieces = (piece for name, t in tensors.items() for piece in self.weights.pieces(name, t))
         if self.mesh.is_first:
             try:
-                write()
+                write(pieces)
             except Exception as error:
                 fault = error
+        if self.mesh.data.rank == 0:
+            # all that hold a part send it, also where it is not written
+            for _ in pieces:
+                pass
         refused = self.mesh.exchange(REFUSED if fault is not None else 0)
         if fault is not None:
             raise fault

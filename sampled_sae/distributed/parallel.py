@@ -60,7 +60,7 @@ def parallelize(sae: SampledSAE, mesh: DeviceMesh) -> SampledSAE:
             setattr(sae, name, weights.wrap(name, part) if name == "tokens_since_active" else part)
     state = sae.generator.get_state().to(sae.W_enc.device)
     for ranks in (own.data, own.feature):
-        ranks.from_first_(state)
+        ranks.from_(state)
     sae.generator.set_state(state.cpu())
     sae.row_grads = []
     sae.memory.forget()

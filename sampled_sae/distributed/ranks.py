@@ -88,10 +88,10 @@ class Ranks:
         group = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
         return Ranks(self.name, self.size, self.rank, group, self._traffic)
 
-    def from_first_(self, t: Tensor) -> Tensor:
-        """t of the first process."""
+    def from_(self, t: Tensor, rank: int = 0) -> Tensor:
+        """t becomes that of one process."""
         if self.size > 1:
-            dist.broadcast(t, group=self._group, group_src=0)
+            dist.broadcast(t, group=self._group, group_src=rank)
         return t
 
     def _reduce(self, t: Tensor, operation: dist.ReduceOp.RedOpType, purpose: str) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from ..support.tensor_file import Piece
 from .mesh import Mesh
 
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -31,8 +34,7 @@ class Weights:
                 f"d_sae={n_features}: cannot be split over {mesh.feature.size} processes of the dimension 'feature' in "
                 f"ranges of {self.most_local}; use fewer, or more features"
             )
-        self.first = self.most_local * mesh.feature.rank
-        self.n_local = min(self.most_local, n_features - self.first)
+        self.first, self.n_local = self._range(mesh.feature.rank)
         self.shapes = {
             "W_enc": torch.Size((d, n_features)),
             "b_enc": torch.Size((n_features,)),
@@ -68,9 +70,27 @@ class Weights:
         rows = whole.detach().t() if name == "W_enc" else whole.detach()
         part = rows[self.first : self.first + self.n_local] if name in FEATURES else rows
         part = part.clone(memory_format=torch.contiguous_format)
-        self.mesh.data.from_first_(part)
-        return part if name in FEATURES else self.mesh.feature.from_first_(part)
+        self.mesh.data.from_(part)
+        return part if name in FEATURES else self.mesh.feature.from_(part)
+
+    def pieces(self, name: str, t: Tensor) -> Iterator[Piece]:
+        """Of a whole parameter or buffer, from the process that has each; all of `feature` ask for them."""
+        local = self.local(t)
+        if name not in FEATURES or not isinstance(t, DTensor):
+            yield Piece(name, local)
+            return
+        rows = local.t() if name == "W_enc" else local
+        for rank in range(self.mesh.feature.size):
+            first, n = self._range(rank)
+            part = rows if rank == self.mesh.feature.rank else rows.new_empty(n, *rows.shape[1:])
+            self.mesh.feature.from_(part, rank)
+            yield Piece(name, part.t() if name == "W_enc" else part, FEATURES[name], first)
 
     def parameter(self, name: str, whole: nn.Parameter) -> nn.Parameter:
         """As a DTensor."""
         return nn.Parameter(self.wrap(name, self.part_of(name, whole)), requires_grad=whole.requires_grad)
+
+    def _range(self, rank: int) -> tuple[int, int]:
+        """The first feature of a process of `feature`, and how many it has."""
+        first = self.most_local * rank
+        return first, min(self.most_local, self.n_features - first)

@@ -5,13 +5,14 @@ What depends on it asks the layer's layout, so that the step of one process and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..codes import SparseCodes
+from ..support.tensor_file import Piece
 from .encoder import Share
 from .interface import Implementation, implementation
 from .row_gradients import RowSource
@@ -92,9 +93,9 @@ class Layout:
         """Of codes of all features, [B, F] or a dense tensor [..., F], those of the features here."""
         return codes if isinstance(codes, SparseCodes) else SparseCodes.from_dense(codes.view(-1, codes.shape[-1]))
 
-    def write(self, write: Callable[[], None]) -> None:
-        """Lets one process write what all of them share; the others wait for it."""
-        write()
+    def write(self, tensors: Mapping[str, Tensor], write: Callable[[Iterator[Piece]], None]) -> None:
+        """Lets one process write parameters and buffers, piece by piece; the others wait for it."""
+        write(Piece(name, t) for name, t in tensors.items())
 
     def adopt(self, t: Tensor, name: str) -> Tensor:
         """A tensor of a state, in the form that parameter or buffer `name` has here."""

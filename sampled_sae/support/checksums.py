@@ -31,9 +31,14 @@ def tensors_crc32(tensors: dict[str, Tensor]) -> str:
     """The same of tensors on the CPU, with their names, dtypes and shapes."""
     crc = 0
     for name, tensor in sorted(tensors.items()):
-        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = crc32_of_kind(name, tensor.dtype, tensor.shape, crc)
         crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
     return as_text(crc)
+
+
+def crc32_of_kind(name: str, dtype: torch.dtype, shape: torch.Size, crc: int) -> int:
+    """`crc` continued by what stands before the bytes of a tensor."""
+    return zlib.crc32(f"{name} {dtype} {tuple(shape)}".encode(), crc)
 
 
 def json_crc32(value: Any) -> str:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from cases import batches, optimizer_of, spread, start, state, train, train_alone
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sampled_sae import SampledSAE
 from sampled_sae.pretrained import TENSORS
@@ -86,7 +87,31 @@ def full_disk(shape, folder):
     return None
 
 
-def test_what_the_first_process_cannot_write_stops_all(workers, tmp_path):
-    first, second = workers.run(2, full_disk, (2, 1), tmp_path)
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=str)
+def test_what_the_first_process_cannot_write_stops_all(workers, tmp_path, shape):
+    first, second = workers.run(2, full_disk, shape, tmp_path)
     assert first is not None
     assert second == "rank 0 could not write: it says why"
+
+
+def saved_in_pieces(shape, folder):
+    """Bytes of the largest tensor that saving meets on this process."""
+    sae, _ = spread(shape, SETTINGS)
+    most = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal most
+            out = func(*args, **(kwargs or {}))
+            most = max(most, out.untyped_storage().size() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    with Sizes():
+        sae.save_pretrained(folder)
+    return most
+
+
+def test_saving_gathers_the_parts_one_by_one(workers, tmp_path):
+    whole = start(SETTINGS)
+    assert max(workers.run(3, saved_in_pieces, (1, 3), tmp_path)) == whole.W_enc.nbytes / 3
+    assert torch.equal(SampledSAE.from_pretrained(tmp_path).W_enc, whole.W_enc)
