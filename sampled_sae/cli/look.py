@@ -16,7 +16,9 @@ from ..corpus.encode import encode_corpus
 from ..formats.published import Published, read_inference
 from ..pages.choice import FeatureChoice
 from ..pages.feature_page import LanguageModel, Settings, feature_page, shards_of
+from ..pages.html import PAGE
 from ..pages.run_overview import run_overview
+from ..pages.runs_page import best, is_runs, read_runs, runs_page
 from ..support.argument_checks import check_integer
 from ..support.atomic_files import write_text
 from ..support.output_folder import check_output_folder
@@ -26,13 +28,20 @@ from ..training.stored_activations import StoredActivations
 from .arguments import Command, model_arguments, published_arguments, refusal, seed
 from .identity import check_model, check_same_origin
 
-PAGE = "look.html"
-
 
 def add(command: Command) -> None:
-    p = command("look", look, "Write a page that shows what an SAE has learned, one HTML file that opens from disk.")
-    p.add_argument("sae", help="folder of an SAE in any layout, or owner/name on the Hugging Face hub")
-    p.add_argument("activations", type=Path, help="folder of activations, or of codes that encode wrote with this SAE")
+    p = command("look", look, "Write a page that shows what an SAE has learned, or how the runs of a sweep compare.")
+    p.add_argument(
+        "sae",
+        help="folder of an SAE in any layout, or owner/name on the Hugging Face hub; a sweep's folder, for a page of "
+        "its runs and one of its best SAE; a CSV file of runs with the columns name, l and seed",
+    )
+    p.add_argument(
+        "activations",
+        type=Path,
+        nargs="?",
+        help="folder of activations, or of codes that encode wrote with this SAE; not needed to compare runs",
+    )
     p.add_argument("--out", type=Path, default=None, help=f"file to write; {PAGE} in the folder of the SAE when absent")
     p.add_argument(
         "--features",
@@ -63,8 +72,32 @@ def features(text: str) -> FeatureChoice:
 def look(args: argparse.Namespace) -> None:
     for name in ("tokens", "contexts", "batch_size"):
         check_integer(name, getattr(args, name), 1)
+    runs = Path(args.sae)
+    if is_runs(runs):
+        return _look_at_runs(args, runs)
+    if args.activations is None:
+        raise ValueError(
+            f"{args.sae}: is no sweep and no CSV file of runs; an SAE is looked at on activations, name some"
+        )
+    _look_at_sae(args, _output(args))
+
+
+def _look_at_runs(args: argparse.Namespace, runs: Path) -> None:
+    """The page of the best SAE where there are activations, then that of all runs, which links to it."""
+    found, folder = read_runs(runs), runs if runs.is_dir() else runs.parent
+    out = args.out or (folder / PAGE if runs.is_dir() else runs.with_suffix(".html"))
+    _check_file(out)
+    if args.activations is not None:
+        if not runs.is_dir():
+            raise ValueError(f"{args.activations}: {runs} holds no SAEs to look at on activations; leave them out")
+        args.sae = str(folder / best(found.rows)["name"])
+        _look_at_sae(args, Path(args.sae) / PAGE)
+    write_text(out, runs_page(runs.stem, found, out.parent))
+    print(out)
+
+
+def _look_at_sae(args: argparse.Namespace, out: Path) -> None:
     settings = Settings(args.choice, args.seed, args.tokens, args.contexts)
-    out = _output(args)
     found = read_inference(args.sae, args.at, layout=args.layout, k=args.k)
     codes, store = _opened(args.activations)
     corpus = (store or codes).manifest  # type: ignore[union-attr]
@@ -84,10 +117,14 @@ def _output(args: argparse.Namespace) -> Path:
         if not Path(args.sae).is_dir():
             raise ValueError(f"{args.sae}: no folder to write the page to; name a file with --out")
         out = Path(args.sae) / PAGE
+    _check_file(out)
+    return Path(out)
+
+
+def _check_file(out: Path) -> None:
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; name a file with --out")
     check_output_folder(out.parent)
-    return Path(out)
 
 
 def _opened(folder: Path) -> tuple[CodesStore | None, ActivationStore | None]:

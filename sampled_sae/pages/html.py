@@ -17,6 +17,8 @@ from typing import Any
 
 from ..support.atomic_files import without_nan
 
+# the file of a page, in the folder of what it is about
+PAGE = "look.html"
 POLICY = "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
 
 

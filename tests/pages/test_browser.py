@@ -4,6 +4,8 @@ import pytest
 from browser import CONTRASTS, logged, opened, until
 from page_makers import HOSTILE, N_FEATURES, command
 
+from sampled_sae.support.atomic_files import write_json
+
 HEADING = "return document.querySelector('#view h2')?.textContent"
 ROWS = "return Array.from(document.querySelectorAll('tr[data-feature]'), (row) => Number(row.dataset.feature))"
 COUNT = "return document.getElementById('count').textContent"
@@ -70,6 +72,8 @@ def test_the_overview_shows_what_was_measured(page):
     )
     assert max(heights) > 50
     assert min(heights) >= 0
+    fits = "return ['table', 'view'].map(byId).every((place) => place.scrollWidth <= place.clientWidth)"
+    assert page.execute_script(fits)
 
 
 def test_a_click_opens_a_feature_and_its_links_lead_on(page):
@@ -175,3 +179,77 @@ def test_on_a_phone_nothing_is_cut_off(page):
             assert shown == (place == "")
     finally:
         page.set_window_size(1280, 800)
+
+
+@pytest.fixture(scope="module")
+def runs_address(tmp_path_factory):
+    rows = [
+        {"name": f"l{l}_{score}_seed{seed}", "l": l, "score": score, "seed": seed, "fvu": 1 / l + 0.1 * seed, "l0": l}
+        for l in (1, 4, 16)
+        for score in ("l2", HOSTILE)
+        for seed in (0, 1)
+    ]
+    baseline = {"name": "topk_seed0", "l": None, "score": None, "seed": 0, "fvu": 0.2, "l0": 4}
+    folder = tmp_path_factory.mktemp("sweep")
+    write_json(folder / "sweep.json", {"rows": [*rows, baseline], "train": {"lr": 0.1, "adam": HOSTILE}})
+    command("look", folder)
+    return (folder / "look.html").as_uri()
+
+
+@pytest.fixture
+def runs(browser, runs_address):
+    browser.get("about:blank")
+    browser.get(runs_address)
+    browser.execute_script("setTheme('light')")
+    yield browser
+    assert logged(browser) == []
+    assert browser.title != "hacked"
+    assert browser.execute_script("return document.querySelectorAll('img').length") == 0
+
+
+def test_lines_are_means_over_seeds_and_can_be_switched_off(runs):
+    lines = "return mainLines('l', 'fvu').map((line) => [line.name, line.points ?? null, line.level ?? null])"
+    points = [[1, pytest.approx(1.05)], [4, pytest.approx(0.3)], [16, pytest.approx(0.1125)]]
+    assert runs.execute_script(lines) == [["l2", points, None], [HOSTILE, points, None], ["topk", None, 0.2]]
+    assert runs.execute_script("return document.querySelectorAll('#main-chart .band').length") == 3
+    runs.execute_script("document.querySelectorAll('#series input')[1].click()")
+    runs.execute_script("document.querySelector('[data-run=l16_l2_seed1] input').click()")
+    left = [*points[:2], [16, pytest.approx(0.0625)]]
+    assert runs.execute_script(lines) == [["l2", left, None], ["topk", None, 0.2]]
+    assert runs.execute_script("return document.querySelector('#series input').indeterminate")
+    keys(runs, "a")
+    assert len(runs.execute_script(lines)) == 3
+
+
+def test_any_metric_against_any_and_a_link_to_it(runs, runs_address):
+    runs.get("about:blank")
+    runs.get(f"{runs_address}#y=l0&x=fvu")
+    assert runs.execute_script("return [byId('y').value, byId('x').value]") == ["l0", "fvu"]
+    assert runs.execute_script("return document.querySelectorAll('#main-chart circle').length") == 13
+    keys(runs, "j")  # behind the last metric comes the first
+    order = runs.execute_script("return data.metrics.map(([name]) => name)")
+    assert runs.execute_script("return byId('y').value") == order[(order.index("l0") + 1) % len(order)]
+    assert f"y={runs.execute_script('return byId(arguments[0]).value', 'y')}&x=fvu" in runs.current_url
+
+
+def test_runs_sort_by_any_column(runs):
+    script = (
+        "document.querySelector('[data-column=fvu] button').click(); return table.runs.map((run) => run.values.fvu)"
+    )
+    up, down = runs.execute_script(script), runs.execute_script(script)
+    assert up == sorted(up)
+    assert down == sorted(down, reverse=True)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_of_the_runs_is_readable(runs, theme):
+    runs.execute_script(f"setTheme('{theme}')")
+    found = runs.execute_script(CONTRASTS)
+    assert len(found) > 60
+    assert [one for one in found if one[0] < LEAST_CONTRAST] == []
+
+
+def test_no_two_lines_of_a_chart_share_a_colour(runs):
+    for n in (2, 9, 24):
+        drawn = runs.execute_script("return Array.from({length: arguments[0]}, (_, i) => color(i, arguments[0]))", n)
+        assert len(set(drawn)) == n

@@ -37,7 +37,7 @@ function logTicks(low, high, base) {
   const first = Math.ceil(Math.log(low) / Math.log(base) - 1e-9), last = Math.floor(Math.log(high) / Math.log(base) + 1e-9);
   const every = Math.max(1, Math.ceil((last - first) / 6)), ticks = [];
   for (let i = first; i <= last; i += every) ticks.push(base ** i);
-  return ticks.length > 1 ? ticks : [low, high];
+  return ticks.length > 1 ? ticks : evenTicks(low, high).filter((tick) => tick > 0);
 }
 
 function tickText(value) {
@@ -66,8 +66,8 @@ function frame(x, y, xName, yName, label) {
 }
 
 /**
- * Lines over each other. Each of `lines` has name, color and points [x, y]; with `band` [x, low, high], `dash`, and
- * `level` in place of points for a level line.
+ * Lines over each other. Each of `lines` has name, color and points [x, y]; with `band` [x, low, high], `dash`, `dots`
+ * at the points, `loose` for dots alone, and `level` with `levelBand` [low, high] in place of points for a level line.
  */
 function lineChart(lines, { xName, yName, xLog = 0, yLog = 0, label }) {
   const usable = (value, log) => value !== null && Number.isFinite(value) && (!log || value > 0);
@@ -79,7 +79,7 @@ function lineChart(lines, { xName, yName, xLog = 0, yLog = 0, label }) {
   const xs = kept.flatMap((line) => line.points.map(([x]) => x));
   const ys = kept.flatMap((line) => [
     ...line.points.map(([, y]) => y), ...line.band.flatMap(([, low, high]) => [low, high]),
-    ...(usable(line.level, yLog) ? [line.level] : []),
+    ...(line.level === undefined ? [] : [line.level, ...(line.levelBand || [])].filter((value) => usable(value, yLog))),
   ]);
   if (!ys.length) return el("p", { class: "quiet" }, `No ${yName} to show.`);
   const [low, high] = [Math.min(...ys), Math.max(...ys)], margin = yLog ? 0 : (high - low) * 0.05;
@@ -90,14 +90,15 @@ function lineChart(lines, { xName, yName, xLog = 0, yLog = 0, label }) {
   for (const line of kept) {
     const title = svg("title", {}, line.name);
     const path = (points) => points.map(([a, b], i) => `${i ? "L" : "M"}${x.place(a).toFixed(1)} ${y.place(b).toFixed(1)}`).join("");
-    if (line.band.length > 1) {
-      const upper = line.band.map(([a, , b]) => [a, b]), lower = line.band.map(([a, b]) => [a, b]).reverse();
+    const band = line.levelBand ? [[x.low, ...line.levelBand], [x.high, ...line.levelBand]] : line.band;
+    if (band.length > 1) {
+      const upper = band.map(([a, , b]) => [a, b]), lower = band.map(([a, b]) => [a, b]).reverse();
       const area = svg("path", { d: `${path(upper)}L${path(lower).slice(1)}Z`, class: "band" });
       area.style.fill = line.color;
       chart.append(area);
     }
-    const d = usable(line.level, yLog) ? `M${LEFT} ${y.place(line.level)}H${WIDTH - RIGHT}` : path(line.points);
-    const drawn = svg("path", { d, class: "line", "stroke-dasharray": line.dash || "none" }, title);
+    const d = line.level === undefined ? path(line.points) : `M${LEFT} ${y.place(line.level)}H${WIDTH - RIGHT}`;
+    const drawn = svg("path", { d: line.loose ? "" : d, class: "line", "stroke-dasharray": line.dash || "none" }, title);
     drawn.style.stroke = line.color;
     chart.append(drawn);
     for (const [a, b] of line.dots ? line.points : []) {
@@ -129,5 +130,5 @@ function figure(title, chart, lines = []) {
     swatch.style.background = line.color;
     return el("li", {}, swatch, line.name);
   });
-  return el("figure", {}, el("figcaption", {}, title), chart, names.length > 1 ? el("ul", { class: "legend" }, ...names) : null);
+  return el("figure", {}, title ? el("figcaption", {}, title) : null, chart, names.length > 1 ? el("ul", { class: "legend" }, ...names) : null);
 }

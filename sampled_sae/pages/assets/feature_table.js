@@ -13,7 +13,7 @@ class FeatureTable {
     this.accepts = () => true;
     this.head = el("tr", {}, ...columns.map((column) => this.#header(column)));
     this.body = el("tbody");
-    this.above = el("tbody", { "aria-hidden": "true" }, el("tr", {}, el("td", { colspan: columns.length })));
+    this.above = el("tbody", { "aria-hidden": "true" }, el("tr", {}, el("td")));
     this.below = this.above.cloneNode(true);
     const table = el("table", { class: "features" }, el("thead", {}, this.head), this.above, this.body, this.below);
     this.place = place;
