@@ -76,7 +76,9 @@ def runs_page(title: str, found: Runs, folder: Path) -> str:
         }
         for row in rows
     ]
-    edges = next((row["frequency_edges"] for row in rows if isinstance(row.get("frequency_edges"), list)), [])
+    edges: list[float] = next(
+        (row["frequency_edges"] for row in rows if isinstance(row.get("frequency_edges"), list)), []
+    )
     metrics = [[name, COLUMNS.get(name, name.replace("_", " "))] for name in (*_known(names), *_others(names))]
     data = {"name": title, "about": found.settings, "metrics": metrics, "runs": runs, "edges": edges}
     return page(title, "runs.html", SCRIPTS, data)
