@@ -12,11 +12,11 @@ from typing import Any
 from ..corpus.codes_files import MANIFEST as CODES_MANIFEST
 from ..corpus.codes_files import is_codes
 from ..corpus.codes_store import CodesStore
-from ..corpus.encode import encode_corpus
+from ..corpus.encode import encode_corpus, sae_crc32
 from ..formats.published import Published, read_inference
 from ..pages.choice import FeatureChoice
 from ..pages.feature_page import LanguageModel, Settings, feature_page, shards_of
-from ..pages.html import PAGE
+from ..pages.html import PAGE, is_page
 from ..pages.run_overview import run_overview
 from ..pages.runs_page import best, is_runs, read_runs, runs_page
 from ..support.argument_checks import check_integer
@@ -124,6 +124,8 @@ def _output(args: argparse.Namespace) -> Path:
 def _check_file(out: Path) -> None:
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; name a file with --out")
+    if out.exists() and not is_page(out):
+        raise ValueError(f"{out}: is no page of this package and would be replaced; name another file with --out")
     check_output_folder(out.parent)
 
 
@@ -142,6 +144,10 @@ def _codes(
     if codes is not None:
         if codes.d_sae != found.sae.cfg.d_sae:
             raise ValueError(f"{args.activations}: codes of {codes.d_sae} features, not of {found.sae.cfg.d_sae}")
+        if not args.insist and codes.manifest["settings"].get("sae_crc32") != sae_crc32(found.sae):
+            raise ValueError(
+                f"{args.activations}: codes of other weights than {args.sae} has; encode again, or --insist"
+            )
         yield codes
         return
     assert store is not None

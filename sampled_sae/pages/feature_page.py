@@ -154,10 +154,11 @@ def _vocabulary(text: CorpusText | None, lens: LensTokens | None) -> tuple[list[
 
 
 def _spread(column: Tensor, features: Tensor, n_features: int, missing: float) -> Tensor:
-    """[F] of values [P, 1] of some features, or of all."""
-    if len(column) == n_features:
+    """[F] of values [P, 1] of some features, or of all; [P, 0] where an only feature has no neighbour."""
+    if column.numel() == n_features:
         return column.flatten()
-    return torch.full((n_features,), missing, dtype=column.dtype).index_copy_(0, features, column.flatten())
+    spread = torch.full((n_features,), missing, dtype=column.dtype)
+    return spread.index_copy_(0, features, column.flatten()) if column.numel() else spread
 
 
 def _keys(activity: Activity, text: CorpusText, word_of: Tensor) -> Tensor:

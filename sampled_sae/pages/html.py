@@ -13,12 +13,14 @@ import html
 import json
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from ..support.atomic_files import without_nan
 
 # the file of a page, in the folder of what it is about
 PAGE = "look.html"
+MARK = '<meta name="generator" content="sampled-sae">'
 POLICY = "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
 
 
@@ -40,6 +42,7 @@ def page(title: str, body: str, scripts: Sequence[str], data: Any, parts: Iterab
 <html lang="en">
 <head>
 <meta charset="utf-8">
+{MARK}
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="referrer" content="no-referrer">
@@ -54,6 +57,12 @@ def page(title: str, body: str, scripts: Sequence[str], data: Any, parts: Iterab
 </body>
 </html>
 """
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that `page` made."""
+    with open(path, "rb") as file:
+        return MARK.encode() in file.read(1024)
 
 
 def asset(name: str) -> str:

@@ -35,10 +35,9 @@ def loss_shares(sae: InferenceSAE, store: ActivationStore, codes: CodesStore, n_
     With e = x - x_hat and v_j what a code of 1 adds to x_hat, a token's squared error without c_j is
     ||e + c_j v_j||^2 = ||e||^2 + 2 c_j e v_j + c_j^2 ||v_j||^2. The gradient of the squared error in c_j is -2 e v_j.
     """
-    W_dec = sae.W_dec.float()
-    lengths = torch.ones(len(W_dec)) if sae.cfg.scale_by_decoder_norm else decoder_norms(W_dec)
+    lengths = torch.ones(codes.d_sae) if sae.cfg.scale_by_decoder_norm else decoder_norms(sae.W_dec)
     squares = (lengths.double() / sae.cfg.input_scale).square()
-    rise, error = torch.zeros(len(W_dec), dtype=torch.float64), 0.0
+    rise, error = torch.zeros(codes.d_sae, dtype=torch.float64), 0.0
     total, total_squares, n = torch.zeros(sae.cfg.d_in, dtype=torch.float64), 0.0, 0
     for i in range(n_shards):
         x, (values, tokens, features) = store.shard(i), codes.codes(i).entries()

@@ -28,7 +28,8 @@ def run_overview(source: str, at: str | None, found: Published, corpus: dict[str
     Raises:
         ValueError: a damaged file, naming it.
     """
-    folder, name = Path(source), source if at is None else f"{source}/{at}"
+    name = source if at is None else f"{source}/{at}"
+    folder = Path(name)
     shown = "/".join(Path(name).resolve().parts[-2:]) if folder.exists() else name
     run = read_json(folder / RUN) if (folder / RUN).is_file() else {}
     own = read_json(folder / CONFIG).get("sae") if found.layout == "sampled-sae" else None

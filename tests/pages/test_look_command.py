@@ -94,6 +94,14 @@ def test_codes_on_disk_are_looked_at_as_they_are(root, tmp_path):
     assert of_codes["columns"]["rises"] is None
 
 
+def test_an_sae_of_one_feature_has_a_page(root, tmp_path):
+    command("train", root / "acts", tmp_path / "one", "--features 1 --k 1 --steps 2 --batch-size 128")
+    command("look", tmp_path / "one", root / "acts", "--features all")
+    data, details = data_of((tmp_path / "one" / "look.html").read_text(encoding="utf-8"))
+    assert column(data["columns"]["neighbours"], "<i4").tolist() == [-1]
+    assert details[0]["neighbours"] == details[0]["company"] == []
+
+
 def test_a_page_of_few_tokens_says_so(root, tmp_path):
     _, data, _ = look(root, tmp_path / "a.html", "--tokens 1")
     assert data["measured"]["tokens"] == ActivationStore.open(root / "acts").tokens[0]
@@ -109,6 +117,15 @@ def test_what_does_not_belong_together_is_refused(root, tmp_path, capsys):
     assert "is a folder; name a file with --out" in failing(
         capsys, "look", root / "run", root / "acts", "--out", tmp_path
     )
+    kept = tmp_path / "kept.txt"
+    kept.write_text("mine")
+    told = failing(capsys, "look", root / "run", root / "acts", "--out", kept)
+    assert "is no page of this package and would be replaced" in told
+    assert kept.read_text() == "mine"
+    command("train", root / "acts", tmp_path / "other", f"--features {N_FEATURES} --k 4 --steps 2 --batch-size 128")
+    command("encode", root / "acts", tmp_path / "codes", f"--sae {tmp_path}/other")
+    told = failing(capsys, "look", root / "run", tmp_path / "codes", "--out", out)
+    assert "codes of other weights than" in told
     assert "no such file" in failing(capsys, "look", root / "run", tmp_path / "none", "--out", out)
     assert not out.exists()
 
