@@ -9,6 +9,7 @@ setup(
     packages=[
         "sampled_sae",
         "sampled_sae.cli",
+        "sampled_sae.comparison",
         "sampled_sae.corpus",
         "sampled_sae.distributed",
         "sampled_sae.formats",
@@ -23,6 +24,8 @@ setup(
         "sampled_sae.integrations.sparsify",
         "sampled_sae.lm",
         "sampled_sae.pages",
+        "sampled_sae.residual_stream",
+        "sampled_sae.run_logs",
         "sampled_sae.support",
         "sampled_sae.training",
         "sampled_sae.kernels",

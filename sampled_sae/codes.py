@@ -8,6 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .support.html_table import html_table
+
+# what a notebook shows of the codes of a batch
+SHOWN_TOKENS, SHOWN_FEATURES = 8, 6
+
 
 class Entries(NamedTuple):
     """Entries of a [B, F] activation matrix: their values [n], tokens and features int64 [n]."""
@@ -170,6 +175,12 @@ class SparseCodes:
         codes.index = self.index
         return codes
 
+    def of_first(self, n_features: int) -> SparseCodes:
+        """The entries of the first so many features, of a [B, F] matrix as before."""
+        values, tokens, features = self.entries()
+        at = (features < n_features).nonzero().squeeze(1)
+        return SparseCodes(values[at], tokens[at], features[at], self.shape)
+
     def to_dense(self) -> Tensor:
         """[B, F], differentiable. Costs a full matrix."""
         values, tokens, features = self.entries()
@@ -190,13 +201,29 @@ class SparseCodes:
     def __repr__(self) -> str:
         return f"SparseCodes(shape={self.shape}, kept={self.count()}, l0={self.l0():.2f})"
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the first tokens, and the strongest features of each."""
+        values, tokens, features = (t.detach().cpu() for t in self.entries())
+        rows = []
+        for token in range(min(self.shape[0], SHOWN_TOKENS)):
+            here = tokens == token
+            order = values[here].argsort(descending=True, stable=True)
+            best = zip(features[here][order].tolist(), values[here][order].tolist())
+            shown = [f"{feature}: {value:.4g}" for feature, value in list(best)[:SHOWN_FEATURES]]
+            rest = len(order) - len(shown)
+            rows.append((str(token), ", ".join([*shown, *([f"{rest} more"] if rest else [])])))
+        more = self.shape[0] - len(rows)
+        if more:
+            rows.append(("...", f"{more} more tokens"))
+        return html_table(repr(self), rows, ("token", "strongest features"))
+
 
 @dataclass
 class SampledSAEOutput:
     """What a forward pass gives.
 
     Attributes:
-        loss: mse + aux_coefficient * aux, 0-dim.
+        loss: mse + aux_coefficient * aux, 0-dim; of a Matryoshka SAE with the mean over its groups in place of mse.
         mse: mean over tokens of ||x - x_hat||^2, summed over d_in, in the units that the SAE is trained in: those of
             x times `cfg.input_scale`.
         aux: the dead-feature loss before its coefficient; 0 when no feature is dead and in evaluation.

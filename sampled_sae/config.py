@@ -12,16 +12,20 @@ from .support.argument_checks import (
     check_choice,
     check_field_names,
     check_flag,
+    check_groups,
     check_integer,
     check_number,
     check_positive,
 )
+from .support.html_table import config_table
 
 POOLS = ("top", "sample")
 SELECTS = ("batch", "token")
 SCREENS = ("auto", "off", "bf16")
 IMPLS = ("auto", "triton", "torch", "reference")
 CHOICES = {"score": SCORES, "pool": POOLS, "select": SELECTS, "impl": IMPLS, "screen": SCREENS}
+# fields that earlier versions did not know, with what they stood for there
+LATER: dict[str, Any] = {"groups": None}
 LEAST = {"d_in": 1, "d_sae": 1, "pool_every": 1, "dead_after": 1, "seed": 0}
 
 
@@ -61,6 +65,9 @@ class SampledSAEConfig:
         seed: seed of the initial weights and of `pool="sample"`.
         input_scale: what the SAE multiplies activations by before it encodes them, > 0. It is trained on the products:
             codes, losses, biases and threshold are in their units, reconstructions in those of the activations.
+        groups: a Matryoshka SAE (arXiv 2503.17547): ascending numbers of features, the last of them d_sae. The first
+            groups[0] features, the first groups[1] and so on are each trained to reconstruct on their own, and the
+            loss is the mean of theirs. None: one reconstruction by all.
         screen: "auto", "off" or "bf16": whether scores and searches look through bfloat16 products first, whose error
             is bounded, and compute in full what the bound leaves open. The result is the same; "auto" does so where it
             is faster.
@@ -92,6 +99,7 @@ class SampledSAEConfig:
     seed: int = 0
     input_scale: float = 1.0
     screen: str = "auto"
+    groups: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         plain: dict[str, Any] = {name: check_integer(name, getattr(self, name), n) for name, n in LEAST.items()}
@@ -107,6 +115,7 @@ class SampledSAEConfig:
         plain["threshold_decay"] = check_number("threshold_decay", self.threshold_decay, 0, 1)
         plain["score_tokens"] = check_positive("score_tokens", self.score_tokens, 1)
         plain["input_scale"] = check_positive("input_scale", self.input_scale)
+        plain["groups"] = None if self.groups is None else check_groups(self.groups, plain["d_sae"])
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 
@@ -126,8 +135,12 @@ class SampledSAEConfig:
         return self.k_aux if self.k_aux is not None else max(1, self.d_in // 2)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, for JSON."""
-        return asdict(self)
+        """Plain values only, for JSON; without those of LATER that are not used, as earlier versions wrote it."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
+
+    def _repr_html_(self) -> str:
+        return config_table(self)
 
     def settings(self) -> dict[str, Any]:
         """`to_dict` without `screen`, which changes no result."""

@@ -27,6 +27,14 @@ TENSORS = (*WEIGHT_NAMES, "threshold", "threshold_steps", "tokens_since_active",
 # What `train` leaves beside an SAE, and what `import` does: model, layer, context and scale of its activations.
 RUN = "run.json"
 ORIGIN = "origin.json"
+# What `evaluate` leaves beside an SAE.
+EVALUATION = "evaluation.json"
+# The weights and configurations of other libraries, by the names that `sampled-sae import --from` takes.
+PEER_FILES = {
+    "saelens": ("sae_weights.safetensors", "cfg.json"),
+    "dictionary_learning": ("ae.pt", "config.json"),
+    "sparsify": ("sae.safetensors", "cfg.json"),
+}
 
 
 def check_target(folder: Path) -> None:
@@ -64,8 +72,9 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config fields, tensors), checked against each other.
 
     Raises:
-        ValueError: naming the file and what is wrong with it.
+        ValueError: naming the file and what is wrong with it; for the files of another library what reads them.
     """
+    _check_not_of_peer(folder)
     config = read_json(folder / CONFIG)
     if config.get("format") != FORMAT or "sae" not in config:
         raise ValueError(f"{folder / CONFIG}: format={config.get('format')!r}: must be {FORMAT!r}")
@@ -101,6 +110,20 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if "input_scale" not in fields:
         fields["input_scale"] = recorded_scale(folder)
     return fields, {name: tensors[name] for name in TENSORS if name in tensors}
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder's config.json is of an SAE of this package."""
+    return (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("format") == FORMAT
+
+
+def _check_not_of_peer(folder: Path) -> None:
+    for peer, files in PEER_FILES.items():
+        if all((folder / file).is_file() for file in files) and not is_ours(folder):
+            raise ValueError(
+                f"{folder}: is an SAE of {peer}; sampled-sae import {folder} OUT makes one of this package of it, "
+                "sampled_sae.formats.load reads it as one, and sampled_sae.load_inference as it is"
+            )
 
 
 class HasConfig(Protocol):

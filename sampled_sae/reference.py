@@ -6,12 +6,14 @@ says what they are. It stores [B, F] several times and is meant to be read and c
 training.
 
 Sources: scores, pool and selection from arXiv 2508.21324, BatchTopK from arXiv 2412.06410, TopK and the
-dead-feature loss from arXiv 2406.04093; docs/method.md lists the readings that are ours.
+dead-feature loss from arXiv 2406.04093, nested reconstructions from arXiv 2503.17547; docs/method.md lists the
+readings that are ours.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -119,6 +121,16 @@ def decode(c: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """Step 5: x_hat = c W_dec + b_dec, [B, d]."""
     x_hat = c @ W_dec.to(c.dtype)
     return x_hat if b_dec is None else x_hat + b_dec.to(c.dtype)
+
+
+def decode_levels(c: Tensor, W_dec: Tensor, b_dec: Tensor | None, groups: Sequence[int]) -> Tensor:
+    """Step 5 of a Matryoshka SAE: the reconstructions by the first g features, for each g of `groups`: [B, G, d]."""
+    return torch.stack([decode(c[:, :g], W_dec[:g], b_dec) for g in groups], dim=1)
+
+
+def nested_loss(x: Tensor, levels: Tensor) -> Tensor:
+    """Step 6 of a Matryoshka SAE: the mean over levels [B, G, d] of their reconstruction losses."""
+    return torch.stack([reconstruction_loss(x, x_hat) for x_hat in levels.unbind(1)]).mean()
 
 
 def reconstruction_loss(x: Tensor, x_hat: Tensor) -> Tensor:

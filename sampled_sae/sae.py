@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,14 +21,15 @@ from .impl.pool import KeptPool, Pool, PoolRule
 from .impl.row_gradients import RowGradient
 from .impl.row_guard import guard_rows
 from .impl.step_memory import StepMemory
-from .impl.training_step import squared_error, training_step
-from .pretrained import TENSORS, check_scale_of_state, load_pretrained, save_pretrained, scale_into_state
+from .impl.training_step import reconstruct, training_step
+from .pretrained import check_scale_of_state, scale_into_state
+from .residual_stream.splicing import Splicing
+from .sharing import Sharing
 from .support.argument_checks import HALF, check_activations, check_positive, check_same
 from .support.geometric_median import geometric_median
-from .support.tensor_file import Kind
 
 
-class SampledSAE(LayerWeights):
+class SampledSAE(Sharing, Splicing, LayerWeights):
     """Sparse autoencoder that keeps the B*k largest activations inside a pool of k*l scored features.
 
     Activations x are given as the model makes them, and reconstructions are in their units: the SAE multiplies by
@@ -140,19 +139,18 @@ class SampledSAE(LayerWeights):
         leaves = self.layout.leaves(self, c.row_grads)
         tokens, encoder = self._batch(x, scaled, leaves)
         pool = self.memory.pool.next(lambda: self._find_pool(encoder))
-        mse, aux, x_hat, codes = training_step(self, self._parts, tokens, encoder, leaves, pool)
+        loss, mse, aux, x_hat, codes = training_step(self, self._parts, tokens, encoder, leaves, pool)
         self.row_grads += leaves.rows.gradients
         x_hat = self._unscaled(x_hat, scaled).to(x.dtype).view(x.shape)
-        return SampledSAEOutput(mse + c.aux_coefficient * aux, mse, aux, x_hat, self.layout.numbered(codes))
+        return SampledSAEOutput(loss + c.aux_coefficient * aux, mse, aux, x_hat, self.layout.numbered(codes))
 
     def _evaluate(self, x: Tensor, scaled: bool) -> SampledSAEOutput:
         leaves = self.layout.leaves(self, keep_rows=False)
         tokens, encoder = self._batch(x, scaled, leaves)
         codes = self._select_each(encoder)
-        x_hat = self._parts.decode(codes, leaves.W_dec, leaves.b_out, leaves.rows)
-        mse = squared_error(self._parts, tokens, x_hat, encoder)
+        loss, mse, x_hat = reconstruct(self.cfg, self._parts, tokens, encoder, leaves, codes)
         x_hat = self._unscaled(x_hat, scaled).to(x.dtype).view(x.shape)
-        return SampledSAEOutput(mse, mse, mse.new_zeros(()), x_hat, self.layout.numbered(codes))
+        return SampledSAEOutput(loss, mse, mse.new_zeros(()), x_hat, self.layout.numbered(codes))
 
     def _select_each(self, encoder: Encoder) -> SparseCodes:
         """What evaluation mode keeps of each token, whatever the others are."""
@@ -236,23 +234,13 @@ class SampledSAE(LayerWeights):
         self.memory.pool.reset()
         return super().load_state_dict(*args, **kwargs)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `config.json` and `sae.safetensors`, each to a temporary name that is then renamed."""
-        tensors = {name: getattr(self, name) for name in TENSORS}
-        kinds = {name: Kind(t.dtype, t.shape) for name, t in tensors.items()}
-        self.layout.write(tensors, lambda pieces: save_pretrained(Path(folder), self.cfg.to_dict(), kinds, pieces))
+    def _reconstruction(self, codes: SparseCodes, x: Tensor) -> Tensor:
+        return self.decode(codes)
 
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], device: torch.device | str | None = None) -> SampledSAE:
-        """Reads what `save_pretrained` wrote, into an SAE in evaluation mode: call `train()` to train it on.
-
-        Raises:
-            ValueError: a missing, truncated or foreign file, or one with NaN or inf, with its name and what is wrong.
-        """
-        cfg, tensors = load_pretrained(Path(folder))
-        sae = cls(SampledSAEConfig.from_dict(cfg), device=device, dtype=tensors["W_enc"].dtype)
-        sae.load_state_dict(tensors)
-        return sae.eval()
+    def _splice_refusal(self) -> str | None:
+        if self.training:
+            return "the SAE is in training mode, where codes depend on the batch: call sae.eval() first"
+        return None if self.layout.size == 1 else "an SAE that is spread over processes cannot be spliced"
 
     def extra_repr(self) -> str:
         c = self.cfg

@@ -28,6 +28,7 @@ SMALL = {
     "encode": "--sae {sae}",
     "look": "--model {model} --contexts 2 --insist",
     "export": "--to saelens",
+    "compare": "--out {new}",
     "check": "--quick --impl torch",
     "bench": "--d 4 --features 16 --batch 8 --k 2 --rounds 1 --seconds 1",
 }
@@ -42,6 +43,7 @@ FOLDERS = {
     "look": ("sae", "store"),
     "export": ("sae", "new"),
     "import": ("peer", "new"),
+    "compare": ("sae", "run"),
     "verify": ("store",),
 }
 # a command may take so many bytes more than the process has: what is too large fails at once and harms nobody

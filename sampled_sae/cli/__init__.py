@@ -1,4 +1,4 @@
-"""`sampled-sae`: harvest activations, train, evaluate, sweep, encode, look, check, convert, measure, verify."""
+"""`sampled-sae`: harvest activations, train, evaluate, sweep, encode, look, compare, check, convert, bench, verify."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..support.all_ranks import ALONE
 from ..support.interruption import terminable
 from ..support.launch import launched
 from ..support.version import __version__
-from . import bench, check, convert, encode, harvest, look, training, verify
+from . import bench, check, compare, convert, encode, harvest, look, training, verify
 from .arguments import threads
 from .errors import sentence
 from .parser import Parser
 from .processes import Nowhere, join, leave, unheard
 
 # the commands whose standard output was asked for, and is kept with --quiet
-RESULTS = ("evaluate", "verify", "check", "bench")
+RESULTS = ("evaluate", "compare", "verify", "check", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +85,7 @@ def build_parser() -> Parser:
         _everywhere(sub, threads=argparse.SUPPRESS, quiet=argparse.SUPPRESS, debug=argparse.SUPPRESS)
         return sub
 
-    for module in (harvest, training, encode, look, convert, verify, check, bench):
+    for module in (harvest, training, encode, look, convert, compare, verify, check, bench):
         module.add(command)
     return parser
 

@@ -14,7 +14,7 @@ from ..support.output_folder import check_output_folder
 from ..training.activation_store import ActivationStore
 from ..training.stored_activations import StoredActivations
 from .arguments import Command, model_arguments, published_arguments
-from .identity import block_of, check_same_origin
+from .identity import block, check_same_origin
 from .texts import Texts, text_arguments
 
 
@@ -74,7 +74,7 @@ def _model_rows(found: Published, args: argparse.Namespace) -> Any:
     model_name = args.model or found.origin.model_name
     if not model_name:
         raise ValueError(f"{args.sae}: does not name its language model; give --model")
-    layer = block_of(found) if args.layer is None else check_integer("layer", args.layer, 0)
+    layer = block(found) if args.layer is None else check_integer("layer", args.layer, 0)
     if not isinstance(layer, int):
         what = "names no layer" if layer is None else f"reads {layer}, which is not a block's output"
         raise ValueError(f"{args.sae}: {what}; give --layer")

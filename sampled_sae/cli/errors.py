@@ -17,6 +17,7 @@ TOO_LARGE = re.compile(r"overflow|negative dimension|too large to convert|[Ii]nv
 
 # The Python names of arguments and where an option of another name keeps them, in a command that has it.
 ARGUMENTS = {"d_sae": "features", "d_in": "d", "l": "ls", "score": "scores", "source": "texts", "limit": "tokens"}
+ARGUMENTS |= {"project": "log_project", "tags": "log_tags"}
 
 
 def sentence(error: BaseException, options: Mapping[str, str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from ..formats.published import Published
 from ..pretrained import ORIGIN, RUN
 from ..support.atomic_files import field, read_json
-from ..training.activation_store import ActivationStore
+from ..training.activations import Activations
 from ..training.same_settings import identity, in_words, is_same_kind, is_same_model
 from ..training.sweep import Splice, SpliceSource
 
@@ -37,26 +37,24 @@ def block_read(layer: int | None, hook: str | None) -> int | str | None:
     return hook if re.search("mlp|attn|attention|resid_mid|ln2|layernorm|hook_[qkvz]$|hook_embed", hook) else layer
 
 
-def block_of(found: Published) -> int | str | None:
-    """The block whose output an SAE reads, or the hook where it reads something else; None where no file says it."""
+def block(found: Published) -> int | str | None:
+    """The block whose output a published SAE reads, or the hook where it reads something else; None for unknown."""
     return block_read(found.origin.layer, found.origin.hook_name)
 
 
-def check_same_origin(name: str, found: Published, given: dict[str, Any], insist: bool) -> None:
-    """Whether the files of an SAE name the model and layer of `given`; what is not named is not compared.
-
-    Raises:
-        ValueError: another one, without `insist`; names both.
-    """
-    then = {"model": found.origin.model_name, "layer": block_of(found)}
-    given = {key: given.get(key) for key in then}
+def check_same_origin(
+    name: str, found: Published, given: dict[str, Any], insist: bool, what: str = "and was given"
+) -> None:
+    """ValueError where an SAE's files name another model or layer than is given; what is not named is not compared."""
+    then = {"model": found.origin.model_name, "layer": block(found)}
+    given = {part: given.get(part) for part in then}
     before, now = (None if about["model"] is None else _short(str(about["model"])) for about in (then, given))
     differ = [] if None in (before, now) or before == now else ["model"]
     if None not in (then["layer"], given["layer"]) and then["layer"] != given["layer"]:
         differ.append("layer")
     if differ and not insist:
-        is_, of = (", ".join(f"{key} {about[key]}" for key in differ) for about in (given, then))
-        raise ValueError(f"{name} reads {of}, and was given {is_}; take the same, or insist with --insist")
+        is_, of = (", ".join(f"{part} {about[part]}" for part in differ) for about in (given, then))
+        raise ValueError(f"{name} reads {of}, {what} {is_}; take the same, or insist with --insist")
 
 
 def _short(model: str) -> str:
@@ -64,30 +62,28 @@ def _short(model: str) -> str:
     return model.rstrip("/").rpartition("/")[2].lower()
 
 
-def check_same_activations(folder: Path, d_in: int, store: ActivationStore, insist: bool) -> None:
+def check_same_activations(folder: Path, d_in: int, store: Activations, insist: bool) -> None:
     """Whether the SAE in `folder` reads what `store` holds; says so where nothing tells.
 
     Raises:
         ValueError: another width; without `insist`, another model, layer or source. Names both.
     """
     if d_in != store.d_in:
-        raise ValueError(f"{folder}: d_in={d_in}, but the activations in {store.folder} have {store.d_in}")
+        raise ValueError(f"{folder}: d_in={d_in}, but the activations in {store.where} have {store.d_in}")
     then, now = trained_on(folder), identity(store.manifest)
     named = [about for about in (then, now) if about.get("model") or about.get("source")]
     if not named and then.get("scale") == store.scale:
         return  # the store that it was trained on
     if not named or not (then.get("model") or then.get("source") or "scale" in then):
-        print(
-            f"Nothing tells whether {folder} was trained on activations such as {store.folder} holds", file=sys.stderr
-        )
+        print(f"Nothing tells whether {folder} was trained on activations such as {store.where} holds", file=sys.stderr)
     elif not insist and not is_same_kind(then, now):
         raise ValueError(
-            f"{folder} was trained on {in_words(then)}, but {store.folder} holds {in_words(now)}; evaluate on the "
+            f"{folder} was trained on {in_words(then)}, but {store.where} holds {in_words(now)}; evaluate on the "
             "same kind of activations, or insist with --insist"
         )
 
 
-def splice_source(args: argparse.Namespace, store: ActivationStore) -> SpliceSource | None:
+def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource | None:
     """The language model in which reconstructions are measured, by the options; loaded later. None for no splicing.
 
     Raises:
@@ -100,14 +96,14 @@ def splice_source(args: argparse.Namespace, store: ActivationStore) -> SpliceSou
     if count == 0:
         return None
     if store.has_text and not 0 <= count <= there:
-        raise ValueError(f"--splice-rows {count}: must be from 0 to {there}, the held-out rows in {store.folder}")
+        raise ValueError(f"--splice-rows {count}: must be from 0 to {there}, the held-out rows in {store.where}")
     rows = store.holdout_rows()[:count]
     harvested = identity(store.manifest)
     name = args.model or harvested["model"]
     if not name:
-        raise ValueError(f"{store.folder}: does not name the language model it was harvested from; give its --model")
+        raise ValueError(f"{store.where}: does not name the language model it was harvested from; give its --model")
     if not args.insist and not harvested["weights_sha256"]:
-        check_model({"model": name}, harvested, store.folder)
+        check_model({"model": name}, harvested, store.where)
     if not _has_loss(name, args, count):
         return None
 
@@ -116,7 +112,7 @@ def splice_source(args: argparse.Namespace, store: ActivationStore) -> SpliceSou
 
         model, _ = load_model(name, args.cache)
         if not args.insist:
-            check_model({"model": name, "weights_sha256": weights_digest(model)}, harvested, store.folder)
+            check_model({"model": name, "weights_sha256": weights_digest(model)}, harvested, store.where)
         return SpliceEvaluator.of_harvest(model, rows, store.manifest, insist=True).evaluate
 
     # Without --insist the weights are those that were harvested, under whatever name.
@@ -135,11 +131,11 @@ def _has_loss(name: str, args: argparse.Namespace, count: int) -> bool:
     return False
 
 
-def check_model(model: dict[str, Any], harvested: dict[str, Any], folder: Path) -> None:
-    """ValueError where a model is not the one whose activations `folder` holds, by their `identity`."""
+def check_model(model: dict[str, Any], harvested: dict[str, Any], where: str) -> None:
+    """ValueError where a model is not the one whose activations are in `where`, by their `identity`."""
     if not is_same_model(model, harvested):
         then, now = ({**about, "layer": harvested["layer"]} for about in (harvested, model))
         raise ValueError(
-            f"{folder} holds {in_words(then)}, and --model {model['model']} gives {in_words(now)}; take the "
+            f"{where} holds {in_words(then)}, and --model {model['model']} gives {in_words(now)}; take the "
             "model that was harvested, as it was loaded then, or insist with --insist"
         )

@@ -176,14 +176,14 @@ def _model(args: argparse.Namespace, found: Published, corpus: dict[str, Any]) -
         print(f"{args.activations} names no language model: no tokens and no logit lens; --model gives one", flush=True)
         return None
     from ..lm import load_model, weights_digest
-    from ..lm.blocks import text_config
     from ..lm.logit_lens import logit_lens
     from ..lm.models import predicts_next_token
     from ..lm.token_texts import token_texts
+    from ..residual_stream.blocks import text_config
 
     model, tokenizer = load_model(name, args.cache)
     if not args.insist:
-        check_model({"model": name, "weights_sha256": weights_digest(model)}, identity(corpus), args.activations)
+        check_model({"model": name, "weights_sha256": weights_digest(model)}, identity(corpus), str(args.activations))
     width, d_out = getattr(text_config(model), "hidden_size", None), found.sae.cfg.width_out
     reads = predicts_next_token(model) and width == d_out
     if not reads:

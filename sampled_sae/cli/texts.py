@@ -60,9 +60,9 @@ class Texts:
             ValueError: naming the argument.
         """
         from ..lm import shuffled_texts, special_tokens
-        from ..lm.blocks import check_layer
         from ..lm.dropped import check_drop_tokens
         from ..lm.models import check_context, load_skeleton, load_tokenizer
+        from ..residual_stream.blocks import check_layer
 
         context = check_integer("context", args.context, 2)
         limit = None if args.tokens is None else -(-check_integer("tokens", args.tokens, 1) // context)

@@ -9,37 +9,40 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..config import POOLS, SCREENS, SELECTS, SampledSAEConfig
+from ..config import SCREENS, SampledSAEConfig
 from ..distributed import parallelize
 from ..impl import threshold
 from ..pages.html import PAGE
 from ..pages.runs_page import read_runs, runs_page
+from ..pretrained import EVALUATION
 from ..sae import SampledSAE
-from ..support.argument_checks import SCORES, check_integer
+from ..support.argument_checks import check_integer
 from ..support.atomic_files import write_json, write_text
 from ..support.output_folder import check_output_folder
-from ..training.activation_store import ActivationStore
+from ..training.activations import Activations
 from ..training.batches import CALIBRATION_TOKENS
+from ..training.closing_line import closing_line
 from ..training.evaluation import part_of
-from ..training.sweep import EVALUATION, evaluate, run_sweep, variants
+from ..training.sweep import evaluate, run_sweep, variants
 from ..training.sweep_plots import plot_sweep
 from ..training.sweep_table import markdown_table
 from ..training.train_config import TrainConfig
 from ..training.trainer import Trainer
-from .arguments import Command, listed, model_arguments, pool_multiplier, seed
+from ..training.training_loop import closed_logs
+from .arguments import Command, listed, model_arguments, pool_multiplier, seed, whole_number
+from .beginning import activations_arguments, initial_sae, open_activations, rule_arguments, rule_of
+from .closing import closing_splice, evaluate_at_end
 from .identity import SPLICE_ROWS, check_same_activations, splice_source
+from .logs import add_log_options, log_place
 from .processes import add_rank_options
 
 
 def add(command: Command) -> None:
     p = command("train", train, "Train one SAE on stored activations; resumes from the folder's checkpoint.")
-    p.add_argument("activations", type=Path, help="folder written by harvest or ActivationStore.write")
+    activations_arguments(p)
     p.add_argument("out", type=Path, help="folder for checkpoint, metrics and the SAE")
+    rule_arguments(p)
     _sae_arguments(p)
-    p.add_argument("--l", type=pool_multiplier, default=4.0, help="pool multiplier, or none for BatchTopK / TopK")
-    p.add_argument("--score", choices=SCORES, default="l2", help="what ranks the features of a batch")
-    p.add_argument("--pool", choices=POOLS, default="top", help="highest scores, or a draw in proportion to them")
-    p.add_argument("--select", choices=SELECTS, default="batch", help="budget for the batch or for each token")
     _train_arguments(p)
     p.add_argument(
         "--lanes",
@@ -48,17 +51,26 @@ def add(command: Command) -> None:
         help="stretches that an epoch is cut into, for as many processes to read; those of the checkpoint, or one a "
         "process, when absent",
     )
+    p.add_argument(
+        "--splice-rows",
+        type=int,
+        default=None,
+        help=f"held-out rows for the loss recovered at the end, 0 for none; {SPLICE_ROWS} when absent, where the "
+        "harvested model is on this machine",
+    )
 
     p = command("evaluate", run_evaluate, "Evaluate a trained SAE on held-out activations and in the model.")
     p.add_argument("sae", type=Path, help="folder of a trained SAE; evaluation.json is written there")
-    p.add_argument("activations", type=Path, help="folder of activations with a held-out part")
+    activations_arguments(p)
     p.add_argument("--batch-size", type=int, default=2048, help="tokens a batch")
     _splice_arguments(p)
     add_rank_options(p)
 
     p = command("sweep", sweep, "Train over l, scores and seeds at equal k, evaluate at equal L0, compare.")
-    p.add_argument("activations", type=Path, help="folder of activations with a held-out part")
+    activations_arguments(p)
     p.add_argument("out", type=Path, help="folder for the runs, results.csv, results.md, report.md and plots")
+    p.add_argument("--features", type=int, default=8192, help="d_sae")
+    p.add_argument("--k", type=float, default=32, help="average active features a token")
     _sae_arguments(p)
     p.add_argument("--ls", type=listed(pool_multiplier), default=[1.0, 2.0, 4.0, 16.0, None], help="comma-separated")
     p.add_argument("--scores", type=listed(str), default=["l2", "entropy"], help="comma-separated")
@@ -83,12 +95,17 @@ def _splice_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def _sae_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--features", type=int, default=8192, help="d_sae")
-    p.add_argument("--k", type=float, default=32, help="average active features a token")
     p.add_argument("--aux-coefficient", type=float, default=1 / 32, help="weight of the dead-feature loss")
     p.add_argument("--pool-every", type=int, default=1, help="steps for which a candidate pool is kept")
     p.add_argument("--score-tokens", type=float, default=1.0, help="share of the tokens that the scores look at")
     p.add_argument("--dead-after", type=int, default=10_000_000, help="tokens unselected that make a feature dead")
+    p.add_argument(
+        "--groups",
+        type=listed(whole_number),
+        default=None,
+        help="a Matryoshka SAE: numbers of features, ascending, comma-separated, that each reconstruct on their own; "
+        "all of them come last",
+    )
     p.add_argument("--screen", choices=SCREENS, default="auto", help="look through bfloat16 products; same results")
     p.add_argument("--impl", default="auto", help="auto, triton, torch or reference")
 
@@ -107,21 +124,27 @@ def _train_arguments(p: argparse.ArgumentParser) -> None:
         "seed": "of weights and token order",
         "checkpoint_every": "steps between checkpoints",
         "log_every": "steps between lines of metrics.jsonl",
+        "k_start": "k of the first step, which goes linearly to --k; --k itself when absent",
+        "l_start": "l of the first step, which goes linearly to --l; --l itself when absent",
+        "schedule_steps": "steps until k and l are those of the SAE, with --k-start or --l-start",
     }
     for field in fields(TrainConfig):
         if field.name == "seed" and p.prog.endswith("sweep"):
             continue
         name = "--" + field.name.replace("_", "-")
-        p.add_argument(name, type=type(field.default), default=field.default, help=text[field.name])
+        kind = type(field.default) if field.default is not None else int if field.name == "schedule_steps" else float
+        p.add_argument(name, type=kind, default=field.default, help=text[field.name])
+    add_log_options(p)
     p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; of several processes, cuda gives each its own")
     add_rank_options(p)
 
 
 def _sae_config(args: argparse.Namespace, d_in: int, **rule: Any) -> SampledSAEConfig:
+    if args.groups is not None:
+        n_features = rule["d_sae"]
+        rule["groups"] = args.groups if n_features in args.groups[-1:] else [*args.groups, n_features]
     return SampledSAEConfig(
         d_in=d_in,
-        d_sae=args.features,
-        k=args.k,
         aux_coefficient=args.aux_coefficient,
         pool_every=args.pool_every,
         score_tokens=args.score_tokens,
@@ -139,22 +162,25 @@ def _train_config(args: argparse.Namespace) -> TrainConfig:
 
 def train(args: argparse.Namespace) -> None:
     with args.ranks.together():
-        store = ActivationStore.open(args.activations)
-        rule = {"l": args.l, "score": args.score, "pool": args.pool, "select": args.select}
-        config, how = _sae_config(args, store.d_in, seed=args.seed, **rule), _train_config(args)
-    trainer = Trainer(config, how, store, args.out, args.device, args.ranks.mesh, args.lanes)
+        store, initial = open_activations(args), initial_sae(args)
+        config = _sae_config(args, store.d_in, seed=args.seed, **rule_of(args, initial))
+        how, log, source = _train_config(args), log_place(args), closing_splice(args, store)
+    trainer = Trainer(config, how, store, args.out, args.device, args.ranks.mesh, args.lanes, initial, log)
     verb = f"Resumes at step {trainer.step}" if trainer.step else "Trains"
     print(
         f"{verb} on {args.activations} in {trainer.config.precision}: {trainer.sae}\nwrites to {args.out}", flush=True
     )
-    sae = trainer.run(progress=not args.quiet)
-    print(f"done: threshold {float(sae.threshold):.4g}, SAE in {args.out}")
+    with closed_logs([trainer]):
+        sae = trainer.run(progress=not args.quiet)
+        result = evaluate_at_end(sae, args, store, source)
+        trainer.log.result(result)
+    print(f"done: threshold {float(sae.threshold):.4g}, {closing_line(result, args.out)}")
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
     ranks = args.ranks
     with ranks.together():
-        store = ActivationStore.open(args.activations)
+        store = open_activations(args)
         sae = SampledSAE.from_pretrained(args.sae)
         check_integer("batch_size", args.batch_size, 1)
         check_same_activations(args.sae, sae.cfg.d_in, store, args.insist)
@@ -180,10 +206,10 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 def sweep(args: argparse.Namespace) -> None:
     with args.ranks.together():
-        store = ActivationStore.open(args.activations)
-        base = _sae_config(args, store.d_in)
+        store = open_activations(args)
+        base = _sae_config(args, store.d_in, d_sae=args.features, k=args.k)
         configs = variants(base, args.ls, args.scores, args.seeds, not args.no_topk)
-        how, splice = _train_config(args), splice_source(args, store)
+        how, splice, log = _train_config(args), splice_source(args, store), log_place(args)
     print(
         f"Trains {len(configs)} SAEs on {args.activations}, writes to {args.out}: {', '.join(configs)}",
         flush=True,
@@ -202,15 +228,14 @@ def sweep(args: argparse.Namespace) -> None:
         together=args.together,
         device=args.device,
         mesh=args.ranks.mesh,
+        log=log,
     )
     with args.ranks.together():
         if args.ranks.first:
             _write_report(rows, args, store, with_plots)
 
 
-def _write_report(
-    rows: list[dict[str, Any]], args: argparse.Namespace, store: ActivationStore, with_plots: bool
-) -> None:
+def _write_report(rows: list[dict[str, Any]], args: argparse.Namespace, store: Activations, with_plots: bool) -> None:
     plots = plot_sweep(rows, args.out) if with_plots else []
     report, page = args.out / "report.md", args.out / PAGE
     write_text(page, runs_page(args.out.name, read_runs(args.out), args.out))
@@ -220,10 +245,10 @@ def _write_report(
         print(path)
 
 
-def _report(rows: list[dict[str, Any]], args: argparse.Namespace, store: ActivationStore, plots: list[Path]) -> str:
+def _report(rows: list[dict[str, Any]], args: argparse.Namespace, store: Activations, plots: list[Path]) -> str:
     about = store.manifest
     what = f"layer {about['layer']} of {about['model']}" if "model" in about else "activations"
-    where = about.get("source") or store.folder.name
+    where = about.get("source") or Path(store.where).name
     heading = (
         f"# Sampled-SAE on {what}, {where}\n\n"
         f"d_in={store.d_in}, d_sae={args.features}, k={args.k:g}; {args.steps} steps of {args.batch_size} tokens from "

@@ -23,6 +23,7 @@ def spread_parts(name: str, weights: Weights, mesh: Mesh) -> Implementation:
         candidate_pool=spread.candidate_pool,
         select=spread.select,
         decode=spread.decode,
+        decode_levels=spread.decode_levels,
         aux_loss=partial(aux_loss, spread),
         totals=spread.totals,
     )

@@ -5,6 +5,8 @@ Operands hold the tokens and the features that are here, and say of what they ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -153,6 +155,21 @@ class SpreadParts:
         part = self.local.decode(codes, W_dec, None, rows)
         x_hat: Tensor = SumForward.apply(part, self.mesh.feature, "decode")
         return x_hat if b_dec is None else x_hat + b_dec.to(x_hat.dtype)
+
+    def decode_levels(
+        self,
+        codes: SparseCodes,
+        W_dec: Tensor,
+        b_dec: Tensor | None,
+        groups: Sequence[int],
+        rows: RowSource | None = None,
+    ) -> Tensor:
+        """[B, G, d], of the entries of all processes of `feature`; `groups` count the features of all."""
+        if self.mesh.feature.size == 1:
+            return self.local.decode_levels(codes, W_dec, b_dec, groups, rows)
+        part = self.local.decode_levels(codes, W_dec, None, [g - self.weights.first for g in groups], rows)
+        levels: Tensor = SumForward.apply(part, self.mesh.feature, "decode")
+        return levels if b_dec is None else levels + b_dec.to(levels.dtype)
 
 
 def masked(codes: SparseCodes, kept: Tensor) -> SparseCodes:

@@ -19,7 +19,7 @@ class SpreadTotals(Totals):
         self.mesh = mesh
 
     def mean(self, per_token: Tensor, operands: Operands) -> Tensor:
-        part = per_token.sum() / operands.whole_shape[0]
+        part = per_token.sum(0) / operands.whole_shape[0]
         total: Tensor = SumForward.apply(part, self.mesh.data, "loss")
         return total
 

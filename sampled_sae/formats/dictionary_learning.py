@@ -1,7 +1,7 @@
-"""dictionary_learning's files: `ae.pt` and `config.json` of BatchTopKSAE and AutoEncoderTopK.
+"""dictionary_learning's files: `ae.pt` and `config.json` of BatchTopKSAE, MatryoshkaBatchTopKSAE and AutoEncoderTopK.
 
-Both carry k and a threshold. BatchTopKSAE encodes by the threshold; AutoEncoderTopK keeps k features a token, and
-encodes by the threshold with `encode(x, use_threshold=True)`. Both subtract b_dec from the input.
+All carry k and a threshold. The first two encode by the threshold; AutoEncoderTopK keeps k features a token, and
+encodes by the threshold with `encode(x, use_threshold=True)`. All subtract b_dec from the input.
 """
 
 from __future__ import annotations
@@ -12,16 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..pretrained import PEER_FILES
 from ..support.atomic_files import field, read_json, write_atomically, write_json
 from .origin import Origin, training_fields
 from .portable import PortableSAE, Say, check_one_dtype, check_tensors, narrowed, silent
 
 NAME = "dictionary_learning"
-WEIGHTS = "ae.pt"
-CONFIG = "config.json"
+WEIGHTS, CONFIG = PEER_FILES[NAME]
 CENTRES_ALWAYS = True
-RULE_OF_CLASS = {"BatchTopKSAE": "threshold", "AutoEncoderTopK": "topk"}
-TRAINER_OF_CLASS = {"BatchTopKSAE": "BatchTopKTrainer", "AutoEncoderTopK": "TopKTrainer"}
+NESTED = "MatryoshkaBatchTopKSAE"
+RULE_OF_CLASS = {"BatchTopKSAE": "threshold", "AutoEncoderTopK": "topk", NESTED: "threshold"}
+TRAINER_OF_CLASS = {
+    "BatchTopKSAE": "BatchTopKTrainer",
+    "AutoEncoderTopK": "TopKTrainer",
+    NESTED: "MatryoshkaBatchTopKTrainer",
+}
 # Their threshold before it is first set.
 UNSET = -1.0
 # In config.json: what their trainers' own arguments cannot say. SampledTrainer writes it too, beside theirs.
@@ -43,12 +48,21 @@ def pack(sae: PortableSAE, origin: Origin, say: Say = silent) -> tuple[dict[str,
         "k": torch.tensor(k, dtype=torch.int32),
         "threshold": threshold,
         "b_dec": sae.b_dec.contiguous(),
-        "decoder.weight": sae.W_dec.t().contiguous(),
-        "encoder.weight": sae.W_enc.t().contiguous(),
-        "encoder.bias": sae.b_enc.contiguous(),
     }
+    groups = (sae.training or {}).get("groups") if sae.rule == "threshold" else None
     dict_class = next(name for name, rule in RULE_OF_CLASS.items() if rule == sae.rule)
-    trainer = {
+    trainer: dict[str, Any] = {}
+    if groups is None:
+        state["decoder.weight"] = sae.W_dec.t().contiguous()
+        state["encoder.weight"] = sae.W_enc.t().contiguous()
+        state["encoder.bias"] = sae.b_enc.contiguous()
+    else:
+        dict_class = NESTED
+        sizes = torch.tensor(groups).diff(prepend=torch.tensor([0]))
+        state |= {"W_enc": sae.W_enc.contiguous(), "b_enc": sae.b_enc.contiguous(), "W_dec": sae.W_dec.contiguous()}
+        state["group_sizes"] = sizes
+        trainer["group_sizes"] = sizes.tolist()
+    trainer |= {
         "trainer_class": TRAINER_OF_CLASS[dict_class],
         "dict_class": dict_class,
         "activation_dim": sae.d_in,
@@ -133,7 +147,12 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
     k = field(cfg, trainer, "k")
     if "k" in tensors and tensors["k"].tolist() != k:
         raise ValueError(f"{cfg}: trainer.k={k}, but {WEIGHTS} has k={tensors['k'].tolist()}")
-    check_state(weights, tensors, field(cfg, trainer, "activation_dim"), field(cfg, trainer, "dict_size"))
+    training = _training(cfg, trainer)
+    d_in, d_sae = field(cfg, trainer, "activation_dim"), field(cfg, trainer, "dict_size")
+    if dict_class == NESTED:
+        training = {**(training or {}), "groups": _groups(weights, tensors, d_sae)}
+        tensors = _as_linear(weights, tensors, d_in, d_sae)
+    check_state(weights, tensors, d_in, d_sae)
     threshold = tensors.get("threshold")
     if threshold is not None and float(threshold) < 0:
         threshold = None
@@ -145,9 +164,35 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
         rule=RULE_OF_CLASS[dict_class],
         k=k,
         threshold=threshold,
-        training=_training(cfg, trainer),
+        training=training,
     )
     return check_one_dtype(weights, sae)
+
+
+def _groups(weights: Path, tensors: dict[str, Tensor], d_sae: int) -> list[int]:
+    """Where the groups of a Matryoshka SAE end.
+
+    Raises:
+        ValueError: sizes that are none, or do not add up to d_sae.
+    """
+    sizes = tensors.get("group_sizes")
+    found = [] if sizes is None or sizes.dim() != 1 else sizes.tolist()
+    if not found or not all(isinstance(size, int) and size > 0 for size in found) or sum(found) != d_sae:
+        raise ValueError(f"{weights}: group_sizes={found!r}: must be whole numbers > 0 that add up to {d_sae}")
+    return torch.tensor(found).cumsum(0).tolist()
+
+
+def _as_linear(weights: Path, tensors: dict[str, Tensor], d_in: int, d_sae: int) -> dict[str, Tensor]:
+    """The state of a Matryoshka SAE under the names of the other classes."""
+    held = {name: t for name, t in tensors.items() if name not in ("k", "group_sizes")}
+    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,), "threshold": ()}
+    check_tensors(weights, held, shapes)
+    return {
+        "encoder.weight": held["W_enc"].t(),
+        "encoder.bias": held["b_enc"],
+        "decoder.weight": held["W_dec"].t(),
+        **{name: held[name] for name in ("b_dec", "threshold")},
+    }
 
 
 def _training(cfg: Path, trainer: dict[str, Any]) -> dict[str, Any] | None:

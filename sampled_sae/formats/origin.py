@@ -69,7 +69,8 @@ def training_fields(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     """
     found = {name: values[name] for name in TRAINING_FIELDS if name in values}
     try:
-        SampledSAEConfig(d_in=1, d_sae=1, k=1, **found)
+        d_sae = max(found["groups"]) if found.get("groups") else 1  # the last of them, which the weights confirm
+        SampledSAEConfig(d_in=1, d_sae=d_sae, k=1, **found)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: recorded training: {error}") from None
     return found

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..pretrained import PEER_FILES
 from ..support.argument_checks import check_positive
 from ..support.atomic_files import field, read_json, read_tensors, write_atomically, write_json
 from . import saelens_before_6
@@ -21,8 +22,7 @@ from .origin import Origin, training_fields
 from .portable import ROUNDING, PortableSAE, Say, check_one_dtype, check_tensors, narrowed, silent
 
 NAME = "saelens"
-WEIGHTS = "sae_weights.safetensors"
-CONFIG = "cfg.json"
+WEIGHTS, CONFIG = PEER_FILES[NAME]
 CENTRES_ALWAYS = False
 # Of a checkpoint from mid-training, whose factor on the activations is not yet folded into the weights.
 SCALER = "activation_scaler.json"
@@ -220,9 +220,15 @@ def _details(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _training(cfg: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """None where it was not trained by this package's rule."""
+    """None where it was trained neither by this package's rule nor as a Matryoshka SAE."""
     details = dict(_details(config))
     architecture = _metadata(config).get("training_architecture")
+    widths = config.get("matryoshka_widths", details.get("matryoshka_widths"))
+    if widths is not None:
+        field(cfg, {"matryoshka_widths": widths}, "matryoshka_widths", list)
+        d_sae = config["d_sae"]
+        # SAELens adds a level of all features where there is none
+        return training_fields(cfg, {"groups": widths if d_sae in widths[-1:] else [*widths, d_sae]})
     if architecture not in (EXPORTED, TRAINED):
         return None
     if "aux_loss_coefficient" in details:

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..pretrained import PEER_FILES
 from ..support.atomic_files import field, read_json, read_tensors, write_atomically, write_json
 from .origin import Origin
 from .portable import PortableSAE, Say, check_one_dtype, check_tensors, silent
 
 NAME = "sparsify"
-WEIGHTS = "sae.safetensors"
-CONFIG = "cfg.json"
+WEIGHTS, CONFIG = PEER_FILES[NAME]
 CENTRES_ALWAYS = True
 # value that changes what is computed: what it is there
 FOREIGN = {

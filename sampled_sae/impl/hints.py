@@ -9,6 +9,8 @@ from torch import Tensor
 from ..config import batch_budget
 
 MOST_KEPT = 8
+# a hint serves a k that is larger or smaller by at most this factor
+NEAR = 1.25
 
 
 class Rule(NamedTuple):
@@ -36,8 +38,12 @@ class ThresholdHints:
         self._known: dict[tuple[float, str, bool], float | Tensor] = {}
 
     def of(self, rule: Rule, members: Tensor | None) -> float | Tensor | None:
-        """The threshold to start from: a number, or fp32 [1] on the device; None where nothing is known."""
-        return self._known.get((rule.k, rule.select, members is None))
+        """The threshold to start from, also that of a k near by: a number, or fp32 [1] on the device; or None."""
+        key = (rule.k, rule.select, members is None)
+        if key not in self._known:  # a schedule of k has another one in each step
+            near = [k for k, *of in self._known if of == [*key[1:]] and rule.k / NEAR <= k <= rule.k * NEAR]
+            key = (min(near, key=lambda k: abs(k - rule.k), default=rule.k), *key[1:])
+        return self._known.get(key)
 
     def keep(self, rule: Rule, members: Tensor | None, hint: float | Tensor | None) -> None:
         """What the search of this batch found. A tensor stays at one address, where a CUDA graph finds it again."""

@@ -47,6 +47,7 @@ class Implementation:
     above_threshold: Callable[..., SparseCodes]
     dense_above_threshold: Callable[..., Tensor]
     decode: Callable[..., Tensor]
+    decode_levels: Callable[..., Tensor]
     aux_loss: Callable[..., Tensor]
     dead_candidates: Callable[..., Tensor]
     row_adam_: Callable[[Tensor, Moments, Tensor, Tensor | None, AdamStep], None]
@@ -116,6 +117,7 @@ def parts_of(layer: ModuleType, aux: ModuleType, optimizer: ModuleType) -> Imple
         layer.above_threshold,
         layer.dense_above_threshold,
         layer.decode,
+        layer.decode_levels,
         aux.aux_loss,
         aux.dead_candidates,
         optimizer.row_adam_,

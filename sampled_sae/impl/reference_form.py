@@ -5,6 +5,8 @@ Gradients are dense and autograd's; where rows of gradients go and where a searc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .. import reference
@@ -25,6 +27,7 @@ __all__ = [
     "column_scores",
     "dead_candidates",
     "decode",
+    "decode_levels",
     "dense_above_threshold",
     "encode_at",
     "encoder",
@@ -93,6 +96,13 @@ def dense_above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None
 @without_autocast
 def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, rows: RowSource | None = None) -> Tensor:
     return reference.decode(codes.to_dense(), W_dec, b_dec)
+
+
+@without_autocast
+def decode_levels(
+    codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, groups: Sequence[int], rows: RowSource | None = None
+) -> Tensor:
+    return reference.decode_levels(codes.to_dense(), W_dec, b_dec, groups)
 
 
 @without_autocast

@@ -13,8 +13,8 @@ class Totals:
     """Over the tokens and features of this process, which holds them all."""
 
     def mean(self, per_token: Tensor, operands: Operands) -> Tensor:
-        """Of one number a token, [B]: 0-dim."""
-        return per_token.mean()
+        """Of one number a token, [B]: 0-dim; of several, [B, G]: [G]."""
+        return per_token.mean(0)
 
     def smallest(self, codes: SparseCodes) -> Tensor:
         """The smallest kept activation, 0-dim; inf where nothing is kept."""

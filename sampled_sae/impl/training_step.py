@@ -14,6 +14,7 @@ from .encoder import Encoder
 from .hints import Rule
 from .interface import Implementation
 from .layout import Layer, Layout, Leaves
+from .levels import LevelErrors
 from .pool import Pool
 
 
@@ -28,8 +29,9 @@ class TrainedLayer(Layer, Protocol):
 
 
 class Step(NamedTuple):
-    """mse, aux: 0-dim. x_hat: [B, d] in the units of the training."""
+    """loss: of the reconstruction, without aux; mse, aux: 0-dim. x_hat: [B, d] in the units of the training."""
 
+    loss: Tensor
     mse: Tensor
     aux: Tensor
     x_hat: Tensor
@@ -47,8 +49,7 @@ def training_step(
     c, memory = layer.cfg, layer.memory
     members = None if pool is None else pool.members
     codes = parts.select(encoder, members, Rule(c.k, c.select), memory.hints)
-    x_hat = parts.decode(codes, leaves.W_dec, leaves.b_out, leaves.rows)
-    mse = squared_error(parts, tokens, x_hat, encoder)
+    loss, mse, x_hat = reconstruct(c, parts, tokens, encoder, leaves, codes)
     aux = mse.new_zeros(())
     counts = layer.layout.local(layer.tokens_since_active)
     if c.aux_coefficient > 0 and memory.idle.reaches(counts, c.dead_after, parts.totals.greatest):
@@ -58,12 +59,20 @@ def training_step(
     active, n_tokens = parts.totals.active_mask(codes, members), encoder.operands.whole_shape[0]
     memory.idle.count_(counts, active, n_tokens, parts.totals.greatest)
     threshold.move(layer, parts.totals.smallest(codes), c.threshold_decay)
-    return Step(mse, aux, x_hat, codes)
+    return Step(loss, mse, aux, x_hat, codes)
 
 
-def squared_error(parts: Implementation, tokens: Tensor, x_hat: Tensor, encoder: Encoder) -> Tensor:
-    """The mean over tokens of ||x - x_hat||^2, 0-dim."""
-    return parts.totals.mean(squared_errors(tokens, x_hat), encoder.operands)
+def reconstruct(
+    c: SampledSAEConfig, parts: Implementation, tokens: Tensor, encoder: Encoder, leaves: Leaves, codes: SparseCodes
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, mse, x_hat): mse is that of x_hat [B, d], and the loss too, but for a Matryoshka SAE."""
+    if c.groups is None:
+        x_hat = parts.decode(codes, leaves.W_dec, leaves.b_out, leaves.rows)
+        mse = parts.totals.mean(squared_errors(tokens, x_hat), encoder.operands)
+        return mse, mse, x_hat
+    levels = parts.decode_levels(codes, leaves.W_dec, leaves.b_out, c.groups, leaves.rows)
+    errors = parts.totals.mean(LevelErrors.apply(tokens, levels), encoder.operands)
+    return errors.mean(), errors[-1], levels[:, -1].contiguous()
 
 
 def squared_errors(x: Tensor, x_hat: Tensor) -> Tensor:

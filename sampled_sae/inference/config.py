@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config import IMPLS, SCREENS
 from ..support.argument_checks import check_choice, check_field_names, check_flag, check_integer, check_positive
+from ..support.html_table import config_table
 
 RULES = ("relu", "jumprelu", "topk", "threshold", "gated")
 NORMS = ("none", "layer_norm", "constant_norm")
@@ -94,6 +95,9 @@ class InferenceConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for JSON."""
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        return config_table(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> InferenceConfig:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..codes import SparseCodes
 from ..impl.hints import ThresholdHints
 from ..impl.interface import Implementation, implementation, resolve_impl
+from ..residual_stream.splicing import Splicing
 from ..support.argument_checks import HALF, check_activations, describe
 from ..support.late_values import FiniteInputs
 from .config import InferenceConfig
@@ -39,7 +40,7 @@ class InferenceOutput:
     codes: SparseCodes
 
 
-class InferenceSAE(nn.Module):
+class InferenceSAE(Splicing, nn.Module):
     """A trained SAE or transcoder, its active features found without a [B, F] matrix.
 
     Buffers, by name as given: `W_enc` [d_in, d_sae] (each feature's weights contiguous), `W_dec` [d_sae, d_out],
@@ -170,6 +171,14 @@ class InferenceSAE(nn.Module):
         self.W_enc = self.W_enc.t().contiguous().t()
         self._forget()
         return self
+
+    def _reconstruction(self, codes: SparseCodes, x: Tensor) -> Tensor:
+        return self.decode(codes, x=x)
+
+    def _splice_refusal(self) -> str | None:
+        if self.cfg.is_transcoder:
+            return f"d_out={self.cfg.d_out}: a transcoder reconstructs other activations than the residual stream"
+        return None
 
     def _forget(self) -> None:
         self._hints = ThresholdHints()

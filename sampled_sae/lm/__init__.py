@@ -3,16 +3,16 @@
 Everything here needs the extra `lm` (`pip install "sampled-sae[lm]"`), which is imported only when used.
 """
 
-from sampled_sae.lm.blocks import transformer_blocks
 from sampled_sae.lm.bundled import BUNDLED_MODELS
 from sampled_sae.lm.dropped import special_tokens
 from sampled_sae.lm.harvest import harvest
-from sampled_sae.lm.hooks import capture, replace
 from sampled_sae.lm.model_rows import ModelRows
 from sampled_sae.lm.models import load_model, weights_digest
 from sampled_sae.lm.rows import token_rows
 from sampled_sae.lm.splice import SpliceEvaluator, spliced_cross_entropy
 from sampled_sae.lm.texts import load_texts, shuffled_texts
+from sampled_sae.residual_stream.blocks import transformer_blocks
+from sampled_sae.residual_stream.hooks import capture, replace
 
 __all__ = [
     "BUNDLED_MODELS",

@@ -114,10 +114,15 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("SAMPLED_SAE_CACHE") or Path.home() / ".cache" / "sampled-sae")
 
 
+def is_installed(name: str) -> bool:
+    """Whether the packages of the bundled model are there."""
+    return all(importlib.util.find_spec(module) is not None for module in BUNDLED_MODELS[name].modules)
+
+
 def bundled_folder(name: str, cache_dir: str | Path | None) -> Path:
     """Folder of the bundled model in Hugging Face's format, made on the first call."""
     bundled = BUNDLED_MODELS[name]
-    if any(importlib.util.find_spec(module) is None for module in bundled.modules):
+    if not is_installed(name):
         raise ImportError(f"the model {name!r} ships in {', '.join(bundled.packages)}: {bundled.install}")
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     target = cache / f"{name}-{metadata.version(bundled.packages[0])}"

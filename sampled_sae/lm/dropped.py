@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sampled_sae.lm.blocks import text_config
+from sampled_sae.residual_stream.blocks import text_config
 from sampled_sae.support.argument_checks import check_integer
 
 _ROLES = ("bos", "eos", "pad", "cls", "sep", "mask")

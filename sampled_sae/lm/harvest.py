@@ -17,10 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sampled_sae.corpus.token_places import TokenPlaces
-from sampled_sae.lm.blocks import check_layer
 from sampled_sae.lm.dropped import check_drop_tokens, dropped
-from sampled_sae.lm.hooks import capture
 from sampled_sae.lm.models import check_rows, device_of, name_of, weights_digest
+from sampled_sae.residual_stream.blocks import check_layer
+from sampled_sae.residual_stream.hooks import capture
 from sampled_sae.support.all_ranks import AllRanks, ranks_of
 from sampled_sae.support.argument_checks import check_choice, check_flag, check_integer, check_number
 from sampled_sae.support.atomic_files import field

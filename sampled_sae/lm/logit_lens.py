@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sampled_sae.lm.blocks import text_config, transformer_blocks
 from sampled_sae.lm.models import device_of, predicts_next_token
+from sampled_sae.residual_stream.blocks import text_config, transformer_blocks
 
 _LOGIT_BYTES = 1 << 28  # float32 logits held at a time
 

@@ -1,6 +1,7 @@
 """Language models by name: causal models and encoders of Hugging Face, and some that install through pip alone."""
 
 import hashlib
+import importlib.util
 from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sampled_sae.lm.blocks import text_config, transformer_blocks
-from sampled_sae.lm.bundled import BUNDLED_MODELS, bundled_folder
+from sampled_sae.lm.bundled import BUNDLED_MODELS, bundled_folder, is_installed
 from sampled_sae.lm.foreign_errors import named
+from sampled_sae.residual_stream.blocks import text_config, transformer_blocks
 
 
 def _transformers() -> Any:
@@ -71,6 +72,22 @@ def load_skeleton(name: str, cache_dir: str | Path | None = None) -> Any:
 def is_causal_model(name: str, cache_dir: str | Path | None = None) -> bool:
     """Whether `load_model` gives a model that predicts the next token, by its configuration alone."""
     return _architecture(name, cache_dir)[1] is _transformers().AutoModelForCausalLM
+
+
+def is_at_hand(name: str) -> bool:
+    """Whether `load_model` needs no network for it: its package, its folder, or the hub's cache on this machine."""
+    if importlib.util.find_spec("transformers") is None:
+        return False
+    if name in BUNDLED_MODELS:
+        return is_installed(name)
+    if Path(name).is_dir():
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except ValueError:  # no name of a repository
+        return False
 
 
 def predicts_next_token(model: Any) -> bool:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from sampled_sae.lm.blocks import check_layer, text_config, transformer_blocks
 from sampled_sae.lm.dropped import check_drop_tokens, dropped
-from sampled_sae.lm.hooks import replace
 from sampled_sae.lm.models import check_rows, device_of, name_of, predicts_next_token, weights_digest
+from sampled_sae.residual_stream.blocks import check_layer, text_config, transformer_blocks
+from sampled_sae.residual_stream.hooks import replace
 from sampled_sae.support.argument_checks import check_integer, check_positive
 from sampled_sae.training.same_settings import identity, in_words, is_same_model
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..formats.published import Published
-from ..pretrained import CONFIG, RUN
+from ..pretrained import CONFIG, EVALUATION, RUN
 from ..support.atomic_files import field, read_json
-from ..training.sweep import EVALUATION, RESULT
+from ..training.sweep import RESULT
 from ..training.sweep_table import read_metrics, read_result
 from ..training.training_run import METRICS
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from decimal import Decimal
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -64,6 +65,20 @@ def check_integer(name: str, value: Any, least: int) -> int:
     if number < least:
         raise ValueError(allowed)
     return int(number)
+
+
+def check_groups(groups: Any, n_features: int) -> tuple[int, ...]:
+    """Numbers of features as ints, ascending from 1, the last of them F."""
+    allowed = f"groups={groups!r}: must be whole numbers that ascend from 1 to d_sae={n_features}, the last of them"
+    if isinstance(groups, (str, bytes, dict, set)) or not isinstance(groups, Iterable):
+        raise TypeError(allowed)
+    try:
+        found = tuple(check_integer("groups", size, 1) for size in groups)
+    except (TypeError, ValueError) as error:
+        raise type(error)(allowed) from None
+    if not found or found[-1] != n_features or any(a >= b for a, b in pairwise(found)):
+        raise ValueError(allowed)
+    return found
 
 
 def check_device(device: torch.device | str) -> torch.device:

@@ -15,6 +15,7 @@ from ..corpus.token_places import TokenPlaces, TokenShard
 from ..support.argument_checks import check_choice, check_integer
 from ..support.atomic_files import read_rows, read_tensors
 from ..support.listed_files import ListedFiles
+from .activations import Activations
 from .store_writer import DTYPES, MANIFEST, check_scale, damage, read_manifest
 from .tensor_writer import write_tensors
 
@@ -22,7 +23,7 @@ SHARD_TOKENS = 32_768
 
 
 @dataclass(frozen=True)
-class ActivationStore(ListedFiles):
+class ActivationStore(ListedFiles, Activations):
     """A folder of activations that `sampled-sae harvest` or `ActivationStore.write` wrote.
 
     Attributes:
@@ -78,13 +79,12 @@ class ActivationStore(ListedFiles):
         return cls.open(folder)
 
     @property
-    def d_in(self) -> int:
-        return int(self.manifest["d_in"])
+    def where(self) -> str:
+        return str(self.folder)
 
     @property
-    def scale(self) -> float:
-        """Activations times this have mean ||x||^2 = d_in; training sets `SampledSAEConfig.input_scale` to it."""
-        return float(self.manifest["scale"])
+    def place(self) -> Path:
+        return self.folder.resolve()
 
     def load(self, entry: dict[str, Any]) -> dict[str, Tensor]:
         """The tensors of one file named in the manifest; "activations" as they were made, float32 [n, d].
@@ -133,16 +133,6 @@ class ActivationStore(ListedFiles):
     def _cure(self) -> str:
         return "the same harvest command writes it again" if "model" in self.manifest else "make the store again"
 
-    def first(self, n: int) -> Tensor:
-        """The first n training activations, or all where there are fewer: [<= n, d]."""
-        n = check_integer("n", n, 1)
-        found: list[Tensor] = []
-        for i in range(len(self.tokens)):
-            if (missing := n - sum(map(len, found))) <= 0:
-                break
-            found.append(self.shard(i)[:missing])
-        return torch.cat(found)
-
     def holdout(self) -> tuple[Tensor, Tensor | None]:
         """What is never trained on: (activations [n, d] as they were made, token rows int64 [N, context]).
 
@@ -159,22 +149,3 @@ class ActivationStore(ListedFiles):
             )
         tensors = self.load(entry)
         return tensors["activations"], tensors.get("rows")
-
-    @property
-    def has_text(self) -> bool:
-        """Whether there are held-out token rows to run a language model on."""
-        return bool((self.manifest.get("holdout") or {}).get("rows"))
-
-    def holdout_rows(self) -> Tensor:
-        """Held-out token rows, int64 [N, context].
-
-        Raises:
-            ValueError: the store has no held-out part, or one without text.
-        """
-        rows = self.holdout()[1]
-        if rows is None:
-            raise ValueError(
-                f"{self.folder}: has no token rows, being made from activations alone; evaluation in a language "
-                "model needs a store that harvest wrote"
-            )
-        return rows

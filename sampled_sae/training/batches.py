@@ -11,7 +11,7 @@ from torch import Tensor
 from ..support.all_ranks import ALONE, AllRanks
 from ..support.argument_checks import check_device, check_finite, check_integer
 from ..support.geometric_median import geometric_median
-from .activation_store import ActivationStore
+from .activations import Activations
 
 CALIBRATION_TOKENS = 65_536
 GROUP_BYTES = 1 << 30
@@ -36,7 +36,7 @@ class ShuffledStream:
     An epoch ends with the first lane that has no more.
 
     Args:
-        store: an ActivationStore.
+        store: the activations.
         batch_size: tokens a batch.
         seed: of the order.
         lanes: into how many stretches an epoch is cut; at most batch_size.
@@ -47,7 +47,7 @@ class ShuffledStream:
     """
 
     def __init__(
-        self, store: ActivationStore, batch_size: int, seed: int = 0, lanes: int = 1, part: tuple[int, int] = (0, 1)
+        self, store: Activations, batch_size: int, seed: int = 0, lanes: int = 1, part: tuple[int, int] = (0, 1)
     ) -> None:
         self.store = store
         self.batch_size, self.seed = check_integer("batch_size", batch_size, 1), check_integer("seed", seed, 0)
@@ -59,7 +59,7 @@ class ShuffledStream:
         self._loaded: dict[int, tuple[tuple[int, int], Tensor]] = {}
         if self.batches_per_epoch(0) == 0:
             raise ValueError(
-                f"batch_size={batch_size}: must be at most {sum(store.tokens)}, the tokens in {store.folder}"
+                f"batch_size={batch_size}: must be at most {sum(store.tokens)}, the tokens in {store.where}"
             )
 
     def batches_per_epoch(self, epoch: int) -> int:
@@ -191,7 +191,7 @@ class Feed:
     reads an equal part of a batch; those of one feature dimension, which need the same tokens, exchange theirs.
 
     Args:
-        store: an ActivationStore.
+        store: the activations.
         batch_size, seed, lanes: as in ShuffledStream.
         device: where the batches go.
         ranks: the processes that share the batches.
@@ -202,7 +202,7 @@ class Feed:
 
     def __init__(
         self,
-        store: ActivationStore,
+        store: Activations,
         batch_size: int,
         seed: int,
         device: torch.device | str = "cpu",

@@ -25,6 +25,7 @@ def evaluate_activations(sae: SampledSAE, x: Tensor, batch_size: int = 2048) -> 
 
     - `tokens`: n.
     - `fvu`: sum of squared errors over sum of squared deviations from the mean.
+    - `fvu_groups`: of a Matryoshka SAE, that of the reconstructions by each of its groups, as long as `cfg.groups`.
     - `explained_variance`: mean over dimensions of 1 - error variance / variance.
     - `cosine`, `l0`: means over tokens.
     - `dead_share`, `never_active`: share and number of features that no token activates.
@@ -70,6 +71,8 @@ def _measure(sae: SampledSAE, x: Tensor, batch_size: int) -> dict[str, Any]:
     counts = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=device)
     error_sum = torch.zeros(sae.cfg.d_in, dtype=torch.float64, device=device)
     error_squares, cosines = torch.zeros_like(error_sum), torch.zeros((), dtype=torch.float64, device=device)
+    groups = sae.cfg.groups or ()
+    group_squares = torch.zeros(len(groups), dtype=torch.float64, device=device)
     overlaps: list[float] = []
     before: Tensor | None = None
     for whole in x.split(batch_size):
@@ -79,6 +82,8 @@ def _measure(sae: SampledSAE, x: Tensor, batch_size: int) -> dict[str, Any]:
         error = (batch - x_hat).double()
         error_sum += error.sum(0)
         error_squares += error.square().sum(0)
+        for i, size in enumerate(groups):
+            group_squares[i] += (batch - sae.decode(codes.of_first(size))).double().square().sum()
         cosines += torch.nn.functional.cosine_similarity(batch, x_hat, dim=1).sum()
         counts += torch.bincount(codes.features, minlength=sae.cfg.d_sae)
         active = torch.zeros(sae.cfg.d_sae, dtype=torch.uint8, device=device)
@@ -88,16 +93,18 @@ def _measure(sae: SampledSAE, x: Tensor, batch_size: int) -> dict[str, Any]:
             union = int((active | before).sum())
             overlaps.append(int((active & before).sum()) / union if union else 1.0)
         before = active
-    for total in (counts, error_sum, error_squares, cosines):
+    for total in (counts, error_sum, error_squares, cosines, group_squares):
         ranks.sum_(total)
     n = len(x)
     counts, error_sum, error_squares = counts.cpu(), error_sum.cpu(), error_squares.cpu()
     deviations = (x.double() - x.double().mean(0)).square().sum(0)
     error_variance = error_squares - error_sum.square() / n
     frequency = (counts[counts > 0].double() / n).clamp(max=1.0).numpy()
+    nested = {"fvu_groups": (group_squares.cpu() / deviations.sum()).tolist()} if groups else {}
     return {
         "tokens": n,
         "fvu": float(error_squares.sum() / deviations.sum()),
+        **nested,
         "explained_variance": float((1 - error_variance / deviations.clamp_min(1e-30)).mean()),
         "cosine": float(cosines) / n,
         "l0": float(counts.sum()) / n,

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..config import SampledSAEConfig
 from ..optim import RowAdam
 from ..sae import SampledSAE
 from ..support.argument_checks import check_finite
 from ..support.atomic_files import field
 from .batches import Feed
 from .checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
-from .same_settings import check_same_settings, with_precision
+from .same_settings import check_same_settings, completed
 from .sharded_checkpoint import RECORD, read_record, read_shards, write_shards
 from .train_config import TrainConfig
 
@@ -32,9 +33,13 @@ class Resumable(Protocol):
     feed: Feed
     config: TrainConfig
     folder: Path
+    init: str | None
+    target: SampledSAEConfig
     step: int
     seconds: float
     metrics: list[dict[str, float]]
+
+    def follow_schedule(self, step: int) -> None: ...
 
 
 def settings(run: Resumable) -> dict[str, Any]:
@@ -43,9 +48,10 @@ def settings(run: Resumable) -> dict[str, Any]:
     return {
         # first: other activations have another scale, and so another SAE
         "activations": {name: manifest.get(name) for name in ("model", "layer", "source", "scale")},
-        "sae": run.sae.cfg.settings(),
+        "sae": run.target.settings(),
         "train": asdict(run.config),
         "data": manifest["shards"],
+        "init": run.init,
     }
 
 
@@ -86,11 +92,13 @@ def load(run: Resumable) -> bool:
         then, now = state["settings"], settings(run)
         # an earlier version's: the scale stands among the settings of the activations
         then["sae"] = {"input_scale": now["sae"]["input_scale"], **field(path, then, "sae", dict)}
-        then["train"] = with_precision(then.get("train"))
+        then["train"] = _extended(completed(then.get("train")), state["step"], run.config.steps)
         check_same_settings(path, then, now)
         lanes = state.get("lanes", 1)
         if lanes != run.feed.stream.lanes:
             raise ValueError(f"{path}: made with {lanes} lanes, this training has {run.feed.stream.lanes}")
+    # a pool that is kept is that of the last step
+    run.follow_schedule(max(0, state["step"] - 1))
     try:
         if kinds[0] == RECORD:
             _load_shards(run, state)
@@ -103,6 +111,12 @@ def load(run: Resumable) -> bool:
         raise ValueError(f"{path}: damaged, it does not fit its own settings ({said})") from error
     run.step, run.seconds, run.metrics = state["step"], state["seconds"], state["metrics"]
     return True
+
+
+def _extended(train: Any, step: int, steps: int) -> Any:
+    """The settings of a training that has ended with another number of steps, where it is to take more."""
+    ended = isinstance(train, dict) and step == train.get("steps")
+    return {**train, "steps": steps} if ended and steps > step else train
 
 
 def _load_whole(run: Resumable, state: dict[str, Any]) -> None:

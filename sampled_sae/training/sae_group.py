@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,9 @@ import torch
 from ..config import SampledSAEConfig
 from ..sae import SampledSAE
 from ..support.all_ranks import AllRanks, ranks_of
-from .activation_store import ActivationStore
+from .activations import Activations
 from .batches import Feed
+from .opening import Readable, as_activations
 from .sharded_checkpoint import lanes_of
 from .train_config import TrainConfig
 from .training_loop import train_to_end
@@ -38,7 +40,8 @@ class SAEGroup:
     Args:
         configs: name -> config; all fields may differ, d_in where each member has a store of its own width.
         train: how all of them are trained. Its seed sets the order of the tokens, a config's seed the first weights.
-        stores: one store for all members, or name -> store, such as one for each layer.
+        stores: activations for all members, as `Trainer` takes them, or name -> activations, such as one store for
+            each layer.
         folder: where the members' folders are.
         device: where they are trained.
         mesh: as in Trainer; every member is trained by all its processes.
@@ -55,36 +58,36 @@ class SAEGroup:
         self,
         configs: dict[str, SampledSAEConfig],
         train: TrainConfig,
-        stores: ActivationStore | dict[str, ActivationStore],
+        stores: Readable | dict[str, Readable],
         folder: str | Path,
         device: torch.device | str = "cpu",
         mesh: DeviceMesh | None = None,
     ) -> None:
-        check_members(configs, stores)
+        opened = opened_stores(stores)
+        check_members(configs, opened)
         ranks = ranks_of(mesh)
         self.config = train
         self.folder = Path(folder)
         self.members: dict[str, TrainingRun] = {}
         with ranks.accounted():
-            self._make(configs, train, stores, device, ranks)
+            self._make(configs, train, opened, device, ranks)
 
     def _make(
         self,
         configs: dict[str, SampledSAEConfig],
         train: TrainConfig,
-        stores: ActivationStore | dict[str, ActivationStore],
+        stores: Activations | dict[str, Activations],
         device: torch.device | str,
         ranks: AllRanks,
     ) -> None:
-        feeds: dict[Path, Feed] = {}
+        feeds: dict[Hashable, Feed] = {}
         lanes = lanes_of([self.folder / name for name in configs], ranks, None)
         for name, config in configs.items():
             store = stores[name] if isinstance(stores, dict) else stores
-            place = store.folder.resolve()
             try:
-                if place not in feeds:
-                    feeds[place] = Feed(store, train.batch_size, train.seed, device, ranks, lanes)
-                self.members[name] = TrainingRun(config, train, feeds[place], self.folder / name)
+                if store.place not in feeds:
+                    feeds[store.place] = Feed(store, train.batch_size, train.seed, device, ranks, lanes)
+                self.members[name] = TrainingRun(config, train, feeds[store.place], self.folder / name)
             except ValueError as error:
                 raise ValueError(f"configs[{name!r}]: {error}") from error
 
@@ -103,7 +106,15 @@ class SAEGroup:
         return {name: member.sae for name, member in self.members.items()}
 
 
-def check_members(configs: dict[str, SampledSAEConfig], stores: ActivationStore | dict[str, ActivationStore]) -> None:
+def opened_stores(stores: Readable | dict[str, Readable]) -> Activations | dict[str, Activations]:
+    """Each of them as `Activations`; what several names share is opened once."""
+    if not isinstance(stores, dict):
+        return as_activations(stores)
+    found = {id(store): as_activations(store) for store in stores.values()}
+    return {name: found[id(store)] for name, store in stores.items()}
+
+
+def check_members(configs: dict[str, SampledSAEConfig], stores: Activations | dict[str, Activations]) -> None:
     """ValueError unless the names can be those of folders on any system, and each config fits its store."""
     if not configs:
         raise ValueError(f"configs={configs!r}: must name at least one SampledSAEConfig")

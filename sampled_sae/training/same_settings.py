@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+_BEFORE = {"precision": "fp32", "k_start": None, "l_start": None, "schedule_steps": None}
+
 
 def identity(manifest: dict[str, Any]) -> dict[str, Any]:
     """Model, fingerprint of its weights, layer and source of a store, None where its manifest does not say."""
@@ -35,9 +37,9 @@ def is_same_kind(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return is_same_model(one, other) and len(layers) < 2
 
 
-def with_precision(train: Any) -> Any:
-    """The settings of a training; those of an earlier version, which knew no precision, with that which it had."""
-    return {"precision": "fp32", **train} if isinstance(train, dict) else train
+def completed(train: Any) -> Any:
+    """The settings of a training; those of an earlier version with what it had where this one has a choice."""
+    return {**_BEFORE, **train} if isinstance(train, dict) else train
 
 
 def check_same_settings(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -53,8 +55,8 @@ def check_same_settings(path: Path, then: dict[str, Any], now: dict[str, Any]) -
         if not isinstance(values, dict) or not isinstance(before, dict):
             changed = f"{part}: was {before}, is {values}" if part in then and None in (before, values) else part
             raise ValueError(f"{path}: made with other settings ({changed}); use another folder")
-        differ = [name for name in values if before.get(name) != values[name]]
-        changes = "; ".join(f"{name} was {before.get(name)!r}, is {values[name]!r}" for name in differ)
+        differ = [name for name in {**values, **before} if before.get(name) != values.get(name)]
+        changes = "; ".join(f"{name} was {before.get(name)!r}, is {values.get(name)!r}" for name in differ)
         raise ValueError(
             f"{path}: made with other settings ({part}: {', '.join(differ)}): {changes}; use another folder"
         )

@@ -11,26 +11,31 @@ import torch
 from torch import Tensor
 
 from ..config import SampledSAEConfig
+from ..pretrained import EVALUATION
+from ..run_logs import LogPlace
 from ..sae import SampledSAE
 from ..support.all_ranks import ranks_of
 from ..support.argument_checks import check_integer
 from ..support.atomic_files import without_nan, write_json
 from ..support.output_folder import check_output_folder, held_by_first
-from .activation_store import ActivationStore
 from .batches import Feed
+from .closing_line import closing_line
 from .evaluation import evaluate_activations, reconstruct_with
+from .opening import Readable, as_activations
 from .precision import settled
 from .sae_group import SAEGroup, check_members
-from .same_settings import check_same_settings, identity, in_words, is_same_kind, with_precision
+from .same_settings import check_same_settings, completed, identity, in_words, is_same_kind
+from .schedules import check_schedule
 from .sharded_checkpoint import remove_checkpoint
 from .sweep_table import read_result, write_table
 from .train_config import TrainConfig
+from .training_loop import closed_logs
+from .training_run import TrainingRun
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Splice = Callable[[Callable[[Tensor], Tensor]], dict[str, float]]
-EVALUATION = "evaluation.json"
 # The sweep's own record of a member: what its table has, whatever is evaluated later.
 RESULT = "result.json"
 
@@ -79,7 +84,7 @@ def variants(
 def run_sweep(
     configs: dict[str, SampledSAEConfig],
     train: TrainConfig,
-    store: ActivationStore,
+    store: Readable,
     folder: Path,
     splice: Splice | SpliceSource | None = None,
     progress: bool = True,
@@ -87,6 +92,7 @@ def run_sweep(
     together: int = 4,
     device: torch.device | str = "cpu",
     mesh: DeviceMesh | None = None,
+    log: LogPlace | None = None,
 ) -> list[dict[str, Any]]:
     """Trains and evaluates each config in `folder`/name, then writes the table. What is evaluated is not redone.
 
@@ -99,8 +105,9 @@ def run_sweep(
 
     Args:
         configs: name -> config.
-        store: with a held-out part.
+        store: activations as `Trainer` takes them, with a held-out part.
         splice: measures a reconstruction in the language model, such as `SpliceEvaluator.evaluate`, or loads what does.
+        log: as in Trainer, a run for each SAE.
         mesh: as in Trainer; each SAE is trained and evaluated by all its processes, and the first one writes.
         progress, say: whether to show a progress bar; what to call with each line of news.
 
@@ -113,7 +120,7 @@ def run_sweep(
         BlockingIOError: another process trains there.
         Interrupted: a signal came; all that was done is saved.
     """
-    together = check_integer("together", together, 1)
+    together, store = check_integer("together", together, 1), as_activations(store)
     check_members(configs, store)
     check_output_folder(folder)
     ranks = ranks_of(mesh)
@@ -122,7 +129,7 @@ def run_sweep(
     about = getattr(getattr(splice, "__self__", splice), "about", {})
     if about.get("weights_sha256") and not is_same_kind(about, harvested := identity(store.manifest)):
         raise ValueError(
-            f"splice is in {in_words(about)}, but {store.folder} holds {in_words(harvested)}; take the evaluator of "
+            f"splice is in {in_words(about)}, but {store.where} holds {in_words(harvested)}; take the evaluator of "
             "SpliceEvaluator.of_harvest, or a function that calls another"
         )
     common = {
@@ -130,6 +137,11 @@ def run_sweep(
         "splice": None if splice is None else about,
         "data": store.manifest["shards"],
     }
+    for name, config in configs.items():
+        try:
+            check_schedule(config, train)
+        except ValueError as error:
+            raise ValueError(f"configs[{name!r}]: {error}") from None
     trains = {name: asdict(settled(train, config, feed.device)) for name, config in configs.items()}
     settings = {name: {"sae": config.settings(), "train": trains[name], **common} for name, config in configs.items()}
     place = {name: f"[{i}/{len(configs)}] {name}" for i, name in enumerate(configs, 1)}
@@ -145,15 +157,23 @@ def run_sweep(
         for name in names:
             say(f"{place[name]}: training in {folder / name}")
         group = SAEGroup({name: configs[name] for name in names}, train, store, folder, device, mesh)
-        for name, sae in group.run(progress).items():
-            found = evaluate(sae, held_out, train.batch_size, measure)
-            seconds = round(group.members[name].seconds, 1)
-            results[name] = merged(found, {"settings": settings[name], "seconds": seconds})
-            with ranks.together():
-                if ranks.first:
-                    write_json(folder / name / EVALUATION, found)
-                    write_json(folder / name / RESULT, results[name])
-                    remove_checkpoint(folder / name)
+        for name, member in group.members.items():
+            member.show_in(log, name)
+        with closed_logs(group.members.values()):
+            for name, sae in group.run(progress).items():
+                found = evaluate(sae, held_out, train.batch_size, measure)
+                record(name, found, group.members[name])
+
+    def record(name: str, found: dict[str, Any], member: TrainingRun) -> None:
+        """What was measured of a member, in its folder, in the log and in a line."""
+        results[name] = merged(found, {"settings": settings[name], "seconds": round(member.seconds, 1)})
+        with ranks.together():
+            if ranks.first:
+                write_json(folder / name / EVALUATION, found)
+                write_json(folder / name / RESULT, results[name])
+                remove_checkpoint(folder / name)
+        member.log.result(found)
+        say(f"{place[name]}: {closing_line(found, folder / name)}")
 
     with held_by_first(folder, "a sweep", ranks):
         measure = splice.load() if isinstance(splice, SpliceSource) else splice
@@ -178,7 +198,7 @@ def _recorded(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         found = read_result(path) if path.exists() else {}
         if "settings" in found:
             then = found["settings"]
-            check_same_settings(path, {**then, "train": with_precision(then.get("train"))}, settings)
+            check_same_settings(path, {**then, "train": completed(then.get("train"))}, settings)
             return found
     return None
 

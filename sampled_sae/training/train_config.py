@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..optim import MODES
-from ..support.argument_checks import check_choice, check_integer, check_number
+from ..support.argument_checks import check_choice, check_integer, check_number, check_positive
+from ..support.html_table import config_table
 
 PRECISIONS = ("auto", "bf16", "tf32", "fp32")
 
@@ -28,6 +29,8 @@ class TrainConfig:
             has begun in; one that device or implementation do not have is an error.
         seed: of the order of the tokens.
         checkpoint_every, log_every: steps between checkpoints and lines of metrics.jsonl.
+        k_start, l_start: the k and l of the first step, which go linearly to those of the SAE; from its own when None.
+        schedule_steps: steps until they are the SAE's own; needed with `k_start` or `l_start`, and at most `steps`.
     """
 
     steps: int = 1000
@@ -42,6 +45,9 @@ class TrainConfig:
     seed: int = 0
     checkpoint_every: int = 500
     log_every: int = 10
+    k_start: float | None = None
+    l_start: float | None = None
+    schedule_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
@@ -52,6 +58,29 @@ class TrainConfig:
         object.__setattr__(self, "precision", check_choice("precision", self.precision, PRECISIONS))
         for name, most in (("lr", None), ("clip", None), ("warmup", 1), ("decay", 1)):
             object.__setattr__(self, name, check_number(name, getattr(self, name), 0, most))
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        if self.k_start is not None:
+            object.__setattr__(self, "k_start", check_positive("k_start", self.k_start))
+        if self.l_start is not None:
+            object.__setattr__(self, "l_start", check_number("l_start", self.l_start, 1, None))
+        starts = [name for name in ("k_start", "l_start") if getattr(self, name) is not None]
+        if self.schedule_steps is None:
+            if starts:
+                raise ValueError(f"schedule_steps=None: must be given with {' and '.join(starts)}")
+            return
+        object.__setattr__(self, "schedule_steps", check_integer("schedule_steps", self.schedule_steps, 1))
+        if not starts:
+            raise ValueError(f"schedule_steps={self.schedule_steps}: needs k_start or l_start, which it leads from")
+        if self.schedule_steps > self.steps:
+            raise ValueError(
+                f"schedule_steps={self.schedule_steps}: must be at most {self.steps}, the steps of the training, which "
+                "would end before k and l are those of the SAE"
+            )
+
+    def _repr_html_(self) -> str:
+        return config_table(self)
 
     def lr_at(self, step: int) -> float:
         """lr of step 0, 1, ...: linear warm-up, constant, linear decay."""

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..config import SampledSAEConfig
+from ..run_logs import LogPlace
 from ..sae import SampledSAE
 from ..support.all_ranks import ranks_of
-from .activation_store import ActivationStore
 from .batches import Feed
+from .opening import Readable, as_activations
 from .sharded_checkpoint import lanes_of
 from .train_config import TrainConfig
 from .training_loop import train_to_end
@@ -26,7 +27,8 @@ class Trainer(TrainingRun):
 
     Writes `checkpoint.pt` (weights, optimizer, step), `metrics.jsonl` (a line every `log_every` steps, at once), and at
     the end the SAE itself (`config.json`, `sae.safetensors`) and `run.json`. Started on a folder that holds a
-    checkpoint of the same settings, it goes on from there; the result equals that of an uninterrupted run.
+    checkpoint of the same settings, it goes on from there; the result equals that of an uninterrupted run. A run that
+    has ended goes on with more `steps`, its learning rate as in a run of so many.
 
     With a mesh, all its processes train one SAE: each has its part of every batch, and of the features. All call this
     with the same arguments and a folder that all of them see; the first one writes what is not a checkpoint. An epoch
@@ -36,11 +38,16 @@ class Trainer(TrainingRun):
     Args:
         sae_config, train_config: the SAE and how it is trained; `row_grads` is switched on in training, and
             `input_scale` becomes that of the store.
-        store: activations to train on.
+        store: activations to train on: an `ActivationStore`, a tensor or array [n, d_in], or the name of a store's
+            folder or of a .npy, .safetensors or .pt file (`as_activations`).
         folder: where everything is written.
         device: where the SAE is trained; a checkpoint may be loaded on another.
         mesh: a DeviceMesh with the dimensions ("data", "feature") and all processes; None for a process alone.
         lanes: for a run that begins; one a process when None.
+        init_from: an SAE whose weights the training begins with (`begin_with` says in which units), of the same d_in
+            and d_sae; `formats.load` reads a peer's. Step, optimizer and counts begin anew.
+        log: wandb, TensorBoard or trackio, where the lines of metrics go besides. `self.log` is open from the first
+            step of `run` on: give it `result(...)` and `close(failed=False)`.
 
     Raises:
         ValueError: a checkpoint of other settings in the folder, a corrupt one, widths that differ, no such device.
@@ -50,19 +57,22 @@ class Trainer(TrainingRun):
         self,
         sae_config: SampledSAEConfig,
         train_config: TrainConfig,
-        store: ActivationStore,
+        store: Readable,
         folder: str | Path,
         device: torch.device | str = "cpu",
         mesh: DeviceMesh | None = None,
         lanes: int | None = None,
+        init_from: SampledSAE | None = None,
+        log: LogPlace | None = None,
     ) -> None:
         ranks = ranks_of(mesh)
         with ranks.accounted():
             lanes = lanes_of([Path(folder)], ranks, lanes)
             with ranks.together():
-                feed = Feed(store, train_config.batch_size, train_config.seed, device, ranks, lanes)
-            super().__init__(sae_config, train_config, feed, folder)
-        self.store = store
+                self.store = as_activations(store)
+                feed = Feed(self.store, train_config.batch_size, train_config.seed, device, ranks, lanes)
+            super().__init__(sae_config, train_config, feed, folder, init_from)
+        self.show_in(log)
         self.stream = self.feed.stream
 
     def run(self, progress: bool = True) -> SampledSAE:

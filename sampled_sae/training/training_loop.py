@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 from tqdm import tqdm
 
@@ -42,6 +42,18 @@ def train_to_end(runs: Mapping[str, TrainingRun], progress: bool) -> None:
             for run in runs.values():
                 if run.feed is feed:
                     run.finish(x)
+
+
+@contextmanager
+def closed_logs(runs: Iterable[TrainingRun]) -> Iterator[None]:
+    """At its end the logs of the runs are closed, as failed where an error ends it."""
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        for run in runs:
+            run.log.close(failed)
 
 
 def _steps(runs: Mapping[str, TrainingRun], progress: bool, interruption: Interruption) -> None:

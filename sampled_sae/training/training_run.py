@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,20 @@ from ..config import SampledSAEConfig
 from ..distributed import parallelize
 from ..optim import RowAdam
 from ..pretrained import CONFIG, RUN, WEIGHTS, check_target
+from ..run_logs import NO_LOG, LogPlace, RunLog
 from ..sae import SampledSAE, SampledSAEOutput
 from ..support.atomic_files import append_text, field, json_line, read_json, write_json, write_text
 from ..support.late_values import LateScalars
 from ..support.output_folder import check_output_folder
 from ..support.timing import check_memory
-from .activation_store import ActivationStore
+from .activations import Activations
 from .batches import Feed, TrainingBatch
 from .checkpoint import CHECKPOINT
+from .initial_weights import begin_with, check_initial
 from .precision import forward_in, settled, step_in
 from .resuming import load, save
-from .same_settings import identity, with_precision
+from .same_settings import completed, identity
+from .schedules import check_schedule, config_at, is_scheduled
 from .sharded_checkpoint import RECORD
 from .train_config import TrainConfig
 
@@ -36,13 +39,13 @@ LEAST_VARIANCE = 1e-7
 LARGEST_AUX = 1e6
 
 
-def check_fits(sae_config: SampledSAEConfig, store: ActivationStore) -> None:
+def check_fits(sae_config: SampledSAEConfig, store: Activations) -> None:
     """ValueError where an SAE cannot be trained on these activations."""
     if sae_config.d_in != store.d_in:
-        raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.folder} have {store.d_in}")
+        raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.where} have {store.d_in}")
     if sae_config.input_scale not in (1, store.scale):
         raise ValueError(
-            f"input_scale={sae_config.input_scale!r}: the training multiplies the activations in {store.folder} by "
+            f"input_scale={sae_config.input_scale!r}: the training multiplies the activations in {store.where} by "
             f"{store.scale}; leave it at 1 to have it set"
         )
 
@@ -61,11 +64,13 @@ class TrainingRun:
             `input_scale` becomes that of the store.
         feed: where its batches come from, and the device it is trained on; may be shared by several runs.
         folder: where everything is written.
+        init_from: an SAE whose weights it begins with, in place of drawn ones; left as it is.
 
     Attributes:
         sae, optimizer: what is trained, and by what.
         config: `train_config` with the precision that "auto" stands for here.
         metrics: the lines of metrics.jsonl so far.
+        log: where the lines of metrics go besides; open once the steps have begun, and closed by the caller.
         step: steps done, those before a resumed checkpoint included.
         seconds: spent in those steps. A GPU may still work on one run while the next is timed: there only the
             sum over the runs of a process is exact.
@@ -76,12 +81,21 @@ class TrainingRun:
             a precision that this SAE cannot have on this device.
     """
 
-    def __init__(self, sae_config: SampledSAEConfig, train_config: TrainConfig, feed: Feed, folder: str | Path) -> None:
+    def __init__(
+        self,
+        sae_config: SampledSAEConfig,
+        train_config: TrainConfig,
+        feed: Feed,
+        folder: str | Path,
+        init_from: SampledSAE | None = None,
+    ) -> None:
         store = feed.store
         check_fits(sae_config, store)
+        check_schedule(sae_config, train_config)
         self.config = train_config = settled(train_config, sae_config, feed.device)
         self.feed = feed
         self.folder = Path(folder)
+        self.init = None if init_from is None else check_initial(init_from, sae_config)
         self._ranks = ranks = feed.ranks
         needed = checkpoint_bytes(sae_config, train_config)
         with ranks.together():
@@ -91,8 +105,10 @@ class TrainingRun:
             check_output_folder(self.folder, needed if begun else 2 * needed)
             check_target(self.folder)
         self.row_grads = sae_config.row_grads
-        in_training = replace(sae_config, row_grads=sae_config.impl != "reference", input_scale=store.scale)
-        self.sae = SampledSAE(in_training, device=feed.device)
+        self.target = replace(sae_config, row_grads=sae_config.impl != "reference", input_scale=store.scale)
+        self.sae = SampledSAE(self.target, device=feed.device)
+        if init_from is not None:
+            begin_with(self.sae, init_from)
         if ranks.mesh is not None:
             parallelize(self.sae, ranks.mesh)
         self.optimizer = RowAdam(
@@ -102,9 +118,12 @@ class TrainingRun:
             mode=train_config.adam,
             moments=getattr(torch, train_config.moments),
         )
+        self._set = self.target
         self.step = 0
         self.seconds = 0.0
         self.metrics: list[dict[str, float]] = []
+        self.log: RunLog = NO_LOG
+        self._log_place: tuple[LogPlace, str] | None = None
         self._losses, self._aux = LateScalars(), LateScalars()
         self._seen = self._files()
         if not load(self):
@@ -112,17 +131,37 @@ class TrainingRun:
                 self._check_saved()
             batch = feed.batch(0)
             self._check_variance(batch)
-            with torch.no_grad():
-                self.sae.layout.local(self.sae.b_dec).copy_(batch.median)
+            if init_from is None:
+                with torch.no_grad():
+                    self.sae.layout.local(self.sae.b_dec).copy_(batch.median)
+
+    def follow_schedule(self, step: int) -> None:
+        """The SAE computes by the k and l of a step.
+
+        Raises:
+            ValueError: its config is none that this training has set.
+        """
+        if self.sae.cfg != self._set:
+            changed = [f.name for f in fields(self._set) if getattr(self.sae.cfg, f.name) != getattr(self._set, f.name)]
+            values = "; ".join(f"{n} was {getattr(self._set, n)!r}, is {getattr(self.sae.cfg, n)!r}" for n in changed)
+            raise ValueError(
+                f"sae.cfg was changed in mid-training ({values}): a checkpoint could not go on from it; k_start and "
+                "l_start of TrainConfig change k and l, and init_from begins another training"
+            )
+        config = config_at(self.target, self.config, step)
+        if config != self._set:
+            self.sae.cfg = self._set = config
 
     def train_on(self, batch: TrainingBatch) -> dict[str, float] | None:
         """One step; `batch` is number `self.step` of the feed. Returns the line of metrics where one is due.
 
         Raises:
+            ValueError: `sae.cfg` was changed since the step before.
             FloatingPointError: a loss that is NaN or inf. On a CPU it is the loss of this step, and the weights stay as
                 they were. A GPU's loss arrives later, so that there it may be that of the step before.
         """
         start = time.perf_counter()
+        self.follow_schedule(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.step)
         precision, device = self.config.precision, self.feed.device
@@ -142,10 +181,15 @@ class TrainingRun:
         self.metrics.append(self._measure(batch, out))
         return self.metrics[-1]
 
+    def show_in(self, place: LogPlace | None, member: str = "") -> None:
+        """Lets the lines of metrics go to `place` too, in a sweep under the member's name."""
+        self._log_place = None if place is None else (place, member)
+
     def start_metrics(self) -> None:
         """metrics.jsonl with the lines up to this step: those that a killed process wrote beyond are dropped.
 
         Raises:
+            ValueError: the place that shows the run refuses it.
             BlockingIOError: another process has written a checkpoint or an SAE since this run looked for one.
         """
         if not self._ranks.first:
@@ -153,11 +197,17 @@ class TrainingRun:
         if self._files() != self._seen:
             raise BlockingIOError(f"{self.folder}: another training has written there meanwhile; start again")
         write_text(self.folder / METRICS, "".join(map(json_line, self.metrics)))
+        if self._log_place is not None:
+            place, member = self._log_place
+            about = {"sae": self.sae.cfg.to_dict(), "train": asdict(self.config)}
+            about["activations"] = identity(self.feed.store.manifest)
+            self.log = place.open(self.folder, about, self.step, member)
 
     def write_metrics(self, line: dict[str, float]) -> None:
         """One line behind the others, there to be read at once."""
         if self._ranks.first:
             append_text(self.folder / METRICS, json_line(line))
+            self.log.metrics(self.step, line)
 
     def save(self) -> None:
         """Writes the checkpoint, atomically.
@@ -171,7 +221,7 @@ class TrainingRun:
 
     def finish(self, x: Tensor) -> None:
         """Calibrates the threshold to L0 = k on x [n, d_in], scaled; writes the SAE and run.json."""
-        self.sae.cfg = self._saved_config()
+        self.sae.cfg = self._set = self._saved_config()
         self.sae.eval()
         self.sae.calibrate(x, scaled=True)
         self.sae.save_pretrained(self.folder)
@@ -179,6 +229,7 @@ class TrainingRun:
         run = {
             "train": asdict(self.config),
             "activations": self._activations(),
+            "init": self.init,
             "tokens": self.step * self.config.batch_size,
         }
         with self._ranks.together():
@@ -193,16 +244,15 @@ class TrainingRun:
 
     def _saved_config(self) -> SampledSAEConfig:
         """With the row_grads that was asked for: another optimizer that trains the SAE on needs dense gradients."""
-        return replace(self.sae.cfg, row_grads=self.row_grads)
+        return replace(self.target, row_grads=self.row_grads)
 
     def _check_saved(self) -> None:
         """ValueError where the end of this run would replace the SAE of another."""
         if not (self.folder / CONFIG).exists():
             return
         then = read_json(self.folder / RUN) if (self.folder / RUN).exists() else {}
-        of_same = (
-            with_precision(then.get("train")) == asdict(self.config) and then.get("activations") == self._activations()
-        )
+        made = completed(then.get("train")), then.get("activations"), then.get("init")
+        of_same = made == (asdict(self.config), self._activations(), self.init)
         saved = field(self.folder / CONFIG, read_json(self.folder / CONFIG), "sae", dict)
         if not of_same or {**saved, "screen": None} != {**self._saved_config().to_dict(), "screen": None}:
             raise ValueError(
@@ -218,7 +268,8 @@ class TrainingRun:
     def _measure(self, batch: TrainingBatch, out: SampledSAEOutput) -> dict[str, float]:
         """One line of metrics.jsonl. FVU is that of the batch; no time, so that runs compare bit for bit."""
         self._check_losses(wait=True)
-        norm = self.optimizer.grad_norm
+        norm, cfg = self.optimizer.grad_norm, self.sae.cfg
+        rule = {"k": cfg.k, "l": math.nan if cfg.l is None else cfg.l} if is_scheduled(self.config) else {}
         return {
             "step": self.step,
             "tokens": self.step * self.config.batch_size,
@@ -231,6 +282,7 @@ class TrainingRun:
             "dead_share": float(self.sae.dead.float().mean()),
             "threshold": float(self.sae.threshold),
             "grad_norm": math.nan if norm is None else float(norm),
+            **rule,
         }
 
     def _check_losses(self, wait: bool = False) -> None:
@@ -242,13 +294,13 @@ class TrainingRun:
             if aux > LARGEST_AUX:
                 raise FloatingPointError(
                     f"aux={aux:.3g} at step {step}: the residuals of this batch are all but the same, as where tokens "
-                    f"are copies of each other; leave repeated tokens out of {self.feed.store.folder}; {intact}"
+                    f"are copies of each other; leave repeated tokens out of {self.feed.store.where}; {intact}"
                 )
 
     def _check_variance(self, batch: TrainingBatch) -> None:
         size, tokens = batch.square, self.config.batch_size
         if tokens > 1 and batch.variance <= LEAST_VARIANCE * max(size, self.sae.cfg.d_in):
             raise ValueError(
-                f"{self.feed.store.folder}: the activations of the first {tokens} tokens are all but the same "
+                f"{self.feed.store.where}: the activations of the first {tokens} tokens are all but the same "
                 f"(variance {batch.variance:.3g} at a mean square of {size:.3g}): there is nothing to learn from them"
             )

@@ -28,6 +28,10 @@ CASES = [
     # a pool beyond a block: of most features, of which most are touched; and by token with processes without tokens
     ((2, 1), {"row_grads": True, "l": 14.0}, "lazy"),
     ((2, 1), {"row_grads": True, "l": 8.0, "select": "token"}, "decayed"),
+    # nested reconstructions, with groups that end inside and beyond what a process holds
+    ((2, 1), {"row_grads": True, "l": None, "groups": (10, 40, 96)}, "dense"),
+    ((1, 3), {"groups": (10, 40, 50, 101), "d_sae": 101}, "adam"),
+    ((2, 2), {"row_grads": True, "l": None, "groups": (10, 40, 96)}, "lazy"),
 ]
 
 

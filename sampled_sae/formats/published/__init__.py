@@ -20,11 +20,12 @@ import torch
 
 from ... import pretrained
 from ...inference.inference_sae import InferenceSAE
+from ...support import hub
 from ...support.argument_checks import FLOATS, check_choice, check_integer
 from ...support.atomic_files import read_json
 from ..origin import Origin
 from ..portable import Say
-from . import dictionary_learning, gemma_scope, hub, ours, qwen_scope, saelens, sparsify
+from . import dictionary_learning, gemma_scope, ours, qwen_scope, saelens, sparsify
 from .reading import Place, Reading, in_one_line
 
 __all__ = ["LAYOUTS", "WRITTEN", "Published", "Reading", "detect", "load_inference", "read_inference", "save_inference"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +24,9 @@ NAMES: dict[str, tuple[dict[str, str], bool]] = {
         True,
     ),
     "JumpReluAutoEncoder": ({"b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}, False),
-    "MatryoshkaBatchTopKSAE": ({"b_enc": "b_enc", "b_dec": "b_dec"}, True),
 }
 RULES = {"GatedAutoEncoder": "gated", "JumpReluAutoEncoder": "jumprelu"}
 CLASSES = (*dictionary_learning.RULE_OF_CLASS, *NAMES)
-# Of the whole dictionary at inference; the groups are how it was trained.
-OF_TRAINING = ("k", "group_sizes")
 
 
 def read(place: Place, say: Say) -> Reading:
@@ -50,8 +46,6 @@ def read(place: Place, say: Say) -> Reading:
     if of not in NAMES:
         raise ValueError(f"{cfg}: trainer.dict_class={of!r}: this package reads {', '.join(CLASSES)}")
     d_in, d_sae = field(cfg, trainer, "activation_dim", int, 1), field(cfg, trainer, "dict_size", int, 1)
-    if of == "MatryoshkaBatchTopKSAE":
-        return of_portable(_matryoshka(weights, tensors, d_in, d_sae), str(of), origin, say)
     names, centres = NAMES[str(of)]
     check_tensors(weights, tensors, _shapes(tensors, names, d_in, d_sae), infinite=("threshold",))
     found: dict[str, Any] = {**_matrices(tensors), **{ours: tensors[theirs] for theirs, ours in names.items()}}
@@ -61,16 +55,6 @@ def read(place: Place, say: Say) -> Reading:
         found = {name: getattr(sae, name) for name in found}
     made = config_of(cfg, d_in=d_in, d_sae=d_sae, rule=RULES.get(str(of), "relu"), apply_b_dec_to_input=centres)
     return Reading(str(of), made, found, origin)
-
-
-def _matryoshka(weights: Path, tensors: dict[str, Tensor], d_in: int, d_sae: int) -> PortableSAE:
-    names, centres = NAMES["MatryoshkaBatchTopKSAE"]
-    held = {name: t for name, t in tensors.items() if name not in OF_TRAINING}
-    check_tensors(weights, held, {**_shapes(held, names, d_in, d_sae), "threshold": ()})
-    threshold = held["threshold"] if float(held["threshold"]) >= 0 else None
-    found: dict[str, Any] = {name: held[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    sae = PortableSAE(**found, rule="threshold", k=None, threshold=threshold, apply_b_dec_to_input=centres)
-    return check_one_dtype(weights, sae)
 
 
 def _shapes(tensors: dict[str, Tensor], names: dict[str, str], d_in: int, d_sae: int) -> dict[str, tuple[int, ...]]:

@@ -5,6 +5,8 @@ A small pool is computed as one block [B, P] with dense products; a large one is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from .above import entries_above
 from .block import block_codes, use_block
 from .dense_above import DenseAbove, fill_above
 from .entries import decode_entries, entry_codes
+from .levels import decode_block_levels, decode_entry_levels
 from .pool import candidate_pool
 from .products import without_autocast
 from .scores import column_scores, column_statistics
@@ -39,6 +42,7 @@ __all__ = [
     "column_scores",
     "column_statistics",
     "decode",
+    "decode_levels",
     "dense_above_threshold",
     "encode_at",
     "encoder",
@@ -148,3 +152,16 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, rows: RowSou
     else:
         x_hat = decode_entries(codes, W_dec, rows)
     return x_hat if b_dec is None else x_hat + b_dec.to(x_hat.dtype)
+
+
+@without_autocast
+def decode_levels(
+    codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, groups: Sequence[int], rows: RowSource | None = None
+) -> Tensor:
+    """[B, G, d] in the codes' dtype: the reconstructions by the first g features, for each g of `groups`, ascending.
+
+    Each entry is decoded once, for the smallest level that has its feature; the others add it up.
+    """
+    rows = rows if rows is not None else RowSource()
+    decode_each = decode_entry_levels if codes.block is None else decode_block_levels
+    return decode_each(codes, W_dec, b_dec, groups, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,6 +42,18 @@ def decode_codes(codes: SparseCodes, W_dec: Tensor, rows: RowSource, dtype: torc
     if low is None or (low.numel() == 0) != (dtype == torch.float32) or low.dtype != dtype:
         low = block.detach().to(dtype) if dtype != torch.float32 else block.new_empty(0)
     return decode_block(block, low, gather(rows, "W_dec", W_dec, codes.pool))
+
+
+def of_levels(codes: SparseCodes, groups: Sequence[int]) -> SparseCodes:
+    """The block [B * G, P]: of each token once for every g of `groups` the columns of the first g features.
+
+    Where they end in a pool only the device knows, so that each level's product has the size of all.
+    """
+    assert codes.block is not None
+    assert codes.pool is not None
+    inside = torch.stack([codes.pool < g for g in groups])
+    block = torch.where(inside, codes.block[:, None], 0).flatten(0, 1)
+    return SparseCodes.from_block(block, codes.pool, codes.shape[1])
 
 
 def gather(rows: RowSource, name: str, W: Tensor, features: Tensor) -> Tensor:

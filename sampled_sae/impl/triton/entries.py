@@ -7,6 +7,7 @@ gradient, of all F rows or of those of the features in `rows`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ...codes import Entries, PaddedEntries, SparseCodes
 from ...kernels.gather_decode import entry_dots, gather_sum
 from ...kernels.segment_sum import feature_order, segment_sum
 from ..encoder import Encoder, Operands
+from ..levels import level_of
 from ..row_gradients import RowSource
 from .double_backward import no_second_derivative
 from .pool import top_pool
@@ -67,6 +69,17 @@ def decode_codes(
     W_receiver = receiver(rows, "W_dec", W_dec, padded.rows)
     b_dec = None if b_dec is None else b_dec.contiguous()
     return decode_entries(values, W_receiver, b_dec, W_dec.detach().to(dtype).contiguous(), *where)
+
+
+def of_levels(codes: SparseCodes, groups: Sequence[int]) -> SparseCodes:
+    """The same entries, where each token counts as G: those of its level, by feature, stand side by side."""
+    padded = codes.padded if codes.padded is not None else by_feature(narrow(codes.entries()), None, *codes.shape)
+    n_tokens = codes.shape[0] * len(groups)
+    tokens = (padded.tokens * len(groups) + level_of(padded.features, groups)).clamp(max=n_tokens)
+    every_token = torch.arange(n_tokens + 1, dtype=torch.int32, device=tokens.device)
+    token_ends = torch.searchsorted(tokens, every_token, out_int32=True)
+    apart = PaddedEntries(padded.values, tokens, padded.features, token_ends, *padded[4:])
+    return SparseCodes.from_padded(apart, (n_tokens, codes.shape[1]))
 
 
 def narrow(entries: Entries) -> Entries:

@@ -7,6 +7,8 @@ bits or autocast asks for it; sums, values and gradients are fp32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,7 @@ __all__ = [
     "column_scores",
     "column_statistics",
     "decode",
+    "decode_levels",
     "dense_above_threshold",
     "encode_at",
     "encoder",
@@ -158,3 +161,17 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, rows: RowSou
         return entries.decode_codes(codes, W_dec, b_dec, rows, dtype)
     x_hat = block.decode_codes(codes, W_dec, rows, dtype)
     return x_hat if b_dec is None else x_hat + b_dec.float()
+
+
+def decode_levels(
+    codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, groups: Sequence[int], rows: RowSource | None = None
+) -> Tensor:
+    """[B, G, d] fp32, as the torch form's: the entries of a list are decoded once, a block once a level."""
+    rows = rows if rows is not None else RowSource()
+    dtype, shape = product_dtype(W_dec), (codes.shape[0], len(groups), W_dec.shape[1])
+    if codes.block is None:
+        apart = entries.of_levels(codes, groups)
+        levels = entries.decode_codes(apart, W_dec, None, rows, dtype).view(shape).cumsum(1)
+    else:
+        levels = block.decode_codes(block.of_levels(codes, groups), W_dec, rows, dtype).view(shape)
+    return levels if b_dec is None else levels + b_dec.float()

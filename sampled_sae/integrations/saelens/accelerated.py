@@ -48,17 +48,8 @@ class SampledMatryoshkaBatchTopKTrainingSAE(SampledBatchTopKTrainingSAE, Matryos
         return self.cfg.matryoshka_widths[:-1]
 
     def decode_levels(self, codes: SparseCodes) -> list[Tensor]:
-        """A level's own features are decoded as if they were further tokens, then added to the level before."""
-        values, tokens, features = codes.entries()
-        ends = torch.tensor(self.widths(), device=features.device)
-        level = torch.bucketize(features, ends, right=True)
-        order = torch.argsort(level, stable=True)
-        n_tokens, n_levels = codes.shape[0], len(ends) + 1
-        tokens = (tokens + level * n_tokens)[order]
-        apart = SparseCodes(values[order], tokens, features[order], (n_levels * n_tokens, codes.shape[1]))
-        own = self.parts().decode(apart, self.W_dec, None, self._memory.rows())
-        decoded = own.view(n_levels, n_tokens, -1).cumsum(0) + self.b_dec.to(own.dtype)
-        return list(decoded.unbind(0))
+        widths, rows = self.cfg.matryoshka_widths, self._memory.rows()
+        return list(self.parts().decode_levels(codes, self.W_dec, self.b_dec, widths, rows).unbind(1))
 
     def dead_loss(self, inputs: StepInputs, outs: list[Tensor], unhooked: Tensor) -> Tensor:
         if not self.cfg.use_matryoshka_aux_loss or inputs.dead is None or not bool(inputs.dead.any()):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sampled_sae.support.argument_checks import check_integer
+from ..support.argument_checks import check_integer
 
 _LIST_NAMES = ("layers", "layer", "h", "blocks", "block")
 _OTHER_SENSES = ("vision", "visual", "image", "audio", "speech", "video", "protein")

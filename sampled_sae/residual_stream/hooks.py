@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sampled_sae.lm.blocks import BlockOutputs
+from .blocks import BlockOutputs
 
 
 class _LayerReached(Exception):

@@ -1,0 +1,85 @@
+"""Where a training begins: its activations, and the SAE that `--init-from` names."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .. import formats
+from ..config import POOLS, SELECTS
+from ..pretrained import FORMAT
+from ..sae import SampledSAE
+from ..support.argument_checks import SCORES
+from ..training.activations import Activations
+from ..training.opening import as_activations
+from .arguments import pool_multiplier
+
+# the rule of an SAE that begins with drawn weights
+RULE: dict[str, Any] = {"features": 8192, "k": 32.0, "l": 4.0, "score": "l2", "pool": "top", "select": "batch"}
+
+
+def activations_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "activations",
+        help="folder written by harvest or ActivationStore.write; or a .npy, .safetensors[:NAME] or .pt[:NAME] file "
+        "of a tensor [n, d]",
+    )
+    p.add_argument(
+        "--holdout",
+        type=int,
+        default=None,
+        help="of a file: tokens, the last ones, kept for evaluation; none when absent",
+    )
+
+
+def open_activations(args: argparse.Namespace) -> Activations:
+    return as_activations(args.activations, args.holdout)
+
+
+def rule_arguments(p: argparse.ArgumentParser) -> None:
+    """The options of `RULE`, absent from what is parsed unless they are given, and `--init-from`."""
+    p.add_argument(
+        "--init-from",
+        type=Path,
+        default=None,
+        help="folder of an SAE whose weights the training begins with: ours, or of SAELens, dictionary_learning or "
+        "sparsify; its rule is taken where no option says another",
+    )
+    kinds: dict[str, dict[str, Any]] = {
+        "features": {"type": int, "help": "d_sae"},
+        "k": {"type": float, "help": "average active features a token"},
+        "l": {"type": pool_multiplier, "help": "pool multiplier, or none for BatchTopK / TopK"},
+        "score": {"choices": SCORES, "help": "what ranks the features of a batch"},
+        "pool": {"choices": POOLS, "help": "highest scores, or a draw in proportion to them"},
+        "select": {"choices": SELECTS, "help": "budget for the batch or for each token"},
+    }
+    for name, how in kinds.items():
+        absent = f"{how.pop('help')}; that of --init-from when absent, or {RULE[name]}"
+        p.add_argument(f"--{name}", default=argparse.SUPPRESS, help=absent, **how)
+
+
+def initial_sae(args: argparse.Namespace) -> SampledSAE | None:
+    """The SAE that `--init-from` names.
+
+    Raises:
+        ValueError: no SAE in that folder, or one that is not to be trained.
+    """
+    if args.init_from is None:
+        return None
+    if formats.detect(args.init_from) == FORMAT:
+        return SampledSAE.from_pretrained(args.init_from)
+    return formats.load(args.init_from, k=getattr(args, "k", None), rescale_features=True)
+
+
+def rule_of(args: argparse.Namespace, initial: SampledSAE | None) -> dict[str, Any]:
+    """The fields of a config that `RULE` names: as given, else those of the SAE to begin with, else the defaults."""
+    given = {name: getattr(args, name) for name in RULE if hasattr(args, name)}
+    if initial is None:
+        found, more = RULE, {}
+    else:
+        about = initial.cfg
+        found = {name: getattr(about, "d_sae" if name == "features" else name) for name in RULE}
+        more = {"apply_b_dec_to_input": about.apply_b_dec_to_input, "groups": about.groups}
+    rule = {**found, **given, **more}
+    return {"d_sae": rule.pop("features"), **rule}

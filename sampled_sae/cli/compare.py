@@ -1,0 +1,103 @@
+"""`sampled-sae compare`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..comparison import METHODS, compare
+from ..comparison.compare import SAME
+from ..comparison.report import SUMMARY, plot, table, write_report
+from ..formats.published import Published, read_inference
+from ..support.argument_checks import check_device, check_integer, check_number
+from ..support.atomic_files import read_json
+from ..support.output_folder import check_output_folder
+from ..training.activation_store import ActivationStore
+from ..training.batches import CALIBRATION_TOKENS
+from .arguments import Command
+from .identity import block, check_same_origin
+
+
+def add(command: Command) -> None:
+    p = command("compare", run_compare, "Match the features of two SAEs: what they share, what each has alone.")
+    where = "folder of an SAE in any layout, or owner/name on the Hugging Face hub"
+    p.add_argument("a", help=where)
+    p.add_argument("b", help=where)
+    for side in ("a", "b"):
+        p.add_argument(f"--{side}-at", default=None, help=f"folder or file inside {side}, as layer_12/width_16k")
+    p.add_argument("--activations", type=Path, default=None, help="folder of activations, on which codes are compared")
+    p.add_argument("--out", type=Path, default=Path("comparison"), help="folder for the table, the pairs and the plot")
+    p.add_argument(
+        "--matching",
+        dest="method",
+        choices=METHODS,
+        default="auto",
+        help="of cosines of decoder rows; auto is hungarian, and greedy for very many features or without scipy",
+    )
+    p.add_argument("--same", type=float, default=SAME, help="cosine from which a pair counts as the same feature")
+    p.add_argument("--batch-size", type=int, default=2048, help="tokens at a time")
+    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    p.add_argument("--insist", action="store_true", help="compare SAEs of different models or layers")
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    check_number("same", args.same, -1, 1)
+    check_integer("batch_size", args.batch_size, 1)
+    check_output_folder(args.out)
+    device = check_device(args.device)
+    names = (_name(args.a, args.a_at), _name(args.b, args.b_at))
+    about = {"a": names[0], "b": names[1], "activations": args.activations and str(args.activations)}
+    _check_own(args.out, about)
+    saes = [read_inference(name, at, device=device) for name, at in ((args.a, args.a_at), (args.b, args.b_at))]
+    _check_together(saes, args)
+    x = None if args.activations is None else _activations(saes, args).to(device)
+    options = {"method": args.method, "same": args.same, "batch_size": args.batch_size}
+    found = compare(saes[0].sae, saes[1].sae, x, **options)
+    written = write_report(found, names, about, args.out)
+    if importlib.util.find_spec("matplotlib") is None:
+        print('No plot without matplotlib: pip install "sampled-sae[plot]"')
+    else:
+        written.append(plot(found, names, args.out))
+    print(table(found.summary(), names))
+    for path in written:
+        print(path)
+
+
+def _name(source: str, at: str | None) -> str:
+    return source if at is None else f"{source.rstrip('/')}/{at}"
+
+
+def _check_own(folder: Path, about: dict[str, Any]) -> None:
+    """ValueError where the comparison of two other SAEs would be replaced."""
+    if (folder / SUMMARY).is_file():
+        then = read_json(folder / SUMMARY)
+        if any(then.get(name) != value for name, value in about.items()):
+            on = f" on {then['activations']}" if then.get("activations") else ""
+            raise ValueError(f"{folder}: holds the comparison of {then.get('a')} and {then.get('b')}{on}; name another")
+
+
+def _check_together(saes: list[Published], args: argparse.Namespace) -> None:
+    a, b = saes
+    if a.sae.cfg.width_out != b.sae.cfg.width_out:
+        raise ValueError(f"{args.b}: its decoder rows are {b.sae.cfg.width_out} wide, those of {args.a} "
+                         f"{a.sae.cfg.width_out}")  # fmt: skip
+    check_same_origin(args.b, b, {"model": a.origin.model_name, "layer": block(a)}, args.insist, f"{args.a} reads")
+
+
+def _activations(saes: list[Published], args: argparse.Namespace) -> torch.Tensor:
+    """Those held out; of a store without them the first ones of training."""
+    store = ActivationStore.open(args.activations)
+    given = {"model": store.manifest.get("model"), "layer": store.manifest.get("layer")}
+    for source, found in zip((args.a, args.b), saes):
+        if found.sae.cfg.d_in != store.d_in:
+            raise ValueError(f"{source}: d_in={found.sae.cfg.d_in}, but the activations in {store.folder} have "
+                             f"{store.d_in}")  # fmt: skip
+        check_same_origin(source, found, given, args.insist)
+    if store.manifest.get("holdout"):
+        return store.holdout()[0]
+    print(f"{args.activations} has no held-out part: codes are compared on activations of the training")
+    return store.first(CALIBRATION_TOKENS)

