@@ -23,13 +23,18 @@ def closing_splice(args: argparse.Namespace, store: Activations) -> SpliceSource
         ValueError: as `splice_source`, with --splice-rows.
     """
     asked = args.splice_rows is not None
+    if store.d_out is not None:
+        if args.splice_rows:
+            raise ValueError(f"--splice-rows {args.splice_rows}: is of SAEs; {store.where} is for a transcoder")
+        return None
     if not store.manifest.get("holdout"):
         if args.splice_rows:
             store.holdout()  # says that there is none
         return None
     if not asked and not _is_at_hand(store.manifest.get("model"), store):
         return None
-    about = argparse.Namespace(splice_rows=args.splice_rows, model=None, cache=None, insist=False)
+    as_harvested = {"model": None, "cache": None, "model_dtype": "float32", "model_device": None}
+    about = argparse.Namespace(splice_rows=args.splice_rows, insist=False, **as_harvested)
     try:
         return splice_source(about, store)
     except (ValueError, OSError, ImportError) as error:

@@ -25,7 +25,7 @@ from ..support.output_folder import check_output_folder
 from ..training.activation_store import ActivationStore
 from ..training.same_settings import identity
 from ..training.stored_activations import StoredActivations
-from .arguments import Command, model_arguments, published_arguments, refusal, seed
+from .arguments import Command, loaded_model, model_arguments, published_arguments, refusal, seed
 from .identity import check_model, check_same_origin
 
 
@@ -175,13 +175,13 @@ def _model(args: argparse.Namespace, found: Published, corpus: dict[str, Any]) -
     if not name:
         print(f"{args.activations} names no language model: no tokens and no logit lens; --model gives one", flush=True)
         return None
-    from ..lm import load_model, weights_digest
+    from ..lm import weights_digest
     from ..lm.logit_lens import logit_lens
-    from ..lm.models import predicts_next_token
+    from ..lm.models import load_tokenizer, predicts_next_token
     from ..lm.token_texts import token_texts
     from ..residual_stream.blocks import text_config
 
-    model, tokenizer = load_model(name, args.cache)
+    model, tokenizer = loaded_model(name, args), load_tokenizer(name, args.cache)
     if not args.insist:
         check_model({"model": name, "weights_sha256": weights_digest(model)}, identity(corpus), str(args.activations))
     width, d_out = getattr(text_config(model), "hidden_size", None), found.sae.cfg.width_out

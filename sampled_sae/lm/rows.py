@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -45,32 +46,83 @@ def token_rows(texts: Iterable[Document], tokenizer: Any, context: int, limit: i
     """
     if isinstance(texts, str):
         raise TypeError(f"texts={texts[:40]!r}: must be documents, not one string: give [text]")
-    context = check_integer("context", context, 2)
-    if limit is not None:
-        limit = check_integer("limit", limit, 1)
-    frame = _frame(tokenizer)
-    body = context - (frame.start is not None) - (frame.end is not None)
-    if body < 1:
-        raise ValueError(f"context={context} must be at least 3: each row has a token at its start and at its end")
-    rows: list[Tensor] = []
-    count = 0
-    stream: list[int] = []
-    for begins, ids in _encoded(texts, tokenizer):
-        if begins and (stream or frame.start is None):
-            stream.append(frame.between)
-        stream += ids
-        whole = len(stream) // body * body
-        if whole:
-            rows.append(torch.tensor(stream[:whole], dtype=torch.int64).view(-1, body))
-            count += len(rows[-1])
-            del stream[:whole]
-        if limit is not None and count >= limit:
-            break
-    if not rows:
+    reader = RowReader(lambda: iter(texts), tokenizer, context)
+    rows = reader.take(None if limit is None else check_integer("limit", limit, 1))
+    if not len(rows):
         raise ValueError(f"the texts hold fewer tokens than one row of context={context}")
-    cut = torch.cat(rows)[:limit]
-    ends = [None if token is None else torch.full((len(cut), 1), token) for token in (frame.start, frame.end)]
-    return torch.cat([part for part in (ends[0], cut, ends[1]) if part is not None], dim=1)
+    return rows
+
+
+class RowReader:
+    """The rows of `token_rows`, as many at a time as are asked for, from a place in the documents that can be saved.
+
+    Args:
+        texts: opens the documents at their beginning; called when the first row is asked for.
+        tokenizer, context: as in `token_rows`.
+        about: what the documents are of, such as the seed of their order; a training goes on with the same alone.
+
+    Attributes:
+        settings: `about` and the context.
+    """
+
+    def __init__(
+        self,
+        texts: Callable[[], Iterable[Document]],
+        tokenizer: Any,
+        context: int,
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        self.context = check_integer("context", context, 2)
+        self._texts, self._tokenizer, self._frame = texts, tokenizer, _frame(tokenizer)
+        self._body = context - (self._frame.start is not None) - (self._frame.end is not None)
+        if self._body < 1:
+            raise ValueError(f"context={context} must be at least 3: each row has a token at its start and at its end")
+        self.settings = {"context": self.context, **(about or {})}
+        self.restart()
+
+    def restart(self) -> None:
+        """To the first document."""
+        self.load_state_dict({"pieces": 0, "ids": []})
+
+    def take(self, n: int | None) -> Tensor:
+        """The next n rows, int64 [<= n, context], fewer where the documents end; all that are left for None."""
+        rows: list[Tensor] = []
+        count = 0
+        while n is None or count < n:
+            whole = len(self._ids) // self._body if n is None else min(len(self._ids) // self._body, n - count)
+            if whole:
+                rows.append(torch.tensor(self._ids[: whole * self._body], dtype=torch.int64).view(-1, self._body))
+                count += whole
+                del self._ids[: whole * self._body]
+            elif not self._read_piece():
+                break
+        cut = torch.cat(rows) if rows else torch.empty(0, self._body, dtype=torch.int64)
+        ends = [None if t is None else torch.full((len(cut), 1), t) for t in (self._frame.start, self._frame.end)]
+        return torch.cat([part for part in (ends[0], cut, ends[1]) if part is not None], dim=1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place behind the rows taken so far: pieces of documents that were read, and ids in no row yet."""
+        return {"pieces": self._pieces, "ids": list(self._ids)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """To a place of the same documents, which are read again up to it, but not tokenized."""
+        self._pieces, self._ids = int(state["pieces"]), list(state["ids"])
+        self._reading: Iterator[tuple[bool, list[int]]] | None = None
+
+    def _read_piece(self) -> bool:
+        """One more piece of a document; False behind the last."""
+        if self._reading is None:
+            pieces = islice(_pieces(self._texts(), self._tokenizer), self._pieces, None)
+            self._reading = _encoded(pieces, self._tokenizer)
+        found = next(self._reading, None)
+        if found is None:
+            return False
+        begins, ids = found
+        if begins and (self._ids or self._frame.start is None):
+            self._ids.append(self._frame.between)
+        self._ids += ids
+        self._pieces += 1
+        return True
 
 
 @dataclass(frozen=True)
@@ -99,11 +151,11 @@ def _frame(tokenizer: Any) -> _Frame:
     )
 
 
-def _encoded(texts: Iterable[Document], tokenizer: Any) -> Iterator[tuple[bool, list[int]]]:
+def _encoded(pieces: Iterable[tuple[bool, str]], tokenizer: Any) -> Iterator[tuple[bool, list[int]]]:
     """(whether a document begins here, ids of a piece of it)."""
     some: list[tuple[bool, str]] = []
     characters = 0
-    for begins, piece in _pieces(texts, tokenizer):
+    for begins, piece in pieces:
         some.append((begins, piece))
         characters += len(piece)
         if len(some) == _BATCH or characters >= _BATCH_CHARACTERS:

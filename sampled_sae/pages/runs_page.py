@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from ..config import SampledSAEConfig
 from ..support.atomic_files import field, read_json
 from ..training.sweep_table import COLUMNS, without_seed
+from ..training.train_config import TrainConfig
 from .html import PAGE, page
 from .run_overview import curves
 
@@ -18,6 +21,8 @@ SWEEP = "sweep.json"
 SCRIPTS = ("common.js", "charts.js", "runs_table.js", "runs.js")
 # what a run was made with, and what is no number to compare
 SETTINGS = ("name", "l", "seed")
+# what tells runs apart: settings of SAE and training
+KINDS = tuple(f.name for kind in (SampledSAEConfig, TrainConfig) for f in fields(kind) if f.name not in SETTINGS)
 Row = dict[str, Any]
 
 
@@ -128,17 +133,27 @@ def _others(names: list[str]) -> list[str]:
 
 
 def _telling_apart(rows: list[Row]) -> list[str]:
-    """The columns of words that are not the same in all runs with a pool."""
+    """The settings that are not the same in all runs with a pool, but for l and seed.
+
+    Where these do not tell two runs of one l and seed apart, no mean may be taken over both: the names do.
+    """
     pooled = [row for row in rows if row["l"] is not None]
-    words = dict.fromkeys(name for row in pooled for name, value in row.items() if isinstance(value, str))
-    return [name for name in words if name != "name" and len({row.get(name) for row in pooled}) > 1]
+    apart = [name for name in KINDS if len({row.get(name) for row in pooled}) > 1]
+    runs = {(*(row.get(name) for name in apart), row["l"], row["seed"]) for row in pooled}
+    return apart if len(runs) == len(pooled) else ["name"]
 
 
 def _series(row: Row, apart: list[str]) -> str:
     """What the runs of all l and seeds have in common; a run without a pool has its name, without the seed."""
     if row["l"] is None:
         return without_seed(row)
-    return ", ".join(str(row.get(name)) for name in apart) or str(row.get("score") or "runs")
+    if apart == ["name"]:
+        return without_seed(row)
+    return ", ".join(_kind(name, row.get(name)) for name in apart) or str(row.get("score") or "runs")
+
+
+def _kind(name: str, value: Any) -> str:
+    return value if isinstance(value, str) else f"{name}={value}"
 
 
 def _is_member(folder: Path, row: Row) -> bool:

@@ -21,17 +21,23 @@ def tf32_allowed() -> bool:
     return bool(backends.cuda.matmul.fp32_precision == "tf32")
 
 
+def are_as_set(precision: str, device: torch.device) -> bool:
+    """Whether products of float32 matrices on the device are of this precision already, as the switches stand."""
+    before = _switch(device).fp32_precision
+    return bool(before == precision or (before, precision) == ("none", "ieee"))
+
+
 @contextmanager
 def float32_products(precision: str, device: torch.device) -> Iterator[None]:
     """Products of float32 matrices on the device are "ieee" or "tf32"; afterwards every switch is as before.
 
     The switches are torch's, one for the process: other threads see the choice meanwhile.
     """
-    switch = (backends.cuda if device.type == "cuda" else backends.mkldnn).matmul
-    before = switch.fp32_precision
-    if before == precision or (before, precision) == ("none", "ieee"):
+    if are_as_set(precision, device):
         yield
         return
+    switch = _switch(device)
+    before = switch.fp32_precision
     if before != "none" and _inherited(switch):
         before = "none"
     switch.fp32_precision = precision
@@ -39,6 +45,10 @@ def float32_products(precision: str, device: torch.device) -> Iterator[None]:
         yield
     finally:
         switch.fp32_precision = before
+
+
+def _switch(device: torch.device) -> Any:
+    return (backends.cuda if device.type == "cuda" else backends.mkldnn).matmul
 
 
 def _inherited(switch: Any) -> bool:

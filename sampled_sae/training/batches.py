@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from ..support.all_ranks import ALONE, AllRanks
 from ..support.argument_checks import check_device, check_finite, check_integer
-from ..support.geometric_median import geometric_median
+from .activation_stream import StreamedActivations
 from .activations import Activations
+from .streamed_batches import StreamedBatches
+from .training_batch import TrainingBatch
 
 CALIBRATION_TOKENS = 65_536
 GROUP_BYTES = 1 << 30
@@ -62,6 +65,19 @@ class ShuffledStream:
                 f"batch_size={batch_size}: must be at most {sum(store.tokens)}, the tokens in {store.where}"
             )
 
+    @property
+    def scale(self) -> float:
+        """That of the store, by which batches are multiplied."""
+        return self.store.scale
+
+    def calibration_batches(self, n: int) -> range:
+        """Numbers of the n batches that the threshold is calibrated on: the first."""
+        return range(n)
+
+    def reading_ahead(self) -> AbstractContextManager[None]:
+        """Nothing is: shards are read when their first batch is asked for."""
+        return nullcontext()
+
     def batches_per_epoch(self, epoch: int) -> int:
         return min(sum(count for _, count in groups) for groups in self._plan(epoch))
 
@@ -110,7 +126,8 @@ class ShuffledStream:
         return self._plans[epoch]
 
     def _grouped(self, pieces: list[Piece], size: int) -> list[Group]:
-        limit = max(GROUP_BYTES // (4 * self.store.d_in * self.lanes), size)
+        width = self.store.d_in + (self.store.d_out or 0)
+        limit = max(GROUP_BYTES // (4 * width * self.lanes), size)
         groups: list[list[Piece]] = [[]]
         for piece in pieces:
             held = _tokens(groups[-1])
@@ -124,7 +141,7 @@ class ShuffledStream:
         if self._loaded.get(lane, (None,))[0] != (epoch, group):
             self._loaded.pop(lane, None)
             pieces = self._plan(epoch)[lane][group][0]
-            x = torch.cat([self.store.shard(*piece) for piece in pieces]).mul_(self.store.scale)
+            x = torch.cat([self.store.shard(*piece) for piece in pieces]).mul_(self.store.row_scale)
             order = torch.randperm(len(x), generator=self._generator(epoch, 1 + group * self.lanes + lane))
             self._loaded[lane] = (epoch, group), x[order]
         return self._loaded[lane][1]
@@ -153,66 +170,49 @@ def _tokens(pieces: list[Piece]) -> int:
     return sum(end - first for _, first, end in pieces)
 
 
-class TrainingBatch:
-    """This rank's activations x [n, d], scaled, and what several SAEs need of the whole batch, computed once.
-
-    Args:
-        x: along the data dimension of `ranks` each has its own tokens.
-        ranks: the processes that share the batch.
-        tokens: in the whole batch; those of x where there is one process.
-    """
-
-    def __init__(self, x: Tensor, ranks: AllRanks = ALONE, tokens: int | None = None) -> None:
-        self.x, self._ranks = x, ranks
-        self._tokens = len(x) if tokens is None else tokens
-
-    @cached_property
-    def variance(self) -> float:
-        """Mean over tokens of the squared distance to their mean, summed over d."""
-        mean = self._ranks.sum_(self.x.sum(0)) / self._tokens
-        return float(self._ranks.sum_((self.x - mean).square().sum(1).sum()) / self._tokens)
-
-    @cached_property
-    def square(self) -> float:
-        """Mean over tokens of their squared length."""
-        return float(self._ranks.sum_(self.x.square().sum(1).sum()) / self._tokens)
-
-    @cached_property
-    def median(self) -> Tensor:
-        """Geometric median [d]."""
-        ranks = self._ranks
-        return geometric_median(self.x, total=lambda t: ranks.sum_(t.sum(0)), greatest=lambda t: ranks.max_(t.amax()))
-
-
 class Feed:
-    """What training reads from: the batches of a ShuffledStream, moved to the device of the SAEs.
+    """What training reads from: the batches of a ShuffledStream or of StreamedBatches, moved to the device of the SAEs.
 
     The last batch is kept, so that several SAEs of one process read, move and measure it once. Of several ranks each
     reads an equal part of a batch; those of one feature dimension, which need the same tokens, exchange theirs.
 
     Args:
-        store: the activations.
+        store: the activations, or a part of a stream.
         batch_size, seed, lanes: as in ShuffledStream.
         device: where the batches go.
         ranks: the processes that share the batches.
+        steps: how many batches are asked for; a stream is read no further.
 
     Raises:
-        ValueError: a batch_size above the store's tokens, a device that is not there.
+        ValueError: a batch_size above the store's tokens, a device that is not there, a stream for several processes
+            or without `steps`.
     """
 
     def __init__(
         self,
-        store: Activations,
+        store: Activations | StreamedActivations,
         batch_size: int,
         seed: int,
         device: torch.device | str = "cpu",
         ranks: AllRanks = ALONE,
         lanes: int | None = None,
+        steps: int | None = None,
     ) -> None:
         self.device = check_device(device)
         self.store, self.ranks = store, ranks
-        part = (ranks.rank, ranks.size)
-        self.stream = ShuffledStream(store, batch_size, seed, ranks.size if lanes is None else lanes, part)
+        lanes = ranks.size if lanes is None else lanes
+        self.stream: ShuffledStream | StreamedBatches
+        if isinstance(store, Activations):
+            self.stream = ShuffledStream(store, batch_size, seed, lanes, (ranks.rank, ranks.size))
+        elif ranks.size > 1 or lanes != 1:
+            raise ValueError(
+                f"{store.where}: a stream is read by one process in one lane, here are {ranks.size} and {lanes}; "
+                "harvest it into a store, which several share"
+            )
+        elif steps is None:
+            raise ValueError(f"steps=None: must be how many batches {store.where} is read for")
+        else:
+            self.stream = StreamedBatches(store, batch_size, seed, steps)
         self._last: tuple[int, TrainingBatch] | None = None
 
     def batch(self, t: int) -> TrainingBatch:
@@ -221,18 +221,56 @@ class Feed:
             # The batch is a view of its group of shards; released first, the next group takes the memory of this one.
             self._last = None
             x = self._whole(self._moved(self.stream.batch(t)))
-            self._last = t, TrainingBatch(x, self.ranks, self.stream.batch_size)
+            d_in = self.store.d_in if self.d_out is not None else None
+            self._last = t, TrainingBatch(x, self.ranks, self.stream.batch_size, d_in)
         return self._last[1]
 
     def calibration(self) -> Tensor:
-        """This rank's of the first `CALIBRATION_TOKENS` of the stream, times the store's scale: [n, d]."""
+        """This rank's of `CALIBRATION_TOKENS` of the stream at most, times its scale: [n, d]."""
         self._last = None
         size = self.stream.batch_size
-        batches = range(-(-CALIBRATION_TOKENS // size))
+        batches = self.stream.calibration_batches(-(-CALIBRATION_TOKENS // size))
         x = [self._whole(self._moved(self.stream.batch(t))) for t in batches]
-        beyond = batches[-1] * size + self._rows()[0] - CALIBRATION_TOKENS
+        beyond = (len(batches) - 1) * size + self._rows()[0] - CALIBRATION_TOKENS
         x[-1] = x[-1][: max(0, -beyond)]
-        return torch.cat(x)
+        return torch.cat(x)[:, : self.store.d_in]
+
+    @property
+    def d_out(self) -> int | None:
+        """Width of the targets; None where there are none."""
+        return self.store.d_out
+
+    @property
+    def output_scale(self) -> float:
+        """What the targets are multiplied by."""
+        return self.store.output_scale
+
+    @property
+    def scale(self) -> float:
+        """What the activations are multiplied by; of a stream that begins its first block is read for it."""
+        return self.stream.scale
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The manifest of the activations, with their scale."""
+        return {**self.store.manifest, "scale": self.scale}
+
+    @property
+    def stream_place(self) -> dict[str, Any] | None:
+        """What a checkpoint holds of a stream; None for activations that can be read in any order."""
+        return self.stream.state_dict() if isinstance(self.stream, StreamedBatches) else None
+
+    def begin_at(self, where: str, place: dict[str, Any] | None) -> None:
+        """Takes what a checkpoint holds of a stream as a place to begin with.
+
+        Raises:
+            ValueError: it has one and this is no stream, or the other way; begins with `where`.
+        """
+        if isinstance(self.stream, StreamedBatches) != (place is not None):
+            made = "stored activations" if place is None else "a stream"
+            raise ValueError(f"{where}: made with other settings (activations: was {made}); use another folder")
+        if isinstance(self.stream, StreamedBatches):
+            self.stream.offer(f"{where}: stream", place)
 
     def _rows(self) -> tuple[int, int]:
         """The tokens of a batch that this rank trains on."""

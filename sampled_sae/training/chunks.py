@@ -28,11 +28,7 @@ def checked_pieces(x: Any, most: int) -> Iterator[Tensor]:
             raise ValueError(f"{name}: shape={tuple(chunk.shape)}: must be [m, {width}], as wide as the first chunk")
         for start in range(0, len(chunk), most):
             piece = as_tensor(chunk[start : start + most])
-            finite = piece.isfinite()
-            if not finite.all():
-                token, dimension = (~finite).nonzero()[0].tolist()
-                value = float(piece[token, dimension])
-                raise ValueError(f"{name}: {value} at token {start + token}, dimension {dimension}: must be finite")
+            check_all_finite(name, piece, start)
             yield piece
 
 
@@ -57,6 +53,15 @@ def check_chunk(name: str, chunk: Any) -> None:
         raise TypeError(f"{name}: dtype={chunk.dtype}: must be float16, bfloat16, float32 or float64")
     if chunk.ndim != 2 or chunk.shape[1] == 0:
         raise ValueError(f"{name}: shape={tuple(chunk.shape)}: must be [tokens, d] with d >= 1")
+
+
+def check_all_finite(name: str, x: Tensor, first: int = 0) -> None:
+    """ValueError with the place of what is NaN or inf in x [n, d], whose tokens are counted from `first`."""
+    finite = x.isfinite()
+    if not finite.all():
+        token, dimension = (~finite).nonzero()[0].tolist()
+        value = float(x[token, dimension])
+        raise ValueError(f"{name}: {value} at token {first + token}, dimension {dimension}: must be finite")
 
 
 def as_tensor(piece: Tensor | np.ndarray) -> Tensor:

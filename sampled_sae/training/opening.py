@@ -1,22 +1,28 @@
-"""What users give as activations, as `Activations`."""
+"""What users give as activations, as what a training reads."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Union
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from ..support.remote_files import place
 from .activation_store import ActivationStore
+from .activation_stream import ActivationStream, StreamedActivations
 from .activations import Activations
 from .array_activations import ArrayActivations, is_array_file, open_array
+from .iterator_source import IteratorSource
 
-Readable = Union[Activations, Tensor, np.ndarray, str, Path]  # noqa: UP007  (evaluated at import)
+Stored = Union[Activations, Tensor, np.ndarray, str, Path]  # noqa: UP007  (evaluated at import)
+Readable = Union[Stored, StreamedActivations, ActivationStream, Iterable[Any]]  # noqa: UP007
 
 
 def as_activations(x: Any, holdout: int | None = None) -> Activations:
-    """`x` as what a training reads.
+    """`x` as what can be read in any order.
 
     Args:
         x: an `ActivationStore` or other `Activations`, as they are; a tensor or array [n, d]; the name of a store's
@@ -29,7 +35,7 @@ def as_activations(x: Any, holdout: int | None = None) -> Activations:
     """
     if isinstance(x, (Tensor, np.ndarray)):
         return ArrayActivations(x, holdout or 0)
-    if isinstance(x, (str, Path)) and is_array_file(x) and not Path(x).is_dir():
+    if isinstance(x, (str, Path)) and is_array_file(x) and not place(x).is_dir():
         return open_array(x, holdout or 0)
     if holdout is not None:
         raise ValueError(f"holdout={holdout}: is for a tensor or a file of one; {x} has settled what it holds out")
@@ -40,3 +46,22 @@ def as_activations(x: Any, holdout: int | None = None) -> Activations:
     raise TypeError(
         f"store={type(x).__name__}: must be an ActivationStore, a tensor or array [n, d], or the name of one"
     )
+
+
+def as_readable(x: Any) -> Activations | StreamedActivations:
+    """`x` as what a training reads: as `as_activations`, or a stream, which is read in its order.
+
+    Args:
+        x: also an `ActivationStream` of one part, a part of one, or whatever gives activations [n, d] when iterated
+            over (`IteratorSource` has the rules).
+    """
+    if isinstance(x, ActivationStream):
+        if len(x.parts) > 1:
+            raise ValueError(f"store: a stream of {len(x.parts)} parts; give one of its parts, or SAEGroup all of them")
+        return x.parts[0]
+    if isinstance(x, StreamedActivations):
+        return x
+    stored = isinstance(x, (Activations, Tensor, np.ndarray, str, Path))
+    if stored or not isinstance(x, Iterable) or isinstance(x, (bytes, dict, torch.nn.Module)):
+        return as_activations(x)
+    return ActivationStream(IteratorSource(x)).parts[0]

@@ -10,7 +10,7 @@ import torch
 
 from ..config import SampledSAEConfig
 from ..impl.interface import resolve_impl
-from ..support.float32_products import float32_products
+from ..support.float32_products import are_as_set, float32_products
 from .train_config import TrainConfig
 
 
@@ -57,6 +57,11 @@ def forward_in(precision: str, device: torch.device) -> Iterator[None]:
     """A forward pass whose products take operands of this precision, whatever autocast stands around it."""
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         yield
+
+
+def is_as_set(precision: str, device: torch.device) -> bool:
+    """Whether steps in this precision leave torch's switches as they are: then another thread may compute meanwhile."""
+    return are_as_set("tf32" if precision == "tf32" else "ieee", device)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..config import SampledSAEConfig
 from ..optim import RowAdam
 from ..sae import SampledSAE
+from ..support.all_ranks import AllRanks
 from ..support.argument_checks import check_finite
 from ..support.atomic_files import field
 from .batches import Feed
@@ -44,13 +45,13 @@ class Resumable(Protocol):
 
 def settings(run: Resumable) -> dict[str, Any]:
     """What a checkpoint must have been made with. Model and layer too: their shards may be of equal sizes."""
-    manifest = run.feed.store.manifest
+    manifest = run.feed.about
     return {
         # first: other activations have another scale, and so another SAE
         "activations": {name: manifest.get(name) for name in ("model", "layer", "source", "scale")},
         "sae": run.target.settings(),
         "train": asdict(run.config),
-        "data": manifest["shards"],
+        "data": manifest["shards"] if run.feed.stream_place is None else manifest["settings"],
         "init": run.init,
     }
 
@@ -59,6 +60,8 @@ def save(run: Resumable) -> None:
     """Writes the checkpoint; of several ranks each its shard."""
     ranks, lanes = run.feed.ranks, run.feed.stream.lanes
     state = {"settings": settings(run), "step": run.step, "seconds": run.seconds, "metrics": run.metrics}
+    if (place := run.feed.stream_place) is not None:
+        state["stream"] = place
     if ranks.size == 1 and lanes == 1 and not (run.folder / RECORD).exists():
         whole = {
             "sae": run.sae.state_dict(),
@@ -74,21 +77,37 @@ def save(run: Resumable) -> None:
     write_shards(run.folder, tensors, record, ranks)
 
 
-def load(run: Resumable) -> bool:
-    """Goes on from the checkpoint in the folder; False where there is none.
+class Saved(NamedTuple):
+    """A checkpoint: its file, and what that holds."""
+
+    path: Path
+    state: dict[str, Any]
+
+
+def saved(folder: Path, ranks: AllRanks) -> Saved | None:
+    """The checkpoint in a folder; None where there is none.
+
+    Raises:
+        ValueError: a damaged one.
+    """
+    with ranks.together():
+        kinds = [name for name in (RECORD, CHECKPOINT) if (folder / name).exists()]
+    kinds = ranks.share(kinds)
+    if not kinds:
+        return None
+    path = folder / kinds[0]
+    with ranks.together():
+        return Saved(path, read_record(folder) if kinds[0] == RECORD else read_checkpoint(path))
+
+
+def load(run: Resumable, found: Saved) -> None:
+    """Goes on from a checkpoint.
 
     Raises:
         ValueError: one of other settings, or a damaged one.
     """
-    ranks = run.feed.ranks
+    ranks, (path, state) = run.feed.ranks, found
     with ranks.together():
-        kinds = [name for name in (RECORD, CHECKPOINT) if (run.folder / name).exists()]
-    kinds = ranks.share(kinds)
-    if not kinds:
-        return False
-    path = run.folder / kinds[0]
-    with ranks.together():
-        state = read_record(run.folder) if kinds[0] == RECORD else read_checkpoint(path)
         then, now = state["settings"], settings(run)
         # an earlier version's: the scale stands among the settings of the activations
         then["sae"] = {"input_scale": now["sae"]["input_scale"], **field(path, then, "sae", dict)}
@@ -100,7 +119,7 @@ def load(run: Resumable) -> bool:
     # a pool that is kept is that of the last step
     run.follow_schedule(max(0, state["step"] - 1))
     try:
-        if kinds[0] == RECORD:
+        if path.name == RECORD:
             _load_shards(run, state)
         elif ranks.size == 1:
             _load_whole(run, state)
@@ -110,7 +129,6 @@ def load(run: Resumable) -> bool:
         said = " ".join(str(error).split())
         raise ValueError(f"{path}: damaged, it does not fit its own settings ({said})") from error
     run.step, run.seconds, run.metrics = state["step"], state["seconds"], state["metrics"]
-    return True
 
 
 def _extended(train: Any, step: int, steps: int) -> Any:

@@ -5,24 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Union
 
 import torch
 
 from ..config import SampledSAEConfig
 from ..sae import SampledSAE
 from ..support.all_ranks import AllRanks, ranks_of
+from .activation_stream import StreamedActivations
 from .activations import Activations
 from .batches import Feed
-from .opening import Readable, as_activations
+from .opening import Readable, as_readable
 from .sharded_checkpoint import lanes_of
 from .train_config import TrainConfig
 from .training_loop import train_to_end
-from .training_run import TrainingRun, check_fits
+from .training_run import TrainingRun, check_width
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+Opened = Union[Activations, StreamedActivations]  # noqa: UP007  (evaluated at import)
 _FOLDER_NAME = re.compile(r'[^<>:"/\\|?*\x00-\x1f]*[^<>:"/\\|?*\x00-\x1f. ]')
 _DEVICES = ("CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(1, 10)))
 
@@ -76,7 +78,7 @@ class SAEGroup:
         self,
         configs: dict[str, SampledSAEConfig],
         train: TrainConfig,
-        stores: Activations | dict[str, Activations],
+        stores: Opened | dict[str, Opened],
         device: torch.device | str,
         ranks: AllRanks,
     ) -> None:
@@ -86,7 +88,7 @@ class SAEGroup:
             store = stores[name] if isinstance(stores, dict) else stores
             try:
                 if store.place not in feeds:
-                    feeds[store.place] = Feed(store, train.batch_size, train.seed, device, ranks, lanes)
+                    feeds[store.place] = Feed(store, train.batch_size, train.seed, device, ranks, lanes, train.steps)
                 self.members[name] = TrainingRun(config, train, feeds[store.place], self.folder / name)
             except ValueError as error:
                 raise ValueError(f"configs[{name!r}]: {error}") from error
@@ -106,15 +108,15 @@ class SAEGroup:
         return {name: member.sae for name, member in self.members.items()}
 
 
-def opened_stores(stores: Readable | dict[str, Readable]) -> Activations | dict[str, Activations]:
-    """Each of them as `Activations`; what several names share is opened once."""
+def opened_stores(stores: Readable | dict[str, Readable]) -> Opened | dict[str, Opened]:
+    """Each of them as what a training reads; what several names share is opened once."""
     if not isinstance(stores, dict):
-        return as_activations(stores)
-    found = {id(store): as_activations(store) for store in stores.values()}
+        return as_readable(stores)
+    found = {id(store): as_readable(store) for store in stores.values()}
     return {name: found[id(store)] for name, store in stores.items()}
 
 
-def check_members(configs: dict[str, SampledSAEConfig], stores: Activations | dict[str, Activations]) -> None:
+def check_members(configs: dict[str, SampledSAEConfig], stores: Opened | dict[str, Opened]) -> None:
     """ValueError unless the names can be those of folders on any system, and each config fits its store."""
     if not configs:
         raise ValueError(f"configs={configs!r}: must name at least one SampledSAEConfig")
@@ -133,6 +135,6 @@ def check_members(configs: dict[str, SampledSAEConfig], stores: Activations | di
         )
     for name, config in configs.items():
         try:
-            check_fits(config, stores[name] if isinstance(stores, dict) else stores)
+            check_width(config, stores[name] if isinstance(stores, dict) else stores)
         except ValueError as error:
             raise ValueError(f"configs[{name!r}]: {error}") from error

@@ -21,7 +21,7 @@ from ..support.output_folder import check_output_folder, held_by_first
 from .batches import Feed
 from .closing_line import closing_line
 from .evaluation import evaluate_activations, reconstruct_with
-from .opening import Readable, as_activations
+from .opening import Stored, as_activations
 from .precision import settled
 from .sae_group import SAEGroup, check_members
 from .same_settings import check_same_settings, completed, identity, in_words, is_same_kind
@@ -30,7 +30,7 @@ from .sharded_checkpoint import remove_checkpoint
 from .sweep_table import read_result, write_table
 from .train_config import TrainConfig
 from .training_loop import closed_logs
-from .training_run import TrainingRun
+from .training_run import TrainingRun, check_fits
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -84,7 +84,7 @@ def variants(
 def run_sweep(
     configs: dict[str, SampledSAEConfig],
     train: TrainConfig,
-    store: Readable,
+    store: Stored,
     folder: Path,
     splice: Splice | SpliceSource | None = None,
     progress: bool = True,
@@ -139,6 +139,7 @@ def run_sweep(
     }
     for name, config in configs.items():
         try:
+            check_fits(config, feed)
             check_schedule(config, train)
         except ValueError as error:
             raise ValueError(f"configs[{name!r}]: {error}") from None
@@ -212,13 +213,21 @@ def _row(name: str, config: SampledSAEConfig, result: dict[str, Any]) -> dict[st
 def evaluate(sae: SampledSAE, held_out: Tensor, batch_size: int, splice: Splice | None) -> dict[str, Any]:
     """The metrics of `evaluate_activations` and, where there is `splice`, those in the language model.
 
+    held_out: [n, d_in], and of a transcoder [n, d_in + d_out], as `PairedActivations` gives it.
+
     `tokens` counts the held-out activations, `predicted_tokens` those that the language model predicts. What is not a
     number is None.
 
     Raises:
-        ValueError: `splice` gives a metric that there is already.
+        ValueError: `splice` gives a metric that there is already; a transcoder with `splice`.
     """
-    result = evaluate_activations(sae, held_out, batch_size)
+    d_in, transcodes, width = sae.cfg.d_in, sae.cfg.is_transcoder, sae.cfg.d_in + (sae.cfg.d_out or 0)
+    if held_out.shape[1] != width:
+        behind = ", a transcoder's targets (--targets) behind what it reads" if transcodes else ""
+        raise ValueError(f"held-out activations {list(held_out.shape)}: must be [n, {width}]{behind}")
+    if transcodes and splice is not None:
+        raise ValueError(f"splice: is of SAEs, which reconstruct a residual stream; d_out={sae.cfg.d_out}")
+    result = evaluate_activations(sae, held_out[:, :d_in], batch_size, held_out[:, d_in:] if transcodes else None)
     if splice is not None:
         with torch.no_grad():
             spliced = splice(reconstruct_with(sae))

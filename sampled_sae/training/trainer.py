@@ -12,7 +12,7 @@ from ..run_logs import LogPlace
 from ..sae import SampledSAE
 from ..support.all_ranks import ranks_of
 from .batches import Feed
-from .opening import Readable, as_activations
+from .opening import Readable, as_readable
 from .sharded_checkpoint import lanes_of
 from .train_config import TrainConfig
 from .training_loop import train_to_end
@@ -39,7 +39,8 @@ class Trainer(TrainingRun):
         sae_config, train_config: the SAE and how it is trained; `row_grads` is switched on in training, and
             `input_scale` becomes that of the store.
         store: activations to train on: an `ActivationStore`, a tensor or array [n, d_in], or the name of a store's
-            folder or of a .npy, .safetensors or .pt file (`as_activations`).
+            folder or of a .npy, .safetensors or .pt file (`as_activations`); or a stream, which is stored nowhere: an
+            `ActivationStream`, or whatever gives activations [n, d_in] when iterated over (`as_readable`).
         folder: where everything is written.
         device: where the SAE is trained; a checkpoint may be loaded on another.
         mesh: a DeviceMesh with the dimensions ("data", "feature") and all processes; None for a process alone.
@@ -69,8 +70,10 @@ class Trainer(TrainingRun):
         with ranks.accounted():
             lanes = lanes_of([Path(folder)], ranks, lanes)
             with ranks.together():
-                self.store = as_activations(store)
-                feed = Feed(self.store, train_config.batch_size, train_config.seed, device, ranks, lanes)
+                self.store = as_readable(store)
+                feed = Feed(
+                    self.store, train_config.batch_size, train_config.seed, device, ranks, lanes, train_config.steps
+                )
             super().__init__(sae_config, train_config, feed, folder, init_from)
         self.show_in(log)
         self.stream = self.feed.stream

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from ..support.all_ranks import AllRanks
 from ..support.interruption import Interrupted, Interruption
 from ..support.output_folder import held_by_first
+from .precision import is_as_set
 from .training_run import TrainingRun
 
 
@@ -32,12 +33,16 @@ def train_to_end(runs: Mapping[str, TrainingRun], progress: bool) -> None:
         with ranks.together():
             for run in runs.values():
                 run.start_metrics()
+        feeds = {id(run.feed): run.feed for run in runs.values()}.values()
+        if all(is_as_set(run.config.precision, run.feed.device) for run in runs.values()):
+            for feed in feeds:
+                stack.enter_context(feed.stream.reading_ahead())
         with Interruption() as interruption:
             _steps(runs, progress and ranks.first, interruption)
         for run in runs.values():
             run.save()
         # One feed after another: the tokens of each take up to CALIBRATION_TOKENS * d_in floats.
-        for feed in {id(run.feed): run.feed for run in runs.values()}.values():
+        for feed in feeds:
             x = feed.calibration()
             for run in runs.values():
                 if run.feed is feed:

@@ -21,16 +21,18 @@ from ..support.atomic_files import append_text, field, json_line, read_json, wri
 from ..support.late_values import LateScalars
 from ..support.output_folder import check_output_folder
 from ..support.timing import check_memory
+from .activation_stream import StreamedActivations
 from .activations import Activations
-from .batches import Feed, TrainingBatch
+from .batches import Feed
 from .checkpoint import CHECKPOINT
 from .initial_weights import begin_with, check_initial
 from .precision import forward_in, settled, step_in
-from .resuming import load, save
+from .resuming import load, save, saved
 from .same_settings import completed, identity
 from .schedules import check_schedule, config_at, is_scheduled
 from .sharded_checkpoint import RECORD
 from .train_config import TrainConfig
+from .training_batch import TrainingBatch
 
 METRICS = "metrics.jsonl"
 # Below this share of their mean square, what tells tokens apart drowns in the rounding of float32.
@@ -39,21 +41,35 @@ LEAST_VARIANCE = 1e-7
 LARGEST_AUX = 1e6
 
 
-def check_fits(sae_config: SampledSAEConfig, store: Activations) -> None:
+def check_width(sae_config: SampledSAEConfig, store: Activations | StreamedActivations) -> None:
     """ValueError where an SAE cannot be trained on these activations."""
+    if sae_config.d_out != store.d_out:
+        none = "has no targets: PairedActivations puts them beside it"
+        held = none if store.d_out is None else f"has targets of {store.d_out}"
+        raise ValueError(f"d_out={sae_config.d_out}: {store.where} {held}")
     if sae_config.d_in != store.d_in:
         raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.where} have {store.d_in}")
-    if sae_config.input_scale not in (1, store.scale):
+
+
+def check_fits(sae_config: SampledSAEConfig, feed: Feed) -> None:
+    """ValueError where an SAE cannot be trained on these activations, or not in their units."""
+    check_width(sae_config, feed.store)
+    if sae_config.input_scale not in (1, feed.scale):
         raise ValueError(
-            f"input_scale={sae_config.input_scale!r}: the training multiplies the activations in {store.where} by "
-            f"{store.scale}; leave it at 1 to have it set"
+            f"input_scale={sae_config.input_scale!r}: the training multiplies the activations in {feed.store.where} by "
+            f"{feed.scale}; leave it at 1 to have it set"
+        )
+    if sae_config.output_scale not in (1, feed.output_scale):
+        raise ValueError(
+            f"output_scale={sae_config.output_scale!r}: the training multiplies the targets in {feed.store.where} by "
+            f"{feed.output_scale}; leave it at 1 to have it set"
         )
 
 
 def checkpoint_bytes(sae_config: SampledSAEConfig, train_config: TrainConfig) -> int:
     """Of the weights, in float32, and of both moments."""
     moments = 2 * getattr(torch, train_config.moments).itemsize
-    return 2 * sae_config.d_in * sae_config.d_sae * (4 + moments)
+    return (sae_config.d_in + sae_config.width_out) * sae_config.d_sae * (4 + moments)
 
 
 class TrainingRun:
@@ -89,8 +105,7 @@ class TrainingRun:
         folder: str | Path,
         init_from: SampledSAE | None = None,
     ) -> None:
-        store = feed.store
-        check_fits(sae_config, store)
+        check_width(sae_config, feed.store)
         check_schedule(sae_config, train_config)
         self.config = train_config = settled(train_config, sae_config, feed.device)
         self.feed = feed
@@ -104,8 +119,14 @@ class TrainingRun:
             begun = any((self.folder / name).exists() for name in (CHECKPOINT, RECORD))
             check_output_folder(self.folder, needed if begun else 2 * needed)
             check_target(self.folder)
+        found = saved(self.folder, ranks)
+        if found is not None:
+            with ranks.together():
+                feed.begin_at(str(found.path), found.state.get("stream"))
+        check_fits(sae_config, feed)
         self.row_grads = sae_config.row_grads
-        self.target = replace(sae_config, row_grads=sae_config.impl != "reference", input_scale=store.scale)
+        scaled = replace(sae_config, input_scale=feed.scale, output_scale=feed.output_scale)
+        self.target = replace(scaled, row_grads=sae_config.impl != "reference")
         self.sae = SampledSAE(self.target, device=feed.device)
         if init_from is not None:
             begin_with(self.sae, init_from)
@@ -126,12 +147,16 @@ class TrainingRun:
         self._log_place: tuple[LogPlace, str] | None = None
         self._losses, self._aux = LateScalars(), LateScalars()
         self._seen = self._files()
-        if not load(self):
+        if found is not None:
+            load(self, found)
+        else:
             with ranks.together():
                 self._check_saved()
             batch = feed.batch(0)
             self._check_variance(batch)
-            if init_from is None:
+            if batch.target is not None:
+                self.sae.init_b_dec(batch.x, batch.target, scaled=True)
+            elif init_from is None:
                 with torch.no_grad():
                     self.sae.layout.local(self.sae.b_dec).copy_(batch.median)
 
@@ -167,7 +192,7 @@ class TrainingRun:
         precision, device = self.config.precision, self.feed.device
         with step_in(precision, device):
             with forward_in(precision, device):
-                out = self.sae(batch.x, scaled=True)
+                out = self.sae(batch.x, batch.target, scaled=True)
             self._losses.put(self.step, out.loss)
             self._aux.put(self.step, out.aux)
             self._check_losses()
@@ -262,7 +287,7 @@ class TrainingRun:
 
     def _activations(self) -> dict[str, Any]:
         """What run.json says of them."""
-        manifest = self.feed.store.manifest
+        manifest = self.feed.about
         return {**{k: v for k, v in manifest.items() if k not in ("shards", "settings")}, **identity(manifest)}
 
     def _measure(self, batch: TrainingBatch, out: SampledSAEOutput) -> dict[str, float]:

@@ -39,12 +39,19 @@ def test_the_page_of_a_sweep_links_to_that_of_its_best_sae(root, tmp_path):
 
 def test_series_are_what_runs_of_all_l_and_seeds_share(tmp_path):
     rows = [
-        row("a-l1-s0", 1, 0, 0.5, pool="top", select="batch"),
-        row("b-l1-s0", 1, 0, 0.4, pool="sample", select="batch"),
-        row("topk_seed3", None, 3, 0.3, pool="top", select="token"),
+        row("a-l1", 1, 0, 0.5, pool="top", select="batch", k=8, command="one"),
+        row("b-l1", 1, 0, 0.4, pool="sample", select="batch", k=8, command="two"),
+        row("topk_seed3", None, 3, 0.3, pool="top", select="token", k=8, command="three"),
     ]
     assert [run["series"] for run in made(rows, tmp_path)["runs"]] == ["top", "sample", "topk"]
     assert [run["series"] for run in made(rows[:1], tmp_path)["runs"]] == ["runs"]
+    rows[1] |= {"pool": "top", "k": 16}
+    assert [run["series"] for run in made(rows, tmp_path)["runs"]] == ["k=8", "k=16", "topk"]
+
+
+def test_runs_that_differ_in_something_unknown_share_no_mean(tmp_path):
+    rows = [row("short_seed0", 1, 0, 0.5, tokens=10), row("long_seed0", 1, 0, 0.4, tokens=20)]
+    assert [run["series"] for run in made(rows, tmp_path)["runs"]] == ["short", "long"]
 
 
 def test_what_was_not_measured_is_left_open(tmp_path):

@@ -1,0 +1,149 @@
+"""`StreamedBatches`: shuffled batches of a stream, which is read once, in order and no further than they need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..support.argument_checks import check_finite, check_integer
+from ..support.atomic_files import field
+from .activation_stream import StreamedActivations
+from .store_writer import LARGEST
+
+
+class StreamedBatches:
+    """The batches of a training on a stream.
+
+    Each block of the stream is shuffled in memory, in an order that depends on (seed, block) alone; the tokens left at
+    its end, fewer than a batch, are dropped. The last two blocks share what is left to read evenly, so that the
+    threshold is calibrated on no small one. The scale is that of the first block.
+
+    Args:
+        part: what is read.
+        batch_size: tokens a batch.
+        seed: of the order.
+        steps: batches that are asked for in all.
+
+    Attributes:
+        rows: (0, batch_size): a stream is read by one process.
+    """
+
+    lanes = 1
+
+    def __init__(self, part: StreamedActivations, batch_size: int, seed: int, steps: int) -> None:
+        self._part, self._blocks = part, part.blocks
+        self.batch_size, self.seed = check_integer("batch_size", batch_size, 1), check_integer("seed", seed, 0)
+        self.steps = check_integer("steps", steps, 1)
+        if self.batch_size > part.buffer_tokens:
+            raise ValueError(
+                f"batch_size={batch_size}: must be at most {part.buffer_tokens}, the buffer_tokens of the stream"
+            )
+        self.rows = (0, self.batch_size)
+        self._ahead = False
+        self._scale: float | None = None
+        # first batch of a block -> (block, tokens asked for, place of the source)
+        self._known: dict[int, tuple[int, int, dict[str, Any] | None]] = {0: (0, self._least(0), None)}
+        self._first = self._index = -1
+        self._count = 0  # batches in the block held
+
+    @property
+    def scale(self) -> float:
+        """Activations times this have mean ||x||^2 = d_in, by the first block."""
+        if self._scale is None:
+            self._seek(0)
+            self._scale = self._scale_of(self._here())
+        return self._scale
+
+    def batch(self, t: int) -> Tensor:
+        """Batch t >= 0, times the scale: [batch_size, d_in]. Quick for the block held and the one behind it.
+
+        Raises:
+            ValueError: what the stream raises, its end, NaN or inf in the batch; with the step.
+        """
+        scale = self.scale
+        self._seek(t)
+        start = (t - self._first) * self.batch_size
+        x = self._here()[self._order[start : start + self.batch_size]].mul_(scale)
+        check_finite(x, "activations", f" at step {t}")
+        return x
+
+    def calibration_batches(self, n: int) -> range:
+        """Numbers of at most n batches that the threshold is calibrated on: those of the last block trained on."""
+        self._seek(self.steps - 1)
+        return range(self._first, self._first + self._count)[-n:]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the block held begins; where none is, the last place that is known."""
+        first = self._first if self._count else max(self._known)
+        index, least, start = self._known[first]
+        start = self._blocks.beginning if start is None else start
+        return {"first": first, "block": index, "least": least, "source": start, "scale": self.scale}
+
+    def offer(self, where: str, state: Any) -> None:
+        """A place of a checkpoint, to begin with in place of the beginning.
+
+        Raises:
+            ValueError: it is none, or of another stream; begins with `where`.
+        """
+        scale = field(where, state, "scale", float)
+        if self._scale not in (None, scale):
+            raise ValueError(f"{where}: scale={scale!r}, the stream has {self._scale!r}")
+        first = field(where, state, "first", int, 0)
+        place = field(where, state, "block", int, 0), field(where, state, "least", int, 1)
+        self._known[first] = *place, field(where, state, "source", dict)
+        self._scale = float(scale)
+
+    @contextmanager
+    def reading_ahead(self) -> Iterator[None]:
+        """Within it the next block is read while the one held is trained on."""
+        self._ahead = True
+        try:
+            yield
+        finally:
+            self._ahead = False
+            self._blocks.stop()
+
+    def _here(self) -> Tensor:
+        return self._blocks.get(*self._known[self._first][:2]).parts[self._part.index]
+
+    def _seek(self, t: int) -> None:
+        """The block that has batch t, from the one held or the nearest place that is known before it."""
+        if not self._count or t < self._first:
+            self._hold(max(first for first in self._known if first <= t))
+        while t >= self._first + self._count:
+            self._hold(self._first + self._count)
+
+    def _hold(self, first: int) -> None:
+        """The block that begins with this batch."""
+        index, least, start = self._known.get(first, (self._index + 1, self._least(first), None))
+        found = self._blocks.get(index, least, start)
+        tokens = len(found.parts[0])
+        if tokens < least:
+            raise ValueError(
+                f"steps={self.steps}: {self._part.where} has ended, with tokens for "
+                f"{first + tokens // self.batch_size} steps of batch_size={self.batch_size}"
+            )
+        self._index, self._first, self._count = index, first, tokens // self.batch_size
+        self._known = {0: self._known[0], first: (index, least, found.start)}
+        seed = (self.seed * 1_000_003 + index) % 2**64
+        self._order = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))
+        behind = first + self._count
+        if self._ahead and behind < self.steps:
+            self._blocks.read_ahead(index + 1, self._least(behind))
+
+    def _least(self, first: int) -> int:
+        """Tokens that a block is to have which begins with batch `first`."""
+        left, most = max(1, self.steps - first), self._part.buffer_tokens // self.batch_size
+        return (left if left <= most else min(most, -(-left // 2))) * self.batch_size
+
+    def _scale_of(self, x: Tensor) -> float:
+        check_finite(x, "activations", " of the first block")
+        square = float(x.double().square().sum()) / len(x)
+        if not 0 < square < LARGEST**2:
+            raise ValueError(f"{self._part.where}: the first {len(x)} activations have a mean square of {square:.3g}")
+        return math.sqrt(x.shape[1] / square)
