@@ -12,6 +12,8 @@ from typing import Any
 from ..config import SCREENS, SampledSAEConfig
 from ..distributed import parallelize
 from ..impl import inference_rule
+from ..pages.html import PAGE
+from ..pages.runs_page import read_runs, runs_page
 from ..pretrained import EVALUATION
 from ..sae import SampledSAE
 from ..support.argument_checks import check_integer
@@ -273,10 +275,11 @@ def sweep(args: argparse.Namespace) -> None:
 
 def _write_report(rows: list[dict[str, Any]], args: argparse.Namespace, store: Activations, with_plots: bool) -> None:
     plots = plot_sweep(rows, args.out) if with_plots else []
-    report = args.out / "report.md"
+    report, page = args.out / "report.md", args.out / PAGE
+    write_text(page, runs_page(args.out.name, read_runs(args.out), args.out))
     write_text(report, _report(rows, args, store, plots))
     print(markdown_table(rows))
-    for path in (report, args.out / "results.csv", *plots):
+    for path in (report, args.out / "results.csv", page, *plots):
         print(path)
 
 

@@ -32,6 +32,11 @@ COLUMNS = {
 }
 
 
+def without_seed(row: dict[str, Any]) -> str:
+    """The name that a run has in common with those of other seeds."""
+    return str(row["name"]).removesuffix(f"_seed{row['seed']}")
+
+
 def read_result(path: Path) -> dict[str, Any]:
     """The evaluation of an SAE, with the types that tables and plots take.
 
