@@ -13,8 +13,8 @@ from ..support.atomic_files import field
 
 # These come from the weights, from the file's own rule, or from the machine; scale and set are folded into the weights.
 OF_THE_FILE = ("d_in", "d_sae", "k", "apply_b_dec_to_input", "input_scale", "inference", "inference_pool")
-OF_THE_FILE = (*OF_THE_FILE, "d_out", "skip", "output_scale")
-NOT_OF_THE_TRAINING = (*OF_THE_FILE, "impl")
+OF_A_TRANSCODER = ("d_out", "skip", "output_scale")
+NOT_OF_THE_TRAINING = (*OF_THE_FILE, *OF_A_TRANSCODER, "impl")
 TRAINING_FIELDS = tuple(f.name for f in fields(SampledSAEConfig) if f.name not in NOT_OF_THE_TRAINING)
 
 
