@@ -12,6 +12,7 @@ from .optim import RowAdam as RowAdam
 from .sae import SampledSAE as SampledSAE
 from .support.version import __version__ as __version__
 from .training.activation_store import ActivationStore as ActivationStore
+from .training.paired_activations import PairedActivations as PairedActivations
 from .training.sae_group import SAEGroup as SAEGroup
 from .training.train_config import TrainConfig as TrainConfig
 from .training.trainer import Trainer as Trainer

@@ -25,7 +25,7 @@ SCREENS = ("auto", "off", "bf16")
 IMPLS = ("auto", "triton", "torch", "reference")
 CHOICES = {"score": SCORES, "pool": POOLS, "select": SELECTS, "impl": IMPLS, "screen": SCREENS}
 # fields that earlier versions did not know, with what they stood for there
-LATER: dict[str, Any] = {"groups": None}
+LATER: dict[str, Any] = {"groups": None, "d_out": None, "skip": False, "output_scale": 1.0}
 LEAST = {"d_in": 1, "d_sae": 1, "pool_every": 1, "dead_after": 1, "seed": 0}
 
 
@@ -53,9 +53,9 @@ class SampledSAEConfig:
         pool_every: steps for which a pool is kept before the columns are scored again.
         score_tokens: share of a batch's tokens that the scores look at, in (0, 1].
         select: "batch" keeps round(B*k) entries of the pool in a batch, "token" k in each token.
-        apply_b_dec_to_input: subtract b_dec from the activations before encoding.
+        apply_b_dec_to_input: subtract b_dec from the activations before encoding; of an SAE alone, and its default.
         aux_coefficient: weight of the dead-feature loss; 0 switches it off.
-        k_aux: features a token that reconstruct the residual in that loss; None means d_in // 2.
+        k_aux: features a token that reconstruct the residual in that loss; None means half of d_in, or of d_out.
         aux_pool: at most so many dead features take part, those of highest score; None means all.
         dead_after: tokens without being selected after which a feature counts as dead.
         threshold_decay: decay of the running mean behind the inference threshold.
@@ -68,6 +68,10 @@ class SampledSAEConfig:
         groups: a Matryoshka SAE (arXiv 2503.17547): ascending numbers of features, the last of them d_sae. The first
             groups[0] features, the first groups[1] and so on are each trained to reconstruct on their own, and the
             loss is the mean of theirs. None: one reconstruction by all.
+        d_out: width of what a transcoder reconstructs, activations other than those it reads; None for an SAE.
+        skip: x W_skip is added to the reconstruction, of a transcoder alone; d_out is then d_in where it is not given.
+        output_scale: what a transcoder's targets are multiplied by, and its reconstruction divided by, > 0. Loss and
+            b_dec are in the units of the products. Of an SAE `input_scale` serves both.
         screen: "auto", "off" or "bf16": whether scores and searches look through bfloat16 products first, whose error
             is bounded, and compute in full what the bound leaves open. The result is the same; "auto" does so where it
             is faster.
@@ -88,7 +92,7 @@ class SampledSAEConfig:
     pool_every: int = 1
     score_tokens: float = 1.0
     select: str = "batch"
-    apply_b_dec_to_input: bool = True
+    apply_b_dec_to_input: bool | None = None
     aux_coefficient: float = 1 / 32
     k_aux: int | None = None
     aux_pool: int | None = 1024
@@ -100,24 +104,54 @@ class SampledSAEConfig:
     input_scale: float = 1.0
     screen: str = "auto"
     groups: tuple[int, ...] | None = None
+    d_out: int | None = None
+    skip: bool = False
+    output_scale: float = 1.0
 
     def __post_init__(self) -> None:
         plain: dict[str, Any] = {name: check_integer(name, getattr(self, name), n) for name, n in LEAST.items()}
-        for name in ("k_aux", "aux_pool"):
+        for name in ("k_aux", "aux_pool", "d_out"):
             value = getattr(self, name)
             plain[name] = None if value is None else check_integer(name, value, 1)
         for name, allowed in CHOICES.items():
             plain[name] = check_choice(name, getattr(self, name), allowed)
-        for name in ("apply_b_dec_to_input", "row_grads"):
+        for name in ("row_grads", "skip"):
             plain[name] = check_flag(name, getattr(self, name))
+        if plain["skip"] and plain["d_out"] is None:
+            plain["d_out"] = plain["d_in"]
+        centred = plain["d_out"] is None if self.apply_b_dec_to_input is None else self.apply_b_dec_to_input
+        plain["apply_b_dec_to_input"] = check_flag("apply_b_dec_to_input", centred)
         plain["k"], plain["l"] = check_budget(self.k, self.l, plain["d_sae"], plain["select"])
         plain["aux_coefficient"] = check_number("aux_coefficient", self.aux_coefficient, 0, None)
         plain["threshold_decay"] = check_number("threshold_decay", self.threshold_decay, 0, 1)
         plain["score_tokens"] = check_positive("score_tokens", self.score_tokens, 1)
-        plain["input_scale"] = check_positive("input_scale", self.input_scale)
+        for name in ("input_scale", "output_scale"):
+            plain[name] = check_positive(name, getattr(self, name))
         plain["groups"] = None if self.groups is None else check_groups(self.groups, plain["d_sae"])
         for name, value in plain.items():
             object.__setattr__(self, name, value)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.is_transcoder and self.apply_b_dec_to_input:
+            raise ValueError(f"apply_b_dec_to_input=True: a transcoder's b_dec is of its output; d_out={self.d_out}")
+        if not self.is_transcoder and self.output_scale != 1:
+            raise ValueError(f"output_scale={self.output_scale!r}: must be 1 for an SAE, whose input_scale serves both")
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it reconstructs other activations than it reads."""
+        return self.d_out is not None
+
+    @property
+    def width_out(self) -> int:
+        """Width of the reconstruction: d_out, or d_in of an SAE."""
+        return self.d_in if self.d_out is None else self.d_out
+
+    @property
+    def factor_out(self) -> float:
+        """What the reconstruction is divided by: output_scale, or input_scale of an SAE."""
+        return self.output_scale if self.is_transcoder else self.input_scale
 
     @property
     def pool_size(self) -> int:
@@ -132,7 +166,7 @@ class SampledSAEConfig:
     @property
     def aux_features(self) -> int:
         """k_aux with its default filled in."""
-        return self.k_aux if self.k_aux is not None else max(1, self.d_in // 2)
+        return self.k_aux if self.k_aux is not None else max(1, self.width_out // 2)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for JSON; without those of LATER that are not used, as earlier versions wrote it."""

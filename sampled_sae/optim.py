@@ -88,7 +88,7 @@ class RowAdam(Optimizer):
         if moments not in MOMENTS:
             raise ValueError(f"moments={moments!r}: must be one of {', '.join(map(str, MOMENTS))}")
         names = {name for name, _ in sae.named_parameters()}
-        if names != {"W_enc", "b_enc", "W_dec", "b_dec"}:
+        if names - {"W_skip"} != {"W_enc", "b_enc", "W_dec", "b_dec"}:
             raise TypeError(f"sae={type(sae).__name__}: must be a SampledSAE (of a wrapped one, the module inside)")
         spread = [name for name, p in sae.named_parameters() if type(sae.layout.local(p.data)) is not Tensor]
         if spread:
@@ -242,8 +242,8 @@ class RowAdam(Optimizer):
         return None if self.clip is None else (self.clip / (self.grad_norm + 1e-6)).clamp(max=1.0)
 
     def _mode_of(self, name: str) -> str:
-        # every element of b_dec has a gradient in every step
-        return self.mode if name != "b_dec" else "dense"
+        # every element of these has a gradient in every step
+        return self.mode if name not in ("b_dec", "W_skip") else "dense"
 
     def _begun(self, group: dict[str, Any], weight: Tensor) -> dict[str, Any]:
         """The state of a parameter, made where there is none yet; `weight` is the part of it here, features first."""

@@ -24,6 +24,8 @@ WEIGHT_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 # Earlier versions wrote none of the first, nor `input_scale` in config.json.
 SINCE = ("calibrated_at",)
 TENSORS = (*WEIGHT_NAMES, "threshold", "threshold_steps", "tokens_since_active", *SINCE)
+# of a transcoder that has it
+SKIP = "W_skip"
 # What `train` leaves beside an SAE, and what `import` does: model, layer, context and scale of its activations.
 RUN = "run.json"
 ORIGIN = "origin.json"
@@ -35,6 +37,11 @@ PEER_FILES = {
     "dictionary_learning": ("ae.pt", "config.json"),
     "sparsify": ("sae.safetensors", "cfg.json"),
 }
+
+
+def tensor_names(config: SampledSAEConfig) -> tuple[str, ...]:
+    """The tensors of an SAE, in the order of its file."""
+    return (*TENSORS, SKIP) if config.skip else TENSORS
 
 
 def check_target(folder: Path) -> None:
@@ -87,20 +94,28 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(fields, dict):
         raise ValueError(f"{folder / CONFIG}: sae={fields!r}: must be the fields of a SampledSAEConfig")
     try:
-        SampledSAEConfig.from_dict(fields)
+        checked = SampledSAEConfig.from_dict(fields)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
     d_in, d_sae = fields.get("d_in"), fields.get("d_sae")
-    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    d_out = checked.width_out
+    shapes = {
+        "W_enc": (d_in, d_sae),
+        "b_enc": (d_sae,),
+        "W_dec": (d_sae, d_out),
+        "b_dec": (d_out,),
+        SKIP: (d_in, d_out),
+    }
     shapes |= {"threshold": (), "threshold_steps": (), "calibrated_at": (), "tokens_since_active": (d_sae,)}
-    for name in TENSORS:
+    names = tensor_names(checked)
+    for name in names:
         if name not in tensors:
             if name in SINCE:
                 continue
             raise ValueError(f"{path}: tensor {name!r} is missing; it holds {sorted(tensors)}")
         if tuple(tensors[name].shape) != shapes[name]:
             raise ValueError(f"{path}: {name} is {tuple(tensors[name].shape)}, config.json says {shapes[name]}")
-        if name in WEIGHT_NAMES and tensors[name].dtype not in FLOATS:
+        if name in (*WEIGHT_NAMES, SKIP) and tensors[name].dtype not in FLOATS:
             raise ValueError(f"{path}: {name} is {tensors[name].dtype}, must be one of {', '.join(map(str, FLOATS))}")
         if not torch.isfinite(tensors[name]).all():
             raise ValueError(f"{path}: {name} holds NaN or inf")
@@ -109,7 +124,7 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{folder / CONFIG}: damaged, or edited by hand: then remove its line 'crc32'")
     if "input_scale" not in fields:
         fields["input_scale"] = recorded_scale(folder)
-    return fields, {name: tensors[name] for name in TENSORS if name in tensors}
+    return fields, {name: tensors[name] for name in names if name in tensors}
 
 
 def is_ours(folder: Path) -> bool:
@@ -134,22 +149,28 @@ class HasConfig(Protocol):
 
 
 def scale_into_state(sae: HasConfig, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Hook after `state_dict`: the factor on the activations, in whose units all the other tensors are."""
-    state[f"{prefix}input_scale"] = torch.tensor(sae.cfg.input_scale, dtype=torch.float64, device="cpu")
+    """Hook after `state_dict`: the factors on the activations, in whose units all the other tensors are."""
+    for name in _scales(sae.cfg):
+        state[f"{prefix}{name}"] = torch.tensor(getattr(sae.cfg, name), dtype=torch.float64, device="cpu")
 
 
 def check_scale_of_state(sae: HasConfig, state: dict[str, Any], prefix: str, *others: Any) -> None:
     """Hook before `load_state_dict`. States of earlier versions and of peers do not say their factor.
 
     Raises:
-        ValueError: it is not `cfg.input_scale`.
+        ValueError: it is not `cfg.input_scale`, or that of the targets not `cfg.output_scale`.
     """
-    found = state.pop(f"{prefix}input_scale", None)
-    if found is not None and float(found) != sae.cfg.input_scale:
-        raise ValueError(
-            f"input_scale={sae.cfg.input_scale!r}: the state dict is of an SAE with input_scale={float(found)!r}; make "
-            "the SAE with that in its config"
-        )
+    for name in _scales(sae.cfg):
+        found, own = state.pop(f"{prefix}{name}", None), getattr(sae.cfg, name)
+        if found is not None and float(found) != own:
+            raise ValueError(
+                f"{name}={own!r}: the state dict is of an SAE with {name}={float(found)!r}; make the SAE with that in "
+                "its config"
+            )
+
+
+def _scales(config: SampledSAEConfig) -> tuple[str, ...]:
+    return ("input_scale", "output_scale") if config.is_transcoder else ("input_scale",)
 
 
 def recorded_scale(folder: Path) -> Any:

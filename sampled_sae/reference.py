@@ -123,6 +123,11 @@ def decode(c: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     return x_hat if b_dec is None else x_hat + b_dec.to(c.dtype)
 
 
+def transcode(c: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor, W_skip: Tensor) -> Tensor:
+    """Step 5 of a transcoder with a skip: c W_dec + b_dec + x W_skip, [B, d_out]; x [B, d_in], W_skip [d_in, d_out]."""
+    return decode(c, W_dec, b_dec) + x.to(c.dtype) @ W_skip.to(c.dtype)
+
+
 def decode_levels(c: Tensor, W_dec: Tensor, b_dec: Tensor | None, groups: Sequence[int]) -> Tensor:
     """Step 5 of a Matryoshka SAE: the reconstructions by the first g features, for each g of `groups`: [B, G, d]."""
     return torch.stack([decode(c[:, :g], W_dec[:g], b_dec) for g in groups], dim=1)

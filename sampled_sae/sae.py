@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import functional
 from .codes import SampledSAEOutput, SparseCodes
 from .config import SampledSAEConfig
 from .impl import threshold
 from .impl.encoder import Encoder
+from .impl.given_tokens import flat_tokens, given_back, goal_of
 from .impl.hints import Rule
 from .impl.interface import Implementation, resolve_impl
 from .impl.layer_weights import LayerWeights
@@ -21,11 +22,12 @@ from .impl.pool import KeptPool, Pool, PoolRule
 from .impl.row_gradients import RowGradient
 from .impl.row_guard import guard_rows
 from .impl.step_memory import StepMemory
-from .impl.training_step import reconstruct, training_step
+from .impl.training_step import reconstruct, skipped, training_step
+from .impl.transcoder_start import start_from_targets
 from .pretrained import check_scale_of_state, scale_into_state
 from .residual_stream.splicing import Splicing
 from .sharing import Sharing
-from .support.argument_checks import HALF, check_activations, check_positive, check_same
+from .support.argument_checks import check_positive
 from .support.geometric_median import geometric_median
 
 
@@ -37,10 +39,11 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
     those units too. Codes and losses always are.
 
     Parameters `W_enc` [d_in, d_sae] (each feature's weights contiguous: its memory is that of [d_sae, d_in]),
-    `b_enc` [d_sae], `W_dec` [d_sae, d_in], `b_dec` [d_in]. Buffers: `threshold` (0-dim, inference),
-    `threshold_steps` (training steps behind it), `calibrated_at` (`threshold_steps` when it was last calibrated),
-    `tokens_since_active` int64 [d_sae]. The state dict shares their memory, so that its W_enc is not contiguous:
-    `safetensors.torch.save_model(sae, path)` and `load_model` store it, `save_file` takes
+    `b_enc` [d_sae], `W_dec` [d_sae, d_out], `b_dec` [d_out], and with a skip `W_skip` [d_in, d_out]. An SAE has d_out =
+    d_in and reconstructs its input; a transcoder is given what it reconstructs, `sae(x, target)`. Buffers: `threshold`
+    (0-dim, inference), `threshold_steps` (training steps behind it), `calibrated_at` (`threshold_steps` when it was
+    last calibrated), `tokens_since_active` int64 [d_sae]. The state dict shares their memory: its W_enc is not
+    contiguous, `safetensors.torch.save_model(sae, path)` and `load_model` store it, `save_file` takes
     `{name: t.contiguous() for name, t in sae.state_dict().items()}`.
 
     In training mode the codes are chosen by the batch, the threshold and the dead-feature counts move. In
@@ -70,13 +73,7 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         self.memory = StepMemory()
         self.cfg = cfg
         resolve_impl(cfg.impl, device, dtype)
-        generator = torch.Generator().manual_seed(cfg.seed)
-        rows = torch.randn(cfg.d_sae, cfg.d_in, generator=generator, device="cpu")
-        rows = nn.functional.normalize(rows, dim=1).to(device=device, dtype=dtype)
-        self.W_dec = nn.Parameter(rows)
-        self.W_enc = nn.Parameter(rows.clone().t())
-        self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, device=device, dtype=dtype))
-        self.b_dec = nn.Parameter(torch.zeros(cfg.d_in, device=device, dtype=dtype))
+        self.make_weights(cfg, device, dtype)
         self.register_buffer("tokens_since_active", torch.zeros(cfg.d_sae, dtype=torch.int64, device=device))
         self.register_state_dict_post_hook(scale_into_state)
         self.register_load_state_dict_pre_hook(check_scale_of_state)
@@ -85,7 +82,7 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
 
     @property
     def cfg(self) -> SampledSAEConfig:
-        """Another one of the same d_in and d_sae takes effect with the next step, which looks for a new pool."""
+        """Another one for the same weights takes effect with the next step, which looks for a new pool."""
         return self._cfg
 
     @cfg.setter
@@ -93,9 +90,9 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         if not isinstance(cfg, SampledSAEConfig):
             raise TypeError(f"cfg={cfg!r}: must be a SampledSAEConfig")
         before = getattr(self, "_cfg", cfg)
-        if (cfg.d_in, cfg.d_sae) != (before.d_in, before.d_sae):
-            held = f"the weights are of d_in={before.d_in}, d_sae={before.d_sae}"
-            raise ValueError(f"cfg: d_in={cfg.d_in}, d_sae={cfg.d_sae}: {held}; make another SampledSAE")
+        shapes = [f"d_in={c.d_in}, d_sae={c.d_sae}, d_out={c.d_out}, skip={c.skip}" for c in (cfg, before)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"cfg: {shapes[0]}: the weights are of {shapes[1]}; make another SampledSAE")
         self._cfg = cfg
         self.memory.pool = KeptPool(cfg.pool_every)
 
@@ -109,47 +106,48 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         """bool [d_sae]: not selected for `cfg.dead_after` tokens."""
         return self.layout.whole(self.tokens_since_active) >= self.cfg.dead_after
 
-    def forward(self, x: Tensor, *, scaled: bool = False) -> SampledSAEOutput:
+    def forward(self, x: Tensor, target: Tensor | None = None, *, scaled: bool = False) -> SampledSAEOutput:
         """x [..., d_in] to a `SampledSAEOutput`; in training mode moves threshold and dead-feature counts.
 
         Args:
             x: of the dtype and device of the SAE; under autocast 16-bit activations are taken by a float32 SAE too.
-            scaled: x is multiplied by `cfg.input_scale` already, and x_hat shall be.
+            target: [..., d_out], what a transcoder is to reconstruct; None for an SAE, which reconstructs x.
+            scaled: x is multiplied by `cfg.input_scale` already, the target by `cfg.output_scale`, and x_hat shall be.
 
         Raises:
             ValueError, TypeError: wrong shape, dtype or device, an empty batch, NaN or inf. On a GPU NaN and inf
                 are reported by the next call but one at the latest, with the number of the call they came in.
         """
         if self.training and self.impl_in_use == "triton" and self.cfg.pool_every == self.layout.size == 1:
-            return self._train_batch(x, scaled)
-        return self._forward_uncompiled(x, scaled)
+            return self._train_batch(x, target, scaled)
+        return self._forward_uncompiled(x, target, scaled)
 
     # Sizes depend on the data here: torch.compile would break the graph a dozen times, spend its seconds on the
     # pieces, and (torch 2.13, aot_eager) lose the threshold's update. One break around the layer is right and free.
     @torch.compiler.disable
-    def _forward_uncompiled(self, x: Tensor, scaled: bool) -> SampledSAEOutput:
-        return self._train_batch(x, scaled) if self.training else self._evaluate(x, scaled)
+    def _forward_uncompiled(self, x: Tensor, target: Tensor | None, scaled: bool) -> SampledSAEOutput:
+        return self._train_batch(x, target, scaled) if self.training else self._evaluate(x, target, scaled)
 
-    def _train_batch(self, x: Tensor, scaled: bool) -> SampledSAEOutput:
+    def _train_batch(self, x: Tensor, target: Tensor | None, scaled: bool) -> SampledSAEOutput:
         c = self.cfg
         if torch.is_grad_enabled():
             if c.row_grads:
                 guard_rows(self)
             self.layout.guard(self)
         leaves = self.layout.leaves(self, c.row_grads)
-        tokens, encoder = self._batch(x, scaled, leaves)
+        tokens, encoder = self._batch(x, target, scaled, leaves)
         pool = self.memory.pool.next(lambda: self._find_pool(encoder))
         loss, mse, aux, x_hat, codes = training_step(self, self._parts, tokens, encoder, leaves, pool)
         self.row_grads += leaves.rows.gradients
-        x_hat = self._unscaled(x_hat, scaled).to(x.dtype).view(x.shape)
+        x_hat = given_back(self.cfg, x_hat, x, scaled)
         return SampledSAEOutput(loss + c.aux_coefficient * aux, mse, aux, x_hat, self.layout.numbered(codes))
 
-    def _evaluate(self, x: Tensor, scaled: bool) -> SampledSAEOutput:
+    def _evaluate(self, x: Tensor, target: Tensor | None, scaled: bool) -> SampledSAEOutput:
         leaves = self.layout.leaves(self, keep_rows=False)
-        tokens, encoder = self._batch(x, scaled, leaves)
+        tokens, encoder = self._batch(x, target, scaled, leaves)
         codes = self._select_each(encoder)
         loss, mse, x_hat = reconstruct(self.cfg, self._parts, tokens, encoder, leaves, codes)
-        x_hat = self._unscaled(x_hat, scaled).to(x.dtype).view(x.shape)
+        x_hat = given_back(self.cfg, x_hat, x, scaled)
         return SampledSAEOutput(loss, mse, mse.new_zeros(()), x_hat, self.layout.numbered(codes))
 
     def _select_each(self, encoder: Encoder) -> SparseCodes:
@@ -159,17 +157,19 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         self._notice.before_use(self)
         return self._parts.above_threshold(encoder, self.threshold)
 
+    def _select_together(self, encoder: Encoder) -> SparseCodes:
+        """What training mode keeps of a batch."""
+        pool = self._find_pool(encoder)
+        members = None if pool is None else pool.members
+        return self._parts.select(encoder, members, Rule(self.cfg.k, self.cfg.select), self.memory.hints)
+
     @torch.compiler.disable
     def encode_sparse(self, x: Tensor, *, scaled: bool = False) -> SparseCodes:
         """Codes of x [..., d_in]: by the batch in training mode; in evaluation mode by the threshold, or k of each
         token for a TopK SAE. `scaled` as in `forward`."""
         if not self.training:
             return self.layout.complete(self._select_each(self._encoder_of(x, scaled)))
-        encoder = self._encoder_of(x, scaled, by_batch=True)
-        pool = self._find_pool(encoder)
-        members = None if pool is None else pool.members
-        codes = self._parts.select(encoder, members, Rule(self.cfg.k, self.cfg.select), self.memory.hints)
-        return self.layout.complete(codes)
+        return self.layout.complete(self._select_together(self._encoder_of(x, scaled, by_batch=True)))
 
     @torch.compiler.disable
     def encode_above_threshold(self, x: Tensor, *, scaled: bool = False) -> SparseCodes:
@@ -183,9 +183,10 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         `a = relu((x * input_scale - b_dec) @ W_enc + b_enc); a * (a > threshold)`."""
         return self.encode_sparse(x, scaled=scaled).to_dense().to(x.dtype).view(*x.shape[:-1], self.cfg.d_sae)
 
-    def decode(self, codes: SparseCodes | Tensor, *, scaled: bool = False) -> Tensor:
-        """Reconstruction [..., d_in] of SparseCodes [B, d_sae] or a dense tensor [..., d_sae]: in the units of x, or
-        with `scaled` times `cfg.input_scale`."""
+    def decode(self, codes: SparseCodes | Tensor, x: Tensor | None = None, *, scaled: bool = False) -> Tensor:
+        """Reconstruction [..., d_out] of SparseCodes [B, d_sae] or a dense tensor [..., d_sae]: in the units of what is
+        reconstructed, or with `scaled` times `cfg.factor_out`. With a skip that of x [..., d_in], which was encoded, is
+        added; without x it is left out."""
         if not isinstance(codes, (SparseCodes, Tensor)):
             raise TypeError(f"codes={type(codes).__name__}: must be SparseCodes or a torch.Tensor")
         if codes.shape[-1:] != (self.cfg.d_sae,):
@@ -193,12 +194,14 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         if self.layout.size > 1:
             leaves = self.layout.leaves(self, keep_rows=False)
             x_hat = self._parts.decode(self.layout.here(codes), leaves.W_dec, leaves.b_out, leaves.rows)
-            x_hat = x_hat.to(self.W_dec.dtype).view(*codes.shape[:-1], self.cfg.d_in)
+            x_hat = x_hat.to(self.W_dec.dtype).view(*codes.shape[:-1], self.cfg.width_out)
         elif isinstance(codes, SparseCodes):
             x_hat = functional.decode(codes, self.W_dec, self.b_dec, self.cfg.impl)
         else:
             x_hat = codes.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
-        return self._unscaled(x_hat, scaled)
+        if x is not None and self.W_skip is not None:
+            x_hat = x_hat + skipped(flat_tokens(self, x, scaled), self.W_skip, x_hat.dtype).view(x_hat.shape)
+        return given_back(self.cfg, x_hat, x_hat, scaled)
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, l0: float | None = None, *, scaled: bool = False) -> float:
@@ -217,9 +220,15 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         return float(self.threshold)
 
     @torch.no_grad()
-    def init_b_dec(self, x: Tensor, *, scaled: bool = False) -> None:
-        """Sets b_dec to the geometric median of activations x [..., d_in], as before a training's first step."""
-        tokens, _ = self.layout.read(lambda: self._flatten(x, scaled))
+    def init_b_dec(self, x: Tensor, target: Tensor | None = None, *, scaled: bool = False) -> None:
+        """Sets b_dec to the geometric median of activations x [..., d_in], as before a training's first step. Of a
+        transcoder, which takes its target too, to that of the target; then its decoder rows follow, and its encoder."""
+        tokens, _ = self.layout.read(lambda: flat_tokens(self, x, scaled))
+        goal = goal_of(self, x, tokens, target, scaled)
+        if self.cfg.is_transcoder:
+            leaves = self.layout.leaves(self, keep_rows=False)
+            start_from_targets(self, tokens, goal, lambda: self._select_together(self._encoder(tokens, leaves)))
+            return
         totals = self._parts.totals
         median = geometric_median(tokens, total=totals.sum_of_tokens, greatest=totals.max_of_tokens)
         self.layout.local(self.b_dec).copy_(median)
@@ -240,38 +249,27 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
     def _splice_refusal(self) -> str | None:
         if self.training:
             return "the SAE is in training mode, where codes depend on the batch: call sae.eval() first"
+        if self.cfg.is_transcoder:
+            return "a transcoder reconstructs other activations than it reads"
         return None if self.layout.size == 1 else "an SAE that is spread over processes cannot be spliced"
 
     def extra_repr(self) -> str:
-        c = self.cfg
-        return f"d_in={c.d_in}, d_sae={c.d_sae}, k={c.k}, l={c.l}, score={c.score!r}, impl={self.impl_in_use!r}"
+        c, width = self.cfg, f", d_out={self.cfg.d_out}" if self.cfg.is_transcoder else ""
+        return f"d_in={c.d_in}, d_sae={c.d_sae}{width}, k={c.k}, l={c.l}, score={c.score!r}, impl={self.impl_in_use!r}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SampledSAE:
         """As in torch; what was remembered of the old weights is dropped."""
         self.memory.forget()
         return super()._apply(fn, recurse)
 
-    def _flatten(self, x: Tensor, scaled: bool) -> Tensor:
-        """[B, d_in], times `cfg.input_scale`."""
-        check_activations(x, self.cfg.d_in, may_be_empty=self.layout.size > 1)
-        if x.dtype in HALF and self.W_enc.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
-            x = x.float()
-        check_same(x=x, W_enc=self.W_enc)
-        if not scaled and self.cfg.input_scale != 1:
-            x = x * self.cfg.input_scale
-        self.memory.inputs.check(x)
-        return x.reshape(-1, self.cfg.d_in)
-
-    def _unscaled(self, x_hat: Tensor, scaled: bool) -> Tensor:
-        return x_hat if scaled or self.cfg.input_scale == 1 else x_hat / self.cfg.input_scale
-
-    def _batch(self, x: Tensor, scaled: bool, leaves: Leaves) -> tuple[Tensor, Encoder]:
-        """Tokens [B, d_in] and their encoder; those of all processes are one batch."""
-        tokens, share = self.layout.read(lambda: self._flatten(x, scaled))
-        return tokens, self._encoder(tokens, leaves).of_share(share)
+    def _batch(self, x: Tensor, target: Tensor | None, scaled: bool, leaves: Leaves) -> tuple[Tensor, Encoder]:
+        """What is to be reconstructed [B, d_out], and the encoder of x; those of all processes are one batch."""
+        tokens, share = self.layout.read(lambda: flat_tokens(self, x, scaled))
+        goal = goal_of(self, x, tokens, target, scaled)
+        return goal, self._encoder(tokens, leaves).of_share(share)
 
     def _encoder(self, tokens: Tensor, leaves: Leaves) -> Encoder:
-        """Of tokens [B, d_in] as `_flatten` gives them."""
+        """Of tokens [B, d_in] as `flat_tokens` gives them."""
         b_dec = leaves.b_in if self.cfg.apply_b_dec_to_input else None
         x, weights = self.layout.into_encoder(tokens), (leaves.W_enc, leaves.b_enc, b_dec)
         return self._parts.encoder(x, *weights, rows=leaves.rows, screen=self.cfg.screen)
@@ -279,7 +277,10 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
     def _encoder_of(self, x: Tensor, scaled: bool = False, by_batch: bool = False) -> Encoder:
         """by_batch: the tokens of all processes are one batch; else each of them stands alone."""
         leaves = self.layout.leaves(self, keep_rows=False)
-        return self._batch(x, scaled, leaves)[1] if by_batch else self._encoder(self._flatten(x, scaled), leaves)
+        if not by_batch:
+            return self._encoder(flat_tokens(self, x, scaled), leaves)
+        tokens, share = self.layout.read(lambda: flat_tokens(self, x, scaled))
+        return self._encoder(tokens, leaves).of_share(share)
 
     @property
     def _parts(self) -> Implementation:

@@ -17,11 +17,11 @@ from .pretrained import (
     FORMAT,
     ORIGIN,
     RUN,
-    TENSORS,
     WEIGHTS,
     is_ours,
     load_pretrained,
     save_pretrained,
+    tensor_names,
 )
 from .support.atomic_files import field, parse_json, read_json, write_json, write_text
 from .support.hub import Repository, check_identifier, download, is_identifier
@@ -40,7 +40,7 @@ class Sharing:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `sae.safetensors`, each to a temporary name that is then renamed."""
-        tensors = {name: getattr(self, name) for name in TENSORS}
+        tensors = {name: getattr(self, name) for name in tensor_names(self.cfg)}
         kinds = {name: Kind(t.dtype, t.shape) for name, t in tensors.items()}
         self.layout.write(tensors, lambda pieces: save_pretrained(Path(folder), self.cfg.to_dict(), kinds, pieces))
 

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-RULES = [{"d_sae": 128, "l": 4.0}, {"l": None}, {"l": None, "input_scale": 0.37}]
+RULES = [{"d_sae": 128, "l": 4.0}, {"l": None}, {"l": None, "input_scale": 0.37, "groups": (10, 40, 96)}]
 WORLD = 2
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sampled_sae import ActivationStore, SAEGroup, SampledSAE, SampledSAEConfig, TrainConfig, Trainer
 from sampled_sae.cli import main
+from sampled_sae.impl.given_tokens import flat_tokens
 from sampled_sae.training.evaluation import evaluate_activations, reconstruct_with
 from sampled_sae.training.training_run import CHECKPOINT
 
@@ -87,8 +88,8 @@ def test_nan_in_raw_activations_is_found_and_nothing_is_computed_for_a_scale_of_
     with pytest.raises(ValueError, match=r"x: 1 of 36 values are NaN or inf, the first at \(1, 7\)"):
         sae(x)
     x = tokens(3, 12)
-    assert sae._flatten(x, scaled=True).data_ptr() == x.data_ptr()
-    assert make_sae()._flatten(x, scaled=False).data_ptr() == x.data_ptr()
+    assert flat_tokens(sae, x, scaled=True).data_ptr() == x.data_ptr()
+    assert flat_tokens(make_sae(), x, scaled=False).data_ptr() == x.data_ptr()
 
 
 SAE = SampledSAEConfig(d_in=12, d_sae=48, k=3, l=4.0, dead_after=300)

@@ -7,16 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from makers import gradients, in_each_form, make_sae, problem, same_weights, tokens
+from makers import gradients, make_sae, problem, same_weights, tokens
 from optim_steps import assert_close, plain_step, state_of
 
 from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig, SparseCodes, TrainConfig, Trainer, reference
 from sampled_sae.cli import build_parser
-from sampled_sae.cli.beginning import rule_of
 from sampled_sae.cli.training import _sae_config
 from sampled_sae.formats.origin import training_fields
 from sampled_sae.impl.interface import implementation
 from sampled_sae.impl.levels import level_of
+from sampled_sae.training.array_activations import ArrayActivations
 from sampled_sae.training.evaluation import evaluate_activations
 
 GROUPS = (10, 11, 40, 96)
@@ -84,22 +84,6 @@ def test_a_step_is_that_of_the_specification(rule, row_grads):
         rows.index_copy_(0, part.features, part.rows.grad)
         sae.get_parameter(part.name).grad = whole
     torch.testing.assert_close(gradients(sae), expected)
-
-
-@in_each_form(RULES, without_pool="entries")
-def test_triton_equals_torch_over_steps(rule, form):
-    pytest.importorskip("triton")
-    saes = [make_sae(torch.float32, d_sae=48, groups=(5, 20, 48), impl=i, **AUX, **rule) for i in ("triton", "torch")]
-    for seed in range(3):
-        x = tokens(12, 12, dtype=torch.float32, seed=seed)
-        outs = [sae(x) for sae in saes]
-        for name in ("loss", "mse", "aux", "x_hat"):
-            torch.testing.assert_close(*(getattr(out, name) for out in outs), msg=lambda m, n=name: f"{n}: {m}")
-        for sae, out in zip(saes, outs):
-            sae.zero_grad()
-            out.loss.backward()
-        torch.testing.assert_close(*map(gradients, saes), rtol=1e-4, atol=1e-5)
-    assert outs[0].aux > 0
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
@@ -239,7 +223,7 @@ def test_training_resumes_with_its_groups_alone(store, tmp_path, short_calibrati
 def test_command_line():
     def config(*options):
         args = build_parser().parse_args(["train", "activations", "out", "--features", "96", "--k", "3", *options])
-        return _sae_config(args, 12, **rule_of(args, None))
+        return _sae_config(args, ArrayActivations(tokens(5, 12)), d_sae=96, k=3)
 
     assert config().groups is None
     assert config("--groups", "10, 40").groups == config("--groups", "10,40,96").groups == (10, 40, 96)

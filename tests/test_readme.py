@@ -63,6 +63,16 @@ def test_python_of_the_readme_trains(tmp_path, monkeypatch):
     assert torch.equal(SampledSAE.from_pretrained("my_sae").threshold, sae.threshold)
 
 
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGES["family.md"], flags=re.DOTALL))
+def test_python_of_the_family_trains(block):
+    names = {}
+    exec(compile(block, "family.md", "exec"), names)
+    sae, optimizer = names["sae"], names["optimizer"]
+    assert all(optimizer.state[p]["step"] == 16 for p in sae.parameters())
+    assert torch.isfinite(names["out"].loss)
+    assert int(sae.calibrated_at) == 16
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_of_the_pages_parse(command):
     build_parser().parse_args(command.split("#")[0].split()[1:])

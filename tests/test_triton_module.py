@@ -33,6 +33,8 @@ MODULE_RULES = [
     {"l": None},
     {"l": None, "select": "token"},
     {"l": 3.0, "apply_b_dec_to_input": False, "input_scale": 0.37},
+    {"l": 3.0, "groups": (5, 20, 48)},
+    {"l": None, "groups": (5, 20, 48)},
 ]
 
 
@@ -194,7 +196,7 @@ def test_no_step_waits_for_the_device(rule, dead_after, form, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("rule", [MODULE_RULES[0], *MODULE_RULES[2:]], ids=str)
+@pytest.mark.parametrize("rule", [MODULE_RULES[0], *MODULE_RULES[2:5], MODULE_RULES[6]], ids=str)
 def test_a_training_step_compiles_whole(rule, backend):
     sae = make(aux_coefficient=1.0, dead_after=20, **rule)
     twin = copy.deepcopy(sae)

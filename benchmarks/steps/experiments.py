@@ -72,6 +72,17 @@ def along_axes(rehearse: bool, device: str) -> Tasks:
     return tasks
 
 
+def with_groups(rehearse: bool, device: str) -> Tasks:
+    """Each rule with three groups of features, beside the same without."""
+    found = {}
+    (w,) = REHEARSAL[:1] if rehearse else SIZES[device][1:2]
+    for name, rule in RULES.items():
+        found[name] = ours(**rule)
+        nested = ours(**rule, groups=(w.F // 16, w.F // 4, w.F))
+        found[f"{name}, three groups"] = replace(nested, beside=name)
+    return grid(found, (w,))
+
+
 def both_forms() -> dict[str, Entry]:
     found = {}
     for l in (2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0):
@@ -145,6 +156,12 @@ EXPERIMENTS = {
         "our step by another revision of this repository (--revision) and by this one",
         at_all_sizes(VARIANTS),
         {**SIZE, **VARIANT, **RATIO, "after / before": "{quotient:.2f}"}
+        | {"its p20–p80": "{quotient_p20:.2f}–{quotient_p80:.2f}", **MS, **MEMORY},
+    ),
+    "family": Experiment(
+        "the step of a Matryoshka SAE with three groups beside the same step without",
+        with_groups,
+        {**SIZE, **STEP_OF, **RATIO, "with / without groups": "{quotient:.2f}"}
         | {"its p20–p80": "{quotient_p20:.2f}–{quotient_p80:.2f}", **MS, **MEMORY},
     ),
     "gpu_steps": Experiment(

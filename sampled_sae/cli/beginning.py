@@ -13,6 +13,7 @@ from ..sae import SampledSAE
 from ..support.argument_checks import SCORES
 from ..training.activations import Activations
 from ..training.opening import as_activations
+from ..training.paired_activations import PairedActivations
 from .arguments import pool_multiplier
 
 # the rule of an SAE that begins with drawn weights
@@ -31,10 +32,17 @@ def activations_arguments(p: argparse.ArgumentParser) -> None:
         default=None,
         help="of a file: tokens, the last ones, kept for evaluation; none when absent",
     )
+    p.add_argument(
+        "--targets",
+        default=None,
+        help="what a transcoder reconstructs, of the same tokens, as `activations`, which it reads; makes a transcoder",
+    )
 
 
 def open_activations(args: argparse.Namespace) -> Activations:
-    """What the argument `activations` names."""
+    """What the argument `activations` names, with that of `--targets` beside it."""
+    if args.targets is not None:
+        return PairedActivations(args.activations, args.targets, args.holdout)
     return as_activations(args.activations, args.holdout)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from ..support.argument_checks import check_device, check_integer
 from ..support.output_folder import check_output_folder
@@ -28,7 +29,14 @@ def stream_arguments(p: Parser) -> None:
         "--buffer-tokens", type=int, default=BUFFER_TOKENS, help="with --model, activations of so many tokens are held "
         "and shuffled together; as many more are made meanwhile"
     )  # fmt: skip
-    p.set_defaults(with_model={action.dest: action.default for action in p._actions if action.dest not in before})
+    added = [action for action in p._actions if action.dest not in before]
+    p.set_defaults(with_model={action.dest: _absent(action) for action in added})
+
+
+def _absent(action: argparse.Action) -> Any:
+    """What argparse gives where an option is absent: a default in words goes through its type."""
+    found = action.default
+    return action.type(found) if isinstance(found, str) and callable(action.type) else found
 
 
 def check_no_model(args: argparse.Namespace) -> None:
@@ -49,6 +57,8 @@ def open_stream(args: argparse.Namespace) -> dict[str, StreamedActivations]:
         raise ValueError(f"train --model is for one process, here are {args.ranks.size}; harvest first, together")
     if args.holdout is not None:
         raise ValueError(f"holdout={args.holdout}: is for a file of activations; --holdout-rows is for texts")
+    if args.targets is not None:
+        raise ValueError(f"targets={args.targets}: are for stored activations, which --model does without")
     if args.layer is None:
         raise ValueError("layer=None: must be given with --model: the block, from 0, whose output is trained on")
     if args.splice_rows is not None:

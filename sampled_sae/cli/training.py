@@ -17,6 +17,7 @@ from ..sae import SampledSAE
 from ..support.argument_checks import check_integer
 from ..support.atomic_files import write_json, write_text
 from ..support.output_folder import check_output_folder
+from ..training.activation_stream import StreamedActivations
 from ..training.activations import Activations
 from ..training.batches import CALIBRATION_TOKENS
 from ..training.closing_line import closing_line
@@ -108,6 +109,7 @@ def _sae_arguments(p: argparse.ArgumentParser) -> None:
         help="a Matryoshka SAE: numbers of features, ascending, comma-separated, that each reconstruct on their own; "
         "all of them come last",
     )
+    p.add_argument("--skip", action="store_true", help="a transcoder adds a linear function of what it reads")
     p.add_argument("--screen", choices=SCREENS, default="auto", help="look through bfloat16 products; same results")
     p.add_argument("--impl", default="auto", help="auto, triton, torch or reference")
 
@@ -141,12 +143,14 @@ def _train_arguments(p: argparse.ArgumentParser) -> None:
     add_rank_options(p)
 
 
-def _sae_config(args: argparse.Namespace, d_in: int, **rule: Any) -> SampledSAEConfig:
+def _sae_config(args: argparse.Namespace, store: Activations | StreamedActivations, **rule: Any) -> SampledSAEConfig:
     if args.groups is not None:
-        n_features = rule["d_sae"]
-        rule["groups"] = args.groups if n_features in args.groups[-1:] else [*args.groups, n_features]
+        everything = rule["d_sae"]
+        rule["groups"] = args.groups if everything in args.groups[-1:] else [*args.groups, everything]
     return SampledSAEConfig(
-        d_in=d_in,
+        d_in=store.d_in,
+        d_out=store.d_out,
+        skip=args.skip,
         aux_coefficient=args.aux_coefficient,
         pool_every=args.pool_every,
         score_tokens=args.score_tokens,
@@ -168,7 +172,7 @@ def train(args: argparse.Namespace) -> None:
     with args.ranks.together():
         check_no_model(args)
         store, initial = open_activations(args), initial_sae(args)
-        config = _sae_config(args, store.d_in, seed=args.seed, **rule_of(args, initial))
+        config = _sae_config(args, store, seed=args.seed, **rule_of(args, initial))
         how, log, source = _train_config(args), log_place(args), closing_splice(args, store)
     trainer = Trainer(config, how, store, args.out, args.device, args.ranks.mesh, args.lanes, initial, log)
     print(f"{_begins(trainer)}: {trainer.sae}\nwrites to {args.out}", flush=True)
@@ -184,7 +188,7 @@ def _train_on_model(args: argparse.Namespace) -> None:
     initial, how, log = initial_sae(args), _train_config(args), log_place(args)
     parts = open_stream(args)
     rule = {"seed": args.seed, **rule_of(args, initial)}
-    configs = {name: _sae_config(args, part.d_in, **rule) for name, part in parts.items()}
+    configs = {name: _sae_config(args, part, **rule) for name, part in parts.items()}
     if len(parts) == 1:
         ((name, part),) = parts.items()
         runs: dict[Path, TrainingRun] = {
@@ -216,7 +220,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         check_integer("batch_size", args.batch_size, 1)
         check_same_activations(args.sae, sae.cfg.d_in, store, args.insist)
         check_output_folder(args.sae)
-        splice = splice_source(args, store)
+        splice = None if args.targets and not args.splice_rows else splice_source(args, store)
     target = args.sae / EVALUATION
     if not args.quiet:
         print(f"Evaluates {args.sae} on the held-out part of {args.activations}, writes {target}", flush=True)
@@ -225,7 +229,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if ranks.mesh is not None:
         parallelize(sae, ranks.mesh)
     if not sae.cfg.is_topk and not threshold.is_set(sae):
-        found = sae.calibrate(part_of(store.first(CALIBRATION_TOKENS), ranks).to(sae.W_enc.dtype))
+        found = sae.calibrate(part_of(store.first(CALIBRATION_TOKENS)[:, : store.d_in], ranks).to(sae.W_enc.dtype))
         print(f"The SAE has no threshold yet: {found:.4g}, calibrated to L0 = k on training activations, is used here")
     result = evaluate(sae, held_out, args.batch_size, None if splice is None else splice.load())
     with ranks.together():
@@ -238,9 +242,10 @@ def run_evaluate(args: argparse.Namespace) -> None:
 def sweep(args: argparse.Namespace) -> None:
     with args.ranks.together():
         store = open_activations(args)
-        base = _sae_config(args, store.d_in, d_sae=args.features, k=args.k)
+        base = _sae_config(args, store, d_sae=args.features, k=args.k)
         configs = variants(base, args.ls, args.scores, args.seeds, not args.no_topk)
-        how, splice, log = _train_config(args), splice_source(args, store), log_place(args)
+        how, log = _train_config(args), log_place(args)
+        splice = None if args.targets and not args.splice_rows else splice_source(args, store)
     print(
         f"Trains {len(configs)} SAEs on {args.activations}, writes to {args.out}: {', '.join(configs)}",
         flush=True,

@@ -20,13 +20,14 @@ def aux_loss(
     dead: Tensor,
     rule: AuxRule,
     scores: Tensor | None = None,
+    target: Tensor | None = None,
 ) -> Tensor:
     """As that of one process: impl/torch/aux_loss.py.
 
     x_hat: [B, d], of the tokens here. dead: bool [F], and scores: [F], of the features here.
     """
     mesh, operands = parts.mesh, encoder.operands
-    target = encoder.x.to(x_hat.dtype).detach()
+    target = (encoder.x if target is None else target).to(x_hat.dtype).detach()
     residual = target - x_hat.detach()
     denominator = residual_variance(residual, target, operands.whole_shape[0], mesh)
     alone, k_aux, defined = encoder.weights_alone(), rule.k_aux, denominator > 0

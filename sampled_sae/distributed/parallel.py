@@ -33,7 +33,7 @@ def parallelize(sae: SampledSAE, mesh: DeviceMesh) -> SampledSAE:
     Equivalent on one process to `sae`.
 
     Raises:
-        TypeError, ValueError: naming the argument; `cfg.impl="reference"`, which is for one process.
+        TypeError, ValueError: naming the argument; `cfg.impl="reference"` and transcoders, which are for one process.
     """
     if not isinstance(sae, SampledSAE):
         raise TypeError(f"sae={type(sae).__name__}: must be a SampledSAE (of a wrapped one, the module inside)")
@@ -50,6 +50,8 @@ def parallelize(sae: SampledSAE, mesh: DeviceMesh) -> SampledSAE:
         raise ValueError("impl='reference': is for one process; use 'torch' or 'triton'")
     if mesh.size() == 1:
         return sae
+    if sae.cfg.is_transcoder:
+        raise ValueError(f"d_out={sae.cfg.d_out}: transcoders are for one process")
     own = Mesh(mesh)
     weights = Weights(sae.cfg.d_in, sae.cfg.d_sae, own)
     with torch.no_grad():

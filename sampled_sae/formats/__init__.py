@@ -32,6 +32,8 @@ __all__ = ["FORMATS", "INFERENCE", "Loaded", "Origin", "PortableSAE", "detect", 
 
 PEERS: dict[str, ModuleType] = {module.NAME: module for module in (saelens, dictionary_learning, sparsify)}
 FORMATS = tuple(PEERS)
+# those that have a place for them
+TRANSCODERS = (saelens.NAME, sparsify.NAME)
 INFERENCE = ("auto", *RULES)
 
 
@@ -81,6 +83,8 @@ def export(
             dtype; a folder that holds an SAE of another format. Nothing is written then.
     """
     check_choice("to", to, FORMATS)
+    if scale is not None and sae.cfg.is_transcoder:
+        raise ValueError(f"scale={scale!r}: is of an SAE; a transcoder has input_scale and output_scale in its config")
     scale = sae.cfg.input_scale if scale is None else check_positive("scale", scale)
     rule = inference_rule(sae.cfg, inference)
     path = Path(folder)
@@ -89,14 +93,19 @@ def export(
         raise ValueError(f"{path}: holds an SAE in the format {held!r}; export to another folder")
     peer = PEERS[to]
     portable = replace(PortableSAE.of(sae, rule, k), input_scale=scale)
+    if to not in TRANSCODERS:
+        portable.refuse_transcoder(to)
     if rule == "threshold" and portable.threshold is None:
         say("the threshold was never set (no training step, no calibration): every positive activation is active")
     elif rule == "threshold" and (found := fault(sae)):
         say(found)
     if scale != 1:
         say(f"biases and threshold are divided by {scale!r}: feed activations as they are; codes are divided by it too")
+    if portable.output_scale != 1 or (scale != 1 and portable.transcodes):
+        say(f"decoder and skip give activations as they are, not times {portable.output_scale!r}")
+    if scale != 1 or portable.output_scale != 1:
         portable = portable.read_at(1.0)
-    if peer.CENTRES_ALWAYS and not portable.apply_b_dec_to_input:
+    if peer.CENTRES_ALWAYS and not portable.apply_b_dec_to_input and not portable.transcodes:
         say(f"{to} subtracts b_dec from the input: b_dec W_enc is added to b_enc, which rounds it")
         portable = portable.centring()
     origin = origin or Origin()
@@ -159,6 +168,8 @@ def read(
     k = None if k is None else check_positive("k", k)
     tensors, described = peer.read(path)
     portable = peer.unpack(tensors, described, path, say)
+    if scale is not None and portable.transcodes:
+        raise ValueError(f"scale={scale!r}: is of an SAE; a transcoder has input_scale and output_scale in its config")
     origin = peer.origin(described).checked(path / peer.CONFIG)
     supplement = Supplement.read(path)
     if supplement is not None and supplement.fingerprint != portable.fingerprint():
@@ -173,7 +184,7 @@ def read(
         say("configuration and training state are those that were exported")
     else:
         portable = _with_one_threshold(portable, path / peer.WEIGHTS, rescale_features, say)
-        portable = portable.read_at(portable.input_scale if scale is None else scale)
+        portable = portable.read_at(portable.input_scale if scale is None else scale, portable.output_scale)
         config, recorded, state = portable.config(k), portable.k, portable.state()
         if portable.training is not None:
             say(f"{peer.CONFIG} says how it was trained (l={config.l}, score={config.score!r}, ...)")

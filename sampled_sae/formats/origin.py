@@ -12,7 +12,17 @@ from ..support.argument_checks import plain_number
 from ..support.atomic_files import field
 
 # These come from the weights, from the file's own rule, or from the machine; the scale is folded into the weights.
-NOT_OF_THE_TRAINING = ("d_in", "d_sae", "k", "apply_b_dec_to_input", "impl", "input_scale")
+NOT_OF_THE_TRAINING = (
+    "d_in",
+    "d_sae",
+    "k",
+    "apply_b_dec_to_input",
+    "impl",
+    "input_scale",
+    "d_out",
+    "skip",
+    "output_scale",
+)
 TRAINING_FIELDS = tuple(f.name for f in fields(SampledSAEConfig) if f.name not in NOT_OF_THE_TRAINING)
 
 

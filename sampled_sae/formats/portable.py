@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import SampledSAEConfig
 from ..impl.threshold import is_set
-from ..pretrained import WEIGHT_NAMES
+from ..pretrained import SKIP, WEIGHT_NAMES
 from ..support.argument_checks import FLOATS, check_choice, plain_number
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class PortableSAE:
     """Weights and inference rule of an SAE, on the CPU; tensors may share memory with the SAE.
 
     Attributes:
-        W_enc, b_enc, W_dec, b_dec: [d_in, d_sae], [d_sae], [d_sae, d_in], [d_in], of one dtype.
+        W_enc, b_enc, W_dec, b_dec: [d_in, d_sae], [d_sae], [d_sae, d_out], [d_out], of one dtype.
         rule: "threshold": a feature is active where its activation exceeds `threshold`;
             "topk": where it is among the k largest of its token.
         k: active features a token; None where a file does not say.
@@ -47,6 +47,9 @@ class PortableSAE:
         apply_b_dec_to_input: b_dec is subtracted before encoding.
         training: fields of the SampledSAEConfig it was trained with, as far as they are known.
         input_scale: the SAE is to be fed activations times this.
+        transcodes: it reconstructs other activations than it reads; else d_out is d_in.
+        W_skip: of a transcoder that has a skip, [d_in, d_out].
+        output_scale: what a transcoder reconstructs is to be divided by this.
     """
 
     W_enc: Tensor
@@ -59,6 +62,9 @@ class PortableSAE:
     apply_b_dec_to_input: bool = True
     training: dict[str, Any] | None = None
     input_scale: float = 1.0
+    transcodes: bool = False
+    W_skip: Tensor | None = None
+    output_scale: float = 1.0
 
     @classmethod
     def of(cls, sae: SampledSAE, rule: str, k: float | None = None) -> PortableSAE:
@@ -68,7 +74,8 @@ class PortableSAE:
             ValueError: NaN or inf in the SAE.
         """
         check_choice("rule", rule, RULES)
-        weights = {name: getattr(sae, name).detach().cpu() for name in WEIGHT_NAMES}
+        names = (*WEIGHT_NAMES, SKIP) if sae.cfg.skip else WEIGHT_NAMES
+        weights = {name: getattr(sae, name).detach().cpu() for name in names}
         threshold = sae.threshold.detach().cpu()
         for name, t in {**weights, "threshold": threshold}.items():
             if not torch.isfinite(t).all():
@@ -79,14 +86,31 @@ class PortableSAE:
             k=sae.cfg.k if k is None else k,
             # an active feature is positive, so that none below 0 says more than 0
             threshold=threshold.clamp(min=0) if is_set(sae) else None,
-            apply_b_dec_to_input=sae.cfg.apply_b_dec_to_input,
+            apply_b_dec_to_input=bool(sae.cfg.apply_b_dec_to_input),
             training=sae.cfg.to_dict(),
             input_scale=sae.cfg.input_scale,
+            transcodes=sae.cfg.is_transcoder,
+            output_scale=sae.cfg.output_scale,
         )
 
     @property
     def d_in(self) -> int:
+        return self.W_enc.shape[0]
+
+    @property
+    def d_out(self) -> int:
         return self.W_dec.shape[1]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """All of them by name."""
+        found = {name: getattr(self, name) for name in WEIGHT_NAMES}
+        return found if self.W_skip is None else {**found, SKIP: self.W_skip}
+
+    def refuse_transcoder(self, peer: str) -> None:
+        """ValueError for a transcoder, where the files have no place for one."""
+        if self.transcodes:
+            raise ValueError(f"d_out={self.d_out}: {peer} has no place for a transcoder")
 
     @property
     def d_sae(self) -> int:
@@ -108,17 +132,24 @@ class PortableSAE:
             raise ValueError(f"k={self.k!r}: {allowed}; choose one with k= (--k)")
         return int(k)
 
-    def read_at(self, scale: float) -> PortableSAE:
+    def read_at(self, scale: float, output_scale: float = 1.0) -> PortableSAE:
         """The same SAE, to be fed activations times `scale`: biases and threshold times what that is of its own scale.
 
-        The weights are as they are, and codes come out in the new units, by the homogeneity of relu.
+        The weights are as they are, and codes come out in the new units, by the homogeneity of relu. What a transcoder
+        reconstructs has a scale of its own, so that its decoder and its skip move by the quotient.
 
         Raises:
-            ValueError: a bias that leaves the range of its dtype.
+            ValueError: a tensor that leaves the range of its dtype.
         """
-        held = {name: getattr(self, name) for name in IN_UNITS if getattr(self, name) is not None}
-        moved: dict[str, Any] = dict(rescaled(held, scale / self.input_scale))
-        return replace(self, **moved, input_scale=scale)
+        of_codes = scale / self.input_scale
+        of_output = output_scale / self.output_scale if self.transcodes else of_codes
+        factors = {"b_enc": of_codes, "threshold": of_codes, "b_dec": of_output}
+        factors |= {"W_dec": of_output / of_codes, SKIP: of_output / of_codes} if self.transcodes else {}
+        moved: dict[str, Any] = {}
+        for name, factor in factors.items():
+            if getattr(self, name) is not None:
+                moved |= rescaled({name: getattr(self, name)}, factor)
+        return replace(self, **moved, input_scale=scale, output_scale=output_scale if self.transcodes else 1.0)
 
     def centring(self) -> PortableSAE:
         """The same SAE with b_dec subtracted from the input: b_enc + b_dec W_enc in place of b_enc, rounded once.
@@ -171,8 +202,9 @@ class PortableSAE:
         """SHA-256 of everything here; equal for two files that say the same."""
         found = hashlib.sha256()
         k = None if self.k is None else float(self.k)
-        found.update(repr((self.rule, k, self.apply_b_dec_to_input)).encode())
-        for t in (self.W_enc.t(), self.b_enc, self.W_dec, self.b_dec, self.threshold):
+        kind = (self.rule, k, self.apply_b_dec_to_input)
+        found.update(repr((*kind, "transcoder") if self.transcodes else kind).encode())
+        for t in (self.W_enc.t(), self.b_enc, self.W_dec, self.b_dec, self.threshold, self.W_skip):
             if t is not None:
                 found.update(repr((tuple(t.shape), t.dtype)).encode())
                 found.update(t.reshape(-1).view(torch.uint8).numpy().data)
@@ -192,6 +224,8 @@ class PortableSAE:
             training |= {"l": None, "select": "token"}
         own = {"d_in": self.d_in, "d_sae": self.d_sae, "k": without_fraction(number)}
         own |= {"apply_b_dec_to_input": self.apply_b_dec_to_input, "input_scale": self.input_scale}
+        if self.transcodes:
+            own |= {"d_out": self.d_out, "skip": self.W_skip is not None, "output_scale": self.output_scale}
         return SampledSAEConfig(**{**training, **own})
 
     def state(self) -> dict[str, Tensor]:
@@ -199,7 +233,7 @@ class PortableSAE:
         exact = torch.promote_types(self.dtype, torch.float32)
         threshold = torch.zeros((), dtype=exact) if self.threshold is None else self.threshold.to(exact)
         return {
-            **{name: getattr(self, name) for name in WEIGHT_NAMES},
+            **self.weights,
             "threshold": threshold,
             "threshold_steps": torch.tensor(int(self.threshold is not None)),
             "tokens_since_active": torch.zeros(self.d_sae, dtype=torch.int64),
@@ -254,7 +288,7 @@ def _not_finite(t: Tensor) -> Tensor:
 
 def check_one_dtype(path: Path, sae: PortableSAE) -> PortableSAE:
     """The SAE, whose weights must be of one dtype."""
-    found = {name: getattr(sae, name).dtype for name in WEIGHT_NAMES}
+    found = {name: t.dtype for name, t in sae.weights.items()}
     if len(set(found.values())) > 1:
         raise ValueError(f"{path}: weights of several dtypes: {', '.join(f'{n} {d}' for n, d in found.items())}")
     return sae

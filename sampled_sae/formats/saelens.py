@@ -1,7 +1,8 @@
 """SAELens' files: `sae_weights.safetensors` and `cfg.json` of the architectures jumprelu, topk and batchtopk.
 
-A SAE with a threshold is a "jumprelu" there, one of k features a token a "topk". "batchtopk" is what SAELens' own
-training checkpoints hold; it is read, not written. So are files from before its release 6, by `saelens_before_6`.
+A SAE with a threshold is a "jumprelu" there, a transcoder with one a "jumprelu_transcoder" or, with a skip, a
+"jumprelu_skip_transcoder", an SAE of k features a token a "topk". "batchtopk" is what SAELens' own training checkpoints
+hold; it is read, not written. So are files from before its release 6, by `saelens_before_6`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ WEIGHTS, CONFIG = PEER_FILES[NAME]
 CENTRES_ALWAYS = False
 # Of a checkpoint from mid-training, whose factor on the activations is not yet folded into the weights.
 SCALER = "activation_scaler.json"
-ARCHITECTURES = ("jumprelu", "topk", "batchtopk", "matryoshka_batchtopk")
+TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+ARCHITECTURES = ("jumprelu", "topk", "batchtopk", "matryoshka_batchtopk", *TRANSCODERS)
 # Of integrations.saelens: whose training checkpoints theirs are, tensor by tensor.
 AS_TRAINED_HERE = {
     "sampled": "batchtopk",
@@ -44,8 +46,13 @@ def pack(sae: PortableSAE, origin: Origin, say: Say = silent) -> tuple[dict[str,
     """(tensors, cfg.json) for the SAE.
 
     Raises:
-        ValueError: k is a fraction and the rule "topk".
+        ValueError: k is a fraction and the rule "topk"; a transcoder of that rule.
     """
+    if sae.transcodes and sae.rule == "topk":
+        raise ValueError(
+            "inference='topk': SAELens has no transcoder that keeps k features of each token; inference='threshold' "
+            "(--inference threshold) exports it for its threshold"
+        )
     tensors = {
         "W_enc": sae.W_enc.contiguous(),
         "b_enc": sae.b_enc.contiguous(),
@@ -76,6 +83,11 @@ def pack(sae: PortableSAE, origin: Origin, say: Say = silent) -> tuple[dict[str,
     if sae.rule == "topk":
         config |= {"k": sae.whole_k("SAELens' topk"), "rescale_acts_by_decoder_norm": False}
         return tensors, config
+    if sae.transcodes:
+        skip = "" if sae.W_skip is None else "skip_"
+        config |= {"architecture": f"jumprelu_{skip}transcoder", "d_out": sae.d_out}
+    if sae.W_skip is not None:
+        tensors["W_skip"] = sae.W_skip.t().contiguous()
     threshold = torch.zeros(()) if sae.threshold is None else sae.threshold
     threshold = narrowed(threshold, sae.dtype)
     if threshold.dtype != sae.dtype:
@@ -132,40 +144,50 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
         raise ValueError(f"{cfg}: architecture={architecture!r}: this package reads {', '.join(ARCHITECTURES)}")
     input_scale = check_inputs(folder, config, say)
     d_in, d_sae = field(cfg, config, "d_in"), field(cfg, config, "d_sae")
+    transcodes, by_threshold = architecture in TRANSCODERS, str(architecture).startswith("jumprelu")
+    d_out = field(cfg, config, "d_out", int, 1) if transcodes else d_in
     shapes: dict[str, tuple[int, ...]] = {
         "W_enc": (d_in, d_sae),
         "b_enc": (d_sae,),
-        "W_dec": (d_sae, d_in),
-        "b_dec": (d_in,),
+        "W_dec": (d_sae, d_out),
+        "b_dec": (d_out,),
     }
-    if architecture == "jumprelu":
+    if "skip" in str(architecture):
+        shapes["W_skip"] = (d_out, d_in)
+    if by_threshold:
         shapes["threshold"] = (d_sae,)
-    elif architecture != "topk":
+    elif architecture != "topk" and not transcodes:
         shapes["topk_threshold"] = ()
     check_tensors(weights, tensors, shapes)
     exact = torch.promote_types(tensors["W_enc"].dtype, torch.float32)
     k: float | None = None
     threshold = None
-    if architecture == "jumprelu":
+    if by_threshold:
         threshold = _one_value(tensors["threshold"].to(exact), tensors["threshold"].dtype, say)
         k = _recorded_k(config)
+    elif transcodes:
+        threshold, k = torch.zeros((), dtype=exact), _recorded_k(config)
     else:
         k = field(cfg, config, "k", (int, float))
         # their running mean starts at 0
         if "topk_threshold" in tensors and float(tensors["topk_threshold"]) != 0:
             threshold = tensors["topk_threshold"].to(exact)
+    centres = field(cfg, {"apply_b_dec_to_input": not transcodes, **config}, "apply_b_dec_to_input", bool)
+    weights_found: dict[str, Any] = {name: tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     sae = PortableSAE(
-        **{name: tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")},
+        **weights_found,
         rule="topk" if architecture == "topk" else "threshold",
         k=k,
         threshold=threshold,
-        apply_b_dec_to_input=field(cfg, {"apply_b_dec_to_input": True, **config}, "apply_b_dec_to_input", bool),
+        apply_b_dec_to_input=centres,
         training=_training(cfg, config),
         input_scale=input_scale,
+        transcodes=transcodes,
+        W_skip=tensors["W_skip"].t() if "W_skip" in tensors else None,
     )
     sae = check_one_dtype(weights, sae)
     # absent, it is what SAELens takes by default: False for inference, True for training
-    if architecture != "jumprelu" and config.get("rescale_acts_by_decoder_norm", architecture != "topk"):
+    if not (by_threshold or transcodes) and config.get("rescale_acts_by_decoder_norm", architecture != "topk"):
         sae = sae.with_unit_rows(say, "SAELens selects by activation times decoder norm here")
     return sae
 

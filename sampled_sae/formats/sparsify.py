@@ -1,4 +1,4 @@
-"""sparsify's files: `sae.safetensors` and `cfg.json`, k features a token.
+"""sparsify's files: `sae.safetensors` and `cfg.json`, k features a token; SAEs, transcoders and skip transcoders.
 
 A folder of several SAEs there has one such folder a hook, named after it (`layers.5`).
 """
@@ -23,19 +23,19 @@ WEIGHTS, CONFIG = PEER_FILES[NAME]
 CENTRES_ALWAYS = True
 # value that changes what is computed: what it is there
 FOREIGN = {
-    "transcode": "a transcoder, which reconstructs other activations than it reads",
-    "skip_connection": "a linear skip connection",
     "signed": "selection by absolute value",
 }
 UNIT = 1e-2
 
 
 def pack(sae: PortableSAE, origin: Origin, say: Say = silent) -> tuple[dict[str, Tensor], Any]:
-    """(tensors, cfg.json) for an SAE that centres its input and keeps k features a token.
+    """(tensors, cfg.json) for an SAE that centres its input, or a transcoder, that keeps k features a token.
 
     Raises:
-        ValueError: the rule is "threshold", or k a fraction.
+        ValueError: the rule is "threshold", or k a fraction; a transcoder of another width than it reads.
     """
+    if sae.d_out != sae.d_in:
+        raise ValueError(f"d_out={sae.d_out}: sparsify has transcoders of d_out = d_in={sae.d_in} only")
     if sae.rule != "topk":
         raise ValueError(
             "inference='threshold': sparsify keeps the k largest activations of each token and has no threshold; "
@@ -47,6 +47,8 @@ def pack(sae: PortableSAE, origin: Origin, say: Say = silent) -> tuple[dict[str,
         "W_dec": sae.W_dec.contiguous(),
         "b_dec": sae.b_dec.contiguous(),
     }
+    if sae.W_skip is not None:
+        tensors["W_skip"] = sae.W_skip.t().contiguous()
     norms = torch.linalg.vector_norm(sae.W_dec.double(), dim=1)
     config = {
         "activation": "topk",
@@ -56,8 +58,8 @@ def pack(sae: PortableSAE, origin: Origin, say: Say = silent) -> tuple[dict[str,
         "num_latents": sae.d_sae,
         "k": sae.whole_k("sparsify"),
         "multi_topk": False,
-        "skip_connection": False,
-        "transcode": False,
+        "skip_connection": sae.W_skip is not None,
+        "transcode": sae.transcodes,
         "d_in": sae.d_in,
     }
     return tensors, config
@@ -83,8 +85,11 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
     """The SAE of sparsify's tensors and cfg.json; `folder` is named in errors.
 
     Raises:
-        ValueError: a transcoder, a skip connection, another activation than "topk", wrong tensors.
+        ValueError: a skip connection of an SAE, another activation than "topk", wrong tensors.
     """
+    transcodes, skip = bool(config.get("transcode")), bool(config.get("skip_connection"))
+    if skip and not transcodes:
+        raise ValueError(f"{folder / CONFIG}: skip_connection=True: a linear skip of an SAE has no place here")
     check_weights(tensors, config, folder, FOREIGN)
     sae = PortableSAE(
         W_enc=tensors["encoder.weight"].t(),
@@ -94,6 +99,9 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
         rule="topk",
         k=field(folder / CONFIG, config, "k"),
         threshold=None,
+        apply_b_dec_to_input=not transcodes,
+        transcodes=transcodes,
+        W_skip=tensors["W_skip"].t() if skip else None,
     )
     return check_one_dtype(folder / WEIGHTS, sae)
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import SampledSAEConfig
-from ..pretrained import TENSORS, WEIGHT_NAMES
+from ..pretrained import SKIP, tensor_names
 from ..support.atomic_files import field, write_atomically
 from .origin import Origin
 from .portable import IN_UNITS, PortableSAE, rescaled
@@ -52,10 +52,10 @@ class Supplement:
     @classmethod
     def of(cls, sae: SampledSAE, packed: PortableSAE, scale: float, origin: Origin) -> Supplement:
         """For an SAE whose exported files read as `packed`."""
-        tensors = {name: getattr(sae, name).detach().cpu() for name in TENSORS}
-        back = packed.read_at(scale)
-        for name in WEIGHT_NAMES:
-            if same_bits(tensors[name], getattr(back, name)):
+        tensors = {name: getattr(sae, name).detach().cpu() for name in tensor_names(sae.cfg)}
+        back = packed.read_at(scale, sae.cfg.output_scale)
+        for name, t in back.weights.items():
+            if same_bits(tensors[name], t):
                 del tensors[name]
         return cls(sae.cfg, scale, packed.fingerprint(), tensors, origin)
 
@@ -65,7 +65,7 @@ class Supplement:
         Raises:
             ValueError: a bias that leaves the range of its dtype.
         """
-        state = {**portable.read_at(self.scale).state(), **self.tensors}
+        state = {**portable.read_at(self.scale, self.config.output_scale).state(), **self.tensors}
         return state | rescaled({name: state[name] for name in IN_UNITS}, scale / self.scale)
 
     def write(self, folder: Path) -> None:
@@ -103,10 +103,11 @@ class Supplement:
             origin = Origin(**about.get("origin", {})).checked(path)
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path}: {error}; delete it to do without") from None
-        shapes = {"W_enc": (config.d_in, config.d_sae), "W_dec": (config.d_sae, config.d_in), "b_dec": (config.d_in,)}
+        d_in, d_out = config.d_in, config.width_out
+        shapes = {"W_enc": (d_in, config.d_sae), "W_dec": (config.d_sae, d_out), "b_dec": (d_out,), SKIP: (d_in, d_out)}
         shapes |= {"b_enc": (config.d_sae,), "tokens_since_active": (config.d_sae,)}
         for name, t in tensors.items():
-            if name not in TENSORS or tuple(t.shape) != shapes.get(name, ()):
+            if name not in tensor_names(config) or tuple(t.shape) != shapes.get(name, ()):
                 raise ValueError(f"{path}: {name} is {tuple(t.shape)}, its configuration says {shapes.get(name, ())}")
             if not torch.isfinite(t).all():
                 raise ValueError(f"{path}: {name} holds NaN or inf; delete the file to do without")

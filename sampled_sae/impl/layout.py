@@ -33,12 +33,15 @@ class Layer(Protocol):
     def W_dec(self) -> nn.Parameter: ...
     @property
     def b_dec(self) -> nn.Parameter: ...
+    @property
+    def W_skip(self) -> nn.Parameter | None: ...
 
 
 class Leaves(NamedTuple):
     """What a step computes with, of this process, and where its gradients go.
 
-    W_enc: [F, d]. b_enc: [F]. W_dec: [F, d]. b_in, b_out: [d], b_dec as the encoder subtracts and the decoder adds it.
+    W_enc: [F, d]. b_enc: [F]. W_dec: [F, d_out]. b_in, b_out: [d_out], b_dec as the encoder subtracts and the decoder
+    adds it. W_skip: [d, d_out], or None.
     """
 
     W_enc: Tensor
@@ -47,6 +50,7 @@ class Leaves(NamedTuple):
     b_in: Tensor
     b_out: Tensor
     rows: RowSource
+    W_skip: Tensor | None = None
 
 
 class Layout:
@@ -67,7 +71,7 @@ class Layout:
     def leaves(self, layer: Layer, keep_rows: bool) -> Leaves:
         """The layer's weights for one step; `keep_rows` as in `RowSource`."""
         rows = layer.memory.rows(keep_rows)
-        return Leaves(layer.W_enc.t(), layer.b_enc, layer.W_dec, layer.b_dec, layer.b_dec, rows)
+        return Leaves(layer.W_enc.t(), layer.b_enc, layer.W_dec, layer.b_dec, layer.b_dec, rows, layer.W_skip)
 
     def read(self, read: Callable[[], Tensor]) -> tuple[Tensor, Share | None]:
         """What `read` makes of the caller's batch, [B, d], and where it stands in that of all processes."""

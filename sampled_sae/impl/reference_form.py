@@ -107,10 +107,16 @@ def decode_levels(
 
 @without_autocast
 def aux_loss(
-    encoder: Encoder, x_hat: Tensor, W_dec: Tensor, dead: Tensor, rule: AuxRule, scores: Tensor | None = None
+    encoder: Encoder,
+    x_hat: Tensor,
+    W_dec: Tensor,
+    dead: Tensor,
+    rule: AuxRule,
+    scores: Tensor | None = None,
+    target: Tensor | None = None,
 ) -> Tensor:
     return reference.aux_loss(
-        encoder.x.to(x_hat.dtype),
+        (encoder.x if target is None else target).to(x_hat.dtype),
         x_hat,
         encoder.operands.x,
         encoder.W.t(),

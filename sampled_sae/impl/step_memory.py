@@ -15,7 +15,7 @@ class StepMemory:
 
     Attributes:
         hints: where searches start. pool: the candidate pool that `pool_every` keeps. idle: a bound on the tokens since
-            a feature was selected. inputs: the check for NaN and inf. workspace: memory for gradients.
+            a feature was selected. inputs, targets: the checks for NaN and inf. workspace: memory for gradients.
     """
 
     def __init__(self) -> None:
@@ -23,6 +23,7 @@ class StepMemory:
         self.pool = KeptPool(every=1)
         self.idle = IdleTokens()
         self.inputs = FiniteInputs()
+        self.targets = FiniteInputs("target")
         self.workspace = Workspace()
 
     def rows(self, keep: bool = False) -> RowSource:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ..codes import SparseCodes
@@ -43,7 +44,7 @@ def training_step(
 ) -> Step:
     """One batch through the layer; moves its threshold and its counts of dead features.
 
-    tokens: [B, d], to be reconstructed; `encoder` is of them and of `leaves`.
+    tokens: [B, d_out], to be reconstructed; `encoder` is of `leaves`, and but for a transcoder of them.
     pool: None for the whole dictionary.
     """
     c, memory = layer.cfg, layer.memory
@@ -55,7 +56,8 @@ def training_step(
     if c.aux_coefficient > 0 and memory.idle.reaches(counts, c.dead_after, parts.totals.greatest):
         rule = AuxRule(c.aux_features, c.aux_pool, c.score)
         scores = None if pool is None else pool.scores
-        aux = parts.aux_loss(encoder, x_hat, leaves.W_dec, counts >= c.dead_after, rule, scores)
+        dead = counts >= c.dead_after
+        aux = parts.aux_loss(encoder, x_hat, leaves.W_dec, dead, rule, scores, tokens)
     active, n_tokens = parts.totals.active_mask(codes, members), encoder.operands.whole_shape[0]
     memory.idle.count_(counts, active, n_tokens, parts.totals.greatest)
     threshold.move(layer, parts.totals.smallest(codes), c.threshold_decay)
@@ -68,11 +70,20 @@ def reconstruct(
     """(loss, mse, x_hat): mse is that of x_hat [B, d], and the loss too, but for a Matryoshka SAE."""
     if c.groups is None:
         x_hat = parts.decode(codes, leaves.W_dec, leaves.b_out, leaves.rows)
+        if leaves.W_skip is not None:
+            x_hat = x_hat + skipped(encoder.x, leaves.W_skip, x_hat.dtype)
         mse = parts.totals.mean(squared_errors(tokens, x_hat), encoder.operands)
         return mse, mse, x_hat
     levels = parts.decode_levels(codes, leaves.W_dec, leaves.b_out, c.groups, leaves.rows)
+    if leaves.W_skip is not None:
+        levels = levels + skipped(encoder.x, leaves.W_skip, levels.dtype)[:, None]
     errors = parts.totals.mean(LevelErrors.apply(tokens, levels), encoder.operands)
     return errors.mean(), errors[-1], levels[:, -1].contiguous()
+
+
+def skipped(x: Tensor, W_skip: Tensor, dtype: torch.dtype) -> Tensor:
+    """x W_skip, [B, d_out] in `dtype`, which is that of the codes."""
+    return x.to(dtype) @ W_skip.to(dtype)
 
 
 def squared_errors(x: Tensor, x_hat: Tensor) -> Tensor:

@@ -118,6 +118,7 @@ class SAEBenchSAE(nn.Module):
             raise ValueError(NEVER_SET)
         elif (found := fault(sae)) is not None:
             warnings.warn(found, stacklevel=2)
+        portable.refuse_transcoder("SAEBench")
         norms = torch.linalg.vector_norm(portable.W_dec.double(), dim=1)
         if not bool((norms > 0).all()):
             raise ValueError(f"sae.W_dec: {int((norms == 0).sum())} rows are zero, which no factor makes unit rows")

@@ -6,6 +6,7 @@ Everything here needs the extra `lm` (`pip install "sampled-sae[lm]"`), which is
 from sampled_sae.lm.bundled import BUNDLED_MODELS
 from sampled_sae.lm.dropped import special_tokens
 from sampled_sae.lm.harvest import harvest
+from sampled_sae.lm.mlp import harvest_mlp, transcode_with, transcoded_cross_entropy
 from sampled_sae.lm.model_rows import ModelRows
 from sampled_sae.lm.model_source import ModelSource
 from sampled_sae.lm.models import load_model, weights_digest
@@ -23,6 +24,7 @@ __all__ = [
     "SpliceEvaluator",
     "capture",
     "harvest",
+    "harvest_mlp",
     "load_model",
     "load_texts",
     "replace",
@@ -30,6 +32,8 @@ __all__ = [
     "special_tokens",
     "spliced_cross_entropy",
     "token_rows",
+    "transcode_with",
+    "transcoded_cross_entropy",
     "transformer_blocks",
     "weights_digest",
 ]

@@ -226,7 +226,8 @@ def _parsed(text: str, where: str) -> Any:
 
 def _open(file: File) -> io.TextIOWrapper:
     """The file as text, its line ends as they are."""
-    return io.TextIOWrapper(_bytes(file), encoding=_encoding(file), newline="\n")
+    encoding = _encoding(file)  # first: a file in fsspec's memory has one place for all who read it
+    return io.TextIOWrapper(_bytes(file), encoding=encoding, newline="\n")
 
 
 def _bytes(file: File) -> Any:

@@ -61,8 +61,8 @@ class FiniteInputs:
     batch is NaN or inf.
     """
 
-    def __init__(self) -> None:
-        self.calls = 0
+    def __init__(self, name: str = "x") -> None:
+        self.name, self.calls = name, 0
         self._verdicts = LateScalars()
 
     def check(self, x: Tensor) -> None:
@@ -70,7 +70,7 @@ class FiniteInputs:
         if torch.compiler.is_compiling():
             return
         if not x.is_cuda:
-            check_finite(x)
+            check_finite(x, self.name)
             return
         with torch.cuda.device_of(x):
             if capturing():
@@ -79,11 +79,13 @@ class FiniteInputs:
         for call, finite in self._verdicts.arrived():
             if not finite:
                 self._verdicts = LateScalars()
-                raise ValueError(f"x: NaN or inf among the values of call {call}, {self.calls - call} calls ago")
+                raise ValueError(
+                    f"{self.name}: NaN or inf among the values of call {call}, {self.calls - call} calls ago"
+                )
         self._verdicts.put(self.calls, all_finite(x))
 
     def __deepcopy__(self, memo: dict[int, object]) -> FiniteInputs:
-        return FiniteInputs()
+        return FiniteInputs(self.name)
 
-    def __reduce__(self) -> tuple[type[FiniteInputs], tuple[()]]:
-        return FiniteInputs, ()
+    def __reduce__(self) -> tuple[type[FiniteInputs], tuple[str]]:
+        return FiniteInputs, (self.name,)

@@ -54,6 +54,21 @@ class Activations(ABC):
         return int(self.manifest["d_in"])
 
     @property
+    def d_out(self) -> int | None:
+        """Width of the targets that stand behind the activations of each token; None where there are none."""
+        return None
+
+    @property
+    def output_scale(self) -> float:
+        """That of the targets; 1 where there are none."""
+        return 1.0
+
+    @property
+    def row_scale(self) -> float | Tensor:
+        """What a token's row is multiplied by: `scale`; with targets a factor for each of its numbers."""
+        return self.scale
+
+    @property
     def scale(self) -> float:
         """Activations times this have mean ||x||^2 = d_in; training sets `SampledSAEConfig.input_scale` to it."""
         return float(self.manifest["scale"])

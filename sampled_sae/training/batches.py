@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor
 
 from ..support.all_ranks import ALONE, AllRanks
 from ..support.argument_checks import check_device, check_finite, check_integer
-from ..support.geometric_median import geometric_median
 from .activation_stream import StreamedActivations
 from .activations import Activations
 from .streamed_batches import StreamedBatches
+from .training_batch import TrainingBatch
 
 CALIBRATION_TOKENS = 65_536
 GROUP_BYTES = 1 << 30
@@ -127,7 +126,8 @@ class ShuffledStream:
         return self._plans[epoch]
 
     def _grouped(self, pieces: list[Piece], size: int) -> list[Group]:
-        limit = max(GROUP_BYTES // (4 * self.store.d_in * self.lanes), size)
+        width = self.store.d_in + (self.store.d_out or 0)
+        limit = max(GROUP_BYTES // (4 * width * self.lanes), size)
         groups: list[list[Piece]] = [[]]
         for piece in pieces:
             held = _tokens(groups[-1])
@@ -141,7 +141,7 @@ class ShuffledStream:
         if self._loaded.get(lane, (None,))[0] != (epoch, group):
             self._loaded.pop(lane, None)
             pieces = self._plan(epoch)[lane][group][0]
-            x = torch.cat([self.store.shard(*piece) for piece in pieces]).mul_(self.store.scale)
+            x = torch.cat([self.store.shard(*piece) for piece in pieces]).mul_(self.store.row_scale)
             order = torch.randperm(len(x), generator=self._generator(epoch, 1 + group * self.lanes + lane))
             self._loaded[lane] = (epoch, group), x[order]
         return self._loaded[lane][1]
@@ -168,37 +168,6 @@ def _stretch(order: list[int], tokens: list[int], start: int, stop: int) -> list
 
 def _tokens(pieces: list[Piece]) -> int:
     return sum(end - first for _, first, end in pieces)
-
-
-class TrainingBatch:
-    """This rank's activations x [n, d], scaled, and what several SAEs need of the whole batch, computed once.
-
-    Args:
-        x: along the data dimension of `ranks` each has its own tokens.
-        ranks: the processes that share the batch.
-        tokens: in the whole batch; those of x where there is one process.
-    """
-
-    def __init__(self, x: Tensor, ranks: AllRanks = ALONE, tokens: int | None = None) -> None:
-        self.x, self._ranks = x, ranks
-        self._tokens = len(x) if tokens is None else tokens
-
-    @cached_property
-    def variance(self) -> float:
-        """Mean over tokens of the squared distance to their mean, summed over d."""
-        mean = self._ranks.sum_(self.x.sum(0)) / self._tokens
-        return float(self._ranks.sum_((self.x - mean).square().sum(1).sum()) / self._tokens)
-
-    @cached_property
-    def square(self) -> float:
-        """Mean over tokens of their squared length."""
-        return float(self._ranks.sum_(self.x.square().sum(1).sum()) / self._tokens)
-
-    @cached_property
-    def median(self) -> Tensor:
-        """Geometric median [d]."""
-        ranks = self._ranks
-        return geometric_median(self.x, total=lambda t: ranks.sum_(t.sum(0)), greatest=lambda t: ranks.max_(t.amax()))
 
 
 class Feed:
@@ -252,7 +221,8 @@ class Feed:
             # The batch is a view of its group of shards; released first, the next group takes the memory of this one.
             self._last = None
             x = self._whole(self._moved(self.stream.batch(t)))
-            self._last = t, TrainingBatch(x, self.ranks, self.stream.batch_size)
+            d_in = self.store.d_in if self.d_out is not None else None
+            self._last = t, TrainingBatch(x, self.ranks, self.stream.batch_size, d_in)
         return self._last[1]
 
     def calibration(self) -> Tensor:
@@ -263,7 +233,17 @@ class Feed:
         x = [self._whole(self._moved(self.stream.batch(t))) for t in batches]
         beyond = (len(batches) - 1) * size + self._rows()[0] - CALIBRATION_TOKENS
         x[-1] = x[-1][: max(0, -beyond)]
-        return torch.cat(x)
+        return torch.cat(x)[:, : self.store.d_in]
+
+    @property
+    def d_out(self) -> int | None:
+        """Width of the targets; None where there are none."""
+        return self.store.d_out
+
+    @property
+    def output_scale(self) -> float:
+        """What the targets are multiplied by."""
+        return self.store.output_scale
 
     @property
     def scale(self) -> float:

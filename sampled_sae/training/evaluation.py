@@ -11,14 +11,18 @@ from torch import Tensor
 from ..impl import threshold
 from ..sae import SampledSAE
 from ..support.all_ranks import AllRanks, ranks_of
-from ..support.argument_checks import check_integer
+from ..support.argument_checks import check_integer, describe
 
 HISTOGRAM_EDGES = [0.0, *(10.0 ** (e / 2) for e in range(-9, 0)), 1.0]
 
 
 @torch.no_grad()
-def evaluate_activations(sae: SampledSAE, x: Tensor, batch_size: int = 2048) -> dict[str, Any]:
+def evaluate_activations(
+    sae: SampledSAE, x: Tensor, batch_size: int = 2048, target: Tensor | None = None
+) -> dict[str, Any]:
     """Metrics on held-out activations x [n, d_in], on the CPU, as the model made them: the SAE scales them itself.
+
+    A transcoder needs its target [n, d_out] too, whose reconstruction is measured.
 
     The SAE may be on another device, and is left as it was. Of one that is spread over several ranks, each calls this
     with all of x and encodes its part of each batch. Returns a dict:
@@ -45,6 +49,11 @@ def evaluate_activations(sae: SampledSAE, x: Tensor, batch_size: int = 2048) -> 
     if not isinstance(x, Tensor) or x.ndim != 2:
         found = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x={found}: must be a tensor [n, d_in]")
+    if (target is not None) != sae.cfg.is_transcoder:
+        raise ValueError(f"target={describe(target)}: a transcoder needs one, an SAE takes none; d_out={sae.cfg.d_out}")
+    if target is not None and (not isinstance(target, Tensor) or target.shape != (len(x), sae.cfg.width_out)):
+        raise ValueError(f"target={describe(target)}: must be a tensor [{len(x)}, {sae.cfg.width_out}]")
+    goal = x if target is None else target
     if not sae.cfg.is_topk and not threshold.is_set(sae):
         raise ValueError(threshold.NEVER_SET)
     was_training = sae.training
@@ -52,10 +61,10 @@ def evaluate_activations(sae: SampledSAE, x: Tensor, batch_size: int = 2048) -> 
     generator = sae.generator.get_state()
     try:
         sae.eval()
-        result: dict[str, Any] = _measure(sae, x, batch_size)
+        result: dict[str, Any] = _measure(sae, x, goal, batch_size)
         result["threshold"] = None if sae.cfg.is_topk else float(sae.threshold)
         sae.train()
-        by_batch = _measure(sae, x, batch_size)
+        by_batch = _measure(sae, x, goal, batch_size)
         names = ("l0", "fvu", "features_for_90", "jaccard")
         result |= {f"batch_{name}": by_batch[name] for name in names}
     finally:
@@ -66,24 +75,26 @@ def evaluate_activations(sae: SampledSAE, x: Tensor, batch_size: int = 2048) -> 
     return result
 
 
-def _measure(sae: SampledSAE, x: Tensor, batch_size: int) -> dict[str, Any]:
+def _measure(sae: SampledSAE, x: Tensor, goal: Tensor, batch_size: int) -> dict[str, Any]:
+    """Of what x is encoded to and `goal` reconstructed from, which are one for an SAE."""
     device, ranks = sae.W_enc.device, ranks_of(sae.layout.device_mesh)
     counts = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=device)
-    error_sum = torch.zeros(sae.cfg.d_in, dtype=torch.float64, device=device)
+    error_sum = torch.zeros(sae.cfg.width_out, dtype=torch.float64, device=device)
     error_squares, cosines = torch.zeros_like(error_sum), torch.zeros((), dtype=torch.float64, device=device)
     groups = sae.cfg.groups or ()
     group_squares = torch.zeros(len(groups), dtype=torch.float64, device=device)
     overlaps: list[float] = []
     before: Tensor | None = None
-    for whole in x.split(batch_size):
-        batch = part_of(whole, ranks).to(device)
-        codes = sae.encode_sparse(batch.to(sae.W_enc.dtype))
-        x_hat = sae.decode(codes).to(batch.dtype)
+    for whole, whole_goal in zip(x.split(batch_size), goal.split(batch_size)):
+        given = part_of(whole, ranks).to(device, sae.W_enc.dtype)
+        batch = part_of(whole_goal, ranks).to(device)
+        codes = sae.encode_sparse(given)
+        x_hat = sae.decode(codes, given).to(batch.dtype)
         error = (batch - x_hat).double()
         error_sum += error.sum(0)
         error_squares += error.square().sum(0)
         for i, size in enumerate(groups):
-            group_squares[i] += (batch - sae.decode(codes.of_first(size))).double().square().sum()
+            group_squares[i] += (batch - sae.decode(codes.of_first(size), given)).double().square().sum()
         cosines += torch.nn.functional.cosine_similarity(batch, x_hat, dim=1).sum()
         counts += torch.bincount(codes.features, minlength=sae.cfg.d_sae)
         active = torch.zeros(sae.cfg.d_sae, dtype=torch.uint8, device=device)
@@ -97,7 +108,7 @@ def _measure(sae: SampledSAE, x: Tensor, batch_size: int) -> dict[str, Any]:
         ranks.sum_(total)
     n = len(x)
     counts, error_sum, error_squares = counts.cpu(), error_sum.cpu(), error_squares.cpu()
-    deviations = (x.double() - x.double().mean(0)).square().sum(0)
+    deviations = (goal.double() - goal.double().mean(0)).square().sum(0)
     error_variance = error_squares - error_sum.square() / n
     frequency = (counts[counts > 0].double() / n).clamp(max=1.0).numpy()
     nested = {"fvu_groups": (group_squares.cpu() / deviations.sum()).tolist()} if groups else {}
@@ -142,6 +153,8 @@ class Reconstruction:
     scales = True
 
     def __init__(self, sae: SampledSAE) -> None:
+        if sae.cfg.is_transcoder:
+            raise ValueError(f"d_out={sae.cfg.d_out}: a transcoder does not reconstruct the residual stream it reads")
         self.sae = sae
 
     @torch.no_grad()

@@ -21,6 +21,9 @@ def check_initial(initial: SampledSAE, config: SampledSAEConfig) -> str:
     """
     if not isinstance(initial, SampledSAE):
         raise TypeError(f"init_from={type(initial).__name__}: must be a SampledSAE")
+    for cfg in (config, initial.cfg):
+        if cfg.is_transcoder:
+            raise ValueError(f"d_out={cfg.d_out}: init_from is for SAEs; a transcoder begins with drawn weights")
     for name in ("d_in", "d_sae"):
         ours, theirs = getattr(config, name), getattr(initial.cfg, name)
         if ours != theirs:

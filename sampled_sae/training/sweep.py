@@ -213,13 +213,21 @@ def _row(name: str, config: SampledSAEConfig, result: dict[str, Any]) -> dict[st
 def evaluate(sae: SampledSAE, held_out: Tensor, batch_size: int, splice: Splice | None) -> dict[str, Any]:
     """The metrics of `evaluate_activations` and, where there is `splice`, those in the language model.
 
+    held_out: [n, d_in], and of a transcoder [n, d_in + d_out], as `PairedActivations` gives it.
+
     `tokens` counts the held-out activations, `predicted_tokens` those that the language model predicts. What is not a
     number is None.
 
     Raises:
-        ValueError: `splice` gives a metric that there is already.
+        ValueError: `splice` gives a metric that there is already; a transcoder with `splice`.
     """
-    result = evaluate_activations(sae, held_out, batch_size)
+    d_in, transcodes, width = sae.cfg.d_in, sae.cfg.is_transcoder, sae.cfg.d_in + (sae.cfg.d_out or 0)
+    if held_out.shape[1] != width:
+        behind = ", a transcoder's targets (--targets) behind what it reads" if transcodes else ""
+        raise ValueError(f"held-out activations {list(held_out.shape)}: must be [n, {width}]{behind}")
+    if transcodes and splice is not None:
+        raise ValueError(f"splice: is of SAEs, which reconstruct a residual stream; d_out={sae.cfg.d_out}")
+    result = evaluate_activations(sae, held_out[:, :d_in], batch_size, held_out[:, d_in:] if transcodes else None)
     if splice is not None:
         with torch.no_grad():
             spliced = splice(reconstruct_with(sae))

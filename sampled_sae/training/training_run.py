@@ -23,7 +23,7 @@ from ..support.output_folder import check_output_folder
 from ..support.timing import check_memory
 from .activation_stream import StreamedActivations
 from .activations import Activations
-from .batches import Feed, TrainingBatch
+from .batches import Feed
 from .checkpoint import CHECKPOINT
 from .initial_weights import begin_with, check_initial
 from .precision import forward_in, settled, step_in
@@ -32,6 +32,7 @@ from .same_settings import completed, identity
 from .schedules import check_schedule, config_at, is_scheduled
 from .sharded_checkpoint import RECORD
 from .train_config import TrainConfig
+from .training_batch import TrainingBatch
 
 METRICS = "metrics.jsonl"
 # Below this share of their mean square, what tells tokens apart drowns in the rounding of float32.
@@ -42,6 +43,10 @@ LARGEST_AUX = 1e6
 
 def check_width(sae_config: SampledSAEConfig, store: Activations | StreamedActivations) -> None:
     """ValueError where an SAE cannot be trained on these activations."""
+    if sae_config.d_out != store.d_out:
+        none = "has no targets: PairedActivations puts them beside it"
+        held = none if store.d_out is None else f"has targets of {store.d_out}"
+        raise ValueError(f"d_out={sae_config.d_out}: {store.where} {held}")
     if sae_config.d_in != store.d_in:
         raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.where} have {store.d_in}")
 
@@ -54,12 +59,17 @@ def check_fits(sae_config: SampledSAEConfig, feed: Feed) -> None:
             f"input_scale={sae_config.input_scale!r}: the training multiplies the activations in {feed.store.where} by "
             f"{feed.scale}; leave it at 1 to have it set"
         )
+    if sae_config.output_scale not in (1, feed.output_scale):
+        raise ValueError(
+            f"output_scale={sae_config.output_scale!r}: the training multiplies the targets in {feed.store.where} by "
+            f"{feed.output_scale}; leave it at 1 to have it set"
+        )
 
 
 def checkpoint_bytes(sae_config: SampledSAEConfig, train_config: TrainConfig) -> int:
     """Of the weights, in float32, and of both moments."""
     moments = 2 * getattr(torch, train_config.moments).itemsize
-    return 2 * sae_config.d_in * sae_config.d_sae * (4 + moments)
+    return (sae_config.d_in + sae_config.width_out) * sae_config.d_sae * (4 + moments)
 
 
 class TrainingRun:
@@ -115,7 +125,8 @@ class TrainingRun:
                 feed.begin_at(str(found.path), found.state.get("stream"))
         check_fits(sae_config, feed)
         self.row_grads = sae_config.row_grads
-        self.target = replace(sae_config, row_grads=sae_config.impl != "reference", input_scale=feed.scale)
+        scaled = replace(sae_config, input_scale=feed.scale, output_scale=feed.output_scale)
+        self.target = replace(scaled, row_grads=sae_config.impl != "reference")
         self.sae = SampledSAE(self.target, device=feed.device)
         if init_from is not None:
             begin_with(self.sae, init_from)
@@ -143,7 +154,9 @@ class TrainingRun:
                 self._check_saved()
             batch = feed.batch(0)
             self._check_variance(batch)
-            if init_from is None:
+            if batch.target is not None:
+                self.sae.init_b_dec(batch.x, batch.target, scaled=True)
+            elif init_from is None:
                 with torch.no_grad():
                     self.sae.layout.local(self.sae.b_dec).copy_(batch.median)
 
@@ -179,7 +192,7 @@ class TrainingRun:
         precision, device = self.config.precision, self.feed.device
         with step_in(precision, device):
             with forward_in(precision, device):
-                out = self.sae(batch.x, scaled=True)
+                out = self.sae(batch.x, batch.target, scaled=True)
             self._losses.put(self.step, out.loss)
             self._aux.put(self.step, out.aux)
             self._check_losses()

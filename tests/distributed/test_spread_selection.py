@@ -110,6 +110,7 @@ def refusals():
         (start(SETTINGS), init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))),
         (start({**SETTINGS, "impl": "reference"}), mesh),
         (start({**SETTINGS, "d_sae": 1, "k": 1, "l": None}), mesh),
+        (start({**SETTINGS, "d_out": 7}), mesh),
         (spread((1, 2), SETTINGS)[0], mesh),
     ):
         try:
@@ -120,6 +121,7 @@ def refusals():
 
 
 def test_what_cannot_be_spread(workers):
-    named = ["sae=Linear", "mesh=int", "mesh.mesh_dim_names=('tp',)", "impl='reference'", "d_sae=1", "sae: is spread"]
+    named = ["sae=Linear", "mesh=int", "mesh.mesh_dim_names=('tp',)", "impl='reference'", "d_sae=1", "d_out=7"]
+    named += ["sae: is spread"]
     for said in workers.run(2, refusals):
         assert [text[: len(name)] for text, name in zip(said, named)] == named

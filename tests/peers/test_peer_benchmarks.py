@@ -209,6 +209,17 @@ def test_scaling_command(tmp_path):
 
 
 @pytest.mark.slow
+def test_family_command(tmp_path):
+    names = ["l=4", "l=4, three groups"]
+    result, shown = command("family", tmp_path, "--rehearse", "--rounds", 1, "--candidates", *names)
+    plain, nested = result["rows"]
+    assert nested["first_error"] == pytest.approx(plain["first_error"], rel=1e-6)
+    assert "quotient" not in plain
+    assert nested["quotient"] > 0
+    assert "with / without groups" in shown
+
+
+@pytest.mark.slow
 def test_before_after_command(tmp_path):
     """Against this very revision: both sides begin with the same error."""
     names = ["l=4, before", "l=4"]

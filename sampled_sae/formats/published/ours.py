@@ -28,16 +28,20 @@ def read(place: Place, say: Say) -> Reading:
     config = SampledSAEConfig.from_dict(fields)
     if not config.is_topk:
         _check_threshold(place.path, tensors, say)
-    weights: dict[str, Any] = {name: tensors[name] for name in pretrained.WEIGHT_NAMES}
+    names = (*pretrained.WEIGHT_NAMES, pretrained.SKIP)
+    weights: dict[str, Any] = {name: tensors[name] for name in names if name in tensors}
     sae = PortableSAE(
         **weights,
         rule="topk" if config.is_topk else "threshold",
         k=config.k,
         threshold=tensors["threshold"].clamp(min=0),
-        apply_b_dec_to_input=config.apply_b_dec_to_input,
+        apply_b_dec_to_input=bool(config.apply_b_dec_to_input),
         input_scale=config.input_scale,
+        transcodes=config.is_transcoder,
+        output_scale=config.output_scale,
     )
-    return of_portable(sae, "TopK SAE" if config.is_topk else "threshold SAE", origin(place.path), say)
+    kind = "transcoder" if config.is_transcoder else "SAE"
+    return of_portable(sae, f"TopK {kind}" if config.is_topk else f"threshold {kind}", origin(place.path), say)
 
 
 def _check_threshold(folder: Path, tensors: dict[str, Tensor], say: Say) -> None:

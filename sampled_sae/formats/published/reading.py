@@ -107,8 +107,13 @@ def of_portable(sae: PortableSAE, architecture: str, origin: Origin, say: Say) -
         d_sae=sae.d_sae,
         apply_b_dec_to_input=sae.apply_b_dec_to_input,
         input_scale=sae.input_scale,
+        d_out=sae.d_out if sae.transcodes else None,
+        skip=sae.W_skip is not None,
+        output_scale=sae.output_scale,
         **rule,
     )
+    if sae.W_skip is not None:
+        tensors["W_skip"] = sae.W_skip.t()
     return Reading(architecture, config, tensors, origin)
 
 

@@ -30,6 +30,7 @@ def aux_loss(
     dead: Tensor,
     rule: AuxRule,
     scores: Tensor | ColumnBounds | None = None,
+    target: Tensor | None = None,
 ) -> Tensor:
     """The share of the residual's variance that the dead features leave unexplained.
 
@@ -39,12 +40,13 @@ def aux_loss(
         W_dec: [F, d]; receives gradient.
         dead: bool [F].
         scores: [F], of this batch, or their bounds, where the pool needed them.
+        target: [B, d], what x_hat reconstructs; the encoder's x where it is not given.
 
     Returns:
-        mean ||e - e_hat||^2 / mean ||e - mean(e)||^2 with e = x - x_hat, 0-dim; 0 with no dead feature or where
+        mean ||e - e_hat||^2 / mean ||e - mean(e)||^2 with e = target - x_hat, 0-dim; 0 with no dead feature or where
         rounding alone explains the denominator.
     """
-    target = encoder.x.to(x_hat.dtype).detach()
+    target = (encoder.x if target is None else target).to(x_hat.dtype).detach()
     residual = target - x_hat.detach()
     denominator = residual_variance(residual, target)
     members = dead_candidates(encoder.operands, dead, rule, scores)

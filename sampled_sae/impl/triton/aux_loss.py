@@ -26,12 +26,18 @@ dead_candidates = functools.partial(torch_form.dead_candidates, score=column_sco
 
 
 def aux_loss(
-    encoder: Encoder, x_hat: Tensor, W_dec: Tensor, dead: Tensor, rule: AuxRule, scores: Tensor | None = None
+    encoder: Encoder,
+    x_hat: Tensor,
+    W_dec: Tensor,
+    dead: Tensor,
+    rule: AuxRule,
+    scores: Tensor | None = None,
+    target: Tensor | None = None,
 ) -> Tensor:
     """As the torch form's, which serves for aux_pool=None, where the number of dead features has to be known."""
     if rule.aux_pool is None:
-        return torch_form.aux_loss(torch_encoder(*encoder[:-1], screen="off"), x_hat, W_dec, dead, rule)
-    target = encoder.x.to(x_hat.dtype).detach()
+        return torch_form.aux_loss(torch_encoder(*encoder[:-1], screen="off"), x_hat, W_dec, dead, rule, None, target)
+    target = (encoder.x if target is None else target).to(x_hat.dtype).detach()
     residual = target - x_hat.detach()
     if scores is None:
         scores = column_scores(encoder.operands, rule.score)

@@ -1,0 +1,77 @@
+"""The activations that a caller gives to a layer, as the layer computes with them, and back."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import SampledSAEConfig
+from ..support.argument_checks import HALF, check_activations, check_same, describe
+from .layout import Layer, Layout
+
+
+class TakesTokens(Layer, Protocol):
+    """What is asked of a SampledSAE."""
+
+    layout: Layout
+
+    @property
+    def cfg(self) -> SampledSAEConfig: ...
+
+
+def flat_tokens(layer: TakesTokens, x: Tensor, scaled: bool) -> Tensor:
+    """[B, d_in], times `cfg.input_scale`.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype or device, an empty batch, NaN or inf.
+    """
+    x = _flat(layer, x, layer.cfg.d_in, "x")
+    x = x if scaled or layer.cfg.input_scale == 1 else x * layer.cfg.input_scale
+    layer.memory.inputs.check(x)
+    return x
+
+
+def flat_goal(layer: TakesTokens, target: Tensor, scaled: bool) -> Tensor:
+    """[B, d_out], times `cfg.factor_out`.
+
+    Raises:
+        ValueError, TypeError: as `flat_tokens`.
+    """
+    target = _flat(layer, target, layer.cfg.width_out, "target")
+    target = target if scaled or layer.cfg.factor_out == 1 else target * layer.cfg.factor_out
+    layer.memory.targets.check(target)
+    return target
+
+
+def goal_of(layer: TakesTokens, x: Tensor, tokens: Tensor, target: Tensor | None, scaled: bool) -> Tensor:
+    """What is to be reconstructed, [B, d_out]: `tokens`, those of x [..., d_in], or a transcoder's target [..., d_out].
+
+    Raises:
+        ValueError, TypeError: as `flat_tokens`; a target given to an SAE, none given to a transcoder.
+    """
+    c = layer.cfg
+    if not c.is_transcoder:
+        if target is not None:
+            raise ValueError("target: an SAE reconstructs x; a config with d_out makes a transcoder, which takes one")
+        return tokens
+    if target is None:
+        raise ValueError(f"target=None: a transcoder (d_out={c.d_out}) needs what it is to reconstruct, sae(x, target)")
+    if not isinstance(target, Tensor) or target.shape != (*x.shape[:-1], c.width_out):
+        raise ValueError(f"target={describe(target)}: must be a tensor of shape {[*x.shape[:-1], c.width_out]}")
+    return flat_goal(layer, target, scaled)
+
+
+def given_back(cfg: SampledSAEConfig, x_hat: Tensor, like: Tensor, scaled: bool) -> Tensor:
+    """A reconstruction [B, d_out] as the caller gets it: of the dtype and the leading dimensions of `like`."""
+    x_hat = x_hat if scaled or cfg.factor_out == 1 else x_hat / cfg.factor_out
+    return x_hat.to(like.dtype).view(*like.shape[:-1], cfg.width_out)
+
+
+def _flat(layer: TakesTokens, x: Tensor, width: int, name: str) -> Tensor:
+    check_activations(x, width, name, may_be_empty=layer.layout.size > 1)
+    if x.dtype in HALF and layer.W_enc.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        x = x.float()
+    check_same(**{name: x, "W_enc": layer.W_enc})
+    return x.reshape(-1, width)

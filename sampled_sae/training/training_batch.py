@@ -1,0 +1,52 @@
+"""`TrainingBatch`: what one step of several SAEs is given."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from torch import Tensor
+
+from ..support.all_ranks import ALONE, AllRanks
+from ..support.geometric_median import geometric_median
+
+
+class TrainingBatch:
+    """This rank's activations x [n, d], scaled, and what several SAEs need of the whole batch, computed once.
+
+    Args:
+        rows: [n, d], or [n, d_in + d_out] with targets; along the data dimension of `ranks` each has its own tokens.
+        ranks: the processes that share the batch.
+        tokens: in the whole batch; those of rows where there is one process.
+        d_in: where the targets begin in a row; None where there are none.
+
+    Attributes:
+        x, target: [n, d_in], and [n, d_out] or None. goal: what is reconstructed, of which the figures below are.
+    """
+
+    def __init__(
+        self, rows: Tensor, ranks: AllRanks = ALONE, tokens: int | None = None, d_in: int | None = None
+    ) -> None:
+        self.x = rows if d_in is None else rows[:, :d_in].contiguous()
+        self.target = None if d_in is None else rows[:, d_in:].contiguous()
+        self.goal = self.x if self.target is None else self.target
+        self._ranks = ranks
+        self._tokens = len(rows) if tokens is None else tokens
+
+    @cached_property
+    def variance(self) -> float:
+        """Mean over tokens of the squared distance to their mean, summed over d."""
+        mean = self._ranks.sum_(self.goal.sum(0)) / self._tokens
+        return float(self._ranks.sum_((self.goal - mean).square().sum(1).sum()) / self._tokens)
+
+    @cached_property
+    def square(self) -> float:
+        """Mean over tokens of their squared length."""
+        return float(self._ranks.sum_(self.goal.square().sum(1).sum()) / self._tokens)
+
+    @cached_property
+    def median(self) -> Tensor:
+        """Geometric median [d]."""
+        ranks = self._ranks
+        return geometric_median(
+            self.goal, total=lambda t: ranks.sum_(t.sum(0)), greatest=lambda t: ranks.max_(t.amax())
+        )
