@@ -149,3 +149,61 @@ def test_the_commands_take_a_file(tmp_path, x, capsys):
     assert main(["evaluate", run, data]) == 1
     assert "has no held-out part" in capsys.readouterr().err
     assert SampledSAE.from_pretrained(run).cfg.d_in == D
+
+
+def test_a_file_is_the_same_by_another_path_and_after_a_move(tmp_path, x, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", x.numpy())
+    options = ["--holdout", "64", "--quiet"]
+    sizes = ["--features", "48", "--k", "3", "--batch-size", "32", *options]
+    assert main(["train", "x.npy", "run", "--steps", "3", *sizes]) == 0
+    assert main(["train", str(tmp_path / "x.npy"), "run", "--steps", "4", *sizes]) == 0, "goes on"
+    assert main(["evaluate", "run", "./x.npy", *options]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "x.npy").rename("elsewhere/y.npy")
+    assert main(["train", "elsewhere/y.npy", "run", "--steps", "5", *sizes]) == 0, "the same bytes"
+    np.save("x.npy", x.numpy() + 1)
+    assert main(["train", "x.npy", "run", "--steps", "5", *sizes]) == 1
+    assert "made with other settings (activations: source, scale)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "said"),
+    [
+        ("x.npz", lambda path, x: np.savez(path, x=x.numpy()), "must be the folder of a store or a file of a tensor"),
+        ("x.csv", lambda path, x: path.write_text("1,2"), "must be the folder of a store or a file of a tensor"),
+        ("x.pt", lambda path, x: torch.save({}, path), "x.pt: holds no tensor"),
+        ("x.pt", lambda path, x: torch.save(torch.nn.Linear(2, 2), path), r"Weights only load failed\.[^\n]*$"),
+    ],
+)
+def test_files_of_other_kinds_are_refused_in_a_line(tmp_path, x, name, write, said):
+    write(tmp_path / name, x)
+    with pytest.raises(ValueError, match=said):
+        as_activations(tmp_path / name)
+
+
+def test_old_files_foreign_names_and_entries_that_are_no_tensors(tmp_path, x):
+    torch.save(x, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    torch.save({"x": x, "about": "a layer"}, tmp_path / "one.pt")
+    torch.save({0: x, 1: x + 1}, tmp_path / "numbers.pt")
+    np.save(tmp_path / "x.npy", x.numpy())
+    (tmp_path / "x.npy").rename(tmp_path / "X.NPY")
+    for name in ("old.pt", "one.pt", "numbers.pt:0", "X.NPY"):
+        found = as_activations(f"{tmp_path / name}")
+        assert torch.equal(found.shard(0), as_activations(x).shard(0)), name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        torch.Tensor.to_sparse,
+        torch.Tensor.to_sparse_csr,
+        lambda x: x.to("meta"),
+        lambda x: torch.nested.nested_tensor([x], layout=torch.jagged),
+        lambda x: np.ma.array(x.numpy(), mask=x.numpy() > 0),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_without_all_values_are_refused(x, change):
+    with pytest.raises(TypeError, match=r"^x: a (sparse, nested or meta tensor|masked array)"):
+        as_activations(change(x))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import zipfile
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -77,7 +79,9 @@ class ArrayActivations(Activations):
 
     def holdout(self) -> tuple[Tensor, Tensor | None]:
         if not self._held_out:
-            raise ValueError(f"{self.where}: has no held-out part, which evaluation needs; give holdout=TOKENS")
+            raise ValueError(
+                f"{self.where}: has no held-out part, which evaluation needs; give holdout=TOKENS, or --holdout TOKENS"
+            )
         return self._read(self._trained_on, len(self._x)), None
 
     def _read(self, start: int, stop: int) -> Tensor:
@@ -106,21 +110,23 @@ def open_array(file: str | Path, holdout: int = 0) -> ArrayActivations:
         except FileNotFoundError:
             raise ValueError(f"{file}: no such file") from None
     readers = {".npy": _npy, ".safetensors": _safetensors, ".pt": _pt, ".pth": _pt}
-    x = readers[_place(str(file))[0].suffix](path, name)
+    x = readers[_place(str(file))[0].suffix.lower()](path, name)
+    # one name for a file, whatever folder the command is given in
+    source = str(file) if is_url(file) else os.path.abspath(file)
     try:
-        return ArrayActivations(x, holdout, str(file))
+        return ArrayActivations(x, holdout, source)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{file}: {error}") from error
 
 
 def is_array_file(file: str | Path) -> bool:
     """Whether a name, with that of a tensor behind it or without, is one for `open_array`."""
-    return _place(str(file))[0].suffix in SUFFIXES
+    return _place(str(file))[0].suffix.lower() in SUFFIXES
 
 
 def _place(file: str) -> tuple[Path, str | None]:
     before, _, after = file.rpartition(":")
-    if before and Path(before).suffix in SUFFIXES and Path(file).suffix not in SUFFIXES:
+    if before and Path(before).suffix.lower() in SUFFIXES and Path(file).suffix.lower() not in SUFFIXES:
         return Path(before), after
     return Path(file), None
 
@@ -150,21 +156,26 @@ def _pt(path: Path, name: str | None) -> Any:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch has many
-        raise ValueError(f"{path}: truncated or not a file of tensors ({type(error).__name__}: {error})") from error
+        # what torch wrote before its version 1.6 is no zip file and cannot be mapped
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch has many, some of them pages long
+        said = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path}: truncated or not a file of tensors ({type(error).__name__}: {said})") from error
     if not isinstance(found, dict):
         if name is not None:
             raise ValueError(f"{path}: holds a {type(found).__name__} without names; leave out ':{name}'")
         return found
-    return found[_chosen(path, name, list(found))]
+    tensors = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
+    return tensors[_chosen(path, name, list(tensors))]
 
 
 def _chosen(path: Path, name: str | None, names: list[str]) -> str:
     """The one tensor to read."""
     if name is None and len(names) == 1:
         return names[0]
+    if not names:
+        raise ValueError(f"{path}: holds no tensor")
     if name not in names:
         wanted = "several tensors" if name is None else f"no tensor {name!r}"
-        raise ValueError(f"{path}: {wanted}, but {', '.join(map(str, names))}: name one, as in {path.name}:NAME")
+        raise ValueError(f"{path}: {wanted}, but {', '.join(names)}: name one, as in {path.name}:NAME")
     return name

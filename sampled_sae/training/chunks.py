@@ -49,6 +49,10 @@ def check_chunk(name: str, chunk: Any) -> None:
         floating = chunk.dtype.kind == "f" and chunk.dtype.itemsize <= 8
     else:
         raise TypeError(f"{name}: {type(chunk).__name__}: must be a torch.Tensor or a numpy array")
+    if isinstance(chunk, np.ma.MaskedArray):
+        raise TypeError(f"{name}: a masked array: fill or leave out what is masked, which would be trained on")
+    if isinstance(chunk, Tensor) and (chunk.layout != torch.strided or chunk.is_nested or chunk.is_meta):
+        raise TypeError(f"{name}: a sparse, nested or meta tensor: must be a dense one [tokens, d] with values")
     if not floating:
         raise TypeError(f"{name}: dtype={chunk.dtype}: must be float16, bfloat16, float32 or float64")
     if chunk.ndim != 2 or chunk.shape[1] == 0:

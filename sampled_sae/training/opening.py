@@ -14,7 +14,7 @@ from ..support.remote_files import place
 from .activation_store import ActivationStore
 from .activation_stream import ActivationStream, StreamedActivations
 from .activations import Activations
-from .array_activations import ArrayActivations, is_array_file, open_array
+from .array_activations import SUFFIXES, ArrayActivations, is_array_file, open_array
 from .iterator_source import IteratorSource
 
 Stored = Union[Activations, Tensor, np.ndarray, str, Path]  # noqa: UP007  (evaluated at import)
@@ -42,6 +42,8 @@ def as_activations(x: Any, holdout: int | None = None) -> Activations:
     if isinstance(x, Activations):
         return x
     if isinstance(x, (str, Path)):
+        if Path(x).is_file():
+            raise ValueError(f"{x}: must be the folder of a store or a file of a tensor, {', '.join(SUFFIXES)}")
         return ActivationStore.open(x)
     raise TypeError(
         f"store={type(x).__name__}: must be an ActivationStore, a tensor or array [n, d], or the name of one"
