@@ -70,6 +70,48 @@ def test_train_then_evaluate(tiny, harvested, tmp_path, capsys):
     assert "Resumes at step 20" in capsys.readouterr().out
 
 
+def test_a_training_ends_with_the_loss_recovered_where_the_model_is_at_hand(
+    tiny, harvested, tmp_path, capsys, monkeypatch
+):
+    command = ["train", str(harvested), str(tmp_path / "sae"), *TRAINING]
+    assert main(command) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    result = json.loads((tmp_path / "sae" / "evaluation.json").read_text())
+    assert f"loss recovered {result['loss_recovered_zero']:.4f}, SAE in {tmp_path / 'sae'}" in last
+    assert main(["evaluate", str(tmp_path / "sae"), str(harvested), "--batch-size", "128", "--quiet"]) == 0
+    assert json.loads((tmp_path / "sae" / "evaluation.json").read_text()) == result
+
+    assert main([*command, "--splice-rows", "0"]) == 0
+    assert "loss recovered not measured" in capsys.readouterr().out.splitlines()[-1]
+    assert main([*command, "--splice-rows", "99"]) == 1
+    assert "--splice-rows 99: must be from 0 to 10" in capsys.readouterr().err
+
+    manifest = json.loads((harvested / "manifest.json").read_text())
+    moved = tmp_path / "moved"
+    shutil.copytree(harvested, moved)
+    (moved / "manifest.json").write_text(json.dumps({**manifest, "model": "no/such-model"}))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["train", str(moved), str(tmp_path / "other"), *TRAINING]) == 0
+    assert "loss recovered not measured" in capsys.readouterr().out.splitlines()[-1]
+    assert main(["train", str(moved), str(tmp_path / "asked"), *TRAINING, "--splice-rows", "2"]) == 1
+    assert "no/such-model" in capsys.readouterr().err
+    assert not (tmp_path / "asked").exists()
+
+
+def test_another_model_in_its_place_is_no_reason_to_fail_a_run_that_is_done(harvested, other_model, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(harvested, moved)
+    manifest = json.loads((harvested / "manifest.json").read_text())
+    (moved / "manifest.json").write_text(json.dumps({**manifest, "model": str(other_model)}))
+    command = ["train", str(moved), str(tmp_path / "sae"), *TRAINING]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "No loss recovered: " in said.err
+    assert "FVU 0." in said.out.splitlines()[-1]
+    assert "loss recovered not measured" in said.out.splitlines()[-1]
+    assert main([*command, "--splice-rows", "2"]) == 1
+
+
 def test_sweep_writes_table_report_and_plots(tiny, harvested, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     out = tmp_path / "sweep"

@@ -57,6 +57,7 @@ def check(notebook):
     return written, values
 
 
+@pytest.mark.slow
 def test_on_a_tiny_model(tmp_path, monkeypatch):
     make_model(tmp_path)
     torch.manual_seed(0)

@@ -1,7 +1,9 @@
 """Trainings on iterators of activations, which are read once and stored nowhere."""
 
+import re
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -247,3 +249,14 @@ def test_what_streams_do_not_serve_is_refused(tmp_path):
         Trainer(SAE, TRAIN, stream_of(chunks(), 16), tmp_path)
     with pytest.raises(MemoryError, match="buffer_tokens=1000000000000"):
         stream_of(chunks(), 10**12)
+
+
+def test_the_page_runs(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).resolve().parent.parent / "docs" / "activations.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    for block in blocks:
+        exec(block, {})
+    assert len(blocks) == 2
+    assert float(capsys.readouterr().out) > 0
+    assert {"my_sae", "streamed_sae"} == {path.name for path in tmp_path.iterdir()}

@@ -78,8 +78,8 @@ def build_parser() -> Parser:
     _everywhere(parser, threads=None, quiet=False, debug=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+    def command(name: str, run: Any, text: str) -> Parser:
+        sub: Parser = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         # absent here, what stands before the command is kept
         _everywhere(sub, threads=argparse.SUPPRESS, quiet=argparse.SUPPRESS, debug=argparse.SUPPRESS)

@@ -6,13 +6,19 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ..support.argument_checks import check_device
+
+if TYPE_CHECKING:
+    from .parser import Parser
 
 # (name, what to run, one line of help) to the command's parser
-Command = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
+Command = Callable[[str, Callable[[argparse.Namespace], int | None], str], "Parser"]
 
 # what torch can hold as a whole number
 LARGEST = 2**63 - 1
+DTYPES = ("float32", "bfloat16", "float16")
 # far beyond any machine; with too many the system ends the process
 MOST_THREADS = 1024
 
@@ -89,3 +95,26 @@ def model_arguments(p: argparse.ArgumentParser, default: str | None = "smollm2-1
         "packages: smollm2-135m, gemma3-270m, all-mpnet-base-v2 (an encoder)",
     )
     p.add_argument("--cache", type=Path, default=None, help="folder for converted models")
+    p.add_argument("--model-dtype", choices=DTYPES, default="float32", help="of the model's weights")
+    p.add_argument(
+        "--model-device",
+        default=None,
+        help="cpu, cuda or cuda:N; auto, balanced or sequential spread the model over the devices there are. When "
+        "absent that of --device where the model feeds an SAE, else cpu",
+    )
+
+
+def loaded_model(name: str, args: argparse.Namespace, device: str = "cpu") -> Any:
+    """The language model of these options.
+
+    device: where none is given.
+    """
+    from ..lm import load_model
+    from ..lm.models import SPREAD
+
+    if args.model_device not in (None, *SPREAD):
+        try:
+            check_device(args.model_device)
+        except ValueError as error:
+            raise ValueError(f"model_{error}, or one of {', '.join(SPREAD)}") from None
+    return load_model(name, args.cache, args.model_dtype, args.model_device or device)[0]

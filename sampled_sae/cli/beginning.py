@@ -24,7 +24,7 @@ def activations_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "activations",
         help="folder written by harvest or ActivationStore.write; or a .npy, .safetensors[:NAME] or .pt[:NAME] file "
-        "of a tensor [n, d]",
+        "of a tensor [n, d]; or a URL of either that fsspec knows",
     )
     p.add_argument(
         "--holdout",
@@ -32,7 +32,6 @@ def activations_arguments(p: argparse.ArgumentParser) -> None:
         default=None,
         help="of a file: tokens, the last ones, kept for evaluation; none when absent",
     )
-
     p.add_argument(
         "--targets",
         default=None,
@@ -41,6 +40,7 @@ def activations_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def open_activations(args: argparse.Namespace) -> Activations:
+    """What the argument `activations` names, with that of `--targets` beside it."""
     if args.targets is not None:
         return PairedActivations(args.activations, args.targets, args.holdout)
     return as_activations(args.activations, args.holdout)

@@ -13,7 +13,7 @@ from ..support.argument_checks import check_device, check_integer
 from ..support.output_folder import check_output_folder
 from ..training.activation_store import ActivationStore
 from ..training.stored_activations import StoredActivations
-from .arguments import Command, model_arguments
+from .arguments import Command, loaded_model, model_arguments
 from .identity import block, check_same_origin
 from .texts import Texts, text_arguments
 
@@ -72,7 +72,7 @@ def encode(args: argparse.Namespace) -> None:
 
 
 def _model_rows(found: Published, args: argparse.Namespace) -> Any:
-    from ..lm import ModelRows, load_model
+    from ..lm import ModelRows
 
     model_name = args.model or found.origin.model_name
     if not model_name:
@@ -85,6 +85,5 @@ def _model_rows(found: Published, args: argparse.Namespace) -> Any:
     texts = Texts.open(args, model_name, layer)
     print(f"Encodes layer {layer} of {model_name} over {args.texts} into {args.out}{texts.without()}", flush=True)
     rows = texts.rows()
-    model, _ = load_model(model_name, args.cache)
-    model.to(args.device)
+    model = loaded_model(model_name, args, args.device)
     return ModelRows(model, rows, layer, model_name=model_name, source=args.texts, drop_tokens=texts.dropped)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..support.argument_checks import check_integer
 from ..support.output_folder import check_output_folder
-from .arguments import Command, model_arguments
+from .arguments import Command, loaded_model, model_arguments
 from .processes import add_rank_options
 from .texts import Texts, text_arguments
 
@@ -27,7 +27,6 @@ def add(command: Command) -> None:
 def harvest(args: argparse.Namespace) -> None:
     """Everything that needs no weights comes first: folder, texts, layer, context, rows."""
     from ..lm import harvest as harvest_rows
-    from ..lm import load_model
     from ..lm.harvest import check_holdout, check_resumes
 
     check_integer("holdout_rows", args.holdout_rows, 0)
@@ -42,7 +41,7 @@ def harvest(args: argparse.Namespace) -> None:
     check_resumes(args.out, {"source": args.texts, **{name: getattr(args, name) for name in known}})
     rows = texts.rows()
     check_holdout(args.holdout_rows, len(rows))
-    model, _ = load_model(args.model, args.cache)
+    model = loaded_model(args.model, args)
     manifest = harvest_rows(
         model,
         rows,

@@ -14,6 +14,7 @@ from ..support.atomic_files import field, read_json
 from ..training.activations import Activations
 from ..training.same_settings import identity, in_words, is_same_kind, is_same_model
 from ..training.sweep import Splice, SpliceSource
+from .arguments import loaded_model
 
 SPLICE_ROWS = 16
 
@@ -107,9 +108,9 @@ def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource 
         return None
 
     def load() -> Splice:
-        from ..lm import SpliceEvaluator, load_model, weights_digest
+        from ..lm import SpliceEvaluator, weights_digest
 
-        model, _ = load_model(name, args.cache)
+        model = loaded_model(name, args)
         if not args.insist:
             _check_model({"model": name, "weights_sha256": weights_digest(model)}, harvested, store)
         return SpliceEvaluator.of_harvest(model, rows, store.manifest, insist=True).evaluate

@@ -19,6 +19,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
         self.register("type", int, whole_number)
         self.register("type", float, number)
+        self._replaced: dict[str, str] = {}
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As in argparse, which says that arguments are missing where a name is misspelt: names are looked at first."""
@@ -29,7 +30,15 @@ class Parser(argparse.ArgumentParser):
                 break
             if re.match("--?[A-Za-z]", name) and name not in self._option_string_actions:
                 self.error(f"{name} is no option of {self.prog}" + nearest(name, self._option_string_actions))
+        named = {text.split("=", 1)[0] for text in given}
+        absent = [dest for option, dest in self._replaced.items() if option in named]
+        self._actions = [action for action in self._actions if action.dest not in absent]
         return super().parse_known_args(given, namespace)
+
+    def replaces(self, option: str, dest: str) -> None:
+        """Where the option is given the positional argument is not there, and its value None."""
+        self._replaced[option] = dest
+        self.set_defaults(**{dest: None})
 
     def commands(self) -> dict[str, Parser]:
         """The parsers of the commands by name; none for the parser of a command."""

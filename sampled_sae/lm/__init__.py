@@ -8,8 +8,9 @@ from sampled_sae.lm.dropped import special_tokens
 from sampled_sae.lm.harvest import harvest
 from sampled_sae.lm.mlp import harvest_mlp, transcode_with, transcoded_cross_entropy
 from sampled_sae.lm.model_rows import ModelRows
+from sampled_sae.lm.model_source import ModelSource
 from sampled_sae.lm.models import load_model, weights_digest
-from sampled_sae.lm.rows import token_rows
+from sampled_sae.lm.rows import RowReader, token_rows
 from sampled_sae.lm.splice import SpliceEvaluator, spliced_cross_entropy
 from sampled_sae.lm.texts import load_texts, shuffled_texts
 from sampled_sae.residual_stream.blocks import transformer_blocks
@@ -18,6 +19,8 @@ from sampled_sae.residual_stream.hooks import capture, replace
 __all__ = [
     "BUNDLED_MODELS",
     "ModelRows",
+    "ModelSource",
+    "RowReader",
     "SpliceEvaluator",
     "capture",
     "harvest",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sampled_sae.lm.bundled import BUNDLED_MODELS, bundled_folder, is_installed
 from sampled_sae.lm.foreign_errors import named
 from sampled_sae.residual_stream.blocks import text_config, transformer_blocks
+from sampled_sae.support.argument_checks import check_device
 
 
 def _transformers() -> Any:
@@ -22,10 +23,17 @@ def _transformers() -> Any:
         raise ImportError('language models need transformers: pip install "sampled-sae[lm]"') from error
 
 
+# how transformers spreads a model over the devices there are
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
 def load_model(
-    name: str, cache_dir: str | Path | None = None, dtype: torch.dtype | str = torch.float32
+    name: str,
+    cache_dir: str | Path | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> tuple[Any, Any]:
-    """Load a language model and its tokenizer, in eval mode on the CPU.
+    """Load a language model and its tokenizer, in eval mode.
 
     A causal model comes with its head; an encoder (BERT, MPNet, ESM: a model that Hugging Face trained to fill in
     masked tokens, or knows without a causal form) without one, to be harvested but not spliced.
@@ -35,22 +43,29 @@ def load_model(
         cache_dir: where bundled models are kept once converted (the first load parses or unpacks their files, up
             to a minute); default `default_cache_dir()`. Models of the hub stay in Hugging Face's own cache.
         dtype: of the weights, a torch dtype or its name.
+        device: where the model is put, or a `device_map` of transformers: "auto", "balanced", "balanced_low_0" or
+            "sequential" spread it over the devices there are.
 
     Returns:
         (model, tokenizer), with `model.name_or_path == name`.
 
     Raises:
         ImportError: without transformers, or without the packages of a bundled model; says what to install.
-        ValueError: for a dtype that is not a floating dtype, or a model that is none of text (naming its class).
+        ValueError: for a dtype that is not a floating dtype, a device that is not there, or a model that is none of
+            text (naming its class).
         OSError: where Hugging Face knows no such model.
     """
     torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise ValueError(f"dtype={dtype!r} must be a floating dtype, for example 'float32' or 'bfloat16'")
+    spread = {"device_map": device} if device in SPREAD else {}
+    place = None if spread else check_device(device)
     _, kind, folder = _architecture(name, cache_dir)
     with _naming(name):
-        model = kind.from_pretrained(folder, dtype=torch_dtype).eval()
+        model = kind.from_pretrained(folder, dtype=torch_dtype, **spread).eval()
     transformer_blocks(model)
+    if place is not None:
+        model.to(place)
     tokenizer = load_tokenizer(name, cache_dir)
     model.name_or_path = model.config.name_or_path = name
     return model, tokenizer

@@ -59,14 +59,25 @@ class RowReader:
     Args:
         texts: opens the documents at their beginning; called when the first row is asked for.
         tokenizer, context: as in `token_rows`.
+        about: what the documents are of, such as the seed of their order; a training goes on with the same alone.
+
+    Attributes:
+        settings: `about` and the context.
     """
 
-    def __init__(self, texts: Callable[[], Iterable[Document]], tokenizer: Any, context: int) -> None:
+    def __init__(
+        self,
+        texts: Callable[[], Iterable[Document]],
+        tokenizer: Any,
+        context: int,
+        about: dict[str, Any] | None = None,
+    ) -> None:
         self.context = check_integer("context", context, 2)
         self._texts, self._tokenizer, self._frame = texts, tokenizer, _frame(tokenizer)
         self._body = context - (self._frame.start is not None) - (self._frame.end is not None)
         if self._body < 1:
             raise ValueError(f"context={context} must be at least 3: each row has a token at its start and at its end")
+        self.settings = {"context": self.context, **(about or {})}
         self.restart()
 
     def restart(self) -> None:

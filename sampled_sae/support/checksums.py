@@ -27,6 +27,11 @@ def file_crc32(path: Path, length: int | None = None) -> str:
     return as_text(crc)
 
 
+def bytes_crc32(data: bytes) -> str:
+    """The same of bytes."""
+    return as_text(zlib.crc32(data))
+
+
 def tensors_crc32(tensors: dict[str, Tensor]) -> str:
     """The same of tensors on the CPU, with their names, dtypes and shapes."""
     crc = 0

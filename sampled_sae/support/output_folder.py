@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .all_ranks import AllRanks
+from .remote_files import is_url
 
 if sys.platform == "win32":
     import msvcrt
@@ -26,6 +27,8 @@ else:
 LOCK = ".lock"
 # the lock, and temporary files of write_atomically and, inside it, of safetensors
 _LEFTOVER = re.compile(re.escape(LOCK) + r"|\..+\.tmp|\.tmp\w{6}")
+# a Path has lost the second slash
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 # for a file of another machine to show, twice a second
 _LOOKS = 60
 _HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
@@ -37,6 +40,8 @@ def check_output_folder(folder: Path, needed: int = 0) -> None:
     Raises:
         ValueError: a file in its place or above it, no permission, a disk that is full or read-only.
     """
+    if is_url(str(folder)) or (_URL.match(str(folder)) and not folder.exists()):
+        raise ValueError(f"{folder}: is a URL, which is read and not written to; name a folder")
     try:
         place = folder
         while not place.exists() and place != place.parent:

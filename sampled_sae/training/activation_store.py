@@ -15,7 +15,9 @@ from ..corpus.token_places import TokenPlaces, TokenShard
 from ..support.argument_checks import check_choice, check_integer
 from ..support.atomic_files import read_rows, read_tensors
 from ..support.listed_files import ListedFiles
+from ..support.remote_files import RemotePath, is_url, place
 from .activations import Activations
+from .remote_tensors import read_remote
 from .store_writer import DTYPES, MANIFEST, check_scale, damage, read_manifest
 from .tensor_writer import write_tensors
 
@@ -32,17 +34,22 @@ class ActivationStore(ListedFiles, Activations):
 
     @classmethod
     def open(cls, folder: str | Path) -> ActivationStore:
-        """Opens a store by its manifest; the activations stay on disk until they are asked for.
+        """Opens a store by its manifest; the activations stay where they are until they are asked for.
+
+        Args:
+            folder: a folder, or a URL of one that fsspec knows (s3://, gs://, ...): its shards are then read over the
+                network, each once an epoch, and kept in memory alone.
 
         Raises:
             ValueError: no manifest, a foreign or damaged one, or a harvest that has not finished.
         """
-        manifest = read_manifest(Path(folder))
+        at = place(folder)
+        manifest = read_manifest(at)
         if not manifest["complete"]:
-            path = Path(folder) / MANIFEST
+            path = at / MANIFEST
             raise ValueError(f"{path}: the harvest has not finished; run the same harvest command again")
-        check_scale(Path(folder), manifest)
-        return cls(Path(folder), manifest)
+        check_scale(at, manifest)
+        return cls(at, manifest)
 
     @classmethod
     def write(
@@ -75,7 +82,7 @@ class ActivationStore(ListedFiles, Activations):
         shard_tokens = check_integer("shard_tokens", shard_tokens, 1)
         name = str(dtype).removeprefix("torch.")
         check_choice("dtype", name, tuple(DTYPES))
-        write_tensors(Path(folder), x, holdout, shard_tokens, name, source)
+        write_tensors(place(folder), x, holdout, shard_tokens, name, source)
         return cls.open(folder)
 
     @property
@@ -94,8 +101,8 @@ class ActivationStore(ListedFiles, Activations):
         Raises:
             ValueError: naming the file: missing, truncated, corrupt, or other than the manifest says.
         """
-        path = self.whole(entry)
-        tensors = read_tensors(path)
+        path = self.folder / entry["file"]
+        tensors = read_remote(path, entry) if isinstance(path, RemotePath) else read_tensors(self.whole(entry))
         x = tensors.get("activations")
         if x is None or tuple(x.shape) != (entry["tokens"], self.d_in):
             found = None if x is None else tuple(x.shape)
@@ -106,8 +113,8 @@ class ActivationStore(ListedFiles, Activations):
     def shard(self, i: int, start: int = 0, stop: int | None = None) -> Tensor:
         """Activations [n, d] of one shard, 0 <= i < len(self.tokens), or its tokens from start to stop alone."""
         entry = self.entry(i)
-        if start == 0 and stop in (None, entry["tokens"]):
-            return self.load(entry)["activations"]
+        if is_url(self.folder) or (start == 0 and stop in (None, entry["tokens"])):
+            return self.load(entry)["activations"][start:stop]
         return read_rows(self.whole(entry), "activations", start, stop).float()
 
     @property

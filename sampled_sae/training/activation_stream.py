@@ -49,7 +49,11 @@ class StreamedActivations:
         manifest: what is said of it, as that of a store; the scale is known once the first block is read.
         index: which part of the blocks.
         d_in: its width.
+        d_out, output_scale: those of `Activations`; a stream has no targets.
     """
+
+    d_out: int | None = None
+    output_scale = 1.0
 
     def __init__(self, stream: ActivationStream, index: int, about: dict[str, Any]) -> None:
         self.stream, self.index = stream, index

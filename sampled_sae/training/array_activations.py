@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..support.argument_checks import check_integer
 from ..support.checksums import tensors_crc32
+from ..support.remote_files import is_url, local_copy
 from .activation_store import SHARD_TOKENS
 from .activations import Activations
 from .chunks import as_tensor, check_chunk, check_holdout, checked_pieces
@@ -91,15 +92,21 @@ def open_array(file: str | Path, holdout: int = 0) -> ArrayActivations:
     """The activations [n, d] in a .npy, .safetensors, .pt or .pth file, mapped into memory where the format allows it.
 
     Args:
-        file: "FILE", or "FILE:NAME" for one of several tensors in a .safetensors or .pt file.
+        file: "FILE", or "FILE:NAME" for one of several tensors in a .safetensors or .pt file; or a URL of fsspec, of
+            whose file a copy is made.
         holdout: as in `ArrayActivations`.
 
     Raises:
         ValueError: no such file, another format, no tensor of that name; naming the file.
     """
     path, name = _place(str(file))
+    if is_url(file):
+        try:
+            path = local_copy(str(file).removesuffix(f":{name}"))
+        except FileNotFoundError:
+            raise ValueError(f"{file}: no such file") from None
     readers = {".npy": _npy, ".safetensors": _safetensors, ".pt": _pt, ".pth": _pt}
-    x = readers[path.suffix](path, name)
+    x = readers[_place(str(file))[0].suffix](path, name)
     try:
         return ArrayActivations(x, holdout, str(file))
     except (TypeError, ValueError) as error:

@@ -238,12 +238,12 @@ class Feed:
     @property
     def d_out(self) -> int | None:
         """Width of the targets; None where there are none."""
-        return self.store.d_out if isinstance(self.store, Activations) else None
+        return self.store.d_out
 
     @property
     def output_scale(self) -> float:
         """What the targets are multiplied by."""
-        return self.store.output_scale if isinstance(self.store, Activations) else 1.0
+        return self.store.output_scale
 
     @property
     def scale(self) -> float:

@@ -28,6 +28,9 @@ def check_initial(initial: SampledSAE, config: SampledSAEConfig) -> str:
         ours, theirs = getattr(config, name), getattr(initial.cfg, name)
         if ours != theirs:
             raise ValueError(f"{name}={ours}: init_from has {theirs}; give the training the same")
+    names = {name for name, _ in initial.named_parameters()}
+    if names != set(WEIGHT_NAMES):
+        raise ValueError(f"init_from: has {', '.join(sorted(names))}; must have {', '.join(WEIGHT_NAMES)} alone")
     tensors = {name: initial.layout.whole(getattr(initial, name)).detach().cpu() for name in WEIGHT_NAMES}
     return f"{tensors_crc32(tensors)} at {initial.cfg.input_scale!r}"
 

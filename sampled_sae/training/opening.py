@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..support.remote_files import place
 from .activation_store import ActivationStore
 from .activation_stream import ActivationStream, StreamedActivations
 from .activations import Activations
@@ -34,7 +35,7 @@ def as_activations(x: Any, holdout: int | None = None) -> Activations:
     """
     if isinstance(x, (Tensor, np.ndarray)):
         return ArrayActivations(x, holdout or 0)
-    if isinstance(x, (str, Path)) and is_array_file(x) and not Path(x).is_dir():
+    if isinstance(x, (str, Path)) and is_array_file(x) and not place(x).is_dir():
         return open_array(x, holdout or 0)
     if holdout is not None:
         raise ValueError(f"holdout={holdout}: is for a tensor or a file of one; {x} has settled what it holds out")

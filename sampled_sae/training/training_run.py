@@ -43,9 +43,9 @@ LARGEST_AUX = 1e6
 
 def check_width(sae_config: SampledSAEConfig, store: Activations | StreamedActivations) -> None:
     """ValueError where an SAE cannot be trained on these activations."""
-    d_out = store.d_out if isinstance(store, Activations) else None
-    if sae_config.d_out != d_out:
-        held = "has no targets: PairedActivations puts them beside it" if d_out is None else f"has targets of {d_out}"
+    if sae_config.d_out != store.d_out:
+        none = "has no targets: PairedActivations puts them beside it"
+        held = none if store.d_out is None else f"has targets of {store.d_out}"
         raise ValueError(f"d_out={sae_config.d_out}: {store.where} {held}")
     if sae_config.d_in != store.d_in:
         raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.where} have {store.d_in}")

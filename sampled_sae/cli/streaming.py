@@ -1,0 +1,90 @@
+"""`sampled-sae train --model`: a language model over texts in the place of stored activations."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..support.argument_checks import check_device, check_integer
+from ..support.output_folder import check_output_folder
+from ..training.activation_stream import BUFFER_TOKENS, ActivationStream, StreamedActivations
+from .arguments import listed, loaded_model, model_arguments, whole_number
+from .parser import Parser
+from .texts import Texts, source_arguments
+
+
+def stream_arguments(p: Parser) -> None:
+    """`--model` and what goes with it, which takes the place of the argument `activations`."""
+    p.replaces("--model", "activations")
+    before = {action.dest for action in p._actions}
+    model_arguments(p, None, "runs over --texts in the place of stored activations, none of which are kept: ")
+    p.add_argument(
+        "--layer", type=listed(whole_number), default=None, help="with --model, the block, from 0, whose output is "
+        "trained on; several, comma-separated, give an SAE each, in OUT/layer_N, from one pass of the model"
+    )  # fmt: skip
+    source_arguments(p, "wiki-en")
+    p.add_argument("--holdout-rows", type=int, default=0, help="with --model, the first rows, never trained on")
+    p.add_argument("--model-batch-size", type=int, default=8, help="with --model, rows a forward pass")
+    p.add_argument(
+        "--buffer-tokens", type=int, default=BUFFER_TOKENS, help="with --model, activations of so many tokens are held "
+        "and shuffled together; as many more are made meanwhile"
+    )  # fmt: skip
+    added = [action for action in p._actions if action.dest not in before]
+    p.set_defaults(with_model={action.dest: _absent(action) for action in added})
+
+
+def _absent(action: argparse.Action) -> Any:
+    """What argparse gives where an option is absent: a default in words goes through its type."""
+    found = action.default
+    return action.type(found) if isinstance(found, str) and callable(action.type) else found
+
+
+def check_no_model(args: argparse.Namespace) -> None:
+    """ValueError where an option goes with `--model`, which is not given."""
+    for name, default in args.with_model.items():
+        if getattr(args, name) != default:
+            raise ValueError(f"{name}={getattr(args, name)!r}: goes with --model, without stored activations")
+
+
+def open_stream(args: argparse.Namespace) -> dict[str, StreamedActivations]:
+    """What each SAE reads, by the name of its folder; "" for the only one.
+
+    Everything that needs no weights comes first: folder, texts, layers, context.
+    """
+    from ..lm import ModelSource
+
+    if args.ranks.size > 1:
+        raise ValueError(f"train --model is for one process, here are {args.ranks.size}; harvest first, together")
+    if args.holdout is not None:
+        raise ValueError(f"holdout={args.holdout}: is for a file of activations; --holdout-rows is for texts")
+    if args.targets is not None:
+        raise ValueError(f"targets={args.targets}: are for stored activations, which --model does without")
+    if args.layer is None:
+        raise ValueError("layer=None: must be given with --model: the block, from 0, whose output is trained on")
+    if args.splice_rows is not None:
+        raise ValueError(f"splice_rows={args.splice_rows}: is for stored activations; evaluate on a harvest of them")
+    layers = [check_integer("layer", layer, 0) for layer in args.layer]
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"layer={layers}: none twice")
+    for name in ("init_from", "lanes"):
+        if len(layers) > 1 and getattr(args, name) is not None:
+            raise ValueError(f"{name}={getattr(args, name)}: is for one SAE; train the layers one by one")
+    for name in ("model_batch_size", "buffer_tokens"):
+        check_integer(name, getattr(args, name), 1)
+    check_device(args.device)
+    check_output_folder(args.out)
+    texts = Texts.open(args, args.model, *layers)
+    where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {', '.join(map(str, layers))}"
+    print(f"Reads {where} of {args.model} over {args.texts}, stores nothing{texts.without()}", flush=True)
+    source = ModelSource(
+        loaded_model(args.model, args, args.device),
+        texts.reader(order_seed=args.seed),
+        layers,
+        model_name=args.model,
+        source=args.texts,
+        batch_size=args.model_batch_size,
+        holdout_rows=args.holdout_rows,
+        drop_tokens=texts.dropped,
+    )
+    parts = ActivationStream(source, args.buffer_tokens).parts
+    return {"" if len(layers) == 1 else f"layer_{layer}": part for layer, part in zip(layers, parts)}

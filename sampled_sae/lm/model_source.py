@@ -1,0 +1,159 @@
+"""`ModelSource`: a language model over texts as the source of a stream of activations, which are stored nowhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sampled_sae.lm.dropped import check_drop_tokens, dropped
+from sampled_sae.lm.models import check_rows, device_of, name_of, weights_digest
+from sampled_sae.lm.rows import RowReader
+from sampled_sae.residual_stream.blocks import check_layer
+from sampled_sae.residual_stream.several_layers import capture_layers
+from sampled_sae.support.argument_checks import check_flag, check_integer, check_number
+from sampled_sae.support.atomic_files import field
+
+
+class ModelSource:
+    """The residual stream after some blocks of a model, for each of them what `harvest` would store.
+
+    Rows are read no further than the training needs, and again from the first one where the texts end. A place in them
+    is saved, not activations: a training that goes on reads the texts up to there, without tokenizing them, and runs
+    the model over the rows of one block again.
+
+    Vectors are left out as in `harvest`, and where one is left out at a layer so are those of its token at the others:
+    all layers see the same tokens.
+
+    Args:
+        model: causal language model or encoder, on any device or spread over several; put in eval mode.
+        rows: of token ids.
+        layers: indices of blocks, from 0, none twice; one pass of the model serves all.
+        model_name, source: as recorded; the model's `name_or_path` when absent.
+        batch_size: rows a forward pass.
+        holdout_rows: the first rows, which are never trained on; `harvest` has the same ones of the same texts.
+        drop_first, drop_tokens, max_norm_ratio: as in `harvest`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        rows: RowReader,
+        layers: Sequence[int],
+        *,
+        model_name: str | None = None,
+        source: str = "",
+        batch_size: int = 8,
+        holdout_rows: int = 0,
+        drop_first: bool = True,
+        drop_tokens: Iterable[int] | None = None,
+        max_norm_ratio: float = 10.0,
+    ) -> None:
+        self._layers = check_layers(model, layers)
+        self._model, self._rows = model.eval(), rows
+        self._batch_size = check_integer("batch_size", batch_size, 1)
+        self._holdout_rows = check_integer("holdout_rows", holdout_rows, 0)
+        self._drop_first, self._drop_tokens = (
+            check_flag("drop_first", drop_first),
+            check_drop_tokens(model, drop_tokens),
+        )
+        self._ratio = float(check_number("max_norm_ratio", max_norm_ratio, 1, None))
+        self._name, self._source = name_of(model) if model_name is None else str(model_name), str(source)
+        self.widths = [x.shape[-1] for x in self._run(torch.zeros(1, 2, dtype=torch.int64))]
+        self._place: dict[str, Any] = {"epoch": 0, "tokens": 0, "row": 0, "max_norms": None}
+
+    @property
+    def about(self) -> list[dict[str, Any]]:
+        settings = {
+            "weights_sha256": weights_digest(self._model),
+            "layers": self._layers,
+            "batch_size": self._batch_size,
+            "holdout_rows": self._holdout_rows,
+            "drop_first": self._drop_first,
+            "drop_tokens": self._drop_tokens,
+            "max_norm_ratio": self._ratio,
+            **self._rows.settings,
+        }
+        same = {"model": self._name, "source": self._source, "context": self._rows.context, "settings": settings}
+        return [{**same, "layer": layer} for layer in self._layers]
+
+    def read(self) -> list[Tensor]:
+        """The vectors of one forward pass that stay, float32 [n, d] on the CPU, for each layer.
+
+        Raises:
+            ValueError: no rows, rows that leave nothing, activations that are not finite.
+        """
+        rows = self._next_rows()
+        found = self._run(rows)
+        place = self._place
+        if place["max_norms"] is None:
+            place["max_norms"] = [self._max_norm(rows, x) for x in found]
+        out = torch.stack([self._dropped(rows, x, most) for x, most in zip(found, place["max_norms"])]).any(0)
+        place["row"] += len(rows)
+        place["tokens"] += int((~out).sum())
+        return [x[~out.to(x.device)].cpu() for x in found]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._place, "rows": self._rows.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        where = "the place in the texts"
+        self._rows.load_state_dict(field(where, state, "rows", dict))
+        self._place = {name: state[name] for name in self._place}
+
+    def _next_rows(self) -> Tensor:
+        if self._place["row"] == 0 and self._holdout_rows:
+            self._rows.take(self._holdout_rows)
+        rows = self._rows.take(self._batch_size)
+        if len(rows) == 0:
+            if not self._place["tokens"]:
+                beyond = f" behind the {self._holdout_rows} that are held out" if self._holdout_rows else ""
+                raise ValueError(
+                    f"{self._source or 'the texts'}: no row of {self._rows.context} tokens to train on{beyond}"
+                )
+            self._rows.restart()
+            self._place |= {"epoch": self._place["epoch"] + 1, "tokens": 0, "row": 0}
+            return self._next_rows()
+        check_rows(self._model, rows)
+        return rows
+
+    def _run(self, rows: Tensor) -> list[Tensor]:
+        """The residual streams [b, T, d] in float32, each on the device of its block."""
+        with torch.inference_mode(), capture_layers(self._model, self._layers) as found:
+            self._model(input_ids=rows.to(device_of(self._model)), use_cache=False)
+        for layer, x in found.items():
+            finite = x.isfinite().all(dim=-1).all(dim=-1)
+            if not finite.all():
+                bad = [self._place["row"] + int(row) for row in (~finite).nonzero()]
+                raise ValueError(
+                    f"activations of layer {layer} are not finite (NaN or inf) in rows {bad} of {self._source}: load "
+                    "the model in another dtype, or leave these texts out"
+                )
+        return [found[layer].float() for layer in self._layers]
+
+    def _dropped(self, rows: Tensor, x: Tensor, max_norm: float) -> Tensor:
+        return dropped(rows.to(x.device), x, self._drop_first, self._drop_tokens, max_norm)[0].cpu()
+
+    def _max_norm(self, rows: Tensor, x: Tensor) -> float:
+        norms = x[~self._dropped(rows, x, math.inf).to(x.device)].norm(dim=-1)
+        if len(norms) == 0:
+            raise ValueError(
+                f"drop_tokens={self._drop_tokens} leaves nothing of {len(rows)} rows: drop fewer, or check the texts"
+            )
+        return self._ratio * float(norms.median())
+
+
+def check_layers(model: Any, layers: Sequence[int]) -> list[int]:
+    """The layers as ints; ValueError for none, one twice, or one that the model has not."""
+    for layer in layers:
+        check_layer(model, layer)
+    found = [check_integer("layer", layer, 0) for layer in layers]
+    if not found or len(set(found)) < len(found):
+        raise ValueError(f"layers={list(layers)}: must be one or more blocks, none twice")
+    return found

@@ -1,0 +1,100 @@
+"""Files and folders at a URL of fsspec (s3://, gs://, https://, memory://, ...), read as those of a `Path` are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z][A-Za-z0-9+.-]+)*://")
+
+
+def is_url(name: Any) -> bool:
+    """Whether it is the URL of a file or folder and not a path. A drive of Windows has one letter."""
+    return isinstance(name, (str, RemotePath)) and _URL.match(str(name)) is not None
+
+
+def place(name: Any) -> Any:
+    """A `RemotePath` for a URL, else a `Path`."""
+    return RemotePath(str(name)) if is_url(name) else Path(name)
+
+
+class RemotePath:
+    """What reading needs of a `Path`, at a URL.
+
+    Raises:
+        ImportError: the package for this kind of URL is missing; says which.
+        ValueError: fsspec knows no such kind.
+        OSError: by the methods, what the other side says.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        try:
+            from fsspec.core import url_to_fs
+        except ImportError as error:
+            raise ImportError(f'{url}: needs fsspec: pip install "sampled-sae[remote]"') from error
+        try:
+            self._files, self._path = url_to_fs(self._url)
+        except ImportError as error:
+            raise ImportError(f"{url}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{url}: {error}") from None
+
+    def __str__(self) -> str:
+        return self._url
+
+    def __repr__(self) -> str:
+        return f"RemotePath({self._url!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePath) and other._url == self._url
+
+    def __hash__(self) -> int:
+        return hash(self._url)
+
+    def __truediv__(self, name: str) -> RemotePath:
+        return RemotePath(f"{self._url}/{name}")
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self._path).name
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self._path).suffix
+
+    def exists(self) -> bool:
+        return bool(self._files.exists(self._path))
+
+    def is_file(self) -> bool:
+        return bool(self._files.isfile(self._path))
+
+    def is_dir(self) -> bool:
+        return bool(self._files.isdir(self._path))
+
+    def iterdir(self) -> Iterator[RemotePath]:
+        for path in self._files.ls(self._path, detail=False):
+            if (name := PurePosixPath(path).name) and path.rstrip("/") != self._path.rstrip("/"):
+                yield self / name
+
+    def size(self) -> int:
+        """Bytes."""
+        return int(self._files.size(self._path) or 0)
+
+    def read_bytes(self) -> bytes:
+        return bytes(self._files.cat_file(self._path))
+
+    def open(self, mode: str = "rb") -> Any:
+        return self._files.open(self._path, mode)
+
+    def resolve(self) -> RemotePath:
+        return self
+
+
+def local_copy(url: str) -> Path:
+    """A file at a URL as one of this machine, for as long as this process lives."""
+    import fsspec
+
+    return Path(fsspec.open_local(f"simplecache::{url}"))

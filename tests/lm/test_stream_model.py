@@ -1,0 +1,279 @@
+"""Trainings on a language model at work, whose activations are stored nowhere."""
+
+import json
+import random
+
+import pytest
+import torch
+from test_harvest_command import bert, causal  # noqa: F401  (fixtures)
+from tiny_models import VOCABULARY, D, llama
+
+from sampled_sae import ActivationStore, SampledSAE, SampledSAEConfig, TrainConfig, Trainer
+from sampled_sae.cli import main
+from sampled_sae.lm import ModelSource, RowReader, capture, harvest, load_model, token_rows
+from sampled_sae.lm import rows as rows_module
+from sampled_sae.residual_stream.several_layers import capture_layers
+from sampled_sae.training.activation_stream import ActivationStream
+from sampled_sae.training.sae_group import SAEGroup
+from sampled_sae.training.streamed_batches import StreamedBatches
+from sampled_sae.training.training_run import METRICS
+
+SAE = SampledSAEConfig(d_in=D, d_sae=48, k=3, l=2.0)
+TRAIN = TrainConfig(steps=12, batch_size=32, checkpoint_every=5, log_every=1, lr=3e-3)
+CONTEXT = 8
+
+
+class Letters:
+    """A tokenizer of one id a word, which are numbers."""
+
+    eos_token_id = 0
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[int(word) if word.isdigit() else 1 for word in text.split()] for text in texts]}
+
+    def get_vocab(self):
+        return {}
+
+
+def documents(n=150, seed=0):
+    draw = random.Random(seed)
+    for _ in range(n):
+        yield " ".join(str(draw.randrange(1, VOCABULARY)) for _ in range(draw.randrange(3, 20)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return llama().eval()
+
+
+def reader(texts=documents):
+    return RowReader(texts, Letters(), CONTEXT)
+
+
+def parts(model, layers=(1,), texts=documents, buffer_tokens=128, **options):
+    options = {"batch_size": 3, "drop_tokens": (0,), **options}
+    return ActivationStream(ModelSource(model, reader(texts), layers, **options), buffer_tokens).parts
+
+
+def test_a_reader_gives_the_rows_of_token_rows_and_goes_on_from_any_place(monkeypatch):
+    monkeypatch.setattr(rows_module, "_BATCH", 4)
+    rows = token_rows(documents(), Letters(), CONTEXT)
+    whole, taken = reader(), []
+    while len(found := whole.take(7)):
+        taken.append(found)
+        again = reader()
+        again.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+        done = sum(map(len, taken))
+        assert torch.equal(again.take(None), rows[done:])
+    assert torch.equal(torch.cat(taken), rows)
+
+
+def test_a_place_is_found_without_tokenizing_again():
+    first = reader()
+    first.take(100)
+    again, seen = reader(), []
+    tokenize = again._tokenizer
+    again._tokenizer = lambda texts, **options: seen.extend(texts) or tokenize(texts, **options)
+    again._tokenizer.get_vocab = tokenize.get_vocab
+    again.load_state_dict(first.state_dict())
+    again.take(1)
+    assert len(seen) <= 150 - first.state_dict()["pieces"]
+
+
+def test_several_layers_come_of_one_pass(model):
+    rows = token_rows(documents(), Letters(), CONTEXT, 4)
+    passes = []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    with torch.no_grad(), capture_layers(model, [2, 0]) as found:
+        model(input_ids=rows, use_cache=False)
+    assert len(passes) == 1
+    handle.remove()
+    for layer in (0, 2):
+        with torch.no_grad(), capture(model, layer) as captured:
+            model(input_ids=rows, use_cache=False)
+        assert torch.equal(found[layer], captured.value)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_stream_gives_the_tokens_that_a_harvest_stores(model, tmp_path):
+    rows = token_rows(documents(), Letters(), CONTEXT)
+    harvest(model, rows, 1, tmp_path, batch_size=3, drop_tokens=(0,), progress=False)
+    store = ActivationStore.open(tmp_path)
+    stored = torch.cat([store.shard(i) for i in range(len(store.tokens))])
+    source, made = ModelSource(model, reader(), (1,), batch_size=3, drop_tokens=(0,)), []
+    while sum(map(len, made)) < len(stored):
+        made.append(source.read()[0])
+    assert torch.equal(torch.cat(made), stored)
+    source.read()
+    assert source.state_dict()["epoch"] == 1, "and from the first row again"
+
+
+def test_held_out_rows_are_the_first_and_never_trained_on(model, tmp_path):
+    rows = token_rows(documents(), Letters(), CONTEXT, 20)
+    source = ModelSource(model, reader(), (1,), batch_size=3, drop_tokens=(), holdout_rows=20)
+    everything = ModelSource(model, reader(), (1,), batch_size=1, drop_tokens=())
+    for _ in rows:
+        everything.read()
+    for _ in range(30):
+        first = torch.cat([everything.read()[0] for _ in range(3)])
+        torch.testing.assert_close(source.read()[0], first)
+    with pytest.raises(ValueError, match="no row of 8 tokens to train on behind the 1000 that are held out"):
+        ModelSource(model, reader(), (1,), holdout_rows=1000).read()
+
+
+@pytest.mark.parametrize("step", [3, 10])
+def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(model, tmp_path, step):
+    whole = Trainer(SAE, TRAIN, parts(model)[0], tmp_path / "whole").run(progress=False)
+    begun = Trainer(SAE, TRAIN, parts(model)[0], tmp_path / "run")
+    for t in range(step):
+        begun.train_on(begun.feed.batch(t))
+        if begun.step % 5 == 0:
+            begun.save()
+    seen = []
+    resumed = Trainer(
+        SAE, TRAIN, parts(model, texts=lambda: (seen.append(1) or t for t in documents()))[0], tmp_path / "run"
+    )
+    assert resumed.step == step // 5 * 5
+    found = resumed.run(progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), whole.state_dict().values()))
+    assert (tmp_path / "run" / METRICS).read_bytes() == (tmp_path / "whole" / METRICS).read_bytes()
+    assert (tmp_path / "run" / "checkpoint.pt").stat().st_size < 100_000, "no activations in it"
+    about = json.loads((tmp_path / "run" / "run.json").read_text())["activations"]
+    assert (about["layer"], about["context"], about["scale"]) == (1, CONTEXT, resumed.feed.scale)
+
+
+def test_layers_of_one_pass_equal_layers_of_their_own(model, tmp_path):
+    """Where no vector is left out for its norm, by which layers differ."""
+    passes = []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    both = parts(model, (0, 2), max_norm_ratio=1e6)
+    group = SAEGroup({"a": SAE, "b": SAE}, TRAIN, dict(zip("ab", both)), tmp_path / "group").run(progress=False)
+    together = len(passes)
+    for name, layer in (("a", 0), ("b", 2)):
+        passes.clear()
+        alone = Trainer(SAE, TRAIN, parts(model, (layer,), max_norm_ratio=1e6)[0], tmp_path / name).run(progress=False)
+        assert together == len(passes)
+        assert all(torch.equal(x, y) for x, y in zip(group[name].state_dict().values(), alone.state_dict().values()))
+    handle.remove()
+    with pytest.raises(ValueError, match="a stream of 2 parts"):
+        Trainer(SAE, TRAIN, both[0].stream, tmp_path / "c")
+
+
+def test_texts_are_read_no_further_than_the_training_needs(model):
+    read = []
+
+    def endless():
+        while True:
+            for text in documents(50):
+                read.append(len(text.split()) + 1)
+                yield text
+
+    stream = StreamedBatches(parts(model, texts=endless, drop_tokens=())[0], 32, 0, steps=20)
+    with stream.reading_ahead():
+        for t in range(20):
+            stream.batch(t)
+        stream.calibration_batches(1)
+    # 7 of 8 tokens of a row; beside them what the tokenizer takes at once, of which nothing is run, and half a pass
+    batch = rows_module._BATCH * 21
+    assert 20 * 32 <= sum(read) <= 20 * 32 * 8 / 7 * 1.5 + batch
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layers": (9,)}, "layer=9 must be an integer from 0 to 3"),
+        ({"layers": ()}, r"layers=\[\]: must be one or more"),
+        ({"layers": (1, 1)}, r"layers=\[1, 1\]: must be one or more blocks, none twice"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"drop_tokens": (VOCABULARY,)}, "drop_tokens=61: must be a token id from 0 to 60"),
+        ({"max_norm_ratio": 0.5}, "max_norm_ratio=0.5"),
+        ({"holdout_rows": -1}, "holdout_rows=-1"),
+    ],
+)
+def test_bad_arguments_are_named(model, options, said):
+    with pytest.raises(ValueError, match=said):
+        parts(model, **options)
+
+
+def test_a_model_is_loaded_onto_a_device_or_over_several(causal):  # noqa: F811
+    placed, _ = load_model(str(causal), dtype="bfloat16", device="cpu")
+    spread, _ = load_model(str(causal), device="auto")
+    rows = torch.randint(5, 45, (2, 8))
+    for model, dtype in ((placed, torch.bfloat16), (spread, torch.float32)):
+        assert next(model.parameters()).dtype == dtype
+        source = ModelSource(model, RowReader(lambda: ["w1 w2"] * 9, load_model(str(causal))[1], 8), (0, 2))
+        assert [x.dtype for x in source._run(rows)] == [torch.float32] * 2
+    with pytest.raises(ValueError, match="device='nowhere'"):
+        load_model(str(causal), device="nowhere")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    file = tmp_path_factory.mktemp("texts") / "texts.txt"
+    draw = random.Random(0)
+    file.write_text(" ".join(f"w{draw.randrange(40)}" for _ in range(4000)))
+    return file
+
+
+def command(model, texts, out, layers, *more):
+    sizes = ["--context", "8", "--features", "48", "--k", "3", "--batch-size", "32", "--buffer-tokens", "128"]
+    return ["train", str(out), "--model", str(model), "--texts", str(texts), "--layer", layers, *sizes, *more]
+
+
+def test_the_command_trains_without_a_store_and_goes_on(causal, texts, tmp_path, capsys):  # noqa: F811
+    assert main([*command(causal, texts, tmp_path / "run", "2", "--steps", "6"), "--model-dtype", "bfloat16"]) == 0
+    said = capsys.readouterr().out
+    assert "stores nothing" in said
+    sae = SampledSAE.from_pretrained(tmp_path / "run")
+    assert sae.cfg.d_in == D
+    assert sorted(path.suffix for path in (tmp_path / "run").iterdir()) == [
+        ".json",
+        ".json",
+        ".jsonl",
+        ".pt",
+        ".safetensors",
+    ]
+    assert main([*command(causal, texts, tmp_path / "run", "2", "--steps", "9"), "--model-dtype", "bfloat16"]) == 0
+    assert "Resumes at step 6" in capsys.readouterr().out
+    assert main(command(causal, texts, tmp_path / "run", "2", "--steps", "9")) == 1
+    assert "weights_sha256" in capsys.readouterr().err
+
+
+def test_the_command_trains_several_layers_and_one_is_evaluated(causal, texts, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "runs"
+    assert main(command(causal, texts, out, "0,2", "--steps", "5", "--holdout-rows", "10")) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["layer_0", "layer_2"]
+    held_out = ["harvest", str(tmp_path / "acts"), "--model", str(causal), "--texts", str(texts), "--layer", "2"]
+    assert main([*held_out, "--context", "8", "--tokens", "80", "--holdout-rows", "9"]) == 0
+    assert main(["evaluate", str(out / "layer_2"), str(tmp_path / "acts"), "--splice-rows", "4"]) == 0
+    assert main(["evaluate", str(out / "layer_0"), str(tmp_path / "acts")]) == 1
+    assert "layer 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: [*c, "--layer", "9"], "--layer 9 must be an integer from 0 to 3"),
+        (lambda c: [*c, "--layer", "1,1"], "--layer [1, 1]: none twice"),
+        (lambda c: [a for a in c if a not in ("--layer", "1")], "--layer None: must be given with --model"),
+        (lambda c: [*c, "--holdout", "5"], "--holdout 5: is for a file"),
+        (lambda c: [*c, "--buffer-tokens", "16"], "--batch-size 32: must be at most 16"),
+        (lambda c: [*c, "--texts", "nowhere.txt"], "--texts 'nowhere.txt'"),
+        (lambda c: [*c, "--model-device", "nowhere"], "--model-device 'nowhere': must be 'cpu', 'cuda' or"),
+        (lambda c: [*c, "--layer", "1,2", "--lanes", "1"], "--lanes 1: is for one SAE"),
+    ],
+)
+def test_the_command_says_what_is_wrong(causal, texts, tmp_path, capsys, change, said):  # noqa: F811
+    assert main([*change(command(causal, texts, tmp_path / "run", "1", "--steps", "3")), "--quiet"]) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_of_a_model_need_one(tmp_path, capsys):
+    torch.save(torch.randn(100, 4), tmp_path / "x.pt")
+    assert main(["train", str(tmp_path / "x.pt"), str(tmp_path / "run"), "--layer", "3"]) == 1
+    assert "--layer [3]: goes with --model" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(tmp_path / "run")])
+    assert stopped.value.code == 2
