@@ -79,6 +79,39 @@ def test_the_same_features_in_another_order_and_length(method):
     assert (found.cosine > 0.999).all()
 
 
+@pytest.mark.parametrize("method", ["hungarian", "greedy"])
+def test_rows_of_any_length(method):
+    a, lengths = rows(20), torch.logspace(-200, 200, 20, dtype=torch.float64)[:, None]
+    found = match_features(a.double() * lengths, a, method)
+    assert torch.equal(found.a, found.b)
+    assert (found.cosine > 0.999).all()
+    a[3] = 0
+    assert match_features(a, a, method).cosine[3] == 0
+
+
+def test_all_features_of_an_sae_are_shared_with_itself(two):
+    sae = load_inference(two[0], say=lambda line: None)
+    assert compare(sae, sae, same=1).summary()["shared"] == 96
+
+
+@pytest.mark.parametrize("n", [1, 50])
+def test_tokens_that_are_all_alike_have_no_fvu(two, n):
+    a, b = (load_inference(folder, say=lambda line: None) for folder in two)
+    on = compare(a, b, torch.full((n, D), 0.25)).agreement
+    assert all(np.isnan(on.fvu))
+    assert on.tokens == n
+
+
+def test_a_transcoder_is_compared_without_activations(tmp_path, capsys):
+    at = write_gemma_scope(tmp_path, "gemma-scope-2b-pt-transcoders")
+    store = write_store(tmp_path / "acts")
+    command = ["compare", str(at), str(at), "--insist", "--out", str(tmp_path / "out")]
+    assert main([*command, "--activations", str(store)]) == 1
+    wanted = f"{at}: is a transcoder, whose reconstructions are of other activations; leave out --activations\n"
+    assert capsys.readouterr().err.endswith(wanted)
+    assert main(command) == 0
+
+
 def test_what_was_done_is_said(monkeypatch):
     a, b = rows(5), rows(5, seed=1)
     assert match_features(a, b).how == "Hungarian method (scipy.optimize.linear_sum_assignment)"
@@ -97,6 +130,8 @@ def test_bad_rows():
         (rows(3), rows(3), "best", r"method='best': must be one of 'auto', 'hungarian', 'greedy'"),
         (rows(3), rows(3, 5), "auto", r"rows_b=tensor \(3, 5\): must be as wide as rows_a, 6"),
         (rows(3), torch.zeros(0, 6), "auto", r"rows_b=tensor \(0, 6\): must be a floating tensor \[F, d\]"),
+        (rows(3), torch.full((3, 6), torch.nan), "hungarian", r"rows_b: 18 of 18 values are NaN or inf"),
+        (torch.full((3, 6), -torch.inf), rows(3), "greedy", r"rows_a: 18 of 18 values are NaN or inf"),
         (torch.ones(3, 6, dtype=torch.int64), rows(3), "auto", r"rows_a=tensor \(3, 6\): must be a floating"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -91,6 +91,10 @@ def _check_together(saes: list[Published], args: argparse.Namespace) -> None:
 def _activations(saes: list[Published], args: argparse.Namespace) -> torch.Tensor:
     """Those held out; of a store without them the first ones of training."""
     store = ActivationStore.open(args.activations)
+    for source, found in zip((args.a, args.b), saes):
+        if found.sae.cfg.is_transcoder:
+            raise ValueError(f"{source}: is a transcoder, whose reconstructions are of other activations; leave out "
+                             "--activations")  # fmt: skip
     given = {"model": store.manifest.get("model"), "layer": store.manifest.get("layer")}
     for source, found in zip((args.a, args.b), saes):
         if found.sae.cfg.d_in != store.d_in:

@@ -18,7 +18,7 @@ from ..pages.choice import FeatureChoice
 from ..pages.feature_page import LanguageModel, Settings, feature_page, shards_of
 from ..pages.html import PAGE, is_page
 from ..pages.run_overview import run_overview
-from ..pages.runs_page import best, is_runs, read_runs, runs_page
+from ..pages.runs_page import best, is_member, is_runs, read_runs, runs_page
 from ..support.argument_checks import check_integer
 from ..support.atomic_files import write_text
 from ..support.output_folder import check_output_folder
@@ -90,15 +90,21 @@ def _look_at_runs(args: argparse.Namespace, runs: Path) -> None:
     if args.activations is not None:
         if not runs.is_dir():
             raise ValueError(f"{args.activations}: {runs} holds no SAEs to look at on activations; leave them out")
-        args.sae = str(folder / best(found.rows)["name"])
-        _look_at_sae(args, Path(args.sae) / PAGE)
-    write_text(out, runs_page(runs.stem, found, out.parent))
+        row = best(found.rows)
+        if not is_member(folder, row):
+            raise ValueError(f"{folder}: has no folder of its best run {row['name']!r}")
+        args.sae = str(folder / row["name"])
+        page_of_best = Path(args.sae) / PAGE
+        _check_file(page_of_best)
+        _look_at_sae(args, page_of_best)
+    write_text(out, runs_page(runs.resolve().name if runs.is_dir() else runs.stem, found, out.parent))
     print(out)
 
 
 def _look_at_sae(args: argparse.Namespace, out: Path) -> None:
     settings = Settings(args.choice, args.seed, args.tokens, args.contexts)
     found = read_inference(args.sae, args.at, layout=args.layout, k=args.k)
+    args.choice.check(found.sae.cfg.d_sae)
     codes, store = _opened(args.activations)
     corpus = (store or codes).manifest  # type: ignore[union-attr]
     check_same_origin(args.sae, found, corpus, args.insist)

@@ -23,7 +23,7 @@ class Agreement:
 
     Attributes:
         tokens: n.
-        l0, fvu: of A and of B.
+        l0, fvu: of A and of B; FVU is NaN where the activations do not vary.
         x_hat_cosine: mean over tokens of the cosine of both reconstructions.
         active_a, active_b: int64 [F], on how many tokens each feature is active.
         jaccard: float64 [m], of each pair: tokens where both are active over those where one is; NaN where neither is.
@@ -58,7 +58,7 @@ def agreement(
             raise ValueError(f"{name}: is a transcoder, whose reconstructions are of other activations")
         check_activations(x, sae.cfg.d_in)
     pairs = [_pair_of(side, sae.cfg.d_sae) for side, sae in ((matching.a, a), (matching.b, b))]
-    close = matching.cosine.numpy() >= same
+    close = matching.shared(same).numpy()
     m = len(close)
     both, dots, squares = np.zeros(m, dtype=np.int64), np.zeros(m), np.zeros((2, m))
     active = [np.zeros(sae.cfg.d_sae, dtype=np.int64) for sae in (a, b)]
@@ -80,7 +80,8 @@ def agreement(
         both += np.bincount(pair, minlength=m)
         dots += np.bincount(pair, values[0][at_a] * values[1][at_b], minlength=m)
         overlap += _overlap(codes, common[close[pair]] // m, len(batch))
-    deviations = float((x.double() - x.double().mean(0)).square().sum())
+    # all tokens alike have no variance to explain
+    deviations = float((x.double() - x.double().mean(0)).square().sum()) or float("nan")
     active_a, active_b = active
     either = active_a[matching.a.numpy()] + active_b[matching.b.numpy()] - both
     with np.errstate(invalid="ignore"):

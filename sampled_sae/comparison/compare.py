@@ -37,14 +37,14 @@ class Comparison:
 
     def alone(self, side: int) -> np.ndarray[Any, np.dtype[Any]]:
         """The features of A (0) or B (1) without a partner of cosine `same` or more, ascending."""
-        partner = (self.matching.a, self.matching.b)[side][self.matching.cosine >= self.same].numpy()
+        partner = (self.matching.a, self.matching.b)[side][self.matching.shared(self.same)].numpy()
         return np.setdiff1d(np.arange(self.widths[side]), partner)
 
     def summary(self) -> dict[str, Any]:
         """Plain values, for JSON; NaN where there is nothing to take a mean of."""
         m = self.matching
         cosine = m.cosine.double().numpy()
-        shared = int((m.cosine >= self.same).sum())
+        shared = int(m.shared(self.same).sum())
         found: dict[str, Any] = {
             "features": list(self.widths),
             "matching": m.how,
@@ -61,7 +61,7 @@ class Comparison:
         return found if self.agreement is None else {**found, "on_activations": self._on_activations(self.agreement)}
 
     def _on_activations(self, on: Agreement) -> dict[str, Any]:
-        shared = self.matching.cosine.numpy() >= self.same
+        shared = self.matching.shared(self.same).numpy()
         sides = (on.active_a, on.active_b)
         alone = [self.alone(side) for side in (0, 1)]
         entries = [float(active[lone].sum() / max(1, active.sum())) for active, lone in zip(sides, alone)]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from ..support.argument_checks import check_choice, describe
+from ..inference.decoder_norms import unit_rows
+from ..support.argument_checks import check_choice, check_finite, describe
 from ..support.timing import check_memory
 
 METHODS = ("auto", "hungarian", "greedy")
@@ -18,6 +18,8 @@ METHODS = ("auto", "hungarian", "greedy")
 MOST_PAIRS = 1 << 26
 # nearest features that the greedy method chooses among
 CANDIDATES = 32
+# equal rows have a cosine of 1 up to it
+ROUNDING = 1e-6
 _BLOCK_BYTES = 1 << 27
 
 
@@ -39,6 +41,10 @@ class Matching:
     nearest_b: Tensor
     how: str
 
+    def shared(self, same: float) -> Tensor:
+        """bool [m]: the pairs whose cosine is at least `same`, but for the rounding of a float32 product."""
+        return self.cosine >= same - ROUNDING
+
 
 @torch.no_grad()
 def match_features(rows_a: Tensor, rows_b: Tensor, method: str = "auto") -> Matching:
@@ -50,7 +56,7 @@ def match_features(rows_a: Tensor, rows_b: Tensor, method: str = "auto") -> Matc
     (extra "compare") is installed and there are at most 2^26 pairs to choose from. A row of zeros has cosine 0.
 
     Raises:
-        ValueError: rows of other widths, another method.
+        ValueError: rows of other widths, NaN or inf in them, another method.
         ImportError: method="hungarian" without scipy.
         MemoryError: method="hungarian" for more pairs than fit.
     """
@@ -60,7 +66,9 @@ def match_features(rows_a: Tensor, rows_b: Tensor, method: str = "auto") -> Matc
             raise ValueError(f"{name}={describe(rows)}: must be a floating tensor [F, d]")
     if rows_a.shape[1] != rows_b.shape[1]:
         raise ValueError(f"rows_b={describe(rows_b)}: must be as wide as rows_a, {rows_a.shape[1]}")
-    a, b = (normalize(rows.detach().float().cpu(), dim=1) for rows in (rows_a, rows_b))
+    for name, rows in (("rows_a", rows_a), ("rows_b", rows_b)):
+        check_finite(rows, name)
+    a, b = (unit_rows(rows.detach().cpu()) for rows in (rows_a, rows_b))
     chosen, why = _method(method, len(a), len(b))
     if chosen == "hungarian":
         return _hungarian(a, b)

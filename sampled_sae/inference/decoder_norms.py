@@ -1,4 +1,7 @@
-"""The norms of decoder rows. They are not remembered: weights may be changed in ways that nobody is told of."""
+"""Decoder rows: their norms, and unit rows.
+
+Norms are not remembered: weights may be changed in ways that nobody is told of.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,16 @@ def decoder_norms(W_dec: Tensor, features: Tensor | None = None) -> Tensor:
     exact = torch.promote_types(W_dec.dtype, torch.float32)
     parts = rows.split(max(1, CHUNK_ELEMENTS // W_dec.shape[1]))
     return torch.cat([torch.linalg.vector_norm(part.to(exact), dim=1) for part in parts])
+
+
+def unit_rows(W_dec: Tensor) -> Tensor:
+    """float32 [F, d], rows divided by their norms, however large or small; a row of zeros stays one.
+
+    Equivalent to `torch.nn.functional.normalize(W_dec, dim=1)`, whose squares overflow, underflow and meet its eps.
+    """
+    rows = W_dec.to(torch.promote_types(W_dec.dtype, torch.float32))
+    greatest = rows.abs().amax(1, keepdim=True)
+    return torch.nn.functional.normalize((rows / torch.where(greatest > 0, greatest, 1)).float(), dim=1)
 
 
 def inverse_norms(W_dec: Tensor, features: Tensor | None = None) -> Tensor:

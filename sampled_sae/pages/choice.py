@@ -47,6 +47,13 @@ class FeatureChoice:
             return cls("list", tuple(dict.fromkeys(map(int, text.split(",")))))
         raise ValueError(f"choice={text if len(text) <= 40 else text[:37] + '...'!r}: {ALLOWED}")
 
+    def check(self, n_features: int) -> None:
+        """ValueError for a feature that an SAE of so many does not have."""
+        if self.kind in ("range", "list"):
+            last = self.numbers[1] - 1 if self.kind == "range" else max(self.numbers)
+            if last >= n_features:
+                raise ValueError(f"choice={last}: the SAE has {n_features} features, from 0 to {n_features - 1}")
+
     def of(self, weight: Tensor, seed: int = 0) -> Tensor:
         """The features, int64 [P], ascending.
 
@@ -61,9 +68,7 @@ class FeatureChoice:
         if self.kind == "all":
             return torch.arange(n_features)
         if self.kind in ("range", "list"):
-            last = self.numbers[1] - 1 if self.kind == "range" else max(self.numbers)
-            if last >= n_features:
-                raise ValueError(f"choice={last}: the SAE has {n_features} features, from 0 to {n_features - 1}")
+            self.check(n_features)
             return torch.arange(*self.numbers) if self.kind == "range" else torch.tensor(sorted(self.numbers))
         alive = weight.nonzero().squeeze(1)
         if self.kind == "top":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as nnf
+
+from ..inference.decoder_norms import unit_rows
 
 # elements of a block of cosines that are held at a time
 BLOCK = 1 << 24
@@ -17,7 +18,7 @@ def nearest(W_dec: Tensor, features: Tensor, n: int) -> tuple[Tensor, Tensor]:
     Largest cosine first; n at most F - 1. Equivalent, for all features and without each one itself, to
     `(unit @ unit.T).topk(n)` with `unit = normalize(W_dec)`.
     """
-    unit = nnf.normalize(W_dec.float(), dim=1)
+    unit = unit_rows(W_dec)
     n = min(n, len(unit) - 1)
     cosines, found = [torch.empty(0, n)], [torch.empty(0, n, dtype=torch.int64)]
     for part in features.split(max(1, BLOCK // len(unit))):

@@ -15,6 +15,8 @@ from ..inference.inference_sae import InferenceSAE
 from ..training.activation_store import ActivationStore
 
 BATCH = 4096
+# share of the squares that rounding may leave of the variance of tokens that are all alike
+ROUNDING = 1e-12
 
 
 class LossShares(NamedTuple):
@@ -29,8 +31,8 @@ def can_share(sae: InferenceSAE) -> bool:
     return not sae.cfg.is_transcoder and sae.cfg.normalize == "none"
 
 
-def loss_shares(sae: InferenceSAE, store: ActivationStore, codes: CodesStore, n_shards: int) -> LossShares:
-    """Over the first shards of activations and of their codes.
+def loss_shares(sae: InferenceSAE, store: ActivationStore, codes: CodesStore, n_shards: int) -> LossShares | None:
+    """Over the first shards of activations and of their codes; None where all tokens are alike, which have no FVU.
 
     With e = x - x_hat and v_j what a code of 1 adds to x_hat, a token's squared error without c_j is
     ||e + c_j v_j||^2 = ||e||^2 + 2 c_j e v_j + c_j^2 ||v_j||^2. The gradient of the squared error in c_j is -2 e v_j.
@@ -56,4 +58,6 @@ def loss_shares(sae: InferenceSAE, store: ActivationStore, codes: CodesStore, n_
             total_squares += float(part.double().square().sum())
             n += len(part)
     deviations = total_squares - float(total.square().sum()) / n
+    if deviations <= ROUNDING * total_squares:
+        return None
     return LossShares(error / deviations, rise / deviations)

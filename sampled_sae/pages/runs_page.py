@@ -75,7 +75,7 @@ def runs_page(title: str, found: Runs, folder: Path) -> str:
             "l": row["l"],
             "seed": row["seed"],
             "values": {name: row.get(name) for name in names if _is_metric(name, row.get(name))},
-            "curves": curves(folder / row["name"]) if _is_member(folder, row) else {},
+            "curves": curves(folder / row["name"]) if is_member(folder, row) else {},
             "link": _link(folder, row),
             "histogram": _histogram(row),
         }
@@ -156,7 +156,7 @@ def _kind(name: str, value: Any) -> str:
     return value if isinstance(value, str) else f"{name}={value}"
 
 
-def _is_member(folder: Path, row: Row) -> bool:
+def is_member(folder: Path, row: Row) -> bool:
     """Whether a run has a folder beside the page; a name that leads elsewhere is none."""
     return (
         row["name"] not in (".", "..")
@@ -167,7 +167,7 @@ def _is_member(folder: Path, row: Row) -> bool:
 
 
 def _link(folder: Path, row: Row) -> str | None:
-    there = _is_member(folder, row) and (folder / row["name"] / PAGE).is_file()
+    there = is_member(folder, row) and (folder / row["name"] / PAGE).is_file()
     return f"./{quote(row['name'])}/{PAGE}" if there else None
 
 

@@ -107,6 +107,20 @@ def test_a_page_of_few_tokens_says_so(root, tmp_path):
     assert data["measured"]["tokens"] == ActivationStore.open(root / "acts").tokens[0]
 
 
+def test_tokens_that_are_all_alike_have_no_shares_of_a_loss(root, tmp_path):
+    ActivationStore.write(tmp_path / "flat", torch.full((300, 12), 0.1))
+    command("look", root / "run", tmp_path / "flat", f"--out {tmp_path}/a.html --no-model")
+    data, _ = data_of((tmp_path / "a.html").read_text(encoding="utf-8"))
+    assert data["measured"]["fvu"] is None
+    assert data["columns"]["rises"] is None
+
+
+def test_a_feature_that_is_not_there_is_refused_before_anything_is_encoded(root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sampled_sae.cli.look.encode_corpus", lambda *args, **options: pytest.fail("encodes"))
+    told = failing(capsys, "look", root / "run", root / "acts", "--out", tmp_path / "a.html", "--features", "3,64")
+    assert "--features 64: the SAE has 64 features, from 0 to 63" in told
+
+
 def test_what_does_not_belong_together_is_refused(root, tmp_path, capsys):
     out = tmp_path / "a.html"
     ActivationStore.write(tmp_path / "wide", torch.randn(50, 7))

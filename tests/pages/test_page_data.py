@@ -140,6 +140,13 @@ def test_nearest_rows_are_those_of_all_cosines(sae, monkeypatch):
     assert torch.equal(found, expected.indices)
 
 
+def test_nearest_rows_of_any_length():
+    rows = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    lengths = torch.logspace(-30, 30, 20)[:, None]
+    for found, wanted in zip(nearest(rows * lengths, torch.arange(20), 3), nearest(rows, torch.arange(20), 3)):
+        assert torch.allclose(found.double(), wanted.double(), atol=1e-6)
+
+
 def test_the_lens_is_the_models_own_head(root, sae):
     model, tokenizer = load_model(str(root / "model"))
     lens = logit_lens(model, sae.W_dec, 3)

@@ -35,6 +35,26 @@ def test_the_page_of_a_sweep_links_to_that_of_its_best_sae(root, tmp_path):
     assert {run["name"]: run["link"] for run in again["runs"] if run["link"]} == {lowest: f"./{lowest}/look.html"}
     assert {**again, "runs": None} == {**data, "runs": None}
     assert data_of((sweep / lowest / "look.html").read_text(encoding="utf-8"))[0]["name"] == f"sweep/{lowest}"
+    (sweep / lowest / "look.html").write_text("mine")
+    assert main(["look", str(sweep), str(acts)]) == 1
+    assert (sweep / lowest / "look.html").read_text() == "mine"
+
+
+def test_the_best_run_of_a_sweep_is_a_folder_inside_it(root, tmp_path, capsys):
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    for name in ("../other", "gone"):
+        (sweep / "sweep.json").write_text(json.dumps({"rows": [row(name, 1.0, 0, 0.5)], "train": {}}))
+        assert main(["look", str(sweep), str(root / "acts")]) == 1
+        assert capsys.readouterr().err == f"sampled-sae look: {sweep}: has no folder of its best run {name!r}\n"
+
+
+def test_the_page_of_this_folder_has_its_name(tmp_path, monkeypatch):
+    (tmp_path / "l.sweep").mkdir()
+    (tmp_path / "l.sweep" / "sweep.json").write_text(json.dumps({"rows": [row("a", 1.0, 0, 0.5)], "train": {}}))
+    monkeypatch.chdir(tmp_path / "l.sweep")
+    assert main(["look", "."]) == 0
+    assert data_of((tmp_path / "l.sweep" / "look.html").read_text())[0]["name"] == "l.sweep"
 
 
 def test_series_are_what_runs_of_all_l_and_seeds_share(tmp_path):

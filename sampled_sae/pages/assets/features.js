@@ -64,7 +64,7 @@ async function show() {
 
 function densityChart() {
   const shares = Array.from(columns.counts).filter((count) => count > 0).map((count) => Math.log10(count / data.measured.tokens));
-  const low = Math.floor(Math.min(0, ...shares.slice(0, 1), Math.log10(1 / data.measured.tokens))), bins = 40;
+  const low = Math.floor(Math.min(-1, Math.log10(1 / data.measured.tokens))), bins = 40;
   const counts = new Array(bins).fill(0);
   for (const share of shares) counts[Math.min(bins - 1, Math.floor(((share - low) / -low) * bins))] += 1;
   const edges = Array.from({ length: bins + 1 }, (_, i) => 10 ** (low - (low * i) / bins));
