@@ -233,6 +233,14 @@ def test_the_command(two, tmp_path, capsys):
     assert read_json(out / "comparison.json") == summary
 
 
+@pytest.mark.parametrize("name", ["comparison.md", "matches.csv", "comparison.png"])
+def test_files_of_something_else_are_not_replaced(two, tmp_path, capsys, name):
+    (tmp_path / name).write_text("mine")
+    assert main(["compare", *map(str, two), "--out", str(tmp_path)]) == 1
+    assert f"{tmp_path / name}: is of no comparison and would be replaced" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_an_sae_of_another_library(two, tmp_path, capsys):
     at = write_gemma_scope(tmp_path)
     assert main(["compare", str(two[0]), str(at), "--out", str(tmp_path / "out")]) == 0

@@ -11,7 +11,7 @@ import torch
 
 from ..comparison import METHODS, compare
 from ..comparison.compare import SAME
-from ..comparison.report import SUMMARY, plot, table, write_report
+from ..comparison.report import MATCHES, PLOT, SUMMARY, TABLE, plot, table, write_report
 from ..formats.published import Published, read_inference
 from ..support.argument_checks import check_device, check_integer, check_number
 from ..support.atomic_files import read_json
@@ -72,12 +72,16 @@ def _name(source: str, at: str | None) -> str:
 
 
 def _check_own(folder: Path, about: dict[str, Any]) -> None:
-    """ValueError where the comparison of two other SAEs would be replaced."""
+    """ValueError where the comparison of two other SAEs, or files of something else, would be replaced."""
     if (folder / SUMMARY).is_file():
         then = read_json(folder / SUMMARY)
         if any(then.get(name) != value for name, value in about.items()):
             on = f" on {then['activations']}" if then.get("activations") else ""
             raise ValueError(f"{folder}: holds the comparison of {then.get('a')} and {then.get('b')}{on}; name another")
+        return
+    for name in (TABLE, MATCHES, PLOT):
+        if (folder / name).exists():
+            raise ValueError(f"{folder / name}: is of no comparison and would be replaced; name another folder")
 
 
 def _check_together(saes: list[Published], args: argparse.Namespace) -> None:

@@ -103,10 +103,15 @@ def best(rows: list[Row]) -> Row:
 
 def _of_csv(file: Path) -> list[Row]:
     try:
-        with open(file, encoding="utf-8", newline="") as lines:
-            return [{str(k): _value(v) for k, v in row.items() if k is not None} for row in csv.DictReader(lines)]
+        # spreadsheets begin a file with a byte order mark
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            rows = list(csv.DictReader(lines))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file}: not a CSV file ({error})") from None
+    for i, row in enumerate(rows):
+        if None in row:
+            raise ValueError(f"{file}: rows[{i}]: has more cells than the header")
+    return [{name: text or None if name == "name" else _value(text) for name, text in row.items()} for row in rows]
 
 
 def _value(text: Any) -> Any:

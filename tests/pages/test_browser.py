@@ -76,6 +76,15 @@ def test_the_overview_shows_what_was_measured(page):
     assert page.execute_script(fits)
 
 
+def test_densities_on_a_single_token_are_drawn(page):
+    heights = page.execute_script("""
+        data.measured.tokens = 1; columns.counts.fill(0); columns.counts.fill(1, 3, 8);
+        return Array.from(densityChart().querySelectorAll('.bar'), (bar) => Number(bar.getAttribute('height')))""")
+    assert len(heights) == 40
+    assert heights[-1] > 50
+    assert not any(heights[:-1])
+
+
 def test_a_click_opens_a_feature_and_its_links_lead_on(page):
     first = page.execute_script(ROWS)[0]
     page.execute_script("document.querySelector('tr[data-feature]').click()")

@@ -123,6 +123,7 @@ def test_the_best_run():
         ("name,l,seed\n", "has no runs"),
         ("name,l\na,2\n", "rows[0]: seed=None: must be of type int"),
         ("name,l,seed\na,two,0\n", "rows[0]: l='two': must be of type float or null"),
+        ("name,l,seed\na,2,0,0.5\n", "rows[0]: has more cells than the header"),
         ("name,l,seed\n,2,0\n", "rows[0]: name=None: must be of type str"),
     ],
 )
@@ -132,6 +133,12 @@ def test_rows_that_are_none_are_named(tmp_path, capsys, text, said):
     assert main(["look", str(file)]) == 1
     assert f"{file}: {said}" in capsys.readouterr().err
     assert not (tmp_path / "rows.html").exists()
+
+
+def test_a_csv_file_of_a_spreadsheet(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("\ufeffname,l,seed,fvu\r\n007,2,0,0.5\r\n", encoding="utf-8", newline="")
+    assert read_runs(file).rows == [{"name": "007", "l": 2, "seed": 0, "fvu": 0.5}]
 
 
 def test_what_does_not_go_together_is_refused(root, tmp_path, capsys):
