@@ -14,6 +14,7 @@ from published_makers import write_gemma_scope
 from sampled_sae import load_inference
 from sampled_sae.cli import main
 from sampled_sae.comparison import compare, match_features, matching
+from sampled_sae.comparison.report import plot
 from sampled_sae.support.atomic_files import read_json, write_json
 
 scipy = pytest.importorskip("scipy")
@@ -91,7 +92,11 @@ def test_rows_of_any_length(method):
 
 def test_all_features_of_an_sae_are_shared_with_itself(two):
     sae = load_inference(two[0], say=lambda line: None)
-    assert compare(sae, sae, same=1).summary()["shared"] == 96
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.linspace(0.3, 3, 96)[:, None])
+    found = compare(sae, sae, same=1)
+    assert found.summary()["shared"] == 96
+    assert found.alone(0).tolist() == found.alone(1).tolist() == []
 
 
 @pytest.mark.parametrize("n", [1, 50])
@@ -273,6 +278,26 @@ def test_widths_that_differ(two, tmp_path, capsys):
     store = write_store(tmp_path / "acts", d=16)
     assert main(["compare", *map(str, two), "--activations", str(store)]) == 1
     assert f"{two[0]}: d_in=12, but the activations in {store} have 16" in capsys.readouterr().err
+
+
+def test_the_plot_has_all_cosines_and_names_as_they_are(two, tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **kind: (drawn.append(self), path.touch()))
+    a, b = (load_inference(folder, say=lambda line: None) for folder in two)
+    found = compare(a, b)
+    found.matching.cosine[:7] = -0.51
+    plot(found, ("a$\\frac$", "b"), tmp_path)
+    (axis,), (legend,) = drawn[0].axes, drawn[0].legends
+    assert axis.get_xlim() == (-0.525, 1)
+    assert sum(bar.get_height() for bar in axis.patches[:80] if bar.get_x() < -0.5) == 7
+    assert legend.get_texts()[1].get_text() == "nearest, of a\\$\\frac\\$"
+
+
+def test_a_name_in_dollars_is_drawn(two, tmp_path):
+    pytest.importorskip("matplotlib")
+    sae = load_inference(two[0], say=lambda line: None)
+    assert plot(compare(sae, sae), ("a$\\frac$", "b"), tmp_path).read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_matplotlib_there_is_no_plot(two, tmp_path, capsys, monkeypatch):

@@ -67,13 +67,16 @@ def plot(comparison: Comparison, names: tuple[str, str], folder: Path) -> Path:
     columns = 1 if on is None else 2
     figure = Figure(figsize=(5.6 * columns, 4.0), layout="constrained")
     left = figure.add_subplot(1, columns, 1)
-    edges = [i / 40 for i in range(41)]
-    left.hist(m.cosine.clamp(0, 1).numpy(), edges, color="tab:gray", alpha=0.5, label="pairs, one to one")
+    edges = [i / 40 for i in range(-40, 41)]
+    left.hist(m.cosine.clamp(-1, 1).numpy(), edges, color="tab:gray", alpha=0.5, label="pairs, one to one")
     for name, nearest, color in zip(names, (m.nearest_a, m.nearest_b), ("tab:blue", "tab:orange")):
-        left.hist(nearest.clamp(0, 1).numpy(), edges, histtype="step", color=color, label=f"nearest, of {_short(name)}")
+        left.hist(
+            nearest.clamp(-1, 1).numpy(), edges, histtype="step", color=color, label=f"nearest, of {_short(name)}"
+        )
     left.axvline(comparison.same, color="black", linestyle=":", linewidth=1)
     left.set_xlabel("cosine of decoder rows")
     left.set_ylabel("features")
+    left.set_xlim(min(0.0, *(math.floor(40 * float(c.min())) / 40 for c in (m.cosine, m.nearest_a, m.nearest_b))), 1)
     left.set_ylim(bottom=0)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=8)
     if on is not None:
@@ -119,4 +122,6 @@ def _cell(value: Any) -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 24 else f"...{name[-21:]}"
+    short = name if len(name) <= 24 else f"...{name[-21:]}"
+    # matplotlib would set what stands between two dollars as mathematics
+    return short.replace("$", "\\$")
