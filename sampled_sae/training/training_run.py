@@ -44,7 +44,7 @@ LARGEST_AUX = 1e6
 def check_width(sae_config: SampledSAEConfig, store: Activations | StreamedActivations) -> None:
     """ValueError where an SAE cannot be trained on these activations."""
     if sae_config.d_out != store.d_out:
-        none = "has no targets: PairedActivations puts them beside it"
+        none = "has no targets: PairedActivations (--targets) puts them beside it"
         held = none if store.d_out is None else f"has targets of {store.d_out}"
         raise ValueError(f"d_out={sae_config.d_out}: {store.where} {held}")
     if sae_config.d_in != store.d_in:
