@@ -63,13 +63,9 @@ class ThresholdHints:
         """What a checkpoint needs: a search from another threshold may differ in last bits of what it finds."""
         return [(*key, hint) for key, hint in self._known.items()]
 
-    def load_state_dict(
-        self, state: list[tuple[float, str, bool, float | Tensor]], device: torch.device | str
-    ) -> None:
+    def load_state_dict(self, state: list[tuple[float, str, bool, float | Tensor]], device: torch.device | str) -> None:
         """The inverse of `state_dict`."""
-        self._known = {
-            tuple(key): hint.to(device) if isinstance(hint, Tensor) else float(hint) for *key, hint in state
-        }
+        self._known = {tuple(key): hint.to(device) if isinstance(hint, Tensor) else float(hint) for *key, hint in state}
 
     def forget(self) -> None:
         """For other weights, or another device."""
