@@ -1,5 +1,5 @@
 # make test   the tests, in an environment of their own
-# make demo   the main job: real activations, a sweep over l, a table and plots in runs/demo
+# make demo   the main job: real activations, a sweep over l, a table, plots and pages to open in runs/demo
 # make bench  the training step against the encoder product, to benchmarks/results
 
 PYTHON ?= python3
@@ -78,6 +78,7 @@ demo: $(BIN)/.demo
 	$(BIN)/sampled-sae harvest $(RUNS)/activations --model smollm2-135m --layer 15 --texts wiki-en --tokens 200000
 	$(BIN)/sampled-sae sweep $(RUNS)/activations $(RUNS)/sweep --features 8192 --k 32 --ls 1,2,4,16,none \
 		--scores l2,entropy --steps 300 --batch-size 1024 --lr 3e-3 --dead-after 50000
+	$(BIN)/sampled-sae look $(RUNS)/sweep $(RUNS)/activations
 
 bench: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.steps cpu_step

@@ -23,6 +23,7 @@ setup(
         "sampled_sae.integrations.saelens",
         "sampled_sae.integrations.sparsify",
         "sampled_sae.lm",
+        "sampled_sae.pages",
         "sampled_sae.residual_stream",
         "sampled_sae.run_logs",
         "sampled_sae.support",
@@ -30,5 +31,5 @@ setup(
         "sampled_sae.kernels",
     ],
     package_dir={"sampled_sae": "sampled_sae", "sampled_sae.kernels": "kernels"},
-    package_data={"sampled_sae": ["py.typed"]},
+    package_data={"sampled_sae": ["py.typed"], "sampled_sae.pages": ["assets/*"]},
 )

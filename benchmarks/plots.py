@@ -24,7 +24,18 @@ STYLE = {
     "svg.hashsalt": "sampled-sae",  # the same file in every run
     "svg.fonttype": "none",
     "axes.prop_cycle": matplotlib.cycler(
-        color=["#3b82d6", "#e0822d", "#2f9e6e", "#c0504d", "#8a63d2", "#b08a1e", "#d6589f", "#14a3b8"]
+        color=[
+            "#3b82d6",
+            "#e0822d",
+            "#2f9e6e",
+            "#c0504d",
+            "#8a63d2",
+            "#b08a1e",
+            "#d6589f",
+            "#14a3b8",
+            "#7a8b2f",
+            "#6b5b4b",
+        ]
     ),
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
     "legend.framealpha": 0.0,
@@ -100,8 +111,11 @@ def scaling(result: Result) -> Figure:
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_locator(NullLocator())
         axis.set_title("d={d}".format(**rows[0]) + "".join(f", {n}={rows[0][n]}" for n in "BFk" if n != name))
-    for row in (0, len(names)):  # the same lines stand in all columns
-        axes[row].legend()
+    # the same lines stand in all columns, and the same rules in both rows
+    handles, labels = axes[0].get_legend_handles_labels()
+    _, below = axes[len(names)].get_legend_handles_labels()
+    labels[-1] = f"above {labels[-1]}, below {below[-1]}"
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 
 
@@ -110,14 +124,15 @@ def equal_time(result: Result) -> Figure:
     rows = [row for row in result["rows"] if "fvu" in row]
     measures = {"fvu": "FVU", "loss_recovered": "loss recovered"}
     measures = {name: label for name, label in measures.items() if name in rows[0]}
-    figure, axes = axes_of(len(measures))
+    figure, axes = axes_of(len(measures), height=4.6)
     for axis, (measure, label) in zip(axes, measures.items(), strict=True):
         for candidate in dict.fromkeys(row["candidate"] for row in rows):
             style = "-" if candidate.startswith("ours") else "--"
             of = [row for row in rows if row["candidate"] == candidate]
             line(axis, of, "seconds", measure, candidate, linestyle=style)
         axis.set(xlabel="seconds of training steps", ylabel=f"{label}, held-out text at L0 = k")
-    axes[0].legend(fontsize="small")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
     source, setup = result["activations"], result["setup"]
     figure.suptitle(
         f"{source['model']}, layer {source['layer']}: F={setup['F']}, k={setup['k']}, batches of {setup['B']} tokens"

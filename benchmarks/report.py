@@ -1,6 +1,7 @@
 """From the result files to their tables and plots, and to the tables in README.md and docs/*.md.
 
-    python benchmarks/report.py            writes results/*.md, results/plots/*.png and .svg, and the pages' tables
+    python benchmarks/report.py            writes results/*.md, results/plots/*.png and .svg, those of results/study/,
+                                           and the pages' tables
     python benchmarks/report.py --check    says which tables and plots are not what the result files say, and exits 1
 
 A page shows a table between `<!-- table: benchmarks/results/NAME.md -->` and `<!-- end -->`.
@@ -27,6 +28,8 @@ from benchmarks.measure import RESULTS, ROOT
 from benchmarks.operations.race import COLUMNS
 from benchmarks.record import markdown, with_caption
 from benchmarks.steps.experiments import EXPERIMENTS, table
+from benchmarks.study_parts.report import tables as study_tables
+from benchmarks.study_parts.rows import FOLDER as STUDY
 from sampled_sae.training import sweep_table
 
 DEMO, PLOTS = RESULTS / "demo", RESULTS / "plots"
@@ -59,7 +62,8 @@ def tables() -> dict[Path, str]:
     found = results()
     made = {RESULTS / f"{name}.md": with_caption(TABLES[name](result), result) for name, result in found.items()}
     demo = json.loads((DEMO / "sweep.json").read_text())["rows"]
-    return {**made, RESULTS / "summary.md": summary(found), DEMO / "results.md": sweep_table.markdown_table(demo)}
+    others = {RESULTS / "summary.md": summary(found), DEMO / "results.md": sweep_table.markdown_table(demo)}
+    return {**made, **others, **study_tables()}
 
 
 def summary(found: dict[str, dict[str, Any]]) -> str:
@@ -80,10 +84,12 @@ def summary(found: dict[str, dict[str, Any]]) -> str:
 def stale_plots() -> list[Path]:
     """The plots whose SVG is not what the result files give."""
     from benchmarks.plots import write_plots
+    from benchmarks.study_parts.plots import write_plots as write_study_plots
 
     with tempfile.TemporaryDirectory() as folder:
-        made = [file for file in write_plots(results(), Path(folder)) if file.suffix == ".svg"]
-        pairs = [(file, PLOTS / file.name) for file in made]
+        of_study = write_study_plots(STUDY, Path(folder))
+        pairs = [(file, PLOTS / file.name) for file in write_plots(results(), Path(folder)) if file.suffix == ".svg"]
+        pairs += [(file, STUDY / file.name) for file in of_study if file.suffix == ".svg"]
         return [old for new, old in pairs if not old.is_file() or old.read_bytes() != new.read_bytes()]
 
 
@@ -115,10 +121,11 @@ def main() -> int:
             print("differs:", file.relative_to(ROOT))
         return 1 if stale else 0
     from benchmarks.plots import write_plots
+    from benchmarks.study_parts.plots import write_plots as write_study_plots
 
     for file in stale:
         file.write_text(files[file], encoding="utf-8")
-    for file in [*stale, *write_plots(results(), PLOTS)]:
+    for file in [*stale, *write_plots(results(), PLOTS), *write_study_plots(STUDY, STUDY)]:
         print(file.relative_to(ROOT))
     return 0
 

@@ -225,9 +225,9 @@ class SampledSAEOutput:
     Attributes:
         loss: mse + aux_coefficient * aux, 0-dim; of a Matryoshka SAE with the mean over its groups in place of mse.
         mse: mean over tokens of ||x - x_hat||^2, summed over d_in, in the units that the SAE is trained in: those of
-            x times `cfg.input_scale`.
+            x times `cfg.input_scale`. Of a transcoder y takes the place of x, times `cfg.output_scale`.
         aux: the dead-feature loss before its coefficient; 0 when no feature is dead and in evaluation.
-        x_hat: reconstruction, the shape and dtype of x.
+        x_hat: reconstruction, of the shape of what is reconstructed and the dtype of x.
         codes: kept activations, [B, F] with the leading dimensions of x flattened.
     """
 

@@ -22,10 +22,19 @@ from .support.html_table import config_table
 POOLS = ("top", "sample")
 SELECTS = ("batch", "token")
 SCREENS = ("auto", "off", "bf16")
+INFERENCES = ("threshold", "batch", "pool")
 IMPLS = ("auto", "triton", "torch", "reference")
-CHOICES = {"score": SCORES, "pool": POOLS, "select": SELECTS, "impl": IMPLS, "screen": SCREENS}
+CHOICES = {
+    "score": SCORES,
+    "pool": POOLS,
+    "select": SELECTS,
+    "inference": INFERENCES,
+    "impl": IMPLS,
+    "screen": SCREENS,
+}
 # fields that earlier versions did not know, with what they stood for there
 LATER: dict[str, Any] = {"groups": None, "d_out": None, "skip": False, "output_scale": 1.0}
+LATER |= {"inference": "threshold", "inference_pool": None}
 LEAST = {"d_in": 1, "d_sae": 1, "pool_every": 1, "dead_after": 1, "seed": 0}
 
 
@@ -75,6 +84,10 @@ class SampledSAEConfig:
         screen: "auto", "off" or "bf16": whether scores and searches look through bfloat16 products first, whose error
             is bounded, and compute in full what the bound leaves open. The result is the same; "auto" does so where it
             is faster.
+        inference: how evaluation mode selects. "threshold": every activation above one threshold. "batch": the rule of
+            training, pool and selection made for the batch given. "pool": above a threshold, inside a fixed set of
+            features that `calibrate` chooses by their scores. A TopK SAE keeps k features of each token whatever it is.
+        inference_pool: how many features the fixed set holds, in [1, d_sae]; None means as many as a batch's pool.
 
     l=None with select="batch" is BatchTopK, with select="token" TopK. Numbers of numpy, torch, decimal and fractions
     are taken and kept as ints and floats.
@@ -107,10 +120,12 @@ class SampledSAEConfig:
     d_out: int | None = None
     skip: bool = False
     output_scale: float = 1.0
+    inference: str = "threshold"
+    inference_pool: int | None = None
 
     def __post_init__(self) -> None:
         plain: dict[str, Any] = {name: check_integer(name, getattr(self, name), n) for name, n in LEAST.items()}
-        for name in ("k_aux", "aux_pool", "d_out"):
+        for name in ("k_aux", "aux_pool", "d_out", "inference_pool"):
             value = getattr(self, name)
             plain[name] = None if value is None else check_integer(name, value, 1)
         for name, allowed in CHOICES.items():
@@ -122,6 +137,9 @@ class SampledSAEConfig:
         centred = plain["d_out"] is None if self.apply_b_dec_to_input is None else self.apply_b_dec_to_input
         plain["apply_b_dec_to_input"] = check_flag("apply_b_dec_to_input", centred)
         plain["k"], plain["l"] = check_budget(self.k, self.l, plain["d_sae"], plain["select"])
+        if self.inference_pool is not None and plain["inference_pool"] > plain["d_sae"]:
+            most = plain["d_sae"]
+            raise ValueError(f"inference_pool={self.inference_pool!r}: must be None or in [1, {most}], all features")
         plain["aux_coefficient"] = check_number("aux_coefficient", self.aux_coefficient, 0, None)
         plain["threshold_decay"] = check_number("threshold_decay", self.threshold_decay, 0, 1)
         plain["score_tokens"] = check_positive("score_tokens", self.score_tokens, 1)
@@ -137,6 +155,10 @@ class SampledSAEConfig:
             raise ValueError(f"apply_b_dec_to_input=True: a transcoder's b_dec is of its output; d_out={self.d_out}")
         if not self.is_transcoder and self.output_scale != 1:
             raise ValueError(f"output_scale={self.output_scale!r}: must be 1 for an SAE, whose input_scale serves both")
+
+        if self.is_topk and self.inference == "pool":
+            keeps = "a TopK SAE (select='token', l=None) keeps k features of each token"
+            raise ValueError(f"inference='pool': {keeps}; must be 'threshold' or 'batch', which are the same for it")
 
     @property
     def is_transcoder(self) -> bool:
@@ -157,6 +179,11 @@ class SampledSAEConfig:
     def pool_size(self) -> int:
         """P, the number of candidate features of a batch."""
         return pool_size(self.k, self.l, self.d_sae)
+
+    @property
+    def inference_size(self) -> int:
+        """Features in the fixed set of `inference="pool"`: inference_pool with its default filled in."""
+        return self.pool_size if self.inference_pool is None else self.inference_pool
 
     @property
     def is_topk(self) -> bool:

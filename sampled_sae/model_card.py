@@ -54,10 +54,10 @@ def model_card(repository: str, cfg: SampledSAEConfig, facts: RunFacts, revision
         _metadata(model),
         MARK,
         f"# {repository.split('/')[-1]}",
-        f"A sparse autoencoder with {cfg.d_sae:,} features on activations of width {cfg.d_in}. {reads}",
+        f"{_kind(cfg)} with {cfg.d_sae:,} features on activations of width {cfg.d_in}. {reads}",
         f"## Load\n\n```python\nfrom sampled_sae import SampledSAE\n\n{load}\n"
         f"codes = sae.encode_sparse(x)  # x: [tokens, {cfg.d_in}], as the model makes them\n"
-        "x_hat = sae.decode(codes)\n```",
+        f"{_decoding(cfg)}\n```",
         _metrics(facts.evaluation),
         "## Settings\n\n" + _table(("setting", "value"), cfg.to_dict()),
     ]
@@ -65,6 +65,18 @@ def model_card(repository: str, cfg: SampledSAEConfig, facts: RunFacts, revision
         parts.append("## Training\n\n" + _table(("setting", "value"), facts.train))
     parts.append(f"Written by sampled-sae {__version__}.")
     return "\n\n".join(parts) + "\n"
+
+
+def _kind(cfg: SampledSAEConfig) -> str:
+    if cfg.is_transcoder:
+        return f"A transcoder {'and linear skip ' if cfg.skip else ''}to activations of width {cfg.d_out},"
+    return "A sparse autoencoder" if cfg.groups is None else "A Matryoshka sparse autoencoder"
+
+
+def _decoding(cfg: SampledSAEConfig) -> str:
+    if not cfg.is_transcoder:
+        return "x_hat = sae.decode(codes)"
+    return f"y_hat = sae.decode(codes, x)  # [tokens, {cfg.d_out}], of what was its target"
 
 
 def _metadata(model: str | None) -> str:

@@ -26,6 +26,8 @@ SINCE = ("calibrated_at",)
 TENSORS = (*WEIGHT_NAMES, "threshold", "threshold_steps", "tokens_since_active", *SINCE)
 # of a transcoder that has it
 SKIP = "W_skip"
+# Of an SAE with inference="pool".
+MEMBERS = "inference_members"
 # What `train` leaves beside an SAE, and what `import` does: model, layer, context and scale of its activations.
 RUN = "run.json"
 ORIGIN = "origin.json"
@@ -41,7 +43,8 @@ PEER_FILES = {
 
 def tensor_names(config: SampledSAEConfig) -> tuple[str, ...]:
     """The tensors of an SAE, in the order of its file."""
-    return (*TENSORS, SKIP) if config.skip else TENSORS
+    skip = (SKIP,) if config.skip else ()
+    return (*TENSORS, *skip, MEMBERS) if config.inference == "pool" else (*TENSORS, *skip)
 
 
 def check_target(folder: Path) -> None:
@@ -65,7 +68,7 @@ def save_pretrained(folder: Path, config: dict[str, Any], kinds: Mapping[str, Ki
 
     Args:
         config: fields of the SampledSAEConfig.
-        kinds, pieces: of the tensors that `TENSORS` names.
+        kinds, pieces: of the tensors that `tensor_names` names.
 
     Raises:
         ValueError: as `check_target`.
@@ -94,20 +97,15 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(fields, dict):
         raise ValueError(f"{folder / CONFIG}: sae={fields!r}: must be the fields of a SampledSAEConfig")
     try:
-        checked = SampledSAEConfig.from_dict(fields)
+        sae = SampledSAEConfig.from_dict(fields)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
-    d_in, d_sae = fields.get("d_in"), fields.get("d_sae")
-    d_out = checked.width_out
-    shapes = {
-        "W_enc": (d_in, d_sae),
-        "b_enc": (d_sae,),
-        "W_dec": (d_sae, d_out),
-        "b_dec": (d_out,),
-        SKIP: (d_in, d_out),
-    }
-    shapes |= {"threshold": (), "threshold_steps": (), "calibrated_at": (), "tokens_since_active": (d_sae,)}
-    names = tensor_names(checked)
+    d_in, d_sae, d_out = fields.get("d_in"), fields.get("d_sae"), sae.width_out
+    names = tensor_names(sae)
+    shapes: dict[str, tuple[Any, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    shapes |= {SKIP: (d_in, d_out)}
+    shapes |= dict.fromkeys(("threshold", "threshold_steps", "calibrated_at"), ())
+    shapes |= dict.fromkeys(("b_enc", "tokens_since_active", MEMBERS), (d_sae,))
     for name in names:
         if name not in tensors:
             if name in SINCE:
@@ -119,12 +117,22 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError(f"{path}: {name} is {tensors[name].dtype}, must be one of {', '.join(map(str, FLOATS))}")
         if not torch.isfinite(tensors[name]).all():
             raise ValueError(f"{path}: {name} holds NaN or inf")
+    if MEMBERS in names:
+        check_members(path, tensors[MEMBERS], sae)
     # last: what is wrong with a field says more than that it was changed; earlier versions wrote no checksum
     if config.get("crc32", json_crc32(fields)) != json_crc32(fields):
         raise ValueError(f"{folder / CONFIG}: damaged, or edited by hand: then remove its line 'crc32'")
     if "input_scale" not in fields:
         fields["input_scale"] = recorded_scale(folder)
     return fields, {name: tensors[name] for name in names if name in tensors}
+
+
+def check_members(path: Path, members: Tensor, sae: SampledSAEConfig) -> None:
+    """ValueError unless the fixed set of `inference="pool"`, bool [d_sae], is empty or of the config's size."""
+    count = int(members.sum()) if members.dtype == torch.bool else None
+    if count not in (0, sae.inference_size):
+        found = f"{members.dtype} with {count} features" if count is not None else str(members.dtype)
+        raise ValueError(f"{path}: {MEMBERS} is {found}, must be torch.bool with 0 or {sae.inference_size}")
 
 
 def is_ours(folder: Path) -> bool:

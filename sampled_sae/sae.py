@@ -10,11 +10,12 @@ from torch import Tensor
 
 from . import functional
 from .codes import SampledSAEOutput, SparseCodes
-from .config import SampledSAEConfig
-from .impl import threshold
+from .config import INFERENCES, SampledSAEConfig
+from .impl import inference_rule
 from .impl.encoder import Encoder
-from .impl.given_tokens import flat_tokens, given_back, goal_of
+from .impl.given_tokens import flat_encoded, flat_tokens, given_back, goal_of
 from .impl.hints import Rule
+from .impl.inference_rule import Inference
 from .impl.interface import Implementation, resolve_impl
 from .impl.layer_weights import LayerWeights
 from .impl.layout import Leaves
@@ -27,7 +28,7 @@ from .impl.transcoder_start import start_from_targets
 from .pretrained import check_scale_of_state, scale_into_state
 from .residual_stream.splicing import Splicing
 from .sharing import Sharing
-from .support.argument_checks import check_positive
+from .support.argument_checks import check_choice, check_positive
 from .support.geometric_median import geometric_median
 
 
@@ -42,15 +43,16 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
     `b_enc` [d_sae], `W_dec` [d_sae, d_out], `b_dec` [d_out], and with a skip `W_skip` [d_in, d_out]. An SAE has d_out =
     d_in and reconstructs its input; a transcoder is given what it reconstructs, `sae(x, target)`. Buffers: `threshold`
     (0-dim, inference), `threshold_steps` (training steps behind it), `calibrated_at` (`threshold_steps` when it was
-    last calibrated), `tokens_since_active` int64 [d_sae]. The state dict shares their memory: its W_enc is not
-    contiguous, `safetensors.torch.save_model(sae, path)` and `load_model` store it, `save_file` takes
+    last calibrated), `tokens_since_active` int64 [d_sae], with `cfg.inference="pool"` also `inference_members` bool
+    [d_sae]. The state dict shares their memory: its W_enc is not contiguous,
+    `safetensors.torch.save_model(sae, path)` and `load_model` store it, `save_file` takes
     `{name: t.contiguous() for name, t in sae.state_dict().items()}`.
 
     In training mode the codes are chosen by the batch, the threshold and the dead-feature counts move. In
     evaluation mode a feature is active where its activation is above `threshold`, whatever else is in the
-    batch; a TopK SAE (`select="token", l=None`) keeps k features of each token in both modes. Of a threshold that
-    was never calibrated a warning says so once. Trained from scratch, decoder rows are kept at unit norm by
-    `sampled_sae.optim.RowAdam`, or by calling `normalize_decoder()` after another optimizer's step.
+    batch; `cfg.inference` has two other rules. A TopK SAE (`select="token", l=None`) keeps k features of each token in
+    both modes. Of a threshold that was never calibrated a warning says so once. Trained from scratch, decoder rows
+    are kept at unit norm by `sampled_sae.optim.RowAdam`, or by `normalize_decoder()` after another optimizer's step.
 
     Equivalent, in training mode with l=None, to BatchTopK (arXiv 2412.06410); the pool is arXiv 2508.21324's, read as
     docs/method.md says.
@@ -89,10 +91,12 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
     def cfg(self, cfg: SampledSAEConfig) -> None:
         if not isinstance(cfg, SampledSAEConfig):
             raise TypeError(f"cfg={cfg!r}: must be a SampledSAEConfig")
-        before = getattr(self, "_cfg", cfg)
-        shapes = [f"d_in={c.d_in}, d_sae={c.d_sae}, d_out={c.d_out}, skip={c.skip}" for c in (cfg, before)]
+        before: SampledSAEConfig | None = getattr(self, "_cfg", None)
+        shapes = [f"d_in={c.d_in}, d_sae={c.d_sae}, d_out={c.d_out}, skip={c.skip}" for c in (cfg, before or cfg)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"cfg: {shapes[0]}: the weights are of {shapes[1]}; make another SampledSAE")
+        self.layout.check_inference(cfg.inference)
+        inference_rule.follow(self, before, cfg)
         self._cfg = cfg
         self.memory.pool = KeptPool(cfg.pool_every)
 
@@ -145,17 +149,21 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
     def _evaluate(self, x: Tensor, target: Tensor | None, scaled: bool) -> SampledSAEOutput:
         leaves = self.layout.leaves(self, keep_rows=False)
         tokens, encoder = self._batch(x, target, scaled, leaves)
-        codes = self._select_each(encoder)
+        codes = self._select(encoder)
         loss, mse, x_hat = reconstruct(self.cfg, self._parts, tokens, encoder, leaves, codes)
         x_hat = given_back(self.cfg, x_hat, x, scaled)
         return SampledSAEOutput(loss, mse, mse.new_zeros(()), x_hat, self.layout.numbered(codes))
 
-    def _select_each(self, encoder: Encoder) -> SparseCodes:
-        """What evaluation mode keeps of each token, whatever the others are."""
-        if self.cfg.is_topk:
+    def _select(self, encoder: Encoder, inference: Inference | None = None) -> SparseCodes:
+        """By `inference`; by that of evaluation mode where None, which warns of a threshold not to be relied on."""
+        found = inference or inference_rule.of_evaluation(self, self.cfg)
+        if found.mode == "token":
             return self._parts.select(encoder, None, Rule(self.cfg.k, "token"))
-        self._notice.before_use(self)
-        return self._parts.above_threshold(encoder, self.threshold)
+        if found.mode == "batch":
+            return self._select_together(encoder)
+        if inference is None:
+            self._notice.before_use(self)
+        return self._parts.above_threshold(encoder, found.floors)
 
     def _select_together(self, encoder: Encoder) -> SparseCodes:
         """What training mode keeps of a batch."""
@@ -164,19 +172,22 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         return self._parts.select(encoder, members, Rule(self.cfg.k, self.cfg.select), self.memory.hints)
 
     @torch.compiler.disable
-    def encode_sparse(self, x: Tensor, *, scaled: bool = False) -> SparseCodes:
-        """Codes of x [..., d_in]: by the batch in training mode; in evaluation mode by the threshold, or k of each
-        token for a TopK SAE. `scaled` as in `forward`."""
-        if not self.training:
-            return self.layout.complete(self._select_each(self._encoder_of(x, scaled)))
-        return self.layout.complete(self._select_together(self._encoder_of(x, scaled, by_batch=True)))
+    def encode_sparse(self, x: Tensor, *, scaled: bool = False, inference: Inference | None = None) -> SparseCodes:
+        """Codes of x [..., d_in]: by the batch in training mode; in evaluation mode as `cfg.inference` says, or k of
+        each token for a TopK SAE; in both by `inference` where it is given. `scaled` as in `forward`."""
+        if inference is None and self.training:
+            inference = Inference("batch")
+        found = inference or inference_rule.of_evaluation(self, self.cfg)
+        codes = self._select(self._encoder_of(x, scaled, by_batch=found.mode == "batch"), inference)
+        return self.layout.complete(codes)
 
     @torch.compiler.disable
     def encode_above_threshold(self, x: Tensor, *, scaled: bool = False) -> SparseCodes:
-        """Codes of x [..., d_in] by the threshold alone, in both modes and for a TopK SAE too."""
+        """Codes of x [..., d_in] by the threshold (of `cfg.inference="pool"` inside its set), whatever the mode."""
         if not self.training:
             self._notice.before_use(self)
-        return self.layout.complete(self._parts.above_threshold(self._encoder_of(x, scaled), self.threshold))
+        floors = inference_rule.by_threshold(self, self.cfg).floors
+        return self.layout.complete(self._parts.above_threshold(self._encoder_of(x, scaled), floors))
 
     def encode(self, x: Tensor, *, scaled: bool = False) -> Tensor:
         """`encode_sparse` as a dense tensor [..., d_sae]; equivalent in evaluation mode by the threshold to
@@ -200,24 +211,39 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         else:
             x_hat = codes.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
         if x is not None and self.W_skip is not None:
-            x_hat = x_hat + skipped(flat_tokens(self, x, scaled), self.W_skip, x_hat.dtype).view(x_hat.shape)
+            tokens = flat_encoded(self, x, x_hat.shape[:-1].numel(), scaled)
+            x_hat = x_hat + skipped(tokens, self.W_skip, x_hat.dtype).view(x_hat.shape)
         return given_back(self.cfg, x_hat, x_hat, scaled)
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, l0: float | None = None, *, scaled: bool = False) -> float:
         """Sets the threshold to the value that gives mean L0 = l0 (default k) on x, and returns it.
 
-        A TopK SAE uses it in `encode_above_threshold` and where it is exported for a threshold.
+        With `cfg.inference="pool"` it first chooses the fixed set: the features of highest score on x. A TopK SAE and
+        one with `cfg.inference="batch"` use the threshold in `encode_above_threshold` and where they are exported.
 
         Args:
             x: [..., d_in], activations of the kind the SAE will see; tens of thousands of tokens are enough.
             l0: target, in (0, d_sae].
             scaled: as in `forward`.
         """
+        mode = "pool" if self.cfg.inference == "pool" else "threshold"
+        inference_rule.adopt(self, self.inference_on(x, mode, l0, scaled=scaled))
+        return float(self.threshold)
+
+    @torch.no_grad()
+    def inference_on(self, x: Tensor, mode: str, l0: float | None = None, *, scaled: bool = False) -> Inference:
+        """An inference for `encode_sparse`, whatever `cfg.inference` is; the SAE stays as it is.
+
+        Args:
+            x, l0, scaled: as in `calibrate`, for "threshold" and "pool", which are calibrated on x.
+            mode: one of "threshold", "batch" and "pool".
+        """
         encoder = self._encoder_of(x, scaled, by_batch=True)
         l0 = check_positive("l0", self.cfg.k if l0 is None else l0, self.cfg.d_sae)
-        threshold.calibrate(self, self._parts, encoder, l0)
-        return float(self.threshold)
+        if check_choice("mode", mode, INFERENCES) == "batch":
+            return Inference("batch")
+        return inference_rule.calibrated(self._parts, encoder, self.cfg, mode, l0)
 
     @torch.no_grad()
     def init_b_dec(self, x: Tensor, target: Tensor | None = None, *, scaled: bool = False) -> None:
@@ -249,6 +275,8 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
     def _splice_refusal(self) -> str | None:
         if self.training:
             return "the SAE is in training mode, where codes depend on the batch: call sae.eval() first"
+        if self.cfg.inference == "batch" and not self.cfg.is_topk:
+            return "cfg.inference='batch' makes codes depend on the batch: use 'threshold' or 'pool'"
         if self.cfg.is_transcoder:
             return "a transcoder reconstructs other activations than it reads"
         return None if self.layout.size == 1 else "an SAE that is spread over processes cannot be spliced"

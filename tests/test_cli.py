@@ -220,7 +220,7 @@ def test_errors_say_what_is_wrong_and_exit_with_1(harvested, tmp_path, capsys, a
 
 def test_every_option_has_help():
     commands = build_parser()._subparsers._group_actions[0].choices
-    names = "harvest train evaluate sweep encode export import compare verify check bench"
+    names = "harvest train evaluate sweep encode look export import compare verify check bench"
     assert set(commands) == set(names.split())
     for sub in commands.values():
         assert all(action.help for action in sub._actions)

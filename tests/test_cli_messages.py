@@ -64,8 +64,12 @@ def test_a_number_out_of_range_names_its_option(name, action, places, capsys):  
 @of([(name, action) for name, action in OPTIONS if action.dest in JUDGED and not action.choices])
 def test_a_word_that_is_none_names_its_option(name, action, places, capsys):  # noqa: F811
     option = action.option_strings[-1]
-    more = ["--splice-rows=1", "--insist"] if action.dest == "model" and name not in ("harvest", "encode") else []
-    _, err = failing([*full(name, places()), *more, f"{option}=nonsense"], capsys)
+    line = full(name, places())
+    if action.dest == "model" and name == "train":
+        line = [name, *line[2:], "--layer=0", f"--texts={places() / 'texts.jsonl'}"]  # in the place of the activations
+    elif action.dest == "model" and name not in ("harvest", "encode", "look"):
+        line += ["--splice-rows=1", "--insist"]
+    _, err = failing([*line, f"{option}=nonsense"], capsys)
     assert f"{option} 'nonsense'" in err
 
 

@@ -55,6 +55,12 @@ def test_wheel_holds_every_module_and_kernel(wheel):
     assert held == modules | kernels
 
 
+def test_wheel_holds_what_pages_are_made_of(wheel):
+    assets = {str(f.relative_to(ROOT)) for f in (ROOT / "sampled_sae" / "pages" / "assets").iterdir()}
+    assert {f.rpartition(".")[2] for f in assets} == {"css", "html", "js"}
+    assert assets <= names(wheel)
+
+
 def test_wheel_is_typed_and_claims_no_other_top_level_name(wheel):
     held = names(wheel)
     assert "sampled_sae/py.typed" in held

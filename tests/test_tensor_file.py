@@ -13,6 +13,7 @@ TENSORS = {
     "b": torch.randn(4, 3, 2, dtype=torch.float64),
     "empty": torch.empty(0, 3),
     "half": torch.randn(9).half(),
+    "members": torch.randn(11) > 0,
     "scalar": torch.tensor(2.5),
     "short": torch.randn(3, 5).bfloat16(),
     "transposed": torch.randn(6, 4).t(),

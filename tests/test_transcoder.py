@@ -9,6 +9,8 @@ from makers import gradients, make_sae, problem, same_weights, tokens
 from optim_steps import assert_close, plain_step, state_of
 
 from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig, reference
+from sampled_sae.integrations.saebench import SAEBenchSAE
+from sampled_sae.model_card import RunFacts, model_card
 
 D, D_OUT = 12, 7
 SHAPES = [{"d_out": D_OUT}, {"d_out": D_OUT, "skip": True, "output_scale": 0.6, "input_scale": 0.37}, {"skip": True}]
@@ -250,3 +252,35 @@ def test_another_shape_for_the_same_weights_is_refused():
     for change in ({"d_out": 8}, {"skip": True}):
         with pytest.raises(ValueError, match="make another SampledSAE"):
             sae.cfg = replace(sae.cfg, **change)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_the_skip_is_summed_in_float32_under_autocast(impl):
+    sae = make(torch.float32, impl=impl, d_out=D_OUT, skip=True)
+    x, y = batch(sae, 50)
+    expected = sae(x, y).x_hat
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sae(x, y).x_hat
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_decoding_needs_the_tokens_that_were_encoded():
+    sae = make(d_out=D_OUT, skip=True)
+    x = tokens(6, D)
+    with pytest.raises(ValueError, match=r"x=tensor \(4, 12\): has 4 tokens, must be .* the codes have 6"):
+        sae.decode(sae.encode_sparse(x), x[:4])
+
+
+def test_the_card_says_how_a_transcoder_is_used():
+    cfg = SampledSAEConfig(d_in=D, d_sae=96, k=4, d_out=D_OUT, skip=True)
+    card = model_card("me/mine", cfg, RunFacts())
+    assert "A transcoder and linear skip to activations of width 7, with 96 features" in card
+    assert "sae.decode(codes, x)" in card
+    card = model_card("me/mine", SampledSAEConfig(d_in=D, d_sae=96, k=4, groups=(10, 96)), RunFacts())
+    assert "A Matryoshka sparse autoencoder with 96 features" in card
+    assert "sae.decode(codes)" in card
+
+
+def test_saebench_refuses_a_transcoder_before_all_else():
+    with pytest.raises(ValueError, match="d_out=7: SAEBench has no place"):
+        SAEBenchSAE(make(d_out=D_OUT), model_name="pythia-70m", hook_layer=1)

@@ -1,4 +1,4 @@
-"""`sampled-sae`: harvest activations, train, evaluate, sweep, encode, compare, check, convert, measure, verify."""
+"""`sampled-sae`: harvest activations, train, evaluate, sweep, encode, look, compare, check, convert, bench, verify."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..support.all_ranks import ALONE
 from ..support.interruption import terminable
 from ..support.launch import launched
 from ..support.version import __version__
-from . import bench, check, compare, convert, encode, harvest, training, verify
+from . import bench, check, compare, convert, encode, harvest, look, training, verify
 from .arguments import threads
 from .errors import sentence
 from .parser import Parser
@@ -85,7 +85,7 @@ def build_parser() -> Parser:
         _everywhere(sub, threads=argparse.SUPPRESS, quiet=argparse.SUPPRESS, debug=argparse.SUPPRESS)
         return sub
 
-    for module in (harvest, training, encode, convert, compare, verify, check, bench):
+    for module in (harvest, training, encode, look, convert, compare, verify, check, bench):
         module.add(command)
     return parser
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..formats.published import LAYOUTS
 from ..support.argument_checks import check_device
 
 if TYPE_CHECKING:
@@ -118,3 +119,10 @@ def loaded_model(name: str, args: argparse.Namespace, device: str = "cpu") -> An
         except ValueError as error:
             raise ValueError(f"model_{error}, or one of {', '.join(SPREAD)}") from None
     return load_model(name, args.cache, args.model_dtype, args.model_device or device)[0]
+
+
+def published_arguments(p: argparse.ArgumentParser) -> None:
+    """How an SAE in any layout is read."""
+    p.add_argument("--at", default=None, help="folder or file inside it, as layer_12/width_16k/average_l0_82")
+    p.add_argument("--layout", choices=tuple(LAYOUTS), default=None, help="of its files; found by them when absent")
+    p.add_argument("--k", type=int, default=None, help="features a token, where no file says it")

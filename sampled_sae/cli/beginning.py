@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import formats
-from ..config import POOLS, SELECTS
+from ..config import INFERENCES, POOLS, SELECTS
 from ..pretrained import FORMAT
 from ..sae import SampledSAE
 from ..support.argument_checks import SCORES
@@ -18,6 +18,7 @@ from .arguments import pool_multiplier
 
 # the rule of an SAE that begins with drawn weights
 RULE: dict[str, Any] = {"features": 8192, "k": 32.0, "l": 4.0, "score": "l2", "pool": "top", "select": "batch"}
+RULE |= {"inference": "threshold", "inference_pool": None}
 
 
 def activations_arguments(p: argparse.ArgumentParser) -> None:
@@ -62,10 +63,15 @@ def rule_arguments(p: argparse.ArgumentParser) -> None:
         "score": {"choices": SCORES, "help": "what ranks the features of a batch"},
         "pool": {"choices": POOLS, "help": "highest scores, or a draw in proportion to them"},
         "select": {"choices": SELECTS, "help": "budget for the batch or for each token"},
+        "inference": {"choices": INFERENCES, "help": "how evaluation mode selects features"},
+        "inference_pool": {
+            "type": int,
+            "help": "features in the set of --inference pool, a batch's when None",
+        },
     }
     for name, how in kinds.items():
         absent = f"{how.pop('help')}; that of --init-from when absent, or {RULE[name]}"
-        p.add_argument(f"--{name}", default=argparse.SUPPRESS, help=absent, **how)
+        p.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=absent, **how)
 
 
 def initial_sae(args: argparse.Namespace) -> SampledSAE | None:

@@ -8,12 +8,12 @@ from typing import Any
 
 from ..corpus.codes_files import DTYPES
 from ..corpus.encode import Source, encode_corpus
-from ..formats.published import LAYOUTS, Published, read_inference
+from ..formats.published import Published, read_inference
 from ..support.argument_checks import check_device, check_integer
 from ..support.output_folder import check_output_folder
 from ..training.activation_store import ActivationStore
 from ..training.stored_activations import StoredActivations
-from .arguments import Command, loaded_model, model_arguments
+from .arguments import Command, loaded_model, model_arguments, published_arguments
 from .identity import block, check_same_origin
 from .texts import Texts, text_arguments
 
@@ -23,9 +23,7 @@ def add(command: Command) -> None:
     p.add_argument("activations", type=Path, nargs="?", help="folder of activations; absent, --texts are read")
     p.add_argument("out", type=Path, help="folder to write to; an interrupted encode there is resumed")
     p.add_argument("--sae", required=True, help="folder of an SAE in any layout, or owner/name on the Hugging Face hub")
-    p.add_argument("--at", default=None, help="folder or file inside it, as layer_12/width_16k/average_l0_82")
-    p.add_argument("--layout", choices=tuple(LAYOUTS), default=None, help="of its files; found by them when absent")
-    p.add_argument("--k", type=int, default=None, help="features a token, where no file says it")
+    published_arguments(p)
     p.add_argument("--sae-dtype", choices=tuple(DTYPES), default=None, help="of the weights; as stored when absent")
     p.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the codes on disk")
     p.add_argument("--batch-size", type=int, default=4096, help="tokens at a time")
@@ -52,8 +50,7 @@ def encode(args: argparse.Namespace) -> None:
     source: Source
     if args.activations is not None:
         store = ActivationStore.open(args.activations)
-        given = {"model": store.manifest.get("model"), "layer": store.manifest.get("layer")}
-        check_same_origin(args.sae, found, given, args.insist)
+        check_same_origin(args.sae, found, store.manifest, args.insist)
         source = StoredActivations(store)
         if not store.has_places:
             print(f"{args.activations} does not say where in texts its tokens stand: contexts will be token numbers")

@@ -48,6 +48,7 @@ def check_same_origin(
 ) -> None:
     """ValueError where an SAE's files name another model or layer than is given; what is not named is not compared."""
     then = {"model": found.origin.model_name, "layer": block(found)}
+    given = {part: given.get(part) for part in then}
     before, now = (None if about["model"] is None else _short(str(about["model"])) for about in (then, given))
     differ = [] if None in (before, now) or before == now else ["model"]
     if None not in (then["layer"], given["layer"]) and then["layer"] != given["layer"]:
@@ -103,7 +104,7 @@ def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource 
     if not name:
         raise ValueError(f"{store.where}: does not name the language model it was harvested from; give its --model")
     if not args.insist and not harvested["weights_sha256"]:
-        _check_model({"model": name}, harvested, store)
+        check_model({"model": name}, harvested, store.where)
     if not _has_loss(name, args, count):
         return None
 
@@ -112,7 +113,7 @@ def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource 
 
         model = loaded_model(name, args)
         if not args.insist:
-            _check_model({"model": name, "weights_sha256": weights_digest(model)}, harvested, store)
+            check_model({"model": name, "weights_sha256": weights_digest(model)}, harvested, store.where)
         return SpliceEvaluator.of_harvest(model, rows, store.manifest, insist=True).evaluate
 
     # Without --insist the weights are those that were harvested, under whatever name.
@@ -131,10 +132,11 @@ def _has_loss(name: str, args: argparse.Namespace, count: int) -> bool:
     return False
 
 
-def _check_model(model: dict[str, Any], harvested: dict[str, Any], store: Activations) -> None:
+def check_model(model: dict[str, Any], harvested: dict[str, Any], where: str) -> None:
+    """ValueError where a model is not the one whose activations are in `where`, by their `identity`."""
     if not is_same_model(model, harvested):
         then, now = ({**about, "layer": harvested["layer"]} for about in (harvested, model))
         raise ValueError(
-            f"{store.where} holds {in_words(then)}, and --model {model['model']} gives {in_words(now)}; take the "
+            f"{where} holds {in_words(then)}, and --model {model['model']} gives {in_words(now)}; take the "
             "model that was harvested, as it was loaded then, or insist with --insist"
         )

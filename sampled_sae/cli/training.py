@@ -11,7 +11,9 @@ from typing import Any
 
 from ..config import SCREENS, SampledSAEConfig
 from ..distributed import parallelize
-from ..impl import threshold
+from ..impl import inference_rule
+from ..pages.html import PAGE
+from ..pages.runs_page import read_runs, runs_page
 from ..pretrained import EVALUATION
 from ..sae import SampledSAE
 from ..support.argument_checks import check_integer
@@ -228,7 +230,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         held_out, _ = store.holdout()
     if ranks.mesh is not None:
         parallelize(sae, ranks.mesh)
-    if not sae.cfg.is_topk and not threshold.is_set(sae):
+    if inference_rule.missing(sae, sae.cfg) is not None:
         found = sae.calibrate(part_of(store.first(CALIBRATION_TOKENS)[:, : store.d_in], ranks).to(sae.W_enc.dtype))
         print(f"The SAE has no threshold yet: {found:.4g}, calibrated to L0 = k on training activations, is used here")
     result = evaluate(sae, held_out, args.batch_size, None if splice is None else splice.load())
@@ -273,10 +275,11 @@ def sweep(args: argparse.Namespace) -> None:
 
 def _write_report(rows: list[dict[str, Any]], args: argparse.Namespace, store: Activations, with_plots: bool) -> None:
     plots = plot_sweep(rows, args.out) if with_plots else []
-    report = args.out / "report.md"
+    report, page = args.out / "report.md", args.out / PAGE
+    write_text(page, runs_page(args.out.name, read_runs(args.out), args.out))
     write_text(report, _report(rows, args, store, plots))
     print(markdown_table(rows))
-    for path in (report, args.out / "results.csv", *plots):
+    for path in (report, args.out / "results.csv", page, *plots):
         print(path)
 
 

@@ -83,7 +83,7 @@ def encode_corpus(
     path = Path(folder)
     if source.d_in != sae.cfg.d_in:
         raise ValueError(f"sae: d_in={sae.cfg.d_in}, but the activations have {source.d_in}")
-    settings = {"sae_crc32": tensors_crc32(_tensors(sae)), "sae": sae.cfg.to_dict(), "dtype": dtype, **source.settings}
+    settings = {"sae_crc32": sae_crc32(sae), "sae": sae.cfg.to_dict(), "dtype": dtype, **source.settings}
     for how in ("impl", "screen"):
         del settings["sae"][how]
     check_output_folder(path)
@@ -128,8 +128,9 @@ def _check_values(values: Tensor, dtype: str) -> None:
         raise ValueError(f"dtype={dtype!r} cannot hold these codes, which reach {float(values.abs().max()):.3g}")
 
 
-def _tensors(sae: InferenceSAE) -> dict[str, Tensor]:
-    return {name: t.detach().cpu() for name, t in sae.named_buffers()}
+def sae_crc32(sae: InferenceSAE) -> str:
+    """The checksum of an SAE's tensors, by which a store of codes knows whose they are."""
+    return tensors_crc32({name: t.detach().cpu() for name, t in sae.named_buffers()})
 
 
 def _new(sae: InferenceSAE, settings: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,12 @@ from .weights import NAMES, Weights
 REFUSED = -1
 
 
+def check_inference(inference: str) -> None:
+    """ValueError for an inference that only one process has."""
+    if inference == "pool":
+        raise ValueError("inference='pool': is for one process; over a mesh use 'threshold' or 'batch'")
+
+
 class MeshLayout(Layout):
     """Tokens over the dimension `data` of a mesh, features over `feature`.
 
@@ -96,6 +102,9 @@ class MeshLayout(Layout):
     def guard(self, layer: Layer) -> None:
         if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
             raise RuntimeError("DistributedDataParallel: `parallelize` has spread the SAE already; leave it out")
+
+    def check_inference(self, inference: str) -> None:
+        check_inference(inference)
 
     def numbered(self, codes: SparseCodes) -> SparseCodes:
         if self.mesh.feature.size == 1:

@@ -6,7 +6,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..sae import SampledSAE
-from .layout import MeshLayout
+from .layout import MeshLayout, check_inference
 from .mesh import DIMENSIONS, Mesh
 from .weights import NAMES, Weights
 
@@ -33,7 +33,8 @@ def parallelize(sae: SampledSAE, mesh: DeviceMesh) -> SampledSAE:
     Equivalent on one process to `sae`.
 
     Raises:
-        TypeError, ValueError: naming the argument; `cfg.impl="reference"` and transcoders, which are for one process.
+        TypeError, ValueError: naming the argument; `cfg.impl="reference"`, `cfg.inference="pool"` and transcoders,
+            which are for one process.
     """
     if not isinstance(sae, SampledSAE):
         raise TypeError(f"sae={type(sae).__name__}: must be a SampledSAE (of a wrapped one, the module inside)")
@@ -48,6 +49,7 @@ def parallelize(sae: SampledSAE, mesh: DeviceMesh) -> SampledSAE:
         raise ValueError(f"mesh.device_type={mesh.device_type!r}: the SAE is on {sae.W_enc.device}")
     if sae.impl_in_use == "reference":
         raise ValueError("impl='reference': is for one process; use 'torch' or 'triton'")
+    check_inference(sae.cfg.inference)
     if mesh.size() == 1:
         return sae
     if sae.cfg.is_transcoder:

@@ -70,7 +70,8 @@ def export(
         to: "saelens", "dictionary_learning" or "sparsify".
         inference: what the peer's encode does. "threshold": what `sae.eval().encode` does; "topk": the k largest of
             each token. "auto" is "topk" for a TopK SAE (`select="token", l=None`), which is what its training did
-            and what the peers call TopK, and "threshold" for all others.
+            and what the peers call TopK, and "threshold" for all others. An SAE with `cfg.inference="batch"` needs
+            one of the two, since no file can say what depends on the batch.
         k: in place of `cfg.k`, which may be a fraction where the peer has whole numbers. An error where the file
             has no place for it: SAELens' threshold SAEs.
         scale: what the SAE's activations are multiplied by, in place of `cfg.input_scale`. The peer will feed them as
@@ -95,6 +96,9 @@ def export(
     portable = replace(PortableSAE.of(sae, rule, k), input_scale=scale)
     if to not in TRANSCODERS:
         portable.refuse_transcoder(to)
+    if sae.cfg.inference == "pool":
+        outside = sae.cfg.d_sae - sae.cfg.inference_size
+        say(f"{outside} features outside the fixed set get an encoder of zeros, so that they are never active")
     if rule == "threshold" and portable.threshold is None:
         say("the threshold was never set (no training step, no calibration): every positive activation is active")
     elif rule == "threshold" and (found := fault(sae)):
@@ -218,10 +222,17 @@ def detect(folder: str | os.PathLike[str]) -> str | None:
 
 
 def inference_rule(cfg: SampledSAEConfig, inference: str) -> str:
-    """What `inference` of `export` stands for: "threshold" or "topk"."""
+    """What `inference` of `export` stands for: "threshold" or "topk".
+
+    Raises:
+        ValueError: "auto" for an SAE whose inference is neither.
+    """
     check_choice("inference", inference, INFERENCE)
     if inference != "auto":
         return inference
+    if cfg.inference == "batch" and not cfg.is_topk:
+        explained = "cfg.inference='batch' depends on the whole batch, which these files cannot say"
+        raise ValueError(f"inference='auto': {explained}; choose 'threshold' or 'topk' (--inference), another rule")
     return "topk" if cfg.is_topk else "threshold"
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import SampledSAEConfig
+from ..impl.inference_rule import by_threshold
 from ..impl.threshold import is_set
 from ..pretrained import SKIP, WEIGHT_NAMES
 from ..support.argument_checks import FLOATS, check_choice, plain_number
@@ -70,12 +71,18 @@ class PortableSAE:
     def of(cls, sae: SampledSAE, rule: str, k: float | None = None) -> PortableSAE:
         """The SAE under an inference rule; k is the SAE's own when absent.
 
+        Features outside the fixed set of `inference="pool"` get an encoder of zeros, so that they are never active.
+
         Raises:
-            ValueError: NaN or inf in the SAE.
+            ValueError: NaN or inf in the SAE; a fixed set that was never chosen.
         """
         check_choice("rule", rule, RULES)
         names = (*WEIGHT_NAMES, SKIP) if sae.cfg.skip else WEIGHT_NAMES
         weights = {name: getattr(sae, name).detach().cpu() for name in names}
+        if sae.cfg.inference == "pool":
+            members = by_threshold(sae, sae.cfg).members
+            assert members is not None
+            weights |= {name: torch.where(members.cpu(), weights[name], 0) for name in ("W_enc", "b_enc")}
         threshold = sae.threshold.detach().cpu()
         for name, t in {**weights, "threshold": threshold}.items():
             if not torch.isfinite(t).all():

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import SampledSAEConfig
-from ..pretrained import SKIP, tensor_names
+from ..pretrained import MEMBERS, SKIP, check_members, tensor_names
 from ..support.atomic_files import field, write_atomically
 from .origin import Origin
 from .portable import IN_UNITS, PortableSAE, rescaled
@@ -38,8 +38,8 @@ class Supplement:
         config: of the exported SAE.
         scale: factor of the activations that the export folded into the weights.
         fingerprint: of what the peer's files hold.
-        tensors: `threshold`, `threshold_steps`, `tokens_since_active`, and those weights that the peer's files do
-            not give back bit for bit.
+        tensors: `threshold`, `threshold_steps`, `tokens_since_active`, the fixed set of `inference="pool"`, and those
+            weights that the peer's files do not give back bit for bit.
         origin: what the SAE reads.
     """
 
@@ -105,12 +105,16 @@ class Supplement:
             raise ValueError(f"{path}: {error}; delete it to do without") from None
         d_in, d_out = config.d_in, config.width_out
         shapes = {"W_enc": (d_in, config.d_sae), "W_dec": (config.d_sae, d_out), "b_dec": (d_out,), SKIP: (d_in, d_out)}
-        shapes |= {"b_enc": (config.d_sae,), "tokens_since_active": (config.d_sae,)}
+        shapes |= dict.fromkeys(("b_enc", "tokens_since_active", MEMBERS), (config.d_sae,))
         for name, t in tensors.items():
             if name not in tensor_names(config) or tuple(t.shape) != shapes.get(name, ()):
                 raise ValueError(f"{path}: {name} is {tuple(t.shape)}, its configuration says {shapes.get(name, ())}")
             if not torch.isfinite(t).all():
                 raise ValueError(f"{path}: {name} holds NaN or inf; delete the file to do without")
+        if config.inference == "pool":
+            if MEMBERS not in tensors:
+                raise ValueError(f"{path}: tensor {MEMBERS!r} is missing; delete the file to do without")
+            check_members(path, tensors[MEMBERS], config)
         return cls(config, scale, fingerprint, tensors, origin)
 
 

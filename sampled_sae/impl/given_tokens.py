@@ -33,6 +33,20 @@ def flat_tokens(layer: TakesTokens, x: Tensor, scaled: bool) -> Tensor:
     return x
 
 
+def flat_encoded(layer: TakesTokens, x: Tensor, number: int, scaled: bool) -> Tensor:
+    """`flat_tokens` of the x that codes of `number` tokens come from.
+
+    Raises:
+        ValueError, TypeError: as `flat_tokens`; another number of tokens.
+    """
+    tokens = flat_tokens(layer, x, scaled)
+    if len(tokens) != number:
+        raise ValueError(
+            f"x={describe(x)}: has {len(tokens)} tokens, must be what was encoded, and the codes have {number}"
+        )
+    return tokens
+
+
 def flat_goal(layer: TakesTokens, target: Tensor, scaled: bool) -> Tensor:
     """[B, d_out], times `cfg.factor_out`.
 

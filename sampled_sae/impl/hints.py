@@ -65,7 +65,10 @@ class ThresholdHints:
 
     def load_state_dict(self, state: list[tuple[float, str, bool, float | Tensor]], device: torch.device | str) -> None:
         """The inverse of `state_dict`."""
-        self._known = {tuple(key): hint.to(device) if isinstance(hint, Tensor) else float(hint) for *key, hint in state}
+        self._known = {
+            (k, select, exact): hint.to(device) if isinstance(hint, Tensor) else float(hint)
+            for k, select, exact, hint in state
+        }
 
     def forget(self) -> None:
         """For other weights, or another device."""

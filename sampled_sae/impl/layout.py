@@ -85,6 +85,9 @@ class Layout:
         """Refuses, before a step with gradients, what would train `layer` by another rule."""
         guard_rule(layer)
 
+    def check_inference(self, inference: str) -> None:
+        """Refuses what evaluation mode cannot do where the layer is."""
+
     def numbered(self, codes: SparseCodes) -> SparseCodes:
         """Codes of the features here, as those of all features."""
         return codes

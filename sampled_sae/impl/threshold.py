@@ -15,11 +15,14 @@ from .encoder import Encoder
 from .hints import Rule
 from .interface import Implementation
 
+# `calibrated_at` of a threshold that was calibrated for another set of features.
+VOID = -1
 NEVER_SET = "sae.threshold was never set: train the SAE or call sae.calibrate(x) first"
 RUNNING_MEAN = (
     "sae.threshold is the running mean of training alone, which lets more than k features fire (for a small l it tends "
     "to 0): call sae.calibrate(x) first"
 )
+OF_ANOTHER_SET = "sae.threshold is not for the features that cfg.inference looks at: call sae.calibrate(x) first"
 
 Self = TypeVar("Self", bound="ThresholdModule")
 
@@ -40,19 +43,35 @@ def fault(sae: ThresholdModule) -> str | None:
     """Why evaluation by the threshold is not to be relied on; None for a calibrated one."""
     if not is_set(sae):
         return NEVER_SET
+    if int(sae.calibrated_at) == VOID:
+        return OF_ANOTHER_SET
     return None if int(sae.calibrated_at) == int(sae.threshold_steps) else RUNNING_MEAN
 
 
-def calibrate(sae: ThresholdModule, parts: Implementation, encoder: Encoder, l0: float) -> None:
-    """Sets it between the activations so that l0 a token are above it on average, or all where they are fewer."""
-    n_tokens, n_features = encoder.operands.whole_shape
+def between(parts: Implementation, encoder: Encoder, l0: float, members: Tensor | None, n_features: int) -> Tensor:
+    """What l0 activations a token are above on average, or all where they are fewer; 0-dim, on the CPU, float64.
+
+    members: int64 [P], those of the `n_features` features that count which are here; None for all.
+    """
+    n_tokens = encoder.operands.whole_shape[0]
     n = round(n_tokens * l0)
     budget = min(n + 1, n_tokens * n_features)
-    codes = parts.select(encoder, None, Rule(budget / n_tokens))
-    found = parts.totals.count(codes)
-    sae.threshold.fill_(float(parts.totals.smallest(codes)) if found > n else 0.0)
+    codes = parts.select(encoder, members, Rule(budget / n_tokens))
+    smallest = float(parts.totals.smallest(codes)) if parts.totals.count(codes) > n else 0.0
+    return torch.tensor(smallest, dtype=torch.float64)
+
+
+def set_calibrated(sae: ThresholdModule, value: Tensor) -> None:
+    """Sets it to a value that gives the L0 that is wanted."""
+    sae.threshold.copy_(value)
     sae.threshold_steps.clamp_(min=1)
     sae.calibrated_at.copy_(sae.threshold_steps)
+
+
+def void(sae: ThresholdModule) -> None:
+    """Marks it as one for other features than those that evaluation looks at from now on."""
+    sae.calibrated_at.fill_(VOID)
+    sae._notice.look_again()
 
 
 class ThresholdNotice:

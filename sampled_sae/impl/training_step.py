@@ -17,6 +17,7 @@ from .interface import Implementation
 from .layout import Layer, Layout, Leaves
 from .levels import LevelErrors
 from .pool import Pool
+from .torch.products import without_autocast
 
 
 class TrainedLayer(Layer, Protocol):
@@ -81,8 +82,9 @@ def reconstruct(
     return errors.mean(), errors[-1], levels[:, -1].contiguous()
 
 
+@without_autocast
 def skipped(x: Tensor, W_skip: Tensor, dtype: torch.dtype) -> Tensor:
-    """x W_skip, [B, d_out] in `dtype`, which is that of the codes."""
+    """x W_skip, [B, d_out] in `dtype`, which is that of the codes, under autocast too: it has no sums of 16 bits."""
     return x.to(dtype) @ W_skip.to(dtype)
 
 

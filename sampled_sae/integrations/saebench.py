@@ -109,7 +109,9 @@ class SAEBenchSAE(nn.Module):
         context_size = None if context_size is None else check_integer("context_size", context_size, 1)
         scale = sae.cfg.input_scale if scale is None else check_positive("scale", scale)
         self.rule = inference_rule(sae.cfg, inference)
-        portable = replace(PortableSAE.of(sae, self.rule), input_scale=scale).read_at(1.0)
+        portable = PortableSAE.of(sae, self.rule)
+        portable.refuse_transcoder("SAEBench")
+        portable = replace(portable, input_scale=scale).read_at(1.0)
         self.k = portable.whole_k("inference='topk'") if self.rule == "topk" else None
         threshold = portable.threshold
         if self.rule == "topk":
@@ -118,7 +120,6 @@ class SAEBenchSAE(nn.Module):
             raise ValueError(NEVER_SET)
         elif (found := fault(sae)) is not None:
             warnings.warn(found, stacklevel=2)
-        portable.refuse_transcoder("SAEBench")
         norms = torch.linalg.vector_norm(portable.W_dec.double(), dim=1)
         if not bool((norms > 0).all()):
             raise ValueError(f"sae.W_dec: {int((norms == 0).sum())} rows are zero, which no factor makes unit rows")

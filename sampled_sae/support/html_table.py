@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields, replace
 from html import escape
 from typing import Any
 
@@ -24,12 +24,19 @@ def html_table(title: str, rows: Iterable[Sequence[Any]], heads: Sequence[str] =
 
 def config_table(config: Any) -> str:
     """The fields of a dataclass and their values; a star marks what is not the default."""
-    rows = []
-    for f in fields(config):
-        value = getattr(config, f.name)
-        given = f.default is not MISSING and value != f.default
-        rows.append((f.name, repr(value), "*" if given else ""))
+    rows = [(f.name, repr(getattr(config, f.name)), "*" if _is_given(config, f) else "") for f in fields(config)]
     return html_table(type(config).__name__, rows)
+
+
+def _is_given(config: Any, f: Field[Any]) -> bool:
+    """Whether a field has another value than its default stands for beside the others."""
+    value = getattr(config, f.name)
+    if f.default is MISSING or value == f.default:
+        return False
+    try:
+        return bool(getattr(replace(config, **{f.name: f.default}), f.name) != value)
+    except (TypeError, ValueError):  # with its default the config would be none
+        return True
 
 
 def _text(value: Any) -> str:

@@ -21,6 +21,7 @@ _DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.bool: "BOOL",
 }
 _AT_ONCE = 1 << 20
 
@@ -46,7 +47,7 @@ def write_pieces(path: Path, kinds: Mapping[str, Kind], pieces: Iterable[Piece],
 
     Args:
         path: an existing file, which is overwritten.
-        kinds: of all tensors, by name; int64 and floats.
+        kinds: of all tensors, by name; int64, floats and bool.
         pieces: of all tensors, in any order, on any device.
         written_as: the file's metadata has `{"format": "<written_as> crc32 <that of the tensors>"}`.
 

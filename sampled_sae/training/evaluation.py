@@ -8,11 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..impl import threshold
+from ..impl import inference_rule
+from ..impl.inference_rule import Inference
 from ..sae import SampledSAE
 from ..support.all_ranks import AllRanks, ranks_of
 from ..support.argument_checks import check_integer, describe
 
+# Tokens that the inferences which the SAE does not have are calibrated on.
+CALIBRATED_ON = 65_536
+# What is measured of every inference.
+OF_EACH = ("l0", "fvu", "features_for_90", "jaccard")
 HISTOGRAM_EDGES = [0.0, *(10.0 ** (e / 2) for e in range(-9, 0)), 1.0]
 
 
@@ -37,13 +42,17 @@ def evaluate_activations(
       `frequency_edges`; without features never active.
     - `features_for_90`: how many features hold 90% of the kept entries.
     - `jaccard`: mean overlap of the feature sets of consecutive batches.
-    - `threshold`: the inference threshold, by which the metrics above select; None for a TopK SAE, which keeps k
-      features of each token.
-    - `batch_l0`, `batch_fvu`, `batch_features_for_90`, `batch_jaccard`: the same by the rule of training, with pool and
-      selection made for each batch.
+    - `inference`: how the metrics above select: `sae.cfg.inference`, or "token" for a TopK SAE, which keeps k features
+      of each token.
+    - `threshold`: what they select by, inside its set for "pool"; None for "batch" and "token".
+    - `threshold_l0`, `threshold_fvu`, `threshold_features_for_90`, `threshold_jaccard`: the same four by a threshold
+      over the whole dictionary. `pool_...`: inside the fixed set of the `pool_features` features of highest score.
+      `batch_...`: by the rule of training, with pool and selection made for each batch. The inference of the SAE is as
+      it is; a threshold or a set that it does not have is calibrated to L0 = k on the first 65,536 tokens of x. None
+      for the first two of a TopK SAE, which has no such inference.
 
     Raises:
-        ValueError: a threshold that was never set.
+        ValueError: a threshold or a set that was never set.
     """
     batch_size = check_integer("batch_size", batch_size, 1)
     if not isinstance(x, Tensor) or x.ndim != 2:
@@ -54,19 +63,26 @@ def evaluate_activations(
     if target is not None and (not isinstance(target, Tensor) or target.shape != (len(x), sae.cfg.width_out)):
         raise ValueError(f"target={describe(target)}: must be a tensor [{len(x)}, {sae.cfg.width_out}]")
     goal = x if target is None else target
-    if not sae.cfg.is_topk and not threshold.is_set(sae):
-        raise ValueError(threshold.NEVER_SET)
+    if (missing := inference_rule.missing(sae, sae.cfg)) is not None:
+        raise ValueError(missing)
     was_training = sae.training
     state = {name: getattr(sae, name).clone() for name in ("threshold", "threshold_steps", "tokens_since_active")}
     generator = sae.generator.get_state()
     try:
         sae.eval()
+        own = inference_rule.of_evaluation(sae, sae.cfg)
         result: dict[str, Any] = _measure(sae, x, goal, batch_size)
-        result["threshold"] = None if sae.cfg.is_topk else float(sae.threshold)
-        sae.train()
-        by_batch = _measure(sae, x, goal, batch_size)
-        names = ("l0", "fvu", "features_for_90", "jaccard")
-        result |= {f"batch_{name}": by_batch[name] for name in names}
+        measured = {own.mode: result}
+        result["inference"] = own.mode
+        result["threshold"] = None if own.threshold is None else float(own.threshold)
+        for mode in ("threshold", "pool", "batch"):
+            if mode == "pool" and sae.cfg.inference_size == sae.cfg.d_sae and "threshold" in measured:
+                measured[mode] = measured["threshold"]  # a set of all features
+            elif mode not in measured and (other := _other(sae, x, mode)) is not None:
+                sae.generator.set_state(generator)
+                measured[mode] = _measure(sae, x, goal, batch_size, other)
+            result |= {f"{mode}_{name}": measured.get(mode, {}).get(name) for name in OF_EACH}
+        result["pool_features"] = sae.cfg.inference_size if "pool" in measured else None
     finally:
         sae.train(was_training)
         sae.generator.set_state(generator)
@@ -75,8 +91,25 @@ def evaluate_activations(
     return result
 
 
-def _measure(sae: SampledSAE, x: Tensor, goal: Tensor, batch_size: int) -> dict[str, Any]:
-    """Of what x is encoded to and `goal` reconstructed from, which are one for an SAE."""
+def _other(sae: SampledSAE, x: Tensor, mode: str) -> Inference | None:
+    """An inference that is not the SAE's own, calibrated on x where it has to be; None where it has none such."""
+    if mode == "batch":
+        return Inference(mode)
+    if sae.cfg.is_topk:
+        return None
+    if mode == "threshold" and sae.cfg.inference == "batch" and int(sae.calibrated_at) > 0:
+        return Inference(mode, sae.threshold)
+    seen = part_of(x[:CALIBRATED_ON], ranks_of(sae.layout.device_mesh))
+    return sae.inference_on(seen.to(sae.W_enc.device, sae.W_enc.dtype), mode)
+
+
+def _measure(
+    sae: SampledSAE, x: Tensor, goal: Tensor, batch_size: int, inference: Inference | None = None
+) -> dict[str, Any]:
+    """Of what x is encoded to and `goal` reconstructed from, which are one for an SAE.
+
+    inference: by that of evaluation mode where None.
+    """
     device, ranks = sae.W_enc.device, ranks_of(sae.layout.device_mesh)
     counts = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=device)
     error_sum = torch.zeros(sae.cfg.width_out, dtype=torch.float64, device=device)
@@ -88,7 +121,7 @@ def _measure(sae: SampledSAE, x: Tensor, goal: Tensor, batch_size: int) -> dict[
     for whole, whole_goal in zip(x.split(batch_size), goal.split(batch_size)):
         given = part_of(whole, ranks).to(device, sae.W_enc.dtype)
         batch = part_of(whole_goal, ranks).to(device)
-        codes = sae.encode_sparse(given)
+        codes = sae.encode_sparse(given, inference=inference)
         x_hat = sae.decode(codes, given).to(batch.dtype)
         error = (batch - x_hat).double()
         error_sum += error.sum(0)

@@ -20,6 +20,7 @@ COLUMNS = {
     "l0": "L0",
     "batch_l0": "L0 (batch)",
     "fvu": "FVU",
+    "pool_fvu": "FVU (pool)",
     "explained_variance": "expl. var.",
     "cosine": "cosine",
     "loss_recovered_zero": "loss recovered",
@@ -29,6 +30,11 @@ COLUMNS = {
     "jaccard": "Jaccard",
     "seconds": "train s",
 }
+
+
+def without_seed(row: dict[str, Any]) -> str:
+    """The name that a run has in common with those of other seeds."""
+    return str(row["name"]).removesuffix(f"_seed{row['seed']}")
 
 
 def read_result(path: Path) -> dict[str, Any]:

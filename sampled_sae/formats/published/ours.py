@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ... import pretrained
 from ...config import SampledSAEConfig
-from ...impl.threshold import NEVER_SET, RUNNING_MEAN
+from ...impl.inference_rule import NO_SET
+from ...impl.threshold import NEVER_SET, OF_ANOTHER_SET, RUNNING_MEAN, VOID
 from ...support.atomic_files import field, read_json
 from ..origin import Origin
 from ..portable import PortableSAE, Say
@@ -22,19 +24,29 @@ def read(place: Place, say: Say) -> Reading:
     """The SAE in a folder, under the rule of its evaluation mode.
 
     Raises:
-        ValueError: as `load_pretrained`; a threshold that was never set, where the rule is by it.
+        ValueError: as `load_pretrained`; a threshold or a fixed set that was never set, where the rule is by it;
+            `inference="batch"`, which depends on the whole batch.
     """
     fields, tensors = pretrained.load_pretrained(place.path)
     config = SampledSAEConfig.from_dict(fields)
+    threshold = tensors["threshold"].clamp(min=0)
     if not config.is_topk:
+        if config.inference == "batch":
+            instead = "load it with SampledSAE.from_pretrained, or save it with inference='threshold'"
+            raise ValueError(
+                f"{place.path / pretrained.CONFIG}: inference='batch' depends on the whole batch, an InferenceSAE does "
+                f"not; {instead}"
+            )
         _check_threshold(place.path, tensors, say)
+        if config.inference == "pool":
+            threshold = torch.where(tensors[pretrained.MEMBERS], threshold, torch.inf)
     names = (*pretrained.WEIGHT_NAMES, pretrained.SKIP)
     weights: dict[str, Any] = {name: tensors[name] for name in names if name in tensors}
     sae = PortableSAE(
         **weights,
         rule="topk" if config.is_topk else "threshold",
         k=config.k,
-        threshold=tensors["threshold"].clamp(min=0),
+        threshold=threshold,
         apply_b_dec_to_input=bool(config.apply_b_dec_to_input),
         input_scale=config.input_scale,
         transcodes=config.is_transcoder,
@@ -49,8 +61,11 @@ def _check_threshold(folder: Path, tensors: dict[str, Tensor], say: Say) -> None
     steps = int(tensors["threshold_steps"])
     if steps == 0 and float(tensors["threshold"]) <= 0:
         raise ValueError(f"{folder / pretrained.WEIGHTS}: {NEVER_SET}, and save it again")
-    if int(tensors.get("calibrated_at", steps)) != steps:
-        say(RUNNING_MEAN)
+    if pretrained.MEMBERS in tensors and not bool(tensors[pretrained.MEMBERS].any()):
+        raise ValueError(f"{folder / pretrained.WEIGHTS}: {NO_SET}, and save it again")
+    calibrated_at = int(tensors.get("calibrated_at", steps))
+    if calibrated_at != steps:
+        say(OF_ANOTHER_SET if calibrated_at == VOID else RUNNING_MEAN)
 
 
 def origin(folder: Path) -> Origin:

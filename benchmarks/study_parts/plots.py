@@ -1,0 +1,74 @@
+"""The study's plots: what is gained and lost, at a glance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from benchmarks.plots import STYLE, axes_of
+from benchmarks.study_parts.rows import Row, Rows
+from benchmarks.study_parts.variants import SYNTHETIC
+
+KINDS = {"top": ("o", "C0"), "sample": ("^", "C1")}
+BASELINE = ("s", "C2")
+FVU_TICKS = (0.2, 0.5, 1, 2, 5)
+
+
+def write_plots(folder: Path, out: Path) -> list[Path]:
+    """A PNG and an SVG in `out` for each file of rows in `folder`."""
+    written = []
+    with rc_context(STYLE):
+        for path in sorted(folder.glob("synthetic_*.csv")):
+            figure = tradeoff(Rows(path))
+            for kind in ("png", "svg"):
+                metadata = {"Date": None} if kind == "svg" else {"Software": None}
+                written.append(out / f"{path.stem}.{kind}")
+                figure.savefig(written[-1], dpi=150, transparent=True, metadata=metadata)
+    return written
+
+
+def tradeoff(rows: Rows) -> Figure:
+    """F1 and the features that are found against FVU, by a threshold, and MCC against l; a marker a seed."""
+    figure, (detection, finding, matching) = axes_of(3, width=4.6, height=4.2)
+    found = rows.of(SYNTHETIC)
+    for axis, measure, label in (
+        (detection, "f1", "mean F1 as detectors"),
+        (finding, "found", "true features found, each counted once"),
+    ):
+        for name, of in found.items():
+            if of[0]["threshold_f1"] is not None:
+                explained = [{**row, "fvu": 1 - row["threshold_r2"]} for row in of]
+                _points(axis, explained, "fvu", f"threshold_{measure}", _short(name))
+        axis.set_xscale("log")
+        axis.set_xticks(FVU_TICKS, [f"{tick:g}" for tick in FVU_TICKS])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlabel("FVU = 1 - R2 of the reconstruction")
+        axis.set_ylabel(label)
+        axis.set_title("inference: one threshold")
+    for name, of in found.items():
+        if of[0]["l"] is not None:
+            _points(matching, of, "l", "mcc", _short(name))
+    for name, of in found.items():
+        if of[0]["l"] is None and of[0]["select"] == "batch":
+            mean = sum(row["mcc"] for row in of) / len(of)
+            matching.axhline(mean, color="C2", linestyle="--", linewidth=1, label=name)
+    matching.set_xscale("log", base=2)
+    matching.set_xlabel("l")
+    matching.set_ylabel("MCC of decoder rows and true features")
+    matching.set_title("the decoder")
+    return figure
+
+
+def _points(axis: Axes, rows: list[Row], x: str, y: str, text: str) -> None:
+    marker, color = BASELINE if rows[0]["l"] is None else KINDS[rows[0]["pool"]]
+    axis.plot([row[x] for row in rows], [row[y] for row in rows], marker, color=color, markersize=5, alpha=0.8)
+    mean = [sum(row[name] for row in rows) / len(rows) for name in (x, y)]
+    axis.annotate(text, mean, xytext=(5, 3), textcoords="offset points", fontsize=7, color="#808080")
+
+
+def _short(name: str) -> str:
+    return name.replace("sample-", "drawn ").replace("top-", "top ").replace("-l", " l=")

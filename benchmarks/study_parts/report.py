@@ -1,0 +1,84 @@
+"""Tables and plots of the study's rows: means over seeds, with half their range behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.study_parts.rows import FOLDER, Row, Rows, spread
+from benchmarks.study_parts.variants import SYNTHETIC
+from sampled_sae.support.atomic_files import write_text
+
+# heading -> column of the rows, the part behind an inference
+DECODER = {"MCC": "mcc", "uniqueness": "uniqueness"}
+CODES = {"F1": "f1", "precision": "precision", "recall": "recall", "found": "found", "R2": "r2", "L0": "l0"}
+CODES |= {"dead": "dead"}
+INFERENCES = {
+    "threshold": "threshold",
+    "pool": "pool, of a batch's size",
+    "chosen": "pool, best size",
+    "batch": "batch",
+}
+
+
+def tables(folder: Path = FOLDER) -> dict[Path, str]:
+    """file.md -> its text, for each file of rows."""
+    return {path.with_suffix(".md"): table(Rows(path)) for path in sorted(folder.glob("synthetic_*.csv"))}
+
+
+def table(rows: Rows) -> str:
+    """One table of decoders and codes by a threshold, one of F1 and R2 by every inference, and how they were made."""
+    found = rows.of(SYNTHETIC)
+    head = ["SAE", "seeds", *DECODER, *CODES]
+    lines = [[name, str(len(of)), *_cells(of, _first(of))] for name, of in found.items()]
+    by = ["SAE", *(f"{heading}: F1 / R2" for heading in INFERENCES.values()), "best size"]
+    others = [[name, *_pairs(of)] for name, of in found.items() if of[0]["threshold_f1"] is not None]
+    return f"{_markdown(head, lines)}\n{_markdown(by, others)}\n{_made(rows.rows)}\n"
+
+
+def write_report(folder: Path = FOLDER) -> list[Path]:
+    """Writes tables and plots; returns their paths."""
+    from benchmarks.study_parts.plots import write_plots
+
+    made = tables(folder)
+    for path, text in made.items():
+        write_text(path, text)
+    return [*made, *write_plots(folder, folder)]
+
+
+def _first(rows: list[Row]) -> str:
+    """The inference of the first table: a TopK SAE keeps k of each token."""
+    return "threshold" if rows[0]["threshold_f1"] is not None else "token"
+
+
+def _cells(rows: list[Row], mode: str) -> list[str]:
+    columns = [*DECODER.values(), *(f"{mode}_{name}" for name in CODES.values())]
+    return [_cell(rows, column) for column in columns]
+
+
+def _pairs(rows: list[Row]) -> list[str]:
+    sizes = sorted({row["chosen_features"] for row in rows})
+    pairs = [f"{_cell(rows, f'{mode}_f1')} / {_cell(rows, f'{mode}_r2')}" for mode in INFERENCES]
+    return [*pairs, ", ".join(map(str, sizes))]
+
+
+def _cell(rows: list[Row], column: str) -> str:
+    found = spread(rows, column)
+    if found is None:
+        return "–"
+    mean, least, greatest = found
+    digits = 0 if column.endswith(("dead", "found")) else 2 if column.endswith("l0") else 3
+    half = f" ±{(greatest - least) / 2:.{digits}f}" if len(rows) > 1 else ""
+    return f"{mean:.{digits}f}{half}"
+
+
+def _markdown(head: list[str], lines: list[list[str]]) -> str:
+    return "".join("| " + " | ".join(line) + " |\n" for line in (head, ["---"] * len(head), *lines))
+
+
+def _made(rows: list[Row]) -> str:
+    """On what, with what and when; of several machines or days all."""
+    kinds = {
+        name: sorted({str(row[name]) for row in rows}) for name in ("tokens", "lr", "batch_size", "device", "date")
+    }
+    listed = "; ".join(f"{name} {', '.join(values)}" for name, values in kinds.items())
+    return f"Means over seeds, ± half their range. {listed}. The command of each row stands in the CSV."

@@ -1,0 +1,1 @@
+"""Pages for people: one HTML file each, which opens from disk and asks nothing of a network."""
