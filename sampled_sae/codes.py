@@ -134,8 +134,8 @@ class SparseCodes:
         return int(self._stored().count_nonzero())
 
     def l0(self) -> float:
-        """Mean number of active features a token."""
-        return self.count() / self.shape[0]
+        """Mean number of active features a token; NaN without tokens."""
+        return self.count() / self.shape[0] if self.shape[0] else float("nan")
 
     def active_mask(self) -> Tensor:
         """bool [F]: the features with at least one kept entry."""

@@ -82,7 +82,11 @@ def initial_sae(args: argparse.Namespace) -> SampledSAE | None:
     """
     if args.init_from is None:
         return None
-    if formats.detect(args.init_from) == FORMAT:
+    found = formats.detect(args.init_from)
+    if found is None:
+        known = ", ".join(formats.FORMATS)
+        raise ValueError(f"init_from={args.init_from}: holds no SAE of this package, nor one of {known}")
+    if found == FORMAT:
         return SampledSAE.from_pretrained(args.init_from)
     return formats.load(args.init_from, k=getattr(args, "k", None), rescale_features=True)
 
