@@ -71,7 +71,8 @@ def test_another_size_or_kind_is_refused(tmp_path):
 @pytest.mark.parametrize("peer", ["ours", *formats.FORMATS])
 def test_the_command_takes_a_folder_of_ours_or_a_peers(tmp_path, peer, capsys):
     torch.save(X, tmp_path / "x.pt")
-    sae = Trainer(SampledSAEConfig(d_in=D, d_sae=48, k=3, l=None), TRAIN, X, tmp_path / "ours").run(progress=False)
+    config = SampledSAEConfig(d_in=D, d_sae=48, k=3, l=None, groups=(16, 48))
+    sae = Trainer(config, TRAIN, X, tmp_path / "ours").run(progress=False)
     folder = tmp_path / "layers.5" if peer == "sparsify" else tmp_path / peer
     if peer != "ours":
         formats.export(

@@ -95,10 +95,12 @@ def rule_of(args: argparse.Namespace, initial: SampledSAE | None) -> dict[str, A
     """The fields of a config that `RULE` names: as given, else those of the SAE to begin with, else the defaults."""
     given = {name: getattr(args, name) for name in RULE if hasattr(args, name)}
     if initial is None:
-        found, more = RULE, {}
+        found, more = RULE, dict[str, Any]()
     else:
         about = initial.cfg
         found = {name: getattr(about, "d_sae" if name == "features" else name) for name in RULE}
-        more = {"apply_b_dec_to_input": about.apply_b_dec_to_input, "groups": about.groups}
+        more = {"apply_b_dec_to_input": about.apply_b_dec_to_input}
+        if given.get("features", about.d_sae) == about.d_sae:  # of another size they are no groups
+            more["groups"] = about.groups
     rule = {**found, **given, **more}
     return {"d_sae": rule.pop("features"), **rule}
