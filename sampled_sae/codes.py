@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .support.argument_checks import check_integer
 from .support.html_table import html_table
 
 # what a notebook shows of the codes of a batch
@@ -133,8 +134,8 @@ class SparseCodes:
         return int(self._stored().count_nonzero())
 
     def l0(self) -> float:
-        """Mean number of active features a token."""
-        return self.count() / self.shape[0]
+        """Mean number of active features a token; NaN without tokens."""
+        return self.count() / self.shape[0] if self.shape[0] else float("nan")
 
     def active_mask(self) -> Tensor:
         """bool [F]: the features with at least one kept entry."""
@@ -177,6 +178,7 @@ class SparseCodes:
 
     def of_first(self, n_features: int) -> SparseCodes:
         """The entries of the first so many features, of a [B, F] matrix as before."""
+        n_features = check_integer("n_features", n_features, 0)
         values, tokens, features = self.entries()
         at = (features < n_features).nonzero().squeeze(1)
         return SparseCodes(values[at], tokens[at], features[at], self.shape)

@@ -19,6 +19,8 @@ from .support.argument_checks import (
 )
 from .support.html_table import config_table
 
+# the fields that the weights have to fit
+SHAPE = ("d_in", "d_sae", "d_out", "skip")
 POOLS = ("top", "sample")
 SELECTS = ("batch", "token")
 SCREENS = ("auto", "off", "bf16")

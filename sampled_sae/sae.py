@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import functional
 from .codes import SampledSAEOutput, SparseCodes
-from .config import INFERENCES, SampledSAEConfig
+from .config import INFERENCES, SHAPE, SampledSAEConfig
 from .impl import inference_rule
 from .impl.encoder import Encoder
 from .impl.given_tokens import flat_encoded, flat_tokens, given_back, goal_of
@@ -92,9 +92,10 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         if not isinstance(cfg, SampledSAEConfig):
             raise TypeError(f"cfg={cfg!r}: must be a SampledSAEConfig")
         before: SampledSAEConfig | None = getattr(self, "_cfg", None)
-        shapes = [f"d_in={c.d_in}, d_sae={c.d_sae}, d_out={c.d_out}, skip={c.skip}" for c in (cfg, before or cfg)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"cfg: {shapes[0]}: the weights are of {shapes[1]}; make another SampledSAE")
+        differ = [name for name in SHAPE if before is not None and getattr(cfg, name) != getattr(before, name)]
+        if differ:
+            given, have = (", ".join(f"{name}={getattr(c, name)}" for name in differ) for c in (cfg, before))
+            raise ValueError(f"cfg: {given}: the weights are of {have}; make another SampledSAE")
         self.layout.check_inference(cfg.inference)
         inference_rule.follow(self, before, cfg)
         self._cfg = cfg

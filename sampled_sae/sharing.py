@@ -83,7 +83,8 @@ class Sharing:
     ) -> str:
         """Writes the SAE to a repository of the Hugging Face hub, with a card (README.md), in one commit.
 
-        The card has the metrics, every setting, and how to load the SAE. One that somebody has written is kept.
+        The card has the metrics, every setting, and how to load the SAE. One that somebody has written is kept;
+        what an earlier push has said of another SAE's origin and metrics is not.
 
         Args:
             repository: `owner/name`; made where there is none.
@@ -117,7 +118,7 @@ class Sharing:
                 write_json(Path(folder) / EVALUATION, facts.evaluation)
             if card is None or MARK in card:
                 write_text(Path(folder) / CARD, model_card(repository, self.cfg, facts, revision))
-            return there.write(Path(folder), message)
+            return there.write(Path(folder), message, (ORIGIN, EVALUATION))
 
     def _facts(self, run: Path) -> RunFacts:
         if not run.is_dir():

@@ -75,6 +75,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, {"files": files})
         lines = [json.loads(line) for line in body.splitlines()]
         given = [line["value"] for line in lines if line["key"] == "file"]
+        for line in lines:
+            if line["key"] == "deletedFile":
+                kept = {f: held for f, held in self.hub.commits[name][revision].items() if f != line["value"]["path"]}
+                self.hub.commits[name][revision] = kept
         commit = self.hub.put(name, {f["path"]: base64.b64decode(f["content"]) for f in given}, revision)
         return self.answer(
             200, {"commitUrl": f"{self.url(name)}/commit/{commit}", "commitOid": commit, "success": True}

@@ -71,7 +71,8 @@ def test_another_size_or_kind_is_refused(tmp_path):
 @pytest.mark.parametrize("peer", ["ours", *formats.FORMATS])
 def test_the_command_takes_a_folder_of_ours_or_a_peers(tmp_path, peer, capsys):
     torch.save(X, tmp_path / "x.pt")
-    sae = Trainer(SampledSAEConfig(d_in=D, d_sae=48, k=3, l=None), TRAIN, X, tmp_path / "ours").run(progress=False)
+    config = SampledSAEConfig(d_in=D, d_sae=48, k=3, l=None, groups=(16, 48))
+    sae = Trainer(config, TRAIN, X, tmp_path / "ours").run(progress=False)
     folder = tmp_path / "layers.5" if peer == "sparsify" else tmp_path / peer
     if peer != "ours":
         formats.export(
@@ -118,3 +119,28 @@ def test_more_steps_with_other_settings_are_refused(tmp_path):
         Trainer(config, replace(TRAIN, steps=20, lr=1.0), X, tmp_path)
     with pytest.raises(ValueError, match="steps was 8, is 7"):
         Trainer(config, replace(TRAIN, steps=7), X, tmp_path)
+
+
+def test_an_evaluation_of_the_sae_before_does_not_stay(tmp_path):
+    config = SampledSAEConfig(d_in=D, d_sae=48, k=3)
+    Trainer(config, TRAIN, X, tmp_path).run(progress=False)
+    (tmp_path / "evaluation.json").write_text('{"fvu": 0.5}')
+    Trainer(config, TRAIN, X, tmp_path).run(progress=False)
+    assert (tmp_path / "evaluation.json").exists(), "it is the same SAE"
+    Trainer(config, replace(TRAIN, steps=9), X, tmp_path).run(progress=False)
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    sae = initial()
+    with torch.no_grad():
+        sae.W_dec[2, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"init_from: W_dec"):
+        Trainer(config_of(sae), TRAIN, X, tmp_path / "run", init_from=sae)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_an_sae_is_refused(tmp_path, capsys):
+    torch.save(X, tmp_path / "x.pt")
+    assert main(["train", str(tmp_path / "x.pt"), str(tmp_path / "run"), "--init-from", str(tmp_path)]) == 1
+    assert f"--init-from {tmp_path}: holds no SAE of this package, nor one of saelens" in capsys.readouterr().err

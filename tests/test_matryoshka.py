@@ -238,3 +238,10 @@ def test_recorded_groups_that_are_none_name_the_file(tmp_path, groups):
     assert training_fields(tmp_path / "cfg.json", {"groups": [2, 7]}) == {"groups": [2, 7]}
     with pytest.raises(ValueError, match=r"cfg\.json: recorded training"):
         training_fields(tmp_path / "cfg.json", {"groups": groups})
+
+
+@pytest.mark.parametrize("number", [-1, 2.5, "10"], ids=str)
+def test_codes_of_no_number_of_features_are_refused(number):
+    codes = make_sae(groups=GROUPS)(tokens(5, 12)).codes
+    with pytest.raises((TypeError, ValueError), match=f"n_features={number!r}"):
+        codes.of_first(number)

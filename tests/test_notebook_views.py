@@ -67,3 +67,10 @@ def test_nothing_in_a_table_is_markup():
     for text in (html_table(hostile, [[hostile]], [hostile]), config_table(Config(hostile))):
         assert "<img" not in text
         assert html.escape(hostile) in text or html.escape(repr(hostile)) in text
+
+
+def test_codes_without_tokens_show_themselves():
+    none = torch.zeros(0, dtype=torch.int64)
+    codes = SparseCodes(torch.zeros(0), none, none, (0, 5))
+    assert repr(codes) == "SparseCodes(shape=(0, 5), kept=0, l0=nan)"
+    assert "shape=(0, 5)" in codes._repr_html_()

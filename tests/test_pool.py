@@ -141,12 +141,12 @@ def test_a_config_set_later_is_honoured(first, then, searches):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
+        (lambda cfg: replace(cfg, d_sae=97), ValueError, "cfg: d_sae=97: the weights are of d_sae=96"),
         (
-            lambda cfg: replace(cfg, d_sae=97),
+            lambda cfg: replace(cfg, d_in=13, d_out=5, apply_b_dec_to_input=None),
             ValueError,
-            "cfg: d_in=12, d_sae=97: the weights are of d_in=12, d_sae=96",
+            "cfg: d_in=13, d_out=5: the weights are of d_in=12, d_out=None",
         ),
-        (lambda cfg: replace(cfg, d_in=13), ValueError, "cfg: d_in=13, d_sae=96: the weights are of d_in=12"),
         (lambda cfg: cfg.to_dict(), TypeError, "cfg={'d_in': 12"),
         (lambda cfg: None, TypeError, "cfg=None: must be a SampledSAEConfig"),
     ],

@@ -230,9 +230,9 @@ def test_fp32_is_fp32_whatever_stands_around_it(store, tmp_path, monkeypatch):
     seen = []
     forward = SampledSAE.forward
 
-    def noted(self, x, **options):
+    def noted(self, *args, **options):
         seen.append((backends.mkldnn.matmul.fp32_precision, torch.is_autocast_enabled("cpu")))
-        return forward(self, x, **options)
+        return forward(self, *args, **options)
 
     monkeypatch.setattr(SampledSAE, "forward", noted)
     torch.set_float32_matmul_precision("medium")

@@ -264,3 +264,11 @@ def test_train_ends_with_a_line_of_what_was_measured(store, tmp_path, capsys, sh
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.endswith(f", FVU and L0 and loss recovered not measured, SAE in {tmp_path / 'other'}")
     assert not (tmp_path / "other" / "evaluation.json").exists()
+
+
+def test_options_of_a_log_without_one_are_refused(store, tmp_path, capsys):
+    with pytest.raises(TypeError, match=r"log='wandb': must be a sampled_sae.run_logs.LogPlace"):
+        Trainer(SampledSAEConfig(d_in=D, d_sae=64, k=3), TrainConfig(batch_size=64), store, tmp_path, log="wandb")
+    for option in ("project", "name", "tags"):
+        assert main(["train", str(store.folder), str(tmp_path / "run"), *TRAINING, f"--log-{option}", "a"]) == 1
+        assert f"--log-{option} 'a': goes with --log" in capsys.readouterr().err

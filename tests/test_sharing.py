@@ -71,6 +71,14 @@ def test_revisions(hub):
     assert b'revision="wide"' in hub.commits["me/sae"]["wide"]["README.md"]
 
 
+def test_metrics_of_another_sae_do_not_stay(tmp_path, hub):
+    first, second = an_sae(), an_sae(seed=1)
+    first.push_to_hub("me/sae", run=a_run(tmp_path / "run", first))
+    hub.put("me/sae", {"notes.txt": b"mine"})
+    second.push_to_hub("me/sae")
+    assert set(hub.commits["me/sae"]["main"]) == {"README.md", "config.json", "sae.safetensors", "notes.txt"}
+
+
 def test_the_card(tmp_path, hub):
     sae = an_sae(l=7.0)
     sae.push_to_hub("me/sae", run=a_run(tmp_path / "run", sae))

@@ -284,3 +284,8 @@ def test_the_card_says_how_a_transcoder_is_used():
 def test_saebench_refuses_a_transcoder_before_all_else():
     with pytest.raises(ValueError, match="d_out=7: SAEBench has no place"):
         SAEBenchSAE(make(d_out=D_OUT), model_name="pythia-70m", hook_layer=1)
+
+
+def test_a_transcoder_is_not_spliced_into_the_stream_it_reads():
+    with pytest.raises(ValueError, match="a transcoder reconstructs other activations"):
+        make(skip=True).eval().splice(torch.nn.Identity(), 0).__enter__()

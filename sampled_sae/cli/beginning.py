@@ -82,7 +82,11 @@ def initial_sae(args: argparse.Namespace) -> SampledSAE | None:
     """
     if args.init_from is None:
         return None
-    if formats.detect(args.init_from) == FORMAT:
+    found = formats.detect(args.init_from)
+    if found is None:
+        known = ", ".join(formats.FORMATS)
+        raise ValueError(f"init_from={args.init_from}: holds no SAE of this package, nor one of {known}")
+    if found == FORMAT:
         return SampledSAE.from_pretrained(args.init_from)
     return formats.load(args.init_from, k=getattr(args, "k", None), rescale_features=True)
 
@@ -91,10 +95,12 @@ def rule_of(args: argparse.Namespace, initial: SampledSAE | None) -> dict[str, A
     """The fields of a config that `RULE` names: as given, else those of the SAE to begin with, else the defaults."""
     given = {name: getattr(args, name) for name in RULE if hasattr(args, name)}
     if initial is None:
-        found, more = RULE, {}
+        found, more = RULE, dict[str, Any]()
     else:
         about = initial.cfg
         found = {name: getattr(about, "d_sae" if name == "features" else name) for name in RULE}
-        more = {"apply_b_dec_to_input": about.apply_b_dec_to_input, "groups": about.groups}
+        more = {"apply_b_dec_to_input": about.apply_b_dec_to_input}
+        if given.get("features", about.d_sae) == about.d_sae:  # of another size they are no groups
+            more["groups"] = about.groups
     rule = {**found, **given, **more}
     return {"d_sae": rule.pop("features"), **rule}

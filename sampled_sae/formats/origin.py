@@ -7,12 +7,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from ..config import SampledSAEConfig
+from ..config import SHAPE, SampledSAEConfig
 from ..support.argument_checks import plain_number
 from ..support.atomic_files import field
 
 # These come from the weights, from the file's own rule, or from the machine; scale and set are folded into the weights.
-SHAPE = ("d_in", "d_sae", "d_out", "skip")
 OF_THE_FILE = (*SHAPE, "k", "apply_b_dec_to_input", "input_scale", "output_scale", "inference", "inference_pool")
 NOT_OF_THE_TRAINING = (*OF_THE_FILE, "impl")
 TRAINING_FIELDS = tuple(f.name for f in fields(SampledSAEConfig) if f.name not in NOT_OF_THE_TRAINING)

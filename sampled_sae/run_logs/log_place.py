@@ -22,6 +22,7 @@ OPENERS: MappingProxyType[str, Callable[[RunAbout], RunLog]] = MappingProxyType(
     {"wandb": WandbLog, "tensorboard": TensorboardLog, "trackio": TrackioLog}
 )
 KINDS = tuple(OPENERS)
+PROJECT = "sampled-sae"
 # the runs that a folder has in such places, so that a training which goes on goes on there too
 RECORD = "log.json"
 
@@ -44,7 +45,7 @@ class LogPlace:
     """
 
     kind: str
-    project: str = "sampled-sae"
+    project: str = PROJECT
     name: str | None = None
     tags: tuple[str, ...] = ()
 

@@ -80,9 +80,12 @@ class Repository:
         )
         return Path(path).read_text(encoding="utf-8", errors="replace")
 
-    def write(self, folder: Path, message: str) -> str:
-        """All files of a folder in one commit; returns its address."""
+    def write(self, folder: Path, message: str, replaced: Iterable[str] = ()) -> str:
+        """All files of a folder in one commit; returns its address. Those of `replaced` that it has not are deleted."""
         options = {"repo_id": self.name, "folder_path": folder, "revision": self.branch, "commit_message": message}
+        gone = [file for file in replaced if not (folder / file).exists()]
+        if gone:
+            options["delete_patterns"] = gone
         return str(self._asked("take it", self._api.upload_folder, **options).commit_url)
 
     def _asked(self, what: str, ask: Any, *args: Any, **options: Any) -> Any:

@@ -7,6 +7,7 @@ import torch
 from ..config import SampledSAEConfig
 from ..pretrained import WEIGHT_NAMES
 from ..sae import SampledSAE
+from ..support.argument_checks import check_finite
 from ..support.checksums import tensors_crc32
 
 # what normalize_decoder leaves of a row's norm
@@ -17,7 +18,7 @@ def check_initial(initial: SampledSAE, config: SampledSAEConfig) -> str:
     """The fingerprint of the weights, where an SAE of this config can begin with them.
 
     Raises:
-        TypeError, ValueError: no SampledSAE, or one of other sizes.
+        TypeError, ValueError: no SampledSAE, or one of other sizes or with NaN or inf.
     """
     if not isinstance(initial, SampledSAE):
         raise TypeError(f"init_from={type(initial).__name__}: must be a SampledSAE")
@@ -32,6 +33,8 @@ def check_initial(initial: SampledSAE, config: SampledSAEConfig) -> str:
     if names != set(WEIGHT_NAMES):
         raise ValueError(f"init_from: has {', '.join(sorted(names))}; must have {', '.join(WEIGHT_NAMES)} alone")
     tensors = {name: initial.layout.whole(getattr(initial, name)).detach().cpu() for name in WEIGHT_NAMES}
+    for name, tensor in tensors.items():
+        check_finite(tensor, f"init_from: {name}")
     return f"{tensors_crc32(tensors)} at {initial.cfg.input_scale!r}"
 
 

@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 from ..config import SampledSAEConfig
 from ..distributed import parallelize
 from ..optim import RowAdam
-from ..pretrained import CONFIG, RUN, WEIGHTS, check_target
+from ..pretrained import CONFIG, EVALUATION, RUN, WEIGHTS, check_target
 from ..run_logs import NO_LOG, LogPlace, RunLog
 from ..sae import SampledSAE, SampledSAEOutput
 from ..support.atomic_files import append_text, field, json_line, read_json, write_json, write_text
+from ..support.checksums import file_crc32
 from ..support.late_values import LateScalars
 from ..support.output_folder import check_output_folder
 from ..support.timing import check_memory
@@ -44,7 +46,7 @@ LARGEST_AUX = 1e6
 def check_width(sae_config: SampledSAEConfig, store: Activations | StreamedActivations) -> None:
     """ValueError where an SAE cannot be trained on these activations."""
     if sae_config.d_out != store.d_out:
-        none = "has no targets: PairedActivations puts them beside it"
+        none = "has no targets: PairedActivations (--targets) puts them beside it"
         held = none if store.d_out is None else f"has targets of {store.d_out}"
         raise ValueError(f"d_out={sae_config.d_out}: {store.where} {held}")
     if sae_config.d_in != store.d_in:
@@ -208,6 +210,8 @@ class TrainingRun:
 
     def show_in(self, place: LogPlace | None, member: str = "") -> None:
         """Lets the lines of metrics go to `place` too, in a sweep under the member's name."""
+        if not isinstance(place, (LogPlace, NoneType)):
+            raise TypeError(f"log={place!r}: must be a sampled_sae.run_logs.LogPlace, such as LogPlace('wandb')")
         self._log_place = None if place is None else (place, member)
 
     def start_metrics(self) -> None:
@@ -245,10 +249,14 @@ class TrainingRun:
         self._seen = self._files()
 
     def finish(self, x: Tensor) -> None:
-        """Calibrates the threshold to L0 = k on x [n, d_in], scaled; writes the SAE and run.json."""
+        """Calibrates the threshold to L0 = k on x [n, d_in], scaled; writes the SAE and run.json.
+
+        An evaluation.json is removed where it is of another SAE, which this one replaces.
+        """
         self.sae.cfg = self._set = self._saved_config()
         self.sae.eval()
         self.sae.calibrate(x, scaled=True)
+        measured = self._weights_sum() if (self.folder / EVALUATION).exists() else None
         self.sae.save_pretrained(self.folder)
         self._seen = self._files()
         run = {
@@ -260,6 +268,13 @@ class TrainingRun:
         with self._ranks.together():
             if self._ranks.first:
                 write_json(self.folder / RUN, run)
+                if measured not in (None, self._weights_sum()):  # of the SAE that was there before
+                    (self.folder / EVALUATION).unlink(missing_ok=True)
+
+    def _weights_sum(self) -> str:
+        """The checksum of the saved weights; empty where there are none."""
+        path = self.folder / WEIGHTS
+        return file_crc32(path) if path.is_file() else ""
 
     def _files(self) -> list[tuple[int, int] | None]:
         """Size and time of what one training would take from another."""

@@ -57,7 +57,13 @@ def test_every_optimizer_on_every_mesh(workers, shape, kind, rule):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "rule"),
-    [((2, 1), {}), ((2, 1), {"l": None}), ((1, 2), {"select": "token"}), ((1, 2), {"l": None})],
+    [
+        ((2, 1), {}),
+        ((2, 1), {"l": None}),
+        ((1, 2), {"select": "token"}),
+        ((1, 2), {"l": None, "groups": (10, 50, 96)}),
+        ((1, 2), {"groups": (10, 50, 96)}),
+    ],
     ids=str,
 )
 def test_the_triton_form(workers, shape, rule):
