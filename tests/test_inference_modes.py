@@ -292,3 +292,5 @@ def test_the_commands_train_evaluate_and_resume_it(tmp_path, capsys):
     assert main(train) == 0
     assert main([*train, "--inference", "batch"]) == 1
     assert "inference was 'pool', is 'batch'" in capsys.readouterr().err
+    assert main([*train, "--inference", "threshold"]) == 1
+    assert "inference was 'pool', is 'threshold'" in capsys.readouterr().err
