@@ -206,6 +206,17 @@ def test_evaluation_reports_all_three(inference, rule):
     assert found["fvu"] == found[f"{inference}_fvu"]
 
 
+@pytest.mark.parametrize("rule", [{"l": None}, {"l": 2.0, "inference_pool": 96}, {"l": 3.0}], ids=str)
+@pytest.mark.parametrize("inference", ["threshold", "pool"])
+def test_evaluation_reports_the_inference_of_the_sae_as_it_is(inference, rule):
+    sae = sae_with(inference, **rule)
+    sae.calibrate(OTHERS, l0=2)
+    found = evaluate_activations(sae, X, batch_size=32)
+    assert all(found[name] == found[f"{inference}_{name}"] for name in ("l0", "fvu", "features_for_90", "jaccard"))
+    whole = sae.cfg.inference_size == 96
+    assert (found["threshold_fvu"] == found["pool_fvu"]) == whole
+
+
 @pytest.mark.parametrize("to", formats.FORMATS)
 @pytest.mark.parametrize("centred", [True, False])
 def test_a_fixed_set_is_exported_exactly_and_comes_back_whole(tmp_path, to, centred):
@@ -281,3 +292,5 @@ def test_the_commands_train_evaluate_and_resume_it(tmp_path, capsys):
     assert main(train) == 0
     assert main([*train, "--inference", "batch"]) == 1
     assert "inference was 'pool', is 'batch'" in capsys.readouterr().err
+    assert main([*train, "--inference", "threshold"]) == 1
+    assert "inference was 'pool', is 'threshold'" in capsys.readouterr().err

@@ -59,6 +59,8 @@ def open_stream(args: argparse.Namespace) -> dict[str, StreamedActivations]:
         raise ValueError(f"holdout={args.holdout}: is for a file of activations; --holdout-rows is for texts")
     if args.targets is not None:
         raise ValueError(f"targets={args.targets}: are for stored activations, which --model does without")
+    if args.skip:
+        raise ValueError("skip=True: is of a transcoder, whose targets --model does without; harvest both first")
     if args.layer is None:
         raise ValueError("layer=None: must be given with --model: the block, from 0, whose output is trained on")
     if args.splice_rows is not None:

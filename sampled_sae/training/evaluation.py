@@ -75,9 +75,11 @@ def evaluate_activations(
         measured = {own.mode: result}
         result["inference"] = own.mode
         result["threshold"] = None if own.threshold is None else float(own.threshold)
+        # a set of all features is the dictionary
+        same = {"threshold": "pool", "pool": "threshold"} if sae.cfg.inference_size == sae.cfg.d_sae else {}
         for mode in ("threshold", "pool", "batch"):
-            if mode == "pool" and sae.cfg.inference_size == sae.cfg.d_sae and "threshold" in measured:
-                measured[mode] = measured["threshold"]  # a set of all features
+            if mode not in measured and same.get(mode) in measured:
+                measured[mode] = measured[same[mode]]
             elif mode not in measured and (other := _other(sae, x, mode)) is not None:
                 sae.generator.set_state(generator)
                 measured[mode] = _measure(sae, x, goal, batch_size, other)

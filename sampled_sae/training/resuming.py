@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..config import SampledSAEConfig
+from ..config import LATER, SampledSAEConfig
 from ..optim import RowAdam
 from ..sae import SampledSAE
 from ..support.all_ranks import AllRanks
@@ -111,7 +111,8 @@ def load(run: Resumable, found: Saved) -> None:
     with ranks.together():
         then, now = state["settings"], settings(run)
         # an earlier version's: the scale stands among the settings of the activations
-        then["sae"] = {"input_scale": now["sae"]["input_scale"], **field(path, then, "sae", dict)}
+        then["sae"] = {**LATER, "input_scale": now["sae"]["input_scale"], **field(path, then, "sae", dict)}
+        now["sae"] = {**LATER, **now["sae"]}
         then["train"] = _extended(completed(then.get("train")), state["step"], run.config.steps)
         check_same_settings(path, then, now)
         lanes = state.get("lanes", 1)
