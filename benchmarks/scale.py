@@ -38,6 +38,8 @@ from sampled_sae.support.atomic_files import read_json
 from sampled_sae.training.sweep import evaluate
 
 LAYOUTS = ((2, 1), (4, 1), (1, 2), (1, 4), (2, 2))
+# layout, and whether each process has as many tokens as the one alone
+SCALINGS = (((2, 1), True), ((2, 1), False), ((1, 2), False))
 COUNTED = {
     "F": "{F}",
     "d": "{d}",
@@ -53,6 +55,7 @@ TIMED = {
     "processes": "{processes}",
     "layout": "{layout}",
     "scaling": "{scaling}",
+    "screen of the one": "{screen}",
     "(B, d, F, k)": "({B}, {d}, {F}, {k})",
     "time of one / time of these": "{speed:.2f}",
     "p20–p80": "{speed_p20:.2f}–{speed_p80:.2f}",
@@ -157,11 +160,15 @@ def count_dense(F: int, d: int, B: int) -> int:
     return sum(reduced)
 
 
-def race(shape: tuple[int, int], F: int, d: int, k: int, B: int, weak: bool, rounds: int) -> list[float]:
-    """Seconds of a step of one process over those of all, side by side; weak: each process has B tokens, not a part."""
+def race(shape: tuple[int, int], F: int, d: int, k: int, B: int, weak: bool, screen: str, rounds: int) -> list[float]:
+    """Seconds of a step of one process over those of all, side by side.
+
+    weak: each process has B tokens, not a part. screen: of the one process; over a mesh there is none.
+    """
     size, data = shape[0] * shape[1], shape[0]
     _, _, together = make(shape, F, d, k)
-    alone = SampledSAE(SampledSAEConfig(d_in=d, d_sae=F, k=k, l=4, aux_coefficient=0.0, row_grads=True))
+    cfg = SampledSAEConfig(d_in=d, d_sae=F, k=k, l=4, aux_coefficient=0.0, row_grads=True, screen=screen)
+    alone = SampledSAE(cfg)
     optimizer = RowAdam(alone, mode="decayed", moments=torch.bfloat16)
     x = torch.randn(B, d)
     part = x if weak and data > 1 else x[: B // data]
@@ -255,9 +262,10 @@ def main() -> None:
                 record.add({**on_processes(shape[0] * shape[1], count, shape, F, d, 32, 64), "dense": dense})
     if "timed" in args.only:
         F, d, k, B = (512, 16, 4, 64) if args.rehearse else (16_384, 256, 32, 1024)
-        for shape, weak in (((2, 1), True), ((2, 1), False), ((1, 2), False)):
-            speed = on_processes(2, race, shape, F, d, k, B, weak, 3 if args.rehearse else args.rounds)
-            about = {"layout": f"{shape[0]} x {shape[1]}", "scaling": "weak" if weak else "strong"}
+        races = [(*scaling, screen) for scaling in SCALINGS for screen in ("off", "auto")]
+        for shape, weak, screen in races:
+            speed = on_processes(2, race, shape, F, d, k, B, weak, screen, 3 if args.rehearse else args.rounds)
+            about = {"layout": f"{shape[0]} x {shape[1]}", "scaling": "weak" if weak else "strong", "screen": screen}
             size = {"processes": 2, "B": B, "d": d, "F": F, "k": k}
             record.add({"part": "timed", **about, **size, **spread_columns(speed, "speed")})
     if "trained" in args.only and args.activations is not None:

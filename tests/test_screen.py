@@ -279,7 +279,7 @@ def test_auto_screens_large_products_alone(monkeypatch):
     monkeypatch.setattr(screen, "fast_bfloat16", lambda: True)
     x, W = torch.ones(1024, 2), torch.ones(1024, 2)
     assert screen.rounded(x, W, "auto") is not None
-    for operands in ((x[:8], W), (x.double(), W.double())):
+    for operands in ((x[:8], W), (x[:255], W.repeat(8, 1)), (x.double(), W.double())):
         assert screen.rounded(*operands, "auto") is None
     assert screen.rounded(x, W.bfloat16(), "auto") is not None
     monkeypatch.setattr(screen, "fast_bfloat16", lambda: False)
