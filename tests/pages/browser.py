@@ -38,12 +38,14 @@ return found;
 
 @contextmanager
 def opened(width=1280, height=800):
-    """A driver of Selenium's; skips where there is no Chromium."""
+    """A driver of Selenium's; skips where there is no Chromium, or it does not start."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium drives the browser; it is not installed")
     chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
     driver = shutil.which("chromedriver")
     if chromium is None or driver is None:
         pytest.skip("no chromium with chromedriver on this machine (Debian's packages chromium and chromium-driver)")
+    from selenium.common.exceptions import WebDriverException
+
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     # a root user, as in a container, has no sandbox
@@ -56,7 +58,10 @@ def opened(width=1280, height=800):
     ):
         options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    except WebDriverException as error:
+        pytest.skip(f"{chromium} does not start here: {(error.msg or '').partition(chr(10))[0]}")
     try:
         yield browser
     finally:
