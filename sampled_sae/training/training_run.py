@@ -49,6 +49,9 @@ def check_width(sae_config: SampledSAEConfig, store: Activations | StreamedActiv
         none = "has no targets: PairedActivations (--targets) puts them beside it"
         held = none if store.d_out is None else f"has targets of {store.d_out}"
         raise ValueError(f"d_out={sae_config.d_out}: {store.where} {held}")
+    if sae_config.layers != store.layers:
+        beside = "; StackedActivations (--beside) puts several side by side" if store.layers == 1 else ""
+        raise ValueError(f"layers={sae_config.layers}: {store.where} has {store.layers}{beside}")
     if sae_config.d_in != store.d_in:
         raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.where} have {store.d_in}")
 
@@ -71,7 +74,7 @@ def check_fits(sae_config: SampledSAEConfig, feed: Feed) -> None:
 def checkpoint_bytes(sae_config: SampledSAEConfig, train_config: TrainConfig) -> int:
     """Of the weights, in float32, and of both moments."""
     moments = 2 * getattr(torch, train_config.moments).itemsize
-    return (sae_config.d_in + sae_config.width_out) * sae_config.d_sae * (4 + moments)
+    return (sae_config.width_in + sae_config.width_out) * sae_config.d_sae * (4 + moments)
 
 
 class TrainingRun:
@@ -318,6 +321,7 @@ class TrainingRun:
             "mse": float(out.mse.detach()),
             "aux": float(out.aux.detach()),
             "fvu": float(out.mse.detach()) / batch.variance if batch.variance else math.nan,
+            **{f"fvu_layer_{i}": fvu for i, fvu in enumerate(batch.fvu_of_layers(out.x_hat.detach(), cfg.layers))},
             "l0": self._ranks.total(out.codes.count()) / self.config.batch_size,
             "dead_share": float(self.sae.dead.float().mean()),
             "threshold": float(self.sae.threshold),
@@ -339,7 +343,7 @@ class TrainingRun:
 
     def _check_variance(self, batch: TrainingBatch) -> None:
         size, tokens = batch.square, self.config.batch_size
-        if tokens > 1 and batch.variance <= LEAST_VARIANCE * max(size, self.sae.cfg.d_in):
+        if tokens > 1 and batch.variance <= LEAST_VARIANCE * max(size, self.sae.cfg.width_in):
             raise ValueError(
                 f"{self.feed.store.where}: the activations of the first {tokens} tokens are all but the same "
                 f"(variance {batch.variance:.3g} at a mean square of {size:.3g}): there is nothing to learn from them"
