@@ -32,8 +32,8 @@ class RowAdam(Optimizer):
     """Adam for a `SampledSAE`, with `cfg.row_grads=True` or without.
 
     One step: clip the global gradient norm; remove from W_dec's gradient the part parallel to each decoder
-    row; Adam; unit decoder rows (of a crosscoder: what changes the sum of a feature's decoder norms over the layers, and
-    that sum at 1). In mode "dense" equivalent to `clip_grad_norm_(sae.parameters(), clip)`,
+    row; Adam; unit decoder rows. (Of a crosscoder the part that changes the sum of a feature's norms over the layers,
+    and that sum 1.) In mode "dense" equivalent to `clip_grad_norm_(sae.parameters(), clip)`,
     `sae.project_decoder_grad()`, `torch.optim.Adam(sae.parameters(), fused=True).step()`,
     `sae.normalize_decoder()`.
 

@@ -173,7 +173,8 @@ def check_scale_of_state(sae: HasConfig, state: dict[str, Any], prefix: str, *ot
         found, own = state.pop(f"{prefix}{name}", None), getattr(sae.cfg, name)
         if found is not None and (scale := scale_of_state(found)) != own:
             raise ValueError(
-                f"{name}={own!r}: the state dict is of an SAE with {name}={scale!r}; make the SAE with that in its config"
+                f"{name}={own!r}: the state dict is of an SAE with {name}={scale!r}; make the SAE with that in "
+                "its config"
             )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,12 +135,12 @@ def norm_sums(W_dec: Tensor, layers: int) -> Tensor:
 
 
 def crosscode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, *, k: float, l: float | None, **rule: str
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, *, k: float, l: float | None, **rule: Any
 ) -> tuple[Tensor, Tensor]:
     """Steps 1 to 5 of a crosscoder: codes c [B, F] and x_hat [B, L, d] of x [B, L, d], whatever the decoder's norms.
 
-    W_enc [L d, F], W_dec [F, L d], b_dec [L d]: those of an SAE on the layers one behind the other. Entries are selected
-    by a_j times `norm_sums`, a scale, and decoded without it. Training keeps the sums at 1: c is then both.
+    W_enc [L d, F], W_dec [F, L d], b_dec [L d]: those of an SAE on the layers one behind the other. Entries are
+    selected by a_j times `norm_sums`, a scale, and decoded without it. Training keeps the sums at 1: c is then both.
     """
     scale = norm_sums(W_dec, x.shape[1]).detach()
     c = sampled_topk(x.flatten(1), W_enc, b_enc, k=k, l=l, scale=scale, **rule) / scale
@@ -238,8 +239,8 @@ def update(
     clip: float | None = 1.0,
     layers: int = 1,
 ) -> None:
-    """Step 8, in place: clip, project, Adam, unit decoder rows; of a crosscoder with `layers` L the norms of a feature's
-    rows add up to 1. `step` counts from 1; `moments` starts empty."""
+    """Step 8, in place: clip, project, Adam, unit decoder rows; of a crosscoder with `layers` L the norms of a
+    feature's rows add up to 1. `step` counts from 1; `moments` starts empty."""
     norm = torch.stack([g.norm() for g in gradients.values()]).norm()
     factor = 1.0 if clip is None else (clip / (norm + 1e-6)).clamp(max=1.0)
     for name, g in gradients.items():

@@ -53,7 +53,8 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
     evaluation mode a feature is active where its activation is above `threshold`, whatever else is in the
     batch; `cfg.inference` has two other rules. A TopK SAE (`select="token", l=None`) keeps k features of each token in
     both modes. Of a threshold that was never calibrated a warning says so once. Trained from scratch, decoder rows
-    are kept at unit norm (those of a crosscoder's layers at norms that add up to 1) by `sampled_sae.optim.RowAdam`, or by `normalize_decoder()` after another optimizer's step.
+    are kept at unit norm, those of a crosscoder's layers at norms that add up to 1, by `sampled_sae.optim.RowAdam`, or
+    by `normalize_decoder()` after another optimizer's step.
 
     Equivalent, in training mode with l=None, to BatchTopK (arXiv 2412.06410); the pool is arXiv 2508.21324's, read as
     docs/method.md says.
@@ -199,8 +200,8 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
 
     def decode(self, codes: SparseCodes | Tensor, x: Tensor | None = None, *, scaled: bool = False) -> Tensor:
         """Reconstruction [..., d_out], of a crosscoder [..., layers, d_in], of SparseCodes [B, d_sae] or a dense tensor
-        [..., d_sae]: in the units of what is reconstructed, or with `scaled` times `cfg.factor_out`. With a skip that of x [..., d_in], which was encoded, is
-        added; without x it is left out."""
+        [..., d_sae]: in the units of what is reconstructed, or with `scaled` times `cfg.factor_out`. With a skip that
+        of x [..., d_in], which was encoded, is added; without x it is left out."""
         if not isinstance(codes, (SparseCodes, Tensor)):
             raise TypeError(f"codes={type(codes).__name__}: must be SparseCodes or a torch.Tensor")
         if codes.shape[-1:] != (self.cfg.d_sae,):

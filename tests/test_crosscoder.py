@@ -60,9 +60,9 @@ def test_gradients_of_the_specification(l):
 
     def loss(x, W_enc, b_enc, W_dec, b_dec):
         x = x.view(4, 3, 2)
-        return reference.reconstruction_loss(*(
-            y.flatten(1) for y in (x, reference.crosscode(x, W_enc, b_enc, W_dec, b_dec, k=2, l=l)[1])
-        ))
+        return reference.reconstruction_loss(
+            *(y.flatten(1) for y in (x, reference.crosscode(x, W_enc, b_enc, W_dec, b_dec, k=2, l=l)[1]))
+        )
 
     assert torch.autograd.gradcheck(loss, t)
 

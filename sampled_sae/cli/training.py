@@ -152,6 +152,7 @@ def _sae_config(args: argparse.Namespace, store: Activations | StreamedActivatio
     return SampledSAEConfig(
         d_in=store.d_in,
         d_out=store.d_out,
+        layers=store.layers,
         skip=args.skip,
         aux_coefficient=args.aux_coefficient,
         pool_every=args.pool_every,
@@ -220,7 +221,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         store = open_activations(args)
         sae = SampledSAE.from_pretrained(args.sae)
         check_integer("batch_size", args.batch_size, 1)
-        check_same_activations(args.sae, sae.cfg.d_in, store, args.insist)
+        check_same_activations(args.sae, sae.cfg, store, args.insist)
         check_output_folder(args.sae)
         splice = None if args.targets and not args.splice_rows else splice_source(args, store)
     target = args.sae / EVALUATION
@@ -231,7 +232,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if ranks.mesh is not None:
         parallelize(sae, ranks.mesh)
     if inference_rule.missing(sae, sae.cfg) is not None:
-        found = sae.calibrate(part_of(store.first(CALIBRATION_TOKENS)[:, : store.d_in], ranks).to(sae.W_enc.dtype))
+        found = sae.calibrate(part_of(store.first(CALIBRATION_TOKENS)[:, : store.width_in], ranks).to(sae.W_enc.dtype))
         print(f"The SAE has no threshold yet: {found:.4g}, calibrated to L0 = k on training activations, is used here")
     result = evaluate(sae, held_out, args.batch_size, None if splice is None else splice.load())
     with ranks.together():

@@ -49,13 +49,13 @@ def flat_encoded(layer: TakesTokens, x: Tensor, number: int, scaled: bool) -> Te
 
 
 def flat_goal(layer: TakesTokens, target: Tensor, scaled: bool) -> Tensor:
-    """[B, d_out], times `cfg.factor_out`.
+    """[B, d_out], times `cfg.output_scale`.
 
     Raises:
         ValueError, TypeError: as `flat_tokens`.
     """
     target = _flat(layer, target, layer.cfg.width_out, "target")
-    target = target if scaled or layer.cfg.factor_out == 1 else target * layer.cfg.factor_out
+    target = target if scaled or layer.cfg.output_scale == 1 else target * layer.cfg.output_scale
     layer.memory.targets.check(target)
     return target
 

@@ -76,13 +76,18 @@ class Activations(ABC):
     @property
     def row_scale(self) -> float | Tensor:
         """What a token's row is multiplied by: `scale`; with targets or layers a factor for each of its numbers."""
+        return self.layer_scale
+
+    @property
+    def layer_scale(self) -> float:
+        """`scale` where there is one layer."""
         return float(self.manifest["scale"])
 
     @property
     def scale(self) -> float | tuple[float, ...]:
         """Activations times this have mean ||x||^2 = d_in; training sets `SampledSAEConfig.input_scale` to it. One for
         each of several layers."""
-        return float(self.manifest["scale"])
+        return self.layer_scale
 
     def first(self, n: int) -> Tensor:
         """The first n training activations, or all where there are fewer: [<= n, d], with targets behind them."""

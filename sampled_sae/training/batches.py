@@ -247,7 +247,8 @@ class Feed:
 
     @property
     def scale(self) -> float | tuple[float, ...]:
-        """What the activations are multiplied by, one number a layer where there are several; of a stream that begins its first block is read for it."""
+        """What the activations are multiplied by, one number a layer where there are several; of a stream that begins
+        its first block is read for it."""
         return self.stream.scale
 
     @property

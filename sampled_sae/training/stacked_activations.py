@@ -17,7 +17,7 @@ from .same_settings import identity
 class StackedActivations(Activations):
     """Activations of the same tokens in several layers of a model, or in several models, as one to train on.
 
-    Each is multiplied by a scale of its own, so that its mean squared length is its width and none outweighs the others.
+    Each is multiplied by a scale of its own, so that its mean squared length is its width and none outweighs another.
 
     Args:
         layers: at least two, as `Trainer` takes activations: stores or the names of some, tensors or files; of equal
@@ -59,7 +59,7 @@ class StackedActivations(Activations):
         settings = {**self.parts[0].manifest.get("settings", {})}
         settings["weights_sha256"] = _joined([each["weights_sha256"] for each in abouts])
         shards = [list(of_all) for of_all in zip(*(part.manifest["shards"] for part in self.parts))]
-        layers = [{**each, "scale": part.scale} for each, part in zip(abouts, self.parts)]
+        layers = [{**each, "scale": part.layer_scale} for each, part in zip(abouts, self.parts)]
         return {**about, "scale": list(self.scale), "settings": settings, "shards": shards, "layers": layers}
 
     @property
@@ -80,7 +80,7 @@ class StackedActivations(Activations):
 
     @property
     def scale(self) -> tuple[float, ...]:
-        return tuple(float(part.scale) for part in self.parts)  # type: ignore[arg-type]  # of no stack
+        return tuple(part.layer_scale for part in self.parts)
 
     @cached_property
     def row_scale(self) -> Tensor:
