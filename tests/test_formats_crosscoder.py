@@ -190,11 +190,11 @@ def test_what_no_file_holds_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"layers=3: {to} has no place for a crosscoder"):
             formats.export(sae, tmp_path / to, to=to)
         assert not (tmp_path / to).exists()
-    with pytest.raises(ValueError, match="scale=2.0: is of an SAE; a crosscoder of 3 layers"):
+    with pytest.raises(ValueError, match=r"scale=2\.0: is of an SAE; a crosscoder of 3 layers"):
         formats.export(sae, tmp_path / "a", to="dictionary_learning", scale=2.0)
     with pytest.raises(ValueError, match="inference='topk': dictionary_learning's crosscoders"):
         formats.export(sae, tmp_path / "a", to="dictionary_learning", inference="topk")
-    with pytest.raises(ValueError, match="scale=2.0: is of an SAE"):
+    with pytest.raises(ValueError, match=r"scale=2\.0: is of an SAE"):
         formats.load(write(tmp_path / "b"), scale=2.0)
 
 

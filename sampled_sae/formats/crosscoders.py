@@ -1,8 +1,8 @@
 """dictionary_learning's crosscoders, BatchTopKCrossCoder and CrossCoder, in the files of its SAEs.
 
-Both encode x as it is, without b_dec. The first keeps f where f times a `code_normalization` made of the decoder's norms
-is above the threshold. Ours have norms that add up to 1, so that CROSSCODER, their sum over the layers, changes nothing;
-NONE is 1.
+Both encode x as it is, without b_dec. The first keeps f where f times a `code_normalization`, made of the decoder's
+norms, is above the threshold. Ours have norms that add up to 1: CROSSCODER, their sum over the layers, changes nothing.
+NONE stands for 1.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""dictionary_learning's files: `ae.pt` and `config.json` of BatchTopKSAE, MatryoshkaBatchTopKSAE, AutoEncoderTopK, and of
-its crosscoders (crosscoders.py).
+"""dictionary_learning's files: `ae.pt` and `config.json` of BatchTopKSAE, MatryoshkaBatchTopKSAE and AutoEncoderTopK;
+those of its crosscoders are in crosscoders.py.
 
 All carry k and a threshold. The first two encode by the threshold; AutoEncoderTopK keeps k features a token, and
 encodes by the threshold with `encode(x, use_threshold=True)`. All three subtract b_dec from the input.
