@@ -1,6 +1,7 @@
 """Training on several layers or models side by side, and measuring what comes of it."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +10,10 @@ import torch
 from makers import make_sae, same_weights, tokens, write_store
 
 from sampled_sae import ActivationStore, SampledSAE, SampledSAEConfig, TrainConfig, Trainer
+from sampled_sae.cli import main
 from sampled_sae.training.batches import ShuffledStream
 from sampled_sae.training.evaluation import evaluate_activations, reconstruct_with
+from sampled_sae.training.layer_spread import LayerSpread, layer_cosines, layer_names, layer_shares, plot_layers
 from sampled_sae.training.paired_activations import PairedActivations
 from sampled_sae.training.stacked_activations import StackedActivations
 from sampled_sae.training.sweep import evaluate
@@ -158,3 +161,67 @@ def test_a_training_begins_with_another_crosscoder(tmp_path, scales):
     )
     with pytest.raises(ValueError, match="layers=3: init_from has 1"):
         Trainer(CONFIG, HOW, stack, tmp_path / "other", init_from=make_sae(torch.float32, d_in=5, d_sae=64))
+
+
+def test_by_command(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for i in range(3):
+        write_store(tmp_path / f"a{i}", layer=i, seed=i)
+    first, *others = (str(tmp_path / f"a{i}") for i in range(3))
+    run, plot = str(tmp_path / "run"), tmp_path / "run" / "layers.png"
+    small = ["--features", "64", "--k", "3", "--steps", "8", "--batch-size", "40", "--quiet"]
+    assert main(["train", first, run, "--beside", *others, *small, "--l", "none"]) == 0
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert len(result["fvu_layers"]) == 3
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["activations"]["layer"] == "0, 1, 2"
+    assert plot.stat().st_size > 1000
+    plot.unlink()
+    capsys.readouterr()
+    assert main(["evaluate", run, first, "--beside", *others]) == 0
+    said = capsys.readouterr().out
+    assert "fvu_layers: [" in said
+    assert str(plot) in said
+    assert plot.exists()
+    sweep = ["sweep", first, str(tmp_path / "s"), "--beside", *others, "--ls", "1,none", "--scores", "l2", "--no-topk"]
+    assert main([*sweep, *small]) == 0
+    capsys.readouterr()
+    for argv, said in (
+        (["evaluate", run, first], "layers=3, but .* has 1; --beside names"),
+        (["evaluate", run, first, "--beside", others[0]], "layers=3, but .* has 2"),
+        (["evaluate", run, others[0], "--beside", first, others[1]], "was trained on layer 0, 1, 2 of made"),
+        (["evaluate", run, first, "--beside", *others, "--splice-rows", "2"], "--splice-rows 2: is of one layer"),
+        (["train", first, run + "x", "--beside", *others, "--targets", first, *small], "--beside .*of a crosscoder"),
+        (["train", run + "x", "--model", "m", "--layer", "1", "--beside", first, *small], "--beside .*is of stored"),
+    ):
+        assert main(argv) == 1, argv
+        assert re.search(said, capsys.readouterr().err), argv
+
+
+def test_names_that_tell_layers_apart():
+    def names(**said):
+        return layer_names({"layers": [{name: value[i] for name, value in said.items()} for i in range(2)]}, 2)
+
+    assert names(layer=[3, 5], model=["m", "m"]) == ["layer 3", "layer 5"]
+    assert names(layer=[3, 3], model=["org/base", "org/tuned"]) == ["base", "tuned"]
+    assert names(layer=[None] * 2, model=[None] * 2, source=["/a/x.npy", "/a/y.npy"]) == ["x.npy", "y.npy"]
+    assert names(layer=[None] * 2, source=["", ""]) == layer_names({}, 2) == ["0", "1"]
+
+
+@pytest.mark.parametrize("n_layers", [2, 3])
+def test_the_plot_of_the_layers(tmp_path, n_layers):
+    pytest.importorskip("matplotlib")
+    sae = make_sae(d_in=6, layers=n_layers)
+    shares = layer_shares(sae)
+    torch.testing.assert_close(shares.sum(1), torch.ones(96, dtype=torch.float64))
+    W = sae.W_dec.detach().view(96, n_layers, 6)
+    expected = (W[5, 0] @ W[5, 1]) / W[5, 0].norm() / W[5, 1].norm()
+    assert float(layer_cosines(sae, 0, 1)[5]) == pytest.approx(float(expected), rel=1e-5)
+    sae.tokens_since_active[:40] = sae.cfg.dead_after
+    spread = LayerSpread.of(sae)
+    assert spread.shares.shape == (56, n_layers)
+    path = plot_layers(spread, tmp_path, ["a $ b", "c", "d"][:n_layers])
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="layers=1: is an SAE of one layer"):
+        layer_shares(make_sae())
+    with pytest.raises(ValueError, match="b=7: must be below"):
+        layer_cosines(sae, 0, 7)

@@ -34,7 +34,7 @@ from ..training.training_loop import closed_logs, train_to_end
 from ..training.training_run import TrainingRun
 from .arguments import Command, listed, model_arguments, pool_multiplier, seed, whole_number
 from .beginning import activations_arguments, initial_sae, open_activations, rule_arguments, rule_of
-from .closing import closing_splice, evaluate_at_end
+from .closing import closing_splice, draw_layers, evaluate_at_end
 from .identity import SPLICE_ROWS, check_same_activations, splice_source
 from .logs import add_log_options, log_place
 from .processes import add_rank_options
@@ -183,6 +183,7 @@ def train(args: argparse.Namespace) -> None:
         sae = trainer.run(progress=not args.quiet)
         result = evaluate_at_end(sae, args, store, source)
         trainer.log.result(result)
+    draw_layers(sae, args.out, store, args.ranks)
     print(f"done: threshold {float(sae.threshold):.4g}, {closing_line(result, args.out)}")
 
 
@@ -238,6 +239,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     with ranks.together():
         if ranks.first:
             write_json(target, result)
+    draw_layers(sae, args.sae, store, ranks)
     for name, value in result.items():
         print(f"{name}: {value}")
 
