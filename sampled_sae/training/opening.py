@@ -16,7 +16,10 @@ from .activation_stream import ActivationStream, StreamedActivations
 from .activations import Activations
 from .array_activations import SUFFIXES, ArrayActivations, is_array_file, open_array
 from .iterator_source import IteratorSource
+from .store_writer import MANIFEST
 
+# the stores of a pair, in one folder: what is read, what is reconstructed from it
+PAIR = ("inputs", "outputs")
 Stored = Union[Activations, Tensor, np.ndarray, str, Path]  # noqa: UP007  (evaluated at import)
 Readable = Union[Stored, StreamedActivations, ActivationStream, Iterable[Any]]  # noqa: UP007
 
@@ -26,7 +29,7 @@ def as_activations(x: Any, holdout: int | None = None) -> Activations:
 
     Args:
         x: an `ActivationStore` or other `Activations`, as they are; a tensor or array [n, d]; the name of a store's
-            folder or of a .npy, .safetensors or .pt file.
+            folder, of one that has the stores of a pair in it, or of a .npy, .safetensors or .pt file.
         holdout: of a tensor, array or file: how many tokens, the last ones, are kept for evaluation. A store has
             settled that when it was written.
 
@@ -44,10 +47,21 @@ def as_activations(x: Any, holdout: int | None = None) -> Activations:
     if isinstance(x, (str, Path)):
         if Path(x).is_file():
             raise ValueError(f"{x}: must be the folder of a store or a file of a tensor, {', '.join(SUFFIXES)}")
+        if is_pair(x):
+            from .paired_activations import PairedActivations
+
+            x, target = (f"{str(x).rstrip('/')}/{part}" for part in PAIR)
+            return PairedActivations(x, target)
         return ActivationStore.open(x)
     raise TypeError(
         f"store={type(x).__name__}: must be an ActivationStore, a tensor or array [n, d], or the name of one"
     )
+
+
+def is_pair(folder: str | Path) -> bool:
+    """Whether a folder, or a URL of one, has the two stores of a pair in it, as `harvest_pair` writes them."""
+    at = place(folder)
+    return not (at / MANIFEST).exists() and all((at / part / MANIFEST).exists() for part in PAIR)
 
 
 def as_readable(x: Any) -> Activations | StreamedActivations:
