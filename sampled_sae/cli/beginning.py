@@ -25,7 +25,8 @@ RULE |= {"inference": "threshold", "inference_pool": None}
 def activations_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "activations",
-        help="folder written by harvest or ActivationStore.write; or a .npy, .safetensors[:NAME] or .pt[:NAME] file "
+        help="folder written by harvest, of one place, or of two for a transcoder, or by ActivationStore.write; or a "
+        ".npy, .safetensors[:NAME] or .pt[:NAME] file "
         "of a tensor [n, d]; or a URL of either that fsspec knows",
     )
     p.add_argument(

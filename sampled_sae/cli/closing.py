@@ -27,10 +27,6 @@ def closing_splice(args: argparse.Namespace, store: Activations) -> SpliceSource
         ValueError: as `splice_source`, with --splice-rows.
     """
     asked = args.splice_rows is not None
-    if store.d_out is not None:
-        if args.splice_rows:
-            raise ValueError(f"--splice-rows {args.splice_rows}: is of SAEs; {store.where} is for a transcoder")
-        return None
     if not store.manifest.get("holdout"):
         if args.splice_rows:
             store.holdout()  # says that there is none

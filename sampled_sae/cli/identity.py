@@ -108,7 +108,13 @@ def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource 
     if store.has_text and not 0 <= count <= there:
         raise ValueError(f"--splice-rows {count}: must be from 0 to {there}, the held-out rows in {store.where}")
     rows = store.holdout_rows()[:count]
-    harvested = identity(store.manifest)
+    harvested, target = identity(store.manifest), store.manifest.get("target")
+    if target is not None and not (target["model"] and is_same_model(target, harvested)):
+        said = f"{store.where}: the targets are of {in_words(target)}, so that no model gives both"
+        if args.splice_rows is not None:
+            raise ValueError(f"--splice-rows {count}: {said}")
+        print(f"No loss recovered: {said}", file=sys.stderr)
+        return None
     name = args.model or harvested["model"]
     if not name:
         raise ValueError(f"{store.where}: does not name the language model it was harvested from; give its --model")
@@ -118,12 +124,14 @@ def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource 
         return None
 
     def load() -> Splice:
-        from ..lm import SpliceEvaluator, weights_digest
+        from ..lm import PointSplice, SpliceEvaluator, weights_digest
 
         model = loaded_model(name, args)
         if not args.insist:
             check_model({"model": name, "weights_sha256": weights_digest(model)}, harvested, store.where)
-        return SpliceEvaluator.of_harvest(model, rows, store.manifest, insist=True).evaluate
+        elsewhere = store.d_out is not None or harvested.get("point")
+        evaluator: Any = PointSplice if elsewhere else SpliceEvaluator
+        return evaluator.of_harvest(model, rows, store.manifest, insist=True).evaluate
 
     # Without --insist the weights are those that were harvested, under whatever name.
     return SpliceSource({"model": name if args.insist else harvested["model"], "rows": count}, load)
@@ -144,7 +152,7 @@ def _has_loss(name: str, args: argparse.Namespace, count: int) -> bool:
 def check_model(model: dict[str, Any], harvested: dict[str, Any], where: str) -> None:
     """ValueError where a model is not the one whose activations are in `where`, by their `identity`."""
     if not is_same_model(model, harvested):
-        then, now = ({**about, "layer": harvested["layer"]} for about in (harvested, model))
+        then, now = ({**harvested, **about} for about in (harvested, {"weights_sha256": None, **model}))
         raise ValueError(
             f"{where} holds {in_words(then)}, and --model {model['model']} gives {in_words(now)}; take the "
             "model that was harvested, as it was loaded then, or insist with --insist"

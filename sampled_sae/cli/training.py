@@ -25,6 +25,7 @@ from ..training.batches import CALIBRATION_TOKENS
 from ..training.closing_line import closing_line
 from ..training.evaluation import part_of
 from ..training.sae_group import SAEGroup
+from ..training.same_settings import identity, in_words
 from ..training.sweep import evaluate, run_sweep, variants
 from ..training.sweep_plots import plot_sweep
 from ..training.sweep_table import markdown_table
@@ -224,7 +225,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         check_integer("batch_size", args.batch_size, 1)
         check_same_activations(args.sae, sae.cfg, store, args.insist)
         check_output_folder(args.sae)
-        splice = None if args.targets and not args.splice_rows else splice_source(args, store)
+        splice = splice_source(args, store)
     target = args.sae / EVALUATION
     if not args.quiet:
         print(f"Evaluates {args.sae} on the held-out part of {args.activations}, writes {target}", flush=True)
@@ -250,7 +251,7 @@ def sweep(args: argparse.Namespace) -> None:
         base = _sae_config(args, store, d_sae=args.features, k=args.k)
         configs = variants(base, args.ls, args.scores, args.seeds, not args.no_topk)
         how, log = _train_config(args), log_place(args)
-        splice = None if args.targets and not args.splice_rows else splice_source(args, store)
+        splice = splice_source(args, store)
     print(
         f"Trains {len(configs)} SAEs on {args.activations}, writes to {args.out}: {', '.join(configs)}",
         flush=True,
@@ -288,7 +289,7 @@ def _write_report(rows: list[dict[str, Any]], args: argparse.Namespace, store: A
 
 def _report(rows: list[dict[str, Any]], args: argparse.Namespace, store: Activations, plots: list[Path]) -> str:
     about = store.manifest
-    what = f"layer {about['layer']} of {about['model']}" if "model" in about else "activations"
+    what = in_words(identity({**about, "settings": {}})) if "model" in about else "activations"
     where = about.get("source") or Path(store.where).name
     heading = (
         f"# Sampled-SAE on {what}, {where}\n\n"

@@ -194,23 +194,23 @@ def features_for_share(counts: Tensor, share: float) -> int:
 
 
 def reconstruct_with(sae: SampledSAE) -> Reconstruction:
-    """What `sampled_sae.lm.SpliceEvaluator.evaluate` takes for an SAE."""
+    """What `sampled_sae.lm.SpliceEvaluator.evaluate` takes for an SAE, and `PointSplice.evaluate` for a transcoder."""
     return Reconstruction(sae)
 
 
 class Reconstruction:
-    """x [n, d_in], as the model made them, to what the SAE makes of them in the mode it is in."""
+    """x [n, d_in], as the model made them, to what the SAE makes of them in the mode it is in: [n, d_in], of a
+    transcoder, which `transcodes`, [n, d_out]."""
 
     # SpliceEvaluator leaves the scaling to it
     scales = True
 
     def __init__(self, sae: SampledSAE) -> None:
-        if sae.cfg.is_transcoder:
-            raise ValueError(f"d_out={sae.cfg.d_out}: a transcoder does not reconstruct the residual stream it reads")
         if sae.cfg.is_crosscoder:
             raise ValueError(f"layers={sae.cfg.layers}: a crosscoder reads more than the residual stream of one layer")
-        self.sae = sae
+        self.sae, self.transcodes = sae, sae.cfg.is_transcoder
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        return self.sae.decode(self.sae.encode_sparse(x.to(self.sae.W_enc))).to(x)
+        given = x.to(self.sae.W_enc)
+        return self.sae.decode(self.sae.encode_sparse(given), given).to(x)

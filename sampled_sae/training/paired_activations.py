@@ -44,6 +44,7 @@ class PairedActivations(Activations):
             )
         shards = [{"x": a, "target": b} for a, b in zip(self.x.manifest["shards"], self.target.manifest["shards"])]
         about = {**identity(self.target.manifest), "scale": self.target.scale, "d_out": self.target.d_in}
+        about |= {"max_norm": self.target.manifest["max_norm"]} if "max_norm" in self.target.manifest else {}
         self.manifest = {**self.x.manifest, "shards": shards, "target": about}
 
     @property
