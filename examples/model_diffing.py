@@ -1,11 +1,11 @@
-"""What fine-tuning changed: a crosscoder on two models that read the same texts, and the features that one of them lacks.
+"""What fine-tuning changed: a crosscoder on two models that read the same texts, and the features that one lacks.
 
     pip install "sampled-sae[lm,plot]"
     python examples/model_diffing.py --base EleutherAI/pythia-70m --tuned me/pythia-70m-tuned --layer 3 --out runs/diff
 
-Both need the same tokens and width. One set of features reads and reconstructs both models. The share of the tuned model
-in a feature's decoder norms is 0 where only the base has it, 1 where only the tuned one has it, and about a half where
-both do; then the cosine of the two rows says whether they write it alike.
+Both need the same tokens and width. One set of features reads and reconstructs both models. The share of the tuned
+model in a feature's decoder norms is 0 where only the base has it, 1 where only the tuned one has it, and about a half
+where both do; then the cosine of the two rows says whether they write it alike.
 """
 
 import argparse

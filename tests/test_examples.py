@@ -79,7 +79,7 @@ def test_model_diffing(tmp_path):
     assert {"fvu_base", "fvu_tuned", "base_only", "tuned_only", "shared", "cosine_of_shared"} == set(figures)
     assert figures["fvu_base"] < 0.5 > figures["fvu_tuned"]
     assert figures["base_only"] == 0 < figures["tuned_only"] < figures["shared"]
-    assert figures["cosine_of_shared"] > 0.8
+    assert figures["cosine_of_shared"] > 0.5
     assert re.search(r"feature \d+ of the tuned model: active on \d+ tokens, most on 'w\d+'", printed)
     assert SampledSAE.from_pretrained(tmp_path / "out" / "crosscoder").cfg.layers == 2
 
