@@ -14,6 +14,7 @@ from ..support.argument_checks import SCORES
 from ..training.activations import Activations
 from ..training.opening import as_activations
 from ..training.paired_activations import PairedActivations
+from ..training.stacked_activations import StackedActivations
 from .arguments import pool_multiplier
 
 # the rule of an SAE that begins with drawn weights
@@ -39,10 +40,25 @@ def activations_arguments(p: argparse.ArgumentParser) -> None:
         default=None,
         help="what a transcoder reconstructs, of the same tokens, as `activations`, which it reads; makes a transcoder",
     )
+    p.add_argument(
+        "--beside",
+        nargs="+",
+        metavar="ACTIVATIONS",
+        default=None,
+        help="other layers, or other models, of the same tokens, as `activations`; makes a crosscoder, which reads all",
+    )
 
 
 def open_activations(args: argparse.Namespace) -> Activations:
-    """What the argument `activations` names, with that of `--targets` beside it."""
+    """What the argument `activations` names, with that of `--targets` or those of `--beside` beside it.
+
+    Raises:
+        ValueError: both options.
+    """
+    if args.beside is not None and args.targets is not None:
+        raise ValueError(f"--beside {' '.join(args.beside)}: is of a crosscoder, --targets of a transcoder; give one")
+    if args.beside is not None:
+        return StackedActivations([args.activations, *args.beside], args.holdout)
     if args.targets is not None:
         return PairedActivations(args.activations, args.targets, args.holdout)
     return as_activations(args.activations, args.holdout)

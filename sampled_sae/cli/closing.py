@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
+from pathlib import Path
 from typing import Any
 
 from ..pretrained import EVALUATION
 from ..sae import SampledSAE
+from ..support.all_ranks import AllRanks
 from ..support.atomic_files import write_json
 from ..training.activations import Activations
+from ..training.layer_spread import LayerSpread, layer_names, plot_layers
 from ..training.sweep import SpliceSource, evaluate
 from .identity import splice_source
 
@@ -54,6 +58,20 @@ def evaluate_at_end(
         if ranks.first:
             write_json(args.out / EVALUATION, result)
     return result
+
+
+def draw_layers(sae: SampledSAE, folder: Path, store: Activations, ranks: AllRanks) -> None:
+    """Of a crosscoder layers.png, by the first rank; says where it is, or why it is not. All ranks call it."""
+    if not sae.cfg.is_crosscoder:
+        return
+    spread = LayerSpread.of(sae)
+    with ranks.together():
+        if not ranks.first:
+            return
+        if importlib.util.find_spec("matplotlib") is None:
+            print('No plot of the layers without matplotlib: pip install "sampled-sae[plot]"', flush=True)
+        else:
+            print(plot_layers(spread, folder, layer_names(store.manifest, sae.cfg.layers)), flush=True)
 
 
 def _loaded(source: SpliceSource | None, args: argparse.Namespace) -> Any:

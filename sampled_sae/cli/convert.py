@@ -79,7 +79,7 @@ def add(command: Command) -> None:
 def export(args: argparse.Namespace) -> None:
     sae = SampledSAE.from_pretrained(args.sae)
     origin = recorded(args.sae)
-    scale = args.scale if args.activations is None else ActivationStore.open(args.activations).scale
+    scale = args.scale if args.activations is None else ActivationStore.open(args.activations).layer_scale
     if args.layer is not None:
         origin = replace(origin, layer=check_integer("layer", args.layer, 0), hook_name=None)
     given = formats.Origin(model_name=args.model_name, hook_name=args.hook_name)

@@ -30,6 +30,14 @@ def add(command: Command) -> None:
         default=None,
         help="the same of any two places, in place of --layer: MODULE:in or MODULE:out, as model.layers.3.mlp:in",
     )
+    p.add_argument(
+        "--beside",
+        nargs="+",
+        type=int,
+        metavar="LAYER",
+        default=None,
+        help="other blocks, whose output is stored beside that of --layer: activations for a crosscoder",
+    )
     text_arguments(p, "wiki-en")
     p.add_argument("--holdout-rows", type=int, default=32, help="rows kept for evaluation, never trained on")
     p.add_argument("--batch-size", type=int, default=8, help="rows a forward pass")
@@ -40,16 +48,18 @@ def add(command: Command) -> None:
 def harvest(args: argparse.Namespace) -> None:
     """Everything that needs no weights comes first: folder, texts, layer, context, rows."""
     from ..lm import harvest as harvest_layer
-    from ..lm import harvest_pair
+    from ..lm import harvest_beside, harvest_pair
     from ..lm.harvest_files import check_holdout
 
     _check_place(args)
     check_integer("holdout_rows", args.holdout_rows, 0)
     check_integer("batch_size", args.batch_size, 1)
     check_output_folder(args.out)
-    texts = Texts.open(args, args.model, *([] if args.layer is None else [args.layer]))
+    layers = [] if args.beside is None else [args.layer, *args.beside]
+    texts = Texts.open(args, args.model, *(layers or ([] if args.layer is None else [args.layer])))
     points = _points(args, texts.skeleton)
     what = f"layer {args.layer}" if points is None else f"{points[0]} and {points[1]}"
+    what = f"layers {', '.join(map(str, layers))}" if layers else what
     print(f"Harvests {what} of {args.model} over {args.texts} into {args.out}{texts.without()}", flush=True)
     _check_resumes(args, points)
     rows = texts.rows()
@@ -65,7 +75,10 @@ def harvest(args: argparse.Namespace) -> None:
         "progress": not args.quiet,
         "mesh": args.ranks.mesh,
     }
-    if points is None:
+    if layers:
+        how["model_names"] = [how.pop("model_name")]
+        manifest = harvest_beside(model, rows, layers, args.out, **how).parts[0].manifest
+    elif points is None:
         manifest = harvest_layer(model, rows, args.layer, args.out, **how)
     else:
         manifest = harvest_pair(model, rows, *points, args.out, **how).x.manifest
@@ -81,6 +94,8 @@ def _check_place(args: argparse.Namespace) -> None:
         raise ValueError(f"--points {' '.join(args.points)}: name both places, without --layer and --mlp")
     if args.points is None and args.layer is None:
         raise ValueError("layer=None: give --layer, the block, from 0, whose output is stored, or --points")
+    if args.beside is not None and (args.points is not None or args.mlp):
+        raise ValueError(f"--beside {' '.join(map(str, args.beside))}: is of blocks, without --points and --mlp")
 
 
 def _points(args: argparse.Namespace, skeleton: Any) -> tuple[Any, Any] | None:
@@ -99,12 +114,15 @@ def _points(args: argparse.Namespace, skeleton: Any) -> tuple[Any, Any] | None:
 
 def _check_resumes(args: argparse.Namespace, points: tuple[Any, Any] | None) -> None:
     """ValueError where the folder holds a harvest of another place, or with other settings."""
+    from ..lm.harvest_beside import check_beside_resumes
     from ..lm.harvest_files import check_kind, check_resumes
     from ..lm.harvest_points import check_pair_resumes
 
     names = ("model", "context", "batch_size", "dtype", "holdout_rows")
     known = {"source": args.texts, **{name: getattr(args, name) for name in names}}
-    if points is None:
+    if args.beside is not None:
+        check_beside_resumes(args.out, [args.layer, *args.beside], known)
+    elif points is None:
         check_kind(args.out, pair=False)
         check_resumes(args.out, {"layer": args.layer, **known})
     else:

@@ -35,7 +35,7 @@ from ..training.training_loop import closed_logs, train_to_end
 from ..training.training_run import TrainingRun
 from .arguments import Command, listed, model_arguments, pool_multiplier, seed, whole_number
 from .beginning import activations_arguments, initial_sae, open_activations, rule_arguments, rule_of
-from .closing import closing_splice, evaluate_at_end
+from .closing import closing_splice, draw_layers, evaluate_at_end
 from .identity import SPLICE_ROWS, check_same_activations, splice_source
 from .logs import add_log_options, log_place
 from .processes import add_rank_options
@@ -153,6 +153,7 @@ def _sae_config(args: argparse.Namespace, store: Activations | StreamedActivatio
     return SampledSAEConfig(
         d_in=store.d_in,
         d_out=store.d_out,
+        layers=store.layers,
         skip=args.skip,
         aux_coefficient=args.aux_coefficient,
         pool_every=args.pool_every,
@@ -183,6 +184,7 @@ def train(args: argparse.Namespace) -> None:
         sae = trainer.run(progress=not args.quiet)
         result = evaluate_at_end(sae, args, store, source)
         trainer.log.result(result)
+    draw_layers(sae, args.out, store, args.ranks)
     print(f"done: threshold {float(sae.threshold):.4g}, {closing_line(result, args.out)}")
 
 
@@ -221,7 +223,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         store = open_activations(args)
         sae = SampledSAE.from_pretrained(args.sae)
         check_integer("batch_size", args.batch_size, 1)
-        check_same_activations(args.sae, sae.cfg.d_in, store, args.insist)
+        check_same_activations(args.sae, sae.cfg, store, args.insist)
         check_output_folder(args.sae)
         splice = splice_source(args, store)
     target = args.sae / EVALUATION
@@ -232,12 +234,13 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if ranks.mesh is not None:
         parallelize(sae, ranks.mesh)
     if inference_rule.missing(sae, sae.cfg) is not None:
-        found = sae.calibrate(part_of(store.first(CALIBRATION_TOKENS)[:, : store.d_in], ranks).to(sae.W_enc.dtype))
+        found = sae.calibrate(part_of(store.first(CALIBRATION_TOKENS)[:, : store.width_in], ranks).to(sae.W_enc.dtype))
         print(f"The SAE has no threshold yet: {found:.4g}, calibrated to L0 = k on training activations, is used here")
     result = evaluate(sae, held_out, args.batch_size, None if splice is None else splice.load())
     with ranks.together():
         if ranks.first:
             write_json(target, result)
+    draw_layers(sae, args.sae, store, ranks)
     for name, value in result.items():
         print(f"{name}: {value}")
 

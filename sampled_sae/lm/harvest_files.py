@@ -24,7 +24,7 @@ from sampled_sae.lm.models import check_rows, name_of, weights_digest
 from sampled_sae.support.all_ranks import AllRanks
 from sampled_sae.support.argument_checks import check_choice, check_flag, check_integer, check_number
 from sampled_sae.support.atomic_files import field
-from sampled_sae.training.opening import PAIR
+from sampled_sae.training.opening import PAIR, stack_folders
 from sampled_sae.training.store_writer import (
     DTYPES,
     MANIFEST,
@@ -87,11 +87,13 @@ def check_holdout(holdout_rows: int, rows: int) -> int:
     return count
 
 
-def check_kind(folder: Path, pair: bool) -> None:
-    """ValueError where the folder holds the harvest of one place and a `pair` is to be written, or the reverse."""
+def check_kind(folder: Path, pair: bool, beside: int = 0) -> None:
+    """ValueError where the folder holds the harvest of other places than one, a `pair`, or so many layers `beside` each
+    other, whichever is to be written."""
     held = [name for name in (".", *PAIR) if (folder / name / MANIFEST).exists()]
-    if held and (held != ["."]) != pair:
-        what = "one place" if pair else "two places"
+    layers = len(stack_folders(folder))
+    if (held and (beside or (held != ["."]) != pair)) or layers not in (0, beside):
+        what = f"{layers} layers" if layers else "one place" if held == ["."] else "two places"
         raise ValueError(f"{folder}: holds a harvest of {what}; use another folder")
 
 

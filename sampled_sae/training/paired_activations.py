@@ -33,6 +33,8 @@ class PairedActivations(Activations):
         for name, part in (("x", self.x), ("target", self.target)):
             if part.d_out is not None:
                 raise ValueError(f"{name}: is a pair of activations already")
+            if part.layers > 1:
+                raise ValueError(f"{name}: is a stack of {part.layers} layers; a transcoder reads one, and writes one")
         counts = [[*part.tokens, (part.manifest.get("holdout") or {}).get("tokens")] for part in (self.x, self.target)]
         if counts[0] != counts[1]:
             shown = " and ".join(f"{sum(part.tokens)} in {len(part.tokens)} shards" for part in (self.x, self.target))
@@ -63,11 +65,11 @@ class PairedActivations(Activations):
 
     @property
     def output_scale(self) -> float:
-        return self.target.scale
+        return self.target.layer_scale
 
     @cached_property
     def row_scale(self) -> Tensor:
-        factors = [torch.full((part.d_in,), part.scale, dtype=torch.float64) for part in (self.x, self.target)]
+        factors = [torch.full((part.d_in,), part.layer_scale, dtype=torch.float64) for part in (self.x, self.target)]
         return torch.cat(factors).float()
 
     def shard(self, i: int, start: int = 0, stop: int | None = None) -> Tensor:

@@ -284,6 +284,7 @@ class TrainingRun:
             "mse": float(out.mse.detach()),
             "aux": float(out.aux.detach()),
             "fvu": float(out.mse.detach()) / batch.variance if batch.variance else math.nan,
+            **{f"fvu_layer_{i}": fvu for i, fvu in enumerate(batch.fvu_of_layers(out.x_hat.detach(), cfg.layers))},
             "l0": self._ranks.total(out.codes.count()) / self.config.batch_size,
             "dead_share": float(self.sae.dead.float().mean()),
             "threshold": float(self.sae.threshold),

@@ -51,8 +51,12 @@ def read(place: Place, say: Say) -> Reading:
         input_scale=config.input_scale,
         transcodes=config.is_transcoder,
         output_scale=config.output_scale,
+        layers=config.layers,
     )
     kind = "transcoder" if config.is_transcoder else "SAE"
+    if config.is_crosscoder:
+        kind = f"crosscoder of {config.layers} layers, one behind the other,"
+        sae = sae.read_at(1.0) if isinstance(config.input_scale, tuple) else sae
     return of_portable(sae, f"TopK {kind}" if config.is_topk else f"threshold {kind}", origin(place.path), say)
 
 
@@ -78,6 +82,7 @@ def origin(folder: Path) -> Origin:
         trained = field(folder / pretrained.RUN, read_json(folder / pretrained.RUN), "activations", dict)
         point = trained.get("point")
         layer = trained.get("layer") if point is None else layer_of(str(point))
+        layer = None if trained.get("layers") else layer  # a crosscoder reads several
         found = Origin(trained.get("model"), layer, point, trained.get("context"))
         return found.checked(folder / pretrained.RUN)
     if (folder / pretrained.ORIGIN).is_file():
