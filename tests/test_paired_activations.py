@@ -126,6 +126,8 @@ def test_what_does_not_fit_is_named(both, tmp_path):
     for target, holdout, said in (
         (y[:-1], None, "must have the tokens of"),
         (pair, None, "target: is a pair"),
+        (y.clone().fill_(torch.nan), None, "target: x: nan at token 0"),
+        (y[0], None, "target: "),
     ):
         with pytest.raises(ValueError, match=said):
             PairedActivations(x, target, holdout)
