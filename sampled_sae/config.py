@@ -77,7 +77,10 @@ class Output:
     def check_output(self) -> None:
         """ValueError for what an SAE has and a transcoder has not, or the other way round."""
         if self.is_transcoder and self.apply_b_dec_to_input:
-            raise ValueError(f"apply_b_dec_to_input=True: a transcoder's b_dec is of its output; d_out={self.d_out}")
+            raise ValueError(
+                f"apply_b_dec_to_input=True: a transcoder's b_dec is of its output; d_out={self.d_out}; leave it out, "
+                "or give None where dataclasses.replace takes it from an SAE's config"
+            )
         if not self.is_transcoder and self.output_scale != 1:
             raise ValueError(f"output_scale={self.output_scale!r}: must be 1 for an SAE, whose input_scale serves both")
 

@@ -200,10 +200,12 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
 
     def decode(self, codes: SparseCodes | Tensor, x: Tensor | None = None, *, scaled: bool = False) -> Tensor:
         """Reconstruction [..., d_out], of a crosscoder [..., layers, d_in], of SparseCodes [B, d_sae] or a dense tensor
-        [..., d_sae]: in the units of what is reconstructed, or with `scaled` times `cfg.factor_out`. With a skip that
-        of x [..., d_in], which was encoded, is added; without x it is left out."""
+        [..., d_sae]: in the units of what is reconstructed, or with `scaled` times `cfg.factor_out`. A skip adds
+        its part of x [..., d_in], which was encoded; without x that is an error, and an SAE needs none."""
         if not isinstance(codes, (SparseCodes, Tensor)):
             raise TypeError(f"codes={type(codes).__name__}: must be SparseCodes or a torch.Tensor")
+        if x is None and self.cfg.skip:
+            raise ValueError("x=None: a skip transcoder adds x W_skip; give what was encoded, or zeros to leave it out")
         if codes.shape[-1:] != (self.cfg.d_sae,):
             raise ValueError(f"codes.shape={tuple(codes.shape)}: the last dimension must be {self.cfg.d_sae}")
         if self.layout.size > 1:

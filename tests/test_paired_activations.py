@@ -126,6 +126,8 @@ def test_what_does_not_fit_is_named(both, tmp_path):
     for target, holdout, said in (
         (y[:-1], None, "must have the tokens of"),
         (pair, None, "target: is a pair"),
+        (y.clone().fill_(torch.nan), None, "target: x: nan at token 0"),
+        (y[0], None, "target: "),
     ):
         with pytest.raises(ValueError, match=said):
             PairedActivations(x, target, holdout)
@@ -135,8 +137,6 @@ def test_what_does_not_fit_is_named(both, tmp_path):
         evaluate_activations(sae, x)
     with pytest.raises(ValueError, match=r"target=tensor \(649, 7\): must be a tensor \[650, 7\]"):
         evaluate_activations(sae, x, target=y[1:])
-    with pytest.raises(ValueError, match="init_from is for SAEs"):
-        Trainer(CONFIG, HOW, pair, tmp_path / "run", init_from=sae)
 
 
 def test_other_shards_are_refused(tmp_path):

@@ -70,6 +70,29 @@ class Weights(NamedTuple):
         return sae
 
 
+class TranscoderWeights(NamedTuple):
+    """A transcoder as relu(x W_enc^T + b_enc) and c W_dec + b_dec + x W_skip^T; float32.
+
+    W_enc [F, d], W_dec [F, d_out], b_enc [F], b_dec [d_out], W_skip [d_out, d].
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    W_skip: Tensor
+
+    def sae(self, k: float, **rule: Any) -> SampledSAE:
+        """A SampledSAE of these weights, where they are."""
+        (F, d_out), d = self.W_dec.shape, self.W_enc.shape[1]
+        shape = SampledSAEConfig(d_in=d, d_out=d_out, d_sae=F, k=k, skip=True, **rule)
+        sae = SampledSAE(shape, device=self.W_dec.device)
+        with torch.no_grad():
+            for name, value in self._replace(W_enc=self.W_enc.t(), W_skip=self.W_skip.t())._asdict().items():
+                sae.get_parameter(name).copy_(value)
+        return sae
+
+
 def initial_weights(setup: Setup, b_dec: Tensor | None = None) -> Weights:
     """Unit decoder rows, tied encoder, no encoder bias; b_dec is zero unless given. On the setup's device."""
     device = setup.device
@@ -93,18 +116,18 @@ class Candidate(ABC):
         """
 
     @abstractmethod
-    def tensors(self) -> Weights:
-        """Its own, which its steps change."""
+    def tensors(self) -> Any:
+        """Its own, which its steps change: Weights, of a transcoder TranscoderWeights."""
 
     @torch.no_grad()
     def load(self, weights: Weights) -> None:
         for own, given in zip(self.tensors(), weights):
             own.copy_(given)
 
-    def weights(self) -> Weights:
+    def weights(self) -> Any:
         """As they are now, copied to the CPU."""
-        copies = (t.detach().float().cpu().clone(memory_format=torch.contiguous_format) for t in self.tensors())
-        return Weights(*copies)
+        own = self.tensors()
+        return type(own)(*(t.detach().float().cpu().clone(memory_format=torch.contiguous_format) for t in own))
 
     def set_lr(self, optimizer: torch.optim.Optimizer) -> None:
         """That of the next step, by the setup's warm-up."""

@@ -116,7 +116,7 @@ def rule_of(args: argparse.Namespace, initial: SampledSAE | None) -> dict[str, A
     else:
         about = initial.cfg
         found = {name: getattr(about, "d_sae" if name == "features" else name) for name in RULE}
-        more = {"apply_b_dec_to_input": about.apply_b_dec_to_input}
+        more = {"apply_b_dec_to_input": about.apply_b_dec_to_input, "skip": about.skip}
         if given.get("features", about.d_sae) == about.d_sae:  # of another size they are no groups
             more["groups"] = about.groups
     rule = {**found, **given, **more}

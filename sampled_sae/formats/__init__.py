@@ -24,6 +24,7 @@ from ..support.argument_checks import check_choice, check_positive
 from ..support.atomic_files import read_json
 from . import dictionary_learning, saelens, sparsify
 from .layers import uncentred
+from .one_threshold import with_one_threshold
 from .origin import Origin
 from .portable import RULES, PortableSAE, Say, silent, without_fraction
 from .supplement import FILE as SUPPLEMENT_FILE
@@ -198,7 +199,7 @@ def read(
         origin = origin.filled_by(supplement.origin)
         say("configuration and training state are those that were exported")
     else:
-        portable = _with_one_threshold(portable, path / peer.WEIGHTS, rescale_features, say)
+        portable = with_one_threshold(portable, path / peer.WEIGHTS, rescale_features, say)
         portable = portable.read_at(portable.input_scale if scale is None else scale, portable.output_scale)
         config, recorded, state = portable.config(k), portable.k, portable.state()
         if portable.training is not None:
@@ -268,16 +269,3 @@ def _format_of(path: Path, format: str | None) -> str:
         known = "; ".join(f"{peer.WEIGHTS} and {peer.CONFIG} ({name})" for name, peer in PEERS.items())
         raise ValueError(f"{path}: no SAE in a known format; must hold {known}")
     return found
-
-
-def _with_one_threshold(portable: PortableSAE, weights: Path, rescale: bool, say: Say) -> PortableSAE:
-    if portable.threshold is None or portable.threshold.dim() == 0:
-        return portable
-    if not rescale:
-        low, high = float(portable.threshold.min()), float(portable.threshold.max())
-        raise ValueError(
-            f"{weights}: threshold of each feature, {low:.4g} to {high:.4g}, and a SampledSAE has one for all; "
-            "rescale_features=True (--rescale-features) makes them one by changing the units of the codes"
-        )
-    say("features are rescaled to one threshold: the units of the codes and the decoder norms change")
-    return portable.one_threshold()

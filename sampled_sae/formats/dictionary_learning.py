@@ -160,8 +160,8 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
         return replace(crosscoders.unpack(tensors, trainer, weights, cfg, say), training=training)
     d_in, d_sae = field(cfg, trainer, "activation_dim"), field(cfg, trainer, "dict_size")
     if dict_class == NESTED:
-        training = {**(training or {}), "groups": _groups(weights, tensors, d_sae)}
-        tensors = _as_linear(weights, tensors, d_in, d_sae)
+        training = {**(training or {}), "groups": groups_of(weights, tensors, d_sae)}
+        tensors = as_linear(weights, tensors, d_in, d_sae)
     check_state(weights, tensors, d_in, d_sae)
     threshold = tensors.get("threshold")
     if threshold is not None and float(threshold) < 0:
@@ -179,7 +179,7 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
     return check_one_dtype(weights, sae)
 
 
-def _groups(weights: Path, tensors: dict[str, Tensor], d_sae: int) -> list[int]:
+def groups_of(weights: Path, tensors: dict[str, Tensor], d_sae: int) -> list[int]:
     """Where the groups of a Matryoshka SAE end.
 
     Raises:
@@ -192,7 +192,7 @@ def _groups(weights: Path, tensors: dict[str, Tensor], d_sae: int) -> list[int]:
     return torch.tensor(found).cumsum(0).tolist()
 
 
-def _as_linear(weights: Path, tensors: dict[str, Tensor], d_in: int, d_sae: int) -> dict[str, Tensor]:
+def as_linear(weights: Path, tensors: dict[str, Tensor], d_in: int, d_sae: int) -> dict[str, Tensor]:
     """The state of a Matryoshka SAE under the names of the other classes."""
     held = {name: t for name, t in tensors.items() if name not in ("k", "group_sizes")}
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,), "threshold": ()}

@@ -29,7 +29,11 @@ class PairedActivations(Activations):
     """
 
     def __init__(self, x: Any, target: Any, holdout: int | None = None) -> None:
-        self.x, self.target = as_activations(x, holdout), as_activations(target, holdout)
+        self.x = as_activations(x, holdout)
+        try:
+            self.target = as_activations(target, holdout)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"target: {error}") from error
         for name, part in (("x", self.x), ("target", self.target)):
             if part.d_out is not None:
                 raise ValueError(f"{name}: is a pair of activations already")

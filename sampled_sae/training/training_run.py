@@ -122,7 +122,7 @@ class TrainingRun:
                 self._check_saved()
             batch = feed.batch(0)
             check_variance(batch, train_config.batch_size, feed.store.where)
-            if batch.target is not None:
+            if init_from is None and batch.target is not None:
                 self.sae.init_b_dec(batch.x, batch.target, scaled=True)
             elif init_from is None:
                 with torch.no_grad():

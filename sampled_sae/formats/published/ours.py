@@ -15,7 +15,7 @@ from ...impl.threshold import NEVER_SET, OF_ANOTHER_SET, RUNNING_MEAN, VOID
 from ...support.atomic_files import field, read_json
 from ..origin import Origin
 from ..portable import PortableSAE, Say
-from .reading import Place, Reading, of_portable
+from .reading import Place, Reading, layer_of, of_portable
 
 NAME = pretrained.FORMAT
 
@@ -80,8 +80,10 @@ def origin(folder: Path) -> Origin:
     """
     if (folder / pretrained.RUN).is_file():
         trained = field(folder / pretrained.RUN, read_json(folder / pretrained.RUN), "activations", dict)
-        layer = None if trained.get("layers") else trained.get("layer")  # a crosscoder reads several
-        found = Origin(trained.get("model"), layer, context_size=trained.get("context"))
+        point = trained.get("point")
+        layer = trained.get("layer") if point is None else layer_of(str(point))
+        layer = None if trained.get("layers") else layer  # a crosscoder reads several
+        found = Origin(trained.get("model"), layer, point, trained.get("context"))
         return found.checked(folder / pretrained.RUN)
     if (folder / pretrained.ORIGIN).is_file():
         recorded: dict[str, Any] = read_json(folder / pretrained.ORIGIN)

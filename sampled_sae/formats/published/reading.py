@@ -142,5 +142,5 @@ def in_one_line(layout: str, reading: Reading, place: Place) -> str:
 
 def layer_of(hook: str | None) -> int | None:
     """The block that a hook of TransformerLens or transformers names."""
-    found = re.search(r"(?:blocks|layers|h)\.(\d+)(?:\.|$)", hook or "")
+    found = re.search(r"(?:blocks|layers|h)\.(\d+)(?:[.:]|$)", hook or "")
     return int(found[1]) if found else None
