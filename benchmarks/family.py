@@ -1,4 +1,4 @@
-"""Matryoshka SAEs, skip transcoders, crosscoders on real activations: ours and the peers' code, at equal steps and time.
+"""Matryoshka SAEs, skip transcoders, crosscoders on real activations: ours and the peers', at equal steps and time.
 
 Of each kind all candidates train in processes of their own, in slices of a few seconds that go round, on the same
 activations in the same order, with Adam at one learning rate after a short warm-up (sparsify also with its own
