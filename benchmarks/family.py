@@ -256,9 +256,8 @@ def made(kind: str, activations: Path, args: argparse.Namespace) -> list[Row]:
     about = {"lr": args.lr, "warm_up": args.warm_up, "dead_after": args.dead_after}
     setup = Setup(args.batch_size, store.d_in, args.features, args.k, **about, layers=store.layers)
     splice = None
-    if (
-        args.model != "none" and KINDS[kind].splice is not None
-    ):  # made first: what is missing is better known before minutes of training
+    if args.model != "none" and KINDS[kind].splice is not None:
+        # made first: what is missing is better known before minutes of training
         rows = store.holdout_rows()[: args.splice_rows]
         splice = KINDS[kind].splice.of_harvest(load_model(args.model)[0], rows, store.manifest).evaluate
     size = {"B": setup.B, "d": setup.d, "F": setup.F, "k": setup.k}
