@@ -57,6 +57,9 @@ def open_stream(args: argparse.Namespace) -> dict[str, StreamedActivations]:
         raise ValueError(f"train --model is for one process, here are {args.ranks.size}; harvest first, together")
     if args.holdout is not None:
         raise ValueError(f"holdout={args.holdout}: is for a file of activations; --holdout-rows is for texts")
+    if args.beside is not None:
+        beside = " ".join(args.beside)
+        raise ValueError(f"--beside {beside}: is of stored activations, which --model does without; harvest all first")
     if args.targets is not None:
         raise ValueError(f"targets={args.targets}: are for stored activations, which --model does without")
     if args.skip:

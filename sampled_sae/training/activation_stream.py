@@ -49,15 +49,16 @@ class StreamedActivations:
         manifest: what is said of it, as that of a store; the scale is known once the first block is read.
         index: which part of the blocks.
         d_in: its width.
-        d_out, output_scale: those of `Activations`; a stream has no targets.
+        width_in, layers, d_out, output_scale: those of `Activations`; a stream has one layer and no targets.
     """
 
+    layers = 1
     d_out: int | None = None
     output_scale = 1.0
 
     def __init__(self, stream: ActivationStream, index: int, about: dict[str, Any]) -> None:
         self.stream, self.index = stream, index
-        self.d_in = stream.blocks.source.widths[index]
+        self.d_in = self.width_in = stream.blocks.source.widths[index]
         settings = {**about.get("settings", {}), "buffer_tokens": stream.buffer_tokens}
         self.manifest = {**about, "d_in": self.d_in, "shards": [], "settings": settings}
 
