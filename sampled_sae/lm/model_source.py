@@ -215,7 +215,8 @@ def check_places(model: Any, places: Sequence[int | HookPoint]) -> list[int | Ho
             check_layer(model, place)
         found.append(place if isinstance(place, HookPoint) else check_integer("layer", place, 0))
     if not found or len(set(found)) < len(found):
-        raise ValueError(f"layers={[*map(str, places)]}: must be one or more places, none twice")
+        given = [place if isinstance(place, int) else str(place) for place in places]
+        raise ValueError(f"layers={given}: must be one or more blocks, none twice")
     return found
 
 
