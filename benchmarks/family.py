@@ -1,15 +1,17 @@
-"""Matryoshka SAEs and skip transcoders on real activations: ours and the peers' own code, at equal steps and time.
+"""Matryoshka SAEs, skip transcoders, crosscoders on real activations: ours and the peers', at equal steps and time.
 
 Of each kind all candidates train in processes of their own, in slices of a few seconds that go round, on the same
 activations in the same order, with Adam at one learning rate after a short warm-up (sparsify also with its own
-optimizer). Matryoshka SAEs start from the same weights; transcoders as each library begins them. The encoder product is
+optimizer). Matryoshka SAEs start from the same weights; the others as each library begins them. The encoder product is
 timed beside every fifth step. After --steps steps, and after --marks seconds inside the steps, the weights go into one
-SampledSAE, are calibrated to L0 = k by a threshold, and are evaluated on held-out text and in the model.
+SampledSAE, are calibrated to L0 = k by a threshold, and are evaluated on held-out text and, but for crosscoders, in the
+model. dictionary_learning's crosscoder is not in its release: SAMPLED_SAE_CROSSCODERS names a checkout of a branch.
 
     sampled-sae harvest runs/quality/activations --layer 15 --texts wiki-en --tokens 250000
     sampled-sae harvest runs/quality/mlp --layer 15 --mlp --texts wiki-en --tokens 150000
+    sampled-sae harvest runs/quality/beside --layer 7 --beside 15 23 --texts wiki-en --tokens 150000
     .venv/peers/bin/python benchmarks/family.py --matryoshka runs/quality/activations --transcoder runs/quality/mlp \
-        --out benchmarks/results/family_training.json
+        --crosscoder runs/quality/beside --out benchmarks/results/family_training.json
 
 A kind that the result file has already, with the same settings, is not trained again.
 """
@@ -49,7 +51,13 @@ from sampled_sae.training.sweep import Splice, evaluate
 from sampled_sae.training.training_batch import TrainingBatch
 
 PRODUCT_EVERY = 5
-WANTED = {"fvu": "fvu", "l0": "l0", "fvu_groups": "fvu_groups", "loss_recovered_zero": "loss_recovered"}
+WANTED = {
+    "fvu": "fvu",
+    "fvu_layers": "fvu_layers",
+    "l0": "l0",
+    "fvu_groups": "fvu_groups",
+    "loss_recovered_zero": "loss_recovered",
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Kind:
         entries: the candidates, for a dictionary of F features.
         start: (setup, first batch) to what a candidate is made with.
         sae: (tensors, setup, activations) to the SAE that is judged.
-        splice: its evaluator in the language model.
+        splice: its evaluator in the language model; None where it has none.
     """
 
     entries: Callable[[int], dict[str, Entry]]
@@ -92,6 +100,13 @@ def transcoders(F: int) -> dict[str, Entry]:
     return found | {name: Entry("sparsify_transcoder", TOKEN, how, "eai-sparsify") for name, how in peer.items()}
 
 
+def crosscoders(F: int) -> dict[str, Entry]:
+    rules: dict[str, dict[str, Any]] = {"l=4": {"l": 4.0}, "l=None (BatchTopK)": BATCH}
+    own = {f"ours, {name}": {"optimizer": "dense", "rule": rule} for name, rule in rules.items()}
+    found = {name: Entry("ours_crosscoder", options["rule"], options) for name, options in own.items()}
+    return found | {"dictionary_learning BatchTopKCrossCoder": Entry("dictionary_learning_crosscoder", BATCH)}
+
+
 def matryoshka_sae(tensors: dict[str, Tensor], setup: Setup, store: Activations) -> SampledSAE:
     return Weights(**tensors).sae(setup.k, l=None, groups=groups_of(setup.F), input_scale=store.scale)
 
@@ -101,10 +116,15 @@ def transcoder(tensors: dict[str, Tensor], setup: Setup, store: Activations) -> 
     return TranscoderWeights(**tensors).sae(setup.k, l=None, **scales)
 
 
+def crosscoder(tensors: dict[str, Tensor], setup: Setup, store: Activations) -> SampledSAE:
+    return Weights(**tensors).sae(setup.k, l=None, layers=setup.layers, input_scale=store.scale)
+
+
 KINDS = {
     "matryoshka": Kind(
         matryoshka, lambda setup, batch: initial_weights(setup, batch.median), matryoshka_sae, SpliceEvaluator
     ),
+    "crosscoder": Kind(crosscoders, lambda setup, batch: batch.x, crosscoder, None),
     "transcoder": Kind(transcoders, lambda setup, batch: (batch.x, batch.target), transcoder, PointSplice),
 }
 
@@ -118,7 +138,7 @@ class FamilySession:
         self.feed = Feed(as_activations(activations), setup.B, seed=0)
         first = self.feed.batch(0)
         self.candidate = make(KINDS[kind].entries(setup.F)[name], setup, KINDS[kind].start(setup, first))
-        self.product = product(first.x, torch.randn(setup.F, setup.d))
+        self.product = product(first.x, torch.randn(setup.F, first.x.shape[1]))
         self.seconds, self.steps = 0.0, 0
         self.ratios: list[float] = []
 
@@ -234,12 +254,14 @@ def made(kind: str, activations: Path, args: argparse.Namespace) -> list[Row]:
     """All rows of a kind."""
     store = as_activations(activations)
     about = {"lr": args.lr, "warm_up": args.warm_up, "dead_after": args.dead_after}
-    setup = Setup(args.batch_size, store.d_in, args.features, args.k, **about)
+    setup = Setup(args.batch_size, store.d_in, args.features, args.k, **about, layers=store.layers)
     splice = None
-    if args.model != "none":  # made first: what is missing is better known before minutes of training
+    if args.model != "none" and KINDS[kind].splice is not None:
+        # made first: what is missing is better known before minutes of training
         rows = store.holdout_rows()[: args.splice_rows]
         splice = KINDS[kind].splice.of_harvest(load_model(args.model)[0], rows, store.manifest).evaluate
     size = {"B": setup.B, "d": setup.d, "F": setup.F, "k": setup.k}
+    size |= {"layers": setup.layers} if setup.layers > 1 else {}
     size |= {name: store.manifest.get(name) for name in ("model", "layer", "point", "source")}
     with tempfile.TemporaryDirectory() as folder:
         found = train_kind(kind, activations, setup, args.steps, sorted(args.marks), Path(folder), args.threads)

@@ -24,6 +24,7 @@ class Setup:
         lr, warm_up: Adam's learning rate and the steps over which it rises; constant from then on.
         dead_after: tokens without being selected after which a feature is dead.
         device, dtype: where, and "float32" or "bfloat16" for products under autocast.
+        layers: of a crosscoder; d is the width of each.
     """
 
     B: int
@@ -35,6 +36,7 @@ class Setup:
     dead_after: int = 10_000_000
     device: str = "cpu"
     dtype: str = "float32"
+    layers: int = 1
 
     def lr_at(self, step: int) -> float:
         """lr of step 0, 1, ..."""
@@ -61,8 +63,9 @@ class Weights(NamedTuple):
         return Weights(self.W_enc * norm[:, None], self.b_enc * norm, self.W_dec / norm[:, None], self.b_dec)
 
     def sae(self, k: float, **rule: Any) -> SampledSAE:
-        """A SampledSAE of these weights, where they are."""
-        F, d = self.W_dec.shape
+        """A SampledSAE of these weights, where they are; with `layers` in the rule a crosscoder."""
+        F, width = self.W_dec.shape
+        d = width // rule.get("layers", 1)
         sae = SampledSAE(SampledSAEConfig(d_in=d, d_sae=F, k=k, **rule), device=self.W_dec.device)
         with torch.no_grad():
             for name, value in self._replace(W_enc=self.W_enc.t())._asdict().items():
