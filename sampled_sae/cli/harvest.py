@@ -9,6 +9,7 @@ from typing import Any
 from ..support.argument_checks import check_integer
 from ..support.output_folder import check_output_folder
 from .arguments import Command, loaded_model, model_arguments
+from .places import pair_of, place_arguments
 from .processes import add_rank_options
 from .texts import Texts, text_arguments
 
@@ -18,18 +19,7 @@ def add(command: Command) -> None:
     p.add_argument("out", type=Path, help="folder to write to; an interrupted harvest there is resumed")
     model_arguments(p)
     p.add_argument("--layer", type=int, default=None, help="block whose output is stored, from 0")
-    p.add_argument(
-        "--mlp",
-        action="store_true",
-        help="store what the MLP of --layer reads and what it writes, side by side: activations with targets",
-    )
-    p.add_argument(
-        "--points",
-        nargs=2,
-        metavar=("READ", "TARGET"),
-        default=None,
-        help="the same of any two places, in place of --layer: MODULE:in or MODULE:out, as model.layers.3.mlp:in",
-    )
+    place_arguments(p)
     p.add_argument(
         "--beside",
         nargs="+",
@@ -57,7 +47,7 @@ def harvest(args: argparse.Namespace) -> None:
     check_output_folder(args.out)
     layers = [] if args.beside is None else [args.layer, *args.beside]
     texts = Texts.open(args, args.model, *(layers or ([] if args.layer is None else [args.layer])))
-    points = _points(args, texts.skeleton)
+    points = pair_of(args, texts.skeleton, [] if args.layer is None else [args.layer])
     what = f"layer {args.layer}" if points is None else f"{points[0]} and {points[1]}"
     what = f"layers {', '.join(map(str, layers))}" if layers else what
     print(f"Harvests {what} of {args.model} over {args.texts} into {args.out}{texts.without()}", flush=True)
@@ -96,20 +86,6 @@ def _check_place(args: argparse.Namespace) -> None:
         raise ValueError("layer=None: give --layer, the block, from 0, whose output is stored, or --points")
     if args.beside is not None and (args.points is not None or args.mlp):
         raise ValueError(f"--beside {' '.join(map(str, args.beside))}: is of blocks, without --points and --mlp")
-
-
-def _points(args: argparse.Namespace, skeleton: Any) -> tuple[Any, Any] | None:
-    """The two places of a pair; None for the output of --layer. ValueError where the model has them not."""
-    from ..residual_stream.hook_points import HookPoint, mlp_points
-
-    if args.mlp:
-        return mlp_points(skeleton, args.layer)
-    if args.points is None:
-        return None
-    read, target = map(HookPoint.parse, args.points)
-    for point in (read, target):
-        point.of(skeleton)
-    return read, target
 
 
 def _check_resumes(args: argparse.Namespace, points: tuple[Any, Any] | None) -> None:

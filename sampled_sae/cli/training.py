@@ -39,7 +39,7 @@ from .closing import closing_splice, draw_layers, evaluate_at_end
 from .identity import SPLICE_ROWS, check_same_activations, splice_source
 from .logs import add_log_options, log_place
 from .processes import add_rank_options
-from .streaming import check_no_model, open_stream, stream_arguments
+from .streaming import check_no_model, evaluate_streamed, open_stream, stream_arguments
 
 
 def add(command: Command) -> None:
@@ -208,8 +208,10 @@ def _train_on_model(args: argparse.Namespace) -> None:
         print(f"{_begins(run)}: {run.sae}\nwrites to {folder}", flush=True)
     with closed_logs(runs.values()):
         train_to_end({str(folder): run for folder, run in runs.items()}, not args.quiet)
-    for folder, run in runs.items():
-        print(f"done: threshold {float(run.sae.threshold):.4g}, {closing_line({}, folder)}")
+        for (folder, run), part in zip(runs.items(), parts.values()):
+            result = evaluate_streamed(run.sae, args, part, folder)
+            run.log.result(result)
+            print(f"done: threshold {float(run.sae.threshold):.4g}, {closing_line(result, folder)}")
 
 
 def _begins(run: TrainingRun) -> str:

@@ -70,6 +70,11 @@ class ShuffledStream:
         """That of the store, by which batches are multiplied."""
         return self.store.scale
 
+    @property
+    def output_scale(self) -> float:
+        """That of the store's targets; 1 where there are none."""
+        return self.store.output_scale
+
     def calibration_batches(self, n: int) -> range:
         """Numbers of the n batches that the threshold is calibrated on: the first."""
         return range(n)
@@ -243,7 +248,7 @@ class Feed:
     @property
     def output_scale(self) -> float:
         """What the targets are multiplied by."""
-        return self.store.output_scale
+        return self.stream.output_scale
 
     @property
     def scale(self) -> float | tuple[float, ...]:

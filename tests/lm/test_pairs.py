@@ -49,6 +49,8 @@ def test_what_is_stored_is_what_the_mlp_reads_and_writes(make, rows, tmp_path):
     assert ActivationStore.open(tmp_path / "inputs").manifest["point"] == str(mlp_points(model, 2)[0])
     assert not mlp_of(model, 2)._forward_hooks
     assert as_activations(tmp_path).manifest == pair.manifest
+    with pytest.raises(ValueError, match="holds the stores inputs, outputs; name the one to read"):
+        ActivationStore.open(tmp_path)
 
 
 def test_tokens_are_left_out_of_both(small_llama, rows, tmp_path):
