@@ -106,7 +106,7 @@ def test_the_bound_lets_little_through(monkeypatch):
     threshold, looked = 16 * 2.5 * sizes, []
     settled = above.FloorSearch._settled
     monkeypatch.setattr(
-        above.FloorSearch, "_settled", lambda *args: looked.append(len(args[3].values)) or settled(*args)
+        above.FloorSearch, "_settled", lambda *args: looked.append(len(args[3])) or settled(*args)
     )
     codes = TORCH.above_threshold(TORCH.encoder(x, W, torch.zeros(3000), screen="bf16"), threshold)
     assert codes.count() > 500
