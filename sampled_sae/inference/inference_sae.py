@@ -242,7 +242,7 @@ class InferenceSAE(Splicing, nn.Module):
         c = self.cfg
         copied = x.dtype != torch.float32 or c.apply_b_dec_to_input or c.normalize != "none" or c.input_scale != 1
         flat = x.reshape(-1, c.d_in)
-        return [flat[at] for at in even_slices(len(flat), c.d_in, COPIED if copied else 2 * COPIED)] or [flat]
+        return [flat[at] for at in even_slices(len(flat), c.d_in, COPIED if copied else 2 * COPIED)]
 
     def _scale(self, features: Tensor | None = None) -> Tensor | None:
         """What activations are multiplied by: [F], or [P] of the features."""

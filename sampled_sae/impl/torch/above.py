@@ -19,7 +19,7 @@ from ...support.reused_memory import scratch
 from ..encoder import Operands
 from .column_filter import places_reaching
 from .floor_screen import seen_above, seen_tokens
-from .plain_screen import is_plain, seen_plainly
+from .plain_screen import PlainScreen, is_plain
 from .products import activations_at, candidate_spans, ends_of_tokens, raised, sampled_product
 from .stream import MOST_SCREENED, in_order, join, take
 
@@ -92,10 +92,9 @@ class FloorSearch:
         while look.screen is not None:
             seen = look.through(span, self._of(self.finite_floor, span))
             if seen is not None:
-                z, least = seen
-                places = places_reaching(z, least)
-                if len(places) <= MOST_SCREENED * z.numel():
-                    return self._settled(look.block, span, places // z.shape[1], places % z.shape[1])
+                places, width = seen
+                if len(places) <= MOST_SCREENED * look.block.n_tokens * width:
+                    return self._settled(look.block, span, places // width, places % width)
             look.drop()
         return None
 
@@ -136,6 +135,7 @@ class LookThrough:
         self.block, self.screens = block, screens
         self.tokens: Tensor | None = None
         usable = block.screen is not None and block.screen.in_range
+        self.plain: PlainScreen | None = None
         self._left = [name for name in screens if usable and (name != "plain" or is_plain(block))]
 
     @property
@@ -153,15 +153,16 @@ class LookThrough:
         weights = W.shape[1] * (1 if W.dtype == self.block.x.dtype or self.screen is not None else 2)
         return max(64, min(2 * CHUNK_ELEMENTS // (n_tokens * bytes_each), WEIGHT_ELEMENTS // weights) // 64 * 64)
 
-    def through(self, span: slice, floor: Tensor) -> tuple[Tensor, Tensor] | None:
-        """A chunk [B, C] in bfloat16, and what it is at least where the activation lies above its floor, [1] or [C]."""
+    def through(self, span: slice, floor: Tensor) -> tuple[Tensor, int] | None:
+        """Where a chunk [B, C], flat, may lie above its floor, [1] or [C], ascending; and C. None out of range."""
         if self.screen == "plain":
-            return seen_plainly(self.block, span, floor)
+            self.plain = self.plain or PlainScreen(self.block)
+            return self.plain.places(span, floor)
         if self.tokens is None:
             assert self.block.screen is not None
             self.tokens = seen_tokens(self.block.screen)
         seen = seen_above(self.block, self.tokens, span, floor)
-        return None if seen is None else (seen, seen.new_zeros(1))
+        return None if seen is None else (places_reaching(seen, seen.new_zeros(1)), seen.shape[1])
 
 
 def in_whole_rows(block: Operands, floor: Tensor) -> Entries:
