@@ -1,9 +1,9 @@
 """Every activation above the floor of its feature, without [B, F]: chunks of the encoder product through a filter.
 
 A chunk [B, C] is filtered in cache (column_filter.py). With a screen it is a bfloat16 product (plain_screen.py where
-both operands hold no more, floor_screen.py for all others). What that cannot rule out is computed again, one by one,
-while the chunk's weights are in cache. Where a rule lets so much through that lists of entries cost more than the
-product, whole rows of activations are computed for a few tokens at a time: the same memory, whatever the share.
+both operands hold no more, floor_screen.py for all others), and what that cannot rule out is computed again, one by
+one. Where a rule lets so much through that lists of entries cost more than the product, whole rows of activations are
+computed for a few tokens at a time: the same memory, whatever the share.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from ..encoder import Operands
 from .column_filter import places_reaching
 from .floor_screen import seen_above, seen_tokens
 from .plain_screen import PlainScreen, is_plain
-from .products import activations_at, candidate_spans, ends_of_tokens, raised, sampled_product
+from .products import (
+    GATHERED_ELEMENTS,
+    activations_at,
+    candidate_spans,
+    ends_of_tokens,
+    raised,
+    sampled_product,
+)
 from .stream import MOST_SCREENED, in_order, join, take
 
 # elements of tokens, of weights and of their product, at once
@@ -39,8 +46,7 @@ FEWEST_TOKENS = 32
 def entries_above(operands: Operands, floor: Tensor) -> Entries:
     """Every entry of (x W^T + b) * scale strictly above the floor, [1] or [F], sorted by token, then feature."""
     if operands.n_tokens == 0:  # of a process whose part of a batch is empty
-        nothing = operands.x.new_zeros(0)
-        return Entries(nothing, nothing.long(), nothing.long())
+        return nothing_of(operands)
     search, found = FloorSearch(floor), []
     for at, block in blocks_of_tokens(operands):
         values, tokens, features = search.among(block)
@@ -52,6 +58,29 @@ def blocks_of_tokens(operands: Operands) -> Iterator[tuple[slice, Operands]]:
     """(some tokens, their operands), in blocks of about the same size."""
     for at in even_slices(operands.n_tokens, operands.x.shape[1], TOKEN_ELEMENTS):
         yield at, operands.of_tokens(at)
+
+
+def nothing_of(operands: Operands) -> Entries:
+    nothing = operands.x.new_zeros(0)
+    return Entries(nothing, nothing.long(), nothing.long())
+
+
+class Found:
+    """What was found so far, chunk by chunk: columns of numbers."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Tensor, ...]] = []
+        self.count = 0
+
+    def add(self, *columns: Tensor) -> None:
+        self.parts.append(columns)
+        self.count += len(columns[0])
+
+    def taken(self) -> list[Tensor]:
+        """All of it, which is no longer held here."""
+        columns = [torch.cat(column) for column in zip(*self.parts)]
+        self.parts, self.count = [], 0
+        return columns
 
 
 class FloorSearch:
@@ -76,41 +105,52 @@ class FloorSearch:
 
     def listed(self, block: Operands) -> Entries | None:
         """The same chunk by chunk; None where there are too many."""
-        look, found, count, start = LookThrough(block, self.screens), [], 0, 0
+        look, start = LookThrough(block, self.screens), 0
+        found, candidates = Found(), Found()
         while start < block.n_features:
             span = slice(start, min(start + look.width(), block.n_features))
-            part = self._screened(look, span)
-            found.append(self._in_full(block, span) if part is None else part)
-            count, start = count + len(found[-1].values), span.stop
-            if count > max(FEWEST_LISTED, MOST_LISTED * block.n_tokens * span.stop):
+            seen = self._screened(look, span)
+            if seen is None:
+                found.add(*self._in_full(block, span))
+            else:
+                candidates.add(*seen)
+            start = span.stop
+            if candidates.count * block.W.shape[1] >= GATHERED_ELEMENTS:
+                found.add(*self._settled(block, *candidates.taken()))
+            if found.count + candidates.count > max(FEWEST_LISTED, MOST_LISTED * block.n_tokens * start):
                 self.listing = False
                 return None
-        return in_order(join(found), block.n_features)
+        if candidates.count:
+            found.add(*self._settled(block, *candidates.taken()))
+        return in_order(Entries(*found.taken()), block.n_features)
 
-    def _screened(self, look: LookThrough, span: slice) -> Entries | None:
-        """Entries of a chunk seen through a screen; None where none is left that does not leave too much open."""
+    def _screened(self, look: LookThrough, span: slice) -> tuple[Tensor, Tensor] | None:
+        """(tokens, features) that a screen leaves open; None where there is no screen that leaves few enough."""
         while look.screen is not None:
             seen = look.through(span, self._of(self.finite_floor, span))
             if seen is not None:
                 places, width = seen
                 if len(places) <= MOST_SCREENED * look.block.n_tokens * width:
-                    return self._settled(look.block, span, places // width, places % width)
+                    tokens = places // width
+                    return tokens, places - tokens * width + span.start
             look.drop()
         return None
 
-    def _settled(self, block: Operands, span: slice, tokens: Tensor, columns: Tensor) -> Entries:
-        """The candidates of a chunk, columns counted from its first, in full precision."""
+    def _settled(self, block: Operands, tokens: Tensor, features: Tensor) -> Entries:
+        """Candidates in full precision."""
         x, W, b, scale, *_ = block
-        rows, at = W[span], columns
+        tokens, order = tokens.sort(stable=True)
+        features = features.index_select(0, order)
+        at = features
         if W.dtype != x.dtype:
-            # only those that have candidates are raised
-            distinct, at = columns.unique(return_inverse=True)
-            rows = raised(rows.index_select(0, distinct), x)
-        values = sampled_product(x, rows, ends_of_tokens(tokens, block.n_tokens), at)
-        values += b[span].index_select(0, columns)
+            # only those that have candidates are raised, each once
+            distinct, at = features.unique(return_inverse=True)
+            W = raised(W.index_select(0, distinct), x)
+        values = sampled_product(x, W, ends_of_tokens(tokens, block.n_tokens), at)
+        values += b.index_select(0, features)
         if scale is not None:
-            values *= scale[span].index_select(0, columns)
-        return self._above(Entries(values, tokens, columns + span.start))
+            values *= scale.index_select(0, features)
+        return self._above(Entries(values, tokens, features))
 
     def _in_full(self, block: Operands, span: slice) -> Entries:
         """Entries of a chunk from a product in full precision."""

@@ -16,7 +16,8 @@ GROUP = 16
 def places_reaching(a: Tensor, floor: Tensor) -> Tensor:
     """int64 [n], ascending: where a.flatten() is not below its floor; NaN is not.
 
-    a: [T, C], contiguous. floor: [1], or [C'] for the first C' <= C columns, which alone are looked at.
+    a: [T, C], contiguous, of fewer than 2^31 elements. floor: [1], or [C'] for the first C' <= C columns, which alone
+    are looked at.
     """
     n_tokens, stride = a.shape
     width = len(floor) if len(floor) > 1 else stride
@@ -26,15 +27,15 @@ def places_reaching(a: Tensor, floor: Tensor) -> Tensor:
         if start == stop:
             continue
         top, least = sortable(a[start:stop, :width].view(-1, size, width), floor)
-        hits = (top.amax(1) < least).logical_not_().flatten().nonzero().squeeze(1)
+        hits = (top.amax(1) < least).logical_not_().flatten().nonzero().squeeze(1).int()
         group = hits // width
         columns = hits - group * width
         first = (group * size + start) * stride + columns
-        inside = first[:, None] + torch.arange(0, size * stride, stride)
+        inside = first[:, None] + torch.arange(0, size * stride, stride, dtype=torch.int32)
         values = a.flatten().index_select(0, inside.flatten()).view(-1, size)
         below = values < (floor.index_select(0, columns)[:, None] if len(floor) > 1 else floor)
         found.append(inside[below.logical_not_()])
-    return torch.cat(found).sort().values
+    return torch.cat(found).sort().values.long()
 
 
 def sortable(a: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
