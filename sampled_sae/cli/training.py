@@ -154,7 +154,7 @@ def _sae_config(args: argparse.Namespace, store: Activations | StreamedActivatio
         d_in=store.d_in,
         d_out=store.d_out,
         layers=store.layers,
-        skip=args.skip or rule.pop("skip", False),
+        skip=rule.pop("skip", False) or args.skip,
         aux_coefficient=args.aux_coefficient,
         pool_every=args.pool_every,
         score_tokens=args.score_tokens,

@@ -12,6 +12,7 @@ from torch import Tensor
 from .activations import Activations
 from .opening import as_activations
 from .same_settings import identity
+from .same_tokens import check_same_tokens
 
 
 class StackedActivations(Activations):
@@ -43,19 +44,14 @@ class StackedActivations(Activations):
                     f"layers[{i}]={part.where}: has width {part.d_in}, must have that of {first.where}, {first.d_in}"
                 )
         for i, part in enumerate(others, 1):
-            held_out = [(each.manifest.get("holdout") or {}).get("tokens") for each in (part, first)]
-            if part.tokens != first.tokens or held_out[0] != held_out[1]:
-                shown = " and ".join(f"{sum(each.tokens)} in {len(each.tokens)} shards" for each in (part, first))
-                raise ValueError(
-                    f"layers[{i}]={part.where}: must have the tokens of {first.where} in shards of the same sizes, and "
-                    f"as many held out; they have {shown}, held out {held_out[0]} and {held_out[1]}"
-                )
+            check_same_tokens(f"layers[{i}]", part, first)
         self.manifest = {**first.manifest, **self._about()}
 
     def _about(self) -> dict[str, Any]:
         """What is not that of the first layer alone."""
         abouts = [identity(part.manifest) for part in self.parts]
-        about = {name: _joined([each[name] for each in abouts]) for name in ("model", "layer", "source")}
+        said = [name for name in ("model", "layer", "point", "source") if any(name in each for each in abouts)]
+        about = {name: _joined([each.get(name) for each in abouts]) for name in said}
         settings = {**self.parts[0].manifest.get("settings", {})}
         settings["weights_sha256"] = _joined([each["weights_sha256"] for each in abouts])
         shards = [list(of_all) for of_all in zip(*(part.manifest["shards"] for part in self.parts))]
