@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..impl.column_bounds import ColumnBounds
 from ..impl.dead_features import AuxRule
 from ..impl.encoder import Encoder, Operands
 from ..impl.hints import Rule
@@ -19,7 +20,7 @@ def aux_loss(
     W_dec: Tensor,
     dead: Tensor,
     rule: AuxRule,
-    scores: Tensor | None = None,
+    scores: Tensor | ColumnBounds | None = None,
     target: Tensor | None = None,
 ) -> Tensor:
     """As that of one process: impl/torch/aux_loss.py.
@@ -39,7 +40,7 @@ def aux_loss(
         k_aux = min(k_aux, n_members)
     else:
         # as many as there may be, so that nothing waits for their number: live ones are put out by their bias
-        scores = parts.column_scores(operands, rule.score) if scores is None else scores
+        scores = scores if isinstance(scores, Tensor) else parts.column_scores(operands.in_full(), rule.score)
         # one bit pattern up: a dead feature of score 0 still ranks above every live one
         keys = torch.where(dead, (scores.view(torch.int32) + 1).view(torch.float32), 0)
         members = parts.candidate_pool(keys, min(rule.aux_pool, len(dead)))
@@ -62,7 +63,7 @@ def residual_variance(residual: Tensor, x: Tensor, n_tokens: int, mesh: Mesh) ->
 
 
 def dead_candidates(
-    parts: SpreadParts, operands: Operands, dead: Tensor, rule: AuxRule, scores: Tensor | None
+    parts: SpreadParts, operands: Operands, dead: Tensor, rule: AuxRule, scores: Tensor | ColumnBounds | None
 ) -> Tensor:
     """int64, ascending: of the dead features here those that take part."""
     members = dead.nonzero().squeeze(1)
@@ -71,5 +72,13 @@ def dead_candidates(
     counts = parts.mesh.feature.gather(torch.tensor(len(members), device=dead.device), "dead features")
     if int(counts.sum()) <= rule.aux_pool:
         return members
-    of_members = parts.column_scores(operands.of_features(members), rule.score) if scores is None else scores[members]
-    return members[parts.largest(of_members, rule.aux_pool, int(counts.max()))]
+    if isinstance(scores, ColumnBounds):
+        found = parts.ranking.within(scores.of_features(members), rule.aux_pool, most_local=int(counts.max()))
+        if found is not None:
+            return members[found]
+        of_members = scores.exact(members)
+    elif scores is None:
+        of_members = parts.column_scores(operands.of_features(members), rule.score)
+    else:
+        of_members = scores[members]
+    return members[parts.ranking.largest(of_members, rule.aux_pool, int(counts.max()))]

@@ -19,11 +19,12 @@ def spread_parts(name: str, weights: Weights, mesh: Mesh) -> Implementation:
     return replace(
         local,
         column_scores=spread.column_scores,
-        column_bounds=lambda operands, score: None,
+        column_bounds=spread.column_bounds,
         candidate_pool=spread.candidate_pool,
         select=spread.select,
         decode=spread.decode,
         decode_levels=spread.decode_levels,
         aux_loss=partial(aux_loss, spread),
         totals=spread.totals,
+        ranking=spread.ranking,
     )

@@ -6,7 +6,7 @@ What depends on it asks the layer's layout, so that the step of one process and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -35,6 +35,10 @@ class Layer(Protocol):
     def b_dec(self) -> nn.Parameter: ...
     @property
     def W_skip(self) -> nn.Parameter | None: ...
+
+
+# tokens of a batch, and what goes with them
+Given = TypeVar("Given", bound=tuple[Tensor, ...])
 
 
 class Leaves(NamedTuple):
@@ -73,20 +77,21 @@ class Layout:
         rows = layer.memory.rows(keep_rows)
         return Leaves(layer.W_enc.t(), layer.b_enc, layer.W_dec, layer.b_dec, layer.b_dec, rows, layer.W_skip)
 
-    def read(self, read: Callable[[], Tensor]) -> tuple[Tensor, Share | None]:
-        """What `read` makes of the caller's batch, [B, d], and where it stands in that of all processes."""
+    def read(self, read: Callable[[], Given]) -> tuple[Given, Share | None]:
+        """What `read` makes of the caller's batch, tokens [B, d] first, and where they stand among all processes'."""
         return read(), None
 
     def into_encoder(self, x: Tensor) -> Tensor:
         """x [B, d] as the encoder is given it."""
         return x
 
+    def screen(self, screen: str, impl: str, share: Share | None) -> str:
+        """What `cfg.screen` means for a batch, or for tokens that stand alone where `share` is None."""
+        return screen
+
     def guard(self, layer: Layer) -> None:
         """Refuses, before a step with gradients, what would train `layer` by another rule."""
         guard_rule(layer)
-
-    def check_inference(self, inference: str) -> None:
-        """Refuses what evaluation mode cannot do where the layer is."""
 
     def numbered(self, codes: SparseCodes) -> SparseCodes:
         """Codes of the features here, as those of all features."""

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from cases import batches, close, compare, rows_of, spread, start, train_alone, train_on_mesh
+from cases import batches, close, compare, rows_of, spread, start, target_of, train_alone, train_on_mesh
 from no_host_sync import NoHostSync, allow_late_scalars
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -32,6 +32,11 @@ CASES = [
     ((2, 1), {"row_grads": True, "l": None, "groups": (10, 40, 96)}, "dense"),
     ((1, 3), {"groups": (10, 40, 50, 101), "d_sae": 101}, "adam"),
     ((2, 2), {"row_grads": True, "l": None, "groups": (10, 40, 96)}, "lazy"),
+    # transcoders, with and without a skip
+    ((3, 1), {"row_grads": True, "d_out": 7}, "decayed"),
+    ((2, 1), {"row_grads": True, "l": None, "skip": True, "input_scale": 0.37, "output_scale": 0.6}, "dense"),
+    ((1, 3), {"row_grads": True, "d_out": 7, "skip": True, "d_sae": 101}, "lazy"),
+    ((2, 2), {"skip": True, "groups": (10, 40, 96), "l": 8.0}, "adam"),
 ]
 
 
@@ -42,6 +47,26 @@ def test_twenty_steps_are_those_of_one_process(workers, shape, rule, kind):
     alone = train_alone(settings, counts, 20, kind)
     assert any(line["aux"] > 0 for line in alone["lines"])
     compare(alone, ranks, counts)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rule"),
+    [
+        ((2, 1), {"row_grads": True}),
+        ((1, 3), {"d_sae": 101, "score_tokens": 0.5}),
+        ((2, 2), {"pool": "sample", "score": "l2_squared", "row_grads": True}),
+        pytest.param((3, 1), {"l": None, "row_grads": True}, marks=pytest.mark.slow),
+        pytest.param((1, 2), {"l": 14.0, "select": "token"}, marks=pytest.mark.slow),
+        pytest.param((2, 1), {"score": "uniform"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_steps_with_a_screen_are_those_of_one_process_without(workers, shape, rule):
+    settings, counts = {**BASE, **rule, "dtype": torch.float32}, COUNTS[shape[0]]
+    ranks = workers.run(shape[0] * shape[1], train_on_mesh, shape, {**settings, "screen": "bf16"}, counts, 8, "dense")
+    alone = train_alone({**settings, "screen": "off"}, counts, 8, "dense")
+    assert any(line["aux"] > 0 for line in alone["lines"])
+    compare(alone, ranks, counts, 1e-5)
 
 
 @pytest.mark.slow
@@ -78,12 +103,12 @@ def accumulate(sae, parts, rank):
     total, x_gradients = 0, []
     for of_step in parts:
         x = (torch.cat(of_step) if rank is None else of_step[rank]).clone().requires_grad_()
-        out = sae(x)
+        out = sae(x, target_of(sae, x))
         loss = out.loss * 3
         loss.backward()
         x_gradients.append(x.grad)
         total += float(loss.detach())
-    return {name: rows_of(sae, name).clone() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}, x_gradients, total
+    return {name: rows_of(sae, name).clone() for name, _ in sae.named_parameters()}, x_gradients, total
 
 
 def accumulate_on_mesh(shape, settings, counts):
@@ -92,14 +117,14 @@ def accumulate_on_mesh(shape, settings, counts):
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=str)
-@pytest.mark.parametrize("row_grads", [True, False])
-def test_gradients_add_up_and_reach_the_input(workers, shape, row_grads):
-    settings, counts = {"impl": "torch", "l": 2.0, "row_grads": row_grads}, COUNTS[shape[0]]
+@pytest.mark.parametrize("rule", [{"row_grads": True}, {}, {"d_out": 5, "skip": True}], ids=str)
+def test_gradients_add_up_and_reach_the_input(workers, shape, rule):
+    settings, counts = {"impl": "torch", "l": 2.0, **rule}, COUNTS[shape[0]]
     expected, of_x, total = accumulate(start(settings), batches(counts, 2), None)
     for rank, first, (found, of_ours, ours) in workers.run(2, accumulate_on_mesh, shape, settings, counts):
         close(torch.tensor(ours), torch.tensor(total), "loss", 1e-11)
         for name, gradient in expected.items():
-            part = gradient if name == "b_dec" else gradient[first : first + len(found[name])]
+            part = gradient if name in ("b_dec", "W_skip") else gradient[first : first + len(found[name])]
             close(found[name], part, name, 1e-11)
         for step, gradient in enumerate(of_x):
             start_at = sum(counts[step][:rank])

@@ -37,10 +37,14 @@ def rounded(x: Tensor, W: Tensor, screen: str) -> RoundedTokens | None:
     """x [B, d] in bfloat16 where `screen` asks for it and the operands allow it; else None."""
     if screen == "off" or x.dtype != torch.float32 or W.dtype not in (torch.float32, *HALF) or x.device.type != "cpu":
         return None
-    small = x.shape[0] < FEWEST_TOKENS or x.shape[0] * W.shape[0] < FEWEST_ACTIVATIONS
-    if screen == "auto" and (small or not fast_bfloat16()):
+    if screen == "auto" and not (large_enough(len(x), len(W)) and fast_bfloat16()):
         return None
     return RoundedTokens(x) if sums_in_float32() else None
+
+
+def large_enough(n_tokens: int, n_features: int) -> bool:
+    """Whether a product of this size is worth a screen."""
+    return n_tokens >= FEWEST_TOKENS and n_tokens * n_features >= FEWEST_ACTIVATIONS
 
 
 @functools.cache
