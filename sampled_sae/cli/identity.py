@@ -114,7 +114,7 @@ def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource 
         model = loaded_model(name, args)
         if not args.insist:
             check_model({"model": name, "weights_sha256": weights_digest(model)}, harvested, store.where)
-        return SpliceEvaluator.of_harvest(model, rows, store.manifest, insist=True).evaluate
+        return SpliceEvaluator.of_harvest(model, rows, store.manifest, insist=True, mesh=args.ranks.mesh).evaluate
 
     # Without --insist the weights are those that were harvested, under whatever name.
     return SpliceSource({"model": name if args.insist else harvested["model"], "rows": count}, load)

@@ -96,6 +96,15 @@ class MeshLayout(Layout):
             return x
         return SumBackward.apply(x, self.mesh.feature, "gradient of x")
 
+    def of_feature_ranks(self, x: Tensor) -> tuple[Tensor, slice]:
+        ranks = self.mesh.feature
+        counts = ranks.gather(torch.tensor([len(x)], device=x.device), "batch sizes").flatten().tolist()
+        padded = x.new_zeros(max(counts), *x.shape[1:])
+        padded[: len(x)] = x
+        first = sum(counts[: ranks.rank])
+        every = torch.cat([of_rank[:n] for of_rank, n in zip(ranks.gather(padded, "tokens"), counts)])
+        return every, slice(first, first + len(x))
+
     def screen(self, screen: str, impl: str, share: Share | None) -> str:
         """ "auto" and "bf16" become what is right for all processes, since scores are bounded together."""
         if share is None or screen == "off":

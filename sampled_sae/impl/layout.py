@@ -85,6 +85,10 @@ class Layout:
         """x [B, d] as the encoder is given it."""
         return x
 
+    def of_feature_ranks(self, x: Tensor) -> tuple[Tensor, slice]:
+        """Tokens [B, d] of the processes that hold other features, one after another, and which of them are x."""
+        return x, slice(None)
+
     def screen(self, screen: str, impl: str, share: Share | None) -> str:
         """What `cfg.screen` means for a batch, or for tokens that stand alone where `share` is None."""
         return screen

@@ -182,7 +182,10 @@ def reconstruct_with(sae: SampledSAE) -> Reconstruction:
 
 
 class Reconstruction:
-    """x [n, d_in], as the model made them, to what the SAE makes of them in the mode it is in."""
+    """x [n, d_in], as the model made them, to what the SAE makes of them in the mode it is in.
+
+    Of an SAE that is spread over several ranks all call it, each with tokens of its own.
+    """
 
     # SpliceEvaluator leaves the scaling to it
     scales = True
@@ -194,4 +197,5 @@ class Reconstruction:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        return self.sae.decode(self.sae.encode_sparse(x.to(self.sae.W_enc))).to(x)
+        tokens, own = self.sae.layout.of_feature_ranks(x.to(self.sae.W_enc.device, self.sae.W_enc.dtype))
+        return self.sae.decode(self.sae.encode_sparse(tokens))[own].to(x)
