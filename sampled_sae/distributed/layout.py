@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..codes import SparseCodes
 from ..impl.encoder import Share
+from ..impl.hints import ThresholdHints
 from ..impl.interface import Implementation
 from ..impl.layout import Given, Layer, Layout, Leaves
 from ..impl.row_gradients import RowSource
@@ -39,7 +40,9 @@ class MeshLayout(Layout):
         self.device_mesh = mesh.device_mesh
         self.batches = 0
         self._fast, self._exact = self._of_all(fast_bfloat16()), self._of_all(sums_in_float32())
-        self._parts = lru_cache(maxsize=None)(lambda name: spread_parts(name, weights, mesh))
+        # a process without tokens has none: with those that every process must have alike they would be mixed up
+        self.own_hints = own_hints = ThresholdHints()
+        self._parts = lru_cache(maxsize=None)(lambda name: spread_parts(name, weights, mesh, own_hints))
 
     def parts(self, name: str) -> Implementation:
         return self._parts(name)

@@ -29,11 +29,12 @@ from .weights import Weights
 class SpreadParts:
     """local: the parts of one process. waits: whether they may ask a device for values that decide what comes next."""
 
-    def __init__(self, local: Implementation, weights: Weights, mesh: Mesh, waits: bool) -> None:
+    def __init__(
+        self, local: Implementation, weights: Weights, mesh: Mesh, own_hints: ThresholdHints, waits: bool
+    ) -> None:
         self.local, self.weights, self.mesh, self.waits = local, weights, mesh, waits
         self.totals, self.ranking = SpreadTotals(mesh), SpreadRanking(weights, mesh)
-        # a process without tokens has none: with those that every process must have alike they would be mixed up
-        self.own_hints = ThresholdHints()
+        self.own_hints = own_hints
 
     def column_scores(self, operands: Operands, score: str) -> Tensor:
         """[F], of the features here over the tokens of all."""
@@ -80,7 +81,7 @@ class SpreadParts:
     ) -> SparseCodes:
         n = rule.budget(operands.whole_shape[0])
         rule, members = rule._replace(most=n), operands.members
-        hint = hints.of(rule, members) if self.waits else None
+        hint = hints.of(rule, members) if self.waits and not as_block else None
         hint = None if isinstance(hint, Tensor) else hint
         codes, found = self._candidates(encoder, operands, rule, hint, as_block)
         bits = sort_bits(found.values)
@@ -90,7 +91,7 @@ class SpreadParts:
             codes, found = self._candidates(encoder, operands, rule, None, as_block)
             bits = sort_bits(found.values)
             cut = find_cut(bits, n, self.mesh)
-        if self.waits:
+        if self.waits and not as_block:
             hints.keep(rule, members, 0.9 * value_of(cut.bits, found.values.dtype) if cut.bits > 0 else None)
         if codes is not None:
             return masked(codes, keep_of_block(bits, cut, self.mesh))

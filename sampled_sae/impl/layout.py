@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..codes import SparseCodes
 from ..support.tensor_file import Piece
 from .encoder import Share
+from .hints import ThresholdHints
 from .interface import Implementation, implementation
 from .row_gradients import RowSource
 from .step_memory import StepMemory
@@ -63,10 +64,12 @@ class Layout:
     Attributes:
         size: number of processes.
         device_mesh: of them; None for one.
+        own_hints: where searches start that go through the tokens or the features of this process alone; None for one.
     """
 
     size = 1
     device_mesh: DeviceMesh | None = None
+    own_hints: ThresholdHints | None = None
 
     def parts(self, name: str) -> Implementation:
         """The layer's parts in the implementation `name`."""
