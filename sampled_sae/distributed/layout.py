@@ -126,6 +126,11 @@ class MeshLayout(Layout):
         shape = (codes.shape[0], self.weights.n_features)
         if codes.block is not None and codes.pool is not None:
             return SparseCodes.from_block(codes.block, codes.pool + self.weights.first, shape[1], codes.low_block)
+        if codes.padded is not None:
+            # not by `entries`, which waits for their number; padding has the feature behind the last one
+            found = codes.padded.features
+            numbers = torch.where(found < self.weights.n_local, found + self.weights.first, shape[1])
+            return SparseCodes.from_padded(codes.padded._replace(features=numbers), shape)
         values, tokens, features = codes.entries()
         return SparseCodes(values, tokens, features + self.weights.first, shape)
 

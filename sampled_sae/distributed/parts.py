@@ -33,7 +33,7 @@ class SpreadParts:
         self, local: Implementation, weights: Weights, mesh: Mesh, own_hints: ThresholdHints, waits: bool
     ) -> None:
         self.local, self.weights, self.mesh, self.waits = local, weights, mesh, waits
-        self.totals, self.ranking = SpreadTotals(mesh), SpreadRanking(weights, mesh)
+        self.totals, self.ranking = SpreadTotals(mesh), SpreadRanking(weights, mesh, waits)
         self.own_hints = own_hints
 
     def column_scores(self, operands: Operands, score: str) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor
 from ..impl.column_bounds import MOST_UNDECIDED, ColumnBounds, largest_columns
 from ..impl.pool_sampling import gumbel_noise
 from ..impl.ranking import Ranking
-from ..support.nth_largest import largest_mask
 from .mesh import Mesh
 from .weights import Weights
 
@@ -18,8 +17,8 @@ from .weights import Weights
 class SpreadRanking(Ranking):
     """Columns are those of the features here, and so are the answers."""
 
-    def __init__(self, weights: Weights, mesh: Mesh) -> None:
-        self.weights, self.mesh = weights, mesh
+    def __init__(self, weights: Weights, mesh: Mesh, waits: bool) -> None:
+        self.weights, self.mesh, self.waits = weights, mesh, waits
 
     def noise(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
         """Drawn for all features, so that processes draw alike."""
@@ -27,21 +26,33 @@ class SpreadRanking(Ranking):
         return noise[self.weights.first : self.weights.first + self.weights.n_local]
 
     def largest(self, keys: Tensor, size: int, most_local: int | None = None) -> Tensor:
-        """Ties go to the lower process.
+        """Ties go to the lower process. That they may be any number here is the one thing a device is waited for.
 
         most_local: how many keys any process of the dimension `feature` holds at most; that of all features where None.
         """
         if self.mesh.feature.size == 1:
             return super().largest(keys, size)
+        mine, taken = self.candidates(keys, size, most_local)
+        return mine[taken.nonzero().squeeze(1)]
+
+    def candidates(self, keys: Tensor, size: int, most_local: int | None = None) -> tuple[Tensor, Tensor]:
+        """int64, ascending: the `size` largest of the keys here, or all; and which of them are among those of all."""
         most_local = self.weights.most_local if most_local is None else most_local
         # a key of -inf ranks before the places of shorter lists
         keys = keys.clamp_min(torch.finfo(keys.dtype).min)
-        mine = largest_mask(keys, min(size, len(keys))).nonzero().squeeze(1)
+        mine = self._largest_here(keys, min(size, len(keys)))
         shown = keys.new_full((min(size, most_local),), -torch.inf)
         shown[: len(mine)] = keys[mine]
         of_ranks = self.mesh.feature.gather(shown, "pool")
-        taken = largest_mask(of_ranks.flatten(), size).view(of_ranks.shape)
-        return mine[taken[self.mesh.feature.rank, : len(mine)].nonzero().squeeze(1)]
+        taken = torch.zeros_like(of_ranks, dtype=torch.bool)
+        taken.view(-1)[self._largest_here(of_ranks.view(-1), size)] = True
+        return mine, taken[self.mesh.feature.rank, : len(mine)]
+
+    def _largest_here(self, keys: Tensor, size: int) -> Tensor:
+        """int64, ascending; ties to the lower index. Waits for a device only where it may."""
+        if self.waits:
+            return super().largest(keys, size)
+        return keys.sort(descending=True, stable=True).indices[:size].sort().values
 
     def within(
         self,

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from sampled_sae import RowAdam
 from sampled_sae.distributed.gradients import Pending
+from sampled_sae.distributed.ranking import SpreadRanking
 
 BASE = {"aux_coefficient": 0.1, "dead_after": 20, "aux_pool": 7, "impl": "torch"}
 COUNTS = {1: [[13], [9], [5]], 2: [[7, 6], [0, 9], [5, 0]], 3: [[4, 0, 9], [2, 3, 4], [0, 0, 5]]}
@@ -151,21 +152,28 @@ def test_a_step_leaves_nothing_behind(workers, row_grads):
     assert workers.run(2, left_behind, (2, 1), {"impl": "torch", "l": None, "row_grads": row_grads}) == [0, 0]
 
 
-def steps_without_waiting(settings):
-    """With a pool over `data`: fails at an operation that waits for a device. Hosts tell each other their numbers."""
-    sae, rank = spread((2, 1), settings)
+def steps_without_waiting(shape, settings):
+    """Fails at an operation that waits for a device, but for one: how many features of a pool are on this process.
+    Hosts tell each other their numbers."""
+    sae, rank = spread(shape, settings)
     sae.memory.inputs.check = lambda x: None
     optimizer = RowAdam(sae)
-    parts = batches([[5, 3]], 3, dtype=torch.float32)
+    parts = batches([[5, 3] if shape[0] == 2 else [6]], 3, dtype=torch.float32)
     exchange = sae.layout.mesh.exchange
 
     def between_hosts(number):
         with _disable_current_modes():
             return exchange(number)
 
+    def here(ranking, keys, size):
+        mine, taken = ranking.candidates(keys, size)
+        with _disable_current_modes():
+            return mine[taken.nonzero().squeeze(1)]
+
     sae.layout.mesh.exchange = between_hosts
     with pytest.MonkeyPatch.context() as patch:
         allow_late_scalars(patch)
+        patch.setattr(SpreadRanking, "largest", here)
         for step, of_step in enumerate(parts):
             with NoHostSync() if step else nullcontext():
                 out = sae(of_step[rank])
@@ -177,6 +185,8 @@ def steps_without_waiting(settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("select", ["batch", "token"])
-def test_no_step_with_a_pool_waits_for_the_device(workers, select):
-    settings = {**BASE, "impl": "triton", "dtype": torch.float32, "dead_after": 8, "row_grads": True, "select": select}
-    assert all(aux > 0 for aux in workers.run(2, steps_without_waiting, settings))
+@pytest.mark.parametrize(("shape", "l"), [((2, 1), 3.0), ((1, 2), 3.0), ((1, 2), None)], ids=str)
+def test_no_step_waits_for_the_device(workers, shape, l, select):
+    """But for the union of touched rows over `data` without a pool."""
+    rule = {"impl": "triton", "dtype": torch.float32, "dead_after": 8, "row_grads": True, "select": select, "l": l}
+    assert all(aux > 0 for aux in workers.run(2, steps_without_waiting, shape, {**BASE, **rule}))
