@@ -81,7 +81,8 @@ class SpreadParts:
     ) -> SparseCodes:
         n = rule.budget(operands.whole_shape[0])
         rule, members = rule._replace(most=n), operands.members
-        hint = hints.of(rule, members) if self.waits and not as_block else None
+        # also of a block: other processes may have members too many for one, and all search anew or none
+        hint = hints.of(rule, members) if self.waits else None
         hint = None if isinstance(hint, Tensor) else hint
         codes, found = self._candidates(encoder, operands, rule, hint, as_block)
         bits = sort_bits(found.values)
@@ -91,7 +92,7 @@ class SpreadParts:
             codes, found = self._candidates(encoder, operands, rule, None, as_block)
             bits = sort_bits(found.values)
             cut = find_cut(bits, n, self.mesh)
-        if self.waits and not as_block:
+        if self.waits:
             hints.keep(rule, members, 0.9 * value_of(cut.bits, found.values.dtype) if cut.bits > 0 else None)
         if codes is not None:
             return masked(codes, keep_of_block(bits, cut, self.mesh))

@@ -136,12 +136,12 @@ KINDS = {
     "transcoder": ["{store}", "--targets", "{targets}", "--skip", "--l", "none"],
     "fixed set": ["{store}", "--inference", "pool", "--inference-pool", "24", "--screen", "bf16"],
     "own tensor": ["{npy}", "--holdout", "100", "--k-start", "6", "--l-start", "20", "--schedule-steps", "5"],
-    "started": ["{store}", "--init-from", "{sae}", "--groups", "16", "40"],
+    "started": ["{store}", "--init-from", "{sae}", "--groups", "16,40"],
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "shards"), [*((kind, 1) for kind in KINDS), ("transcoder", 2), ("fixed set", 2)])
+@pytest.mark.parametrize(("kind", "shards"), [("transcoder", 2), ("fixed set", 2), ("own tensor", 1), ("started", 1)])
 def test_every_kind_of_sae_trains_as_by_one_process(store, two, tmp_path, kind, shards):
     write_store(tmp_path / "targets", seed=6)
     np.save(tmp_path / "x.npy", torch.cat([load_file(p)["activations"] for p in sorted(store.glob("shard*"))]).numpy())
