@@ -132,6 +132,31 @@ def test_a_batch_that_one_process_refuses_is_refused_by_all(workers, shape):
         assert first[3] is None
 
 
+def faulty_targets(shape):
+    sae, rank = spread(shape, {**SETTINGS, "d_out": 7})
+    x = batches([[5] * shape[0]], 1)[0][rank]
+    target = target_of(sae, x)
+    bad = target.clone()
+    bad[2, 1] = torch.nan
+    last, said = sae.layout.mesh.rank == 1, []
+    for given in (bad if last else target, None if last else target):
+        try:
+            sae(x, given)
+        except ValueError as error:
+            said.append(str(error))
+    sae(x, target).loss.backward()
+    return said
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=str)
+def test_targets_that_one_process_refuses_are_refused_by_all(workers, shape):
+    first, last = workers.run(2, faulty_targets, shape)
+    assert all("rank 1 refused" in text for text in first)
+    assert [len(first), len(last)] == [2, 2]
+    assert "target: 1 of 35 values are NaN or inf" in last[0]
+    assert "target=None: a transcoder" in last[1]
+
+
 def refusals():
     from torch.distributed.device_mesh import init_device_mesh
 
