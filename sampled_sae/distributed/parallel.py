@@ -51,7 +51,7 @@ def parallelize(sae: SampledSAE, mesh: DeviceMesh) -> SampledSAE:
     if mesh.size() == 1:
         return sae
     own = Mesh(mesh)
-    weights = Weights(sae.cfg.d_in, sae.cfg.d_sae, sae.cfg.width_out, own)
+    weights = Weights(sae.cfg.width_in, sae.cfg.d_sae, sae.cfg.width_out, own)
     with torch.no_grad():
         for name, parameter in list(sae.named_parameters()):
             setattr(sae, name, weights.parameter(name, parameter))

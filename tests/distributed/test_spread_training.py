@@ -38,6 +38,9 @@ CASES = [
     ((2, 1), {"row_grads": True, "l": None, "skip": True, "input_scale": 0.37, "output_scale": 0.6}, "dense"),
     ((1, 3), {"row_grads": True, "d_out": 7, "skip": True, "d_sae": 101}, "lazy"),
     ((2, 2), {"skip": True, "groups": (10, 40, 96), "l": 8.0}, "adam"),
+    # three layers side by side, given one behind the other
+    ((2, 2), {"row_grads": True, "l": 8.0, "d_in": 4, "layers": 3}, "dense"),
+    ((1, 2), {"row_grads": True, "l": None, "d_in": 4, "layers": 3, "input_scale": (0.5, 2.0, 1.0)}, "lazy"),
 ]
 
 
