@@ -55,7 +55,7 @@ def parallelize(sae: SampledSAE, mesh: DeviceMesh) -> SampledSAE:
     if sae.cfg.is_transcoder:
         raise ValueError(f"d_out={sae.cfg.d_out}: transcoders are for one process")
     own = Mesh(mesh)
-    weights = Weights(sae.cfg.d_in, sae.cfg.d_sae, own)
+    weights = Weights(sae.cfg.width_in, sae.cfg.d_sae, own)
     with torch.no_grad():
         for name in NAMES:
             setattr(sae, name, weights.parameter(name, getattr(sae, name)))

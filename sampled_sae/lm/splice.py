@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from sampled_sae.lm.dropped import check_drop_tokens, dropped
-from sampled_sae.lm.models import check_rows, device_of, name_of, predicts_next_token, weights_digest
+from sampled_sae.lm.models import check_rows, device_of, identity_of, predicts_next_token
 from sampled_sae.residual_stream.blocks import check_layer, text_config, transformer_blocks
 from sampled_sae.residual_stream.hooks import replace
 from sampled_sae.support.argument_checks import check_integer, check_positive
@@ -82,7 +82,7 @@ class SpliceEvaluator:
         batch_size = check_integer("batch_size", batch_size, 1)
         model.eval()
         self._model, self._layer, self._scale = model, layer, scale
-        self.about = {**_identity(model), "layer": int(layer), "rows": len(rows)}
+        self.about = {**identity_of(model), "layer": int(layer), "rows": len(rows)}
         vocabulary = text_config(model).vocab_size
         size = min(batch_size, max(1, _LOGIT_BYTES // (4 * rows.shape[1] * vocabulary)))
         self._batches = list(rows.to(device_of(model)).split(size))
@@ -117,7 +117,11 @@ class SpliceEvaluator:
         Raises:
             ValueError: as the class; other weights, naming both models; a manifest of activations without a model.
         """
-        harvested, own = identity(manifest), _identity(model)
+        harvested, own = identity(manifest), identity_of(model)
+        if harvested.get("point"):
+            raise ValueError(
+                f"manifest is of {in_words(harvested)}, which is no residual stream: PointSplice is for it"
+            )
         if harvested["layer"] is None:
             raise ValueError(f"manifest is of {in_words(harvested)}, that no harvest wrote: there is nothing to splice")
         if not insist and harvested["weights_sha256"] and not is_same_model(harvested, own):
@@ -151,18 +155,20 @@ class SpliceEvaluator:
 
         Raises:
             ValueError: if `reconstruct` returns another shape or values that are not finite, or scales by itself where
-                `scale` is not 1.
+                `scale` is not 1; a transcoder's.
         """
+        if getattr(reconstruct, "transcodes", False):
+            raise ValueError("reconstruct: is of a transcoder, which makes no residual stream: PointSplice is for it")
         if self._scale != 1 and getattr(reconstruct, "scales", False):
             raise ValueError(f"scale={self._scale}: the SAE multiplies by its own input_scale; leave scale= out")
-        ce = self._run_spliced(lambda x: _checked(reconstruct(x * self._scale), x) / self._scale)
+        ce = self._run_spliced(lambda x: checked_reconstruction(reconstruct(x * self._scale), x.shape) / self._scale)
         return {
             "ce_clean": self.ce_clean,
             "ce_spliced": ce,
             "ce_zero": self.ce_zero,
             "ce_mean": self.ce_mean,
-            "loss_recovered_zero": _recovered(self.ce_zero, ce, self.ce_clean),
-            "loss_recovered_mean": _recovered(self.ce_mean, ce, self.ce_clean),
+            "loss_recovered_zero": recovered(self.ce_zero, ce, self.ce_clean),
+            "loss_recovered_mean": recovered(self.ce_mean, ce, self.ce_clean),
             "predicted_tokens": sum(batch[:, 1:].numel() for batch in self._batches),
             "spliced_tokens": self.spliced_tokens,
         }
@@ -193,9 +199,8 @@ class SpliceEvaluator:
         total, tokens = 0.0, 0
         for batch in batches:
             logits = self._logits(batch, None if residuals is None else next(residuals))
-            for row, row_logits in zip(batch, logits, strict=True):  # row by row: the softmax is another copy
-                total += float(nnf.cross_entropy(row_logits[:-1].float(), row[1:], reduction="sum"))
-                tokens += len(row) - 1
+            total += next_token_loss(logits, batch)
+            tokens += batch[:, 1:].numel()
         return total / tokens
 
     def _logits(self, batch: Tensor, residual: Tensor | None) -> Tensor:
@@ -263,23 +268,29 @@ class SpliceEvaluator:
         return (total / self.spliced_tokens).float()
 
 
-def _identity(model: Any) -> dict[str, Any]:
-    return {"model": name_of(model), "weights_sha256": weights_digest(model)}
+def next_token_loss(logits: Tensor, rows: Tensor) -> float:
+    """Cross-entropy of logits [b, T, V] against token ids [b, T], in nats, summed over b (T - 1) tokens."""
+    total = 0.0
+    for row, of_row in zip(rows.to(logits.device), logits, strict=True):  # row by row: the softmax is another copy
+        total += float(nnf.cross_entropy(of_row[:-1].float(), row[1:], reduction="sum"))
+    return total
 
 
-def _checked(x_hat: Any, x: Tensor) -> Tensor:
+def checked_reconstruction(x_hat: Any, shape: tuple[int, ...]) -> Tensor:
+    """What somebody's function has made; TypeError, ValueError for another shape or values that are not finite."""
     if not isinstance(x_hat, Tensor):
         raise TypeError(
             f"reconstruct returned {type(x_hat).__name__}: must be a tensor; for an SAE give reconstruct_with(sae)"
         )
-    if x_hat.shape != x.shape:
-        raise ValueError(f"reconstruct returned {list(x_hat.shape)} for activations {list(x.shape)}")
+    if x_hat.shape != shape:
+        raise ValueError(f"reconstruct returned {list(x_hat.shape)} for activations {list(shape)}")
     if not x_hat.isfinite().all():
         raise ValueError("reconstruct returned values that are not finite (NaN or inf)")
     return x_hat
 
 
-def _recovered(ce_ablated: float, ce_spliced: float, ce_clean: float) -> float:
+def recovered(ce_ablated: float, ce_spliced: float, ce_clean: float) -> float:
+    """1 where nothing is lost, 0 where as much as by the ablation; NaN where that changes nothing."""
     if ce_ablated == ce_clean:
         return math.nan
     return (ce_ablated - ce_spliced) / (ce_ablated - ce_clean)

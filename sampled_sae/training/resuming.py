@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..config import LATER, SampledSAEConfig
 from ..optim import RowAdam
+from ..pretrained import scale_of_state
 from ..sae import SampledSAE
 from ..support.all_ranks import AllRanks
 from ..support.argument_checks import check_finite
@@ -206,9 +207,9 @@ def _tensors(run: Resumable, kept: dict[str, Any] | None = None) -> dict[str, Te
 
 def _take_over(run: Resumable, tensors: dict[str, Tensor], pool: dict[str, Any]) -> None:
     """What is not filled in place."""
-    scale = tensors["sae.input_scale"]
-    if float(scale) != run.sae.cfg.input_scale:
-        raise ValueError(f"input_scale={float(scale)}, the SAE has {run.sae.cfg.input_scale}")
+    scale = scale_of_state(tensors["sae.input_scale"])
+    if scale != run.sae.cfg.input_scale:
+        raise ValueError(f"input_scale={scale}, the SAE has {run.sae.cfg.input_scale}")
     run.sae.generator.set_state(tensors["generator"])
     kept = dict(pool)
     if "uses" in kept:

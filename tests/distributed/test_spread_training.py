@@ -32,6 +32,9 @@ CASES = [
     ((2, 1), {"row_grads": True, "l": None, "groups": (10, 40, 96)}, "dense"),
     ((1, 3), {"groups": (10, 40, 50, 101), "d_sae": 101}, "adam"),
     ((2, 2), {"row_grads": True, "l": None, "groups": (10, 40, 96)}, "lazy"),
+    # three layers side by side, given one behind the other
+    ((2, 2), {"row_grads": True, "l": 8.0, "d_in": 4, "layers": 3}, "dense"),
+    ((1, 2), {"row_grads": True, "l": None, "d_in": 4, "layers": 3, "input_scale": (0.5, 2.0, 1.0)}, "lazy"),
 ]
 
 
