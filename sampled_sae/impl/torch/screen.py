@@ -29,7 +29,7 @@ UNIT = 1.01 * 2.0**-8
 MARGIN = 1.01
 # activations in a batch below which a product costs too little to be screened
 FEWEST_ACTIVATIONS = 1 << 20
-# tokens below which the weights cost more to round than the product does (benchmarks/results/inference.md)
+# tokens below which weights cost more to round than the product does (benchmarks/results/inference.md)
 FEWEST_TOKENS = 256
 
 
@@ -37,8 +37,8 @@ def rounded(x: Tensor, W: Tensor, screen: str) -> RoundedTokens | None:
     """x [B, d] in bfloat16 where `screen` asks for it and the operands allow it; else None."""
     if screen == "off" or x.dtype != torch.float32 or W.dtype not in (torch.float32, *HALF) or x.device.type != "cpu":
         return None
-    small = x.shape[0] < FEWEST_TOKENS or x.shape[0] * W.shape[0] < FEWEST_ACTIVATIONS
-    if screen == "auto" and (small or not fast_bfloat16()):
+    few = x.shape[0] < FEWEST_TOKENS and W.dtype != torch.bfloat16
+    if screen == "auto" and (few or x.shape[0] * W.shape[0] < FEWEST_ACTIVATIONS or not fast_bfloat16()):
         return None
     return RoundedTokens(x) if sums_in_float32() else None
 
