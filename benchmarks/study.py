@@ -4,6 +4,7 @@
     .venv/peers/bin/python -m benchmarks.study synthetic --world 16k --device cuda    SynthSAEBench-16k, for a GPU
     .venv/peers/bin/python -m benchmarks.study synthetic --only top-l2-l4 --seeds 1 --again    one row once more
     python -m benchmarks.study real ACTIVATIONS --name smollm2_15 --model smollm2-135m --texts FOLDER
+    python -m benchmarks.study pairs --name smollm2_15             agreement between the seeds that are kept
     python -m benchmarks.study report                              tables and plots of the rows that are there
 
 Rows are written to benchmarks/results/study/ as soon as a run is done, tables (.md) and plots beside them;
@@ -30,6 +31,7 @@ from benchmarks.study_parts.rows import FOLDER, Row, Rows
 from benchmarks.study_parts.variants import DENSE, PARTS, SYNTHETIC, Variant
 from sampled_sae.support.output_folder import locked
 
+KEPT = ROOT / "runs" / "study"
 # of a row: enough to know whether another machine made it
 MADE_ON = ("device", "threads", "torch", "sae-lens", "date")
 
@@ -76,6 +78,20 @@ def real(args: argparse.Namespace) -> None:
     make_rows(args, rows, PARTS[args.part], args.tokens, command, open_study)
 
 
+def pairs(args: argparse.Namespace) -> None:
+    from benchmarks.study_parts.pairs import pairs_of
+
+    rows = Rows(args.out / f"real_{args.name}_pairs.csv")
+    for variants in PARTS.values():
+        for name in variants:
+            for row in pairs_of(args.folder / f"real_{args.name}" / "saes", name, args.tokens, args.seeds):
+                command = f"python -m benchmarks.study pairs --name {args.name} --tokens {args.tokens}"
+                rows.put({**row, "command": command})
+                print(
+                    f"{row['name']} {row['seed']}: cosine {row['cosine']:.3f}, shared {row['shared']:.3f}", flush=True
+                )
+
+
 def make_rows(
     args: argparse.Namespace,
     rows: Rows,
@@ -93,16 +109,14 @@ def make_rows(
     if args.list:
         print("\n".join(commands.values()))
         return
-    wanted = [
-        run for run in runs if args.again or rows.find(name=run[0], seed=run[1], tokens=tokens) is None
-    ]
+    wanted = [run for run in runs if args.again or rows.find(name=run[0], seed=run[1], tokens=tokens) is None]
     print(f"{len(runs) - len(wanted)} of {len(runs)} rows are in {rows.path}", flush=True)
     if not wanted:
         return
     torch.set_num_threads(args.threads)
     end = time.perf_counter() + args.within
-    # one process may train while another measures
-    with locked(args.folder / args.stage if args.stage else args.folder, "benchmarks.study"):
+    # one process may train while another measures, and each file of rows has one that writes it
+    with locked(args.folder / rows.path.stem / (args.stage or "measure"), "benchmarks.study"):
         study = open_study()
         on = {name: value for name, value in machine(args.device, ("sae-lens",)).items() if name in MADE_ON}
         for name, seed in wanted:
@@ -160,6 +174,12 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--stage", choices=("train", "measure"), default=None, help=stages)
     _row_options(p)
     p.set_defaults(run=real, device="cpu")
+    p = parts.add_parser("pairs", help="agreement of the dictionaries that runs of `real` have kept, seed by seed")
+    p.add_argument("--name", required=True, help="of the rows' file")
+    p.add_argument("--tokens", type=int, default=307_200, help="of a training")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--folder", type=Path, default=KEPT, help="where runs are kept")
+    p.set_defaults(run=pairs)
     p = parts.add_parser("report", help="tables and plots of the rows that are there")
     p.set_defaults(run=report)
     for p in parts.choices.values():
@@ -175,7 +195,7 @@ def _row_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--within", type=float, default=float("inf"), help="seconds after which no run is begun")
     p.add_argument("--again", action="store_true", help="run what has a row already, and replace it")
     p.add_argument("--list", action="store_true", help="print the command of every row")
-    p.add_argument("--folder", type=Path, default=ROOT / "runs" / "study", help="for activations, and as a lock")
+    p.add_argument("--folder", type=Path, default=KEPT, help="where runs and activations are kept")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from benchmarks.plots import STYLE, axes_of
-from benchmarks.study_parts.rows import Row, Rows
-from benchmarks.study_parts.variants import SYNTHETIC
+from benchmarks.study_parts import report_real
+from benchmarks.study_parts.rows import Row, Rows, spread
+from benchmarks.study_parts.variants import REAL, SYNTHETIC
 
 KINDS = {"top": ("o", "C0"), "sample": ("^", "C1")}
 BASELINE = ("s", "C2")
@@ -22,8 +23,9 @@ def write_plots(folder: Path, out: Path) -> list[Path]:
     """A PNG and an SVG in `out` for each file of rows in `folder`."""
     written = []
     with rc_context(STYLE):
-        for path in sorted(folder.glob("synthetic_*.csv")):
-            figure = tradeoff(Rows(path))
+        known = dict.fromkeys(sorted(folder.glob("synthetic_*.csv")), tradeoff)
+        for path, draw in {**known, **dict.fromkeys(report_real.of_rules(folder), real_tradeoff)}.items():
+            figure = draw(Rows(path))
             for kind in ("png", "svg"):
                 metadata = {"Date": None} if kind == "svg" else {"Software": None}
                 written.append(out / f"{path.stem}.{kind}")
@@ -60,6 +62,33 @@ def tradeoff(rows: Rows) -> Figure:
     matching.set_xlabel("l")
     matching.set_ylabel("MCC of decoder rows and true features")
     matching.set_title("the decoder")
+    return figure
+
+
+def real_tradeoff(rows: Rows) -> Figure:
+    """Probes against FVU, and against l what is lost and what is shared; by a threshold, a marker a seed."""
+    figure, (use, *by_l) = axes_of(3, width=4.6, height=4.2)
+    found = {name: of for name, of in rows.of(REAL).items() if of[0].get("threshold_fvu") is not None}
+    measures = ("threshold_fvu", "threshold_topics_jaccard")
+    for axis, measure, label in zip(by_l, measures, ("FVU", "Jaccard of the features of two topics"), strict=True):
+        for name, of in found.items():
+            if of[0]["l"] is not None:
+                _points(axis, of, "l", measure, _short(name))
+        mean = spread(found.get("batchtopk", ()), measure)
+        if mean is not None:
+            axis.axhline(mean[0], color="C2", linestyle="--", linewidth=1, label="batchtopk")
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("l")
+        axis.set_ylabel(label)
+    for name, of in found.items():
+        if of[0].get("threshold_probe_5") is not None:
+            _points(use, of, "threshold_fvu", "threshold_probe_5", _short(name))
+    for axis in (use.xaxis, by_l[0].yaxis):
+        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        axis.set_ticks(FVU_TICKS, [f"{tick:g}" for tick in FVU_TICKS])
+        axis.set_minor_formatter(NullFormatter())
+    use.set_xlabel("FVU of held-out text")
+    use.set_ylabel("area under ROC of probes of 5 features")
     return figure
 
 
