@@ -81,7 +81,7 @@ def test_probes_of_labelled_activations(tmp_path):
     study.main([*options, DENSE, "batchtopk"])
     dense, row = rows_of(tmp_path)
     assert dense["probe_topic"] > 0.99 > 0.75 > dense["probe_void"]
-    for mode in ("threshold", "pool", "batch"):
+    for mode in ("threshold", "batch"):
         assert row[f"{mode}_probe_topic_20"] > 0.99 > 0.75 > row[f"{mode}_probe_void_20"]
         assert row[f"{mode}_probe_5"] == (row[f"{mode}_probe_topic_5"] + row[f"{mode}_probe_void_5"]) / 2
         assert 0 < row[f"{mode}_topics_jaccard"] < 1

@@ -19,16 +19,14 @@ BATCH = 1024
 Encode = Callable[[Tensor], SparseCodes]
 
 
-def probed(encode: Encode, tasks: list[Task]) -> dict[str, float]:
-    """`probe_TASK_K`: the mean over the classes of a task; `probe_K`: the mean over tasks."""
-    found: dict[str, float] = {}
-    for task in tasks:
-        z = pooled(encode, task.x)
-        for k in KS:
-            found[f"probe_{task.name}_{k}"] = _mean_over_classes(z, task.labels, k)
-    for k in KS:
-        found[f"probe_{k}"] = sum(found[f"probe_{task.name}_{k}"] for task in tasks) / len(tasks)
-    return found
+def probed(codes: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """`probe_TASK_K`: the mean over the classes of a task; `probe_K`: the mean over tasks.
+
+    codes: task -> (`pooled` codes [n, F], labels [n]).
+    """
+    found = {f"probe_{name}_{k}": _mean_over_classes(z, labels, k) for name, (z, labels) in codes.items() for k in KS}
+    means = {f"probe_{k}": sum(found[f"probe_{name}_{k}"] for name in codes) / len(codes) for k in KS}
+    return found | means
 
 
 def probed_dense(tasks: list[Task]) -> dict[str, float]:

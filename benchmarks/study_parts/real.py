@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.quality import splice_of
 from benchmarks.study_parts.labelled_activations import Task, tasks_of
-from benchmarks.study_parts.probing import probed, probed_dense
+from benchmarks.study_parts.probing import pooled, probed, probed_dense
 from benchmarks.study_parts.rows import Row
 from benchmarks.study_parts.sharing import shared, topics_jaccard
 from benchmarks.study_parts.training import train_ours
@@ -129,17 +129,17 @@ class RealStudy:
         return (stream.batch(step) for step in range(train.steps))
 
     def measured(self, sae: SampledSAE, folder: Path) -> Row:
-        """Reconstruction, use of the dictionary and probes, by every inference the SAE has."""
+        """Reconstruction and use of the dictionary by every inference; what is shared, and probes, by two."""
         found = evaluate(sae, self.held_out, BATCH, self.splice)
         row = {name: value for name, value in found.items() if not isinstance(value, (list, dict))}
-        modes = ("token",) if sae.cfg.is_topk else ("threshold", "pool", "batch")
-        for mode in modes:
+        for mode in ("token",) if sae.cfg.is_topk else ("threshold", "batch"):
             inference = None if mode == "token" else sae.inference_on(self.start, mode)
             encode = partial(sae.encode_sparse, inference=inference)
             with torch.no_grad():
                 of_mode = shared(sae, encode, self.held_out, BATCH)
                 if self.tasks:
-                    of_mode |= probed(encode, self.tasks) | {"topics_jaccard": topics_jaccard(encode, self.tasks[0])}
+                    codes = {task.name: (pooled(encode, task.x), task.labels) for task in self.tasks}
+                    of_mode |= probed(codes) | {"topics_jaccard": topics_jaccard(*codes["topic"])}
             row |= {f"{mode}_{name}": value for name, value in of_mode.items()}
         self.keep_decoder(sae, folder)
         left = gamma_left(sae, self.start)

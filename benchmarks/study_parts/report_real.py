@@ -85,15 +85,12 @@ def _shared(rows: Rows, pairs: Rows) -> str:
 
 
 def _inferences(rows: Rows) -> str:
-    """FVU, L0 and the probe of five features by every inference; a TopK SAE has one."""
-    measures = {"FVU": ("fvu", 3), "L0": ("l0", 1), "probe of 5": ("probe_5", 3)}
-    head = ["SAE", *(f"{heading}: {', '.join(measures)}" for heading in MODES.values())]
-    lines = []
-    for name, of in rows.of(name for name in REAL if name != DENSE).items():
-        if of[0]["threshold_fvu"] is not None:
-            cells = [[cell(of, f"{mode}_{column}", digits) for column, digits in measures.values()] for mode in MODES]
-            lines.append([name, *(", ".join(three) for three in cells)])
-    return f"{markdown(head, lines)}\n{made_on(rows.rows)}\n"
+    """FVU by every inference, and the probe of five features by two; a TopK SAE has one inference."""
+    columns: Columns = {f"FVU: {heading}": (f"{mode}_fvu", 3) for mode, heading in MODES.items()}
+    columns |= {f"probe of 5: {mode}": (f"{mode}_probe_5", 3) for mode in ("threshold", "batch")}
+    found = rows.of(name for name in REAL if name != DENSE)
+    lines = [_line(name, of, columns) for name, of in found.items() if of[0]["threshold_fvu"] is not None]
+    return f"{markdown(['SAE', 'seeds', *columns], lines)}\n{made_on(rows.rows)}\n"
 
 
 def _plain(rows: Rows, variants: dict[str, Variant], columns: Columns) -> str:

@@ -7,8 +7,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from benchmarks.study_parts.labelled_activations import Task
-from benchmarks.study_parts.probing import Encode, pooled
+from benchmarks.study_parts.probing import Encode
 from sampled_sae import SampledSAE, SparseCodes
 
 # a feature is rare that is active on fewer tokens than this share
@@ -18,7 +17,7 @@ FIRST = 4
 
 
 @torch.no_grad()
-def shared(sae: SampledSAE, encode: Encode, x: Tensor, batch_size: int) -> dict[str, float]:
+def shared(sae: SampledSAE, encode: Encode, x: Tensor, batch_size: int) -> dict[str, float | None]:
     """On held-out activations x [n, d], batch by batch.
 
     - `first_share`: 1 - FVU of the reconstruction by those FIRST * k features of each batch that have the largest sum
@@ -53,10 +52,12 @@ def shared(sae: SampledSAE, encode: Encode, x: Tensor, batch_size: int) -> dict[
     }
 
 
-def topics_jaccard(encode: Encode, topics: Task) -> float:
-    """Mean Jaccard, over pairs of classes, of the features that hold 90% of the activation in a class's items."""
-    z = pooled(encode, topics.x)
-    sets = [_holding(z[topics.labels == one].sum(0), 0.9) for one in topics.labels.unique()]
+def topics_jaccard(z: Tensor, labels: Tensor) -> float:
+    """Mean Jaccard, over pairs of classes, of the features that hold 90% of the activation in a class's items.
+
+    z: `pooled` codes [n, F]. labels: [n].
+    """
+    sets = [_holding(z[labels == one].sum(0), 0.9) for one in labels.unique()]
     pairs = [float((a & b).sum() / (a | b).sum()) for a, b in combinations(sets, 2)]
     return sum(pairs) / len(pairs)
 
