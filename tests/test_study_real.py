@@ -1,6 +1,7 @@
 """`python -m benchmarks.study real`: rows on a store of activations."""
 
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -8,9 +9,13 @@ from makers import D, write_store
 from safetensors.torch import save_file
 
 from benchmarks import study
+from benchmarks.study_parts import report_real
+from benchmarks.study_parts.probing import area_under_roc, logistic
 from benchmarks.study_parts.rows import Rows
+from benchmarks.study_parts.sharing import shared, topics_jaccard
+from benchmarks.study_parts.training import train_ours
 from benchmarks.study_parts.variants import BATCHES, DEAD, DENSE, REAL
-from sampled_sae import SampledSAEConfig
+from sampled_sae import SampledSAE, SampledSAEConfig, TrainConfig
 
 MADE_AT = ("cpu_seconds", "date")
 
@@ -100,3 +105,72 @@ def test_every_rule_is_there_once():
 def test_parts_hold_different_saes():
     names = [name for part in (REAL, BATCHES, DEAD) for name in part]
     assert len(set(names)) == len(names)
+
+
+def test_pairs_of_seeds_and_tables(tmp_path):
+    out = tmp_path / "out"
+    study.main(options_of(tmp_path, "--seeds", "0", "1", "--only", "batchtopk", "topk"))
+    study.main(options_of(tmp_path, "--seeds", "0", "--part", "dead", "--only", "batchtopk-aligned"))
+    kept = tmp_path / "kept" / "real_made" / "saes"
+    # what agrees with itself wholly
+    shutil.copytree(kept / "batchtopk_4096_0", kept / "batchtopk_4096_2")
+    study.main(["pairs", "--name", "made", "--tokens", "4096", *places(tmp_path)])
+    pairs = {(row["name"], row["seed"]): row for row in rows_of(tmp_path, "_pairs")}
+    assert set(pairs) == {("batchtopk", "0-1"), ("batchtopk", "0-2"), ("batchtopk", "1-2"), ("topk", "0-1")}
+    itself = pairs["batchtopk", "0-2"]
+    assert [itself[name] for name in ("cosine", "shared", "shared_entries")] == pytest.approx([1, 1, 1])
+    assert 0 < pairs["batchtopk", "0-1"]["cosine"] < 1
+    [aligned] = rows_of(tmp_path, "_dead")
+    assert aligned["alignment"] > rows_of(tmp_path)[0]["alignment"]
+    made = report_real.tables(out)
+    quality = made[out / "real_made.md"]
+    fvu = [row["fvu"] for row in rows_of(tmp_path) if row["name"] == "topk"]
+    assert f"| topk | 2 | {sum(fvu) / 2:.3f} ±{abs(fvu[0] - fvu[1]) / 2:.3f} |" in quality
+    assert "| batchtopk | 2 |" in made[out / "real_made_inference.md"]
+    assert "topk" in made[out / "real_made_shared.md"]
+    assert made[out / "real_made_dead.md"].count("batchtopk-aligned") == 1
+
+
+def test_aligned_training_keeps_the_inner_product():
+    config = SampledSAEConfig(D, 32, 4, l=None)
+    x = torch.randn(6, 64, D, generator=torch.Generator().manual_seed(0))
+    sae = train_ours(config, TrainConfig(6, 64, lr=1e-2), x, torch.zeros(D), aligned=True)
+    assert torch.allclose((sae.W_enc.T * sae.W_dec).sum(1), torch.ones(32), atol=1e-5)
+    free = train_ours(config, TrainConfig(6, 64, lr=1e-2), x, torch.zeros(D))
+    assert not torch.allclose((free.W_enc.T * free.W_dec).sum(1), torch.ones(32), atol=1e-2)
+
+
+@pytest.mark.parametrize("n", [40, 400])
+def test_logistic_regression_is_where_its_gradient_is_zero(n):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    y = (x @ torch.tensor([1.0, -2, 0], dtype=torch.float64) + torch.randn(n, generator=generator) > 0.5).double()
+    w = logistic(x, y)
+    error = torch.sigmoid(x @ w[:-1] + w[-1]) - y
+    assert torch.allclose(x.T @ error + w[:-1], torch.zeros(3, dtype=torch.float64), atol=1e-6)
+    assert abs(float(error.sum())) < 1e-6
+
+
+def test_area_under_roc_counts_ties_half():
+    scores, is_in = torch.tensor([1.0, 2, 2, 3, 0]), torch.tensor([True, True, False, False, False])
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[is_in] for b in scores[~is_in]]
+    assert area_under_roc(scores, is_in) == pytest.approx(float(sum(pairs)) / len(pairs))
+
+
+def test_first_features_and_topics_by_hand():
+    """Six features of one size: five tokens have the first alone, one has all the others."""
+    sae = SampledSAE(SampledSAEConfig(6, 6, 0.25, l=None)).eval()
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.eye(6))
+        sae.W_enc.copy_(torch.eye(6))
+    x = torch.eye(6)[[0, 0, 0, 0, 0, 1]]
+    x[5, 1:] = 1
+    sae.calibrate(x, l0=10 / 6)
+    found = shared(sae, sae.encode_sparse, x, batch_size=6)
+    squares = float((x - x.mean(0)).square().sum())
+    assert found["first_share"] == pytest.approx(1 - 5 / squares)
+    assert found["rare_entries"] == 0
+    assert found["rare_size"] is None
+    z = torch.tensor([[4.0, 4, 1, 0], [0, 5, 5, 0]])
+    assert topics_jaccard(z, torch.tensor([0, 1])) == pytest.approx(2 / 3)
+    assert topics_jaccard(torch.tensor([[9.0, 0.5], [0, 9]]), torch.tensor([0, 1])) == 0
