@@ -17,6 +17,7 @@ from benchmarks.study_parts.variants import REAL, SYNTHETIC
 KINDS = {"top": ("o", "C0"), "sample": ("^", "C1")}
 BASELINE = ("s", "C2")
 FVU_TICKS = (0.2, 0.5, 1, 2, 5)
+REAL_TICKS = (0.3, 0.4, 0.5, 0.6)
 
 
 def write_plots(folder: Path, out: Path) -> list[Path]:
@@ -66,29 +67,25 @@ def tradeoff(rows: Rows) -> Figure:
 
 
 def real_tradeoff(rows: Rows) -> Figure:
-    """Probes against FVU, and against l what is lost and what is shared; by a threshold, a marker a seed."""
-    figure, (use, *by_l) = axes_of(3, width=4.6, height=4.2)
-    found = {name: of for name, of in rows.of(REAL).items() if of[0].get("threshold_fvu") is not None}
-    measures = ("threshold_fvu", "threshold_topics_jaccard")
-    for axis, measure, label in zip(by_l, measures, ("FVU", "Jaccard of the features of two topics"), strict=True):
+    """Against FVU what probes tell and what a batch shares; by a threshold, a marker a seed. SAEs that explain nothing,
+    or less, are left out."""
+    figure, axes = axes_of(3, width=4.6, height=4.2)
+    found = rows.of(name for name in REAL if "entropy" not in name and "uniform" not in name)
+    shown = {
+        "threshold_probe_topic_5": "topics by five features, area under ROC",
+        "threshold_probe_speech_5": "parts of speech by five features, area under ROC",
+        "threshold_first_share": "explained by the first 4k features of a batch",
+    }
+    for axis, (measure, label) in zip(axes, shown.items(), strict=True):
         for name, of in found.items():
-            if of[0]["l"] is not None:
-                _points(axis, of, "l", measure, _short(name))
-        mean = spread(found.get("batchtopk", ()), measure)
-        if mean is not None:
-            axis.axhline(mean[0], color="C2", linestyle="--", linewidth=1, label="batchtopk")
-        axis.set_xscale("log", base=2)
-        axis.set_xlabel("l")
+            fvu = spread(of, "threshold_fvu")
+            if fvu is not None and fvu[0] < 1 and spread(of, measure) is not None:
+                _points(axis, of, "threshold_fvu", measure, _short(name))
+        axis.set_xscale("log")
+        axis.set_xticks(REAL_TICKS, [f"{tick:g}" for tick in REAL_TICKS])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlabel("FVU of held-out text")
         axis.set_ylabel(label)
-    for name, of in found.items():
-        if of[0].get("threshold_probe_5") is not None:
-            _points(use, of, "threshold_fvu", "threshold_probe_5", _short(name))
-    for axis in (use.xaxis, by_l[0].yaxis):
-        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-        axis.set_ticks(FVU_TICKS, [f"{tick:g}" for tick in FVU_TICKS])
-        axis.set_minor_formatter(NullFormatter())
-    use.set_xlabel("FVU of held-out text")
-    use.set_ylabel("area under ROC of probes of 5 features")
     return figure
 
 

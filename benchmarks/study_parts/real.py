@@ -88,7 +88,7 @@ class RealStudy:
         s = self.setup
         dead_after = max(BATCH, s.tokens // 20)
         scale = self.store.scale
-        rule = {**variant.rule, "groups": (s.features // 16, s.features // 4, s.features) if variant.nested else None}
+        rule = variant.rule_of(s.features)
         return SampledSAEConfig(
             self.store.d_in, s.features, s.k, seed=seed, dead_after=dead_after, input_scale=scale, **rule
         )

@@ -35,6 +35,9 @@ ALIVE: Columns = {
 }
 PLAIN = {"batches": (BATCHES, {**QUALITY, "probe of 5": ("{mode}_probe_5", 3)}), "dead": (DEAD, ALIVE)}
 OTHERS = ("pairs", *PLAIN)
+# in the table that shows all at a glance
+GLANCE = ("batchtopk", "topk", "matryoshka", *(f"top-l2-l{l}" for l in (64, 16, 4, 1)))
+GLANCE += tuple(f"sample-l2-l{l}" for l in (96, 64, 16))
 MODES = {"threshold": "threshold", "pool": "pool, of a batch's size", "batch": "batch"}
 
 
@@ -49,6 +52,7 @@ def tables(folder: Path) -> dict[Path, str]:
     for path in of_rules(folder):
         rows, pairs = Rows(path), Rows(path.with_name(f"{path.stem}_pairs.csv"))
         made[path.with_suffix(".md")] = _quality(rows)
+        made[path.with_name(f"{path.stem}_glance.md")] = _glance(rows)
         made[path.with_name(f"{path.stem}_shared.md")] = _shared(rows, pairs)
         made[path.with_name(f"{path.stem}_inference.md")] = _inferences(rows)
     for part, (variants, columns) in PLAIN.items():
@@ -72,6 +76,21 @@ def _quality(rows: Rows) -> str:
         else:
             lines.append(_line(name, of, columns))
     return f"{markdown(['SAE', 'seeds', *columns], lines)}\n{made_on(rows.rows)}\n"
+
+
+def _glance(rows: Rows) -> str:
+    """What l does, measure by measure; an SAE a column."""
+    found = rows.of(GLANCE)
+    measures = {**QUALITY, **SHARED, "probe of 1, mean of tasks": PROBES["1"], "probe of 5, mean of tasks": PROBES["5"]}
+    measures |= {f"probe of 5, {name}": column for name, column in TASKS.items()}
+    columns = [_line(name, of, measures)[2:] for name, of in found.items()]
+    lines = [[heading, *cells] for heading, *cells in zip(measures, *columns)]
+    return f"{markdown(['', *(_in_words(name) for name in found)], lines)}\n{made_on(rows.rows)}\n"
+
+
+def _in_words(name: str) -> str:
+    pool, _, l = name.partition("-l2-l")
+    return f"{'drawn' if pool == 'sample' else pool}, l={l}" if l else name
 
 
 def _shared(rows: Rows, pairs: Rows) -> str:

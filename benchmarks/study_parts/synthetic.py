@@ -64,7 +64,8 @@ class SyntheticStudy:
     def config(self, variant: Variant, seed: int) -> SampledSAEConfig:
         w = self.world
         dead_after = max(BATCH, self.tokens // 20)
-        return SampledSAEConfig(w.d, w.F, w.k, seed=seed, dead_after=dead_after, input_scale=self.scale, **variant.rule)
+        rule = variant.rule_of(w.F)
+        return SampledSAEConfig(w.d, w.F, w.k, seed=seed, dead_after=dead_after, input_scale=self.scale, **rule)
 
     def batches(self, seed: int) -> Iterator[Tensor]:
         """x [B, d] times the scale: an order of the stored tokens for each seed, or tokens made for it alone."""

@@ -29,11 +29,16 @@ class Variant:
     start: str = "median"
     aligned: bool = False
 
+    def rule_of(self, features: int) -> dict[str, Any]:
+        """`rule` for an SAE of so many features, with the groups of a Matryoshka SAE."""
+        return {**self.rule, "groups": (features // 16, features // 4, features) if self.nested else None}
+
 
 def pooled(pool: str, score: str, l: float) -> Variant:
     return Variant(f"{pool}-{score}-l{l:g}", {"l": l, "score": score, "pool": pool})
 
 
+_MATRYOSHKA = Variant("matryoshka", {"l": None}, nested=True)
 _SYNTHETIC = (
     Variant("batchtopk", {"l": None}),
     # the library's own, which trains by its own code
@@ -53,6 +58,7 @@ _SYNTHETIC = (
     pooled("sample", "l2_squared", 4),
     pooled("top", "entropy", 4),
     Variant("topk", {"l": None, "select": "token"}),
+    _MATRYOSHKA,
 )
 _BATCHTOPK = Variant("batchtopk", {"l": None})
 _REAL = (
@@ -64,7 +70,7 @@ _REAL = (
     Variant("topk", {"l": None, "select": "token"}),
     pooled("sample", "l2", 16),
     pooled("top", "l2", 64),
-    Variant("matryoshka", {"l": None}, nested=True),
+    _MATRYOSHKA,
     pooled("top", "l2", 1),
     # three quarters of the dictionary, where F/k is 128
     pooled("sample", "l2", 96),
