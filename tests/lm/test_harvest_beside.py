@@ -116,7 +116,7 @@ def test_one_that_was_killed_as_it_began_goes_on(small_llama, rows, tmp_path):
         shutil.rmtree(tmp_path / f"beside_{i}")
     first.parent.mkdir()
     first.write_text(json.dumps(new))
-    with pytest.raises(ValueError, match="layers: 1 given|has not finished"):
+    with pytest.raises(ValueError, match=r"layers: 1 given|has not finished"):
         as_activations(tmp_path)
     assert harvest_beside(small_llama, rows, [0, 1, 2], tmp_path, **how).manifest == whole.manifest
 
