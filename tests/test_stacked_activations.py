@@ -93,6 +93,8 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     stores = [write_store(tmp_path / str(i), n_holdout=150 + i) for i in range(2)]
     with pytest.raises(ValueError, match="held out 151 and 150"):
         StackedActivations(stores)
+    with pytest.raises(ValueError, match=r"layers\[2\]=.*0: is there twice"):
+        StackedActivations([stores[0], write_store(tmp_path / "2"), stores[0]])
     with pytest.raises(ValueError, match=r"layers\[0\].*has settled what it holds out|holdout=5: is for a tensor"):
         StackedActivations(stores, holdout=5)
     with pytest.raises(ValueError, match="x: is a stack of 2 layers"):
@@ -194,6 +196,13 @@ def test_by_command(tmp_path, capsys):
     assert "fvu_layers: [" in said
     assert str(plot) in said
     assert plot.exists()
+    for name in "pq":  # which nothing but their scales tells apart
+        ActivationStore.write(tmp_path / name, (3 if name == "p" else 1) * layers()[0], holdout=100, source="made")
+    p, q = str(tmp_path / "p"), str(tmp_path / "q")
+    assert main(["train", p, str(tmp_path / "pq"), "--beside", q, *small]) == 0
+    assert main(["evaluate", str(tmp_path / "pq"), q, "--beside", p]) == 1
+    assert "was trained on these layers in another order" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "pq"), q, "--beside", p, "--insist"]) == 0
     sweep = ["sweep", first, str(tmp_path / "s"), "--beside", *others, "--ls", "1,none", "--scores", "l2", "--no-topk"]
     assert main([*sweep, *small]) == 0
     capsys.readouterr()

@@ -26,7 +26,8 @@ class StackedActivations(Activations):
         holdout: of tensors and files, how many tokens, the last ones, are kept for evaluation.
 
     Raises:
-        ValueError, TypeError: naming the argument; other tokens or another width in the one than in the other.
+        ValueError, TypeError: naming the argument; other tokens or another width in the one than in the other, the same
+            one twice.
     """
 
     def __init__(self, layers: Sequence[Any], holdout: int | None = None) -> None:
@@ -44,6 +45,8 @@ class StackedActivations(Activations):
                     f"layers[{i}]={part.where}: has width {part.d_in}, must have that of {first.where}, {first.d_in}"
                 )
         for i, part in enumerate(others, 1):
+            if part.place in [before.place for before in self.parts[:i]]:
+                raise ValueError(f"layers[{i}]={part.where}: is there twice")
             check_same_tokens(f"layers[{i}]", part, first)
         self.manifest = {**first.manifest, **self._about()}
 
