@@ -75,9 +75,8 @@ def check_same_activations(folder: Path, cfg: SampledSAEConfig, store: Activatio
         raise ValueError(f"{folder}: layers={cfg.layers}, but {store.where} has {store.layers}{beside}")
     if cfg.d_in != store.d_in:
         raise ValueError(f"{folder}: d_in={cfg.d_in}, but the activations in {store.where} have {store.d_in}")
-    own, found = cfg.input_scale, store.scale
-    several = isinstance(own, tuple) and isinstance(found, tuple)
-    if several and own != found and sorted(own) == sorted(found) and not insist:
+    own, found = ([*each] if isinstance(each, tuple) else [each] for each in (cfg.input_scale, store.scale))
+    if not insist and own != found and sorted(own) == sorted(found):
         raise ValueError(
             f"{folder}: was trained on these layers in another order, with the scales {own}, and {store.where} has "
             f"{found}; name them as for the training, or insist with --insist"

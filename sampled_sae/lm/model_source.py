@@ -120,13 +120,19 @@ class ModelSource:
         here = self.state_dict()
         self._rows.restart()
         rows = self._rows.take(self._holdout_rows)
+        # a norm is too large by the first rows that are trained on, whether they were read before or not
+        first = rows[:0] if here["max_norms"] is not None else self._rows.take(self._batch_size)
         self.load_state_dict(here)
         if len(rows) == 0:
             raise ValueError(f"{self._source or 'the texts'}: no row of {self._rows.context} tokens to hold out")
+        check_rows(self._model, rows)
+        if len(first):
+            check_rows(self._model, first)
+            self._place["max_norms"] = [self._max_norm(first, x) for x in self._run(first)]
         kept: list[list[Tensor]] = [[] for _ in self._layers]
         for batch in rows.split(self._batch_size):
             found = self._run(batch)
-            if self._place["max_norms"] is None:
+            if self._place["max_norms"] is None:  # there is nothing to train on
                 self._place["max_norms"] = [self._max_norm(batch, x) for x in found]
             for part, x in zip(kept, self._staying(batch, found)):
                 part.append(x)

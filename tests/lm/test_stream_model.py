@@ -140,6 +140,13 @@ def test_what_is_held_out_is_evaluated_as_that_of_a_harvest(model, tmp_path):
     found = source.splice([0], held).evaluate(lambda x: 0.5 * x)
     assert found == SpliceEvaluator.of_harvest(model, held, store.manifest).evaluate(lambda x: 0.5 * x)
     assert source.splice([0, 1], held).evaluate(lambda x: 0 * x)["loss_recovered_zero"] == 0
+    # looked at before the training it is the same, as is the training
+    fresh = ModelSource(model, reader(), (1, HookPoint("model.layers.2.mlp", "out")), batch_size=3, holdout_rows=5)
+    before = fresh.holdout()[0]
+    assert torch.equal(before[0], x)
+    read = fresh.read()[0]
+    assert torch.equal(read, first[: len(read)])
+    assert fresh.state_dict()["max_norms"] == place["max_norms"]
     with pytest.raises(ValueError, match="holdout_rows=0: nothing is held out"):
         parts(model)[0].holdout()
     with pytest.raises(ValueError, match="an iterator, which holds out nothing"):
