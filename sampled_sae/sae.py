@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from . import functional
 from .codes import SampledSAEOutput, SparseCodes
 from .config import INFERENCES, SHAPE, SampledSAEConfig
 from .impl import inference_rule
-from .impl.encoder import Encoder
-from .impl.given_tokens import flat_encoded, flat_tokens, given_back, goal_of, leading
+from .impl.encoder import Encoder, Share
+from .impl.given_tokens import flat_encoded, flat_tokens, given_back, leading, tokens_and_goal
 from .impl.hints import Rule
 from .impl.inference_rule import Inference
 from .impl.interface import Implementation, resolve_impl
@@ -98,7 +99,6 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         if differ:
             given, have = (", ".join(f"{name}={getattr(c, name)}" for name in differ) for c in (cfg, before))
             raise ValueError(f"cfg: {given}: the weights are of {have}; make another SampledSAE")
-        self.layout.check_inference(cfg.inference)
         inference_rule.follow(self, before, cfg)
         self._cfg = cfg
         self.memory.pool = KeptPool(cfg.pool_every)
@@ -217,8 +217,8 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         else:
             x_hat = codes.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
         if x is not None and self.W_skip is not None:
-            tokens = flat_encoded(self, x, x_hat.shape[:-1].numel(), scaled)
-            x_hat = x_hat + skipped(tokens, self.W_skip, x_hat.dtype).view(x_hat.shape)
+            tokens, W_skip = flat_encoded(self, x, x_hat.shape[:-1].numel(), scaled), self.layout.local(self.W_skip)
+            x_hat = x_hat + skipped(tokens, W_skip, x_hat.dtype).view(x_hat.shape)
         x_hat = given_back(self.cfg, x_hat, x_hat, scaled)
         return x_hat.unflatten(-1, (self.cfg.layers, -1)) if self.cfg.is_crosscoder else x_hat
 
@@ -256,11 +256,11 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
     def init_b_dec(self, x: Tensor, target: Tensor | None = None, *, scaled: bool = False) -> None:
         """Sets b_dec to the geometric median of activations x [..., d_in], as before a training's first step. Of a
         transcoder, which takes its target too, to that of the target; then its decoder rows follow, and its encoder."""
-        tokens, _ = self.layout.read(lambda: flat_tokens(self, x, scaled))
-        goal = goal_of(self, x, tokens, target, scaled)
+        (tokens, goal), share = self.layout.read(lambda: tokens_and_goal(self, x, target, scaled))
         if self.cfg.is_transcoder:
             leaves = self.layout.leaves(self, keep_rows=False)
-            start_from_targets(self, tokens, goal, lambda: self._select_together(self._encoder(tokens, leaves)))
+            encoder = partial(self._encoder, tokens, leaves, share)
+            start_from_targets(self._parts, leaves, tokens, goal, lambda: self._select_together(encoder()))
             return
         totals = self._parts.totals
         median = geometric_median(tokens, total=totals.sum_of_tokens, greatest=totals.max_of_tokens)
@@ -301,23 +301,23 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
 
     def _batch(self, x: Tensor, target: Tensor | None, scaled: bool, leaves: Leaves) -> tuple[Tensor, Encoder]:
         """What is to be reconstructed [B, d_out], and the encoder of x; those of all processes are one batch."""
-        tokens, share = self.layout.read(lambda: flat_tokens(self, x, scaled))
-        goal = goal_of(self, x, tokens, target, scaled)
-        return goal, self._encoder(tokens, leaves).of_share(share)
+        given, share = self.layout.read(lambda: tokens_and_goal(self, x, target, scaled))
+        return given.goal, self._encoder(given.tokens, leaves, share)
 
-    def _encoder(self, tokens: Tensor, leaves: Leaves) -> Encoder:
-        """Of tokens [B, d_in] as `flat_tokens` gives them."""
+    def _encoder(self, tokens: Tensor, leaves: Leaves, share: Share | None) -> Encoder:
+        """Of tokens [B, d_in] as `flat_tokens` gives them, and of what they are a share."""
         b_dec = leaves.b_in if self.cfg.apply_b_dec_to_input else None
         x, weights = self.layout.into_encoder(tokens), (leaves.W_enc, leaves.b_enc, b_dec)
-        return self._parts.encoder(x, *weights, rows=leaves.rows, screen=self.cfg.screen)
+        screen = self.layout.screen(self.cfg.screen, self.impl_in_use, share)
+        return self._parts.encoder(x, *weights, rows=leaves.rows, screen=screen).of_share(share)
 
     def _encoder_of(self, x: Tensor, scaled: bool = False, by_batch: bool = False) -> Encoder:
         """by_batch: the tokens of all processes are one batch; else each of them stands alone."""
         leaves = self.layout.leaves(self, keep_rows=False)
         if not by_batch:
-            return self._encoder(flat_tokens(self, x, scaled), leaves)
-        tokens, share = self.layout.read(lambda: flat_tokens(self, x, scaled))
-        return self._encoder(tokens, leaves).of_share(share)
+            return self._encoder(flat_tokens(self, x, scaled), leaves, None)
+        (tokens,), share = self.layout.read(lambda: (flat_tokens(self, x, scaled),))
+        return self._encoder(tokens, leaves, share)
 
     @property
     def _parts(self) -> Implementation:

@@ -35,7 +35,7 @@ def closing_splice(args: argparse.Namespace, store: Activations) -> SpliceSource
     if not asked and not _is_at_hand(store.manifest.get("model"), store):
         return None
     as_harvested = {"model": None, "cache": None, "model_dtype": "float32", "model_device": None}
-    about = argparse.Namespace(splice_rows=args.splice_rows, insist=False, **as_harvested)
+    about = argparse.Namespace(splice_rows=args.splice_rows, insist=False, ranks=args.ranks, **as_harvested)
     try:
         return splice_source(about, store)
     except (ValueError, OSError, ImportError) as error:

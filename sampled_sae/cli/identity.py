@@ -129,9 +129,9 @@ def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource 
         model = loaded_model(name, args)
         if not args.insist:
             check_model({"model": name, "weights_sha256": weights_digest(model)}, harvested, store.where)
-        elsewhere = store.d_out is not None or harvested.get("point")
-        evaluator: Any = PointSplice if elsewhere else SpliceEvaluator
-        return evaluator.of_harvest(model, rows, store.manifest, insist=True).evaluate
+        if store.d_out is not None or harvested.get("point"):
+            return PointSplice.of_harvest(model, rows, store.manifest, insist=True).evaluate
+        return SpliceEvaluator.of_harvest(model, rows, store.manifest, insist=True, mesh=args.ranks.mesh).evaluate
 
     # Without --insist the weights are those that were harvested, under whatever name.
     return SpliceSource({"model": name if args.insist else harvested["model"], "rows": count}, load)

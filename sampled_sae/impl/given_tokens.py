@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -58,6 +58,19 @@ def flat_goal(layer: TakesTokens, target: Tensor, scaled: bool) -> Tensor:
     target = target if scaled or layer.cfg.output_scale == 1 else target * layer.cfg.output_scale
     layer.memory.targets.check(target)
     return target
+
+
+class TokensAndGoal(NamedTuple):
+    """tokens: [B, d_in]. goal: [B, d_out], what is to be reconstructed."""
+
+    tokens: Tensor
+    goal: Tensor
+
+
+def tokens_and_goal(layer: TakesTokens, x: Tensor, target: Tensor | None, scaled: bool) -> TokensAndGoal:
+    """Raises as `flat_tokens` and `goal_of`."""
+    tokens = flat_tokens(layer, x, scaled)
+    return TokensAndGoal(tokens, goal_of(layer, x, tokens, target, scaled))
 
 
 def goal_of(layer: TakesTokens, x: Tensor, tokens: Tensor, target: Tensor | None, scaled: bool) -> Tensor:

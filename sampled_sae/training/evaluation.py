@@ -200,7 +200,10 @@ def reconstruct_with(sae: SampledSAE) -> Reconstruction:
 
 class Reconstruction:
     """x [n, d_in], as the model made them, to what the SAE makes of them in the mode it is in: [n, d_in], of a
-    transcoder, which `transcodes`, [n, d_out]."""
+    transcoder, which `transcodes`, [n, d_out].
+
+    Of an SAE that is spread over several ranks all call it, each with tokens of its own.
+    """
 
     # SpliceEvaluator leaves the scaling to it
     scales = True
@@ -212,5 +215,5 @@ class Reconstruction:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        given = x.to(self.sae.W_enc)
-        return self.sae.decode(self.sae.encode_sparse(given), given).to(x)
+        tokens, own = self.sae.layout.of_feature_ranks(x.to(self.sae.W_enc.device, self.sae.W_enc.dtype))
+        return self.sae.decode(self.sae.encode_sparse(tokens), tokens)[own].to(x)

@@ -75,7 +75,8 @@ def save(run: Resumable) -> None:
         return
     tensors = _tensors(run)
     pool = {name: value for name, value in run.sae.memory.pool.state_dict().items() if not isinstance(value, Tensor)}
-    record = {**state, "lanes": lanes, "plain": {"pool": pool, "tensors": sorted(tensors)}}
+    plain = {"pool": pool, "tensors": sorted(tensors), "hints": _hints(run)}
+    record = {**state, "lanes": lanes, "plain": plain}
     write_shards(run.folder, tensors, record, ranks)
 
 
@@ -161,6 +162,7 @@ def _load_shards(run: Resumable, record: dict[str, Any]) -> None:
         if local.is_floating_point():
             check_finite(local, name)
     _take_over(run, wanted, record["plain"]["pool"])
+    _take_hints(run, record["plain"].get("hints"))  # earlier versions: none
 
 
 def _spread_whole(run: Resumable, state: dict[str, Any]) -> None:
@@ -203,6 +205,23 @@ def _tensors(run: Resumable, kept: dict[str, Any] | None = None) -> dict[str, Te
         scores = pool.get("scores", torch.zeros_like(local))
         found |= {"pool.members": layout.like(mask, "b_enc"), "pool.scores": layout.like(scores, "b_enc")}
     return found
+
+
+def _hints(run: Resumable) -> dict[str, Any]:
+    """Where searches start, which moves last bits: on all ranks, and on each of this layout alone."""
+    ranks, own = run.feed.ranks, run.sae.layout.own_hints
+    of_ranks = ranks.gather([] if own is None else own.plain())
+    return {"layout": [ranks.data[1], ranks.feature[1]], "all": run.sae.memory.hints.plain(), "own": of_ranks}
+
+
+def _take_hints(run: Resumable, hints: dict[str, Any] | None) -> None:
+    """Those of single ranks at the same layout alone."""
+    ranks, own = run.feed.ranks, run.sae.layout.own_hints
+    if hints is None:
+        return
+    run.sae.memory.hints.load_plain(hints["all"], run.feed.device)
+    if own is not None and hints["layout"] == [ranks.data[1], ranks.feature[1]]:
+        own.load_plain(hints["own"][ranks.rank], run.feed.device)
 
 
 def _take_over(run: Resumable, tensors: dict[str, Tensor], pool: dict[str, Any]) -> None:

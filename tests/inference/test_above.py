@@ -5,7 +5,9 @@ import torch
 
 from sampled_sae.codes import SparseCodes
 from sampled_sae.impl.interface import implementation
-from sampled_sae.impl.torch import above, column_filter, dense_above, floor_screen, plain_screen, products
+from sampled_sae.impl.torch import above, column_filter, dense_above, floor_screen, plain_screen, products, screen
+from sampled_sae.inference.config import InferenceConfig
+from sampled_sae.inference.encoding import tokens_to_encode
 from sampled_sae.testing import whole_numbers
 
 TORCH, REFERENCE = implementation("torch"), implementation("reference")
@@ -31,12 +33,12 @@ def block_tokens(request, monkeypatch):
     monkeypatch.setattr(products, "CHUNK_ELEMENTS", 1 << 13)
 
 
-def encoders(screen, dtype=torch.float32, scaled=False):
+def encoders(screened, dtype=torch.float32, scaled=False):
     """The specification's and ours, of whole numbers: what is above a threshold must be equal bit for bit."""
     t = whole_numbers(40, 5, 1000)
     scale = torch.arange(1000).remainder(3).float() if scaled else None
     W = t["W_enc"].t().contiguous().to(dtype)
-    made = {"scale": scale, "screen": screen}
+    made = {"scale": scale, "screen": screened}
     return REFERENCE.encoder(t["x"], W, t["b_enc"], **made), TORCH.encoder(t["x"], W, t["b_enc"], **made)
 
 
@@ -198,3 +200,22 @@ def test_a_screen_that_leaves_too_much_open_is_dropped(monkeypatch):
     expected = REFERENCE.above_threshold(theirs, thresholds("mixed"))
     assert torch.equal(found.features, expected.features)
     assert torch.equal(found.values, expected.values)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "dtype", "rule", "screened"),
+    [
+        (64, torch.bfloat16, "relu", True),
+        (64, torch.bfloat16, "topk", False),
+        (64, torch.float32, "relu", False),
+        (64, torch.float16, "relu", False),
+        (300, torch.float32, "relu", True),
+    ],
+    ids=str,
+)
+def test_auto_rounds_no_weights_for_few_tokens(n_tokens, dtype, rule, screened, monkeypatch):
+    monkeypatch.setattr(screen, "fast_bfloat16", lambda: True)
+    cfg = InferenceConfig(d_in=4, d_sae=1 << 15, rule=rule, k=3 if rule == "topk" else None)
+    tensors = {"W_enc": torch.zeros(1 << 15, 4, dtype=dtype).t(), "b_enc": torch.zeros(1 << 15)}
+    tokens = tokens_to_encode(TORCH, cfg, tensors, torch.ones(n_tokens, 4), None)
+    assert (tokens.encoder.operands.screen is not None) == screened

@@ -107,6 +107,7 @@ class FloorSearch:
         """The same chunk by chunk; None where there are too many."""
         look, start = LookThrough(block, self.screens), 0
         found, candidates = Found(), Found()
+        found.add(*nothing_of(block))
         while start < block.n_features:
             span = slice(start, min(start + look.width(), block.n_features))
             seen = self._screened(look, span)

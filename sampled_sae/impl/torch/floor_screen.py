@@ -18,7 +18,7 @@ from ...support.reused_memory import scratch
 from ..encoder import Operands
 from ..rounded_tokens import LARGEST, RoundedTokens, row_norms
 from .products import features_of, raised
-from .screen import MARGIN, UNIT, smallest_normal
+from .screen import MARGIN, smallest_normal
 
 COLUMNS = 4
 # a number <= 0 of this size is below every sum of products in range, and finite in bfloat16
@@ -43,9 +43,9 @@ def seen_features(operands: Operands, at: slice | Tensor, floor: Tensor) -> Tens
     n_features, d = W.shape
     low = scratch(W.new_empty(0, dtype=torch.bfloat16), n_features, d + COLUMNS)
     low[:, :d].copy_(W)
-    norms = row_norms(raised(W, operands.x))
-    # what rounding may do to such a row costs less to know than what it did
-    errors = W.new_zeros(()) if W.dtype == low.dtype else UNIT * norms + smallest_normal() * d**0.5
+    exact = raised(W, operands.x)
+    change = scratch(exact, n_features, d).copy_(low[:, :d])
+    norms, errors = row_norms(exact), row_norms(torch.sub(exact, change, out=change))
     if not bool((norms < LARGEST).all()):
         return None
     floor = floor.expand(n_features) if scale is None else floor / scale[at]

@@ -4,7 +4,9 @@ const SIDES = ["A", "B"];
 const looks = data.looks.map((look) => {
   if (!look) return null;
   const lower = look.words.map((word) => word.toLowerCase());
-  return { ...look, keys: unpacked(look.keys, Int32Array), lower, rank: ranks(lower.map((word) => word.trim())) };
+  let found = null;
+  const rank = () => (found ??= ranks(lower.map((word) => word.trim())));
+  return { ...look, keys: unpacked(look.keys, Int32Array), lower, rank };
 });
 const pairColumns = {
   features: data.pairs.features.map((text) => unpacked(text, Int32Array)),
@@ -58,7 +60,7 @@ function activeColumn(side, active) {
 function wordsColumn(side, features) {
   const look = looks[side];
   if (!look || !look.keys) return null;
-  const first = (i) => { const [word] = wordsOf(side, features[i]); return word === undefined ? NaN : look.rank[word]; };
+  const first = (i) => { const [word] = wordsOf(side, features[i]); return word === undefined ? NaN : look.rank()[word]; };
   return { id: `words-${SIDES[side]}`, kind: "words", name: `${SIDES[side]} most active on`, help: "tokens of its greatest activations", up: true, value: first, cell: (i) => tokens(side, features[i]) };
 }
 
@@ -91,8 +93,12 @@ function matching(side, text) {
   const wanted = text.trim().toLowerCase();
   if (!wanted) return () => true;
   const digits = /^\d+$/.test(wanted);
-  const hit = looks[side] ? looks[side].lower.map((word) => word.includes(wanted)) : [];
-  return (feature) => (digits && String(feature).startsWith(wanted)) || wordsOf(side, feature).some((word) => hit[word]);
+  const look = looks[side], found = new Set();
+  if (look && look.keys) {
+    const hit = Uint8Array.from(look.lower, (word) => word.includes(wanted));
+    look.keys.forEach((word, i) => { if (word >= 0 && hit[word]) found.add(Math.floor(i / look.width)); });
+  }
+  return (feature) => found.has(feature) || (digits && String(feature).startsWith(wanted));
 }
 
 function say(id, table, total, whole) {
