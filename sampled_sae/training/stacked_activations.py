@@ -12,6 +12,7 @@ from torch import Tensor
 from .activations import Activations
 from .opening import as_activations
 from .same_settings import side_by_side
+from .same_tokens import check_same_tokens
 
 
 class StackedActivations(Activations):
@@ -43,13 +44,7 @@ class StackedActivations(Activations):
                     f"layers[{i}]={part.where}: has width {part.d_in}, must have that of {first.where}, {first.d_in}"
                 )
         for i, part in enumerate(others, 1):
-            held_out = [(each.manifest.get("holdout") or {}).get("tokens") for each in (part, first)]
-            if part.tokens != first.tokens or held_out[0] != held_out[1]:
-                shown = " and ".join(f"{sum(each.tokens)} in {len(each.tokens)} shards" for each in (part, first))
-                raise ValueError(
-                    f"layers[{i}]={part.where}: must have the tokens of {first.where} in shards of the same sizes, and "
-                    f"as many held out; they have {shown}, held out {held_out[0]} and {held_out[1]}"
-                )
+            check_same_tokens(f"layers[{i}]", part, first)
         self.manifest = {**first.manifest, **self._about()}
 
     def _about(self) -> dict[str, Any]:
