@@ -16,7 +16,13 @@ from .support.argument_checks import check_choice, check_device, check_integer, 
 from .support.timing import Call, Sections
 
 DTYPES = ("float32", "bfloat16")
-PARTS = {"column_scores": "scores", "candidate_pool": "pool", "select": "select", "decode": "decode"}
+PARTS = {
+    "column_bounds": "scores",
+    "column_scores": "scores",
+    "candidate_pool": "pool",
+    "select": "select",
+    "decode": "decode",
+}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from sampled_sae.impl.encoder import Operands
 from sampled_sae.impl.hints import Rule, ThresholdHints
 from sampled_sae.impl.interface import implementation
 from sampled_sae.impl.pool import REST, PoolRule, find_pool
-from sampled_sae.impl.torch import floor_screen, screen, screen_columns, stream
+from sampled_sae.impl.torch import screen, screen_columns, screen_entries, search, stream
 from sampled_sae.testing import whole_numbers
 
 TORCH = implementation("torch")
@@ -156,20 +156,17 @@ def test_the_same_pool_and_pairs_of_many_problems(case, k, l):
 
 
 def planted():
-    """An entry whose rounding is as large as the bound allows: 1 is seen where 1 + 2^-7 is true."""
-    x = torch.tensor([[1.0, 2.0**-8]])
-    W = torch.zeros(64, 2)
-    W[5] = torch.tensor([1 + 2.0**-8 - 2.0**-20, 1.0])
-    return x, W, torch.zeros(64)
+    """An activation as far from what is seen of it as the bound allows: 0 is seen where 2^-8 is true."""
+    x = torch.tensor([[1.0, 0.0]])
+    W, b = torch.zeros(64, 2), torch.zeros(64)
+    W[5, 0], b[5] = 1 + 2.0**-8 - 2.0**-20, -1
+    return x, W, b
 
 
 def narrower(monkeypatch, share):
-    monkeypatch.setattr(screen, "MARGIN", share * screen.MARGIN)
-    for module in (screen, screen_columns, stream):
-        monkeypatch.setattr(module, "UNIT", share * screen.UNIT) if module is not screen else None
-    for module in (screen_columns, floor_screen):
-        monkeypatch.setattr(module, "MARGIN", share * module.MARGIN)
-    monkeypatch.setattr(screen, "UNIT", share * screen.UNIT)
+    for module in (screen, screen_columns, screen_entries, search):
+        for name in {"MARGIN", "UNIT"} & set(vars(module)):
+            monkeypatch.setattr(module, name, share * getattr(module, name))
 
 
 @pytest.mark.parametrize(("share", "found"), [(1.0, True), (0.9, False)])
@@ -177,17 +174,19 @@ def test_the_entry_bound_is_needed(share, found, monkeypatch):
     x, W, b = planted()
     narrower(monkeypatch, share)
     seen = TORCH.encoder(x, W, b, screen="bf16")
-    true = float(TORCH.above_threshold(TORCH.encoder(x, W, b, screen="off"), torch.tensor(0.5)).values[0])
+    true = float(TORCH.above_threshold(TORCH.encoder(x, W, b, screen="off"), torch.tensor(0.001)).values[0])
+    assert true == 2.0**-8 - 2.0**-20
     just_below = torch.tensor(true).nextafter(torch.tensor(0.0))
     assert len(TORCH.above_threshold(seen, just_below).values) == found
-    search = stream.Search(seen.operands)
-    search.look_at(0, seen.operands, slice(0, 64), just_below[None])
-    assert len(search.settle(just_below[None]).values) == found
+    looking = stream.BatchSearch(seen.operands, 1)
+    looking.look_at(0, seen.operands, slice(0, 64), just_below[None])
+    assert len(looking.settle(just_below[None]).values) == found
 
 
 @pytest.mark.parametrize(("share", "holds"), [(1.0, True), (0.9, False)])
 def test_the_column_bound_is_needed(share, holds, monkeypatch):
-    x, W, b = planted()
+    x, W, b = torch.tensor([[1.0, 2.0**-8]]), torch.zeros(64, 2), torch.zeros(64)
+    W[5] = torch.tensor([1 + 2.0**-8 - 2.0**-20, 1.0])  # 1 is seen where 1 + 2^-7 is true
     narrower(monkeypatch, share)
     bounds = TORCH.column_bounds(TORCH.encoder(x, W, b, screen="bf16").operands, "l2")
     assert (float(bounds.high[5]) >= 1 + 2.0**-7 - 2.0**-20) == holds
@@ -220,9 +219,9 @@ def test_what_the_screen_leaves_open_is_computed_in_full(monkeypatch):
     off, seen = both(x, W, torch.zeros(128), None)
     pools = [find_pool(TORCH, e.operands, PoolRule(4, 2)) for e in (off, seen)]
     assert torch.equal(pools[0].members, pools[1].members)
-    search = stream.Search(seen.operands)
-    search.look_at(0, seen.operands, slice(0, 128), torch.tensor([1e-3]))
-    assert not search.screening
+    looking = stream.BatchSearch(seen.operands, 8)
+    looking.look_at(0, seen.operands, slice(0, 128), torch.tensor([1e-3]))
+    assert not looking.screening
 
 
 @pytest.mark.parametrize("select", ["batch", "token"])

@@ -132,7 +132,8 @@ EXPERIMENTS = {
     "cpu_step": Experiment(
         "our step with each rule and setting",
         at_all_sizes(VARIANTS),
-        {**SIZE, **VARIANT, **RATIO, "step / allocating product": "{ratio_to_allocating_product:.2f}", **MEMORY},
+        {**SIZE, **VARIANT, **RATIO, "step / allocating product": "{ratio_to_allocating_product:.2f}", **MEMORY}
+        | {"undecided columns": "{undecided_columns:.2%}", "undecided entries": "{undecided_entries:.2%}"},
         {"beside": ("product", "allocating")},
     ),
     "peer_steps": Experiment(

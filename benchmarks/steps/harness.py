@@ -85,6 +85,7 @@ class Harness:
         for i in samples:
             with reason_in(rows[i]):
                 rows[i] |= figures(samples[i], tasks[i].workload, running[i].call("peak_bytes"))
+                rows[i] |= running[i].call("undecided")
         for worker in running.values():
             worker.close()
         names = [task.name for task in tasks]

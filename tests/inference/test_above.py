@@ -5,7 +5,7 @@ import torch
 
 from sampled_sae.codes import SparseCodes
 from sampled_sae.impl.interface import implementation
-from sampled_sae.impl.torch import above, dense_above, floor_screen, products
+from sampled_sae.impl.torch import above, dense_above, products, screen_entries
 from sampled_sae.testing import whole_numbers
 
 TORCH, REFERENCE = implementation("torch"), implementation("reference")
@@ -117,7 +117,7 @@ def test_a_screen_out_of_range_rests():
     x, W, b = torch.ones(3, 4), torch.eye(4).repeat(16, 1), torch.zeros(64)
     W[7, 1] = 1e30
     operands = TORCH.encoder(x, W, b, screen="bf16").operands
-    assert floor_screen.seen_features(operands, slice(0, 64), torch.zeros(1)) is None
+    assert screen_entries.seen_from_above(operands, slice(0, 64), torch.zeros(1)) is None
     codes = TORCH.above_threshold(TORCH.encoder(x, W, b, screen="bf16"), torch.full((64,), 1e29))
     assert codes.features.tolist() == [7, 7, 7]
 

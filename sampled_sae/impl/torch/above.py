@@ -16,7 +16,6 @@ from torch import Tensor
 from ...codes import Entries
 from ...support.reused_memory import scratch
 from ..encoder import Operands
-from .floor_screen import seen_above, seen_tokens
 from .products import (
     activations_at,
     candidate_spans,
@@ -25,7 +24,8 @@ from .products import (
     sampled_product,
     token_blocks,
 )
-from .stream import MOST_SCREENED, filter_chunk, in_order, join, smallest_positive, take
+from .screen_entries import seen_from_above
+from .search import MOST_SCREENED, filter_chunk, in_order, join, smallest_positive, take
 
 # a rule that lets more than this share of a batch through gets whole rows
 MOST_LISTED = 1 / 64
@@ -68,13 +68,12 @@ class FloorSearch:
 
     def listed(self, block: Operands) -> Entries | None:
         """The same chunk by chunk; None where there are too many."""
-        screen, found, count = block.screen, [], 0
-        self.screening &= screen is not None and screen.in_range
-        tokens = seen_tokens(screen) if screen is not None and self.screening else None
+        found, count = [], 0
+        self.screening &= block.screen is not None and block.screen.in_range
         for span in candidate_spans(block):
-            part = None if tokens is None else self._screened(block, tokens, span)
+            part = self._screened(block, span)
             if part is None:
-                tokens, part = None, self._in_full(block, span)
+                part = self._in_full(block, span)
             found.append(part)
             count += len(part.values)
             if count > max(FEWEST_LISTED, MOST_LISTED * block.n_tokens * span.stop):
@@ -82,13 +81,20 @@ class FloorSearch:
                 return None
         return in_order(join(found), block.n_features)
 
-    def _screened(self, block: Operands, tokens: Tensor, span: slice) -> Entries | None:
+    def _screened(self, block: Operands, span: slice) -> Entries | None:
         """Entries of a chunk seen through the screen; None where it leaves too much open, and rests from then on."""
-        seen = seen_above(block, tokens, span, self._of(self.finite_floor, span))
+        if block.screen is None or not self.screening:
+            return None
+        seen, n_seen = (
+            seen_from_above(block, span, self._of(self.finite_floor, span)),
+            block.n_tokens * (span.stop - span.start),
+        )
         if seen is not None:
-            candidates = filter_chunk(seen, 0, 0, seen.new_zeros(1))
-            if len(candidates.values) <= MOST_SCREENED * seen.numel():
+            candidates = filter_chunk(seen.bits, 0, 0, seen.bits.new_zeros(1))
+            if len(candidates.values) <= MOST_SCREENED * n_seen:
+                block.screen.looks.see_entries(n_seen, len(candidates.values))
                 return self._settled(block, span, candidates)
+        block.screen.looks.see_entries(n_seen, n_seen)
         self.screening = False
         return None
 

@@ -17,7 +17,7 @@ from ..column_bounds import ColumnBounds
 from ..encoder import Operands
 from .products import chunk_width, token_blocks, without_autocast
 from .scores import column_scores
-from .screen import MARGIN, UNIT, FeatureRounding, entry_slack, smallest_normal
+from .screen import MARGIN, UNIT, FeatureRounding, scaled_bias, smallest_normal
 
 POWER_STEPS = 8
 TRIES = 3
@@ -26,7 +26,8 @@ TRIES = 3
 @without_autocast
 def column_bounds(operands: Operands, score: str) -> ColumnBounds | None:
     """Of every feature; None for entropy, and where a bound would not be finite."""
-    if operands.screen is None or score == "entropy" or not operands.screen.in_range:
+    screen = operands.screen
+    if screen is None or score == "entropy" or not screen.in_range:
         return None
     low, high = fires(operands) if score == "uniform" else norms(operands)
     if score == "l2_squared":
@@ -34,12 +35,12 @@ def column_bounds(operands: Operands, score: str) -> ColumnBounds | None:
     if not bool(high.isfinite().all()):
         return None
     full = operands.in_full()
-    return ColumnBounds(low, high, lambda at: column_scores(full.of_features(at), score))
+    return ColumnBounds(low, high, lambda at: column_scores(full.of_features(at), score), screen.looks)
 
 
 def norms(operands: Operands) -> tuple[Tensor, Tensor]:
     """(least, greatest) L2 norm of each column's activations."""
-    (x, _, b, scale, *_), screen = operands, operands.screen
+    x, screen = operands.x, operands.screen
     assert screen is not None
     d = x.shape[1]
     change = x - screen.x
@@ -48,11 +49,12 @@ def norms(operands: Operands) -> tuple[Tensor, Tensor]:
     changes = spectral_bound(rounded_change) + float(torch.linalg.vector_norm(change.sub_(rounded_change)))
     every, root = float(torch.linalg.vector_norm(screen.norms)), len(x) ** 0.5
     squares, errors = x.new_zeros(2, operands.n_features)
-    for _, at, a, features in seen_chunks(operands):
-        squares[at] += torch.linalg.vector_norm(a.relu_(), dim=1).square_()
+    for block, at, features in rounded_features(operands):
+        bias = scaled_bias(operands, at)
+        z = product(block, features.plus(bias))
+        squares[at] += torch.linalg.vector_norm(relu_(z), dim=1, dtype=x.dtype).square_()
         bound = tokens * features.errors + changes * features.norms + every * features.sum_errors(d)
-        bound = MARGIN * bound + UNIT * root * b[at].abs()
-        errors[at] = bound if scale is None else bound * scale[at]
+        errors[at] = MARGIN * bound + root * features.offset_errors(bias.abs())
     found = squares.sqrt_()
     # the rounding of z^, and that of the norm itself
     errors += (UNIT + len(x) * 2.0**-24) * found
@@ -62,32 +64,34 @@ def norms(operands: Operands) -> tuple[Tensor, Tensor]:
 def fires(operands: Operands) -> tuple[Tensor, Tensor]:
     """(least, greatest) uniform score of each column: 1 where an activation is above zero, else 0."""
     low, high = operands.x.new_zeros(2, operands.n_features)
-    for block, at, a, features in seen_chunks(operands):
-        slack = entry_slack(block, at, features)
-        low[at] = torch.maximum(low[at], (a * (1 - 2 * UNIT) > slack).any(1).to(low.dtype))
-        # a bound that is not a number rules nothing out
-        high[at] = torch.maximum(high[at], (~(a < -slack)).any(1).to(high.dtype))
+    for block, at, features in rounded_features(operands):
+        bias = scaled_bias(operands, at)
+        above = product(block, features.bounding(bias, bias.abs(), 1)).view(torch.int16).amax(1)
+        high[at] = torch.maximum(high[at], (above >= 0).to(high.dtype))
+        below = product(block, features.bounding(bias, bias.abs(), -1)).view(torch.int16).amax(1)
+        low[at] = torch.maximum(low[at], (below > 0).to(low.dtype))
     return low, high
 
 
-def seen_chunks(operands: Operands) -> Iterator[tuple[Operands, slice, Tensor, FeatureRounding]]:
-    """(block of tokens, features, their activations before the relu [C, T], their rounding) from bfloat16 products."""
-    n_features = operands.n_features
+def rounded_features(operands: Operands) -> Iterator[tuple[Operands, slice, FeatureRounding]]:
+    """(block of tokens, some features, their rounding) for all features of one block after another."""
     for _, block in token_blocks(operands):
-        _, W, b, scale, _, screen, _ = block
-        assert screen is not None
         step = chunk_width(block)
-        memory = scratch(operands.x, min(step, n_features), block.n_tokens)
-        low = scratch(screen.x, min(step, n_features), block.n_tokens)
-        for start in range(0, n_features, step):
-            at = slice(start, min(start + step, n_features))
-            features = FeatureRounding.of(W[at])
-            z = low[: at.stop - start]
-            torch.mm(features.W, screen.x.t(), out=z)
-            a = memory[: at.stop - start].copy_(z).add_(b[at, None])
-            if scale is not None:
-                a.mul_(scale[at, None])
-            yield block, at, a, features
+        for start in range(0, operands.n_features, step):
+            at = slice(start, min(start + step, operands.n_features))
+            yield block, at, FeatureRounding.of(block, at, measured=True)
+
+
+def product(operands: Operands, W: Tensor) -> Tensor:
+    """bfloat16 [C, B] of rows that have further columns."""
+    assert operands.screen is not None
+    return torch.mm(W, operands.screen.columns.t(), out=scratch(W, len(W), operands.n_tokens))
+
+
+def relu_(z: Tensor) -> Tensor:
+    """In place; as whole numbers, which takes a quarter of the time."""
+    z.view(torch.int16).clamp_min_(0)
+    return z
 
 
 def spectral_bound(X: Tensor) -> float:
