@@ -30,7 +30,8 @@ class Settings:
     """What is timed.
 
     Args:
-        d, features, batch, k, l, score, select: d_in, d_sae, tokens in a batch, and the rule, as in SampledSAEConfig.
+        d, features, batch, k, l, score, select, screen: d_in, d_sae, tokens in a batch, and the rule, as in
+            SampledSAEConfig.
         adam: mode of RowAdam.
         device, dtype: "float32", or on a GPU "bfloat16" for the products (autocast over float32 weights).
         rounds: samples of each call, fewer where the time runs out.
@@ -47,6 +48,7 @@ class Settings:
     l: float | None = 4.0
     score: str = "l2"
     select: str = "batch"
+    screen: str = "auto"
     adam: str = "dense"
     device: str = "cpu"
     dtype: str = "float32"
@@ -69,9 +71,8 @@ class Settings:
         return 4 * self.batch * self.features
 
     def config(self) -> SampledSAEConfig:
-        return SampledSAEConfig(
-            self.d, self.features, self.k, self.l, score=self.score, select=self.select, row_grads=True
-        )
+        shape = self.d, self.features, self.k, self.l
+        return SampledSAEConfig(*shape, score=self.score, select=self.select, screen=self.screen, row_grads=True)
 
     def autocast(self) -> torch.autocast:
         kind = torch.device(self.device).type
@@ -124,6 +125,7 @@ class OurStep:
         with self.sae.sections.section("optimizer"):
             self.optimizer.step()
         self.optimizer.zero_grad()
+        self.sae.sections.next_sample()
         return out.mse.detach()
 
     def read(self) -> dict[str, list[float]]:

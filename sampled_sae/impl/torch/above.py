@@ -90,7 +90,7 @@ class FloorSearch:
             block.n_tokens * (span.stop - span.start),
         )
         if seen is not None:
-            candidates = filter_chunk(seen.bits, 0, 0, seen.bits.new_zeros(1))
+            candidates = filter_chunk(seen, 0, 0, seen.new_zeros(1))
             if len(candidates.values) <= MOST_SCREENED * n_seen:
                 block.screen.looks.see_entries(n_seen, len(candidates.values))
                 return self._settled(block, span, candidates)

@@ -12,32 +12,19 @@ compared as whole numbers, for the bits of floats above zero sort as their value
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..encoder import Operands
 from ..rounded_tokens import LARGEST
 from .products import features_of, padded_chunk
-from .screen import MARGIN, FeatureRounding, scaled_bias
+from .screen import FeatureRounding, scaled_bias
 
 
-class SeenChunk(NamedTuple):
-    """A chunk of activations, less the floor of their feature, seen from above.
+def seen_from_above(operands: Operands, span: slice, floor: Tensor | None = None) -> Tensor | None:
+    """What some activations, less the floor of their feature, are at most; None where that is out of range.
 
-    bits: int16 [B, C], C a multiple of BLOCK_FEATURES, those of bfloat16; below 0 in the padding.
-    slack: float32 [B], what these lie above the activations of each token, at most, but for their own rounding.
-    """
-
-    bits: Tensor
-    slack: Tensor
-
-
-def seen_from_above(operands: Operands, span: slice, floor: Tensor | None = None) -> SeenChunk | None:
-    """Of some candidates; None where that is out of range.
-
-    floor: [1] or [C], of their features; none where it is not given.
+    Returns bits of bfloat16, int16 [B, C], as `padded_chunk` has them. floor: [1] or [C]; none where it is not given.
     """
     screen, at = operands.screen, features_of(operands, span)
     assert screen is not None
@@ -48,9 +35,7 @@ def seen_from_above(operands: Operands, span: slice, floor: Tensor | None = None
     W = features.bounding(gap, sizes, 1)
     z, inner = padded_chunk(W, operands.n_tokens, span)
     torch.mm(screen.columns, W.t(), out=inner)
-    slack = screen.norms * features.entry_errors.amax() + screen.errors * (MARGIN * features.norms.amax())
-    # once as the bound, and once more where it is rounded up, in both factors
-    return SeenChunk(z.view(torch.int16), 2.05 * (slack + features.offset_errors(sizes).amax()))
+    return z.view(torch.int16)
 
 
 def bits_of(floor: Tensor) -> Tensor:

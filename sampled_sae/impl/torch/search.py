@@ -14,26 +14,27 @@ from torch import Tensor
 from ...codes import Entries
 from ..encoder import Operands
 from .products import BLOCK_FEATURES, activations_at, ends_of_tokens, features_of, sampled_product
-from .screen import UNIT, rounding_slack
+from .screen import rounding_slack
 from .screen_entries import bits_of, seen_from_above
 
 # a screen that lets more than this share of a chunk through costs more than it saves
 MOST_SCREENED = 1 / 16
+# of the budget, how many are computed before it is known what the others have to surpass
+FIRST = 1.125
 
 
 class Search(ABC):
     """Entries > 0 and at or above a floor, which may rise from chunk to chunk.
 
     With a screen every entry found is computed again, one by one, before it is compared with others: neither its value
-    nor whether it is found depends on which chunks were screened. Until then there are bounds of it, and what cannot be
-    kept by these is dropped.
+    nor whether it is found depends on which chunks were screened. Until then an upper bound stands for it. Those of the
+    highest bounds are computed first, and then those alone that by their bound may still be kept beside them.
     """
 
     def __init__(self, operands: Operands) -> None:
         self.operands = operands
         self.screening = operands.screen is not None and operands.screen.in_range
         self.found: list[Entries] = []  # with a screen, upper bounds
-        self.lower: list[Tensor] = []
         self.settled: list[Entries] = []
         self.count = 0
 
@@ -49,14 +50,12 @@ class Search(ABC):
         """What a look through the screen leaves; None where there is none, or it leaves too much."""
         if block.screen is None or not self.screening or not floor.any():
             return None
-        seen, n_seen = seen_from_above(block, span), block.n_tokens * (span.stop - span.start)
-        if seen is not None:
-            bits, tokens, features = filter_chunk(seen.bits, token, span.start, bits_of(floor))
-            if len(bits) <= MOST_SCREENED * n_seen:
+        bits, n_seen = seen_from_above(block, span), block.n_tokens * (span.stop - span.start)
+        if bits is not None:
+            upper, tokens, features = filter_chunk(bits, token, span.start, bits_of(floor))
+            if len(upper) <= MOST_SCREENED * n_seen:
                 block.screen.looks.see_entries(n_seen, 0)
-                upper = bits.view(torch.bfloat16).float()
-                self._bound_below(upper * (1 - UNIT) - seen.slack.index_select(0, tokens - token))
-                return Entries(upper, tokens, features)
+                return Entries(upper.view(torch.bfloat16).float(), tokens, features)
         block.screen.looks.see_entries(n_seen, n_seen)
         self.screening = False
         return None
@@ -70,35 +69,42 @@ class Search(ABC):
         if floor.any():
             least = torch.where(slack.isfinite(), floor - slack, floor).clamp_min(smallest_positive(floor.dtype))
         values, tokens, features = filter_chunk(activations_at(block, span), token, span.start, least)
-        off = slack.index_select(0, tokens - token)
-        self._bound_below(values - off)
-        return Entries(values + off, tokens, features)
-
-    def _bound_below(self, lower: Tensor) -> None:
-        # what is not a number bounds nothing
-        self.lower.append(torch.where(lower > 0, lower, 0))
+        return Entries(values + slack.index_select(0, tokens - token), tokens, features)
 
     def settle(self, floor: Tensor) -> Entries:
         """All that was found and may be kept, in full precision; floor [1] or [B], of the whole batch."""
         if self.operands.screen is None:
             self.settled += self.found
         elif self.found:
-            seen = self._within_bounds(join(self.found), torch.cat(self.lower))
-            values = self._activations(seen)
-            self.operands.screen.looks.see_entries(0, len(values))
-            least = floor if len(floor) == 1 else floor.index_select(0, seen.tokens)
-            at = (values >= least.clamp_min(smallest_positive(values.dtype))).nonzero().squeeze(1)
-            self.settled.append(take(Entries(values, seen.tokens, seen.features), at))
+            seen = self._arranged(join(self.found))
+            first = seen.values >= self._least(seen, seen, FIRST)
+            some = self._computed(take(seen, first.nonzero().squeeze(1)), floor)
+            rest = ~first & (seen.values >= self._least(some, seen, 1.0))
+            self.settled += [some, self._computed(take(seen, rest.nonzero().squeeze(1)), floor)]
         return self.keep(join(self.settled))
 
     def keep(self, entries: Entries) -> Entries:
         """These alone of what was found so far."""
-        self.found, self.lower, self.settled, self.count = [], [], [entries], len(entries.values)
+        self.found, self.settled, self.count = [], [entries], len(entries.values)
         return entries
 
     @abstractmethod
-    def _within_bounds(self, seen: Entries, lower: Tensor) -> Entries:
-        """Of upper bounds of entries and the lower ones [n] what may be kept, by token, then column."""
+    def _arranged(self, entries: Entries) -> Entries:
+        """In the order that `_least` asks for."""
+
+    @abstractmethod
+    def _least(self, entries: Entries, at: Entries, share: float) -> Tensor:
+        """For each of `at`, [n] or [1], what the last of the budget times `share` has; 0 where there are fewer."""
+
+    def _computed(self, entries: Entries, floor: Tensor) -> Entries:
+        """Those of them at or above the floor, [1] or [B], by their activations."""
+        assert self.operands.screen is not None
+        self.operands.screen.looks.see_entries(0, len(entries.values))
+        _, tokens, features = entries = in_order(entries, self.operands.n_candidates)
+        values = self._activations(entries)
+        least = floor if len(floor) == 1 else floor.index_select(0, tokens)
+        at = (values >= least.clamp_min(smallest_positive(values.dtype))).nonzero().squeeze(1)
+        return take(Entries(values, tokens, features), at)
 
     def _activations(self, entries: Entries) -> Tensor:
         """Before the relu, at entries sorted by token."""
@@ -138,14 +144,10 @@ def join(parts: list[Entries]) -> Entries:
 
 def in_order(entries: Entries, n_columns: int | None = None) -> Entries:
     """By token, then column."""
-    order = order_of(entries, n_columns)
-    return entries if order is None else take(entries, order)
-
-
-def order_of(entries: Entries, n_columns: int | None = None) -> Tensor | None:
-    """Indices by which they are sorted by token, then column; None where they are."""
     tokens, features = entries.tokens, entries.features
     if n_columns is None:
         n_columns = int(features.max()) + 1 if len(features) else 1
     keys = tokens * n_columns + features
-    return None if bool((keys[1:] > keys[:-1]).all()) else torch.argsort(keys)
+    if bool((keys[1:] > keys[:-1]).all()):
+        return entries
+    return take(entries, torch.argsort(keys))

@@ -2,8 +2,8 @@
 
 A chunk [B, C] is filtered in cache: maxima of blocks of 32 features tell which blocks hold an entry at or
 above the running threshold tau, and only those blocks are looked at again. tau starts low and rises: whenever
-the candidates number twice the budget they are cut to the exact best so far, whose last member is the new
-tau. So the result is exact, whatever the first tau; one that was too high is seen by the count.
+the candidates number twice the budget, or four times with a screen, they are cut to the exact best so far, whose last
+member is the new tau. So the result is exact, whatever the first tau; one that was too high is seen by the count.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ...codes import Entries
 from ...support.nth_largest import nth_largest, nth_largest_of_rows
 from ..encoder import Operands
 from .products import candidate_spans, token_blocks
-from .search import Search, in_order, join, order_of, take
+from .search import Search, in_order, join, take
 
 FIRST_CHUNK = 128
 WIDEST_TABLE = 16
@@ -28,10 +28,12 @@ class BatchSearch(Search):
         super().__init__(operands)
         self.n = n
 
-    def _within_bounds(self, seen: Entries, lower: Tensor) -> Entries:
-        if 0 < self.n <= len(lower):
-            seen = take(seen, (seen.values >= nth_largest(lower, self.n)).nonzero().squeeze(1))
-        return in_order(seen, self.operands.n_candidates)
+    def _arranged(self, entries: Entries) -> Entries:
+        return entries
+
+    def _least(self, entries: Entries, at: Entries, share: float) -> Tensor:
+        n = round(share * self.n)
+        return nth_largest(entries.values, n) if 0 < n <= len(entries.values) else entries.values.new_zeros(1)
 
 
 class TokenSearch(Search):
@@ -41,16 +43,15 @@ class TokenSearch(Search):
         super().__init__(operands)
         self.k = k
 
-    def _within_bounds(self, seen: Entries, lower: Tensor) -> Entries:
-        order = order_of(seen, self.operands.n_candidates)
-        if order is not None:
-            seen, lower = take(seen, order), lower.index_select(0, order)
-        counts = torch.bincount(seen.tokens, minlength=self.operands.n_tokens)
-        table = by_token(lower, seen.tokens, counts, self.k)
-        if table is None:
-            return seen
-        least = nth_largest_of_rows(table, self.k).index_select(0, seen.tokens)
-        return take(seen, (seen.values >= least).nonzero().squeeze(1))
+    def _arranged(self, entries: Entries) -> Entries:
+        return in_order(entries, self.operands.n_candidates)
+
+    def _least(self, entries: Entries, at: Entries, share: float) -> Tensor:
+        values, tokens, _ = entries
+        k = round(share * self.k)
+        table = by_token(values, tokens, torch.bincount(tokens, minlength=self.operands.n_tokens), k)
+        # a token that has so many is not in the usual case
+        return values.new_zeros(1) if table is None else nth_largest_of_rows(table, k).index_select(0, at.tokens)
 
 
 def stream_batch(operands: Operands, n: int, hint: float | None = None) -> Entries:
@@ -69,10 +70,12 @@ def search_batch(operands: Operands, n: int, hint: float | None = None) -> Entri
     """The n largest among those > 0 and >= hint; ties and order as `keep_best` has them, columns those of the pool."""
     floor = operands.x.new_full((1,), 0.0 if hint is None else hint)
     search = BatchSearch(operands, n)
+    # what a screen finds costs little until it is computed
+    most = 2 if operands.screen is None else 4
     for token, block in token_blocks(operands):
         for span in candidate_spans(block, FIRST_CHUNK if hint is None else None):
             search.look_at(token, block, span, floor)
-            if search.count >= 2 * n > 0:
+            if search.count >= most * n > 0:
                 kept = search.keep(keep_best(search.settle(floor), n, operands.n_features))
                 if search.count == n:
                     floor.fill_(kept.values.min())
