@@ -48,7 +48,8 @@ class Library(Candidate):
             self.set_lr(self.optimizer)
         self.sae.set_decoder_norm_to_unit_norm()
         variance = (x - x.mean(0)).pow(2).sum()
-        out = self.sae(x, total_variance=variance)
+        with self.setup.autocast():  # its own is for GPUs alone
+            out = self.sae(x, total_variance=variance)
         self.fired[out.latent_indices.flatten()] = True
         out.fvu.backward()
         self.sae.remove_gradient_parallel_to_decoder_directions()

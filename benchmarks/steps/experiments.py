@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Row
-from benchmarks.peers import BATCH, CANDIDATES, TOKEN, Entry, make, ours, plain
+from benchmarks.peers import AUTOCAST, BATCH, CANDIDATES, TOKEN, Entry, make, ours, plain
 from benchmarks.record import SIZE, Columns, Result, markdown
 from benchmarks.steps.harness import Harness, Task
 from benchmarks.steps.session import Size
@@ -138,8 +138,8 @@ EXPERIMENTS = {
     ),
     "peer_steps": Experiment(
         "our step and those of the peers, each as its own library does it",
-        at_all_sizes(CANDIDATES),
-        {**SIZE, **STEP_OF, **RATIO, **MS, **MEMORY},
+        at_all_sizes({**CANDIDATES, **AUTOCAST}),
+        {**SIZE, **STEP_OF, **RATIO, **MS, **MEMORY, "first error off by": "{error_off:.0e}"},
     ),
     "scaling": Experiment(
         "our step against F, B, k and l, with fitted exponents",

@@ -114,7 +114,8 @@ class Harness:
         row["first_error"] = error = worker.call("first_error")
         if self.checked:
             row["reference_error"] = expected = worker.call("expected_error")
-            if not abs(error / expected - 1) <= TOLERANCE[self.dtype]:
+            row["error_off"] = abs(error / expected - 1)
+            if not row["error_off"] <= TOLERANCE[task.entry.dtype or self.dtype]:
                 worker.close()
                 raise WorkerError(f"error {error:.6g} on the first batch, the reference has {expected:.6g}")
         return worker
