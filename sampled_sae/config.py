@@ -50,8 +50,34 @@ def batch_budget(n_tokens: int, k: float) -> int:
     return round(n_tokens * k)
 
 
+class Output:
+    """What a config says of the reconstruction: a transcoder's has a width of its own, d_out."""
+
+    d_in: int
+    d_out: int | None
+    apply_b_dec_to_input: bool | None
+    output_scale: float
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it reconstructs other activations than it reads."""
+        return self.d_out is not None
+
+    @property
+    def width_out(self) -> int:
+        """Width of the reconstruction: d_out, or d_in of an SAE."""
+        return self.d_in if self.d_out is None else self.d_out
+
+    def check_output(self) -> None:
+        """ValueError for what an SAE has and a transcoder has not, or the other way round."""
+        if self.is_transcoder and self.apply_b_dec_to_input:
+            raise ValueError(f"apply_b_dec_to_input=True: a transcoder's b_dec is of its output; d_out={self.d_out}")
+        if not self.is_transcoder and self.output_scale != 1:
+            raise ValueError(f"output_scale={self.output_scale!r}: must be 1 for an SAE, whose input_scale serves both")
+
+
 @dataclass(frozen=True)
-class SampledSAEConfig:
+class SampledSAEConfig(Output):
     """A Sampled-SAE's shape and rule.
 
     Args:
@@ -153,24 +179,10 @@ class SampledSAEConfig:
         self._check_together()
 
     def _check_together(self) -> None:
-        if self.is_transcoder and self.apply_b_dec_to_input:
-            raise ValueError(f"apply_b_dec_to_input=True: a transcoder's b_dec is of its output; d_out={self.d_out}")
-        if not self.is_transcoder and self.output_scale != 1:
-            raise ValueError(f"output_scale={self.output_scale!r}: must be 1 for an SAE, whose input_scale serves both")
-
+        self.check_output()
         if self.is_topk and self.inference == "pool":
             keeps = "a TopK SAE (select='token', l=None) keeps k features of each token"
             raise ValueError(f"inference='pool': {keeps}; must be 'threshold' or 'batch', which are the same for it")
-
-    @property
-    def is_transcoder(self) -> bool:
-        """Whether it reconstructs other activations than it reads."""
-        return self.d_out is not None
-
-    @property
-    def width_out(self) -> int:
-        """Width of the reconstruction: d_out, or d_in of an SAE."""
-        return self.d_in if self.d_out is None else self.d_out
 
     @property
     def factor_out(self) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from makers import make_sae, write_store
+from word_models import save_word_llama
 
 from sampled_sae import ActivationStore, SampledSAEConfig, TrainConfig, Trainer, formats
 from sampled_sae import cli as command_line
@@ -92,15 +93,7 @@ def full(text: str, root: Path) -> list[str]:
 
 
 def make_model(root: Path) -> None:
-    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
-    vocabulary = {"<|endoftext|>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(30)}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>")
-    tokenizer.save_pretrained(root / "model")
-    sizes = {"vocab_size": 32, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).save_pretrained(root / "model")
+    save_word_llama(root / "model", [f"w{i}" for i in range(30)])
     lines = [json.dumps({"text": " ".join(f"w{(i * j) % 30}" for j in range(12))}) for i in range(40)]
     (root / "texts.jsonl").write_text("\n".join(lines))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sampled_sae import SampledSAE, SampledSAEConfig, reference, testing
+from sampled_sae import SampledSAE, SampledSAEConfig, Trainer, reference, testing
 from sampled_sae import functional as F
 from sampled_sae.support.atomic_files import write_json
 
@@ -76,6 +76,15 @@ def gradients(sae):
 
 def same_weights(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def begun_training(sae, how, activations, folder, steps, **options):
+    """A `Trainer` that was stopped after `steps`, with a checkpoint."""
+    begun = Trainer(sae, how, activations, folder, **options)
+    for t in range(steps):
+        begun.train_on(begun.feed.batch(t))
+    begun.save()
+    return begun
 
 
 def write_store(folder, n=(200, 130, 170), n_holdout=150, d=D, seed=5, **changes):

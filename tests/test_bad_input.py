@@ -124,6 +124,31 @@ def test_large_but_finite_activations_are_let_through():
     assert torch.isfinite(F.column_scores(x, *list(problem(1, 12, 20).values())[1:3], "uniform")).all()
 
 
+@pytest.mark.parametrize("method", ["__call__", "encode", "calibrate", "init_b_dec"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_activations_too_large_for_a_loss_are_refused_by_the_module(method, dtype):
+    sae, x = make_sae(dtype), tokens(3, 12, dtype=dtype)
+    x[1, 7] = 1e19
+    with pytest.raises(
+        ValueError, match=r"x: values up to 1e\+19: the sum of their squares is too large for a loss in"
+    ):
+        getattr(sae, method)(x)
+
+
+def test_a_loss_of_the_largest_activations_that_are_let_through_is_finite():
+    sae = make_sae(torch.float32)
+    x = torch.full((3, 12), 5e17 / 6)
+    assert sae(x).loss.isfinite()
+    with pytest.raises(ValueError, match="x: values up to"):
+        sae(1.2 * x)
+
+
+def test_targets_too_large_for_a_loss_are_refused():
+    sae = SampledSAE(SampledSAEConfig(**BASE, d_out=5))
+    with pytest.raises(ValueError, match=r"target: values up to 3e\+38"):
+        sae(torch.randn(3, 12), torch.full((3, 5), 3e38))
+
+
 ENCODER = [
     ({"W_enc": None}, "W_enc=None: must be a tensor of shape [d_in, d_sae]"),
     ({"W_enc": torch.zeros(12).double()}, "W_enc=tensor (12,): must be a tensor of shape [d_in, d_sae]"),

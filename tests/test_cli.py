@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
+from word_models import save_word_llama
 
 from sampled_sae.cli import build_parser, main
 
 transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
 
 WORDS = [f"w{i}" for i in range(40)]
 
@@ -19,22 +19,9 @@ WORDS = [f"w{i}" for i in range(40)]
 def tiny(tmp_path_factory):
     """(folder of a Llama with its tokenizer, file of texts)."""
     folder = tmp_path_factory.mktemp("tiny")
-    vocabulary = {"<|endoftext|>": 0, "<unk>": 1} | {w: i + 2 for i, w in enumerate(WORDS)}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>")
-    tokenizer.save_pretrained(folder / "model")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        eos_token_id=0,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "max_position_embeddings": 2048}
+    save_word_llama(folder / "model", WORDS, eos_token_id=0, **sizes)
     draw = torch.Generator().manual_seed(1)
     lines = [" ".join(WORDS[i] for i in torch.randint(0, 40, (30,), generator=draw).tolist()) for _ in range(60)]
     texts = folder / "texts.jsonl"

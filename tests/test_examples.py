@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from word_models import save_word_tokenizer
 
 from sampled_sae import SampledSAE
 
@@ -36,13 +37,10 @@ def test_train_on_tensor(tmp_path):
 
 
 def test_train_on_model(tmp_path):
-    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
     words = [f"w{i}" for i in range(40)]
-    vocabulary = {word: i for i, word in enumerate(["<|endoftext|>", "<unk>", *words])}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     folder = tmp_path / "model"
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|endoftext|>").save_pretrained(folder)
+    save_word_tokenizer(folder, words)
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=42, n_embd=16, n_layer=3, n_head=2, n_positions=16)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from makers import D, make_sae, same_weights, tokens
+from makers import D, begun_training, make_sae, same_weights, tokens
 
 from sampled_sae import SampledSAE, SampledSAEConfig, TrainConfig, Trainer, formats
 from sampled_sae.cli import main
@@ -51,9 +51,7 @@ def test_a_resumed_run_remembers_what_it_began_with(tmp_path):
     sae = initial()
     config = config_of(sae)
     whole = Trainer(config, TRAIN, X, tmp_path / "whole", init_from=sae).run(progress=False)
-    begun = Trainer(config, TRAIN, X, tmp_path / "run", init_from=sae)
-    begun.train_on(begun.feed.batch(0))
-    begun.save()
+    begun_training(config, TRAIN, X, tmp_path / "run", steps=1, init_from=sae)
     with pytest.raises(ValueError, match=r"init: was .* is None"):
         Trainer(config, TRAIN, X, tmp_path / "run")
     with pytest.raises(ValueError, match="other settings"):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from makers import gradients, make_sae, tokens, write_store
+from makers import begun_training, gradients, make_sae, tokens, write_store
 from safetensors.torch import load_file, save_file
 
 from sampled_sae import ActivationStore, SAEGroup, SampledSAE, SampledSAEConfig, TrainConfig, Trainer
@@ -165,10 +165,7 @@ def test_an_sae_of_an_earlier_version_has_the_scale_that_stands_beside_it(tmp_pa
 
 def test_a_checkpoint_of_an_earlier_version_goes_on(store, tmp_path):
     whole = Trainer(SAE, TRAIN, store, tmp_path / "whole").run(progress=False)
-    begun = Trainer(SAE, TRAIN, store, tmp_path / "begun")
-    for t in range(10):
-        begun.train_on(begun.feed.batch(t))
-    begun.save()
+    begun_training(SAE, TRAIN, store, tmp_path / "begun", steps=10)
     state = torch.load(tmp_path / "begun" / CHECKPOINT, weights_only=True)
     del state["settings"]["sae"]["input_scale"], state["sae"]["calibrated_at"]
     torch.save(state, tmp_path / "begun" / CHECKPOINT)

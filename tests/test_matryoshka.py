@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from makers import gradients, make_sae, problem, same_weights, tokens
+from makers import begun_training, gradients, make_sae, problem, same_weights, tokens
 from optim_steps import assert_close, plain_step, state_of
 
 from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig, SparseCodes, TrainConfig, Trainer, reference
@@ -208,10 +208,7 @@ def test_training_resumes_with_its_groups_alone(store, tmp_path, short_calibrati
     config = SampledSAEConfig(d_in=store.d_in, d_sae=64, k=3, l=None, groups=(8, 64), dead_after=500)
     how = TrainConfig(steps=12, batch_size=40, checkpoint_every=5, log_every=4)
     whole = Trainer(config, how, store, tmp_path / "whole").run(progress=False)
-    trainer = Trainer(config, how, store, tmp_path / "halves")
-    for i in range(7):
-        trainer.train_on(trainer.feed.batch(i))
-    trainer.save()
+    begun_training(config, how, store, tmp_path / "halves", steps=7)
     halves = Trainer(config, how, store, tmp_path / "halves").run(progress=False)
     assert same_weights(whole, halves)
     assert SampledSAE.from_pretrained(tmp_path / "whole").cfg.groups == (8, 64)

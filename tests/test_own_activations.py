@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from makers import D, same_weights, tokens
+from makers import D, begun_training, same_weights, tokens
 from safetensors.torch import save_file
 
 from sampled_sae import ActivationStore, SampledSAE, SampledSAEConfig, TrainConfig, Trainer
@@ -67,10 +67,7 @@ def test_a_file_is_mapped_and_not_copied(tmp_path, x):
 
 def test_a_resumed_training_knows_its_tensor(tmp_path, x):
     whole = Trainer(SAE, TRAIN, x, tmp_path / "whole").run(progress=False)
-    begun = Trainer(SAE, TRAIN, x, tmp_path / "run")
-    for t in range(5):
-        begun.train_on(begun.feed.batch(t))
-    begun.save()
+    begun_training(SAE, TRAIN, x, tmp_path / "run", steps=5)
     other = x.clone()
     other[7, 3] = -other[7, 3]  # of the same scale
     with pytest.raises(ValueError, match=r"other settings \(data\)"):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from makers import same_weights, write_store
+from makers import begun_training, same_weights, write_store
 
 from sampled_sae import ActivationStore, PairedActivations, SampledSAE, SampledSAEConfig, TrainConfig, Trainer
 from sampled_sae.cli import main
@@ -56,10 +56,7 @@ def test_training_learns_saves_resumes_and_is_evaluated(both, tmp_path):
     whole = trainer.run(progress=False)
     assert trainer.metrics[-1]["fvu"] < 0.3
     assert (whole.cfg.input_scale, whole.cfg.output_scale) == (pair.scale, pair.output_scale)
-    halves = Trainer(CONFIG, HOW, pair, tmp_path / "halves")
-    for i in range(17):
-        halves.train_on(halves.feed.batch(i))
-    halves.save()
+    begun_training(CONFIG, HOW, pair, tmp_path / "halves", steps=17)
     assert same_weights(whole, Trainer(CONFIG, HOW, pair, tmp_path / "halves").run(progress=False))
     saved = SampledSAE.from_pretrained(tmp_path / "whole")
     found = evaluate(saved, pair.holdout()[0], 64, None)

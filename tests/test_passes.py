@@ -1,5 +1,7 @@
 """What a step reads and writes of [B, d] around its products: passes counted, values and gradients as before."""
 
+import math
+
 import pytest
 import torch
 from makers import tokens
@@ -8,7 +10,7 @@ pytest.importorskip("triton")
 
 from benchmarks.model import Trace
 from sampled_sae.impl.training_step import squared_errors
-from sampled_sae.support.late_values import all_finite
+from sampled_sae.support.late_values import all_finite, squares_finite
 
 B, D = 64, 32
 
@@ -53,6 +55,18 @@ def test_what_is_not_finite_is_seen(dtype, bad):
     assert not all_finite(x)
 
 
-def test_the_check_is_one_pass():
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_what_has_no_finite_squares_is_seen(dtype, bad):
+    # float16's largest is no danger to a sum in float32
+    x = torch.full((5, 7), torch.finfo(dtype).max if dtype == torch.float16 else 3.0, dtype=dtype)
+    assert squares_finite(x)
+    for value in (bad, torch.finfo(dtype).max):
+        x[3, 4] = value
+        assert squares_finite(x) == (dtype == torch.float16 and math.isfinite(value))
+
+
+@pytest.mark.parametrize("check", [all_finite, squares_finite])
+def test_the_check_is_one_pass(check):
     x = tokens(B, D, dtype=torch.float32)
-    assert passes(lambda: all_finite(x))[1] == 1
+    assert passes(lambda: check(x))[1] == 1

@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from makers import make_sae, problem, tokens, write_store
+from makers import begun_training, make_sae, problem, tokens, write_store
 
 from sampled_sae import ActivationStore, RowAdam, SampledSAE, SampledSAEConfig, TrainConfig, Trainer, formats
 from sampled_sae import functional as F
@@ -117,9 +117,7 @@ def test_an_sae_of_any_numbers_is_trained_resumed_and_saved(tmp_path, kind):
     for values in (config.to_dict(), asdict(train)):
         assert {type(value) for value in values.values()} <= {int, float, str, bool, type(None)}
         assert json.loads(json.dumps(values)) == values
-    begun = Trainer(config, train, store, tmp_path / "run")
-    begun.train_on(begun.feed.batch(0))
-    begun.save()
+    begun_training(config, train, store, tmp_path / "run", steps=1)
     resumed = Trainer(config, train, store, tmp_path / "run")
     assert resumed.step == 1
     resumed.run(progress=False)

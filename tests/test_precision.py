@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from makers import D, gradients, make_sae, same_weights, tokens
+from makers import D, begun_training, gradients, make_sae, same_weights, tokens
 
 from benchmarks.rounded_products import RoundedProducts
 from sampled_sae import RowAdam, SAEGroup, SampledSAE, SampledSAEConfig
@@ -245,9 +245,7 @@ def test_fp32_is_fp32_whatever_stands_around_it(store, tmp_path, monkeypatch):
 def test_a_run_goes_on_in_its_precision_alone(store, tmp_path):
     pytest.importorskip("triton")
     sae = replace(SAE, impl="triton")
-    trainer = Trainer(sae, replace(TRAIN, precision="bf16"), store, tmp_path / "run")
-    trainer.train_on(trainer.feed.batch(0))
-    trainer.save()
+    begun_training(sae, replace(TRAIN, precision="bf16"), store, tmp_path / "run", steps=1)
     with pytest.raises(ValueError, match=r"\(train: precision\): precision was 'bf16', is 'fp32'"):
         Trainer(sae, TRAIN, store, tmp_path / "run")
     assert Trainer(sae, replace(TRAIN, precision="bf16"), store, tmp_path / "run").step == 1
@@ -255,9 +253,7 @@ def test_a_run_goes_on_in_its_precision_alone(store, tmp_path):
 
 def test_a_run_of_an_earlier_version_goes_on_in_fp32(store, tmp_path):
     path = tmp_path / "run" / CHECKPOINT
-    trainer = Trainer(SAE, TRAIN, store, path.parent)
-    trainer.train_on(trainer.feed.batch(0))
-    trainer.save()
+    begun_training(SAE, TRAIN, store, path.parent, steps=1)
     state = read_checkpoint(path)
     del state["settings"]["train"]["precision"]
     write_checkpoint(path, state)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from makers import D, same_weights, tokens
+from makers import D, begun_training, same_weights, tokens
 
 from sampled_sae import SampledSAE, SampledSAEConfig, TrainConfig, Trainer
 from sampled_sae.cli import main
@@ -62,10 +62,7 @@ def test_steps_take_the_k_and_l_of_the_schedule(tmp_path):
 def test_a_run_that_is_resumed_within_the_schedule_is_the_same(tmp_path, changes):
     config = replace(SAE, **changes)
     whole = Trainer(config, TRAIN, X, tmp_path / "whole").run(progress=False)
-    begun = Trainer(config, TRAIN, X, tmp_path / "run")
-    for t in range(6):
-        begun.train_on(begun.feed.batch(t))
-    begun.save()
+    begun_training(config, TRAIN, X, tmp_path / "run", steps=6)
     resumed = Trainer(config, TRAIN, X, tmp_path / "run")
     assert resumed.step == 6
     assert same_weights(resumed.run(progress=False), whole)
@@ -120,9 +117,7 @@ def test_a_config_changed_by_hand_is_refused_and_nothing_is_lost(tmp_path):
 
 def test_a_checkpoint_of_before_schedules_goes_on(tmp_path):
     train = replace(TRAIN, k_start=None, l_start=None, schedule_steps=None)
-    begun = Trainer(SAE, train, X, tmp_path)
-    begun.train_on(begun.feed.batch(0))
-    begun.save()
+    begun_training(SAE, train, X, tmp_path, steps=1)
     state = torch.load(tmp_path / "checkpoint.pt")
     for name in ("k_start", "l_start", "schedule_steps"):
         del state["settings"]["train"][name]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from makers import D, same_weights, write_store
+from makers import D, begun_training, same_weights, write_store
 from safetensors.torch import load_file, save_file
 
 from sampled_sae import SampledSAE, SampledSAEConfig
@@ -95,9 +95,7 @@ def test_a_resumed_run_searches_from_the_same_threshold(tmp_path, k):
     """A token whose threshold was too high is multiplied once more alone, which may round otherwise."""
     x = torch.randn(3000, 12, generator=torch.Generator().manual_seed(0))
     config, train = replace(SAE, d_sae=96, k=k, l=None, select="token"), replace(TRAIN, batch_size=32, lr=3e-3)
-    whole = Trainer(config, train, x, tmp_path)
-    whole.train_on(whole.feed.batch(0))
-    whole.save()
+    whole = begun_training(config, train, x, tmp_path, steps=1)
     resumed = Trainer(config, train, x, tmp_path)
     assert resumed.sae.memory.hints.state_dict() == whole.sae.memory.hints.state_dict() != []
     for run in (whole, resumed):
@@ -107,9 +105,7 @@ def test_a_resumed_run_searches_from_the_same_threshold(tmp_path, k):
 
 def test_a_checkpoint_without_thresholds_of_searches_goes_on(store, tmp_path):
     """As earlier versions wrote it."""
-    trainer = Trainer(replace(SAE, l=None), TRAIN, store, tmp_path)
-    trainer.train_on(trainer.feed.batch(0))
-    trainer.save()
+    begun_training(replace(SAE, l=None), TRAIN, store, tmp_path, steps=1)
     state = torch.load(tmp_path / CHECKPOINT)
     del state["hints"]
     torch.save(state, tmp_path / CHECKPOINT)

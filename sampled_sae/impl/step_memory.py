@@ -16,7 +16,8 @@ class StepMemory:
 
     Attributes:
         hints: where searches start. pool: the candidate pool that `pool_every` keeps. idle: a bound on the tokens since
-            a feature was selected. inputs, targets: the checks for NaN and inf. workspace: memory for gradients.
+            a feature was selected. inputs, targets: the checks for NaN, inf and what is too large for a loss.
+            workspace: memory for gradients.
     """
 
     def __init__(self) -> None:
@@ -24,8 +25,8 @@ class StepMemory:
         self.pool = KeptPool(every=1)
         self.idle = IdleTokens()
         self.looks: Looks | None = None
-        self.inputs = FiniteInputs()
-        self.targets = FiniteInputs("target")
+        self.inputs = FiniteInputs(squares=True)
+        self.targets = FiniteInputs("target", squares=True)
         self.workspace = Workspace()
 
     def rows(self, keep: bool = False) -> RowSource:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..config import IMPLS, SCREENS
+from ..config import IMPLS, SCREENS, Output
 from ..support.argument_checks import check_choice, check_field_names, check_flag, check_integer, check_positive
 from ..support.html_table import config_table
 
@@ -14,7 +14,7 @@ NORMS = ("none", "layer_norm", "constant_norm")
 
 
 @dataclass(frozen=True)
-class InferenceConfig:
+class InferenceConfig(Output):
     """Shape, rule and conventions of an SAE or a transcoder that is only used: docs/method.md, "Rules of inference".
 
     Args:
@@ -77,20 +77,7 @@ class InferenceConfig:
             raise ValueError(f"k={self.k!r}: must be given for rule='topk' and for no other; rule={self.rule!r}")
         if self.k is not None and self.k > self.d_sae:
             raise ValueError(f"k={self.k!r}: must be at most d_sae={self.d_sae}")
-        if self.is_transcoder and self.apply_b_dec_to_input:
-            raise ValueError(f"apply_b_dec_to_input=True: a transcoder's b_dec is of its output; d_out={self.d_out}")
-        if not self.is_transcoder and self.output_scale != 1:
-            raise ValueError(f"output_scale={self.output_scale!r}: must be 1 for an SAE, whose input_scale serves both")
-
-    @property
-    def is_transcoder(self) -> bool:
-        """Whether it reconstructs other activations than it reads."""
-        return self.d_out is not None
-
-    @property
-    def width_out(self) -> int:
-        """Width of the reconstruction: d_out, or d_in of an SAE."""
-        return self.d_in if self.d_out is None else self.d_out
+        self.check_output()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for JSON."""

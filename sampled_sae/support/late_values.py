@@ -1,7 +1,8 @@
-"""NaN and inf in activations: found at once on a CPU, without waiting on a GPU."""
+"""NaN, inf and what is too large in activations: found at once on a CPU, without waiting on a GPU."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 
@@ -19,6 +20,16 @@ def all_finite(x: Tensor) -> Tensor:
     """
     x = x.detach()
     return torch.isfinite(x).all() if x.dtype == torch.float64 else torch.isfinite(x.sum(dtype=torch.float64))
+
+
+# Losses are sums of squares of differences: between the squares and the largest number there has to be some room.
+ROOM = 2.0**10
+
+
+def squares_finite(x: Tensor) -> Tensor:
+    """0-dim bool, not waited for: whether no value is NaN or inf, and a loss on them is none either. In one pass."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x.detach(), dtype=dtype) <= math.sqrt(torch.finfo(dtype).max / ROOM)
 
 
 class LateScalars:
@@ -59,33 +70,46 @@ class FiniteInputs:
     On a CPU a bad one raises at once. A GPU is not waited for: its verdict is fetched by a later call, which raises
     and names the call that was at fault. Inside torch.compile and CUDA graphs nothing is checked: the loss of a bad
     batch is NaN or inf.
+
+    Args:
+        name: of the input, in errors.
+        squares: also refuse values whose squares are too large to be summed.
     """
 
-    def __init__(self, name: str = "x") -> None:
-        self.name, self.calls = name, 0
+    def __init__(self, name: str = "x", squares: bool = False) -> None:
+        self.name, self.squares, self.calls = name, squares, 0
         self._verdicts = LateScalars()
 
     def check(self, x: Tensor) -> None:
-        """Raises ValueError for NaN or inf in x, or in the input of an earlier call."""
+        """Raises ValueError for NaN, inf or, with `squares`, what is too large in x, or in an earlier call's input."""
         if torch.compiler.is_compiling():
             return
+        fine = squares_finite if self.squares else all_finite
         if not x.is_cuda:
-            check_finite(x, self.name)
+            if not fine(x):
+                check_finite(x, self.name)
+                self._refuse_size(x)
             return
         with torch.cuda.device_of(x):
             if capturing():
                 return
         self.calls += 1
-        for call, finite in self._verdicts.arrived():
-            if not finite:
+        for call, good in self._verdicts.arrived():
+            if not good:
                 self._verdicts = LateScalars()
-                raise ValueError(
-                    f"{self.name}: NaN or inf among the values of call {call}, {self.calls - call} calls ago"
-                )
-        self._verdicts.put(self.calls, all_finite(x))
+                bad = "NaN, inf or squares too large to be summed" if self.squares else "NaN or inf"
+                raise ValueError(f"{self.name}: {bad} among the values of call {call}, {self.calls - call} calls ago")
+        self._verdicts.put(self.calls, fine(x))
+
+    def _refuse_size(self, x: Tensor) -> None:
+        if self.squares:
+            raise ValueError(
+                f"{self.name}: values up to {float(x.detach().abs().max()):.3g}: the sum of their squares is too large "
+                f"for a loss in {torch.promote_types(x.dtype, torch.float32)}; scale the activations down"
+            )
 
     def __deepcopy__(self, memo: dict[int, object]) -> FiniteInputs:
-        return FiniteInputs(self.name)
+        return FiniteInputs(self.name, self.squares)
 
-    def __reduce__(self) -> tuple[type[FiniteInputs], tuple[str]]:
-        return FiniteInputs, (self.name,)
+    def __reduce__(self) -> tuple[type[FiniteInputs], tuple[str, bool]]:
+        return FiniteInputs, (self.name, self.squares)

@@ -15,11 +15,12 @@ from ..support.all_ranks import AllRanks, ranks_of
 from .activation_stream import StreamedActivations
 from .activations import Activations
 from .batches import Feed
+from .fitting import check_width
 from .opening import Readable, as_readable
 from .sharded_checkpoint import lanes_of
 from .train_config import TrainConfig
 from .training_loop import train_to_end
-from .training_run import TrainingRun, check_width
+from .training_run import TrainingRun
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -21,6 +21,7 @@ from ..support.output_folder import check_output_folder, held_by_first
 from .batches import Feed
 from .closing_line import closing_line
 from .evaluation import evaluate_activations, reconstruct_with
+from .fitting import check_fits
 from .opening import Stored, as_activations
 from .precision import settled
 from .sae_group import SAEGroup, check_members
@@ -30,7 +31,7 @@ from .sharded_checkpoint import remove_checkpoint
 from .sweep_table import read_result, write_table
 from .train_config import TrainConfig
 from .training_loop import closed_logs
-from .training_run import TrainingRun, check_fits
+from .training_run import TrainingRun
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

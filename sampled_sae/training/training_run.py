@@ -23,10 +23,9 @@ from ..support.checksums import file_crc32
 from ..support.late_values import LateScalars
 from ..support.output_folder import check_output_folder
 from ..support.timing import check_memory
-from .activation_stream import StreamedActivations
-from .activations import Activations
 from .batches import Feed
 from .checkpoint import CHECKPOINT
+from .fitting import check_fits, check_variance, check_width, checkpoint_bytes
 from .initial_weights import begin_with, check_initial
 from .precision import forward_in, settled, step_in
 from .resuming import load, save, saved
@@ -37,41 +36,8 @@ from .train_config import TrainConfig
 from .training_batch import TrainingBatch
 
 METRICS = "metrics.jsonl"
-# Below this share of their mean square, what tells tokens apart drowns in the rounding of float32.
-LEAST_VARIANCE = 1e-7
 # The aux loss is a share of the residual's variance: some ones at most, and more where that variance is rounding.
 LARGEST_AUX = 1e6
-
-
-def check_width(sae_config: SampledSAEConfig, store: Activations | StreamedActivations) -> None:
-    """ValueError where an SAE cannot be trained on these activations."""
-    if sae_config.d_out != store.d_out:
-        none = "has no targets: PairedActivations (--targets) puts them beside it"
-        held = none if store.d_out is None else f"has targets of {store.d_out}"
-        raise ValueError(f"d_out={sae_config.d_out}: {store.where} {held}")
-    if sae_config.d_in != store.d_in:
-        raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.where} have {store.d_in}")
-
-
-def check_fits(sae_config: SampledSAEConfig, feed: Feed) -> None:
-    """ValueError where an SAE cannot be trained on these activations, or not in their units."""
-    check_width(sae_config, feed.store)
-    if sae_config.input_scale not in (1, feed.scale):
-        raise ValueError(
-            f"input_scale={sae_config.input_scale!r}: the training multiplies the activations in {feed.store.where} by "
-            f"{feed.scale}; leave it at 1 to have it set"
-        )
-    if sae_config.output_scale not in (1, feed.output_scale):
-        raise ValueError(
-            f"output_scale={sae_config.output_scale!r}: the training multiplies the targets in {feed.store.where} by "
-            f"{feed.output_scale}; leave it at 1 to have it set"
-        )
-
-
-def checkpoint_bytes(sae_config: SampledSAEConfig, train_config: TrainConfig) -> int:
-    """Of the weights, in float32, and of both moments."""
-    moments = 2 * getattr(torch, train_config.moments).itemsize
-    return (sae_config.d_in + sae_config.width_out) * sae_config.d_sae * (4 + moments)
 
 
 class TrainingRun:
@@ -155,7 +121,7 @@ class TrainingRun:
             with ranks.together():
                 self._check_saved()
             batch = feed.batch(0)
-            self._check_variance(batch)
+            check_variance(batch, train_config.batch_size, feed.store.where)
             if batch.target is not None:
                 self.sae.init_b_dec(batch.x, batch.target, scaled=True)
             elif init_from is None:
@@ -336,11 +302,3 @@ class TrainingRun:
                     f"aux={aux:.3g} at step {step}: the residuals of this batch are all but the same, as where tokens "
                     f"are copies of each other; leave repeated tokens out of {self.feed.store.where}; {intact}"
                 )
-
-    def _check_variance(self, batch: TrainingBatch) -> None:
-        size, tokens = batch.square, self.config.batch_size
-        if tokens > 1 and batch.variance <= LEAST_VARIANCE * max(size, self.sae.cfg.d_in):
-            raise ValueError(
-                f"{self.feed.store.where}: the activations of the first {tokens} tokens are all but the same "
-                f"(variance {batch.variance:.3g} at a mean square of {size:.3g}): there is nothing to learn from them"
-            )

@@ -9,8 +9,8 @@ import random
 import re
 
 import numpy as np
-import pytest
 import torch
+from word_models import save_word_llama
 
 from sampled_sae.cli import main
 
@@ -26,16 +26,8 @@ def command(*parts):
 
 def make_run(root):
     """`root`/model, acts, run (trained and evaluated) and bare, activations without text."""
-    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
-    vocabulary = {"<|endoftext|>": 0, "<unk>": 1} | {word: i + 2 for i, word in enumerate(WORDS)}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>")
-    tokenizer.save_pretrained(root / "model")
     torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).save_pretrained(root / "model")
+    save_word_llama(root / "model", WORDS, split="WhitespaceSplit")
     draw = random.Random(0)
     lines = [json.dumps({"text": " ".join(draw.choice(WORDS) for _ in range(60))}) for _ in range(40)]
     (root / "texts.jsonl").write_text("\n".join(lines))

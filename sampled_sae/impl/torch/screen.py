@@ -84,7 +84,8 @@ class FeatureRounding(NamedTuple):
         inner = low[:, :d].copy_(exact)
         norms = row_norms(exact)
         if not measured:
-            return cls(low, norms, UNIT * norms + smallest_normal() * d**0.5)
+            unit = 0.0 if scale is None and rows.dtype == torch.bfloat16 else UNIT
+            return cls(low, norms, unit * norms + smallest_normal() * d**0.5)
         change = scratch(operands.x, n_features, d).copy_(inner)
         return cls(low, norms, row_norms(torch.sub(exact, change, out=change)))
 

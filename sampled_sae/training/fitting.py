@@ -1,0 +1,55 @@
+"""Whether activations and an SAE's config fit each other, before and at the first batch; how large a training is."""
+
+from __future__ import annotations
+
+import torch
+
+from ..config import SampledSAEConfig
+from .activation_stream import StreamedActivations
+from .activations import Activations
+from .batches import Feed
+from .train_config import TrainConfig
+from .training_batch import TrainingBatch
+
+# Below this share of their mean square, what tells tokens apart drowns in the rounding of float32.
+LEAST_VARIANCE = 1e-7
+
+
+def check_width(sae_config: SampledSAEConfig, store: Activations | StreamedActivations) -> None:
+    """ValueError where an SAE cannot be trained on these activations."""
+    if sae_config.d_out != store.d_out:
+        none = "has no targets: PairedActivations (--targets) puts them beside it"
+        held = none if store.d_out is None else f"has targets of {store.d_out}"
+        raise ValueError(f"d_out={sae_config.d_out}: {store.where} {held}")
+    if sae_config.d_in != store.d_in:
+        raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.where} have {store.d_in}")
+
+
+def check_fits(sae_config: SampledSAEConfig, feed: Feed) -> None:
+    """ValueError where an SAE cannot be trained on these activations, or not in their units."""
+    check_width(sae_config, feed.store)
+    if sae_config.input_scale not in (1, feed.scale):
+        raise ValueError(
+            f"input_scale={sae_config.input_scale!r}: the training multiplies the activations in {feed.store.where} by "
+            f"{feed.scale}; leave it at 1 to have it set"
+        )
+    if sae_config.output_scale not in (1, feed.output_scale):
+        raise ValueError(
+            f"output_scale={sae_config.output_scale!r}: the training multiplies the targets in {feed.store.where} by "
+            f"{feed.output_scale}; leave it at 1 to have it set"
+        )
+
+
+def checkpoint_bytes(sae_config: SampledSAEConfig, train_config: TrainConfig) -> int:
+    """Of the weights, in float32, and of both moments."""
+    moments = 2 * getattr(torch, train_config.moments).itemsize
+    return (sae_config.d_in + sae_config.width_out) * sae_config.d_sae * (4 + moments)
+
+
+def check_variance(batch: TrainingBatch, n_tokens: int, where: str) -> None:
+    """ValueError where the first batch of the activations in `where`, n_tokens in all, does (all but) not vary."""
+    if n_tokens > 1 and batch.variance <= LEAST_VARIANCE * max(batch.square, batch.x.shape[1]):
+        raise ValueError(
+            f"{where}: the activations of the first {n_tokens} tokens are all but the same (variance "
+            f"{batch.variance:.3g} at a mean square of {batch.square:.3g}): there is nothing to learn from them"
+        )
