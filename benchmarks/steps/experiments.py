@@ -130,8 +130,8 @@ MEMORY = {"peak extra memory": "{peak_extra_memory:.2f}"}
 VARIANT, STEP_OF, MS = {"variant": "{candidate}"}, {"step of": "{candidate}"}, {"ms": "{step_ms:.0f}"}
 EXPERIMENTS = {
     "cpu_step": Experiment(
-        "our step with each rule and setting",
-        at_all_sizes(VARIANTS),
+        "our step with each rule and setting, and inference",
+        at_all_sizes({**VARIANTS, "encode_sparse": Entry("encoding", BATCH, BATCH)}),
         {**SIZE, **VARIANT, **RATIO, "step / allocating product": "{ratio_to_allocating_product:.2f}", **MEMORY}
         | {"undecided columns": "{undecided_columns:.2%}", "undecided entries": "{undecided_entries:.2%}"},
         {"beside": ("product", "allocating")},
