@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import drop_in, equal_time, inference, precision, quality, scale
+from benchmarks import drop_in, equal_time, family, inference, precision, quality, scale
 from benchmarks.measure import RESULTS, ROOT
 from benchmarks.operations.race import COLUMNS
 from benchmarks.record import markdown, with_caption
@@ -41,6 +41,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "drop_in": drop_in.markdown_table,
     "drop_in_768": drop_in.markdown_table,
     "equal_time": equal_time.markdown_table,
+    "family_training": family.markdown_table,
     "scale": scale.markdown_table,
     "inference": inference.markdown_table,
     "kernels": lambda result: markdown(COLUMNS, result["rows"]),

@@ -32,7 +32,8 @@ class RowAdam(Optimizer):
     """Adam for a `SampledSAE`, with `cfg.row_grads=True` or without.
 
     One step: clip the global gradient norm; remove from W_dec's gradient the part parallel to each decoder
-    row; Adam; unit decoder rows. In mode "dense" equivalent to `clip_grad_norm_(sae.parameters(), clip)`,
+    row; Adam; unit decoder rows. (Of a crosscoder the part that changes the sum of a feature's norms over the layers,
+    and that sum 1.) In mode "dense" equivalent to `clip_grad_norm_(sae.parameters(), clip)`,
     `sae.project_decoder_grad()`, `torch.optim.Adam(sae.parameters(), fused=True).step()`,
     `sae.normalize_decoder()`.
 
@@ -276,6 +277,7 @@ class RowAdam(Optimizer):
             project=grad.name == "W_dec",
             renormalize=grad.name == "W_dec",
             seed=index,
+            layers=self.sae.cfg.layers,
         )
         exp_avg, exp_avg_sq = (rows_first(grad.name, layout.local(state[name])) for name in ("exp_avg", "exp_avg_sq"))
         moments = Moments(exp_avg, exp_avg_sq, layout.local(state["last"]) if mode == "decayed" else None)

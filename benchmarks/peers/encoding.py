@@ -11,7 +11,7 @@ from benchmarks.peers.candidate import Candidate, Setup, Weights
 
 
 class Library(Candidate):
-    """Calibrated on the first batch, of which the threshold keeps what the rule of batches does: its error is checked."""
+    """Calibrated on the first batch, where the threshold keeps what the rule of batches does; that error is checked."""
 
     def __init__(self, setup: Setup, weights: Weights, **rule: Any) -> None:
         self.setup = setup

@@ -14,6 +14,7 @@ from ..support.argument_checks import SCORES
 from ..training.activations import Activations
 from ..training.opening import as_activations
 from ..training.paired_activations import PairedActivations
+from ..training.stacked_activations import StackedActivations
 from .arguments import pool_multiplier
 
 # the rule of an SAE that begins with drawn weights
@@ -24,7 +25,8 @@ RULE |= {"inference": "threshold", "inference_pool": None}
 def activations_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "activations",
-        help="folder written by harvest or ActivationStore.write; or a .npy, .safetensors[:NAME] or .pt[:NAME] file "
+        help="folder written by harvest, of one place, or of two for a transcoder, or by ActivationStore.write; or a "
+        ".npy, .safetensors[:NAME] or .pt[:NAME] file "
         "of a tensor [n, d]; or a URL of either that fsspec knows",
     )
     p.add_argument(
@@ -38,10 +40,25 @@ def activations_arguments(p: argparse.ArgumentParser) -> None:
         default=None,
         help="what a transcoder reconstructs, of the same tokens, as `activations`, which it reads; makes a transcoder",
     )
+    p.add_argument(
+        "--beside",
+        nargs="+",
+        metavar="ACTIVATIONS",
+        default=None,
+        help="other layers, or other models, of the same tokens, as `activations`; makes a crosscoder, which reads all",
+    )
 
 
 def open_activations(args: argparse.Namespace) -> Activations:
-    """What the argument `activations` names, with that of `--targets` beside it."""
+    """What the argument `activations` names, with that of `--targets` or those of `--beside` beside it.
+
+    Raises:
+        ValueError: both options.
+    """
+    if args.beside is not None and args.targets is not None:
+        raise ValueError(f"--beside {' '.join(args.beside)}: is of a crosscoder, --targets of a transcoder; give one")
+    if args.beside is not None:
+        return StackedActivations([args.activations, *args.beside], args.holdout)
     if args.targets is not None:
         return PairedActivations(args.activations, args.targets, args.holdout)
     return as_activations(args.activations, args.holdout)
@@ -99,7 +116,7 @@ def rule_of(args: argparse.Namespace, initial: SampledSAE | None) -> dict[str, A
     else:
         about = initial.cfg
         found = {name: getattr(about, "d_sae" if name == "features" else name) for name in RULE}
-        more = {"apply_b_dec_to_input": about.apply_b_dec_to_input}
+        more = {"apply_b_dec_to_input": about.apply_b_dec_to_input, "skip": about.skip}
         if given.get("features", about.d_sae) == about.d_sae:  # of another size they are no groups
             more["groups"] = about.groups
     rule = {**found, **given, **more}

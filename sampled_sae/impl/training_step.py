@@ -74,12 +74,12 @@ def reconstruct(
     if c.groups is None:
         x_hat = parts.decode(codes, leaves.W_dec, leaves.b_out, leaves.rows)
         if leaves.W_skip is not None:
-            x_hat = x_hat + skipped(encoder.x, leaves.W_skip, x_hat.dtype)
+            x_hat = x_hat + skipped(parts.totals.once(encoder.x), leaves.W_skip, x_hat.dtype)
         mse = parts.totals.mean(squared_errors(tokens, x_hat), encoder.operands)
         return mse, mse, x_hat
     levels = parts.decode_levels(codes, leaves.W_dec, leaves.b_out, c.groups, leaves.rows)
     if leaves.W_skip is not None:
-        levels = levels + skipped(encoder.x, leaves.W_skip, levels.dtype)[:, None]
+        levels = levels + skipped(parts.totals.once(encoder.x), leaves.W_skip, levels.dtype)[:, None]
     errors = parts.totals.mean(LevelErrors.apply(tokens, levels), encoder.operands)
     return errors.mean(), errors[-1], levels[:, -1].contiguous()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...support.reused_memory import scratch
 from ..adam_step import AdamStep, Moments
+from ..decoder_rows import normalize_, without_growth
 
 CHUNK_ELEMENTS = 1 << 19
 
@@ -35,6 +36,8 @@ def row_adam_(weight: Tensor, moments: Moments, grad: Tensor, features: Tensor |
             slope = torch.mul(slope, step.factor, out=out)
         if not step.project:
             return slope
+        if step.layers > 1:
+            return without_growth(slope, W, step.layers)
         return torch.addcmul(slope, torch.linalg.vecdot(slope, W)[:, None], W, value=-1, out=out)
 
     exp_avg, exp_avg_sq, last = moments
@@ -65,7 +68,7 @@ def row_adam_(weight: Tensor, moments: Moments, grad: Tensor, features: Tensor |
             maximize=False,
         )
         if step.renormalize:
-            W.div_(torch.linalg.vector_norm(W, dim=1, keepdim=True).clamp_min_(1e-12))
+            normalize_(W, step.layers)
         if isinstance(rows, Tensor):
             weight.index_copy_(0, rows, W)
         for target, moment in zip((exp_avg, exp_avg_sq), taken):

@@ -15,26 +15,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...support.reused_memory import scratch
 from ..encoder import Operands
 from ..rounded_tokens import LARGEST
 from .products import features_of, padded_chunk
 from .screen import FeatureRounding, scaled_bias
 
 
-def seen_from_above(operands: Operands, span: slice, floor: Tensor | None = None) -> Tensor | None:
-    """What some activations, less the floor of their feature, are at most; None where that is out of range.
+def seen_features(operands: Operands, at: slice | Tensor, floor: Tensor | None = None) -> Tensor | None:
+    """[C, d + COLUMNS] bfloat16: some features, whose product with the tokens no activation lies above.
 
-    Returns bits of bfloat16, int16 [B, C], as `padded_chunk` has them. floor: [1] or [C]; none where it is not given.
+    floor: [1] or [C], what is taken from each activation. None where that is out of range.
     """
-    screen, at = operands.screen, features_of(operands, span)
-    assert screen is not None
     features, bias = FeatureRounding.of(operands, at), scaled_bias(operands, at)
     if not bool(((features.norms < LARGEST) & (bias.abs() < LARGEST)).all()):
         return None
-    gap, sizes = (bias, bias.abs()) if floor is None else (bias - floor, bias.abs() + floor.abs())
-    W = features.bounding(gap, sizes, 1)
+    if floor is None:
+        return features.bounding(bias, bias.abs(), 1)
+    return features.bounding(bias - floor, bias.abs() + floor.abs(), 1)
+
+
+def seen_above(operands: Operands, span: slice, floor: Tensor) -> Tensor | None:
+    """A chunk [B, C] in bfloat16: where it is >= 0 the activation may lie above its floor, [1] or [C]."""
+    assert operands.screen is not None
+    W = seen_features(operands, features_of(operands, span), floor)
+    if W is None:
+        return None
+    return torch.mm(operands.screen.columns, W.t(), out=scratch(W, operands.n_tokens, len(W)))
+
+
+def seen_bits(operands: Operands, span: slice) -> Tensor | None:
+    """What some activations are at most: bits of bfloat16, int16 [B, C], as `padded_chunk` has them."""
+    assert operands.screen is not None
+    W = seen_features(operands, features_of(operands, span))
+    if W is None:
+        return None
     z, inner = padded_chunk(W, operands.n_tokens, span)
-    torch.mm(screen.columns, W.t(), out=inner)
+    torch.mm(operands.screen.columns, W.t(), out=inner)
     return z.view(torch.int16)
 
 

@@ -15,7 +15,7 @@ from ...codes import Entries
 from ..encoder import Operands
 from .products import BLOCK_FEATURES, activations_at, ends_of_tokens, features_of, sampled_product
 from .screen import rounding_slack
-from .screen_entries import bits_of, seen_from_above
+from .screen_entries import bits_of, seen_bits
 
 # a screen that lets more than this share of a chunk through costs more than it saves
 MOST_SCREENED = 1 / 16
@@ -50,7 +50,7 @@ class Search(ABC):
         """What a look through the screen leaves; None where there is none, or it leaves too much."""
         if block.screen is None or not self.screening or not floor.any():
             return None
-        bits, n_seen = seen_from_above(block, span), block.n_tokens * (span.stop - span.start)
+        bits, n_seen = seen_bits(block, span), block.n_tokens * (span.stop - span.start)
         if bits is not None:
             upper, tokens, features = filter_chunk(bits, token, span.start, bits_of(floor))
             if len(upper) <= MOST_SCREENED * n_seen:
