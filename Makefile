@@ -79,7 +79,7 @@ test: lint $(OLD_TRITON)/.installed $(PEERS)/suites/sparsify/.unpacked
 
 demo: $(BIN)/.demo
 	$(BIN)/sampled-sae harvest $(RUNS)/activations --model smollm2-135m --layer 15 --texts wiki-en --tokens 200000
-	$(BIN)/sampled-sae sweep $(RUNS)/activations $(RUNS)/sweep --features 8192 --k 32 --ls 1,2,4,16,none \
+	$(BIN)/sampled-sae sweep $(RUNS)/activations $(RUNS)/sweep --features 8192 --k 32 --ls 1,4,16,64,none \
 		--scores l2,entropy --steps 300 --batch-size 1024 --lr 3e-3 --dead-after 50000
 	$(BIN)/sampled-sae look $(RUNS)/sweep $(RUNS)/activations
 

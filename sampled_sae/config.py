@@ -93,7 +93,8 @@ class SampledSAEConfig(Output):
         d_in: width of the activations, d; of a crosscoder that of each of its layers.
         d_sae: number of features, F.
         k: average number of active features a token, 0 < k <= d_sae; a whole number for `select="token"`.
-        l: pool multiplier >= 1; the candidate pool holds ceil(k*l) features. None: the whole dictionary.
+        l: pool multiplier >= 1; the candidate pool holds ceil(k*l) features. None, the default: the whole dictionary,
+            so that score, pool, pool_every and score_tokens do nothing.
         score: "l2", "l2_squared", "entropy" or "uniform": what ranks the columns of the batch.
         pool: "top" takes the highest scores, "sample" draws in proportion to the score.
         pool_every: steps for which a pool is kept before the columns are scored again.
@@ -141,7 +142,7 @@ class SampledSAEConfig(Output):
     d_in: int
     d_sae: int
     k: float
-    l: float | None = 4.0
+    l: float | None = None
     score: str = "l2"
     pool: str = "top"
     pool_every: int = 1

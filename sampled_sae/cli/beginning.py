@@ -18,8 +18,10 @@ from ..training.stacked_activations import StackedActivations
 from .arguments import pool_multiplier
 
 # the rule of an SAE that begins with drawn weights
-RULE: dict[str, Any] = {"features": 8192, "k": 32.0, "l": 4.0, "score": "l2", "pool": "top", "select": "batch"}
+RULE: dict[str, Any] = {"features": 8192, "k": 32.0, "l": None, "score": "l2", "pool": "top", "select": "batch"}
 RULE |= {"inference": "threshold", "inference_pool": None}
+# options that do nothing without a pool, and what leaves it as it is
+OF_POOL: dict[str, Any] = {"score": "l2", "pool": "top", "pool_every": 1, "score_tokens": 1.0}
 
 
 def activations_arguments(p: argparse.ArgumentParser) -> None:
@@ -109,7 +111,11 @@ def initial_sae(args: argparse.Namespace) -> SampledSAE | None:
 
 
 def rule_of(args: argparse.Namespace, initial: SampledSAE | None) -> dict[str, Any]:
-    """The fields of a config that `RULE` names: as given, else those of the SAE to begin with, else the defaults."""
+    """The fields of a config that `RULE` names: as given, else those of the SAE to begin with, else the defaults.
+
+    Raises:
+        ValueError: options of a pool for an SAE that has none.
+    """
     given = {name: getattr(args, name) for name in RULE if hasattr(args, name)}
     if initial is None:
         found, more = RULE, dict[str, Any]()
@@ -120,4 +126,9 @@ def rule_of(args: argparse.Namespace, initial: SampledSAE | None) -> dict[str, A
         if given.get("features", about.d_sae) == about.d_sae:  # of another size they are no groups
             more["groups"] = about.groups
     rule = {**found, **given, **more}
+    if rule["l"] is None:
+        of_pool = {name: getattr(args, name, plain) for name, plain in OF_POOL.items()}
+        for name, value in of_pool.items():
+            if value != OF_POOL[name] or name in given:
+                raise ValueError(f"{name}={value!r}: is of a pool, and without l there is none; give --l a number too")
     return {"d_sae": rule.pop("features"), **rule}

@@ -78,7 +78,7 @@ def add(command: Command) -> None:
     p.add_argument("--features", type=int, default=8192, help="d_sae")
     p.add_argument("--k", type=float, default=32, help="average active features a token")
     _sae_arguments(p)
-    p.add_argument("--ls", type=listed(pool_multiplier), default=[1.0, 2.0, 4.0, 16.0, None], help="comma-separated")
+    p.add_argument("--ls", type=listed(pool_multiplier), default=[1.0, 4.0, 16.0, 64.0, None], help="comma-separated")
     p.add_argument("--scores", type=listed(str), default=["l2", "entropy"], help="comma-separated")
     p.add_argument("--seeds", type=listed(seed), default=[0], help="of the initial weights, comma-separated")
     p.add_argument("--order-seed", dest="seed", type=int, default=0, help="of the tokens' order, one for all SAEs")

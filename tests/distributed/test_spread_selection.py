@@ -69,7 +69,7 @@ def use(sae, x):
     sparse = sae.encode_sparse(x)
     found["sparse"] = sparse.to_dense().detach()
     found["decoded"] = sae.decode(sparse, x).detach()
-    found["decoded from dense"] = sae.decode(found["codes"]).detach()
+    found["decoded from dense"] = sae.decode(found["codes"], x).detach()
     out = sae(x, target)
     found["mse"], found["x_hat"] = out.mse.detach(), out.x_hat.detach()
     found["above"] = sae.encode_above_threshold(x).to_dense().detach()
