@@ -36,7 +36,7 @@ def test_every_step_of_a_training_is_the_same(store, rule):
     feed = Feed(store, BATCH, seed=0)
     optimizers = {name: RowAdam(sae, lr=1e-3) for name, sae in saes.items()}
     saes["off"].init_b_dec(feed.batch(0).x)
-    losses = []
+    losses, same = [], 0
     for step in range(STEPS):
         saes["bf16"].load_state_dict(saes["off"].state_dict())
         x, kept, pools = feed.batch(step).x, {}, []
@@ -55,6 +55,9 @@ def test_every_step_of_a_training_is_the_same(store, rule):
         if not pools or torch.equal(*(pool.members for pool in pools)):
             codes = [out.codes for out in kept.values()]
             assert_same_pairs(case, *codes, by_token=saes["off"].cfg.select == "token")
-        torch.testing.assert_close(kept["off"].loss, kept["bf16"].loss, rtol=1e-4, atol=0)
+        if torch.equal(*(out.codes.to_dense() != 0 for out in kept.values())):
+            torch.testing.assert_close(kept["off"].loss, kept["bf16"].loss, rtol=1e-5, atol=0)
+            same += 1
         losses.append(float(kept["off"].loss.detach()))
+    assert same > 0.9 * STEPS
     assert losses[-1] < 0.7 * losses[0]

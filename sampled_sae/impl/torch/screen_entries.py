@@ -27,7 +27,8 @@ def seen_features(operands: Operands, at: slice | Tensor, floor: Tensor | None =
 
     floor: [1] or [C], what is taken from each activation. None where that is out of range.
     """
-    features, bias = FeatureRounding.of(operands, at), scaled_bias(operands, at)
+    # a search computes few of what it finds again, and measures nothing for it
+    features, bias = FeatureRounding.of(operands, at, measured=floor is not None), scaled_bias(operands, at)
     if not bool(((features.norms < LARGEST) & (bias.abs() < LARGEST)).all()):
         return None
     if floor is None:
