@@ -19,8 +19,10 @@ def identity(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def side_by_side(manifests: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of layers beside each other what tells their manifest from that of the first: model, layer, point, source and settings
-    of all in one, and the `layers` one by one, by their `identity`."""
+    """Of layers beside each other what tells their manifest from that of the first.
+
+    Model, layer, point, source and settings are of all in one, and the `layers` one by one, by their `identity`.
+    """
     abouts = [identity(manifest) for manifest in manifests]
     said = [name for name in ("model", "layer", "point", "source") if any(name in about for about in abouts)]
     common = {name: _joined([about.get(name) for about in abouts]) for name in said}
