@@ -212,7 +212,6 @@ def test_by_command(tmp_path, capsys):
         (["evaluate", run, others[0], "--beside", first, others[1]], "was trained on layer 0, 1, 2 of made"),
         (["evaluate", run, first, "--beside", *others, "--splice-rows", "2"], "--splice-rows 2: is of one layer"),
         (["train", first, run + "x", "--beside", *others, "--targets", first, *small], "--beside .*of a crosscoder"),
-        (["train", run + "x", "--model", "m", "--layer", "1", "--beside", first, *small], "--beside .*is of stored"),
     ):
         assert main(argv) == 1, argv
         assert re.search(said, capsys.readouterr().err), argv

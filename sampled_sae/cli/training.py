@@ -138,6 +138,7 @@ def _train_on_model(args: argparse.Namespace) -> None:
         for (folder, run), part in zip(runs.items(), parts.values()):
             result = evaluate_streamed(run.sae, args, part, folder)
             run.log.result(result)
+            draw_layers(run.sae, folder, part, args.ranks)
             print(f"done: threshold {float(run.sae.threshold):.4g}, {closing_line(result, folder)}")
 
 
