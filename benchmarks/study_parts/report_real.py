@@ -30,7 +30,7 @@ PAIRS: Columns = {"cosine": ("cosine", 3), "shared": ("shared", 3), "entries": (
 ALIVE: Columns = {
     **QUALITY,
     "probe of 5": ("{mode}_probe_5", 3),
-    "encoder · decoder": ("alignment", 3),
+    "cosine of encoder and decoder": ("alignment", 3),
     "γ left": ("gamma_left", 2),
 }
 PLAIN = {"batches": (BATCHES, {**QUALITY, "probe of 5": ("{mode}_probe_5", 3)}), "dead": (DEAD, ALIVE)}
