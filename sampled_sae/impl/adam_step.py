@@ -28,7 +28,8 @@ class AdamStep:
     """How the rows of one parameter are updated, as in RowAdam; `project` and `renormalize` are for the decoder.
 
     number: 0-dim, 1 in the first step. factor: 0-dim, multiplies the gradient; None for 1. seed: with the number, of
-    the stochastic rounding of 16-bit moments beside a wider weight.
+    the stochastic rounding of 16-bit moments beside a wider weight. copy: what moves is rounded into it too, as the
+    Triton form can do; None for nothing.
     """
 
     number: Tensor
@@ -42,6 +43,7 @@ class AdamStep:
     project: bool
     renormalize: bool
     seed: int
+    copy: Tensor | None = None
 
 
 class ParameterGradient:

@@ -106,6 +106,7 @@ class TrainingRun:
             clip=train_config.clip,
             mode=train_config.adam,
             moments=getattr(torch, train_config.moments),
+            keep_rounded=True,
         )
         self._set = self.target
         self.step = 0

@@ -63,11 +63,12 @@ def encoder(
     """What this step computes with: x - b_dec rounded once, and W, in the dtype of the products; biases in fp32."""
     dtype = product_dtype(x)
     centred = x.detach() if b_dec is None else x.detach().float() - b_dec.detach().float()
+    rows = rows if rows is not None else RowSource()
     # weights of fewer bits than the activations are raised chunk by chunk
-    weights = (W.detach() if W.dtype.itemsize < dtype.itemsize else W.detach().to(dtype)).contiguous()
+    weights = rows.rounded.of("W_enc", W, dtype if W.dtype.itemsize >= dtype.itemsize else W.dtype)
     scales = None if scale is None else scale.detach().float().contiguous()
     operands = Operands(centred.to(dtype).contiguous(), weights, b.detach().float().contiguous(), scales)
-    return Encoder(x, W, b, b_dec, scale, rows if rows is not None else RowSource(), operands)
+    return Encoder(x, W, b, b_dec, scale, rows, operands)
 
 
 def column_bounds(operands: Operands, score: str) -> None:
