@@ -80,7 +80,7 @@ class Trace(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
         if not name.startswith(self.FREE) and not (func.is_view and shares_memory(out, args[0])):
-            self.works.append(self._work(name, [*args, *(kwargs or {}).values()], out))
+            self.works.append(self._work(name, [*args, *(v for k, v in (kwargs or {}).items() if k != "out")], out))
         return out
 
     def _work(self, name: str, args: list[Any], out: Any) -> Work:

@@ -21,6 +21,7 @@ from sampled_sae.kernels import (
     exact_fallback,
     gather_decode,
     radix,
+    reconstruction,
     row_adam,
     segment_sum,
     token_topk,
@@ -183,6 +184,20 @@ CASES: dict[str, dict[str, Case]] = {
         "second pass": Case(radix.count_digits_kernel, CUT, 1),
         "last pass, beyond 2^31": Case(radix.count_digits_kernel, partial(radix.find_cut, new(1 << 32), (1 << 31) + 1)),
         "counts at the cut": Case(radix.count_cut_kernel, CUT),
+    },
+    "reconstruction": {
+        "errors": Case(
+            reconstruction.errors_kernel,
+            partial(reconstruction.squared_errors, new(B, 768), new(768), new(B, 768)),
+        ),
+        "errors of bf16": Case(
+            reconstruction.errors_kernel,
+            partial(reconstruction.squared_errors, new(B, 720), None, new(B, 720, dtype=bfloat16)),
+        ),
+        "backward": Case(
+            reconstruction.errors_backward_kernel,
+            partial(reconstruction.squared_errors_backward, new(B), new(B, 768), new(B, 768), new(B, 768)),
+        ),
     },
     "row_adam": {
         "dense d=768": adam(768, "dense", float32, float32, False),

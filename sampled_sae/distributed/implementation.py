@@ -26,4 +26,5 @@ def spread_parts(name: str, weights: Weights, mesh: Mesh) -> Implementation:
         decode_levels=spread.decode_levels,
         aux_loss=partial(aux_loss, spread),
         totals=spread.totals,
+        errors=None,
     )

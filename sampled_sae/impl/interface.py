@@ -36,6 +36,7 @@ class Implementation:
 
     `encoder` makes the value that the others are given, once a step. Of `column_statistics`, `use_block`, `search` and
     `take_kept` scores and selections of many processes are made (distributed/parts.py); the reference has none.
+    `errors`, where there is one, adds a bias [d] to a reconstruction [B, d] and gives each token's squared error too.
     """
 
     encoder: Callable[..., Encoder]
@@ -56,6 +57,7 @@ class Implementation:
     use_block: Callable[[int, float, int], bool] | None = None
     search: Callable[[Operands, Rule, float | None], Entries] | None = None
     take_kept: Callable[[Entries, Tensor, int, int], Entries] | None = None
+    errors: Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]] | None = None
     totals: Totals = field(default_factory=Totals)
 
 
@@ -126,5 +128,6 @@ def parts_of(layer: ModuleType, aux: ModuleType, optimizer: ModuleType) -> Imple
         getattr(layer, "use_block", None),
         getattr(layer, "search", None),
         getattr(layer, "take_kept", None),
+        getattr(layer, "squared_errors", None),
         ONE_PROCESS,
     )
