@@ -57,8 +57,8 @@ ERRORS_BACKWARD = {
 }
 # (architecture, operand bits) -> the largest d for which scores are fused into the product, where not SMALL_D
 LARGEST_FUSED_D = {("interpreter", bits): sys.maxsize for bits in (16, 32)}
-# One pass over a product [B, C] in memory, BT tokens x BF features at a time (STEPS times, to sum them up). Most
-# tiles of the filter have hits: one warp a tile needs no barriers for their slots.
+# One pass over a product [B, C] in memory, BT tokens x BF features at a time, STEPS times. Most programs of the filter
+# have hits: one of a single warp needs no barriers for their slots.
 CHUNK_SCORES = {
     "nvidia": triton.Config({"BT": 16, "BF": 128, "STEPS": 16}, num_warps=4, num_stages=2),
     "gfx942": triton.Config({"BT": 16, "BF": 128, "STEPS": 16}, num_warps=4, num_stages=2),
@@ -66,9 +66,9 @@ CHUNK_SCORES = {
 }
 SCALAR = triton.Config({}, num_warps=1)
 CHUNK_FILTER = {
-    "nvidia": triton.Config({"BT": 4, "BF": 128}, num_warps=1),
-    "gfx942": triton.Config({"BT": 4, "BF": 256}, num_warps=1),
-    "interpreter": triton.Config({"BT": 8, "BF": 32}),
+    "nvidia": triton.Config({"BT": 8, "BF": 128, "STEPS": 4}, num_warps=1),
+    "gfx942": triton.Config({"BT": 8, "BF": 256, "STEPS": 4}, num_warps=1),
+    "interpreter": triton.Config({"BT": 8, "BF": 32, "STEPS": 2}),
 }
 
 # BE gathered rows x BD of d at a time: a warp reads BD at 16 bytes a lane. PIECE entries are summed by one program.
