@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from sampled_sae.impl.triton import products, scores
 from sampled_sae.kernels import configs
-from sampled_sae.kernels.chunk_scores import chunk_statistics
+from sampled_sae.kernels.chunk_scores import chunk_partials, chunk_statistics, write_partials_
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -171,3 +171,9 @@ def test_offsets_beyond_32_bits():
     """In a process of its own: an offset that wraps around ends it."""
     done = subprocess.run([sys.executable, "-c", FAR_ROWS], cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_partials_of_another_width_are_refused(device):
+    z = torch.zeros(3, 8, device=device)
+    with pytest.raises(ValueError, match=r"partials must be \[S, T, 8\]"):
+        write_partials_(z, None, None, "l2", chunk_partials(3, 9, "l2", z.device))
