@@ -276,7 +276,7 @@ class RowAdam(Optimizer):
         step = AdamStep(
             number=state["step"],
             factor=factor,
-            lr=float(group["lr"]),
+            lr=group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"]),
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             eps=group["eps"],

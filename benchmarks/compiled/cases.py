@@ -68,7 +68,14 @@ def adam(d: int, mode: str, grad: torch.dtype, moments: torch.dtype, has_copy: b
         "last": new(F + 1, dtype=int32) if mode == "decayed" else None,
         "copy": torch.empty_like(weight, dtype=bfloat16) if has_copy else None,
     }
-    numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "seed": 1001}
+    numbers = {
+        "lr": new(1) if mode == "decayed" else 0.1,
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "seed": 1001,
+    }
     how = {**optional, **numbers, "mode": mode, "project": d > 1, "renormalize": d > 1}
     return Case(row_adam.row_adam_kernel, partial(row_adam.row_adam_, *tensors, **how))
 
