@@ -50,7 +50,10 @@ CODE = {
     "row_adam_kernel": "row_adam: dense d=4096",
 }
 # times that a kernel's loop, of known length, goes through its code
-TRIPS: dict[str, Callable[[dict[str, Any]], int]] = {"chunk_partials_kernel": lambda c: c["STEPS"]}
+TRIPS: dict[str, Callable[[dict[str, Any]], int]] = {
+    "append_above_kernel": lambda c: c["STEPS"],
+    "chunk_partials_kernel": lambda c: c["STEPS"],
+}
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def work_of_launch(kernel: Any, config: triton.Config, grid: Any, args: tuple[An
     cached = 0
     if name in AFTER_PRODUCT:
         written = size(a["z"])
-        others = size(a.get("partials"))
+        others = 0 if name == "append_above_kernel" else size(a["partials"])
         moved, cached = (others, written) if written <= FITS_L2 else (others + written, 0)
     if name in GATHERED:
         source, entries = (a[argument] for argument in GATHERED[name])

@@ -148,7 +148,7 @@ def test_chunked_and_fused_scores_agree(score, dtype, device, monkeypatch):
     scale = torch.randint(1, 3, (150,), generator=make).float().to(device)
     fused = scores.column_statistics(x, W, b, score, scale)
     seen = []
-    monkeypatch.setattr(scores, "chunk_statistics", lambda *args: seen.append(args[0].shape) or chunk_statistics(*args))
+    monkeypatch.setattr(scores, "write_partials_", lambda *args: seen.append(args[0].shape) or write_partials_(*args))
     monkeypatch.setattr(configs, "LARGEST_FUSED_D", {(configs.architecture(x.device), 8 * dtype.itemsize): 19})
     monkeypatch.setattr(products, "NARROWEST", 64)
     monkeypatch.setattr(products, "WIDEST", 64)
