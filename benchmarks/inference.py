@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -41,8 +42,10 @@ CHOSEN = 32
 CHECKED_TOKENS = 4
 # features that are made, or checked, at once
 CHUNK = 1 << 14
-# seconds of rounds at most at one size
-LONGEST = 25.0
+# seconds at most at one size
+LONGEST = 60.0
+# tokens whose products take as long as making the weights, and what is checked
+PREPARED = 256
 SCREENS = {"ours": "auto", "ours, no screen": "off"}
 # relative to the largest activation: what rounding may move, by dtype of the weights
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -77,7 +80,7 @@ class Setup(NamedTuple):
 
 
 def sizes(quick: bool, device: str) -> list[Workload]:
-    """Small dictionaries first, in case the time runs out."""
+    """Small dictionaries first."""
     found = []
     for F, widths in {1 << 14: (768,), QUICK: (768, 2304), 1 << 18: (768,), 1 << 20: (768, 2304)}.items():
         B = max(FEWEST_TOKENS, min(TOKENS, MOST_ENTRIES // F)) * (8 if device == "cuda" else 1)
@@ -172,7 +175,8 @@ def wrong(s: Setup, found: Any, columns: Tensor | None) -> str | None:
 
 
 def race(w: Workload, dtype: str, args: argparse.Namespace, seconds: float, compiled: bool) -> list[Row]:
-    """The rows of one size."""
+    """The rows of one size, after about so many seconds."""
+    start = time.perf_counter()
     kind = getattr(torch, dtype)
     needed = w.F * w.d * kind.itemsize + 5 * 4 * w.B * w.F
     if needed > free_memory(args.device):
@@ -194,7 +198,8 @@ def race(w: Workload, dtype: str, args: argparse.Namespace, seconds: float, comp
                 calls[name] = call
             rows.append(row if reason is None else {**row, "reason": reason})
         floor = product(s.x, s.W)
-        samples = interleaved({"product": floor, **calls}, args.device, args.rounds, seconds, False)
+        left = seconds - (time.perf_counter() - start)
+        samples = interleaved({"product": floor, **calls}, args.device, args.rounds, left, False)
         for row in rows:
             if (own := samples.get(row["candidate"])) is None:
                 continue
@@ -212,6 +217,11 @@ def peak(call: Callable[[], Any], device: str, w: Workload) -> float | None:
         return None
 
 
+def seconds_of(w: Workload) -> float:
+    """What a size takes, in proportion."""
+    return w.F * w.d * (w.B + PREPARED)
+
+
 def markdown_table(result: dict[str, Any]) -> str:
     return markdown(COLUMNS, result["rows"])
 
@@ -223,8 +233,8 @@ def main() -> None:
     record = Record(args, markdown_table)
     cases = [(w, dtype) for w in (REHEARSAL if args.rehearse else sizes(args.quick, args.device)) for dtype in DTYPES]
     for i, (w, dtype) in enumerate(cases):
-        # what is early is short, and leaves its share to what comes later
-        share = min(LONGEST, record.left / (len(cases) - i) / 2)
+        # the largest come last, and find what is theirs
+        share = min(LONGEST, record.left * seconds_of(w) / sum(seconds_of(later) for later, _ in cases[i:]))
         row = {**w.columns(), "dtype": dtype, "candidate": "all"}
         compiled = not args.rehearse and (w.d, w.F, w.k) == (768, QUICK, 20)
         record.attempt([row], partial(race, w, dtype, args, share, compiled), 5.0)

@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import drop_in, equal_time, inference, precision, quality, scale
+from benchmarks import drop_in, equal_time, family, inference, precision, quality, scale
 from benchmarks.measure import RESULTS, ROOT
 from benchmarks.operations.race import COLUMNS
 from benchmarks.record import markdown, with_caption
@@ -41,6 +41,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "drop_in": drop_in.markdown_table,
     "drop_in_768": drop_in.markdown_table,
     "equal_time": equal_time.markdown_table,
+    "family_training": family.markdown_table,
     "scale": scale.markdown_table,
     "inference": inference.markdown_table,
     "kernels": lambda result: markdown(COLUMNS, result["rows"]),
@@ -49,6 +50,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 SUMMARY = {"": "{candidate}", "step, ms": "{step_ms:.0f}", "step / encoder product": "{ratio:.2f}"}
 SUMMARY |= {"peak extra memory": "{peak_extra_memory:.2f}"}
 FEATURES, NOT_SHOWN = 16384, ("sparsify TopK, Adam",)
+# comes first: what a config is without l
+DEFAULT = "ours, l=None (BatchTopK)"
 
 
 def results() -> dict[str, dict[str, Any]]:
@@ -71,6 +74,7 @@ def summary(found: dict[str, dict[str, Any]]) -> str:
     step, race = found["peer_steps"], found["equal_time"]
     last = {row["candidate"]: row for row in race["rows"] if row.get("seconds") == race["marks"][-1]}
     shown = [row for row in step["rows"] if row["F"] == FEATURES and row["candidate"] not in NOT_SHOWN]
+    shown.sort(key=lambda row: row["candidate"] != DEFAULT)
     rows = [row | last[row["candidate"]] for row in shown if row["candidate"] in last]
     sources = [("Step and memory", rows[0], step), ("FVU", race["setup"], race)]
     about = [

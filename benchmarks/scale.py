@@ -10,6 +10,7 @@ is a model (`benchmarks/scale_model.py`) and no measurement.
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import socket
@@ -44,6 +45,7 @@ COUNTED = {
     "F": "{F}",
     "d": "{d}",
     "data x feature": "{layout}",
+    "screen": "{screen}",
     "collectives": "{calls}",
     "bytes": "{bytes}",
     "of them column statistics": "{statistics}",
@@ -56,6 +58,7 @@ TIMED = {
     "layout": "{layout}",
     "scaling": "{scaling}",
     "screen of the one": "{screen}",
+    "of these": "{screen_of_mesh}",
     "(B, d, F, k)": "({B}, {d}, {F}, {k})",
     "time of one / time of these": "{speed:.2f}",
     "p20–p80": "{speed_p20:.2f}–{speed_p80:.2f}",
@@ -111,10 +114,12 @@ def _join(rank: int, size: int, place: str, answers: Any, work: Callable[..., An
     dist.destroy_process_group()
 
 
-def make(shape: tuple[int, int], F: int, d: int, k: int) -> tuple[SampledSAE, RowAdam, Callable[[Tensor], None]]:
+def make(
+    shape: tuple[int, int], F: int, d: int, k: int, screen: str
+) -> tuple[SampledSAE, RowAdam, Callable[[Tensor], None]]:
     """An SAE, its optimizer, and a training step."""
     mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=DIMENSIONS)
-    config = SampledSAEConfig(d_in=d, d_sae=F, k=k, l=4, aux_coefficient=0.0, row_grads=True)
+    config = SampledSAEConfig(d_in=d, d_sae=F, k=k, l=4, aux_coefficient=0.0, row_grads=True, screen=screen)
     sae = parallelize(SampledSAE(config), mesh)
     optimizer = RowAdam(sae, mode="decayed", moments=torch.bfloat16)
 
@@ -126,9 +131,9 @@ def make(shape: tuple[int, int], F: int, d: int, k: int) -> tuple[SampledSAE, Ro
     return sae, optimizer, step
 
 
-def count(shape: tuple[int, int], F: int, d: int, k: int, B: int) -> Row:
+def count(shape: tuple[int, int], F: int, d: int, k: int, B: int, screen: str) -> Row:
     """Collectives and bytes of a step, and the share of all features that a rank holds in weights and moments."""
-    sae, optimizer, step = make(shape, F, d, k)
+    sae, optimizer, step = make(shape, F, d, k, screen)
     for _ in range(2):  # the first one finds thresholds that the next starts from
         traffic = sae.layout.mesh.traffic  # type: ignore[attr-defined]
         traffic.clear()
@@ -138,7 +143,7 @@ def count(shape: tuple[int, int], F: int, d: int, k: int, B: int) -> Row:
     by_purpose = {purpose: entry.size for (_, purpose), entry in traffic.sent.items()}
     return {
         "part": "counted",
-        **{"F": F, "d": d, "k": k, "B": B, "layout": f"{shape[0]} x {shape[1]}"},
+        **{"F": F, "d": d, "k": k, "B": B, "layout": f"{shape[0]} x {shape[1]}", "screen": screen},
         **{"calls": traffic.calls(), "bytes": traffic.size(), "share": held / (2 * (2 * F * d + F + d))},
         "statistics": by_purpose.get("column statistics", 0),
         "gradients": by_purpose.get("gradients", 0),
@@ -163,10 +168,10 @@ def count_dense(F: int, d: int, B: int) -> int:
 def race(shape: tuple[int, int], F: int, d: int, k: int, B: int, weak: bool, screen: str, rounds: int) -> list[float]:
     """Seconds of a step of one process over those of all, side by side.
 
-    weak: each process has B tokens, not a part. screen: of the one process; over a mesh there is none.
+    weak: each process has B tokens, not a part. screen: of the one process and of the mesh.
     """
     size, data = shape[0] * shape[1], shape[0]
-    _, _, together = make(shape, F, d, k)
+    _, _, together = make(shape, F, d, k, screen)
     cfg = SampledSAEConfig(d_in=d, d_sae=F, k=k, l=4, aux_coefficient=0.0, row_grads=True, screen=screen)
     alone = SampledSAE(cfg)
     optimizer = RowAdam(alone, mode="decayed", moments=torch.bfloat16)
@@ -228,7 +233,8 @@ def markdown_table(result: Result) -> str:
     }
     tables = []
     for part, columns in PARTS.items():
-        if rows := [row for row in result["rows"] if row["part"] == part]:
+        # rows of earlier versions are of meshes without a screen
+        if rows := [{"screen": "off", "screen_of_mesh": "off", **row} for row in result["rows"] if row["part"] == part]:
             about = headings[part].format(**(result["setup"] if part == "trained" else result["model"]))
             tables.append(f"{about}\n\n{markdown(columns, rows)}")
     return "\n".join(tables)
@@ -258,14 +264,17 @@ def main() -> None:
         sizes = [(1024, 16)] if args.rehearse else [(65_536, 768), (65_536, 16), (1_048_576, 16)]
         for F, d in sizes:
             dense = on_processes(2, count_dense, F, d, 16)
-            for shape in LAYOUTS if (F, d) == sizes[0] else LAYOUTS[:1]:
-                record.add({**on_processes(shape[0] * shape[1], count, shape, F, d, 32, 64), "dense": dense})
+            screens = ["off", "bf16"] if (F, d) == sizes[0] else ["off"]
+            for shape, screen in itertools.product(LAYOUTS if (F, d) == sizes[0] else LAYOUTS[:1], screens):
+                found = on_processes(shape[0] * shape[1], count, shape, F, d, 32, 64, screen)
+                record.add({**found, "dense": dense})
     if "timed" in args.only:
         F, d, k, B = (512, 16, 4, 64) if args.rehearse else (16_384, 256, 32, 1024)
         races = [(*scaling, screen) for scaling in SCALINGS for screen in ("off", "auto")]
         for shape, weak, screen in races:
             speed = on_processes(2, race, shape, F, d, k, B, weak, screen, 3 if args.rehearse else args.rounds)
-            about = {"layout": f"{shape[0]} x {shape[1]}", "scaling": "weak" if weak else "strong", "screen": screen}
+            about = {"layout": f"{shape[0]} x {shape[1]}", "scaling": "weak" if weak else "strong"}
+            about |= {"screen": screen, "screen_of_mesh": screen}
             size = {"processes": 2, "B": B, "d": d, "F": F, "k": k}
             record.add({"part": "timed", **about, **size, **spread_columns(speed, "speed")})
     if "trained" in args.only and args.activations is not None:

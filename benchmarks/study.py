@@ -3,7 +3,8 @@
     .venv/peers/bin/python -m benchmarks.study synthetic           the runs on known features; goes on where it stopped
     .venv/peers/bin/python -m benchmarks.study synthetic --world 16k --device cuda    SynthSAEBench-16k, for a GPU
     .venv/peers/bin/python -m benchmarks.study synthetic --only top-l2-l4 --seeds 1 --again    one row once more
-    python -m benchmarks.study real ACTIVATIONS --name smollm2_15 --model smollm2-135m        the same on a store
+    python -m benchmarks.study real ACTIVATIONS --name smollm2_15 --model smollm2-135m --texts FOLDER
+    python -m benchmarks.study pairs --name smollm2_15             agreement between the seeds that are kept
     python -m benchmarks.study report                              tables and plots of the rows that are there
 
 Rows are written to benchmarks/results/study/ as soon as a run is done, tables (.md) and plots beside them;
@@ -27,9 +28,10 @@ import torch
 from benchmarks.ground_truth.synthetic import WORLDS
 from benchmarks.measure import ROOT, machine
 from benchmarks.study_parts.rows import FOLDER, Row, Rows
-from benchmarks.study_parts.variants import REAL, SYNTHETIC, Variant
+from benchmarks.study_parts.variants import DENSE, PARTS, SYNTHETIC, Variant
 from sampled_sae.support.output_folder import locked
 
+KEPT = ROOT / "runs" / "study"
 # of a row: enough to know whether another machine made it
 MADE_ON = ("device", "threads", "torch", "sae-lens", "date")
 
@@ -37,7 +39,7 @@ MADE_ON = ("device", "threads", "torch", "sae-lens", "date")
 class Study(Protocol):
     """What makes rows."""
 
-    def run(self, variant: Variant, seed: int) -> Row: ...
+    def run(self, variant: Variant, seed: int) -> Row | None: ...
 
 
 def synthetic(args: argparse.Namespace) -> None:
@@ -60,16 +62,34 @@ def synthetic(args: argparse.Namespace) -> None:
 def real(args: argparse.Namespace) -> None:
     options = f"--name {args.name} --features {args.features} --k {args.k:g} --tokens {args.tokens} --lr {args.lr:g}"
     options += f" --model {args.model}" if args.model else ""
+    options += f" --texts {args.texts}" if args.texts else ""
+    part = "" if args.part == "rules" else f"_{args.part}"
 
     def open_study() -> Study:
-        from benchmarks.study_parts.real import RealStudy
+        from benchmarks.study_parts.real import RealStudy, Setup
         from sampled_sae.training.activation_store import ActivationStore
 
-        store = ActivationStore.open(args.activations)
-        return RealStudy(store, args.features, args.k, args.tokens, args.lr, args.model)
+        folder = args.folder / f"real_{args.name}"
+        setup = Setup(args.features, args.k, args.tokens, args.lr, args.model, args.texts, folder)
+        return RealStudy(ActivationStore.open(args.activations), setup, args.stage)
 
-    command = f"python -m benchmarks.study real {args.activations} {options}"
-    make_rows(args, Rows(args.out / f"real_{args.name}.csv"), REAL, args.tokens, command, open_study)
+    command = f"python -m benchmarks.study real {args.activations} {options} --part {args.part}"
+    rows = Rows(args.out / f"real_{args.name}{part}.csv")
+    make_rows(args, rows, PARTS[args.part], args.tokens, command, open_study)
+
+
+def pairs(args: argparse.Namespace) -> None:
+    from benchmarks.study_parts.pairs import pairs_of
+
+    rows = Rows(args.out / f"real_{args.name}_pairs.csv")
+    for variants in PARTS.values():
+        for name in variants:
+            for row in pairs_of(args.folder / f"real_{args.name}" / "saes", name, args.tokens, args.seeds):
+                command = f"python -m benchmarks.study pairs --name {args.name} --tokens {args.tokens}"
+                rows.put({**row, "command": command})
+                print(
+                    f"{row['name']} {row['seed']}: cosine {row['cosine']:.3f}, shared {row['shared']:.3f}", flush=True
+                )
 
 
 def make_rows(
@@ -83,7 +103,8 @@ def make_rows(
     """All seeds of the first variant, then those of the next: what is done has its spread."""
     if unknown := sorted(set(args.only or ()) - set(variants)):
         raise SystemExit(f"--only {' '.join(unknown)}: must be of {', '.join(variants)}")
-    runs = [(name, seed) for name in args.only or variants for seed in args.seeds]
+    # activations themselves have no seed
+    runs = [(name, seed) for name in args.only or variants for seed in args.seeds[: 1 if name == DENSE else None]]
     commands = {(name, seed): f"{command} --only {name} --seeds {seed} --again" for name, seed in runs}
     if args.list:
         print("\n".join(commands.values()))
@@ -94,7 +115,8 @@ def make_rows(
         return
     torch.set_num_threads(args.threads)
     end = time.perf_counter() + args.within
-    with locked(args.folder, "benchmarks.study"):
+    # one process may train while another measures, and each file of rows has one that writes it
+    with locked(args.folder / rows.path.stem / (args.stage or "measure"), "benchmarks.study"):
         study = open_study()
         on = {name: value for name, value in machine(args.device, ("sae-lens",)).items() if name in MADE_ON}
         for name, seed in wanted:
@@ -104,9 +126,11 @@ def make_rows(
             before = rows.find(name=name, seed=seed, tokens=tokens)
             if before is not None:
                 print(f"before: {shown(before)}")
-            row = {**study.run(variants[name], seed), **on, "command": commands[name, seed]}
-            rows.put(row)
-            print(f"{shown(row)}\n  {row['command']}", flush=True)
+            made = study.run(variants[name], seed)
+            if made is not None:
+                row = {**made, **on, "command": commands[name, seed]}
+                rows.put(row)
+                print(f"{shown(row)}\n  {row['command']}", flush=True)
 
 
 def shown(row: Row) -> str:
@@ -131,17 +155,31 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--lr", type=float, default=None, help="peak learning rate; that of the world when absent")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     _row_options(p)
-    p.set_defaults(run=synthetic)
+    p.set_defaults(run=synthetic, stage=None)
     p = parts.add_parser("real", help="runs on a store of activations with a held-out part")
     p.add_argument("activations", type=Path, help="folder that `sampled-sae harvest` wrote")
     p.add_argument("--name", required=True, help="of the rows' file")
-    p.add_argument("--model", default=None, help="in which loss recovered is measured; not measured when absent")
-    p.add_argument("--features", type=int, default=8192)
-    p.add_argument("--k", type=float, default=32)
-    p.add_argument("--tokens", type=int, default=1_000_000, help="of a training")
+    p.add_argument(
+        "--part", choices=tuple(PARTS), default="rules", help="what differs: rules, batch sizes, dead features"
+    )
+    p.add_argument("--model", default=None, help="for loss recovered and probes; neither when absent")
+    p.add_argument(
+        "--texts", type=Path, default=None, help="folder of the labelled texts' packages; no probes when absent"
+    )
+    p.add_argument("--features", type=int, default=2048)
+    p.add_argument("--k", type=float, default=16)
+    p.add_argument("--tokens", type=int, default=307_200, help="of a training")
     p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    stages = "train and keep what is not kept yet; or measure what is kept, with --again anew; both when absent"
+    p.add_argument("--stage", choices=("train", "measure"), default=None, help=stages)
     _row_options(p)
     p.set_defaults(run=real, device="cpu")
+    p = parts.add_parser("pairs", help="agreement of the dictionaries that runs of `real` have kept, seed by seed")
+    p.add_argument("--name", required=True, help="of the rows' file")
+    p.add_argument("--tokens", type=int, default=307_200, help="of a training")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--folder", type=Path, default=KEPT, help="where runs are kept")
+    p.set_defaults(run=pairs)
     p = parts.add_parser("report", help="tables and plots of the rows that are there")
     p.set_defaults(run=report)
     for p in parts.choices.values():
@@ -157,7 +195,7 @@ def _row_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--within", type=float, default=float("inf"), help="seconds after which no run is begun")
     p.add_argument("--again", action="store_true", help="run what has a row already, and replace it")
     p.add_argument("--list", action="store_true", help="print the command of every row")
-    p.add_argument("--folder", type=Path, default=ROOT / "runs" / "study", help="for activations, and as a lock")
+    p.add_argument("--folder", type=Path, default=KEPT, help="where runs and activations are kept")
 
 
 if __name__ == "__main__":

@@ -14,5 +14,6 @@ from .support.version import __version__ as __version__
 from .training.activation_store import ActivationStore as ActivationStore
 from .training.paired_activations import PairedActivations as PairedActivations
 from .training.sae_group import SAEGroup as SAEGroup
+from .training.stacked_activations import StackedActivations as StackedActivations
 from .training.train_config import TrainConfig as TrainConfig
 from .training.trainer import Trainer as Trainer

@@ -38,7 +38,7 @@ class Settings:
     features: int = 65536
     batch: int = 8192
     k: float = 64
-    l: float | None = 4.0
+    l: float | None = None
     score: str = "l2"
     select: str = "batch"
     adam: str = "dense"

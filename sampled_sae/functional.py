@@ -119,7 +119,7 @@ def sampled_topk(
     W_enc: Tensor,
     b_enc: Tensor,
     k: float = 32,
-    l: float | None = 4.0,
+    l: float | None = None,
     score: str = "l2",
     pool: str = "top",
     select: str = "batch",

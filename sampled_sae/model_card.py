@@ -54,9 +54,9 @@ def model_card(repository: str, cfg: SampledSAEConfig, facts: RunFacts, revision
         _metadata(model),
         MARK,
         f"# {repository.split('/')[-1]}",
-        f"{_kind(cfg)} with {cfg.d_sae:,} features on activations of width {cfg.d_in}. {reads}",
+        f"{_kind(cfg)} with {cfg.d_sae:,} features on {_reads(cfg)}. {reads}",
         f"## Load\n\n```python\nfrom sampled_sae import SampledSAE\n\n{load}\n"
-        f"codes = sae.encode_sparse(x)  # x: [tokens, {cfg.d_in}], as the model makes them\n"
+        f"codes = sae.encode_sparse(x)  # x: {_shape(cfg)}, as the model makes them\n"
         f"{_decoding(cfg)}\n```",
         _metrics(facts.evaluation),
         "## Settings\n\n" + _table(("setting", "value"), cfg.to_dict()),
@@ -70,7 +70,19 @@ def model_card(repository: str, cfg: SampledSAEConfig, facts: RunFacts, revision
 def _kind(cfg: SampledSAEConfig) -> str:
     if cfg.is_transcoder:
         return f"A transcoder {'and linear skip ' if cfg.skip else ''}to activations of width {cfg.d_out},"
+    if cfg.is_crosscoder:
+        return "A crosscoder"
     return "A sparse autoencoder" if cfg.groups is None else "A Matryoshka sparse autoencoder"
+
+
+def _reads(cfg: SampledSAEConfig) -> str:
+    if cfg.is_crosscoder:
+        return f"{cfg.layers} layers of width {cfg.d_in} side by side"
+    return f"activations of width {cfg.d_in}"
+
+
+def _shape(cfg: SampledSAEConfig) -> str:
+    return f"[tokens, {cfg.layers}, {cfg.d_in}]" if cfg.is_crosscoder else f"[tokens, {cfg.d_in}]"
 
 
 def _decoding(cfg: SampledSAEConfig) -> str:

@@ -32,7 +32,8 @@ class RowAdam(Optimizer):
     """Adam for a `SampledSAE`, with `cfg.row_grads=True` or without.
 
     One step: clip the global gradient norm; remove from W_dec's gradient the part parallel to each decoder
-    row; Adam; unit decoder rows. In mode "dense" equivalent to `clip_grad_norm_(sae.parameters(), clip)`,
+    row; Adam; unit decoder rows. (Of a crosscoder the part that changes the sum of a feature's norms over the layers,
+    and that sum 1.) In mode "dense" equivalent to `clip_grad_norm_(sae.parameters(), clip)`,
     `sae.project_decoder_grad()`, `torch.optim.Adam(sae.parameters(), fused=True).step()`,
     `sae.normalize_decoder()`.
 
@@ -266,8 +267,9 @@ class RowAdam(Optimizer):
         return state
 
     def _rounded_copy(self, name: str, weight: Tensor) -> Tensor | None:
-        """What the implementation is to write beside the weights."""
-        return self.sae.memory.rounded.following(name, weight) if self.sae.impl_in_use == "triton" else None
+        """What the implementation is to write beside the weights: the kernel does, where nothing comes after it."""
+        alone = self.sae.impl_in_use == "triton" and self.sae.cfg.layers == 1
+        return self.sae.memory.rounded.following(name, weight) if alone else None
 
     def _update(self, index: int, group: dict[str, Any], grad: ParameterGradient, factor: Tensor | None) -> None:
         weight, layout = grad.weight, self.sae.layout
@@ -285,6 +287,7 @@ class RowAdam(Optimizer):
             project=grad.name == "W_dec",
             renormalize=grad.name == "W_dec",
             seed=index,
+            layers=self.sae.cfg.layers,
             copy=self._rounded_copy(grad.name, weight),
         )
         exp_avg, exp_avg_sq = (rows_first(grad.name, layout.local(state[name])) for name in ("exp_avg", "exp_avg_sq"))

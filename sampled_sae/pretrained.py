@@ -100,7 +100,7 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         sae = SampledSAEConfig.from_dict(fields)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
-    d_in, d_sae, d_out = fields.get("d_in"), fields.get("d_sae"), sae.width_out
+    d_in, d_sae, d_out = sae.width_in, sae.d_sae, sae.width_out
     names = tensor_names(sae)
     shapes: dict[str, tuple[Any, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
     shapes |= {SKIP: (d_in, d_out)}
@@ -157,7 +157,8 @@ class HasConfig(Protocol):
 
 
 def scale_into_state(sae: HasConfig, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Hook after `state_dict`: the factors on the activations, in whose units all the other tensors are."""
+    """Hook after `state_dict`: the factors on the activations, in whose units all the other tensors are; 0-dim, or
+    [layers] where each layer has its own."""
     for name in _scales(sae.cfg):
         state[f"{prefix}{name}"] = torch.tensor(getattr(sae.cfg, name), dtype=torch.float64, device="cpu")
 
@@ -170,11 +171,16 @@ def check_scale_of_state(sae: HasConfig, state: dict[str, Any], prefix: str, *ot
     """
     for name in _scales(sae.cfg):
         found, own = state.pop(f"{prefix}{name}", None), getattr(sae.cfg, name)
-        if found is not None and float(found) != own:
+        if found is not None and (scale := scale_of_state(found)) != own:
             raise ValueError(
-                f"{name}={own!r}: the state dict is of an SAE with {name}={float(found)!r}; make the SAE with that in "
+                f"{name}={own!r}: the state dict is of an SAE with {name}={scale!r}; make the SAE with that in "
                 "its config"
             )
+
+
+def scale_of_state(found: Tensor) -> float | tuple[float, ...]:
+    """A factor on the activations as a config has it."""
+    return float(found) if found.dim() == 0 else tuple(map(float, found))
 
 
 def _scales(config: SampledSAEConfig) -> tuple[str, ...]:

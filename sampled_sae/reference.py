@@ -6,14 +6,15 @@ says what they are. It stores [B, F] several times and is meant to be read and c
 training.
 
 Sources: scores, pool and selection from arXiv 2508.21324, BatchTopK from arXiv 2412.06410, TopK and the
-dead-feature loss from arXiv 2406.04093, nested reconstructions from arXiv 2503.17547; docs/method.md lists the
-readings that are ours.
+dead-feature loss from arXiv 2406.04093, nested reconstructions from arXiv 2503.17547, selection by decoder norms over
+several layers from arXiv 2504.02922; docs/method.md lists the readings that are ours.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,6 +129,24 @@ def transcode(c: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor, W_skip: Tensor
     return decode(c, W_dec, b_dec) + x.to(c.dtype) @ W_skip.to(c.dtype)
 
 
+def norm_sums(W_dec: Tensor, layers: int) -> Tensor:
+    """Of a crosscoder's W_dec [F, L d]: the sum over the L layers of the norms of each feature's rows, [F]."""
+    return W_dec.view(len(W_dec), layers, -1).norm(dim=2).sum(1)
+
+
+def crosscode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, *, k: float, l: float | None, **rule: Any
+) -> tuple[Tensor, Tensor]:
+    """Steps 1 to 5 of a crosscoder: codes c [B, F] and x_hat [B, L, d] of x [B, L, d], whatever the decoder's norms.
+
+    W_enc [L d, F], W_dec [F, L d], b_dec [L d]: those of an SAE on the layers one behind the other. Entries are
+    selected by a_j times `norm_sums`, a scale, and decoded without it. Training keeps the sums at 1: c is then both.
+    """
+    scale = norm_sums(W_dec, x.shape[1]).detach()
+    c = sampled_topk(x.flatten(1), W_enc, b_enc, k=k, l=l, scale=scale, **rule) / scale
+    return c, decode(c, W_dec, b_dec).view(x.shape)
+
+
 def decode_levels(c: Tensor, W_dec: Tensor, b_dec: Tensor | None, groups: Sequence[int]) -> Tensor:
     """Step 5 of a Matryoshka SAE: the reconstructions by the first g features, for each g of `groups`: [B, G, d]."""
     return torch.stack([decode(c[:, :g], W_dec[:g], b_dec) for g in groups], dim=1)
@@ -139,7 +158,7 @@ def nested_loss(x: Tensor, levels: Tensor) -> Tensor:
 
 
 def reconstruction_loss(x: Tensor, x_hat: Tensor) -> Tensor:
-    """Step 6: mean over tokens of ||x - x_hat||^2, summed over d."""
+    """Step 6: mean over tokens of ||x - x_hat||^2, summed over d, and of a crosscoder over its layers."""
     return (x - x_hat).square().sum(-1).mean()
 
 
@@ -218,19 +237,21 @@ def update(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     clip: float | None = 1.0,
+    layers: int = 1,
 ) -> None:
-    """Step 8, in place: clip, project, Adam, unit decoder rows. `step` counts from 1; `moments` starts empty."""
+    """Step 8, in place: clip, project, Adam, unit decoder rows; of a crosscoder with `layers` L the norms of a
+    feature's rows add up to 1. `step` counts from 1; `moments` starts empty."""
     norm = torch.stack([g.norm() for g in gradients.values()]).norm()
     factor = 1.0 if clip is None else (clip / (norm + 1e-6)).clamp(max=1.0)
     for name, g in gradients.items():
         w, g = weights[name], g * factor
         if name == "W_dec":
-            unit = torch.nn.functional.normalize(w, dim=1)
-            g = g - (g * unit).sum(1, keepdim=True) * unit
+            unit = torch.nn.functional.normalize(w.view(len(w), layers, -1), dim=2).view(w.shape)
+            g = g - (g * unit).sum(1, keepdim=True) / layers * unit
         g = g + weight_decay * w
         m, v = moments.get(name, (torch.zeros_like(g), torch.zeros_like(g)))
         m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g.square()
         moments[name] = m, v
         w -= lr * m / (1 - betas[0] ** step) / ((v / (1 - betas[1] ** step)).sqrt() + eps)
         if name == "W_dec":
-            w /= w.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            w /= norm_sums(w, layers).unsqueeze(1).clamp_min(1e-12)

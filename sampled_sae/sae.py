@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from . import functional
 from .codes import SampledSAEOutput, SparseCodes
 from .config import INFERENCES, SHAPE, SampledSAEConfig
 from .impl import inference_rule
-from .impl.encoder import Encoder
-from .impl.given_tokens import flat_encoded, flat_tokens, given_back, goal_of
+from .impl.encoder import Encoder, Share
+from .impl.given_tokens import flat_encoded, flat_tokens, given_back, leading, tokens_and_goal
 from .impl.hints import Rule
 from .impl.inference_rule import Inference
 from .impl.interface import Implementation, resolve_impl
@@ -41,7 +42,8 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
 
     Parameters `W_enc` [d_in, d_sae] (each feature's weights contiguous: its memory is that of [d_sae, d_in]),
     `b_enc` [d_sae], `W_dec` [d_sae, d_out], `b_dec` [d_out], and with a skip `W_skip` [d_in, d_out]. An SAE has d_out =
-    d_in and reconstructs its input; a transcoder is given what it reconstructs, `sae(x, target)`. Buffers: `threshold`
+    d_in and reconstructs its input; a transcoder is given what it reconstructs, `sae(x, target)`. A crosscoder reads x
+    [..., layers, d_in], or flat [..., layers * d_in]; d_in and d_out above are layers * d_in then. Buffers: `threshold`
     (0-dim, inference), `threshold_steps` (training steps behind it), `calibrated_at` (`threshold_steps` when it was
     last calibrated), `tokens_since_active` int64 [d_sae], with `cfg.inference="pool"` also `inference_members` bool
     [d_sae]. The state dict shares their memory: its W_enc is not contiguous,
@@ -52,7 +54,8 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
     evaluation mode a feature is active where its activation is above `threshold`, whatever else is in the
     batch; `cfg.inference` has two other rules. A TopK SAE (`select="token", l=None`) keeps k features of each token in
     both modes. Of a threshold that was never calibrated a warning says so once. Trained from scratch, decoder rows
-    are kept at unit norm by `sampled_sae.optim.RowAdam`, or by `normalize_decoder()` after another optimizer's step.
+    are kept at unit norm, those of a crosscoder's layers at norms that add up to 1, by `sampled_sae.optim.RowAdam`, or
+    by `normalize_decoder()` after another optimizer's step.
 
     Equivalent, in training mode with l=None, to BatchTopK (arXiv 2412.06410); the pool is arXiv 2508.21324's, read as
     docs/method.md says.
@@ -96,7 +99,6 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         if differ:
             given, have = (", ".join(f"{name}={getattr(c, name)}" for name in differ) for c in (cfg, before))
             raise ValueError(f"cfg: {given}: the weights are of {have}; make another SampledSAE")
-        self.layout.check_inference(cfg.inference)
         inference_rule.follow(self, before, cfg)
         self._cfg = cfg
         self.memory.pool = KeptPool(cfg.pool_every)
@@ -193,14 +195,17 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
     def encode(self, x: Tensor, *, scaled: bool = False) -> Tensor:
         """`encode_sparse` as a dense tensor [..., d_sae]; equivalent in evaluation mode by the threshold to
         `a = relu((x * input_scale - b_dec) @ W_enc + b_enc); a * (a > threshold)`."""
-        return self.encode_sparse(x, scaled=scaled).to_dense().to(x.dtype).view(*x.shape[:-1], self.cfg.d_sae)
+        codes = self.encode_sparse(x, scaled=scaled).to_dense()
+        return codes.to(x.dtype).view(*leading(self.cfg, x), self.cfg.d_sae)
 
     def decode(self, codes: SparseCodes | Tensor, x: Tensor | None = None, *, scaled: bool = False) -> Tensor:
-        """Reconstruction [..., d_out] of SparseCodes [B, d_sae] or a dense tensor [..., d_sae]: in the units of what is
-        reconstructed, or with `scaled` times `cfg.factor_out`. With a skip that of x [..., d_in], which was encoded, is
-        added; without x it is left out."""
+        """Reconstruction [..., d_out], of a crosscoder [..., layers, d_in], of SparseCodes [B, d_sae] or a dense tensor
+        [..., d_sae]: in the units of what is reconstructed, or with `scaled` times `cfg.factor_out`. A skip adds
+        its part of x [..., d_in], which was encoded; without x that is an error, and an SAE needs none."""
         if not isinstance(codes, (SparseCodes, Tensor)):
             raise TypeError(f"codes={type(codes).__name__}: must be SparseCodes or a torch.Tensor")
+        if x is None and self.cfg.skip:
+            raise ValueError("x=None: a skip transcoder adds x W_skip; give what was encoded, or zeros to leave it out")
         if codes.shape[-1:] != (self.cfg.d_sae,):
             raise ValueError(f"codes.shape={tuple(codes.shape)}: the last dimension must be {self.cfg.d_sae}")
         if self.layout.size > 1:
@@ -212,9 +217,10 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         else:
             x_hat = codes.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
         if x is not None and self.W_skip is not None:
-            tokens = flat_encoded(self, x, x_hat.shape[:-1].numel(), scaled)
-            x_hat = x_hat + skipped(tokens, self.W_skip, x_hat.dtype).view(x_hat.shape)
-        return given_back(self.cfg, x_hat, x_hat, scaled)
+            tokens, W_skip = flat_encoded(self, x, x_hat.shape[:-1].numel(), scaled), self.layout.local(self.W_skip)
+            x_hat = x_hat + skipped(tokens, W_skip, x_hat.dtype).view(x_hat.shape)
+        x_hat = given_back(self.cfg, x_hat, x_hat, scaled)
+        return x_hat.unflatten(-1, (self.cfg.layers, -1)) if self.cfg.is_crosscoder else x_hat
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, l0: float | None = None, *, scaled: bool = False) -> float:
@@ -250,11 +256,11 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
     def init_b_dec(self, x: Tensor, target: Tensor | None = None, *, scaled: bool = False) -> None:
         """Sets b_dec to the geometric median of activations x [..., d_in], as before a training's first step. Of a
         transcoder, which takes its target too, to that of the target; then its decoder rows follow, and its encoder."""
-        tokens, _ = self.layout.read(lambda: flat_tokens(self, x, scaled))
-        goal = goal_of(self, x, tokens, target, scaled)
+        (tokens, goal), share = self.layout.read(lambda: tokens_and_goal(self, x, target, scaled))
         if self.cfg.is_transcoder:
             leaves = self.layout.leaves(self, keep_rows=False)
-            start_from_targets(self, tokens, goal, lambda: self._select_together(self._encoder(tokens, leaves)))
+            encoder = partial(self._encoder, tokens, leaves, share)
+            start_from_targets(self._parts, leaves, tokens, goal, lambda: self._select_together(encoder()))
             return
         totals = self._parts.totals
         median = geometric_median(tokens, total=totals.sum_of_tokens, greatest=totals.max_of_tokens)
@@ -278,12 +284,14 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
             return "the SAE is in training mode, where codes depend on the batch: call sae.eval() first"
         if self.cfg.inference == "batch" and not self.cfg.is_topk:
             return "cfg.inference='batch' makes codes depend on the batch: use 'threshold' or 'pool'"
-        if self.cfg.is_transcoder:
-            return "a transcoder reconstructs other activations than it reads"
+        if self.cfg.is_transcoder or self.cfg.is_crosscoder:
+            kind = "transcoder reconstructs" if self.cfg.is_transcoder else "crosscoder reconstructs, with its layer,"
+            return f"a {kind} other activations than it reads"
         return None if self.layout.size == 1 else "an SAE that is spread over processes cannot be spliced"
 
     def extra_repr(self) -> str:
-        c, width = self.cfg, f", d_out={self.cfg.d_out}" if self.cfg.is_transcoder else ""
+        c = self.cfg
+        width = f", d_out={c.d_out}" if c.is_transcoder else f", layers={c.layers}" if c.is_crosscoder else ""
         return f"d_in={c.d_in}, d_sae={c.d_sae}{width}, k={c.k}, l={c.l}, score={c.score!r}, impl={self.impl_in_use!r}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SampledSAE:
@@ -293,23 +301,23 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
 
     def _batch(self, x: Tensor, target: Tensor | None, scaled: bool, leaves: Leaves) -> tuple[Tensor, Encoder]:
         """What is to be reconstructed [B, d_out], and the encoder of x; those of all processes are one batch."""
-        tokens, share = self.layout.read(lambda: flat_tokens(self, x, scaled))
-        goal = goal_of(self, x, tokens, target, scaled)
-        return goal, self._encoder(tokens, leaves).of_share(share)
+        given, share = self.layout.read(lambda: tokens_and_goal(self, x, target, scaled))
+        return given.goal, self._encoder(given.tokens, leaves, share)
 
-    def _encoder(self, tokens: Tensor, leaves: Leaves) -> Encoder:
-        """Of tokens [B, d_in] as `flat_tokens` gives them."""
+    def _encoder(self, tokens: Tensor, leaves: Leaves, share: Share | None) -> Encoder:
+        """Of tokens [B, d_in] as `flat_tokens` gives them, and of what they are a share."""
         b_dec = leaves.b_in if self.cfg.apply_b_dec_to_input else None
         x, weights = self.layout.into_encoder(tokens), (leaves.W_enc, leaves.b_enc, b_dec)
-        return self._parts.encoder(x, *weights, rows=leaves.rows, screen=self.cfg.screen)
+        screen = self.layout.screen(self.cfg.screen, self.impl_in_use, share)
+        return self._parts.encoder(x, *weights, rows=leaves.rows, screen=screen).of_share(share)
 
     def _encoder_of(self, x: Tensor, scaled: bool = False, by_batch: bool = False) -> Encoder:
         """by_batch: the tokens of all processes are one batch; else each of them stands alone."""
         leaves = self.layout.leaves(self, keep_rows=False)
         if not by_batch:
-            return self._encoder(flat_tokens(self, x, scaled), leaves)
-        tokens, share = self.layout.read(lambda: flat_tokens(self, x, scaled))
-        return self._encoder(tokens, leaves).of_share(share)
+            return self._encoder(flat_tokens(self, x, scaled), leaves, None)
+        (tokens,), share = self.layout.read(lambda: (flat_tokens(self, x, scaled),))
+        return self._encoder(tokens, leaves, share)
 
     @property
     def _parts(self) -> Implementation:

@@ -124,7 +124,7 @@ def exact_activations(tensors: Problem, scale: Tensor | None = None) -> Tensor:
 
 
 def margin(
-    a: Tensor, k: float, l: float | None = 4.0, score: str = "l2", pool: str = "top", select: str = "batch"
+    a: Tensor, k: float, l: float | None = None, score: str = "l2", pool: str = "top", select: str = "batch"
 ) -> float:
     """Smallest relative gap between what is kept of a [B, F] and what is not, in the pool and in the selection."""
     gaps = []

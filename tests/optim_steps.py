@@ -41,7 +41,7 @@ def specified_step(sae, adam, clip):
                 moments[names[p]] = adam.state[p]["exp_avg"], adam.state[p]["exp_avg_sq"]
                 step = int(adam.state[p]["step"]) + 1
         settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-        reference.update(weights, grads, moments, step, clip=clip, **settings)
+        reference.update(weights, grads, moments, step, clip=clip, layers=sae.cfg.layers, **settings)
     return weights
 
 

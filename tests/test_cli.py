@@ -193,6 +193,11 @@ def test_a_damaged_shard_is_found_and_repaired_by_the_same_harvest(tiny, harvest
         (["train", "{missing}", "{out}"], "manifest.json: no such file"),
         (["train", "{store}", "{out}", "--k", "0"], "--k 0.0: must be in (0, 8192]"),
         (["train", "{store}", "{out}", "--l", "0.5"], "--l 0.5: must be a finite number >= 1"),
+        (
+            ["train", "{store}", "{out}", "--score", "entropy"],
+            "--score 'entropy': is of a pool, and without l there is none",
+        ),
+        (["train", "{store}", "{out}", "--l", "none", "--pool-every", "4"], "--pool-every 4: is of a pool"),
         (["train", "{store}", "{out}", "--steps", "0"], "--steps 0: must"),
         (["train", "{store}", "{out}", "--device", "gpu"], "--device 'gpu': must be 'cpu', 'cuda' or 'cuda:N'"),
         (["sweep", "{store}", "{out}", "--splice-rows", "0", "--together", "0"], "--together 0: must be"),

@@ -107,7 +107,7 @@ def test_tokens_that_are_all_alike_have_no_fvu(two, n):
     assert on.tokens == n
 
 
-def test_a_transcoder_is_compared_without_activations(tmp_path, capsys):
+def test_a_transcoder_is_compared_without_activations(tmp_path, capsys, monkeypatch):
     at = write_gemma_scope(tmp_path, "gemma-scope-2b-pt-transcoders")
     store = write_store(tmp_path / "acts")
     command = ["compare", str(at), str(at), "--insist", "--out", str(tmp_path / "out")]
@@ -115,6 +115,10 @@ def test_a_transcoder_is_compared_without_activations(tmp_path, capsys):
     wanted = f"{at}: is a transcoder, whose reconstructions are of other activations; leave out --activations\n"
     assert capsys.readouterr().err.endswith(wanted)
     assert main(command) == 0
+    sae = load_inference(at, say=lambda line: None)
+    monkeypatch.setattr(sys.modules["sampled_sae.comparison.compare"], "match_features", None)
+    with pytest.raises(ValueError, match="a: is a transcoder"):
+        compare(sae, sae, torch.ones(3, sae.cfg.d_in))
 
 
 def test_what_was_done_is_said(monkeypatch):

@@ -56,6 +56,34 @@ def test_train_on_model(tmp_path):
     assert SampledSAE.from_pretrained(tmp_path / "out" / "sae").cfg.d_in == 16
 
 
+def test_model_diffing(tmp_path):
+    """The tuned model writes something new in the second half of each row, whatever the word; it alone has that."""
+    transformers = pytest.importorskip("transformers")
+    words = [f"w{i}" for i in range(40)]
+    config = transformers.GPT2Config(vocab_size=42, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config)
+    model.transformer.wte.weight.data *= 20
+    for name in ("base", "tuned"):
+        save_word_tokenizer(tmp_path / name, words)
+        model.save_pretrained(tmp_path / name)
+        model.transformer.wpe.weight.data[8:] += 3 * torch.nn.functional.normalize(torch.randn(16), dim=0)
+    texts = tmp_path / "texts.jsonl"
+    order = torch.randint(0, 40, (120, 30)).tolist()
+    texts.write_text("".join(json.dumps({"text": " ".join(words[i] for i in line)}) + "\n" for line in order))
+
+    models = ["--base", tmp_path / "base", "--tuned", tmp_path / "tuned", "--texts", texts, "--layer", 0]
+    sizes = ["--rows", 200, "--context", 16, "--holdout-rows", 8, "--features", 64, "--k", 3, "--steps", 300]
+    more = ["--batch-size", 128, "--lr", 1e-2, "--out", tmp_path / "out"]
+    printed, figures = run_example("model_diffing.py", *models, *sizes, *more)
+    assert {"fvu_base", "fvu_tuned", "base_only", "tuned_only", "shared", "cosine_of_shared"} == set(figures)
+    assert figures["fvu_base"] < 0.5 > figures["fvu_tuned"]
+    assert figures["base_only"] == 0 < figures["tuned_only"] < figures["shared"]
+    assert figures["cosine_of_shared"] > 0.5
+    assert re.search(r"feature \d+ of the tuned model: active on \d+ tokens, most on 'w\d+'", printed)
+    assert SampledSAE.from_pretrained(tmp_path / "out" / "crosscoder").cfg.layers == 2
+
+
 def test_kernels_alone():
     printed, _ = run_example("kernels_alone.py", "--d", 16, "--features", 64, "--batch-size", 64, "--steps", 60)
     assert printed.count("as specified") == 4

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from sampled_sae import InferenceSAE, SampledSAE, SampledSAEConfig, formats, load_inference, reference
 from sampled_sae.cli import main
-from sampled_sae.distributed.layout import check_inference
 from sampled_sae.impl.inference_rule import NO_SET
 from sampled_sae.impl.threshold import OF_ANOTHER_SET
 from sampled_sae.integrations.saebench import SAEBenchSAE
@@ -270,12 +269,6 @@ def test_saebench_sees_the_fixed_set():
     bench = SAEBenchSAE(sae, model_name="m", hook_layer=1)
     torch.testing.assert_close(bench.decode(bench.encode(OTHERS)), sae(OTHERS).x_hat)
     assert torch.equal(bench.encode(OTHERS) > 0, sae.encode(OTHERS) > 0)
-
-
-def test_a_mesh_refuses_the_fixed_set_by_name():
-    with pytest.raises(ValueError, match="inference='pool': is for one process"):
-        check_inference("pool")
-    check_inference("batch")
 
 
 def test_the_commands_train_evaluate_and_resume_it(tmp_path, capsys):

@@ -33,8 +33,8 @@ class WeightsRounded(TorchDispatchMode):
         return out
 
 
-def make(l=None, seed=0):
-    return make_sae(torch.float32, seed, DEVICE, impl="triton", d_sae=F, l=l, row_grads=True, **AUX)
+def make(l=None, seed=0, **changes):
+    return make_sae(torch.float32, seed, DEVICE, impl="triton", d_sae=F, l=l, row_grads=True, **{**AUX, **changes})
 
 
 def train(sae, optimizer, steps, first=0):
@@ -113,6 +113,16 @@ def test_weights_that_something_else_has_moved_are_rounded_again(change):
     change(sae)
     assert copies(sae)["W_enc"] is None
     train(sae, RowAdam(sae, keep_rounded=True), 1)
+    for name, W in weights(sae).items():
+        assert torch.equal(copies(sae)[name], W.bfloat16())
+
+
+def test_decoder_rows_of_several_layers_are_rounded_in_each_step():
+    """They are normalised after the kernel."""
+    sae = make(d_in=D // 2, layers=2)
+    train(sae, RowAdam(sae, lr=0.1, keep_rounded=True), 2)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        sae(tokens(10, D, dtype=torch.float32).to(DEVICE))
     for name, W in weights(sae).items():
         assert torch.equal(copies(sae)[name], W.bfloat16())
 

@@ -1,25 +1,49 @@
 """`python -m benchmarks.study real`: rows on a store of activations."""
 
 import shlex
+import shutil
 
 import pytest
-from makers import write_store
+import torch
+from makers import D, write_store
+from safetensors.torch import save_file
 
 from benchmarks import study
+from benchmarks.study_parts import report_real
+from benchmarks.study_parts.probing import area_under_roc, logistic
 from benchmarks.study_parts.rows import Rows
-from benchmarks.study_parts.variants import REAL
-from sampled_sae import SampledSAEConfig
+from benchmarks.study_parts.sharing import shared, topics_jaccard
+from benchmarks.study_parts.training import train_ours
+from benchmarks.study_parts.variants import BATCHES, DEAD, DENSE, REAL
+from sampled_sae import SampledSAE, SampledSAEConfig, TrainConfig
 
-MADE_AT = ("seconds", "date")
+MADE_AT = ("cpu_seconds", "date")
+
+
+def options_of(folder, *more):
+    store = folder / "acts"
+    if not store.exists():
+        write_store(store, n=(3000,), n_holdout=300)
+    small = ["--features", "64", "--k", "4", "--tokens", "4096", "--threads", "1"]
+    return ["real", str(store), "--name", "made", *small, *places(folder), *more]
+
+
+def places(folder):
+    return ["--out", str(folder / "out"), "--folder", str(folder / "kept")]
+
+
+def rows_of(folder, part=""):
+    return Rows(folder / "out" / f"real_made{part}.csv").rows
+
+
+def without(row, *names):
+    return {name: value for name, value in row.items() if name not in (*MADE_AT, *names)}
 
 
 def test_rows_on_a_store_come_once_and_come_out_the_same_again(tmp_path, capsys):
-    store = write_store(tmp_path / "acts", n=(3000,), n_holdout=300)
-    options = ["--features", "64", "--k", "4", "--tokens", "4096", "--threads", "1", "--seeds", "0"]
-    places = ["--out", str(tmp_path / "out"), "--folder", str(tmp_path / "lock")]
-    begin = ["real", str(store), "--name", "made", *options, *places, "--only"]
+    begin = options_of(tmp_path, "--seeds", "0", "--only")
     study.main([*begin, "batchtopk", "sample-l2-l4", "topk"])
-    batch, drawn, topk = before = Rows(tmp_path / "out" / "real_made.csv").rows
+    batch, drawn, topk = before = rows_of(tmp_path)
     assert [row["tokens"] for row in before] == [4096] * 3
     assert batch["fvu"] == batch["threshold_fvu"] == batch["pool_fvu"]
     assert drawn["pool_features"] == 16
@@ -30,16 +54,123 @@ def test_rows_on_a_store_come_once_and_come_out_the_same_again(tmp_path, capsys)
     assert "2 of 2 rows" in capsys.readouterr().out
     command = shlex.split(drawn["command"])
     assert command[:3] == ["python", "-m", "benchmarks.study"]
-    study.main([*command[3:], "--threads", "1", *places])
-    for old, new in zip(before, Rows(tmp_path / "out" / "real_made.csv").rows, strict=True):
-        assert {k: v for k, v in new.items() if k not in MADE_AT} == {k: v for k, v in old.items() if k not in MADE_AT}
+    study.main([*command[3:], "--threads", "1", *places(tmp_path)])
+    for old, new in zip(before, rows_of(tmp_path), strict=True):
+        assert without(new) == without(old)
+
+
+def test_stages_make_the_row_of_both(tmp_path):
+    begin = options_of(tmp_path, "--seeds", "1", "--only", "top-l2-l2")
+    study.main([*begin, "--stage", "measure"])
+    assert not rows_of(tmp_path)
+    study.main([*begin, "--stage", "train"])
+    assert not rows_of(tmp_path)
+    study.main([*begin, "--stage", "measure"])
+    [measured] = rows_of(tmp_path)
+    study.main([*begin, "--again"])
+    assert without(measured) == without(rows_of(tmp_path)[0])
+    assert measured["cpu_seconds"] >= 0
+
+
+def test_probes_of_labelled_activations(tmp_path):
+    torch.manual_seed(0)
+    options = options_of(tmp_path, "--seeds", "0", "--only")
+    # a class of the first task is told by a direction of its own, those of the second by nothing
+    labels = torch.arange(80) % 2
+    x = torch.randn(80, 3, D)
+    told = x + 9 * labels[:, None, None] * torch.nn.functional.one_hot(torch.tensor(3), D)
+    folder = tmp_path / "kept" / "real_made"
+    folder.mkdir(parents=True)
+    tasks = {"topic.x": told, "topic.labels": labels, "void.x": x, "void.labels": labels.clone()}
+    save_file({name: t.contiguous() for name, t in tasks.items()}, folder / "labelled.safetensors")
+    study.main([*options, DENSE, "batchtopk"])
+    dense, row = rows_of(tmp_path)
+    assert dense["probe_topic"] > 0.99 > 0.75 > dense["probe_void"]
+    for mode in ("threshold", "batch"):
+        assert row[f"{mode}_probe_topic_20"] > 0.99 > 0.75 > row[f"{mode}_probe_void_20"]
+        assert row[f"{mode}_probe_5"] == (row[f"{mode}_probe_topic_5"] + row[f"{mode}_probe_void_5"]) / 2
+        assert 0 < row[f"{mode}_topics_jaccard"] < 1
 
 
 def test_an_unknown_sae_is_named(tmp_path):
-    with pytest.raises(SystemExit, match=r"--only none: must be of batchtopk, topk"):
+    with pytest.raises(SystemExit, match=r"--only none: must be of activations, batchtopk"):
         study.main(["real", str(tmp_path), "--name", "x", "--only", "none"])
 
 
 def test_every_rule_is_there_once():
-    configs = [SampledSAEConfig(576, 8192, 32, **variant.rule) for variant in REAL.values()]
-    assert len({(c.l, c.score, c.pool, c.select) for c in configs}) == len(REAL)
+    configs = [SampledSAEConfig(576, 8192, 32, **v.rule) for v in REAL.values() if v.name != DENSE and not v.nested]
+    assert len({(c.l, c.score, c.pool, c.select) for c in configs}) == len(configs)
+
+
+def test_parts_hold_different_saes():
+    names = [name for part in (REAL, BATCHES, DEAD) for name in part]
+    assert len(set(names)) == len(names)
+
+
+def test_pairs_of_seeds_and_tables(tmp_path):
+    out = tmp_path / "out"
+    study.main(options_of(tmp_path, "--seeds", "0", "1", "--only", "batchtopk", "topk"))
+    study.main(options_of(tmp_path, "--seeds", "0", "--part", "dead", "--only", "batchtopk-aligned"))
+    kept = tmp_path / "kept" / "real_made" / "saes"
+    # what agrees with itself wholly
+    shutil.copytree(kept / "batchtopk_4096_0", kept / "batchtopk_4096_2")
+    study.main(["pairs", "--name", "made", "--tokens", "4096", *places(tmp_path)])
+    pairs = {(row["name"], row["seed"]): row for row in rows_of(tmp_path, "_pairs")}
+    assert set(pairs) == {("batchtopk", "0-1"), ("batchtopk", "0-2"), ("batchtopk", "1-2"), ("topk", "0-1")}
+    itself = pairs["batchtopk", "0-2"]
+    assert [itself[name] for name in ("cosine", "shared", "shared_entries")] == pytest.approx([1, 1, 1])
+    assert 0 < pairs["batchtopk", "0-1"]["cosine"] < 1
+    [aligned] = rows_of(tmp_path, "_dead")
+    assert aligned["alignment"] > rows_of(tmp_path)[0]["alignment"]
+    made = report_real.tables(out)
+    quality = made[out / "real_made.md"]
+    fvu = [row["fvu"] for row in rows_of(tmp_path) if row["name"] == "topk"]
+    assert f"| topk | 2 | {sum(fvu) / 2:.3f} ±{abs(fvu[0] - fvu[1]) / 2:.3f} |" in quality
+    assert "| batchtopk | 2 |" in made[out / "real_made_inference.md"]
+    assert "topk" in made[out / "real_made_shared.md"]
+    assert made[out / "real_made_dead.md"].count("batchtopk-aligned") == 1
+
+
+def test_aligned_training_keeps_the_inner_product():
+    config = SampledSAEConfig(D, 32, 4, l=None)
+    x = torch.randn(6, 64, D, generator=torch.Generator().manual_seed(0))
+    sae = train_ours(config, TrainConfig(6, 64, lr=1e-2), x, torch.zeros(D), aligned=True)
+    assert torch.allclose((sae.W_enc.T * sae.W_dec).sum(1), torch.ones(32), atol=1e-5)
+    free = train_ours(config, TrainConfig(6, 64, lr=1e-2), x, torch.zeros(D))
+    assert not torch.allclose((free.W_enc.T * free.W_dec).sum(1), torch.ones(32), atol=1e-2)
+
+
+@pytest.mark.parametrize("n", [40, 400])
+def test_logistic_regression_is_where_its_gradient_is_zero(n):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    y = (x @ torch.tensor([1.0, -2, 0], dtype=torch.float64) + torch.randn(n, generator=generator) > 0.5).double()
+    w = logistic(x, y)
+    error = torch.sigmoid(x @ w[:-1] + w[-1]) - y
+    assert torch.allclose(x.T @ error + w[:-1], torch.zeros(3, dtype=torch.float64), atol=1e-6)
+    assert abs(float(error.sum())) < 1e-6
+
+
+def test_area_under_roc_counts_ties_half():
+    scores, is_in = torch.tensor([1.0, 2, 2, 3, 0]), torch.tensor([True, True, False, False, False])
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[is_in] for b in scores[~is_in]]
+    assert area_under_roc(scores, is_in) == pytest.approx(float(sum(pairs)) / len(pairs))
+
+
+def test_first_features_and_topics_by_hand():
+    """Six features of one size: five tokens have the first alone, one has all the others."""
+    sae = SampledSAE(SampledSAEConfig(6, 6, 0.25, l=None)).eval()
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.eye(6))
+        sae.W_enc.copy_(torch.eye(6))
+    x = torch.eye(6)[[0, 0, 0, 0, 0, 1]]
+    x[5, 1:] = 1
+    sae.calibrate(x, l0=10 / 6)
+    found = shared(sae, sae.encode_sparse, x, batch_size=6)
+    squares = float((x - x.mean(0)).square().sum())
+    assert found["first_share"] == pytest.approx(1 - 5 / squares)
+    assert found["rare_entries"] == 0
+    assert found["rare_size"] is None
+    z = torch.tensor([[4.0, 4, 1, 0], [0, 5, 5, 0]])
+    assert topics_jaccard(z, torch.tensor([0, 1])) == pytest.approx(2 / 3)
+    assert topics_jaccard(torch.tensor([[9.0, 0.5], [0, 9]]), torch.tensor([0, 1])) == 0

@@ -141,7 +141,10 @@ def test_evaluation_mode():
     torch.testing.assert_close(out.x_hat, expected / 0.6)
     torch.testing.assert_close(out.loss, (expected - 0.6 * y).square().sum(1).mean())
     torch.testing.assert_close(sae.decode(sae.encode(x), x), out.x_hat)
-    torch.testing.assert_close(sae.decode(sae.encode(x)), (expected - x * 0.37 @ sae.W_skip) / 0.6)
+    without = sae.decode(sae.encode(x), torch.zeros_like(x))
+    torch.testing.assert_close(without, (expected - x * 0.37 @ sae.W_skip) / 0.6)
+    with pytest.raises(ValueError, match="x=None: a skip transcoder adds x W_skip"):
+        sae.decode(sae.encode(x))
     scaled = sae(x * 0.37, y * 0.6, scaled=True)
     torch.testing.assert_close(scaled.x_hat, expected)
 
@@ -219,6 +222,9 @@ def test_defaults_of_a_config():
     assert (sae.width_out, transcoder.width_out, transcoder.aux_features) == (D, D_OUT, D_OUT // 2)
     assert SampledSAEConfig(d_in=D, d_sae=96, k=4, skip=True).d_out == D
     assert replace(transcoder, k=5).d_out == D_OUT
+    assert replace(sae, d_out=D_OUT, apply_b_dec_to_input=None) == transcoder
+    with pytest.raises(ValueError, match=r"give None where dataclasses\.replace"):
+        replace(sae, d_out=D_OUT)
 
 
 @pytest.mark.parametrize(

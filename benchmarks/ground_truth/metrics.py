@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.ground_truth.absorption import Absorption
 from sampled_sae import SampledSAE, SparseCodes
 from sampled_sae.impl.inference_rule import Inference
 
@@ -111,12 +112,20 @@ def of_decoder(decoder: Tensor, truth: Tensor) -> tuple[dict[str, float], Tensor
 
 @torch.no_grad()
 def of_codes(
-    sae: SampledSAE, batches: Iterable[Batch], matches: Tensor, inference: Inference | None = None
-) -> dict[str, float]:
-    """What `Detection` counts, and `r2`, of an SAE in evaluation mode: by its own inference or another."""
+    sae: SampledSAE,
+    batches: Iterable[Batch],
+    matches: Tensor,
+    inference: Inference | None = None,
+    absorption: Absorption | None = None,
+) -> dict[str, float | None]:
+    """What `Detection` counts, `r2`, and what `absorption` finds, of an SAE in evaluation mode: by its own inference
+    or another."""
     detection, explained = Detection(matches), Explained()
     for x, firing in batches:
         codes = sae.encode_sparse(x.to(sae.W_enc), inference=inference)
         detection.add(codes, firing)
         explained.add(x, sae.decode(codes).cpu())
-    return {**detection.result(), "r2": explained.result()}
+        if absorption is not None:
+            absorption.add(codes, firing)
+    absorbed = {} if absorption is None else absorption.result()
+    return {**detection.result(), "r2": explained.result(), **absorbed}

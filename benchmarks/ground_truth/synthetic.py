@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.ground_truth.absorption import children_of
 from benchmarks.ground_truth.metrics import Batch
 from sampled_sae.training.activation_store import ActivationStore
 
@@ -65,6 +66,11 @@ class Synthetic:
     def truth(self) -> Tensor:
         """The true features, [N, d]."""
         return self.model.feature_dict.feature_vectors.detach()
+
+    @property
+    def children(self) -> dict[int, list[int]]:
+        """parent -> its children in the hierarchy, numbers of true features."""
+        return children_of(self.model.hierarchy.roots)
 
     def batches(self, tokens: int, seed: int) -> Iterator[Batch]:
         """So many tokens, in chunks, on the model's device; the same for the same seed there."""

@@ -24,6 +24,7 @@ class Setup:
         lr, warm_up: Adam's learning rate and the steps over which it rises; constant from then on.
         dead_after: tokens without being selected after which a feature is dead.
         device, dtype: where, and "float32" or "bfloat16" for products under autocast.
+        layers: of a crosscoder; d is the width of each.
     """
 
     B: int
@@ -35,6 +36,7 @@ class Setup:
     dead_after: int = 10_000_000
     device: str = "cpu"
     dtype: str = "float32"
+    layers: int = 1
 
     def lr_at(self, step: int) -> float:
         """lr of step 0, 1, ..."""
@@ -61,11 +63,35 @@ class Weights(NamedTuple):
         return Weights(self.W_enc * norm[:, None], self.b_enc * norm, self.W_dec / norm[:, None], self.b_dec)
 
     def sae(self, k: float, **rule: Any) -> SampledSAE:
-        """A SampledSAE of these weights, where they are."""
-        F, d = self.W_dec.shape
+        """A SampledSAE of these weights, where they are; with `layers` in the rule a crosscoder."""
+        F, width = self.W_dec.shape
+        d = width // rule.get("layers", 1)
         sae = SampledSAE(SampledSAEConfig(d_in=d, d_sae=F, k=k, **rule), device=self.W_dec.device)
         with torch.no_grad():
             for name, value in self._replace(W_enc=self.W_enc.t())._asdict().items():
+                sae.get_parameter(name).copy_(value)
+        return sae
+
+
+class TranscoderWeights(NamedTuple):
+    """A transcoder as relu(x W_enc^T + b_enc) and c W_dec + b_dec + x W_skip^T; float32.
+
+    W_enc [F, d], W_dec [F, d_out], b_enc [F], b_dec [d_out], W_skip [d_out, d].
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    W_skip: Tensor
+
+    def sae(self, k: float, **rule: Any) -> SampledSAE:
+        """A SampledSAE of these weights, where they are."""
+        (F, d_out), d = self.W_dec.shape, self.W_enc.shape[1]
+        shape = SampledSAEConfig(d_in=d, d_out=d_out, d_sae=F, k=k, skip=True, **rule)
+        sae = SampledSAE(shape, device=self.W_dec.device)
+        with torch.no_grad():
+            for name, value in self._replace(W_enc=self.W_enc.t(), W_skip=self.W_skip.t())._asdict().items():
                 sae.get_parameter(name).copy_(value)
         return sae
 
@@ -93,18 +119,18 @@ class Candidate(ABC):
         """
 
     @abstractmethod
-    def tensors(self) -> Weights:
-        """Its own, which its steps change."""
+    def tensors(self) -> Any:
+        """Its own, which its steps change: Weights, of a transcoder TranscoderWeights."""
 
     @torch.no_grad()
     def load(self, weights: Weights) -> None:
         for own, given in zip(self.tensors(), weights):
             own.copy_(given)
 
-    def weights(self) -> Weights:
+    def weights(self) -> Any:
         """As they are now, copied to the CPU."""
-        copies = (t.detach().float().cpu().clone(memory_format=torch.contiguous_format) for t in self.tensors())
-        return Weights(*copies)
+        own = self.tensors()
+        return type(own)(*(t.detach().float().cpu().clone(memory_format=torch.contiguous_format) for t in own))
 
     def set_lr(self, optimizer: torch.optim.Optimizer) -> None:
         """That of the next step, by the setup's warm-up."""

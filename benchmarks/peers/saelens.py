@@ -1,10 +1,15 @@
-"""SAELens: a BatchTopKTrainingSAE with its defaults, driven by SAETrainer."""
+"""SAELens: its BatchTopKTrainingSAE, or with groups the Matryoshka one, with its defaults, driven by SAETrainer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens import (
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+)
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
@@ -13,9 +18,15 @@ from benchmarks.peers.candidate import ENDLESS, Candidate, Setup, Weights
 
 
 class Library(Candidate):
-    def __init__(self, setup: Setup, weights: Weights, with_us: bool = False) -> None:
-        shape = BatchTopKTrainingSAEConfig(d_in=setup.d, d_sae=setup.F, k=setup.k, device=setup.device)
-        self.sae = BatchTopKTrainingSAE(shape)
+    def __init__(
+        self, setup: Setup, weights: Weights, with_us: bool = False, groups: tuple[int, ...] | None = None
+    ) -> None:
+        shape = {"d_in": setup.d, "d_sae": setup.F, "k": setup.k, "device": setup.device}
+        if groups is None:
+            self.sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**shape))
+        else:
+            nested = MatryoshkaBatchTopKTrainingSAEConfig(**shape, matryoshka_widths=[*groups])
+            self.sae = MatryoshkaBatchTopKTrainingSAE(nested)
         self.load(weights)
         if with_us:
             from sampled_sae.integrations.saelens import accelerate

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 from sparsify import SparseCoder, SparseCoderConfig
 from sparsify.sign_sgd import SignSGD
+from sparsify.sparse_coder import ForwardOutput
 
 from benchmarks.peers.candidate import Candidate, Setup, Weights
 
@@ -33,6 +34,11 @@ class Library(Candidate):
         self.setup = setup
         self.sae = SparseCoder(setup.d, SparseCoderConfig(num_latents=setup.F, k=setup.k), device=setup.device)
         self.load(weights)
+        self.begin(optimizer)
+
+    def begin(self, optimizer: str) -> None:
+        """Makes the optimizer of `self.sae`, and the counts of its idle features."""
+        setup = self.setup
         self.schedule_free = optimizer == "signum"
         if self.schedule_free:
             signum = SignSGD(self.sae.parameters(), lr=5e-3 / (setup.F / 2**14) ** 0.5)
@@ -44,20 +50,28 @@ class Library(Candidate):
         self.fired = torch.zeros(setup.F, dtype=torch.bool, device=setup.device)
 
     def step(self, x: Tensor) -> Tensor:
-        if not self.schedule_free:
-            self.set_lr(self.optimizer)
         self.sae.set_decoder_norm_to_unit_norm()
         variance = (x - x.mean(0)).pow(2).sum()
-        out = self.sae(x, total_variance=variance)
+        out = self.forward_backward(x, None, variance)
+        self.sae.remove_gradient_parallel_to_decoder_directions()
+        self.update(len(x))
+        return out.fvu.detach() * variance / len(x)
+
+    def forward_backward(self, x: Tensor, target: Tensor | None, variance: Tensor) -> ForwardOutput:
+        if not self.schedule_free:
+            self.set_lr(self.optimizer)
+        out = self.sae(x, target, total_variance=variance)
         self.fired[out.latent_indices.flatten()] = True
         out.fvu.backward()
-        self.sae.remove_gradient_parallel_to_decoder_directions()
+        return out
+
+    def update(self, tokens: int) -> None:
+        """The optimizer's step, and the counts of idle features."""
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.idle += len(x)
+        self.idle += tokens
         self.idle[self.fired] = 0
         self.fired.zero_()
-        return out.fvu.detach() * variance / len(x)
 
     def loop(self, batches: Iterator[Tensor]) -> None:
         for x in batches:

@@ -10,20 +10,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from benchmarks.plots import STYLE, axes_of
-from benchmarks.study_parts.rows import Row, Rows
-from benchmarks.study_parts.variants import SYNTHETIC
+from benchmarks.study_parts import report_real
+from benchmarks.study_parts.rows import Row, Rows, spread
+from benchmarks.study_parts.variants import REAL, SYNTHETIC
 
 KINDS = {"top": ("o", "C0"), "sample": ("^", "C1")}
 BASELINE = ("s", "C2")
 FVU_TICKS = (0.2, 0.5, 1, 2, 5)
+REAL_TICKS = (0.3, 0.4, 0.5, 0.6)
 
 
 def write_plots(folder: Path, out: Path) -> list[Path]:
     """A PNG and an SVG in `out` for each file of rows in `folder`."""
     written = []
     with rc_context(STYLE):
-        for path in sorted(folder.glob("synthetic_*.csv")):
-            figure = tradeoff(Rows(path))
+        known = dict.fromkeys(sorted(folder.glob("synthetic_*.csv")), tradeoff)
+        for path, draw in {**known, **dict.fromkeys(report_real.of_rules(folder), real_tradeoff)}.items():
+            figure = draw(Rows(path))
             for kind in ("png", "svg"):
                 metadata = {"Date": None} if kind == "svg" else {"Software": None}
                 written.append(out / f"{path.stem}.{kind}")
@@ -60,6 +63,29 @@ def tradeoff(rows: Rows) -> Figure:
     matching.set_xlabel("l")
     matching.set_ylabel("MCC of decoder rows and true features")
     matching.set_title("the decoder")
+    return figure
+
+
+def real_tradeoff(rows: Rows) -> Figure:
+    """Against FVU what probes tell and what a batch shares; by a threshold, a marker a seed. SAEs that explain nothing,
+    or less, are left out."""
+    figure, axes = axes_of(3, width=4.6, height=4.2)
+    found = rows.of(name for name in REAL if "entropy" not in name and "uniform" not in name)
+    shown = {
+        "threshold_probe_topic_5": "topics by five features, area under ROC",
+        "threshold_probe_speech_5": "parts of speech by five features, area under ROC",
+        "threshold_first_share": "explained by the first 4k features of a batch",
+    }
+    for axis, (measure, label) in zip(axes, shown.items(), strict=True):
+        for name, of in found.items():
+            fvu = spread(of, "threshold_fvu")
+            if fvu is not None and fvu[0] < 1 and spread(of, measure) is not None:
+                _points(axis, of, "threshold_fvu", measure, _short(name))
+        axis.set_xscale("log")
+        axis.set_xticks(REAL_TICKS, [f"{tick:g}" for tick in REAL_TICKS])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlabel("FVU of held-out text")
+        axis.set_ylabel(label)
     return figure
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.study_parts.rows import FOLDER, Row, Rows, spread
+from benchmarks.study_parts import report_real
+from benchmarks.study_parts.rows import FOLDER, Row, Rows
+from benchmarks.study_parts.tables import cell, made_on, markdown
 from benchmarks.study_parts.variants import SYNTHETIC
 from sampled_sae.support.atomic_files import write_text
 
 # heading -> column of the rows, the part behind an inference
 DECODER = {"MCC": "mcc", "uniqueness": "uniqueness"}
 CODES = {"F1": "f1", "precision": "precision", "recall": "recall", "found": "found", "R2": "r2", "L0": "l0"}
-CODES |= {"dead": "dead"}
+CODES |= {"dead": "dead", "absorbed": "absorbed"}
 INFERENCES = {
     "threshold": "threshold",
     "pool": "pool, of a batch's size",
@@ -22,7 +24,8 @@ INFERENCES = {
 
 def tables(folder: Path = FOLDER) -> dict[Path, str]:
     """file.md -> its text, for each file of rows."""
-    return {path.with_suffix(".md"): table(Rows(path)) for path in sorted(folder.glob("synthetic_*.csv"))}
+    known = {path.with_suffix(".md"): table(Rows(path)) for path in sorted(folder.glob("synthetic_*.csv"))}
+    return {**known, **report_real.tables(folder)}
 
 
 def table(rows: Rows) -> str:
@@ -32,7 +35,7 @@ def table(rows: Rows) -> str:
     lines = [[name, str(len(of)), *_cells(of, _first(of))] for name, of in found.items()]
     by = ["SAE", *(f"{heading}: F1 / R2" for heading in INFERENCES.values()), "best size"]
     others = [[name, *_pairs(of)] for name, of in found.items() if of[0]["threshold_f1"] is not None]
-    return f"{_markdown(head, lines)}\n{_markdown(by, others)}\n{_made(rows.rows)}\n"
+    return f"{markdown(head, lines)}\n{markdown(by, others)}\n{made_on(rows.rows)}\n"
 
 
 def write_report(folder: Path = FOLDER) -> list[Path]:
@@ -62,23 +65,4 @@ def _pairs(rows: list[Row]) -> list[str]:
 
 
 def _cell(rows: list[Row], column: str) -> str:
-    found = spread(rows, column)
-    if found is None:
-        return "–"
-    mean, least, greatest = found
-    digits = 0 if column.endswith(("dead", "found")) else 2 if column.endswith("l0") else 3
-    half = f" ±{(greatest - least) / 2:.{digits}f}" if len(rows) > 1 else ""
-    return f"{mean:.{digits}f}{half}"
-
-
-def _markdown(head: list[str], lines: list[list[str]]) -> str:
-    return "".join("| " + " | ".join(line) + " |\n" for line in (head, ["---"] * len(head), *lines))
-
-
-def _made(rows: list[Row]) -> str:
-    """On what, with what and when; of several machines or days all."""
-    kinds = {
-        name: sorted({str(row[name]) for row in rows}) for name in ("tokens", "lr", "batch_size", "device", "date")
-    }
-    listed = "; ".join(f"{name} {', '.join(values)}" for name, values in kinds.items())
-    return f"Means over seeds, ± half their range. {listed}. The command of each row stands in the CSV."
+    return cell(rows, column, 0 if column.endswith(("dead", "found")) else 2 if column.endswith("l0") else 3)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ground_truth import metrics
+from benchmarks.ground_truth.absorption import Absorption
 from benchmarks.ground_truth.metrics import Batch
 from benchmarks.ground_truth.synthetic import Synthetic, World
 from benchmarks.study_parts.rows import Row
@@ -63,7 +64,8 @@ class SyntheticStudy:
     def config(self, variant: Variant, seed: int) -> SampledSAEConfig:
         w = self.world
         dead_after = max(BATCH, self.tokens // 20)
-        return SampledSAEConfig(w.d, w.F, w.k, seed=seed, dead_after=dead_after, input_scale=self.scale, **variant.rule)
+        rule = variant.rule_of(w.F)
+        return SampledSAEConfig(w.d, w.F, w.k, seed=seed, dead_after=dead_after, input_scale=self.scale, **rule)
 
     def batches(self, seed: int) -> Iterator[Tensor]:
         """x [B, d] times the scale: an order of the stored tokens for each seed, or tokens made for it alone."""
@@ -120,5 +122,9 @@ class SyntheticStudy:
         return max(explained, key=lambda size: explained[size])
 
     def _codes(self, mode: str, sae: SampledSAE, matches: Tensor) -> Row:
-        found = metrics.of_codes(sae.eval(), self.held_out, matches)
+        absorption = None
+        if mode in ("threshold", "token"):
+            cosine = metrics.cosines(sae.W_dec, self.synthetic.truth).cpu()
+            absorption = Absorption(self.synthetic.children, matches, cosine)
+        found = metrics.of_codes(sae.eval(), self.held_out, matches, absorption=absorption)
         return {f"{mode}_{name}": value for name, value in found.items()}

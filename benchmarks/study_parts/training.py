@@ -15,8 +15,14 @@ from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig, TrainConfig
 Batches = Iterable[Tensor]
 
 
-def train_ours(config: SampledSAEConfig, train: TrainConfig, batches: Batches, median: Tensor) -> SampledSAE:
-    """A SampledSAE by RowAdam; `median` [d] is what b_dec starts from. In evaluation mode, not calibrated."""
+def train_ours(
+    config: SampledSAEConfig, train: TrainConfig, batches: Batches, median: Tensor, aligned: bool = False
+) -> SampledSAE:
+    """A SampledSAE by RowAdam; `median` [d] is what b_dec starts from. In evaluation mode, not calibrated.
+
+    `aligned` keeps the inner product of each encoder column and its decoder row at 1 (arXiv 2605.18629): after each
+    step the column moves along the row, which is of unit norm.
+    """
     sae = SampledSAE(replace(config, row_grads=True), device=median.device)
     with torch.no_grad():
         sae.b_dec.copy_(median)
@@ -26,6 +32,10 @@ def train_ours(config: SampledSAEConfig, train: TrainConfig, batches: Batches, m
         optimizer.zero_grad()
         sae(x, scaled=True).loss.backward()
         optimizer.step()
+        if aligned:
+            with torch.no_grad():
+                rows = sae.W_dec
+                sae.W_enc += ((1 - (sae.W_enc.T * rows).sum(1, keepdim=True)) * rows).T
 
     _go(step, optimizer, train, batches)
     optimizer.zero_grad()

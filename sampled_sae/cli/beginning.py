@@ -14,17 +14,21 @@ from ..support.argument_checks import SCORES
 from ..training.activations import Activations
 from ..training.opening import as_activations
 from ..training.paired_activations import PairedActivations
+from ..training.stacked_activations import StackedActivations
 from .arguments import pool_multiplier
 
 # the rule of an SAE that begins with drawn weights
-RULE: dict[str, Any] = {"features": 8192, "k": 32.0, "l": 4.0, "score": "l2", "pool": "top", "select": "batch"}
+RULE: dict[str, Any] = {"features": 8192, "k": 32.0, "l": None, "score": "l2", "pool": "top", "select": "batch"}
 RULE |= {"inference": "threshold", "inference_pool": None}
+# options that do nothing without a pool, and what leaves it as it is
+OF_POOL: dict[str, Any] = {"score": "l2", "pool": "top", "pool_every": 1, "score_tokens": 1.0}
 
 
 def activations_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "activations",
-        help="folder written by harvest or ActivationStore.write; or a .npy, .safetensors[:NAME] or .pt[:NAME] file "
+        help="folder written by harvest, of one place, or of two for a transcoder, or by ActivationStore.write; or a "
+        ".npy, .safetensors[:NAME] or .pt[:NAME] file "
         "of a tensor [n, d]; or a URL of either that fsspec knows",
     )
     p.add_argument(
@@ -38,10 +42,25 @@ def activations_arguments(p: argparse.ArgumentParser) -> None:
         default=None,
         help="what a transcoder reconstructs, of the same tokens, as `activations`, which it reads; makes a transcoder",
     )
+    p.add_argument(
+        "--beside",
+        nargs="+",
+        metavar="ACTIVATIONS",
+        default=None,
+        help="other layers, or other models, of the same tokens, as `activations`; makes a crosscoder, which reads all",
+    )
 
 
 def open_activations(args: argparse.Namespace) -> Activations:
-    """What the argument `activations` names, with that of `--targets` beside it."""
+    """What the argument `activations` names, with that of `--targets` or those of `--beside` beside it.
+
+    Raises:
+        ValueError: both options.
+    """
+    if args.beside is not None and args.targets is not None:
+        raise ValueError(f"--beside {' '.join(args.beside)}: is of a crosscoder, --targets of a transcoder; give one")
+    if args.beside is not None:
+        return StackedActivations([args.activations, *args.beside], args.holdout)
     if args.targets is not None:
         return PairedActivations(args.activations, args.targets, args.holdout)
     return as_activations(args.activations, args.holdout)
@@ -92,15 +111,24 @@ def initial_sae(args: argparse.Namespace) -> SampledSAE | None:
 
 
 def rule_of(args: argparse.Namespace, initial: SampledSAE | None) -> dict[str, Any]:
-    """The fields of a config that `RULE` names: as given, else those of the SAE to begin with, else the defaults."""
+    """The fields of a config that `RULE` names: as given, else those of the SAE to begin with, else the defaults.
+
+    Raises:
+        ValueError: options of a pool for an SAE that has none.
+    """
     given = {name: getattr(args, name) for name in RULE if hasattr(args, name)}
     if initial is None:
         found, more = RULE, dict[str, Any]()
     else:
         about = initial.cfg
         found = {name: getattr(about, "d_sae" if name == "features" else name) for name in RULE}
-        more = {"apply_b_dec_to_input": about.apply_b_dec_to_input}
+        more = {"apply_b_dec_to_input": about.apply_b_dec_to_input, "skip": about.skip}
         if given.get("features", about.d_sae) == about.d_sae:  # of another size they are no groups
             more["groups"] = about.groups
     rule = {**found, **given, **more}
+    if rule["l"] is None:
+        of_pool = {name: getattr(args, name, plain) for name, plain in OF_POOL.items()}
+        for name, value in of_pool.items():
+            if value != OF_POOL[name] or name in given:
+                raise ValueError(f"{name}={value!r}: is of a pool, and without l there is none; give --l a number too")
     return {"d_sae": rule.pop("features"), **rule}

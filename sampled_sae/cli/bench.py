@@ -22,7 +22,9 @@ def add(command: Command) -> None:
     p.add_argument("--features", type=int, default=65536, help="features of the dictionary")
     p.add_argument("--batch", type=int, default=8192, help="tokens in a batch")
     p.add_argument("--k", type=float, default=64, help="active features a token")
-    p.add_argument("--l", type=pool_multiplier, default=4.0, help="pool multiplier, or none for the whole dictionary")
+    p.add_argument(
+        "--l", type=pool_multiplier, default=None, help="pool multiplier; the whole dictionary when absent or none"
+    )
     p.add_argument("--score", choices=SCORES, default="l2", help="what ranks the features of a batch")
     p.add_argument("--select", choices=SELECTS, default="batch", help="budget for the batch or for each token")
     p.add_argument("--adam", choices=MODES, default="dense", help="mode of RowAdam")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
+from pathlib import Path
 from typing import Any
 
 from ..pretrained import EVALUATION
 from ..sae import SampledSAE
+from ..support.all_ranks import AllRanks
 from ..support.atomic_files import write_json
 from ..training.activations import Activations
+from ..training.layer_spread import LayerSpread, layer_names, plot_layers
 from ..training.sweep import SpliceSource, evaluate
 from .identity import splice_source
 
@@ -23,10 +27,6 @@ def closing_splice(args: argparse.Namespace, store: Activations) -> SpliceSource
         ValueError: as `splice_source`, with --splice-rows.
     """
     asked = args.splice_rows is not None
-    if store.d_out is not None:
-        if args.splice_rows:
-            raise ValueError(f"--splice-rows {args.splice_rows}: is of SAEs; {store.where} is for a transcoder")
-        return None
     if not store.manifest.get("holdout"):
         if args.splice_rows:
             store.holdout()  # says that there is none
@@ -34,7 +34,7 @@ def closing_splice(args: argparse.Namespace, store: Activations) -> SpliceSource
     if not asked and not _is_at_hand(store.manifest.get("model"), store):
         return None
     as_harvested = {"model": None, "cache": None, "model_dtype": "float32", "model_device": None}
-    about = argparse.Namespace(splice_rows=args.splice_rows, insist=False, **as_harvested)
+    about = argparse.Namespace(splice_rows=args.splice_rows, insist=False, ranks=args.ranks, **as_harvested)
     try:
         return splice_source(about, store)
     except (ValueError, OSError, ImportError) as error:
@@ -58,6 +58,20 @@ def evaluate_at_end(
         if ranks.first:
             write_json(args.out / EVALUATION, result)
     return result
+
+
+def draw_layers(sae: SampledSAE, folder: Path, store: Activations, ranks: AllRanks) -> None:
+    """Of a crosscoder layers.png, by the first rank; says where it is, or why it is not. All ranks call it."""
+    if not sae.cfg.is_crosscoder:
+        return
+    spread = LayerSpread.of(sae)
+    with ranks.together():
+        if not ranks.first:
+            return
+        if importlib.util.find_spec("matplotlib") is None:
+            print('No plot of the layers without matplotlib: pip install "sampled-sae[plot]"', flush=True)
+        else:
+            print(plot_layers(spread, folder, layer_names(store.manifest, sae.cfg.layers)), flush=True)
 
 
 def _loaded(source: SpliceSource | None, args: argparse.Namespace) -> Any:

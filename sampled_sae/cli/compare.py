@@ -13,8 +13,12 @@ from ..comparison import METHODS, compare
 from ..comparison.compare import SAME
 from ..comparison.report import MATCHES, PLOT, SUMMARY, TABLE, plot, table, write_report
 from ..formats.published import Published, read_inference
+from ..pages.comparison_page import COMPARISON_PAGE, comparison_page
+from ..pages.html import PAGE
+from ..pages.look_link import LookLink
+from ..pages.run_overview import full_name, shown_name
 from ..support.argument_checks import check_device, check_integer, check_number
-from ..support.atomic_files import read_json
+from ..support.atomic_files import read_json, write_text
 from ..support.output_folder import check_output_folder
 from ..training.activation_store import ActivationStore
 from ..training.batches import CALIBRATION_TOKENS
@@ -29,8 +33,10 @@ def add(command: Command) -> None:
     p.add_argument("b", help=where)
     for side in ("a", "b"):
         p.add_argument(f"--{side}-at", default=None, help=f"folder or file inside {side}, as layer_12/width_16k")
+        p.add_argument(f"--{side}-look", type=Path, default=None, help=f"page of {side} that look wrote, which the "
+                       f"comparison's page links to; {PAGE} in the folder of {side} when absent")  # fmt: skip
     p.add_argument("--activations", type=Path, default=None, help="folder of activations, on which codes are compared")
-    p.add_argument("--out", type=Path, default=Path("comparison"), help="folder for the table, the pairs and the plot")
+    p.add_argument("--out", type=Path, default=Path("comparison"), help="folder for table, pairs, plot and page")
     p.add_argument(
         "--matching",
         dest="method",
@@ -49,11 +55,12 @@ def run_compare(args: argparse.Namespace) -> None:
     check_integer("batch_size", args.batch_size, 1)
     check_output_folder(args.out)
     device = check_device(args.device)
-    names = (_name(args.a, args.a_at), _name(args.b, args.b_at))
+    names = (full_name(args.a, args.a_at), full_name(args.b, args.b_at))
     about = {"a": names[0], "b": names[1], "activations": args.activations and str(args.activations)}
     _check_own(args.out, about)
     saes = [read_inference(name, at, device=device) for name, at in ((args.a, args.a_at), (args.b, args.b_at))]
     _check_together(saes, args)
+    looks = (_look(args.a_look, names[0], saes[0], args.out), _look(args.b_look, names[1], saes[1], args.out))
     x = None if args.activations is None else _activations(saes, args).to(device)
     options = {"method": args.method, "same": args.same, "batch_size": args.batch_size}
     found = compare(saes[0].sae, saes[1].sae, x, **options)
@@ -62,13 +69,32 @@ def run_compare(args: argparse.Namespace) -> None:
         print('No plot without matplotlib: pip install "sampled-sae[plot]"')
     else:
         written.append(plot(found, names, args.out))
+    written.append(args.out / COMPARISON_PAGE)
+    shown = (shown_name(names[0]), shown_name(names[1]))
+    where = args.activations and shown_name(str(args.activations))
+    write_text(written[-1], comparison_page(found, shown, where, looks))
     print(table(found.summary(), names))
     for path in written:
         print(path)
 
 
-def _name(source: str, at: str | None) -> str:
-    return source if at is None else f"{source.rstrip('/')}/{at}"
+def _look(given: Path | None, name: str, found: Published, out: Path) -> LookLink | None:
+    """The page of an SAE, given or in its folder; one there that is of something else is left out, which is said."""
+    path = given or Path(name) / PAGE
+    if given is None and not path.is_file():
+        return None
+    try:
+        look = LookLink.read(path, out)
+        if look.d_sae != found.sae.cfg.d_sae:
+            raise ValueError(
+                f"{path}: is the page of an SAE of {look.d_sae} features, {name} has {found.sae.cfg.d_sae}"
+            )
+    except ValueError as error:
+        if given is not None:
+            raise
+        print(f"{error}: no links to it", flush=True)
+        return None
+    return look
 
 
 def _check_own(folder: Path, about: dict[str, Any]) -> None:
@@ -79,7 +105,7 @@ def _check_own(folder: Path, about: dict[str, Any]) -> None:
             on = f" on {then['activations']}" if then.get("activations") else ""
             raise ValueError(f"{folder}: holds the comparison of {then.get('a')} and {then.get('b')}{on}; name another")
         return
-    for name in (TABLE, MATCHES, PLOT):
+    for name in (TABLE, MATCHES, PLOT, COMPARISON_PAGE):
         if (folder / name).exists():
             raise ValueError(f"{folder / name}: is of no comparison and would be replaced; name another folder")
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from .. import formats
+from ..formats import circuit_tracer
 from ..formats.published.ours import origin as recorded
 from ..pretrained import FORMAT, ORIGIN, RUN
 from ..sae import SampledSAE
@@ -19,10 +20,19 @@ from .arguments import Command
 
 
 def add(command: Command) -> None:
-    p = command("export", export, "Write a trained SAE in the files of SAELens, dictionary_learning or sparsify.")
+    p = command(
+        "export",
+        export,
+        "Write a trained SAE in the files of SAELens, dictionary_learning, sparsify or circuit-tracer.",
+    )
     p.add_argument("sae", type=Path, help="folder of a trained SAE")
-    p.add_argument("out", type=Path, help="folder to write to; sparsify names it after the hook, as layers.5")
-    p.add_argument("--to", choices=formats.FORMATS, required=True, help="whose files")
+    p.add_argument(
+        "out",
+        type=Path,
+        help="folder to write to; sparsify names it after the hook, as layers.5; of "
+        "circuit-tracer that of a set, a transcoder a layer",
+    )
+    p.add_argument("--to", choices=(*formats.FORMATS, circuit_tracer.NAME), required=True, help="whose files")
     p.add_argument(
         "--inference",
         choices=formats.INFERENCE,
@@ -45,12 +55,17 @@ def add(command: Command) -> None:
     p.add_argument("--layer", type=int, default=None, help="recorded; that of the training when absent")
     p.add_argument("--hook-name", default=None, help="recorded; blocks.LAYER.hook_resid_post when absent")
 
-    p = command("import", import_, "Write an SAE of SAELens, dictionary_learning or sparsify as one of ours.")
+    p = command("import", import_, "Write an SAE of another library as one of ours.")
     p.add_argument("folder", type=Path, help="folder with the other library's files")
     p.add_argument("out", type=Path, help="folder for config.json and sae.safetensors")
     p.add_argument(
-        "--from", dest="format", choices=formats.FORMATS, default=None, help="whose files; found by them when absent"
+        "--from",
+        dest="format",
+        choices=(*formats.FORMATS, circuit_tracer.NAME),
+        default=None,
+        help="whose files; found by them when absent",
     )
+    p.add_argument("--layer", type=int, default=None, help="of circuit-tracer's files: which transcoder, from 0")
     p.add_argument("--k", type=float, default=None, help="mean active features a token, where the files lack it")
     p.add_argument(
         "--scale",
@@ -64,13 +79,30 @@ def add(command: Command) -> None:
 def export(args: argparse.Namespace) -> None:
     sae = SampledSAE.from_pretrained(args.sae)
     origin = recorded(args.sae)
-    scale = args.scale if args.activations is None else ActivationStore.open(args.activations).scale
+    scale = args.scale if args.activations is None else ActivationStore.open(args.activations).layer_scale
     if args.layer is not None:
         origin = replace(origin, layer=check_integer("layer", args.layer, 0), hook_name=None)
     given = formats.Origin(model_name=args.model_name, hook_name=args.hook_name)
     origin = given.filled_by(origin)
+    if args.to == circuit_tracer.NAME:
+        return _export_transcoder(args, sae, origin)
     written = formats.export(
         sae, args.out, to=args.to, inference=args.inference, k=args.k, scale=scale, origin=origin, say=print
+    )
+    for path in written:
+        print(path)
+
+
+def _export_transcoder(args: argparse.Namespace, sae: SampledSAE, origin: formats.Origin) -> None:
+    """One layer of circuit-tracer's files."""
+    for name in ("k", "scale", "activations", "hook_name"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"{name}={getattr(args, name)!r}: circuit-tracer's files have no place for it")
+    if origin.layer is None or origin.model_name is None:
+        raise ValueError(f"layer={origin.layer}, model_name={origin.model_name!r}: must be given for circuit-tracer")
+    rule = None if args.inference == "auto" else args.inference
+    written = circuit_tracer.export_transcoder(
+        sae, args.out, origin.layer, model_name=origin.model_name, rule=rule, say=print
     )
     for path in written:
         print(path)
@@ -83,9 +115,24 @@ def import_(args: argparse.Namespace) -> None:
     for left in (RUN, CHECKPOINT, RECORD):
         if (args.out / left).exists():
             raise ValueError(f"{args.out}: holds {left} of an SAE that was trained there; import to another folder")
-    loaded = formats.read(
-        args.folder, args.format, k=args.k, scale=args.scale, rescale_features=args.rescale_features, say=print
-    )
-    loaded.sae.save_pretrained(args.out)
-    write_json(args.out / ORIGIN, asdict(loaded.origin))
-    print(f"{loaded.sae}, threshold {float(loaded.sae.threshold):.6g}, in {args.out}")
+    sae, origin = _imported(args)
+    sae.save_pretrained(args.out)
+    write_json(args.out / ORIGIN, asdict(origin))
+    print(f"{sae}, threshold {float(sae.threshold):.6g}, in {args.out}")
+
+
+def _imported(args: argparse.Namespace) -> tuple[SampledSAE, formats.Origin]:
+    how = {"k": args.k, "rescale_features": args.rescale_features, "say": print}
+    of_set = (args.folder / circuit_tracer.CONFIG).is_file() and args.format is None
+    if args.format != circuit_tracer.NAME and not of_set:
+        if args.layer is not None:
+            raise ValueError(f"layer={args.layer}: is of circuit-tracer's files")
+        loaded = formats.read(args.folder, args.format, scale=args.scale, **how)
+        return loaded.sae, loaded.origin
+    there = circuit_tracer.layers_in(args.folder)
+    if args.layer not in there:
+        raise ValueError(f"layer={args.layer}: {args.folder} has the layers {there}; name one with --layer")
+    if args.scale is not None:
+        raise ValueError(f"scale={args.scale!r}: is of an SAE; a transcoder has input_scale and output_scale")
+    path = args.folder / circuit_tracer.file_of(args.layer)
+    return circuit_tracer.load_transcoder(args.folder, args.layer, **how), circuit_tracer.origin_of(path)

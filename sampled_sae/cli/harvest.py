@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..support.argument_checks import check_integer
 from ..support.output_folder import check_output_folder
 from .arguments import Command, loaded_model, model_arguments
+from .places import pair_of, place_arguments
 from .processes import add_rank_options
 from .texts import Texts, text_arguments
 
@@ -16,7 +18,16 @@ def add(command: Command) -> None:
     p = command("harvest", harvest, "Run a language model over texts and store a layer's activations in shards.")
     p.add_argument("out", type=Path, help="folder to write to; an interrupted harvest there is resumed")
     model_arguments(p)
-    p.add_argument("--layer", type=int, required=True, help="block whose output is stored, from 0")
+    p.add_argument("--layer", type=int, default=None, help="block whose output is stored, from 0")
+    place_arguments(p)
+    p.add_argument(
+        "--beside",
+        nargs="+",
+        type=int,
+        metavar="LAYER",
+        default=None,
+        help="other blocks, whose output is stored beside that of --layer: activations for a crosscoder",
+    )
     text_arguments(p, "wiki-en")
     p.add_argument("--holdout-rows", type=int, default=32, help="rows kept for evaluation, never trained on")
     p.add_argument("--batch-size", type=int, default=8, help="rows a forward pass")
@@ -26,37 +37,69 @@ def add(command: Command) -> None:
 
 def harvest(args: argparse.Namespace) -> None:
     """Everything that needs no weights comes first: folder, texts, layer, context, rows."""
-    from ..lm import harvest as harvest_rows
-    from ..lm.harvest import check_holdout, check_resumes
+    from ..lm import harvest as harvest_layer
+    from ..lm import harvest_beside, harvest_pair
+    from ..lm.harvest_files import check_holdout
 
+    _check_place(args)
     check_integer("holdout_rows", args.holdout_rows, 0)
     check_integer("batch_size", args.batch_size, 1)
     check_output_folder(args.out)
-    texts = Texts.open(args, args.model, args.layer)
-    print(
-        f"Harvests layer {args.layer} of {args.model} over {args.texts} into {args.out}{texts.without()}",
-        flush=True,
-    )
-    known = ("model", "layer", "context", "batch_size", "dtype", "holdout_rows")
-    check_resumes(args.out, {"source": args.texts, **{name: getattr(args, name) for name in known}})
+    layers = [] if args.beside is None else [args.layer, *args.beside]
+    texts = Texts.open(args, args.model, *(layers or ([] if args.layer is None else [args.layer])))
+    points = pair_of(args, texts.skeleton, [] if args.layer is None else [args.layer])
+    what = f"layer {args.layer}" if points is None else f"{points[0]} and {points[1]}"
+    what = f"layers {', '.join(map(str, layers))}" if layers else what
+    print(f"Harvests {what} of {args.model} over {args.texts} into {args.out}{texts.without()}", flush=True)
+    _check_resumes(args, points)
     rows = texts.rows()
     check_holdout(args.holdout_rows, len(rows))
     model = loaded_model(args.model, args)
-    manifest = harvest_rows(
-        model,
-        rows,
-        args.layer,
-        args.out,
-        model_name=args.model,
-        source=args.texts,
-        batch_size=args.batch_size,
-        dtype=args.dtype,
-        drop_tokens=texts.dropped,
-        holdout_rows=args.holdout_rows,
-        progress=not args.quiet,
-        mesh=args.ranks.mesh,
-    )
+    how = {
+        "model_name": args.model,
+        "source": args.texts,
+        "batch_size": args.batch_size,
+        "dtype": args.dtype,
+        "drop_tokens": texts.dropped,
+        "holdout_rows": args.holdout_rows,
+        "progress": not args.quiet,
+        "mesh": args.ranks.mesh,
+    }
+    if layers:
+        how["model_names"] = [how.pop("model_name")]
+        manifest = harvest_beside(model, rows, layers, args.out, **how).parts[0].manifest
+    elif points is None:
+        manifest = harvest_layer(model, rows, args.layer, args.out, **how)
+    else:
+        manifest = harvest_pair(model, rows, *points, args.out, **how).x.manifest
     tokens = sum(shard["tokens"] for shard in manifest["shards"])
     held_out = manifest["holdout"]["tokens"] if manifest["holdout"] else 0
     counts = ", ".join(f"{reason} {count}" for reason, count in manifest.get("dropped", {}).items())
     print(f"{tokens} training tokens, {held_out} held out, in {args.out}" + (f"; left out: {counts}" if counts else ""))
+
+
+def _check_place(args: argparse.Namespace) -> None:
+    """ValueError unless the options name one place, or two."""
+    if args.points is not None and (args.layer is not None or args.mlp):
+        raise ValueError(f"--points {' '.join(args.points)}: name both places, without --layer and --mlp")
+    if args.points is None and args.layer is None:
+        raise ValueError("layer=None: give --layer, the block, from 0, whose output is stored, or --points")
+    if args.beside is not None and (args.points is not None or args.mlp):
+        raise ValueError(f"--beside {' '.join(map(str, args.beside))}: is of blocks, without --points and --mlp")
+
+
+def _check_resumes(args: argparse.Namespace, points: tuple[Any, Any] | None) -> None:
+    """ValueError where the folder holds a harvest of another place, or with other settings."""
+    from ..lm.harvest_beside import check_beside_resumes
+    from ..lm.harvest_files import check_kind, check_resumes
+    from ..lm.harvest_points import check_pair_resumes
+
+    names = ("model", "context", "batch_size", "dtype", "holdout_rows")
+    known = {"source": args.texts, **{name: getattr(args, name) for name in names}}
+    if args.beside is not None:
+        check_beside_resumes(args.out, [args.layer, *args.beside], known)
+    elif points is None:
+        check_kind(args.out, pair=False)
+        check_resumes(args.out, {"layer": args.layer, **known})
+    else:
+        check_pair_resumes(args.out, points, known)

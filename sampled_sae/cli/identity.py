@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..config import SampledSAEConfig
 from ..formats.published import Published
 from ..pretrained import ORIGIN, RUN
 from ..support.atomic_files import field, read_json
@@ -63,17 +64,21 @@ def _short(model: str) -> str:
     return model.rstrip("/").rpartition("/")[2].lower()
 
 
-def check_same_activations(folder: Path, d_in: int, store: Activations, insist: bool) -> None:
+def check_same_activations(folder: Path, cfg: SampledSAEConfig, store: Activations, insist: bool) -> None:
     """Whether the SAE in `folder` reads what `store` holds; says so where nothing tells.
 
     Raises:
-        ValueError: another width; without `insist`, another model, layer or source. Names both.
+        ValueError: another width, or number of layers; without `insist`, another model, layer or source. Names both.
     """
-    if d_in != store.d_in:
-        raise ValueError(f"{folder}: d_in={d_in}, but the activations in {store.where} have {store.d_in}")
+    if cfg.layers != store.layers:
+        beside = "; --beside names the layers of a crosscoder" if store.layers == 1 else ""
+        raise ValueError(f"{folder}: layers={cfg.layers}, but {store.where} has {store.layers}{beside}")
+    if cfg.d_in != store.d_in:
+        raise ValueError(f"{folder}: d_in={cfg.d_in}, but the activations in {store.where} have {store.d_in}")
     then, now = trained_on(folder), identity(store.manifest)
     named = [about for about in (then, now) if about.get("model") or about.get("source")]
-    if not named and then.get("scale") == store.scale:
+    scale = list(store.scale) if isinstance(store.scale, tuple) else store.scale
+    if not named and then.get("scale") == scale:
         return  # the store that it was trained on
     if not named or not (then.get("model") or then.get("source") or "scale" in then):
         print(f"Nothing tells whether {folder} was trained on activations such as {store.where} holds", file=sys.stderr)
@@ -90,6 +95,10 @@ def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource 
     Raises:
         ValueError: more rows than are held out, no text, a model other than the one that was harvested.
     """
+    if store.layers > 1:
+        if args.splice_rows:
+            raise ValueError(f"--splice-rows {args.splice_rows}: is of one layer, {store.where} has {store.layers}")
+        return None
     there = (store.manifest.get("holdout") or {}).get("rows") or 0
     count = min(SPLICE_ROWS, there) if args.splice_rows is None else args.splice_rows
     if count == 0 and args.splice_rows is None and args.model is not None:
@@ -99,7 +108,13 @@ def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource 
     if store.has_text and not 0 <= count <= there:
         raise ValueError(f"--splice-rows {count}: must be from 0 to {there}, the held-out rows in {store.where}")
     rows = store.holdout_rows()[:count]
-    harvested = identity(store.manifest)
+    harvested, target = identity(store.manifest), store.manifest.get("target")
+    if target is not None and not (target["model"] and is_same_model(target, harvested)):
+        said = f"{store.where}: the targets are of {in_words(target)}, so that no model gives both"
+        if args.splice_rows is not None:
+            raise ValueError(f"--splice-rows {count}: {said}")
+        print(f"No loss recovered: {said}", file=sys.stderr)
+        return None
     name = args.model or harvested["model"]
     if not name:
         raise ValueError(f"{store.where}: does not name the language model it was harvested from; give its --model")
@@ -109,12 +124,14 @@ def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource 
         return None
 
     def load() -> Splice:
-        from ..lm import SpliceEvaluator, weights_digest
+        from ..lm import PointSplice, SpliceEvaluator, weights_digest
 
         model = loaded_model(name, args)
         if not args.insist:
             check_model({"model": name, "weights_sha256": weights_digest(model)}, harvested, store.where)
-        return SpliceEvaluator.of_harvest(model, rows, store.manifest, insist=True).evaluate
+        if store.d_out is not None or harvested.get("point"):
+            return PointSplice.of_harvest(model, rows, store.manifest, insist=True).evaluate
+        return SpliceEvaluator.of_harvest(model, rows, store.manifest, insist=True, mesh=args.ranks.mesh).evaluate
 
     # Without --insist the weights are those that were harvested, under whatever name.
     return SpliceSource({"model": name if args.insist else harvested["model"], "rows": count}, load)
@@ -135,7 +152,7 @@ def _has_loss(name: str, args: argparse.Namespace, count: int) -> bool:
 def check_model(model: dict[str, Any], harvested: dict[str, Any], where: str) -> None:
     """ValueError where a model is not the one whose activations are in `where`, by their `identity`."""
     if not is_same_model(model, harvested):
-        then, now = ({**about, "layer": harvested["layer"]} for about in (harvested, model))
+        then, now = ({**harvested, **about} for about in (harvested, {"weights_sha256": None, **model}))
         raise ValueError(
             f"{where} holds {in_words(then)}, and --model {model['model']} gives {in_words(now)}; take the "
             "model that was harvested, as it was loaded then, or insist with --insist"

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import Any
 
+from ..pretrained import EVALUATION
+from ..sae import SampledSAE
 from ..support.argument_checks import check_device, check_integer
+from ..support.atomic_files import write_json
 from ..support.output_folder import check_output_folder
 from ..training.activation_stream import BUFFER_TOKENS, ActivationStream, StreamedActivations
+from ..training.sweep import evaluate
 from .arguments import listed, loaded_model, model_arguments, whole_number
+from .identity import SPLICE_ROWS
 from .parser import Parser
+from .places import pair_of, place_arguments
 from .texts import Texts, source_arguments
 
 
@@ -22,6 +30,7 @@ def stream_arguments(p: Parser) -> None:
         "--layer", type=listed(whole_number), default=None, help="with --model, the block, from 0, whose output is "
         "trained on; several, comma-separated, give an SAE each, in OUT/layer_N, from one pass of the model"
     )  # fmt: skip
+    place_arguments(p, "with --model, ")
     source_arguments(p, "wiki-en")
     p.add_argument("--holdout-rows", type=int, default=0, help="with --model, the first rows, never trained on")
     p.add_argument("--model-batch-size", type=int, default=8, help="with --model, rows a forward pass")
@@ -57,15 +66,22 @@ def open_stream(args: argparse.Namespace) -> dict[str, StreamedActivations]:
         raise ValueError(f"train --model is for one process, here are {args.ranks.size}; harvest first, together")
     if args.holdout is not None:
         raise ValueError(f"holdout={args.holdout}: is for a file of activations; --holdout-rows is for texts")
+    if args.beside is not None:
+        beside = " ".join(args.beside)
+        raise ValueError(f"--beside {beside}: is of stored activations, which --model does without; harvest all first")
     if args.targets is not None:
         raise ValueError(f"targets={args.targets}: are for stored activations, which --model does without")
-    if args.skip:
-        raise ValueError("skip=True: is of a transcoder, whose targets --model does without; harvest both first")
-    if args.layer is None:
+    if args.skip and not args.mlp and args.points is None:
+        raise ValueError("skip=True: is of a transcoder; give --mlp, or two places with --points")
+    if args.layer is None and args.points is None:
         raise ValueError("layer=None: must be given with --model: the block, from 0, whose output is trained on")
-    if args.splice_rows is not None:
-        raise ValueError(f"splice_rows={args.splice_rows}: is for stored activations; evaluate on a harvest of them")
-    layers = [check_integer("layer", layer, 0) for layer in args.layer]
+    if args.points is not None and (args.layer is not None or args.mlp):
+        raise ValueError(f"points={' '.join(args.points)}: name both places, without --layer and --mlp")
+    if args.mlp and len(args.layer) > 1:
+        raise ValueError(f"layer={args.layer}: --mlp is of one block; train the transcoders one by one")
+    if not 0 <= (args.splice_rows or 0) <= args.holdout_rows:
+        raise ValueError(f"splice_rows={args.splice_rows}: must be from 0 to {args.holdout_rows}, the --holdout-rows")
+    layers = [check_integer("layer", layer, 0) for layer in args.layer or ()]
     if len(set(layers)) < len(layers):
         raise ValueError(f"layer={layers}: none twice")
     for name in ("init_from", "lanes"):
@@ -76,17 +92,43 @@ def open_stream(args: argparse.Namespace) -> dict[str, StreamedActivations]:
     check_device(args.device)
     check_output_folder(args.out)
     texts = Texts.open(args, args.model, *layers)
+    points = pair_of(args, texts.skeleton, layers)
     where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {', '.join(map(str, layers))}"
+    where = where if points is None else f"{points[0]} and {points[1]}"
     print(f"Reads {where} of {args.model} over {args.texts}, stores nothing{texts.without()}", flush=True)
     source = ModelSource(
         loaded_model(args.model, args, args.device),
         texts.reader(order_seed=args.seed),
-        layers,
+        layers if points is None else points,
         model_name=args.model,
         source=args.texts,
         batch_size=args.model_batch_size,
         holdout_rows=args.holdout_rows,
         drop_tokens=texts.dropped,
     )
-    parts = ActivationStream(source, args.buffer_tokens).parts
+    stream = ActivationStream(source, args.buffer_tokens)
+    if points is not None:
+        return {"": stream.pair()}
+    parts = stream.parts
     return {"" if len(layers) == 1 else f"layer_{layer}": part for layer, part in zip(layers, parts)}
+
+
+def evaluate_streamed(
+    sae: SampledSAE, args: argparse.Namespace, part: StreamedActivations, folder: Path
+) -> dict[str, Any]:
+    """As `sampled-sae evaluate` on the rows held out, evaluation.json included; empty where none are."""
+    if not args.holdout_rows:
+        return {}
+    held_out, rows = part.holdout()
+    count = min(SPLICE_ROWS, len(rows)) if args.splice_rows is None else args.splice_rows
+    splice = None
+    if count:
+        try:
+            splice = part.blocks.source.splice(part.indices, rows[:count]).evaluate  # type: ignore[attr-defined]
+        except ValueError as error:  # an encoder, which predicts no next token
+            if args.splice_rows is not None:
+                raise
+            print(f"No loss recovered: {error}", file=sys.stderr)
+    result = evaluate(sae, held_out, args.batch_size, splice)
+    write_json(folder / EVALUATION, result)
+    return result

@@ -25,6 +25,7 @@ from ..training.batches import CALIBRATION_TOKENS
 from ..training.closing_line import closing_line
 from ..training.evaluation import part_of
 from ..training.sae_group import SAEGroup
+from ..training.same_settings import identity, in_words
 from ..training.sweep import evaluate, run_sweep, variants
 from ..training.sweep_plots import plot_sweep
 from ..training.sweep_table import markdown_table
@@ -34,11 +35,11 @@ from ..training.training_loop import closed_logs, train_to_end
 from ..training.training_run import TrainingRun
 from .arguments import Command, listed, model_arguments, pool_multiplier, seed, whole_number
 from .beginning import activations_arguments, initial_sae, open_activations, rule_arguments, rule_of
-from .closing import closing_splice, evaluate_at_end
+from .closing import closing_splice, draw_layers, evaluate_at_end
 from .identity import SPLICE_ROWS, check_same_activations, splice_source
 from .logs import add_log_options, log_place
 from .processes import add_rank_options
-from .streaming import check_no_model, open_stream, stream_arguments
+from .streaming import check_no_model, evaluate_streamed, open_stream, stream_arguments
 
 
 def add(command: Command) -> None:
@@ -77,7 +78,7 @@ def add(command: Command) -> None:
     p.add_argument("--features", type=int, default=8192, help="d_sae")
     p.add_argument("--k", type=float, default=32, help="average active features a token")
     _sae_arguments(p)
-    p.add_argument("--ls", type=listed(pool_multiplier), default=[1.0, 2.0, 4.0, 16.0, None], help="comma-separated")
+    p.add_argument("--ls", type=listed(pool_multiplier), default=[1.0, 4.0, 16.0, 64.0, None], help="comma-separated")
     p.add_argument("--scores", type=listed(str), default=["l2", "entropy"], help="comma-separated")
     p.add_argument("--seeds", type=listed(seed), default=[0], help="of the initial weights, comma-separated")
     p.add_argument("--order-seed", dest="seed", type=int, default=0, help="of the tokens' order, one for all SAEs")
@@ -152,7 +153,8 @@ def _sae_config(args: argparse.Namespace, store: Activations | StreamedActivatio
     return SampledSAEConfig(
         d_in=store.d_in,
         d_out=store.d_out,
-        skip=args.skip,
+        layers=store.layers,
+        skip=args.skip or rule.pop("skip", False),
         aux_coefficient=args.aux_coefficient,
         pool_every=args.pool_every,
         score_tokens=args.score_tokens,
@@ -182,6 +184,7 @@ def train(args: argparse.Namespace) -> None:
         sae = trainer.run(progress=not args.quiet)
         result = evaluate_at_end(sae, args, store, source)
         trainer.log.result(result)
+    draw_layers(sae, args.out, store, args.ranks)
     print(f"done: threshold {float(sae.threshold):.4g}, {closing_line(result, args.out)}")
 
 
@@ -205,8 +208,10 @@ def _train_on_model(args: argparse.Namespace) -> None:
         print(f"{_begins(run)}: {run.sae}\nwrites to {folder}", flush=True)
     with closed_logs(runs.values()):
         train_to_end({str(folder): run for folder, run in runs.items()}, not args.quiet)
-    for folder, run in runs.items():
-        print(f"done: threshold {float(run.sae.threshold):.4g}, {closing_line({}, folder)}")
+        for (folder, run), part in zip(runs.items(), parts.values()):
+            result = evaluate_streamed(run.sae, args, part, folder)
+            run.log.result(result)
+            print(f"done: threshold {float(run.sae.threshold):.4g}, {closing_line(result, folder)}")
 
 
 def _begins(run: TrainingRun) -> str:
@@ -220,9 +225,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
         store = open_activations(args)
         sae = SampledSAE.from_pretrained(args.sae)
         check_integer("batch_size", args.batch_size, 1)
-        check_same_activations(args.sae, sae.cfg.d_in, store, args.insist)
+        check_same_activations(args.sae, sae.cfg, store, args.insist)
         check_output_folder(args.sae)
-        splice = None if args.targets and not args.splice_rows else splice_source(args, store)
+        splice = splice_source(args, store)
     target = args.sae / EVALUATION
     if not args.quiet:
         print(f"Evaluates {args.sae} on the held-out part of {args.activations}, writes {target}", flush=True)
@@ -231,12 +236,13 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if ranks.mesh is not None:
         parallelize(sae, ranks.mesh)
     if inference_rule.missing(sae, sae.cfg) is not None:
-        found = sae.calibrate(part_of(store.first(CALIBRATION_TOKENS)[:, : store.d_in], ranks).to(sae.W_enc.dtype))
+        found = sae.calibrate(part_of(store.first(CALIBRATION_TOKENS)[:, : store.width_in], ranks).to(sae.W_enc.dtype))
         print(f"The SAE has no threshold yet: {found:.4g}, calibrated to L0 = k on training activations, is used here")
     result = evaluate(sae, held_out, args.batch_size, None if splice is None else splice.load())
     with ranks.together():
         if ranks.first:
             write_json(target, result)
+    draw_layers(sae, args.sae, store, ranks)
     for name, value in result.items():
         print(f"{name}: {value}")
 
@@ -247,7 +253,7 @@ def sweep(args: argparse.Namespace) -> None:
         base = _sae_config(args, store, d_sae=args.features, k=args.k)
         configs = variants(base, args.ls, args.scores, args.seeds, not args.no_topk)
         how, log = _train_config(args), log_place(args)
-        splice = None if args.targets and not args.splice_rows else splice_source(args, store)
+        splice = splice_source(args, store)
     print(
         f"Trains {len(configs)} SAEs on {args.activations}, writes to {args.out}: {', '.join(configs)}",
         flush=True,
@@ -285,7 +291,7 @@ def _write_report(rows: list[dict[str, Any]], args: argparse.Namespace, store: A
 
 def _report(rows: list[dict[str, Any]], args: argparse.Namespace, store: Activations, plots: list[Path]) -> str:
     about = store.manifest
-    what = f"layer {about['layer']} of {about['model']}" if "model" in about else "activations"
+    what = in_words(identity({**about, "settings": {}})) if "model" in about else "activations"
     where = about.get("source") or Path(store.where).name
     heading = (
         f"# Sampled-SAE on {what}, {where}\n\n"

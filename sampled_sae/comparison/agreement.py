@@ -43,6 +43,14 @@ class Agreement:
     overlap: float
 
 
+def check_both_read(a: InferenceSAE, b: InferenceSAE, x: Tensor) -> None:
+    """ValueError, TypeError: activations that one of them does not read; a transcoder, which reconstructs others."""
+    for name, sae in (("a", a), ("b", b)):
+        if sae.cfg.is_transcoder:
+            raise ValueError(f"{name}: is a transcoder, whose reconstructions are of other activations")
+        check_activations(x, sae.cfg.d_in)
+
+
 @torch.no_grad()
 def agreement(
     a: InferenceSAE, b: InferenceSAE, x: Tensor, matching: Matching, *, same: float = 0.7, batch_size: int = 2048
@@ -53,10 +61,7 @@ def agreement(
         ValueError, TypeError: activations that one of them does not read; a transcoder, which reconstructs others.
     """
     check_integer("batch_size", batch_size, 1)
-    for name, sae in (("a", a), ("b", b)):
-        if sae.cfg.is_transcoder:
-            raise ValueError(f"{name}: is a transcoder, whose reconstructions are of other activations")
-        check_activations(x, sae.cfg.d_in)
+    check_both_read(a, b, x)
     pairs = [_pair_of(side, sae.cfg.d_sae) for side, sae in ((matching.a, a), (matching.b, b))]
     close = matching.shared(same).numpy()
     m = len(close)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..inference.inference_sae import InferenceSAE
 from ..support.argument_checks import check_number
-from .agreement import Agreement, agreement
+from .agreement import Agreement, agreement, check_both_read
 from .matching import Matching, match_features
 
 # below it two features count as different
@@ -101,6 +101,8 @@ def compare(
         ValueError, ImportError, MemoryError: as `match_features` and `agreement`.
     """
     same = check_number("same", same, -1, 1)
+    if x is not None:
+        check_both_read(a, b, x)
     matching = match_features(a.W_dec, b.W_dec, method)
     on = None if x is None else agreement(a, b, x, matching, same=same, batch_size=batch_size)
     return Comparison(matching, on, same, (a.cfg.d_sae, b.cfg.d_sae))

@@ -14,14 +14,13 @@ from .compare import Comparison
 SUMMARY, TABLE, MATCHES, PLOT = "comparison.json", "comparison.md", "matches.csv", "comparison.png"
 
 
-def table(summary: dict[str, Any], names: tuple[str, str]) -> str:
-    """Markdown: what both have, a column for each SAE and one for what is of both."""
+def figures(summary: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """The rows of the table: name, value of A, of B, of both; "" where there is none."""
     on = summary.get("on_activations", {})
     cosine = summary["cosine_quantiles"]
-    same = f"{summary['same']:g}"
     rows = [
         ("features", *summary["features"], ""),
-        (f"shared: cosine of at least {same}", "", "", summary["shared"]),
+        (f"shared: cosine of at least {summary['same']:g}", "", "", summary["shared"]),
         ("alone", *summary["alone"], ""),
         ("cosine of pairs, mean", "", "", summary["cosine_mean"]),
         ("cosine of pairs, 5%, 50%, 95%", "", "", ", ".join(f"{cosine[q]:.3f}" for q in ("0.05", "0.5", "0.95"))),
@@ -39,8 +38,14 @@ def table(summary: dict[str, Any], names: tuple[str, str]) -> str:
             ("tokens of a shared pair, Jaccard, median", "", "", on["jaccard_median"]),
             ("activations of a shared pair, cosine, median", "", "", on["activation_cosine_median"]),
         ]
-    heads = ["", *(name.replace("|", "\\|") for name in names), "both"]
-    lines = [" | ".join(heads), "|".join(["---"] * 4), *(" | ".join(_cell(cell) for cell in row) for row in rows)]
+    return rows
+
+
+def table(summary: dict[str, Any], names: tuple[str, str]) -> str:
+    """Markdown: what both have, a column for each SAE and one for what is of both."""
+    heads = ["", *(" ".join(name.split()).replace("|", "\\|") for name in names), "both"]
+    rows = (" | ".join(_cell(cell) for cell in row) for row in figures(summary))
+    lines = [" | ".join(heads), "|".join(["---"] * 4), *rows]
     return "".join(f"| {line} |\n" for line in lines) + f"\nMatched by: {summary['matching']}.\n"
 
 

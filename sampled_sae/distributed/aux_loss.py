@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..impl.column_bounds import ColumnBounds
 from ..impl.dead_features import AuxRule
 from ..impl.encoder import Encoder, Operands
 from ..impl.hints import Rule
@@ -19,7 +20,7 @@ def aux_loss(
     W_dec: Tensor,
     dead: Tensor,
     rule: AuxRule,
-    scores: Tensor | None = None,
+    scores: Tensor | ColumnBounds | None = None,
     target: Tensor | None = None,
 ) -> Tensor:
     """As that of one process: impl/torch/aux_loss.py.
@@ -31,21 +32,19 @@ def aux_loss(
     residual = target - x_hat.detach()
     denominator = residual_variance(residual, target, operands.whole_shape[0], mesh)
     alone, k_aux, defined = encoder.weights_alone(), rule.k_aux, denominator > 0
-    if parts.waits or rule.aux_pool is None or mesh.feature.size > 1:
+    if parts.waits or rule.aux_pool is None:
         members = dead_candidates(parts, operands, dead, rule, scores)
         n_members = int(mesh.feature.sum_(torch.tensor(len(members), device=dead.device), "dead features"))
         if n_members == 0:
             return residual.new_zeros(())
         k_aux = min(k_aux, n_members)
     else:
-        # as many as there may be, so that nothing waits for their number: live ones are put out by their bias
-        scores = parts.column_scores(operands, rule.score) if scores is None else scores
-        # one bit pattern up: a dead feature of score 0 still ranks above every live one
-        keys = torch.where(dead, (scores.view(torch.int32) + 1).view(torch.float32), 0)
-        members = parts.candidate_pool(keys, min(rule.aux_pool, len(dead)))
+        # as many as there may be, so that nothing waits for their number: others are put out by their bias
+        scores = scores if isinstance(scores, Tensor) else parts.column_scores(operands.in_full(), rule.score)
+        members, dead = largest_dead(parts, scores, dead, rule.aux_pool)
         out = [torch.where(dead, b, -torch.inf) for b in (alone.b, alone.operands.b)]
         alone = alone._replace(b=out[0], operands=alone.operands._replace(b=out[1]))
-        defined = defined & dead.any()
+        defined = defined & mesh.feature.max_(dead.any().to(torch.uint8), "dead features").bool()
     codes = parts.select(alone, members, Rule(k_aux, "token"))
     e_hat = parts.decode(codes, W_dec, None, encoder.rows)
     missed = parts.totals.mean((residual - e_hat).square().sum(-1), operands)
@@ -62,7 +61,7 @@ def residual_variance(residual: Tensor, x: Tensor, n_tokens: int, mesh: Mesh) ->
 
 
 def dead_candidates(
-    parts: SpreadParts, operands: Operands, dead: Tensor, rule: AuxRule, scores: Tensor | None
+    parts: SpreadParts, operands: Operands, dead: Tensor, rule: AuxRule, scores: Tensor | ColumnBounds | None
 ) -> Tensor:
     """int64, ascending: of the dead features here those that take part."""
     members = dead.nonzero().squeeze(1)
@@ -71,5 +70,24 @@ def dead_candidates(
     counts = parts.mesh.feature.gather(torch.tensor(len(members), device=dead.device), "dead features")
     if int(counts.sum()) <= rule.aux_pool:
         return members
-    of_members = parts.column_scores(operands.of_features(members), rule.score) if scores is None else scores[members]
-    return members[parts.largest(of_members, rule.aux_pool, int(counts.max()))]
+    if isinstance(scores, ColumnBounds):
+        found = parts.ranking.within(scores.of_features(members), rule.aux_pool, most_local=int(counts.max()))
+        if found is not None:
+            return members[found]
+        of_members = scores.exact(members)
+    elif scores is None:
+        of_members = parts.column_scores(operands.of_features(members), rule.score)
+    else:
+        of_members = scores[members]
+    return members[parts.ranking.largest(of_members, rule.aux_pool, int(counts.max()))]
+
+
+def largest_dead(parts: SpreadParts, scores: Tensor, dead: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """int64, ascending: as many features here, or all, as there may be dead ones among the `size` of highest score of
+    all processes; and bool [F], which features are."""
+    # one bit pattern up: a dead feature of score 0 still ranks above every live one
+    keys = torch.where(dead, (scores.view(torch.int32) + 1).view(torch.float32), 0)
+    if parts.mesh.feature.size == 1:
+        return parts.candidate_pool(keys, min(size, len(dead))), dead
+    members, taken = parts.ranking.candidates(keys, min(size, parts.weights.n_features))
+    return members, torch.zeros_like(dead).index_copy_(0, members, taken) & dead

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..impl.row_gradients import RowGradient, RowSource, empty_receiver
+from ..pretrained import SKIP
 from .mesh import Mesh
 from .weights import NAMES, Weights
 
@@ -94,24 +95,28 @@ class PutAside(torch.autograd.Function):
 
 
 class SumGradients(torch.autograd.Function):
-    """b_dec [d] twice, for the encoder and for the decoder, and the anchor, 0-dim."""
+    """b_dec [d] twice, for the encoder and for the decoder, the anchor, 0-dim, and of a skip W_skip [d_in, d].
+
+    parameters: W_enc, b_enc, W_dec, b_dec, and W_skip where there is one.
+    """
 
     @staticmethod
     def forward(ctx: Any, aside: Aside, mesh: Mesh, weights: Weights, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.aside, ctx.mesh, ctx.weights = aside, mesh, weights
-        b_dec = weights.local(parameters[3])
-        return b_dec.clone(), b_dec.clone(), b_dec.new_zeros(())
+        b_dec, *skip = (weights.local(p) for p in parameters[3:])
+        return b_dec.clone(), b_dec.clone(), b_dec.new_zeros(()), *(W.clone() for W in skip)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, into_encoder: Tensor, of_decoder: Tensor, _: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, into_encoder: Tensor, of_decoder: Tensor, _: Tensor, *skip: Tensor) -> tuple[Any, ...]:
         aside, mesh, weights = ctx.aside, ctx.mesh, ctx.weights
         # each process of the feature dimension has subtracted b_dec for its own features, and all have added it
         b_dec = into_encoder + of_decoder if mesh.feature.rank == 0 else into_encoder.clone()
         parts = [part for part in aside.pending if part.fresh is not None]
         align(parts, aside, weights.n_local, mesh)
         # over `feature` last: lists of other lengths may be summed in another order, and b_dec is the same everywhere
-        b_dec = mesh.feature.sum_(sum_all(parts, b_dec, mesh).contiguous(), "b_dec")
+        b_dec, *skip_sums = sum_all(parts, [b_dec, *skip], mesh)
+        b_dec = mesh.feature.sum_(b_dec.contiguous(), "b_dec")
         gradients: list[Tensor | None] = [None] * 3
         if aside.dense:
             gradients = [dense(weights, [p for p in parts if p.name == name], b_dec.dtype) for name in ROWS]
@@ -122,22 +127,24 @@ class SumGradients(torch.autograd.Function):
             part.fresh = None
         wanted = ctx.needs_input_grad[3:]
         gradients.append(weights.wrap("b_dec", b_dec))
+        # all processes of `feature` have computed the same gradient of W_skip
+        gradients += [weights.wrap(SKIP, W.contiguous()) for W in skip_sums]
         return None, None, None, *(g if want else None for g, want in zip(gradients, wanted))
 
 
-def sum_all(parts: list[Pending], b_dec: Tensor, mesh: Mesh) -> Tensor:
-    """Sums what the parts hold over the data dimension, and b_dec's gradient, which is returned: one collective."""
+def sum_all(parts: list[Pending], dense: list[Tensor], mesh: Mesh) -> list[Tensor]:
+    """Sums what the parts hold over the data dimension, and dense gradients, which are returned: one collective."""
     if mesh.data.size == 1:
-        return b_dec
-    tensors = [b_dec, *(part.fresh for part in parts if part.fresh is not None)]
+        return dense
+    tensors = [*dense, *(part.fresh for part in parts if part.fresh is not None)]
     dtype = torch.float32
     for t in tensors:
         dtype = torch.promote_types(dtype, t.dtype)
     flat = mesh.data.sum_(torch.cat([t.reshape(-1).to(dtype) for t in tensors]), "gradients")
-    b_dec, *sums = (s.view(t.shape).to(t.dtype) for s, t in zip(flat.split([t.numel() for t in tensors]), tensors))
-    for part, total in zip(parts, sums):
+    sums = [s.view(t.shape).to(t.dtype) for s, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+    for part, total in zip(parts, sums[len(dense) :]):
         part.fresh = total
-    return b_dec
+    return sums[: len(dense)]
 
 
 def align(parts: list[Pending], aside: Aside, n_features: int, mesh: Mesh) -> None:

@@ -12,9 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..codes import SparseCodes
 from ..impl.encoder import Share
+from ..impl.hints import ThresholdHints
 from ..impl.interface import Implementation
-from ..impl.layout import Layer, Layout, Leaves
+from ..impl.layout import Given, Layer, Layout, Leaves
 from ..impl.row_gradients import RowSource
+from ..impl.torch.screen import fast_bfloat16, large_enough, sums_in_float32
 from ..support.tensor_file import Piece
 from .gradients import SpreadRows, SumGradients
 from .implementation import spread_parts
@@ -23,12 +25,6 @@ from .ranks import SumBackward
 from .weights import NAMES, Weights
 
 REFUSED = -1
-
-
-def check_inference(inference: str) -> None:
-    """ValueError for an inference that only one process has."""
-    if inference == "pool":
-        raise ValueError("inference='pool': is for one process; over a mesh use 'threshold' or 'batch'")
 
 
 class MeshLayout(Layout):
@@ -43,27 +39,31 @@ class MeshLayout(Layout):
         self.size = mesh.size
         self.device_mesh = mesh.device_mesh
         self.batches = 0
-        self._parts = lru_cache(maxsize=None)(lambda name: spread_parts(name, weights, mesh))
+        self._fast, self._exact = self._of_all(fast_bfloat16()), self._of_all(sums_in_float32())
+        # a process without tokens has none: with those that every process must have alike they would be mixed up
+        self.own_hints = own_hints = ThresholdHints()
+        self._parts = lru_cache(maxsize=None)(lambda name: spread_parts(name, weights, mesh, own_hints))
 
     def parts(self, name: str) -> Implementation:
         return self._parts(name)
 
     def leaves(self, layer: Layer, keep_rows: bool) -> Leaves:
         parameters = [getattr(layer, name) for name in NAMES]
-        W_enc, b_enc, W_dec, b_dec = (self.weights.local(p) for p in parameters)
+        parameters += [] if layer.W_skip is None else [layer.W_skip]
+        W_enc, b_enc, W_dec, b_dec, *skip = (self.weights.local(p) for p in parameters)
         wanted = frozenset(name for name, p in zip(NAMES, parameters) if p.requires_grad)
         rows: RowSource
         if not wanted or not torch.is_grad_enabled():
             rows = SpreadRows(keep_rows, frozenset())
-            return Leaves(W_enc.t(), b_enc, W_dec, b_dec, b_dec, rows)
+            return Leaves(W_enc.t(), b_enc, W_dec, b_dec, b_dec, rows, *skip)
         rows = SpreadRows(keep_rows, wanted)
         for part, parameter in zip((W_enc, b_enc, W_dec), parameters):
             # says that rows of it are asked for; no gradient flows here
             part.requires_grad_(parameter.requires_grad)
-        b_in, b_out, rows.anchor = SumGradients.apply(rows.aside, self.mesh, self.weights, *parameters)
-        return Leaves(W_enc.t(), b_enc, W_dec, b_in, b_out, rows)
+        b_in, b_out, rows.anchor, *skip = SumGradients.apply(rows.aside, self.mesh, self.weights, *parameters)
+        return Leaves(W_enc.t(), b_enc, W_dec, b_in, b_out, rows, *skip)
 
-    def read(self, read: Callable[[], Tensor]) -> tuple[Tensor, Share | None]:
+    def read(self, read: Callable[[], Given]) -> tuple[Given, Share | None]:
         """A batch that one process refuses, for NaN or inf say, is refused by all of them, with its rank.
 
         Raises:
@@ -72,8 +72,8 @@ class MeshLayout(Layout):
         self.batches += 1
         fault: Exception | None = None
         try:
-            tokens = read()
-            number = len(tokens)
+            given = read()
+            number = len(given[0])
         except (TypeError, ValueError) as error:
             fault, number = error, REFUSED
         numbers = self.mesh.exchange(number)
@@ -92,19 +92,33 @@ class MeshLayout(Layout):
         if sum(counts) == 0:
             raise ValueError(f"x: no process has a token {where}; at least one is needed")
         first = sum(counts[: self.mesh.data.rank])
-        return tokens, Share(sum(counts), self.weights.n_features, first)
+        return given, Share(sum(counts), self.weights.n_features, first)
 
     def into_encoder(self, x: Tensor) -> Tensor:
         if self.mesh.feature.size == 1 or not x.requires_grad:
             return x
         return SumBackward.apply(x, self.mesh.feature, "gradient of x")
 
+    def of_feature_ranks(self, x: Tensor) -> tuple[Tensor, slice]:
+        ranks = self.mesh.feature
+        counts = ranks.gather(torch.tensor([len(x)], device=x.device), "batch sizes").flatten().tolist()
+        padded = x.new_zeros(max(counts), *x.shape[1:])
+        padded[: len(x)] = x
+        first = sum(counts[: ranks.rank])
+        every = torch.cat([of_rank[:n] for of_rank, n in zip(ranks.gather(padded, "tokens"), counts)])
+        return every, slice(first, first + len(x))
+
+    def screen(self, screen: str, impl: str, share: Share | None) -> str:
+        """ "auto" and "bf16" become what is right for all processes, since scores are bounded together."""
+        if share is None or screen == "off":
+            return screen
+        n_tokens = -(-share.n_tokens // self.mesh.data.size)
+        wanted = screen == "bf16" or (self._fast and large_enough(n_tokens, self.weights.most_local))
+        return "bf16" if wanted and self._exact and impl == "torch" else "off"
+
     def guard(self, layer: Layer) -> None:
         if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
             raise RuntimeError("DistributedDataParallel: `parallelize` has spread the SAE already; leave it out")
-
-    def check_inference(self, inference: str) -> None:
-        check_inference(inference)
 
     def numbered(self, codes: SparseCodes) -> SparseCodes:
         if self.mesh.feature.size == 1:
@@ -112,6 +126,11 @@ class MeshLayout(Layout):
         shape = (codes.shape[0], self.weights.n_features)
         if codes.block is not None and codes.pool is not None:
             return SparseCodes.from_block(codes.block, codes.pool + self.weights.first, shape[1], codes.low_block)
+        if codes.padded is not None:
+            # not by `entries`, which waits for their number; padding has the feature behind the last one
+            found = codes.padded.features
+            numbers = torch.where(found < self.weights.n_local, found + self.weights.first, shape[1])
+            return SparseCodes.from_padded(codes.padded._replace(features=numbers), shape)
         values, tokens, features = codes.entries()
         return SparseCodes(values, tokens, features + self.weights.first, shape)
 
@@ -175,6 +194,10 @@ class MeshLayout(Layout):
             return t.detach()
         with torch.no_grad():
             return t.full_tensor()
+
+    def _of_all(self, fact: bool) -> bool:
+        """Whether it is one on every process."""
+        return all(all(of_rank) for of_rank in self.mesh.exchange(int(fact)))
 
     def __deepcopy__(self, memo: dict[int, object]) -> MeshLayout:
         return self

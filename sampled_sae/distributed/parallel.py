@@ -6,9 +6,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..sae import SampledSAE
-from .layout import MeshLayout, check_inference
+from .layout import MeshLayout
 from .mesh import DIMENSIONS, Mesh
-from .weights import NAMES, Weights
+from .weights import FEATURES, Weights
 
 
 def parallelize(sae: SampledSAE, mesh: DeviceMesh) -> SampledSAE:
@@ -22,7 +22,7 @@ def parallelize(sae: SampledSAE, mesh: DeviceMesh) -> SampledSAE:
       `data`, where tokens are split, and split by features over `feature`, where all processes are given the same
       tokens. Their values are those of the first process that holds them. Make optimizers afterwards.
     - After `backward()` gradients are those of all tokens: rows with `cfg.row_grads`, else dense, for any optimizer.
-    - Scores and searches look at every activation in full precision: `cfg.screen` has no effect.
+    - With `impl="torch"` all processes screen a batch, or none; `cfg.screen="auto"` goes by the mean of their tokens.
     - All processes have to make the same calls in the same order.
 
     Args:
@@ -33,8 +33,7 @@ def parallelize(sae: SampledSAE, mesh: DeviceMesh) -> SampledSAE:
     Equivalent on one process to `sae`.
 
     Raises:
-        TypeError, ValueError: naming the argument; `cfg.impl="reference"`, `cfg.inference="pool"` and transcoders,
-            which are for one process.
+        TypeError, ValueError: naming the argument; `cfg.impl="reference"`, which is for one process.
     """
     if not isinstance(sae, SampledSAE):
         raise TypeError(f"sae={type(sae).__name__}: must be a SampledSAE (of a wrapped one, the module inside)")
@@ -49,19 +48,16 @@ def parallelize(sae: SampledSAE, mesh: DeviceMesh) -> SampledSAE:
         raise ValueError(f"mesh.device_type={mesh.device_type!r}: the SAE is on {sae.W_enc.device}")
     if sae.impl_in_use == "reference":
         raise ValueError("impl='reference': is for one process; use 'torch' or 'triton'")
-    check_inference(sae.cfg.inference)
     if mesh.size() == 1:
         return sae
-    if sae.cfg.is_transcoder:
-        raise ValueError(f"d_out={sae.cfg.d_out}: transcoders are for one process")
     own = Mesh(mesh)
-    weights = Weights(sae.cfg.d_in, sae.cfg.d_sae, own)
+    weights = Weights(sae.cfg.width_in, sae.cfg.d_sae, sae.cfg.width_out, own)
     with torch.no_grad():
-        for name in NAMES:
-            setattr(sae, name, weights.parameter(name, getattr(sae, name)))
-        for name, buffer in sae.named_buffers():
+        for name, parameter in list(sae.named_parameters()):
+            setattr(sae, name, weights.parameter(name, parameter))
+        for name, buffer in list(sae.named_buffers()):
             part = weights.part_of(name, buffer)
-            setattr(sae, name, weights.wrap(name, part) if name == "tokens_since_active" else part)
+            setattr(sae, name, weights.wrap(name, part) if name in FEATURES else part)
     state = sae.generator.get_state().to(sae.W_enc.device)
     for ranks in (own.data, own.feature):
         ranks.from_(state)

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from ..codes import Entries, SparseCodes
+from ..impl.column_bounds import ColumnBounds
 from ..impl.encoder import Encoder, Operands
 from ..impl.hints import Rule, ThresholdHints
 from ..impl.interface import Implementation
-from ..impl.pool_sampling import gumbel_noise
 from ..impl.row_gradients import RowSource
 from ..impl.torch.scores import finish_scores
-from ..support.nth_largest import largest_mask
 from .gradients import SpreadRows
 from .mesh import Mesh
+from .ranking import SpreadRanking
 from .ranks import SumForward
 from .selection import find_cut, keep_of_block, keep_of_entries, keep_of_tokens, sort_bits, table_of
 from .totals import SpreadTotals
@@ -29,11 +29,12 @@ from .weights import Weights
 class SpreadParts:
     """local: the parts of one process. waits: whether they may ask a device for values that decide what comes next."""
 
-    def __init__(self, local: Implementation, weights: Weights, mesh: Mesh, waits: bool) -> None:
+    def __init__(
+        self, local: Implementation, weights: Weights, mesh: Mesh, own_hints: ThresholdHints, waits: bool
+    ) -> None:
         self.local, self.weights, self.mesh, self.waits = local, weights, mesh, waits
-        self.totals = SpreadTotals(mesh)
-        # a process without tokens has none: with those that every process must have alike they would be mixed up
-        self.own_hints = ThresholdHints()
+        self.totals, self.ranking = SpreadTotals(mesh), SpreadRanking(weights, mesh, waits)
+        self.own_hints = own_hints
 
     def column_scores(self, operands: Operands, score: str) -> Tensor:
         """[F], of the features here over the tokens of all."""
@@ -41,31 +42,24 @@ class SpreadParts:
         statistics = self.local.column_statistics(operands, score)
         return finish_scores(self.mesh.data.sum_(statistics, "column statistics"), score)
 
+    def column_bounds(self, operands: Operands, score: str) -> ColumnBounds | None:
+        """Of the features here, over the tokens of all; not finite where some process knows nothing."""
+        seen = None if self.local.seen_columns is None else self.local.seen_columns(operands, score)
+        if seen is None:
+            return None
+        low, high = seen.bounds(self.mesh.data.sum_(seen.sums, "column statistics"))
+        full = operands.in_full()
+        return ColumnBounds(low, high, lambda at: self.column_scores(full.of_features(at), score))
+
     def candidate_pool(
         self, scores: Tensor, size: int, pool: str = "top", generator: torch.Generator | None = None
     ) -> Tensor:
         """int64, ascending: which of the features here, of scores [F], are among the `size` of all."""
         if self.mesh.feature.size == 1:
             return self.local.candidate_pool(scores, size, pool, generator)
-        keys = scores
         if pool == "sample":
-            # drawn for all features, so that processes draw alike
-            noise = gumbel_noise(scores.new_empty(self.weights.n_features), generator)
-            keys = scores.double().log() + noise[self.weights.first : self.weights.first + self.weights.n_local]
-        return self.largest(keys, size, self.weights.most_local)
-
-    def largest(self, keys: Tensor, size: int, most_local: int) -> Tensor:
-        """int64, ascending: which of the keys here are among the `size` largest of all; ties to the lower process.
-
-        most_local: how many keys any process of the dimension `feature` holds at most.
-        """
-        # a key of -inf ranks before the places of shorter lists
-        keys = keys.clamp_min(torch.finfo(keys.dtype).min)
-        mine = largest_mask(keys, min(size, len(keys))).nonzero().squeeze(1)
-        shown = keys.new_full((min(size, most_local),), -torch.inf)
-        shown[: len(mine)] = keys[mine]
-        taken = largest_mask(self.mesh.feature.gather(shown, "pool").flatten(), size).view(-1, len(shown))
-        return mine[taken[self.mesh.feature.rank, : len(mine)].nonzero().squeeze(1)]
+            scores = scores.double().log() + self.ranking.noise(scores, generator)
+        return self.ranking.largest(scores, size)
 
     def select(
         self, encoder: Encoder, members: Tensor | None, rule: Rule, hints: ThresholdHints | None = None
@@ -87,6 +81,7 @@ class SpreadParts:
     ) -> SparseCodes:
         n = rule.budget(operands.whole_shape[0])
         rule, members = rule._replace(most=n), operands.members
+        # also of a block: other processes may have members too many for one, and all search anew or none
         hint = hints.of(rule, members) if self.waits else None
         hint = None if isinstance(hint, Tensor) else hint
         codes, found = self._candidates(encoder, operands, rule, hint, as_block)

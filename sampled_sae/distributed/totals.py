@@ -10,6 +10,7 @@ from ..impl.encoder import Operands
 from ..impl.totals import Totals
 from .mesh import Mesh
 from .ranks import SumForward
+from .weights import FEATURES
 
 
 class SpreadTotals(Totals):
@@ -25,6 +26,9 @@ class SpreadTotals(Totals):
 
     def smallest(self, codes: SparseCodes) -> Tensor:
         return self.mesh.min_(codes.smallest().clone(), "threshold")
+
+    def once(self, x: Tensor) -> Tensor:
+        return x if self.mesh.feature.rank == 0 else x.detach()
 
     def count(self, codes: SparseCodes) -> int:
         return int(self.mesh.sum_(torch.tensor(codes.count(), device=codes.device), "kept entries"))
@@ -50,6 +54,7 @@ class SpreadTotals(Totals):
         if self.mesh.feature.size == 1:
             return super().norm(norms)
         zero = next(iter(norms.values())).new_zeros(())
-        split = torch.stack([norm.square() for name, norm in norms.items() if name != "b_dec"] or [zero]).sum()
+        squares = {name: norm.square() for name, norm in norms.items()}
+        split = torch.stack([squares[name] for name in squares if name in FEATURES] or [zero]).sum()
         split = self.mesh.feature.sum_(split, "gradient norm")
-        return (split + norms.get("b_dec", zero).square()).sqrt()
+        return (split + sum((squares[name] for name in squares if name not in FEATURES), zero)).sqrt()

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from ..pretrained import MEMBERS, SKIP
 from ..support.tensor_file import Piece
 from .mesh import Mesh
 
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 # which dimension of a tensor counts features
-FEATURES = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "tokens_since_active": 0}
+FEATURES = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "tokens_since_active": 0, MEMBERS: 0}
 
 
 class Weights:
@@ -24,7 +25,7 @@ class Weights:
         most_local: how many any process has at most. shapes: of whole tensors by name.
     """
 
-    def __init__(self, d: int, n_features: int, mesh: Mesh) -> None:
+    def __init__(self, d_in: int, n_features: int, d_out: int, mesh: Mesh) -> None:
         self.mesh = mesh
         self.n_features = n_features
         # as DTensor splits: so many each, the rest to the last
@@ -36,11 +37,11 @@ class Weights:
             )
         self.first, self.n_local = self._range(mesh.feature.rank)
         self.shapes = {
-            "W_enc": torch.Size((d, n_features)),
-            "b_enc": torch.Size((n_features,)),
-            "W_dec": torch.Size((n_features, d)),
-            "b_dec": torch.Size((d,)),
-            "tokens_since_active": torch.Size((n_features,)),
+            "W_enc": torch.Size((d_in, n_features)),
+            "W_dec": torch.Size((n_features, d_out)),
+            "b_dec": torch.Size((d_out,)),
+            SKIP: torch.Size((d_in, d_out)),
+            **dict.fromkeys(("b_enc", "tokens_since_active", MEMBERS), torch.Size((n_features,))),
         }
 
     def placements(self, name: str) -> list[Placement]:

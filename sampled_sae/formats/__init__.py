@@ -23,6 +23,8 @@ from ..sae import SampledSAE
 from ..support.argument_checks import check_choice, check_positive
 from ..support.atomic_files import read_json
 from . import dictionary_learning, saelens, sparsify
+from .layers import uncentred
+from .one_threshold import with_one_threshold
 from .origin import Origin
 from .portable import RULES, PortableSAE, Say, silent, without_fraction
 from .supplement import FILE as SUPPLEMENT_FILE
@@ -34,6 +36,7 @@ PEERS: dict[str, ModuleType] = {module.NAME: module for module in (saelens, dict
 FORMATS = tuple(PEERS)
 # those that have a place for them
 TRANSCODERS = (saelens.NAME, sparsify.NAME)
+CROSSCODERS = (dictionary_learning.NAME,)
 INFERENCE = ("auto", *RULES)
 
 
@@ -48,7 +51,7 @@ class Loaded(NamedTuple):
 
     sae: SampledSAE
     origin: Origin
-    scale: float
+    scale: float | tuple[float, ...]
 
 
 def export(
@@ -84,18 +87,20 @@ def export(
             dtype; a folder that holds an SAE of another format. Nothing is written then.
     """
     check_choice("to", to, FORMATS)
-    if scale is not None and sae.cfg.is_transcoder:
-        raise ValueError(f"scale={scale!r}: is of an SAE; a transcoder has input_scale and output_scale in its config")
-    scale = sae.cfg.input_scale if scale is None else check_positive("scale", scale)
+    if scale is not None:
+        _check_takes_scale(scale, sae.cfg.is_transcoder, sae.cfg.layers)
+    factor = sae.cfg.input_scale if scale is None else check_positive("scale", scale)
     rule = inference_rule(sae.cfg, inference)
     path = Path(folder)
     held = detect(path)
     if held not in (None, to):
         raise ValueError(f"{path}: holds an SAE in the format {held!r}; export to another folder")
     peer = PEERS[to]
-    portable = replace(PortableSAE.of(sae, rule, k), input_scale=scale)
+    portable = replace(PortableSAE.of(sae, rule, k), input_scale=factor)
     if to not in TRANSCODERS:
         portable.refuse_transcoder(to)
+    if to not in CROSSCODERS:
+        portable.refuse_crosscoder(to)
     if sae.cfg.inference == "pool":
         outside = sae.cfg.d_sae - sae.cfg.inference_size
         say(f"{outside} features outside the fixed set get an encoder of zeros, so that they are never active")
@@ -103,13 +108,20 @@ def export(
         say("the threshold was never set (no training step, no calibration): every positive activation is active")
     elif rule == "threshold" and (found := fault(sae)):
         say(found)
-    if scale != 1:
-        say(f"biases and threshold are divided by {scale!r}: feed activations as they are; codes are divided by it too")
-    if portable.output_scale != 1 or (scale != 1 and portable.transcodes):
+    if isinstance(factor, tuple):
+        say(f"the weights of each layer take its factor, {factor}: feed activations as they are; codes stay")
+    elif factor != 1:
+        say(
+            f"biases and threshold are divided by {factor!r}: feed activations as they are; codes are divided by it too"
+        )
+    if portable.output_scale != 1 or (factor != 1 and portable.transcodes):
         say(f"decoder and skip give activations as they are, not times {portable.output_scale!r}")
-    if scale != 1 or portable.output_scale != 1:
+    if factor != 1 or portable.output_scale != 1:
         portable = portable.read_at(1.0)
-    if peer.CENTRES_ALWAYS and not portable.apply_b_dec_to_input and not portable.transcodes:
+    if portable.layers > 1 and portable.apply_b_dec_to_input:
+        say(f"{to}'s crosscoders subtract nothing from the input: b_dec W_enc is taken from b_enc, which rounds it")
+        portable = uncentred(portable)
+    elif peer.CENTRES_ALWAYS and portable.layers == 1 and not portable.apply_b_dec_to_input and not portable.transcodes:
         say(f"{to} subtracts b_dec from the input: b_dec W_enc is added to b_enc, which rounds it")
         portable = portable.centring()
     origin = origin or Origin()
@@ -117,7 +129,7 @@ def export(
     packed = peer.unpack(tensors, config, path)
     if k is not None and packed.k != k:
         raise ValueError(f"k={k!r}: {to} has no place for it beside a threshold; leave it out or export for topk")
-    supplement = Supplement.of(sae, packed, scale, origin)
+    supplement = Supplement.of(sae, packed, factor, origin)
     peer.write(path, tensors, config)
     supplement.write(path)
     return [path / name for name in (peer.WEIGHTS, peer.CONFIG, SUPPLEMENT_FILE)]
@@ -172,8 +184,8 @@ def read(
     k = None if k is None else check_positive("k", k)
     tensors, described = peer.read(path)
     portable = peer.unpack(tensors, described, path, say)
-    if scale is not None and portable.transcodes:
-        raise ValueError(f"scale={scale!r}: is of an SAE; a transcoder has input_scale and output_scale in its config")
+    if scale is not None:
+        _check_takes_scale(scale, portable.transcodes, portable.layers)
     origin = peer.origin(described).checked(path / peer.CONFIG)
     supplement = Supplement.read(path)
     if supplement is not None and supplement.fingerprint != portable.fingerprint():
@@ -181,13 +193,13 @@ def read(
         supplement = None
     recorded: float | None
     if supplement is not None:
-        scale = supplement.scale if scale is None else scale
-        config, recorded = replace(supplement.config, input_scale=scale), supplement.config.k
-        state = supplement.state(portable, scale)
+        factor = supplement.scale if scale is None else scale
+        config, recorded = replace(supplement.config, input_scale=factor), supplement.config.k
+        state = supplement.state(portable, factor)
         origin = origin.filled_by(supplement.origin)
         say("configuration and training state are those that were exported")
     else:
-        portable = _with_one_threshold(portable, path / peer.WEIGHTS, rescale_features, say)
+        portable = with_one_threshold(portable, path / peer.WEIGHTS, rescale_features, say)
         portable = portable.read_at(portable.input_scale if scale is None else scale, portable.output_scale)
         config, recorded, state = portable.config(k), portable.k, portable.state()
         if portable.training is not None:
@@ -236,6 +248,16 @@ def inference_rule(cfg: SampledSAEConfig, inference: str) -> str:
     return "topk" if cfg.is_topk else "threshold"
 
 
+def _check_takes_scale(scale: float, transcodes: bool, layers: int) -> None:
+    """ValueError for what has more than one factor."""
+    if transcodes:
+        raise ValueError(f"scale={scale!r}: is of an SAE; a transcoder has input_scale and output_scale in its config")
+    if layers > 1:
+        raise ValueError(
+            f"scale={scale!r}: is of an SAE; a crosscoder of {layers} layers has input_scale in its config"
+        )
+
+
 def _format_of(path: Path, format: str | None) -> str:
     if format is not None:
         check_choice("format", format, FORMATS)
@@ -247,16 +269,3 @@ def _format_of(path: Path, format: str | None) -> str:
         known = "; ".join(f"{peer.WEIGHTS} and {peer.CONFIG} ({name})" for name, peer in PEERS.items())
         raise ValueError(f"{path}: no SAE in a known format; must hold {known}")
     return found
-
-
-def _with_one_threshold(portable: PortableSAE, weights: Path, rescale: bool, say: Say) -> PortableSAE:
-    if portable.threshold is None or portable.threshold.dim() == 0:
-        return portable
-    if not rescale:
-        low, high = float(portable.threshold.min()), float(portable.threshold.max())
-        raise ValueError(
-            f"{weights}: threshold of each feature, {low:.4g} to {high:.4g}, and a SampledSAE has one for all; "
-            "rescale_features=True (--rescale-features) makes them one by changing the units of the codes"
-        )
-    say("features are rescaled to one threshold: the units of the codes and the decoder norms change")
-    return portable.one_threshold()

@@ -1,11 +1,13 @@
-"""dictionary_learning's files: `ae.pt` and `config.json` of BatchTopKSAE, MatryoshkaBatchTopKSAE and AutoEncoderTopK.
+"""dictionary_learning's files: `ae.pt` and `config.json` of BatchTopKSAE, MatryoshkaBatchTopKSAE and AutoEncoderTopK;
+those of its crosscoders are in crosscoders.py.
 
 All carry k and a threshold. The first two encode by the threshold; AutoEncoderTopK keeps k features a token, and
-encodes by the threshold with `encode(x, use_threshold=True)`. All subtract b_dec from the input.
+encodes by the threshold with `encode(x, use_threshold=True)`. All three subtract b_dec from the input.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from ..pretrained import PEER_FILES
 from ..support.atomic_files import field, read_json, write_atomically, write_json
+from . import crosscoders
 from .origin import Origin, training_fields
 from .portable import PortableSAE, Say, check_one_dtype, check_tensors, narrowed, silent
 
@@ -22,6 +25,7 @@ WEIGHTS, CONFIG = PEER_FILES[NAME]
 CENTRES_ALWAYS = True
 NESTED = "MatryoshkaBatchTopKSAE"
 RULE_OF_CLASS = {"BatchTopKSAE": "threshold", "AutoEncoderTopK": "topk", NESTED: "threshold"}
+CLASSES = (*RULE_OF_CLASS, *crosscoders.CLASSES)
 TRAINER_OF_CLASS = {
     "BatchTopKSAE": "BatchTopKTrainer",
     "AutoEncoderTopK": "TopKTrainer",
@@ -35,11 +39,15 @@ THEIR_NAMES = {"aux_coefficient": "auxk_alpha", "threshold_decay": "threshold_be
 
 
 def pack(sae: PortableSAE, origin: Origin, say: Say = silent) -> tuple[dict[str, Tensor], Any]:
-    """(state dict, config.json) for an SAE that centres its input.
+    """(state dict, config.json) for an SAE that centres its input, or a crosscoder that does not.
 
     Raises:
-        ValueError: k is a fraction.
+        ValueError: k is a fraction; a crosscoder of the rule "topk".
     """
+    if sae.layers > 1:
+        state, described = crosscoders.pack(sae, origin, UNSET, say)
+        buffer = {"d_submodule": sae.d_in // sae.layers, "ctx_len": origin.context_size}
+        return state, {"trainer": {**described, TRAINING: sae.training}, "buffer": buffer}
     k = sae.whole_k("dictionary_learning")
     threshold = torch.tensor(UNSET) if sae.threshold is None else narrowed(sae.threshold, torch.float32)
     if sae.dtype != torch.float32:
@@ -142,16 +150,18 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
     weights, cfg = folder / WEIGHTS, folder / CONFIG
     trainer = field(cfg, config, "trainer", dict)
     dict_class = trainer.get("dict_class")
-    if dict_class not in RULE_OF_CLASS:
-        raise ValueError(f"{cfg}: trainer.dict_class={dict_class!r}: this package reads {', '.join(RULE_OF_CLASS)}")
-    k = field(cfg, trainer, "k")
+    if dict_class not in CLASSES:
+        raise ValueError(f"{cfg}: trainer.dict_class={dict_class!r}: this package reads {', '.join(CLASSES)}")
+    k = field(cfg, trainer, "k") if dict_class != crosscoders.RELU else None
     if "k" in tensors and tensors["k"].tolist() != k:
         raise ValueError(f"{cfg}: trainer.k={k}, but {WEIGHTS} has k={tensors['k'].tolist()}")
     training = _training(cfg, trainer)
+    if dict_class in crosscoders.CLASSES:
+        return replace(crosscoders.unpack(tensors, trainer, weights, cfg, say), training=training)
     d_in, d_sae = field(cfg, trainer, "activation_dim"), field(cfg, trainer, "dict_size")
     if dict_class == NESTED:
-        training = {**(training or {}), "groups": _groups(weights, tensors, d_sae)}
-        tensors = _as_linear(weights, tensors, d_in, d_sae)
+        training = {**(training or {}), "groups": groups_of(weights, tensors, d_sae)}
+        tensors = as_linear(weights, tensors, d_in, d_sae)
     check_state(weights, tensors, d_in, d_sae)
     threshold = tensors.get("threshold")
     if threshold is not None and float(threshold) < 0:
@@ -169,7 +179,7 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
     return check_one_dtype(weights, sae)
 
 
-def _groups(weights: Path, tensors: dict[str, Tensor], d_sae: int) -> list[int]:
+def groups_of(weights: Path, tensors: dict[str, Tensor], d_sae: int) -> list[int]:
     """Where the groups of a Matryoshka SAE end.
 
     Raises:
@@ -182,7 +192,7 @@ def _groups(weights: Path, tensors: dict[str, Tensor], d_sae: int) -> list[int]:
     return torch.tensor(found).cumsum(0).tolist()
 
 
-def _as_linear(weights: Path, tensors: dict[str, Tensor], d_in: int, d_sae: int) -> dict[str, Tensor]:
+def as_linear(weights: Path, tensors: dict[str, Tensor], d_in: int, d_sae: int) -> dict[str, Tensor]:
     """The state of a Matryoshka SAE under the names of the other classes."""
     held = {name: t for name, t in tensors.items() if name not in ("k", "group_sizes")}
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,), "threshold": ()}

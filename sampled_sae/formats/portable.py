@@ -16,6 +16,7 @@ from ..impl.inference_rule import by_threshold
 from ..impl.threshold import is_set
 from ..pretrained import SKIP, WEIGHT_NAMES
 from ..support.argument_checks import FLOATS, check_choice, plain_number
+from .layers import scaled_by_layer
 
 if TYPE_CHECKING:
     from ..sae import SampledSAE
@@ -40,17 +41,19 @@ class PortableSAE:
     """Weights and inference rule of an SAE, on the CPU; tensors may share memory with the SAE.
 
     Attributes:
-        W_enc, b_enc, W_dec, b_dec: [d_in, d_sae], [d_sae], [d_sae, d_out], [d_out], of one dtype.
+        W_enc, b_enc, W_dec, b_dec: [d_in, d_sae], [d_sae], [d_sae, d_out], [d_out], of one dtype. Of a crosscoder d_in
+            and d_out are the widths of all its layers together.
         rule: "threshold": a feature is active where its activation exceeds `threshold`;
             "topk": where it is among the k largest of its token.
         k: active features a token; None where a file does not say.
         threshold: 0-dim, or [d_sae] where each feature has its own; None when it was never set.
         apply_b_dec_to_input: b_dec is subtracted before encoding.
         training: fields of the SampledSAEConfig it was trained with, as far as they are known.
-        input_scale: the SAE is to be fed activations times this.
+        input_scale: the SAE is to be fed activations times this, of a crosscoder perhaps one number a layer.
         transcodes: it reconstructs other activations than it reads; else d_out is d_in.
         W_skip: of a transcoder that has a skip, [d_in, d_out].
         output_scale: what a transcoder reconstructs is to be divided by this.
+        layers: above 1 of a crosscoder.
     """
 
     W_enc: Tensor
@@ -62,10 +65,11 @@ class PortableSAE:
     threshold: Tensor | None
     apply_b_dec_to_input: bool = True
     training: dict[str, Any] | None = None
-    input_scale: float = 1.0
+    input_scale: float | tuple[float, ...] = 1.0
     transcodes: bool = False
     W_skip: Tensor | None = None
     output_scale: float = 1.0
+    layers: int = 1
 
     @classmethod
     def of(cls, sae: SampledSAE, rule: str, k: float | None = None) -> PortableSAE:
@@ -98,6 +102,7 @@ class PortableSAE:
             input_scale=sae.cfg.input_scale,
             transcodes=sae.cfg.is_transcoder,
             output_scale=sae.cfg.output_scale,
+            layers=sae.cfg.layers,
         )
 
     @property
@@ -119,6 +124,11 @@ class PortableSAE:
         if self.transcodes:
             raise ValueError(f"d_out={self.d_out}: {peer} has no place for a transcoder")
 
+    def refuse_crosscoder(self, peer: str) -> None:
+        """ValueError for a crosscoder, where the files have no place for one."""
+        if self.layers > 1:
+            raise ValueError(f"layers={self.layers}: {peer} has no place for a crosscoder")
+
     @property
     def d_sae(self) -> int:
         return self.W_dec.shape[0]
@@ -139,15 +149,19 @@ class PortableSAE:
             raise ValueError(f"k={self.k!r}: {allowed}; choose one with k= (--k)")
         return int(k)
 
-    def read_at(self, scale: float, output_scale: float = 1.0) -> PortableSAE:
+    def read_at(self, scale: float | tuple[float, ...], output_scale: float = 1.0) -> PortableSAE:
         """The same SAE, to be fed activations times `scale`: biases and threshold times what that is of its own scale.
 
-        The weights are as they are, and codes come out in the new units, by the homogeneity of relu. What a transcoder
-        reconstructs has a scale of its own, so that its decoder and its skip move by the quotient.
+        Where each layer of a crosscoder has its own scale, the weights move instead (`scaled_by_layer`).
+
+        Else the weights are as they are, and codes come out in the new units, by the homogeneity of relu. What a
+        transcoder reconstructs has a scale of its own, so that its decoder and its skip move by the quotient.
 
         Raises:
             ValueError: a tensor that leaves the range of its dtype.
         """
+        if isinstance(scale, tuple) or isinstance(self.input_scale, tuple):
+            return scaled_by_layer(self, scale)
         of_codes = scale / self.input_scale
         of_output = output_scale / self.output_scale if self.transcodes else of_codes
         factors = {"b_enc": of_codes, "threshold": of_codes, "b_dec": of_output}
@@ -210,7 +224,8 @@ class PortableSAE:
         found = hashlib.sha256()
         k = None if self.k is None else float(self.k)
         kind = (self.rule, k, self.apply_b_dec_to_input)
-        found.update(repr((*kind, "transcoder") if self.transcodes else kind).encode())
+        layers = ("layers", self.layers) if self.layers > 1 else ()
+        found.update(repr((*kind, "transcoder") if self.transcodes else (*kind, *layers)).encode())
         for t in (self.W_enc.t(), self.b_enc, self.W_dec, self.b_dec, self.threshold, self.W_skip):
             if t is not None:
                 found.update(repr((tuple(t.shape), t.dtype)).encode())
@@ -229,7 +244,8 @@ class PortableSAE:
         training = {"l": None, "select": "batch", **(self.training or {})}
         if self.rule == "topk":
             training |= {"l": None, "select": "token"}
-        own = {"d_in": self.d_in, "d_sae": self.d_sae, "k": without_fraction(number)}
+        own: dict[str, Any] = {"d_in": self.d_in // self.layers, "d_sae": self.d_sae, "k": without_fraction(number)}
+        own |= {"layers": self.layers}
         own |= {"apply_b_dec_to_input": self.apply_b_dec_to_input, "input_scale": self.input_scale}
         if self.transcodes:
             own |= {"d_out": self.d_out, "skip": self.W_skip is not None, "output_scale": self.output_scale}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..config import SampledSAEConfig
 from ..pretrained import MEMBERS, SKIP, check_members, tensor_names
+from ..support.argument_checks import check_scales
 from ..support.atomic_files import field, write_atomically
 from .origin import Origin
 from .portable import IN_UNITS, PortableSAE, rescaled
@@ -44,13 +45,13 @@ class Supplement:
     """
 
     config: SampledSAEConfig
-    scale: float
+    scale: float | tuple[float, ...]
     fingerprint: str
     tensors: dict[str, Tensor]
     origin: Origin
 
     @classmethod
-    def of(cls, sae: SampledSAE, packed: PortableSAE, scale: float, origin: Origin) -> Supplement:
+    def of(cls, sae: SampledSAE, packed: PortableSAE, scale: float | tuple[float, ...], origin: Origin) -> Supplement:
         """For an SAE whose exported files read as `packed`."""
         tensors = {name: getattr(sae, name).detach().cpu() for name in tensor_names(sae.cfg)}
         back = packed.read_at(scale, sae.cfg.output_scale)
@@ -59,13 +60,15 @@ class Supplement:
                 del tensors[name]
         return cls(sae.cfg, scale, packed.fingerprint(), tensors, origin)
 
-    def state(self, portable: PortableSAE, scale: float) -> dict[str, Tensor]:
+    def state(self, portable: PortableSAE, scale: float | tuple[float, ...]) -> dict[str, Tensor]:
         """The state dict of the exported SAE, to be fed activations times `scale`; `portable` is what the files hold.
 
         Raises:
             ValueError: a bias that leaves the range of its dtype.
         """
         state = {**portable.read_at(self.scale, self.config.output_scale).state(), **self.tensors}
+        if isinstance(scale, tuple) or isinstance(self.scale, tuple):
+            return state
         return state | rescaled({name: state[name] for name in IN_UNITS}, scale / self.scale)
 
     def write(self, folder: Path) -> None:
@@ -97,13 +100,14 @@ class Supplement:
             raise ValueError(f"{path}: truncated or not of sampled-sae ({error}); delete it to do without") from None
         if field(path, about, "version", int) != VERSION:
             raise ValueError(f"{path}: version={about['version']!r}: this package reads {VERSION}")
-        fingerprint, scale = field(path, about, "fingerprint", str), field(path, about, "scale", float, 0)
+        fingerprint, scale = field(path, about, "fingerprint", str), about.get("scale")
         try:
             config = SampledSAEConfig.from_dict(field(path, about, "config", dict))
+            scale = check_scales("scale", scale, config.layers)
             origin = Origin(**about.get("origin", {})).checked(path)
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path}: {error}; delete it to do without") from None
-        d_in, d_out = config.d_in, config.width_out
+        d_in, d_out = config.width_in, config.width_out
         shapes = {"W_enc": (d_in, config.d_sae), "W_dec": (config.d_sae, d_out), "b_dec": (d_out,), SKIP: (d_in, d_out)}
         shapes |= dict.fromkeys(("b_enc", "tokens_since_active", MEMBERS), (config.d_sae,))
         for name, t in tensors.items():

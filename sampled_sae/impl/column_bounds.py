@@ -27,6 +27,17 @@ class ColumnBounds(NamedTuple):
         return ColumnBounds(low, high, lambda at: self.exact(features[at]))
 
 
+class SeenColumns(NamedTuple):
+    """Columns of some tokens, seen roughly.
+
+    sums: float32, what those of other tokens are added to; NaN where nothing is known. bounds: of the sums of all
+    tokens, the (least, greatest) score of each column, [F] each.
+    """
+
+    sums: Tensor
+    bounds: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
 def largest_columns(
     bounds: ColumnBounds, size: int, keys: Callable[[Tensor], Tensor] = lambda scores: scores
 ) -> Tensor | None:

@@ -101,7 +101,7 @@ class Encoder(NamedTuple):
 
     def of_share(self, share: Share | None) -> Encoder:
         """The same, of a part of a batch."""
-        return self if share is None else self._replace(operands=self.operands.in_full()._replace(share=share))
+        return self if share is None else self._replace(operands=self.operands._replace(share=share))
 
     def weights_alone(self) -> Encoder:
         """An encoder of the same centred input whose gradient reaches W and b alone; no scale."""

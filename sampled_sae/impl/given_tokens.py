@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,13 +22,14 @@ class TakesTokens(Layer, Protocol):
 
 
 def flat_tokens(layer: TakesTokens, x: Tensor, scaled: bool) -> Tensor:
-    """[B, d_in], times `cfg.input_scale`.
+    """[B, d_in], times `cfg.input_scale`; of a crosscoder [B, layers * d_in].
 
     Raises:
         ValueError, TypeError: wrong shape, dtype or device, an empty batch, NaN or inf.
     """
-    x = _flat(layer, x, layer.cfg.d_in, "x")
-    x = x if scaled or layer.cfg.input_scale == 1 else x * layer.cfg.input_scale
+    cfg = layer.cfg
+    x = _flat(layer, x, cfg.width_in, "x", cfg.layers)
+    x = x if scaled or cfg.input_scale == 1 else x * factors(cfg.input_scale, cfg.d_in, x)
     layer.memory.inputs.check(x)
     return x
 
@@ -48,15 +49,28 @@ def flat_encoded(layer: TakesTokens, x: Tensor, number: int, scaled: bool) -> Te
 
 
 def flat_goal(layer: TakesTokens, target: Tensor, scaled: bool) -> Tensor:
-    """[B, d_out], times `cfg.factor_out`.
+    """[B, d_out], times `cfg.output_scale`.
 
     Raises:
         ValueError, TypeError: as `flat_tokens`.
     """
     target = _flat(layer, target, layer.cfg.width_out, "target")
-    target = target if scaled or layer.cfg.factor_out == 1 else target * layer.cfg.factor_out
+    target = target if scaled or layer.cfg.output_scale == 1 else target * layer.cfg.output_scale
     layer.memory.targets.check(target)
     return target
+
+
+class TokensAndGoal(NamedTuple):
+    """tokens: [B, d_in]. goal: [B, d_out], what is to be reconstructed."""
+
+    tokens: Tensor
+    goal: Tensor
+
+
+def tokens_and_goal(layer: TakesTokens, x: Tensor, target: Tensor | None, scaled: bool) -> TokensAndGoal:
+    """Raises as `flat_tokens` and `goal_of`."""
+    tokens = flat_tokens(layer, x, scaled)
+    return TokensAndGoal(tokens, goal_of(layer, x, tokens, target, scaled))
 
 
 def goal_of(layer: TakesTokens, x: Tensor, tokens: Tensor, target: Tensor | None, scaled: bool) -> Tensor:
@@ -78,12 +92,33 @@ def goal_of(layer: TakesTokens, x: Tensor, tokens: Tensor, target: Tensor | None
 
 
 def given_back(cfg: SampledSAEConfig, x_hat: Tensor, like: Tensor, scaled: bool) -> Tensor:
-    """A reconstruction [B, d_out] as the caller gets it: of the dtype and the leading dimensions of `like`."""
-    x_hat = x_hat if scaled or cfg.factor_out == 1 else x_hat / cfg.factor_out
-    return x_hat.to(like.dtype).view(*like.shape[:-1], cfg.width_out)
+    """A reconstruction [B, d_out] as the caller gets it: of the dtype and the leading dimensions of `like`, and of a
+    crosscoder its layers side by side or one behind the other as there."""
+    x_hat = x_hat if scaled or cfg.factor_out == 1 else x_hat / factors(cfg.factor_out, cfg.d_in, x_hat)
+    side_by_side = cfg.is_crosscoder and like.shape[-1] == cfg.d_in
+    return x_hat.to(like.dtype).view(like.shape if side_by_side else (*like.shape[:-1], cfg.width_out))
 
 
-def _flat(layer: TakesTokens, x: Tensor, width: int, name: str) -> Tensor:
+def leading(cfg: SampledSAEConfig, x: Tensor) -> torch.Size:
+    """The dimensions of x that count tokens."""
+    return x.shape[:-2] if cfg.is_crosscoder and x.shape[-1] == cfg.d_in else x.shape[:-1]
+
+
+def factors(scale: float | tuple[float, ...], d: int, like: Tensor) -> float | Tensor:
+    """A factor for all numbers of a token, or [layers * d] where each layer has its own."""
+    if not isinstance(scale, tuple):
+        return scale
+    return torch.tensor(scale, dtype=torch.float64).repeat_interleave(d).to(like)
+
+
+def _flat(layer: TakesTokens, x: Tensor, width: int, name: str, layers: int = 1) -> Tensor:
+    if layers > 1 and isinstance(x, Tensor) and x.ndim > 1 and x.shape[-2:] == (layers, width // layers):
+        x = x.flatten(-2)
+    elif layers > 1 and isinstance(x, Tensor) and x.shape[-1:] != (width,):
+        raise ValueError(
+            f"{name}.shape={tuple(x.shape)}: the last dimensions must be [layers={layers}, d_in={width // layers}], or "
+            f"one of {width}, the layers one behind the other"
+        )
     check_activations(x, width, name, may_be_empty=layer.layout.size > 1)
     if x.dtype in HALF and layer.W_enc.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
         x = x.float()

@@ -59,6 +59,17 @@ class ThresholdHints:
                 self._known.pop(next(iter(self._known)))
             self._known[key] = hint
 
+    def plain(self) -> list[tuple[float, str, bool, float, bool]]:
+        """`state_dict` as numbers; the last says whether it was a tensor."""
+        return [(*key, float(hint), isinstance(hint, Tensor)) for key, hint in self._known.items()]
+
+    def load_plain(self, state: list[tuple[float, str, bool, float, bool]], device: torch.device | str) -> None:
+        """The inverse of `plain`."""
+        self._known = {
+            (k, select, exact): torch.tensor([hint], device=device) if is_tensor else hint
+            for k, select, exact, hint, is_tensor in state
+        }
+
     def state_dict(self) -> list[tuple[float, str, bool, float | Tensor]]:
         """What a checkpoint needs: a search from another threshold may differ in last bits of what it finds."""
         return [(*key, hint) for key, hint in self._known.items()]

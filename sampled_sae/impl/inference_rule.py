@@ -12,7 +12,7 @@ from ..pretrained import MEMBERS
 from . import threshold
 from .encoder import Encoder
 from .interface import Implementation
-from .threshold import ThresholdModule
+from .layer_weights import LayerWeights
 
 NO_SET = "sae.inference_members is empty: inference='pool' needs a set, which sae.calibrate(x) chooses"
 
@@ -36,16 +36,16 @@ class Inference(NamedTuple):
         return self.threshold if self.members is None else torch.where(self.members, self.threshold, torch.inf)
 
 
-def missing(sae: ThresholdModule, cfg: SampledSAEConfig) -> str | None:
+def missing(sae: LayerWeights, cfg: SampledSAEConfig) -> str | None:
     """Why evaluation mode cannot select yet; None where it can."""
     if cfg.is_topk or cfg.inference == "batch":
         return None
-    if cfg.inference == "pool" and not bool(getattr(sae, MEMBERS).any()):
+    if cfg.inference == "pool" and not has_set(sae):
         return NO_SET
     return None if threshold.is_set(sae) else threshold.NEVER_SET
 
 
-def of_evaluation(sae: ThresholdModule, cfg: SampledSAEConfig) -> Inference:
+def of_evaluation(sae: LayerWeights, cfg: SampledSAEConfig) -> Inference:
     """That of evaluation mode.
 
     Raises:
@@ -56,7 +56,7 @@ def of_evaluation(sae: ThresholdModule, cfg: SampledSAEConfig) -> Inference:
     return Inference("batch") if cfg.inference == "batch" else by_threshold(sae, cfg)
 
 
-def by_threshold(sae: ThresholdModule, cfg: SampledSAEConfig) -> Inference:
+def by_threshold(sae: LayerWeights, cfg: SampledSAEConfig) -> Inference:
     """By the threshold that the SAE holds, and inside its fixed set where it has one.
 
     Raises:
@@ -64,10 +64,14 @@ def by_threshold(sae: ThresholdModule, cfg: SampledSAEConfig) -> Inference:
     """
     if cfg.inference != "pool":
         return Inference("threshold", sae.threshold)
-    members = getattr(sae, MEMBERS)
-    if not bool(members.any()):
+    if not has_set(sae):
         raise ValueError(NO_SET)
-    return Inference("pool", sae.threshold, members)
+    return Inference("pool", sae.threshold, sae.layout.local(getattr(sae, MEMBERS)))
+
+
+def has_set(sae: LayerWeights) -> bool:
+    """Whether the fixed set was ever chosen; it may be empty on one of several processes."""
+    return bool(sae.layout.whole(getattr(sae, MEMBERS)).any())
 
 
 def calibrated(parts: Implementation, encoder: Encoder, cfg: SampledSAEConfig, mode: str, l0: float) -> Inference:
@@ -85,15 +89,15 @@ def calibrated(parts: Implementation, encoder: Encoder, cfg: SampledSAEConfig, m
     return Inference(mode, threshold.between(parts, encoder, l0, members, size), mask)
 
 
-def adopt(sae: ThresholdModule, found: Inference) -> None:
+def adopt(sae: LayerWeights, found: Inference) -> None:
     """Makes a calibrated "threshold" or "pool" that of the SAE."""
     assert found.threshold is not None
     threshold.set_calibrated(sae, found.threshold)
     if found.members is not None:
-        getattr(sae, MEMBERS).copy_(found.members)
+        sae.layout.local(getattr(sae, MEMBERS)).copy_(found.members)
 
 
-def follow(sae: ThresholdModule, before: SampledSAEConfig | None, now: SampledSAEConfig) -> None:
+def follow(sae: LayerWeights, before: SampledSAEConfig | None, now: SampledSAEConfig) -> None:
     """The buffers of an SAE whose config becomes `now`: a threshold inside one set is none for another set."""
     sizes = [c.inference_size if c is not None and c.inference == "pool" else None for c in (before, now)]
     if sizes[0] == sizes[1]:
@@ -101,6 +105,7 @@ def follow(sae: ThresholdModule, before: SampledSAEConfig | None, now: SampledSA
     if sizes[1] is None:
         delattr(sae, MEMBERS)
     else:
-        sae.register_buffer(MEMBERS, torch.zeros(now.d_sae, dtype=torch.bool, device=sae.threshold.device))
+        nothing = torch.zeros(now.d_sae, dtype=torch.bool, device=sae.threshold.device)
+        sae.register_buffer(MEMBERS, sae.layout.adopt(nothing, MEMBERS))
     if before is not None:
         threshold.void(sae)

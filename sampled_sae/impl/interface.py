@@ -16,9 +16,10 @@ from ..config import IMPLS
 from ..support.argument_checks import check_choice
 from . import reference_form
 from .adam_step import AdamStep, Moments
-from .column_bounds import ColumnBounds
+from .column_bounds import ColumnBounds, SeenColumns
 from .encoder import Encoder, Operands
 from .hints import Rule
+from .ranking import Ranking
 from .torch import aux_loss as torch_aux
 from .torch import layer as torch_layer
 from .torch import row_adam as torch_row_adam
@@ -27,15 +28,16 @@ from .totals import Totals
 # once: torch 2.11 does not trace through the search
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ONE_PROCESS = Totals()
+ONE_PROCESS = Totals(), Ranking()
 
 
 @dataclass(frozen=True)
 class Implementation:
     """The layer's parts, each under one signature: see torch/layer.py, torch/aux_loss.py and torch/row_adam.py.
 
-    `encoder` makes the value that the others are given, once a step. Of `column_statistics`, `use_block`, `search` and
-    `take_kept` scores and selections of many processes are made (distributed/parts.py); the reference has none.
+    `encoder` makes the value that the others are given, once a step. Of `column_statistics`, `use_block`, `search`,
+    `take_kept` and `seen_columns` scores and selections of many processes are made (distributed/parts.py); the
+    reference has none, and the last one is there where a screen is.
     `errors`, where there is one, adds a bias [d] to a reconstruction [B, d] and gives each token's squared error too.
     """
 
@@ -57,8 +59,10 @@ class Implementation:
     use_block: Callable[[int, float, int], bool] | None = None
     search: Callable[[Operands, Rule, float | None], Entries] | None = None
     take_kept: Callable[[Entries, Tensor, int, int], Entries] | None = None
+    seen_columns: Callable[[Operands, str], SeenColumns | None] | None = None
     errors: Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]] | None = None
     totals: Totals = field(default_factory=Totals)
+    ranking: Ranking = field(default_factory=Ranking)
 
 
 def resolve_impl(impl: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
@@ -128,6 +132,7 @@ def parts_of(layer: ModuleType, aux: ModuleType, optimizer: ModuleType) -> Imple
         getattr(layer, "use_block", None),
         getattr(layer, "search", None),
         getattr(layer, "take_kept", None),
+        getattr(layer, "seen_columns", None),
         getattr(layer, "squared_errors", None),
-        ONE_PROCESS,
+        *ONE_PROCESS,
     )

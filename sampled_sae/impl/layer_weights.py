@@ -1,4 +1,4 @@
-"""The weights of a layer, where they are, and what keeps decoder rows at unit norm."""
+"""The weights of a layer, where they are, and what keeps the norms of decoder rows."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SampledSAEConfig
+from .decoder_rows import layer_norms, normalize_, without_growth
 from .layout import ALONE, Layout
 from .threshold import ThresholdModule
 
 
 class LayerWeights(ThresholdModule):
     """W_enc [d, F], b_enc [F], W_dec [F, d_out], b_dec [d_out], and W_skip [d, d_out] or None.
+
+    Of a crosscoder d and d_out are the widths of all layers together.
 
     Attributes:
         layout: which of them are in this process: all, or what `sampled_sae.distributed.parallelize` has left here.
@@ -25,6 +28,7 @@ class LayerWeights(ThresholdModule):
     b_dec: nn.Parameter
     W_skip: nn.Parameter | None
     layout: Layout
+    cfg: SampledSAEConfig
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__(device, dtype)
@@ -45,22 +49,37 @@ class LayerWeights(ThresholdModule):
             return nn.functional.normalize(rows, dim=1).to(device=device, dtype=dtype)
 
         W_dec = unit_rows(cfg.width_out)
+        W_enc = unit_rows(cfg.d_in) if cfg.is_transcoder else W_dec.clone()
+        if cfg.is_crosscoder:
+            W_enc.mul_(layer_norms(W_dec, cfg.layers).sum(1, keepdim=True))
+            normalize_(W_dec, cfg.layers)
         self.W_dec = nn.Parameter(W_dec)
-        self.W_enc = nn.Parameter((unit_rows(cfg.d_in) if cfg.is_transcoder else W_dec.clone()).t())
+        self.W_enc = nn.Parameter(W_enc.t())
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, device=device, dtype=dtype))
         self.b_dec = nn.Parameter(torch.zeros(cfg.width_out, device=device, dtype=dtype))
         zeros = torch.zeros(cfg.d_in, cfg.width_out, device=device, dtype=dtype) if cfg.skip else None
         self.register_parameter("W_skip", None if zeros is None else nn.Parameter(zeros))
 
     @torch.no_grad()
+    def layer_norms(self) -> Tensor:
+        """Norms of the decoder rows of each feature, one a layer: [d_sae, layers], in float32 or float64.
+
+        They say where a feature lives: `norms / norms.sum(1, keepdim=True)` is 1 for the only layer of a feature and
+        1 / layers in each where it is equally strong.
+        """
+        W = self.layout.whole(self.W_dec)
+        return layer_norms(W.to(torch.promote_types(W.dtype, torch.float32)), self.cfg.layers)
+
+    @torch.no_grad()
     def normalize_decoder(self) -> None:
-        """Unit decoder rows; equivalent to `W_dec /= W_dec.norm(dim=1, keepdim=True)`."""
-        W = self.layout.local(self.W_dec)
-        W.div_(torch.linalg.vector_norm(W, dim=1, keepdim=True).clamp_min_(1e-12))
+        """Unit decoder rows; equivalent to `W_dec /= W_dec.norm(dim=1, keepdim=True)`. Those of a crosscoder's layers
+        get norms that add up to 1, `W_dec /= W_dec.view(d_sae, layers, d_in).norm(dim=2).sum(1, keepdim=True)`."""
+        normalize_(self.layout.local(self.W_dec), self.cfg.layers)
 
     @torch.no_grad()
     def project_decoder_grad(self) -> None:
-        """Removes from W_dec.grad the part parallel to each decoder row; for optimizers other than RowAdam."""
+        """Removes from W_dec.grad the part that changes what `normalize_decoder` keeps: that parallel to each decoder
+        row, or along the rows of a crosscoder's layers. For optimizers other than RowAdam."""
         if self.W_dec.grad is not None:
-            W, grad = nn.functional.normalize(self.layout.local(self.W_dec), dim=1), self.layout.local(self.W_dec.grad)
-            grad.sub_((grad * W).sum(1, keepdim=True) * W)
+            grad = self.layout.local(self.W_dec.grad)
+            grad.copy_(without_growth(grad, self.layout.local(self.W_dec), self.cfg.layers))

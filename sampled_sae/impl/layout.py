@@ -6,7 +6,7 @@ What depends on it asks the layer's layout, so that the step of one process and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..codes import SparseCodes
 from ..support.tensor_file import Piece
 from .encoder import Share
+from .hints import ThresholdHints
 from .interface import Implementation, implementation
 from .row_gradients import RowSource
 from .step_memory import StepMemory
@@ -35,6 +36,10 @@ class Layer(Protocol):
     def b_dec(self) -> nn.Parameter: ...
     @property
     def W_skip(self) -> nn.Parameter | None: ...
+
+
+# tokens of a batch, and what goes with them
+Given = TypeVar("Given", bound=tuple[Tensor, ...])
 
 
 class Leaves(NamedTuple):
@@ -59,10 +64,12 @@ class Layout:
     Attributes:
         size: number of processes.
         device_mesh: of them; None for one.
+        own_hints: where searches start that go through the tokens or the features of this process alone; None for one.
     """
 
     size = 1
     device_mesh: DeviceMesh | None = None
+    own_hints: ThresholdHints | None = None
 
     def parts(self, name: str) -> Implementation:
         """The layer's parts in the implementation `name`."""
@@ -73,20 +80,25 @@ class Layout:
         rows = layer.memory.rows(keep_rows)
         return Leaves(layer.W_enc.t(), layer.b_enc, layer.W_dec, layer.b_dec, layer.b_dec, rows, layer.W_skip)
 
-    def read(self, read: Callable[[], Tensor]) -> tuple[Tensor, Share | None]:
-        """What `read` makes of the caller's batch, [B, d], and where it stands in that of all processes."""
+    def read(self, read: Callable[[], Given]) -> tuple[Given, Share | None]:
+        """What `read` makes of the caller's batch, tokens [B, d] first, and where they stand among all processes'."""
         return read(), None
 
     def into_encoder(self, x: Tensor) -> Tensor:
         """x [B, d] as the encoder is given it."""
         return x
 
+    def of_feature_ranks(self, x: Tensor) -> tuple[Tensor, slice]:
+        """Tokens [B, d] of the processes that hold other features, one after another, and which of them are x."""
+        return x, slice(None)
+
+    def screen(self, screen: str, impl: str, share: Share | None) -> str:
+        """What `cfg.screen` means for a batch, or for tokens that stand alone where `share` is None."""
+        return screen
+
     def guard(self, layer: Layer) -> None:
         """Refuses, before a step with gradients, what would train `layer` by another rule."""
         guard_rule(layer)
-
-    def check_inference(self, inference: str) -> None:
-        """Refuses what evaluation mode cannot do where the layer is."""
 
     def numbered(self, codes: SparseCodes) -> SparseCodes:
         """Codes of the features here, as those of all features."""

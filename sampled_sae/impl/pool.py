@@ -10,10 +10,9 @@ from torch import Tensor
 
 from ..config import pool_size
 from ..support.cuda_graphs import capturing
-from ..support.nth_largest import largest_mask
-from .column_bounds import ColumnBounds, largest_columns
+from .column_bounds import ColumnBounds
 from .encoder import Operands
-from .pool_sampling import gumbel_noise
+from .ranking import Ranking
 
 # batches without a screen after one that it did not help
 REST = 64
@@ -52,6 +51,9 @@ class Scoring(Protocol):
 
     @property
     def candidate_pool(self) -> Callable[[Tensor, int, str, torch.Generator | None], Tensor]: ...
+
+    @property
+    def ranking(self) -> Ranking: ...
 
 
 class KeptPool:
@@ -128,16 +130,16 @@ def find_pool(
         scores = parts.column_scores(seen, rule.score)
         return Pool(parts.candidate_pool(scores, size, rule.pool, generator), scores)
     # drawn once, for the bounds and for the scores in full
-    noise = 0 if rule.pool == "top" else gumbel_noise(bounds.low, generator)
+    noise = 0 if rule.pool == "top" else parts.ranking.noise(bounds.low, generator)
 
     def keys(scores: Tensor) -> Tensor:
         return scores if rule.pool == "top" else scores.double().log() + noise
 
-    members = largest_columns(bounds, size, keys)
+    members = parts.ranking.within(bounds, size, keys)
     if members is not None:
         return Pool(members, bounds)
     scores = parts.column_scores(seen.in_full(), rule.score)
-    return Pool(largest_mask(keys(scores), size).nonzero().squeeze(1), scores)
+    return Pool(parts.ranking.largest(keys(scores), size), scores)
 
 
 def share_of(operands: Operands, share: float) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 # products and squares of what is larger may leave the range of float32
 LARGEST = 1e15
+# tokens whose norms are taken at once
+ROWS = 64
 
 
 class RoundedTokens:
@@ -27,11 +29,12 @@ class RoundedTokens:
 
     @cached_property
     def norms(self) -> Tensor:
-        return row_norms(self.x.float())
+        return torch.cat([row_norms(rows.float()) for rows in self.x.split(ROWS)])
 
     @cached_property
     def errors(self) -> Tensor:
-        return row_norms(self._tokens - self.x)
+        parts = zip(self._tokens.split(ROWS), self.x.split(ROWS))
+        return torch.cat([row_norms(tokens - rows.float()) for tokens, rows in parts])
 
     @property
     def in_range(self) -> bool:

@@ -20,6 +20,10 @@ class Totals:
         """The smallest kept activation, 0-dim; inf where nothing is kept."""
         return codes.smallest()
 
+    def once(self, x: Tensor) -> Tensor:
+        """x, which serves what processes that hold other features compute alike: one of them alone has its gradient."""
+        return x
+
     def count(self, codes: SparseCodes) -> int:
         """Number of kept entries."""
         return codes.count()

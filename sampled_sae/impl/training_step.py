@@ -73,7 +73,7 @@ def reconstruct(
         b_out = leaves.b_out if parts.errors is None else None
         x_hat = parts.decode(codes, leaves.W_dec, b_out, leaves.rows)
         if leaves.W_skip is not None:
-            x_hat = x_hat + skipped(encoder.x, leaves.W_skip, x_hat.dtype)
+            x_hat = x_hat + skipped(parts.totals.once(encoder.x), leaves.W_skip, x_hat.dtype)
         if parts.errors is None:
             errors = squared_errors(tokens, x_hat)
         else:
@@ -82,7 +82,7 @@ def reconstruct(
         return mse, mse, x_hat
     levels = parts.decode_levels(codes, leaves.W_dec, leaves.b_out, c.groups, leaves.rows)
     if leaves.W_skip is not None:
-        levels = levels + skipped(encoder.x, leaves.W_skip, levels.dtype)[:, None]
+        levels = levels + skipped(parts.totals.once(encoder.x), leaves.W_skip, levels.dtype)[:, None]
     errors = parts.totals.mean(LevelErrors.apply(tokens, levels), encoder.operands)
     return errors.mean(), errors[-1], levels[:, -1].contiguous()
 

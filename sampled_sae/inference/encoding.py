@@ -12,6 +12,7 @@ from ..impl.encoder import Encoder
 from ..impl.gate import Gate
 from ..impl.hints import Rule, ThresholdHints
 from ..impl.interface import Implementation
+from ..impl.torch.screen import FOR_THRESHOLDS
 from .config import InferenceConfig
 
 
@@ -46,6 +47,8 @@ def tokens_to_encode(
 
     W = rows(tensors["W_enc"].t())
     screen = cfg.screen if features is None else "off"
+    if screen == "auto" and cfg.rule != "topk":
+        screen = FOR_THRESHOLDS
     if cfg.rule == "gated":
         gain, shift = rows(tensors["r_mag"]).exp(), rows(tensors["b_mag"])
         if scale is not None:

@@ -14,7 +14,9 @@ from ..impl.hints import ThresholdHints
 from ..impl.interface import Implementation, implementation, resolve_impl
 from ..residual_stream.splicing import Splicing
 from ..support.argument_checks import HALF, check_activations, describe
+from ..support.even_slices import even_slices
 from ..support.late_values import FiniteInputs
+from .blocks import join_codes, join_rows
 from .config import InferenceConfig
 from .decoder_norms import decoder_norms, inverse_norms
 from .encoding import TokensToEncode, active_codes, active_dense, tokens_to_encode
@@ -25,6 +27,8 @@ from .token_norms import NormedTokens, norm_tokens
 
 # dense codes with a smaller share of active entries are decoded entry by entry
 FEW_ACTIVE = 1 / 32
+# elements of activations that are copied at once for a search, in float32
+COPIED = 3 << 18
 
 
 @dataclass
@@ -88,7 +92,7 @@ class InferenceSAE(Splicing, nn.Module):
     def forward(self, x: Tensor) -> InferenceOutput:
         """x [..., d_in] to its active features and the reconstruction, skip included."""
         given, tokens = self._tokens(x)
-        codes = self._codes(x, tokens)
+        codes = self._codes(x, tokens, self._scale())
         x_hat = self._in_units(self._decode_sparse(codes), tokens)
         if self.cfg.skip:
             x_hat = x_hat + product(given, self.W_skip) / self._factor_out
@@ -97,7 +101,8 @@ class InferenceSAE(Splicing, nn.Module):
     @torch.compiler.disable
     def encode_sparse(self, x: Tensor) -> SparseCodes:
         """The active features of x [..., d_in], [B, d_sae]; values of at least float32, with gradient to x."""
-        return self._codes(x, self._tokens(x)[1])
+        scale = self._scale()
+        return join_codes([self._codes(part, self._tokens(part)[1], scale) for part in self._in_blocks(x)])
 
     @torch.compiler.disable
     def encode(self, x: Tensor, features: Sequence[int] | Tensor | None = None) -> Tensor:
@@ -108,13 +113,11 @@ class InferenceSAE(Splicing, nn.Module):
 
         Equivalent to `encode_sparse(x).to_dense()`, to its columns with `features`; of the dtype of x.
         """
-        tokens, chosen = self._tokens(x)[1], self._chosen(features)
-        if self.cfg.k is not None and chosen is not None:
-            a = dense_columns(self._codes(x, tokens), chosen)
-        else:
-            parts, ready = self._ready(x, tokens, chosen)
-            a = active_dense(parts, self.cfg.k, ready, self._hints)
-        return a.to(x.dtype).view(*x.shape[:-1], a.shape[1])
+        chosen = self._chosen(features)
+        scale = self._scale(chosen if self.cfg.k is None else None)
+        blocks = [x] if chosen is None else self._in_blocks(x)
+        a = join_rows([self._dense(part, chosen, scale).to(x.dtype) for part in blocks])
+        return a.view(*x.shape[:-1], a.shape[1])
 
     @torch.compiler.disable
     def decode(
@@ -230,20 +233,42 @@ class InferenceSAE(Splicing, nn.Module):
         """The implementation for activations or codes of that dtype."""
         return resolve_impl(self.cfg.impl, self.W_enc.device, torch.promote_types(dtype, self.W_enc.dtype))
 
+    def _in_blocks(self, x: Tensor) -> list[Tensor]:
+        """x, or its tokens some after others where whole copies of it would be made for nothing but a search."""
+        check_activations(x, self.cfg.d_in)
+        wants_grad = torch.is_grad_enabled() and x.requires_grad
+        if wants_grad or self.cfg.k is not None or self._form_for(x.dtype) != "torch":
+            return [x]
+        c = self.cfg
+        copied = x.dtype != torch.float32 or c.apply_b_dec_to_input or c.normalize != "none" or c.input_scale != 1
+        flat = x.reshape(-1, c.d_in)
+        return [flat[at] for at in even_slices(len(flat), c.d_in, COPIED if copied else 2 * COPIED)]
+
+    def _scale(self, features: Tensor | None = None) -> Tensor | None:
+        """What activations are multiplied by: [F], or [P] of the features."""
+        return decoder_norms(self.W_dec, features) if self.cfg.scale_by_decoder_norm else None
+
     def _ready(
-        self, x: Tensor, tokens: NormedTokens, features: Tensor | None = None
+        self, x: Tensor, tokens: NormedTokens, scale: Tensor | None, features: Tensor | None = None
     ) -> tuple[Implementation, TokensToEncode]:
         name, given = self._form_for(x.dtype), tokens.x
         if name == "triton":
             # its products are of what 16-bit activations and weights are rounded to
             given = given.to(torch.promote_types(x.dtype, self.W_enc.dtype))
-        scale = decoder_norms(self.W_dec, features) if self.cfg.scale_by_decoder_norm else None
         tensors, parts = dict(self.named_buffers()), implementation(name)
         return parts, tokens_to_encode(parts, self.cfg, tensors, given, scale, features)
 
-    def _codes(self, x: Tensor, tokens: NormedTokens) -> SparseCodes:
-        parts, ready = self._ready(x, tokens)
+    def _codes(self, x: Tensor, tokens: NormedTokens, scale: Tensor | None) -> SparseCodes:
+        parts, ready = self._ready(x, tokens, scale)
         return active_codes(parts, self.cfg.k, ready, self._hints)
+
+    def _dense(self, x: Tensor, features: Tensor | None, scale: Tensor | None) -> Tensor:
+        """Activations [B, F], or [B, P] of the features."""
+        tokens = self._tokens(x)[1]
+        if self.cfg.k is not None and features is not None:
+            return dense_columns(self._codes(x, tokens, scale), features)
+        parts, ready = self._ready(x, tokens, scale, features)
+        return active_dense(parts, self.cfg.k, ready, self._hints)
 
     def _decode_sparse(self, codes: SparseCodes) -> Tensor:
         """codes W_dec + b_dec, [B, d_out]."""

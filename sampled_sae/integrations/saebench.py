@@ -107,11 +107,12 @@ class SAEBenchSAE(nn.Module):
             raise TypeError(f"model_name={model_name!r}: must be a name that TransformerLens knows")
         hook_layer = check_integer("hook_layer", hook_layer, 0)
         context_size = None if context_size is None else check_integer("context_size", context_size, 1)
-        scale = sae.cfg.input_scale if scale is None else check_positive("scale", scale)
         self.rule = inference_rule(sae.cfg, inference)
         portable = PortableSAE.of(sae, self.rule)
         portable.refuse_transcoder("SAEBench")
-        portable = replace(portable, input_scale=scale).read_at(1.0)
+        portable.refuse_crosscoder("SAEBench")
+        factor = sae.cfg.input_scale if scale is None else check_positive("scale", scale)
+        portable = replace(portable, input_scale=factor).read_at(1.0)
         self.k = portable.whole_k("inference='topk'") if self.rule == "topk" else None
         threshold = portable.threshold
         if self.rule == "topk":

@@ -1,39 +1,19 @@
-"""Harvest the activations of one layer into a store on disk, resumable at any moment.
+"""Harvest the activations of one layer into a store on disk, resumable at any moment."""
 
-The files are those of `sampled_sae.training.store_writer`. The manifest is written after each of them: a killed
-harvest loses at most the shard under way.
-"""
-
-import hashlib
-import math
-import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from sampled_sae.corpus.token_places import TokenPlaces
-from sampled_sae.lm.dropped import check_drop_tokens, dropped
-from sampled_sae.lm.models import check_rows, device_of, name_of, weights_digest
+from sampled_sae.lm.harvest_files import check_kind, checked_settings, write_stores
+from sampled_sae.lm.models import device_of
 from sampled_sae.residual_stream.blocks import check_layer
 from sampled_sae.residual_stream.hooks import capture
-from sampled_sae.support.all_ranks import AllRanks, ranks_of
-from sampled_sae.support.argument_checks import check_choice, check_flag, check_integer, check_number
-from sampled_sae.support.atomic_files import field
+from sampled_sae.support.all_ranks import ranks_of
+from sampled_sae.support.argument_checks import check_choice, check_integer
 from sampled_sae.support.output_folder import check_output_folder, held_by_first
-from sampled_sae.training.store_writer import (
-    DTYPES,
-    MANIFEST,
-    StoreWriter,
-    as_stored,
-    installed_version,
-    new_manifest,
-    read_manifest,
-)
 
 
 def harvest(
@@ -98,163 +78,28 @@ def harvest(
     """
     folder, ranks = Path(out_dir), ranks_of(mesh)
     check_layer(model, layer)
-    layer = check_integer("layer", layer, 0)
-    check_rows(model, rows)
-    batch_size = check_integer("batch_size", batch_size, 1)
-    rows_per_shard = check_integer("rows_per_shard", rows_per_shard, 1)
-    holdout_rows = check_holdout(holdout_rows, len(rows))
-    dtype = check_choice("dtype", str(dtype).removeprefix("torch."), tuple(DTYPES))
-    compute_dtype = check_choice("compute_dtype", compute_dtype, ("float32", "bfloat16"))
-    drop_first = check_flag("drop_first", drop_first)
-    max_norm_ratio = float(check_number("max_norm_ratio", max_norm_ratio, 1, None))
-    tokens = check_drop_tokens(model, drop_tokens)
-    for part in (rows[:batch_size], rows[len(rows) - holdout_rows :]):
-        if len(part) and bool(torch.isin(part[:, int(drop_first) :], torch.tensor(tokens, dtype=torch.int64)).all()):
-            raise ValueError(f"drop_tokens={tokens} leaves nothing of {len(part)} rows: drop fewer, or check the texts")
-    model.eval()
-    settings = {
-        "model": name_of(model) if model_name is None else str(model_name),
-        "layer": layer,
-        "context": rows.shape[1],
-        "source": str(source),
-        "rows": len(rows),
-        "rows_sha256": hashlib.sha256(rows.cpu().contiguous().numpy().tobytes()).hexdigest(),
-        "weights_sha256": weights_digest(model),
+    given = {
+        "layer": check_integer("layer", layer, 0),
         "batch_size": batch_size,
         "rows_per_shard": rows_per_shard,
         "dtype": dtype,
-        "compute_dtype": compute_dtype,
+        "compute_dtype": check_choice("compute_dtype", compute_dtype, ("float32", "bfloat16")),
         "drop_first": drop_first,
-        "drop_tokens": tokens,
+        "drop_tokens": drop_tokens,
         "max_norm_ratio": max_norm_ratio,
         "holdout_rows": holdout_rows,
     }
+    settings = checked_settings(model, rows, {"model": model_name, "source": source, **given})
+
+    def batches(part: Tensor, first_row: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        return ((batch, [x]) for batch, x in residual_batches(model, part, first_row, settings))
+
     with ranks.accounted():
         with ranks.together():
+            check_kind(folder, pair=False)
             check_output_folder(folder)
         with held_by_first(folder, "harvest", ranks):
-            return _write_files(folder, model, rows, settings, ranks, progress)
-
-
-def _write_files(
-    folder: Path, model: Any, rows: Tensor, settings: dict[str, Any], ranks: AllRanks, progress: bool
-) -> dict[str, Any]:
-    manifest = _begun(folder, model, rows, settings, ranks)
-    writer = StoreWriter(folder, manifest)
-    train_rows = len(rows) - settings["holdout_rows"]
-    starts = range(0, train_rows, settings["rows_per_shard"])
-    # the held-out part comes last
-    parts = [rows[start : min(start + starts.step, train_rows)] for start in starts]
-    parts += [rows[train_rows:]] if settings["holdout_rows"] else []
-
-    def is_written(i: int) -> bool:
-        return writer.has_shard(i) if i < len(starts) else writer.has_holdout()
-
-    def write(i: int, bar: Any) -> dict[str, Any]:
-        if i < len(starts):
-            activations, places, counts = _activations(model, parts[i], starts[i], manifest, bar)
-            return writer.write_shard(i, activations, places, dropped=counts)
-        activations, _, counts = _activations(model, parts[i], train_rows, manifest, bar)
-        return writer.write_holdout(activations, parts[i], dropped=counts)
-
-    with ranks.together():
-        looked_at = range(ranks.rank, len(parts), ranks.size)
-        found = [i for i in looked_at if not is_written(i)]
-    missing = sorted(i for of_rank in ranks.gather(found) for i in of_rank)
-    shown = progress and ranks.first
-    with tqdm(total=rows.numel(), unit="token", unit_scale=True, desc="harvest", disable=not shown) as bar:
-        bar.update(sum(part.numel() for i, part in enumerate(parts) if i not in missing))
-        bar.initial = bar.n  # so that the speed shown is that of this call
-        for start in range(0, len(missing), ranks.size):
-            these = missing[start : start + ranks.size]
-            entry = None
-            with ranks.together():
-                if ranks.rank < len(these):
-                    entry = write(these[ranks.rank], bar)
-            for other in filter(None, ranks.gather(entry)):
-                writer.list_file(other)
-            with ranks.together():
-                if ranks.first:
-                    writer.write_manifest()
-            bar.update(sum(parts[i].numel() for i in these[1:]))
-    if all("dropped" in shard for shard in manifest["shards"]):
-        manifest["dropped"] = {
-            reason: sum(shard["dropped"][reason] for shard in manifest["shards"])
-            for reason in manifest["shards"][0]["dropped"]
-        }
-    with ranks.together():
-        if ranks.first:
-            writer.write_manifest(complete=True)
-    return ranks.share(manifest)
-
-
-def _begun(folder: Path, model: Any, rows: Tensor, settings: dict[str, Any], ranks: AllRanks) -> dict[str, Any]:
-    """The manifest of a harvest that goes on or begins, which the first rank has read or written."""
-    ours = ranks.share(settings)
-    with ranks.together():
-        if differ := [name for name, value in settings.items() if ours[name] != value]:
-            raise ValueError(f"{', '.join(differ)}: other than those of the first rank; give all ranks the same")
-    manifest = None
-    with ranks.together():
-        if ranks.first:
-            manifest = _read_manifest(folder, settings)
-            if manifest is None:
-                manifest = _new_manifest(model, rows[: settings["batch_size"]], settings)
-                StoreWriter(folder, manifest).write_manifest()
-    found: dict[str, Any] = ranks.share(manifest)
-    return found
-
-
-def check_holdout(holdout_rows: int, rows: int) -> int:
-    """`holdout_rows` as an int; ValueError unless it leaves some of the rows to train on."""
-    count = check_integer("holdout_rows", holdout_rows, 0)
-    if count >= rows:
-        raise ValueError(f"holdout_rows={count} must be from 0 to {rows - 1}: there are {rows} rows")
-    return count
-
-
-def _read_manifest(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    path = folder / MANIFEST
-    if not path.exists():
-        return None
-    manifest = read_manifest(folder)
-    before = manifest["settings"]
-    if "drop_tokens" not in before and settings.pop("drop_tokens"):
-        warnings.warn(
-            f"{folder} was begun without drop_tokens, and goes on without: special tokens stay in it", stacklevel=3
-        )
-    _check_same(folder, before, {name: settings.get(name) for name in [*settings, *before]})
-    field(path, manifest, "max_norm", float)
-    for i, shard in enumerate(manifest["shards"]):
-        field(f"{path}: shards[{i}]", shard, "sum_squares", float, 0)
-    return manifest
-
-
-def check_resumes(folder: Path, known: dict[str, Any]) -> None:
-    """ValueError where the folder holds a harvest with other settings than those `known` without the model."""
-    if (folder / MANIFEST).exists():
-        _check_same(folder, read_manifest(folder)["settings"], known)
-
-
-def _check_same(folder: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
-    if "model" not in before:
-        raise ValueError(f"{folder} holds activations that no harvest wrote: choose another folder")
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise ValueError(
-                f"{folder} was harvested with {name}={before.get(name)!r}, this call has {name}={value!r}: "
-                "use the same settings or another folder"
-            )
-
-
-def _new_manifest(model: Any, first_rows: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
-    batch, x = next(residual_batches(model, first_rows, 0, settings))
-    norms = x[~dropped(batch, x, settings["drop_first"], settings["drop_tokens"], math.inf)[0]].norm(dim=-1)
-    max_norm = settings["max_norm_ratio"] * float(norms.median())
-    about = {field: settings[field] for field in ("model", "layer", "context", "source")}
-    manifest = new_manifest(x.shape[-1], settings["dtype"], settings, max_norm=max_norm, **about)
-    manifest["versions"]["transformers"] = installed_version("transformers")
-    return manifest
+            return write_stores([folder], [settings], rows, batches, ranks, progress)[0]
 
 
 def residual_batches(
@@ -279,21 +124,3 @@ def residual_batches(
                 "load the model in another dtype, or leave these rows out"
             )
         yield batch, x
-
-
-def _activations(
-    model: Any, rows: Tensor, first_row: int, manifest: dict[str, Any], bar: Any
-) -> tuple[Tensor, TokenPlaces, dict[str, int]]:
-    """(the vectors [n, d] of the rows that stay, on the CPU in the stored dtype; where they stand; how many do not
-    stay, by reason)."""
-    kept: list[Tensor] = []
-    stay: list[Tensor] = []
-    counts: Counter[str] = Counter()
-    settings = manifest["settings"]
-    for batch, x in residual_batches(model, rows, first_row, settings):
-        out, found = dropped(batch, x, settings["drop_first"], settings.get("drop_tokens", ()), manifest["max_norm"])
-        kept.append(as_stored(x[~out], manifest["dtype"]))
-        stay.append(~out.cpu())
-        counts.update(found)
-        bar.update(batch.numel())
-    return torch.cat(kept), TokenPlaces.of_rows(rows, torch.cat(stay)), dict(counts)

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from sampled_sae.lm.dropped import check_drop_tokens, dropped
 from sampled_sae.lm.models import check_rows, device_of, name_of, weights_digest
+from sampled_sae.lm.point_splice import PointSplice
 from sampled_sae.lm.rows import RowReader
+from sampled_sae.lm.splice import SpliceEvaluator
 from sampled_sae.residual_stream.blocks import check_layer
+from sampled_sae.residual_stream.hook_points import HookPoint, capture_points, check_points, layer_point
 from sampled_sae.residual_stream.several_layers import capture_layers
 from sampled_sae.support.argument_checks import check_flag, check_integer, check_number
 from sampled_sae.support.atomic_files import field
@@ -31,10 +34,11 @@ class ModelSource:
     Args:
         model: causal language model or encoder, on any device or spread over several; put in eval mode.
         rows: of token ids.
-        layers: indices of blocks, from 0, none twice; one pass of the model serves all.
+        layers: indices of blocks, from 0, and other places as `HookPoint`, none twice; one pass serves all.
         model_name, source: as recorded; the model's `name_or_path` when absent.
         batch_size: rows a forward pass.
-        holdout_rows: the first rows, which are never trained on; `harvest` has the same ones of the same texts.
+        holdout_rows: the first rows, which are never trained on; `holdout` gives them, and `harvest` has the same ones
+            of the same texts.
         drop_first, drop_tokens, max_norm_ratio: as in `harvest`.
 
     Raises:
@@ -45,7 +49,7 @@ class ModelSource:
         self,
         model: Any,
         rows: RowReader,
-        layers: Sequence[int],
+        layers: Sequence[int | HookPoint],
         *,
         model_name: str | None = None,
         source: str = "",
@@ -55,7 +59,8 @@ class ModelSource:
         drop_tokens: Iterable[int] | None = None,
         max_norm_ratio: float = 10.0,
     ) -> None:
-        self._layers = check_layers(model, layers)
+        self._layers = check_places(model, layers)
+        self._points = [layer_point(model, each) if isinstance(each, int) else each for each in self._layers]
         self._model, self._rows = model.eval(), rows
         self._batch_size = check_integer("batch_size", batch_size, 1)
         self._holdout_rows = check_integer("holdout_rows", holdout_rows, 0)
@@ -65,14 +70,17 @@ class ModelSource:
         )
         self._ratio = float(check_number("max_norm_ratio", max_norm_ratio, 1, None))
         self._name, self._source = name_of(model) if model_name is None else str(model_name), str(source)
-        self.widths = [x.shape[-1] for x in self._run(torch.zeros(1, 2, dtype=torch.int64))]
+        probe = torch.zeros(1, 2, dtype=torch.int64)
+        if any(isinstance(each, HookPoint) for each in self._layers):
+            check_points(model, self._points, probe.to(device_of(model)))
+        self.widths = [x.shape[-1] for x in self._run(probe)]
         self._place: dict[str, Any] = {"epoch": 0, "tokens": 0, "row": 0, "max_norms": None}
 
     @property
     def about(self) -> list[dict[str, Any]]:
         settings = {
             "weights_sha256": weights_digest(self._model),
-            "layers": self._layers,
+            "layers": [layer if isinstance(layer, int) else str(layer) for layer in self._layers],
             "batch_size": self._batch_size,
             "holdout_rows": self._holdout_rows,
             "drop_first": self._drop_first,
@@ -81,7 +89,7 @@ class ModelSource:
             **self._rows.settings,
         }
         same = {"model": self._name, "source": self._source, "context": self._rows.context, "settings": settings}
-        return [{**same, "layer": layer} for layer in self._layers]
+        return [{**same, **_about(layer)} for layer in self._layers]
 
     def read(self) -> list[Tensor]:
         """The vectors of one forward pass that stay, float32 [n, d] on the CPU, for each layer.
@@ -94,10 +102,45 @@ class ModelSource:
         place = self._place
         if place["max_norms"] is None:
             place["max_norms"] = [self._max_norm(rows, x) for x in found]
-        out = torch.stack([self._dropped(rows, x, most) for x, most in zip(found, place["max_norms"])]).any(0)
+        stay = self._staying(rows, found)
         place["row"] += len(rows)
-        place["tokens"] += int((~out).sum())
-        return [x[~out.to(x.device)].cpu() for x in found]
+        place["tokens"] += len(stay[0])
+        return stay
+
+    def holdout(self) -> tuple[list[Tensor], Tensor]:
+        """(of each place the vectors of the held-out rows that stay, as `read` gives them; these rows, int64 [N, T]).
+
+        The place in the texts stays, which are opened anew.
+
+        Raises:
+            ValueError: no rows are held out, or there are none.
+        """
+        if not self._holdout_rows:
+            raise ValueError("holdout_rows=0: nothing is held out for an evaluation")
+        here = self.state_dict()
+        self._rows.restart()
+        rows = self._rows.take(self._holdout_rows)
+        self.load_state_dict(here)
+        if len(rows) == 0:
+            raise ValueError(f"{self._source or 'the texts'}: no row of {self._rows.context} tokens to hold out")
+        kept: list[list[Tensor]] = [[] for _ in self._layers]
+        for batch in rows.split(self._batch_size):
+            found = self._run(batch)
+            if self._place["max_norms"] is None:
+                self._place["max_norms"] = [self._max_norm(batch, x) for x in found]
+            for part, x in zip(kept, self._staying(batch, found)):
+                part.append(x)
+        return [torch.cat(part) for part in kept], rows
+
+    def splice(self, places: Sequence[int], rows: Tensor) -> SpliceEvaluator | PointSplice:
+        """What measures an SAE of one of the places, by number, or a transcoder of two, on rows of token ids."""
+        most = [self._place["max_norms"][i] for i in places]
+        left_out: dict[str, Any] = {"drop_first": self._drop_first, "drop_tokens": self._drop_tokens}
+        layer = self._layers[places[0]]
+        if len(places) == 1 and isinstance(layer, int):
+            return SpliceEvaluator(self._model, rows, layer, max_norm=most[0], **left_out)
+        read, target = self._points[places[0]], self._points[places[-1]]
+        return PointSplice(self._model, rows, read, target, max_norms=(most[0], most[-1]), **left_out)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._place, "rows": self._rows.state_dict()}
@@ -125,17 +168,30 @@ class ModelSource:
 
     def _run(self, rows: Tensor) -> list[Tensor]:
         """The residual streams [b, T, d] in float32, each on the device of its block."""
-        with torch.inference_mode(), capture_layers(self._model, self._layers) as found:
-            self._model(input_ids=rows.to(device_of(self._model)), use_cache=False)
-        for layer, x in found.items():
+        given = rows.to(device_of(self._model))
+        blocks = [layer for layer in self._layers if isinstance(layer, int)]
+        if len(blocks) == len(self._layers):
+            with torch.inference_mode(), capture_layers(self._model, blocks) as of_layer:
+                self._model(input_ids=given, use_cache=False)
+            found = [of_layer[layer] for layer in blocks]
+        else:
+            with torch.inference_mode(), capture_points(self._model, self._points) as found:
+                self._model(input_ids=given, use_cache=False)
+        for layer, x in zip(self._layers, found):
             finite = x.isfinite().all(dim=-1).all(dim=-1)
             if not finite.all():
                 bad = [self._place["row"] + int(row) for row in (~finite).nonzero()]
                 raise ValueError(
-                    f"activations of layer {layer} are not finite (NaN or inf) in rows {bad} of {self._source}: load "
-                    "the model in another dtype, or leave these texts out"
+                    f"activations of {_in_words(layer)} are not finite (NaN or inf) in rows {bad} of {self._source}: "
+                    "load the model in another dtype, or leave these texts out"
                 )
-        return [found[layer].float() for layer in self._layers]
+        return [x.float() for x in found]
+
+    def _staying(self, rows: Tensor, found: list[Tensor]) -> list[Tensor]:
+        """Of each place the vectors [n, d] that none of them leaves out, on the CPU."""
+        norms = self._place["max_norms"]
+        out = torch.stack([self._dropped(rows, x, most) for x, most in zip(found, norms)]).any(0)
+        return [x[~out.to(x.device)].cpu() for x in found]
 
     def _dropped(self, rows: Tensor, x: Tensor, max_norm: float) -> Tensor:
         return dropped(rows.to(x.device), x, self._drop_first, self._drop_tokens, max_norm)[0].cpu()
@@ -149,11 +205,25 @@ class ModelSource:
         return self._ratio * float(norms.median())
 
 
-def check_layers(model: Any, layers: Sequence[int]) -> list[int]:
-    """The layers as ints; ValueError for none, one twice, or one that the model has not."""
-    for layer in layers:
-        check_layer(model, layer)
-    found = [check_integer("layer", layer, 0) for layer in layers]
+def check_places(model: Any, places: Sequence[int | HookPoint]) -> list[int | HookPoint]:
+    """Blocks as ints, other places as they are; ValueError for none, one twice, or one that the model has not."""
+    found: list[int | HookPoint] = []
+    for place in places:
+        if isinstance(place, HookPoint):
+            place.of(model)
+        else:
+            check_layer(model, place)
+        found.append(place if isinstance(place, HookPoint) else check_integer("layer", place, 0))
     if not found or len(set(found)) < len(found):
-        raise ValueError(f"layers={list(layers)}: must be one or more blocks, none twice")
+        given = [place if isinstance(place, int) else str(place) for place in places]
+        raise ValueError(f"layers={given}: must be one or more blocks, none twice")
     return found
+
+
+def _about(place: int | HookPoint) -> dict[str, Any]:
+    """What a manifest says of it."""
+    return {"layer": place} if isinstance(place, int) else {"layer": None, "point": str(place)}
+
+
+def _in_words(place: int | HookPoint) -> str:
+    return f"layer {place}" if isinstance(place, int) else str(place)

@@ -132,6 +132,11 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def identity_of(model: nn.Module) -> dict[str, Any]:
+    """Name and fingerprint, as a manifest has them."""
+    return {"model": name_of(model), "weights_sha256": weights_digest(model)}
+
+
 def _naming(name: str) -> AbstractContextManager[None]:
     return named(f"model={name!r}: cannot be loaded")
 

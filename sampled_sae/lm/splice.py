@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as nnf
 
 from sampled_sae.lm.dropped import check_drop_tokens, dropped
-from sampled_sae.lm.models import check_rows, device_of, name_of, predicts_next_token, weights_digest
+from sampled_sae.lm.models import check_rows, device_of, identity_of, predicts_next_token
 from sampled_sae.residual_stream.blocks import check_layer, text_config, transformer_blocks
 from sampled_sae.residual_stream.hooks import replace
+from sampled_sae.support.all_ranks import own_part, ranks_of
 from sampled_sae.support.argument_checks import check_integer, check_positive
 from sampled_sae.training.same_settings import identity, in_words, is_same_model
 
@@ -46,6 +48,8 @@ class SpliceEvaluator:
         drop_first: leave position 0 of each row as it is; the manifest's `settings` have it.
         drop_tokens: ids left as they are wherever they stand; likewise.
         batch_size: rows a forward pass, at most; fewer where their logits would take more than 256 MiB.
+        mesh: of all processes, which call with the same arguments: each runs the model on its part of every
+            `batch_size` rows, at least one row each, and all have the figures of all rows.
         mean: float [d], raw, for the mean ablation; default the mean of the replaced vectors of these rows.
 
     Attributes:
@@ -70,6 +74,7 @@ class SpliceEvaluator:
         drop_first: bool = True,
         drop_tokens: Iterable[int] = (),
         batch_size: int = 4,
+        mesh: DeviceMesh | None = None,
         mean: Tensor | None = None,
     ) -> None:
         check_layer(model, layer)
@@ -82,16 +87,20 @@ class SpliceEvaluator:
         batch_size = check_integer("batch_size", batch_size, 1)
         model.eval()
         self._model, self._layer, self._scale = model, layer, scale
-        self.about = {**_identity(model), "layer": int(layer), "rows": len(rows)}
+        self.about = {**identity_of(model), "layer": int(layer), "rows": len(rows)}
         vocabulary = text_config(model).vocab_size
         size = min(batch_size, max(1, _LOGIT_BYTES // (4 * rows.shape[1] * vocabulary)))
-        self._batches = list(rows.to(device_of(model)).split(size))
+        self._ranks = ranks = ranks_of(mesh)
+        # of every batch the rows here, which may be none
+        self._batches = [own_part(b, ranks) for b in rows.to(device_of(model)).split(max(size, ranks.size))]
+        self._first = next((batch for batch in self._batches if len(batch)), rows[:1].to(device_of(model)))[:1]
+        self._predicted = rows[:, 1:].numel()
         self._residuals: list[Tensor] = []  # [b, T, d] each
         self._replaced: list[Tensor] = []  # bool [b, T] each
         # of what blocks 0 to layer return; 0: a bare tensor, None: neither that nor a tuple or list
         self._tuple_sizes: list[int | None] = []
         self.ce_clean = self._run_clean(drop_first, check_drop_tokens(model, drop_tokens), max_norm)
-        self.spliced_tokens = sum(int(replaced.sum()) for replaced in self._replaced)
+        self.spliced_tokens = int(ranks.total(sum(int(replaced.sum()) for replaced in self._replaced)))
         if self.spliced_tokens == 0:
             raise ValueError(f"no token would be replaced: all are dropped, or exceed max_norm={max_norm}")
         self._skips_prefix = self._suffix_equals_whole_model()
@@ -117,7 +126,11 @@ class SpliceEvaluator:
         Raises:
             ValueError: as the class; other weights, naming both models; a manifest of activations without a model.
         """
-        harvested, own = identity(manifest), _identity(model)
+        harvested, own = identity(manifest), identity_of(model)
+        if harvested.get("point"):
+            raise ValueError(
+                f"manifest is of {in_words(harvested)}, which is no residual stream: PointSplice is for it"
+            )
         if harvested["layer"] is None:
             raise ValueError(f"manifest is of {in_words(harvested)}, that no harvest wrote: there is nothing to splice")
         if not insist and harvested["weights_sha256"] and not is_same_model(harvested, own):
@@ -151,31 +164,41 @@ class SpliceEvaluator:
 
         Raises:
             ValueError: if `reconstruct` returns another shape or values that are not finite, or scales by itself where
-                `scale` is not 1.
+                `scale` is not 1; a transcoder's.
         """
+        if getattr(reconstruct, "transcodes", False):
+            raise ValueError("reconstruct: is of a transcoder, which makes no residual stream: PointSplice is for it")
         if self._scale != 1 and getattr(reconstruct, "scales", False):
             raise ValueError(f"scale={self._scale}: the SAE multiplies by its own input_scale; leave scale= out")
-        ce = self._run_spliced(lambda x: _checked(reconstruct(x * self._scale), x) / self._scale)
+        ce = self._run_spliced(lambda x: checked_reconstruction(reconstruct(x * self._scale), x.shape) / self._scale)
         return {
             "ce_clean": self.ce_clean,
             "ce_spliced": ce,
             "ce_zero": self.ce_zero,
             "ce_mean": self.ce_mean,
-            "loss_recovered_zero": _recovered(self.ce_zero, ce, self.ce_clean),
-            "loss_recovered_mean": _recovered(self.ce_mean, ce, self.ce_clean),
-            "predicted_tokens": sum(batch[:, 1:].numel() for batch in self._batches),
+            "loss_recovered_zero": recovered(self.ce_zero, ce, self.ce_clean),
+            "loss_recovered_mean": recovered(self.ce_mean, ce, self.ce_clean),
+            "predicted_tokens": self._predicted,
             "spliced_tokens": self.spliced_tokens,
         }
 
     def _run_clean(self, drop_first: bool, drop_tokens: list[int], max_norm: float) -> float:
+        found = []
+
         def record(x: Tensor) -> Tensor:
-            rows = self._batches[len(self._residuals)]
-            self._residuals.append(x)
-            self._replaced.append(~dropped(rows, x, drop_first, drop_tokens, max_norm)[0])
+            found.append(x)
             return x
 
         with self._recorded_structure(), replace(self._model, self._layer, record):
-            return self._cross_entropy(iter(self._batches))
+            if not any(map(len, self._batches)):  # the structure and the widths are learnt all the same
+                self._logits(self._first, None)
+            ce = self._cross_entropy(iter(self._batches))
+        residuals = iter(found)
+        for rows in self._batches:
+            x = next(residuals) if len(rows) else found[0][:0]
+            self._residuals.append(x)
+            self._replaced.append(~dropped(rows, x, drop_first, drop_tokens, max_norm)[0])
+        return ce
 
     def _run_spliced(self, fn: Reconstruct) -> float:
         """Cross-entropy with fn of the raw float32 vectors [n, d] in their place."""
@@ -192,11 +215,11 @@ class SpliceEvaluator:
         """Mean over all predicted tokens, in nats; from the given residual streams where there are any."""
         total, tokens = 0.0, 0
         for batch in batches:
-            logits = self._logits(batch, None if residuals is None else next(residuals))
-            for row, row_logits in zip(batch, logits, strict=True):  # row by row: the softmax is another copy
-                total += float(nnf.cross_entropy(row_logits[:-1].float(), row[1:], reduction="sum"))
-                tokens += len(row) - 1
-        return total / tokens
+            residual = None if residuals is None else next(residuals)
+            if len(batch):
+                total += next_token_loss(self._logits(batch, residual), batch)
+                tokens += batch[:, 1:].numel()
+        return self._ranks.total(total) / self._ranks.total(tokens)
 
     def _logits(self, batch: Tensor, residual: Tensor | None) -> Tensor:
         """Logits [b, T, V] of the model, which continues from `residual` after the layer if there is one."""
@@ -215,7 +238,9 @@ class SpliceEvaluator:
         """
         if None in self._tuple_sizes:
             return False
-        row, residual = self._batches[0][:1], self._residuals[0][:1]
+        row, residual = self._first, next((x for x in self._residuals if len(x)), self._residuals[0])[:1]
+        if len(residual) == 0:
+            return False
         self._skips_prefix = False
         whole = self._logits(row, residual)
         self._skips_prefix = True
@@ -260,26 +285,33 @@ class SpliceEvaluator:
     def _mean(self) -> Tensor:
         pairs = zip(self._residuals, self._replaced, strict=True)
         total = torch.stack([x[where].double().sum(dim=0) for x, where in pairs]).sum(dim=0)
+        total = sum(self._ranks.gather(total.cpu()), torch.zeros(())).to(total.device)
         return (total / self.spliced_tokens).float()
 
 
-def _identity(model: Any) -> dict[str, Any]:
-    return {"model": name_of(model), "weights_sha256": weights_digest(model)}
+def next_token_loss(logits: Tensor, rows: Tensor) -> float:
+    """Cross-entropy of logits [b, T, V] against token ids [b, T], in nats, summed over b (T - 1) tokens."""
+    total = 0.0
+    for row, of_row in zip(rows.to(logits.device), logits, strict=True):  # row by row: the softmax is another copy
+        total += float(nnf.cross_entropy(of_row[:-1].float(), row[1:], reduction="sum"))
+    return total
 
 
-def _checked(x_hat: Any, x: Tensor) -> Tensor:
+def checked_reconstruction(x_hat: Any, shape: tuple[int, ...]) -> Tensor:
+    """What somebody's function has made; TypeError, ValueError for another shape or values that are not finite."""
     if not isinstance(x_hat, Tensor):
         raise TypeError(
             f"reconstruct returned {type(x_hat).__name__}: must be a tensor; for an SAE give reconstruct_with(sae)"
         )
-    if x_hat.shape != x.shape:
-        raise ValueError(f"reconstruct returned {list(x_hat.shape)} for activations {list(x.shape)}")
+    if x_hat.shape != shape:
+        raise ValueError(f"reconstruct returned {list(x_hat.shape)} for activations {list(shape)}")
     if not x_hat.isfinite().all():
         raise ValueError("reconstruct returned values that are not finite (NaN or inf)")
     return x_hat
 
 
-def _recovered(ce_ablated: float, ce_spliced: float, ce_clean: float) -> float:
+def recovered(ce_ablated: float, ce_spliced: float, ce_clean: float) -> float:
+    """1 where nothing is lost, 0 where as much as by the ablation; NaN where that changes nothing."""
     if ce_ablated == ce_clean:
         return math.nan
     return (ce_ablated - ce_spliced) / (ce_ablated - ce_clean)

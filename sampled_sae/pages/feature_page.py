@@ -26,7 +26,7 @@ from .numbers import packed
 if TYPE_CHECKING:
     from ..lm.logit_lens import LensTokens
 
-SCRIPTS = ("common.js", "charts.js", "feature_table.js", "feature_view.js", "features.js")
+SCRIPTS = ("common.js", "charts.js", "long_table.js", "feature_view.js", "features.js")
 # features of a compressed part: a page unpacks one when a feature of it is opened
 PART = 16
 # tokens of greatest activation by which any feature is found

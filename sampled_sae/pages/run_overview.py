@@ -28,13 +28,12 @@ def run_overview(source: str, at: str | None, found: Published, corpus: dict[str
     Raises:
         ValueError: a damaged file, naming it.
     """
-    name = source if at is None else f"{source}/{at}"
+    name = full_name(source, at)
     folder = Path(name)
-    shown = "/".join(Path(name).resolve().parts[-2:]) if folder.exists() else name
     run = read_json(folder / RUN) if (folder / RUN).is_file() else {}
     own = read_json(folder / CONFIG).get("sae") if found.layout == "sampled-sae" else None
     return {
-        "name": shown,
+        "name": shown_name(name),
         "line": found.line.removeprefix(f"{name}: "),
         "corpus": {key: corpus[key] for key in ("model", "layer", "source", "context") if corpus.get(key) is not None},
         "settings": {
@@ -44,6 +43,16 @@ def run_overview(source: str, at: str | None, found: Published, corpus: dict[str
         "evaluation": evaluation(folder),
         "curves": curves(folder),
     }
+
+
+def full_name(source: str, at: str | None) -> str:
+    """Of an SAE, as it was asked for."""
+    return source if at is None else f"{source.rstrip('/')}/{at}"
+
+
+def shown_name(name: str) -> str:
+    """On a page: of a folder its last two names, not where a user keeps it."""
+    return "/".join(Path(name).resolve().parts[-2:]) if Path(name).exists() else name
 
 
 def evaluation(folder: Path) -> dict[str, Any]:

@@ -115,6 +115,22 @@ def check_positive(name: str, value: Any, most: float | None = None) -> float:
     return check_number(name, value, 0, most)
 
 
+def check_scales(name: str, value: Any, layers: int) -> float | tuple[float, ...]:
+    """A positive number, or of several layers a sequence of as many."""
+    if layers == 1 or plain_number(value) is not None:
+        return check_positive(name, value)
+    allowed = f"{name}={value!r}: must be a number > 0, or a sequence of {layers}, one a layer"
+    if isinstance(value, (str, bytes, dict, set)) or not isinstance(value, Iterable):
+        raise TypeError(allowed)
+    try:
+        found = tuple(float(check_positive(name, number)) for number in value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(allowed) from None
+    if len(found) != layers:
+        raise ValueError(allowed)
+    return found
+
+
 def check_budget(k: Any, l: Any, n_features: int, select: str) -> tuple[float, float | None]:
     """(k, l) as plain numbers: k in (0, F], whole when each token has its own budget; l >= 1 or None."""
     number = plain_number(k)

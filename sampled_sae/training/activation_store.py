@@ -44,6 +44,10 @@ class ActivationStore(ListedFiles, Activations):
             ValueError: no manifest, a foreign or damaged one, or a harvest that has not finished.
         """
         at = place(folder)
+        if at.is_dir() and not (at / MANIFEST).exists():
+            held = sorted(part.name for part in at.iterdir() if (part / MANIFEST).exists())
+            if held:
+                raise ValueError(f"{at}: holds the stores {', '.join(held)}; name the one to read")
         manifest = read_manifest(at)
         if not manifest["complete"]:
             path = at / MANIFEST

@@ -6,9 +6,13 @@ from collections.abc import Hashable
 from functools import cached_property
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 from ..support.argument_checks import check_integer
 from ..support.timing import check_memory
 from .blocks import Blocks, Source
+from .same_settings import identity
 
 BUFFER_TOKENS = 131_072
 
@@ -41,6 +45,29 @@ class ActivationStream:
         self.blocks = Blocks(source)
         self.parts = [StreamedActivations(self, i, about) for i, about in enumerate(source.about)]
 
+    @cached_property
+    def held_out(self) -> tuple[list[Tensor], Tensor]:
+        """(activations [n, d] of each part that are never trained on, their token rows), as the source gives them.
+
+        Raises:
+            ValueError: it holds out nothing.
+        """
+        if not hasattr(self.blocks.source, "holdout"):
+            raise ValueError("the stream is of an iterator, which holds out nothing; evaluate on a store")
+        found: tuple[list[Tensor], Tensor] = self.blocks.source.holdout()
+        return found
+
+    def pair(self, x: int = 0, target: int = 1) -> StreamedPair:
+        """What a transcoder reads and reconstructs: two of the parts, by their numbers.
+
+        Raises:
+            ValueError: a number of no part, or the same twice.
+        """
+        chosen = [check_integer(name, i, 0) for name, i in (("x", x), ("target", target))]
+        if max(chosen) >= len(self.parts) or chosen[0] == chosen[1]:
+            raise ValueError(f"x={x}, target={target}: must be two of the {len(self.parts)} parts, by number from 0")
+        return StreamedPair(self.parts[chosen[0]], self.parts[chosen[1]])
+
 
 class StreamedActivations:
     """One part of a stream.
@@ -49,15 +76,15 @@ class StreamedActivations:
         manifest: what is said of it, as that of a store; the scale is known once the first block is read.
         index: which part of the blocks.
         d_in: its width.
-        d_out, output_scale: those of `Activations`; a stream has no targets.
+        width_in, layers, d_out: those of `Activations`; a stream has one layer, and targets only as a pair.
     """
 
+    layers = 1
     d_out: int | None = None
-    output_scale = 1.0
 
     def __init__(self, stream: ActivationStream, index: int, about: dict[str, Any]) -> None:
         self.stream, self.index = stream, index
-        self.d_in = stream.blocks.source.widths[index]
+        self.d_in = self.width_in = stream.blocks.source.widths[index]
         settings = {**about.get("settings", {}), "buffer_tokens": stream.buffer_tokens}
         self.manifest = {**about, "d_in": self.d_in, "shards": [], "settings": settings}
 
@@ -69,12 +96,44 @@ class StreamedActivations:
     def buffer_tokens(self) -> int:
         return self.stream.buffer_tokens
 
+    def holdout(self) -> tuple[Tensor, Tensor]:
+        """(float32 [n, d_in], of a pair [n, d_in + d_out]; token rows int64 [N, context]), as `Activations` has them.
+
+        Raises:
+            ValueError: nothing is held out.
+        """
+        parts, rows = self.stream.held_out
+        return torch.cat([parts[i] for i in self.indices], dim=1), rows
+
     @property
     def where(self) -> str:
         """As errors name it."""
-        layer = self.manifest.get("layer")
-        return (self.manifest.get("source") or "the iterator") + ("" if layer is None else f" at layer {layer}")
+        layer, point = self.manifest.get("layer"), self.manifest.get("point")
+        at = f" at {point}" if point else "" if layer is None else f" at layer {layer}"
+        return (self.manifest.get("source") or "the iterator") + at
 
     @cached_property
     def place(self) -> Hashable:
         return id(self)
+
+    @property
+    def indices(self) -> list[int]:
+        """Which parts of a block stand side by side in a token's row."""
+        return [self.index]
+
+
+class StreamedPair(StreamedActivations):
+    """Two parts of a stream, of which a transcoder reads the one and reconstructs the other."""
+
+    def __init__(self, x: StreamedActivations, target: StreamedActivations) -> None:
+        super().__init__(x.stream, x.index, x.manifest)
+        self.target, self.d_out = target, target.d_in
+        self.manifest["target"] = {**identity(target.manifest), "d_out": target.d_in}
+
+    @property
+    def where(self) -> str:
+        return f"{super().where} with {self.target.where}"
+
+    @property
+    def indices(self) -> list[int]:
+        return [self.index, self.target.index]

@@ -54,6 +54,16 @@ class Activations(ABC):
         return int(self.manifest["d_in"])
 
     @property
+    def layers(self) -> int:
+        """How many layers stand one behind the other in a row; above 1 for a crosscoder."""
+        return 1
+
+    @property
+    def width_in(self) -> int:
+        """How many numbers of a row are read: layers * d_in."""
+        return self.layers * self.d_in
+
+    @property
     def d_out(self) -> int | None:
         """Width of the targets that stand behind the activations of each token; None where there are none."""
         return None
@@ -65,16 +75,22 @@ class Activations(ABC):
 
     @property
     def row_scale(self) -> float | Tensor:
-        """What a token's row is multiplied by: `scale`; with targets a factor for each of its numbers."""
-        return self.scale
+        """What a token's row is multiplied by: `scale`; with targets or layers a factor for each of its numbers."""
+        return self.layer_scale
 
     @property
-    def scale(self) -> float:
-        """Activations times this have mean ||x||^2 = d_in; training sets `SampledSAEConfig.input_scale` to it."""
+    def layer_scale(self) -> float:
+        """`scale` where there is one layer."""
         return float(self.manifest["scale"])
 
+    @property
+    def scale(self) -> float | tuple[float, ...]:
+        """Activations times this have mean ||x||^2 = d_in; training sets `SampledSAEConfig.input_scale` to it. One for
+        each of several layers."""
+        return self.layer_scale
+
     def first(self, n: int) -> Tensor:
-        """The first n training activations, or all where there are fewer: [<= n, d]."""
+        """The first n training activations, or all where there are fewer: [<= n, d], with targets behind them."""
         n = check_integer("n", n, 1)
         found: list[Tensor] = []
         for i in range(len(self.tokens)):

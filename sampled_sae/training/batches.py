@@ -66,9 +66,14 @@ class ShuffledStream:
             )
 
     @property
-    def scale(self) -> float:
+    def scale(self) -> float | tuple[float, ...]:
         """That of the store, by which batches are multiplied."""
         return self.store.scale
+
+    @property
+    def output_scale(self) -> float:
+        """That of the store's targets; 1 where there are none."""
+        return self.store.output_scale
 
     def calibration_batches(self, n: int) -> range:
         """Numbers of the n batches that the threshold is calibrated on: the first."""
@@ -126,7 +131,7 @@ class ShuffledStream:
         return self._plans[epoch]
 
     def _grouped(self, pieces: list[Piece], size: int) -> list[Group]:
-        width = self.store.d_in + (self.store.d_out or 0)
+        width = self.store.width_in + (self.store.d_out or 0)
         limit = max(GROUP_BYTES // (4 * width * self.lanes), size)
         groups: list[list[Piece]] = [[]]
         for piece in pieces:
@@ -233,7 +238,7 @@ class Feed:
         x = [self._whole(self._moved(self.stream.batch(t))) for t in batches]
         beyond = (len(batches) - 1) * size + self._rows()[0] - CALIBRATION_TOKENS
         x[-1] = x[-1][: max(0, -beyond)]
-        return torch.cat(x)[:, : self.store.d_in]
+        return torch.cat(x)[:, : self.store.width_in]
 
     @property
     def d_out(self) -> int | None:
@@ -243,17 +248,18 @@ class Feed:
     @property
     def output_scale(self) -> float:
         """What the targets are multiplied by."""
-        return self.store.output_scale
+        return self.stream.output_scale
 
     @property
-    def scale(self) -> float:
-        """What the activations are multiplied by; of a stream that begins its first block is read for it."""
+    def scale(self) -> float | tuple[float, ...]:
+        """What the activations are multiplied by, one number a layer where there are several; of a stream that begins
+        its first block is read for it."""
         return self.stream.scale
 
     @property
     def about(self) -> dict[str, Any]:
         """The manifest of the activations, with their scale."""
-        return {**self.store.manifest, "scale": self.scale}
+        return {**self.store.manifest, "scale": list(self.scale) if isinstance(self.scale, tuple) else self.scale}
 
     @property
     def stream_place(self) -> dict[str, Any] | None:

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..codes import SparseCodes
 from ..impl import inference_rule
+from ..impl.given_tokens import factors
 from ..impl.inference_rule import Inference
 from ..sae import SampledSAE
 from ..support.all_ranks import AllRanks, ranks_of
@@ -27,7 +29,9 @@ def evaluate_activations(
 ) -> dict[str, Any]:
     """Metrics on held-out activations x [n, d_in], on the CPU, as the model made them: the SAE scales them itself.
 
-    A transcoder needs its target [n, d_out] too, whose reconstruction is measured.
+    A transcoder needs its target [n, d_out] too, whose reconstruction is measured. Of a crosscoder x is [n, layers,
+    d_in] or [n, layers * d_in], and what is measured of all layers together is of each times its `cfg.input_scale`, as
+    it is trained.
 
     The SAE may be on another device, and is left as it was. Of one that is spread over several ranks, each calls this
     with all of x and encodes its part of each batch. Returns a dict:
@@ -35,6 +39,7 @@ def evaluate_activations(
     - `tokens`: n.
     - `fvu`: sum of squared errors over sum of squared deviations from the mean.
     - `fvu_groups`: of a Matryoshka SAE, that of the reconstructions by each of its groups, as long as `cfg.groups`.
+    - `fvu_layers`: of a crosscoder, that of each of its layers.
     - `explained_variance`: mean over dimensions of 1 - error variance / variance.
     - `cosine`, `l0`: means over tokens.
     - `dead_share`, `never_active`: share and number of features that no token activates.
@@ -55,6 +60,8 @@ def evaluate_activations(
         ValueError: a threshold or a set that was never set.
     """
     batch_size = check_integer("batch_size", batch_size, 1)
+    if sae.cfg.is_crosscoder and isinstance(x, Tensor) and x.shape[1:] == (sae.cfg.layers, sae.cfg.d_in):
+        x = x.flatten(1)
     if not isinstance(x, Tensor) or x.ndim != 2:
         found = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x={found}: must be a tensor [n, d_in]")
@@ -63,6 +70,8 @@ def evaluate_activations(
     if target is not None and (not isinstance(target, Tensor) or target.shape != (len(x), sae.cfg.width_out)):
         raise ValueError(f"target={describe(target)}: must be a tensor [{len(x)}, {sae.cfg.width_out}]")
     goal = x if target is None else target
+    if isinstance(sae.cfg.factor_out, tuple):
+        goal = x * factors(sae.cfg.factor_out, sae.cfg.d_in, x)
     if (missing := inference_rule.missing(sae, sae.cfg)) is not None:
         raise ValueError(missing)
     was_training = sae.training
@@ -108,7 +117,8 @@ def _other(sae: SampledSAE, x: Tensor, mode: str) -> Inference | None:
 def _measure(
     sae: SampledSAE, x: Tensor, goal: Tensor, batch_size: int, inference: Inference | None = None
 ) -> dict[str, Any]:
-    """Of what x is encoded to and `goal` reconstructed from, which are one for an SAE.
+    """Of what x is encoded to and `goal` reconstructed from, which are one for an SAE; `goal` is in the units of the
+    training where the layers of a crosscoder have their own.
 
     inference: by that of evaluation mode where None.
     """
@@ -116,7 +126,7 @@ def _measure(
     counts = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=device)
     error_sum = torch.zeros(sae.cfg.width_out, dtype=torch.float64, device=device)
     error_squares, cosines = torch.zeros_like(error_sum), torch.zeros((), dtype=torch.float64, device=device)
-    groups = sae.cfg.groups or ()
+    groups, in_units = sae.cfg.groups or (), isinstance(sae.cfg.factor_out, tuple)
     group_squares = torch.zeros(len(groups), dtype=torch.float64, device=device)
     overlaps: list[float] = []
     before: Tensor | None = None
@@ -124,12 +134,16 @@ def _measure(
         given = part_of(whole, ranks).to(device, sae.W_enc.dtype)
         batch = part_of(whole_goal, ranks).to(device)
         codes = sae.encode_sparse(given, inference=inference)
-        x_hat = sae.decode(codes, given).to(batch.dtype)
+
+        def decoded(codes: SparseCodes, given: Tensor = given, like: Tensor = batch) -> Tensor:
+            return sae.decode(codes, given, scaled=in_units).view(like.shape).to(like.dtype)
+
+        x_hat = decoded(codes)
         error = (batch - x_hat).double()
         error_sum += error.sum(0)
         error_squares += error.square().sum(0)
         for i, size in enumerate(groups):
-            group_squares[i] += (batch - sae.decode(codes.of_first(size), given)).double().square().sum()
+            group_squares[i] += (batch - decoded(codes.of_first(size))).double().square().sum()
         cosines += torch.nn.functional.cosine_similarity(batch, x_hat, dim=1).sum()
         counts += torch.bincount(codes.features, minlength=sae.cfg.d_sae)
         active = torch.zeros(sae.cfg.d_sae, dtype=torch.uint8, device=device)
@@ -147,6 +161,9 @@ def _measure(
     error_variance = error_squares - error_sum.square() / n
     frequency = (counts[counts > 0].double() / n).clamp(max=1.0).numpy()
     nested = {"fvu_groups": (group_squares.cpu() / deviations.sum()).tolist()} if groups else {}
+    if sae.cfg.is_crosscoder:
+        of_layers = (t.view(sae.cfg.layers, -1).sum(1) for t in (error_squares, deviations))
+        nested["fvu_layers"] = torch.div(*of_layers).tolist()
     return {
         "tokens": n,
         "fvu": float(error_squares.sum() / deviations.sum()),
@@ -177,21 +194,26 @@ def features_for_share(counts: Tensor, share: float) -> int:
 
 
 def reconstruct_with(sae: SampledSAE) -> Reconstruction:
-    """What `sampled_sae.lm.SpliceEvaluator.evaluate` takes for an SAE."""
+    """What `sampled_sae.lm.SpliceEvaluator.evaluate` takes for an SAE, and `PointSplice.evaluate` for a transcoder."""
     return Reconstruction(sae)
 
 
 class Reconstruction:
-    """x [n, d_in], as the model made them, to what the SAE makes of them in the mode it is in."""
+    """x [n, d_in], as the model made them, to what the SAE makes of them in the mode it is in: [n, d_in], of a
+    transcoder, which `transcodes`, [n, d_out].
+
+    Of an SAE that is spread over several ranks all call it, each with tokens of its own.
+    """
 
     # SpliceEvaluator leaves the scaling to it
     scales = True
 
     def __init__(self, sae: SampledSAE) -> None:
-        if sae.cfg.is_transcoder:
-            raise ValueError(f"d_out={sae.cfg.d_out}: a transcoder does not reconstruct the residual stream it reads")
-        self.sae = sae
+        if sae.cfg.is_crosscoder:
+            raise ValueError(f"layers={sae.cfg.layers}: a crosscoder reads more than the residual stream of one layer")
+        self.sae, self.transcodes = sae, sae.cfg.is_transcoder
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        return self.sae.decode(self.sae.encode_sparse(x.to(self.sae.W_enc))).to(x)
+        tokens, own = self.sae.layout.of_feature_ranks(x.to(self.sae.W_enc.device, self.sae.W_enc.dtype))
+        return self.sae.decode(self.sae.encode_sparse(tokens), tokens)[own].to(x)

@@ -21,6 +21,9 @@ def check_width(sae_config: SampledSAEConfig, store: Activations | StreamedActiv
         none = "has no targets: PairedActivations (--targets) puts them beside it"
         held = none if store.d_out is None else f"has targets of {store.d_out}"
         raise ValueError(f"d_out={sae_config.d_out}: {store.where} {held}")
+    if sae_config.layers != store.layers:
+        beside = "; StackedActivations (--beside) puts several side by side" if store.layers == 1 else ""
+        raise ValueError(f"layers={sae_config.layers}: {store.where} has {store.layers}{beside}")
     if sae_config.d_in != store.d_in:
         raise ValueError(f"d_in={sae_config.d_in}: the activations in {store.where} have {store.d_in}")
 
@@ -43,7 +46,7 @@ def check_fits(sae_config: SampledSAEConfig, feed: Feed) -> None:
 def checkpoint_bytes(sae_config: SampledSAEConfig, train_config: TrainConfig) -> int:
     """Of the weights, in float32, and of both moments."""
     moments = 2 * getattr(torch, train_config.moments).itemsize
-    return (sae_config.d_in + sae_config.width_out) * sae_config.d_sae * (4 + moments)
+    return (sae_config.width_in + sae_config.width_out) * sae_config.d_sae * (4 + moments)
 
 
 def check_variance(batch: TrainingBatch, n_tokens: int, where: str) -> None:

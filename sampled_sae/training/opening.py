@@ -16,7 +16,12 @@ from .activation_stream import ActivationStream, StreamedActivations
 from .activations import Activations
 from .array_activations import SUFFIXES, ArrayActivations, is_array_file, open_array
 from .iterator_source import IteratorSource
+from .store_writer import MANIFEST
 
+# the stores of a pair, in one folder: what is read, what is reconstructed from it
+PAIR = ("inputs", "outputs")
+# the stores of layers beside each other, in one folder: beside_0, beside_1, ...
+STACK = "beside_"
 Stored = Union[Activations, Tensor, np.ndarray, str, Path]  # noqa: UP007  (evaluated at import)
 Readable = Union[Stored, StreamedActivations, ActivationStream, Iterable[Any]]  # noqa: UP007
 
@@ -26,7 +31,8 @@ def as_activations(x: Any, holdout: int | None = None) -> Activations:
 
     Args:
         x: an `ActivationStore` or other `Activations`, as they are; a tensor or array [n, d]; the name of a store's
-            folder or of a .npy, .safetensors or .pt file.
+            folder, of one that has the stores of a pair or of layers beside each other in it, or of a .npy,
+            .safetensors or .pt file.
         holdout: of a tensor, array or file: how many tokens, the last ones, are kept for evaluation. A store has
             settled that when it was written.
 
@@ -44,10 +50,25 @@ def as_activations(x: Any, holdout: int | None = None) -> Activations:
     if isinstance(x, (str, Path)):
         if Path(x).is_file():
             raise ValueError(f"{x}: must be the folder of a store or a file of a tensor, {', '.join(SUFFIXES)}")
+        if is_pair(x):
+            from .paired_activations import PairedActivations
+
+            x, target = (f"{str(x).rstrip('/')}/{part}" for part in PAIR)
+            return PairedActivations(x, target)
+        if found := stack_folders(x):
+            from .stacked_activations import StackedActivations
+
+            return StackedActivations(found)
         return ActivationStore.open(x)
     raise TypeError(
         f"store={type(x).__name__}: must be an ActivationStore, a tensor or array [n, d], or the name of one"
     )
+
+
+def is_pair(folder: str | Path) -> bool:
+    """Whether a folder, or a URL of one, has the two stores of a pair in it, as `harvest_pair` writes them."""
+    at = place(folder)
+    return not (at / MANIFEST).exists() and all((at / part / MANIFEST).exists() for part in PAIR)
 
 
 def as_readable(x: Any) -> Activations | StreamedActivations:
@@ -67,3 +88,16 @@ def as_readable(x: Any) -> Activations | StreamedActivations:
     if stored or not isinstance(x, Iterable) or isinstance(x, (bytes, dict, torch.nn.Module)):
         return as_activations(x)
     return ActivationStream(IteratorSource(x)).parts[0]
+
+
+def stack_part(i: int) -> str:
+    """The name of the store of layer i of a stack, from 0."""
+    return f"{STACK}{i}"
+
+
+def stack_folders(folder: str | Path) -> list[str]:
+    """The stores of a stack in a folder, or a URL of one, as `harvest_beside` writes them; empty for another."""
+    at, found = place(folder), list[str]()
+    while (at / stack_part(len(found)) / MANIFEST).exists():
+        found.append(f"{str(folder).rstrip('/')}/{stack_part(len(found))}")
+    return found if not (at / MANIFEST).exists() else []

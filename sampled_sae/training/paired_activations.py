@@ -29,10 +29,16 @@ class PairedActivations(Activations):
     """
 
     def __init__(self, x: Any, target: Any, holdout: int | None = None) -> None:
-        self.x, self.target = as_activations(x, holdout), as_activations(target, holdout)
+        self.x = as_activations(x, holdout)
+        try:
+            self.target = as_activations(target, holdout)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"target: {error}") from error
         for name, part in (("x", self.x), ("target", self.target)):
             if part.d_out is not None:
                 raise ValueError(f"{name}: is a pair of activations already")
+            if part.layers > 1:
+                raise ValueError(f"{name}: is a stack of {part.layers} layers; a transcoder reads one, and writes one")
         counts = [[*part.tokens, (part.manifest.get("holdout") or {}).get("tokens")] for part in (self.x, self.target)]
         if counts[0] != counts[1]:
             shown = " and ".join(f"{sum(part.tokens)} in {len(part.tokens)} shards" for part in (self.x, self.target))
@@ -42,6 +48,7 @@ class PairedActivations(Activations):
             )
         shards = [{"x": a, "target": b} for a, b in zip(self.x.manifest["shards"], self.target.manifest["shards"])]
         about = {**identity(self.target.manifest), "scale": self.target.scale, "d_out": self.target.d_in}
+        about |= {"max_norm": self.target.manifest["max_norm"]} if "max_norm" in self.target.manifest else {}
         self.manifest = {**self.x.manifest, "shards": shards, "target": about}
 
     @property
@@ -62,11 +69,11 @@ class PairedActivations(Activations):
 
     @property
     def output_scale(self) -> float:
-        return self.target.scale
+        return self.target.layer_scale
 
     @cached_property
     def row_scale(self) -> Tensor:
-        factors = [torch.full((part.d_in,), part.scale, dtype=torch.float64) for part in (self.x, self.target)]
+        factors = [torch.full((part.d_in,), part.layer_scale, dtype=torch.float64) for part in (self.x, self.target)]
         return torch.cat(factors).float()
 
     def shard(self, i: int, start: int = 0, stop: int | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..config import LATER, SampledSAEConfig
 from ..optim import RowAdam
+from ..pretrained import scale_of_state
 from ..sae import SampledSAE
 from ..support.all_ranks import AllRanks
 from ..support.argument_checks import check_finite
@@ -74,7 +75,8 @@ def save(run: Resumable) -> None:
         return
     tensors = _tensors(run)
     pool = {name: value for name, value in run.sae.memory.pool.state_dict().items() if not isinstance(value, Tensor)}
-    record = {**state, "lanes": lanes, "plain": {"pool": pool, "tensors": sorted(tensors)}}
+    plain = {"pool": pool, "tensors": sorted(tensors), "hints": _hints(run)}
+    record = {**state, "lanes": lanes, "plain": plain}
     write_shards(run.folder, tensors, record, ranks)
 
 
@@ -160,6 +162,7 @@ def _load_shards(run: Resumable, record: dict[str, Any]) -> None:
         if local.is_floating_point():
             check_finite(local, name)
     _take_over(run, wanted, record["plain"]["pool"])
+    _take_hints(run, record["plain"].get("hints"))  # earlier versions: none
 
 
 def _spread_whole(run: Resumable, state: dict[str, Any]) -> None:
@@ -204,11 +207,28 @@ def _tensors(run: Resumable, kept: dict[str, Any] | None = None) -> dict[str, Te
     return found
 
 
+def _hints(run: Resumable) -> dict[str, Any]:
+    """Where searches start, which moves last bits: on all ranks, and on each of this layout alone."""
+    ranks, own = run.feed.ranks, run.sae.layout.own_hints
+    of_ranks = ranks.gather([] if own is None else own.plain())
+    return {"layout": [ranks.data[1], ranks.feature[1]], "all": run.sae.memory.hints.plain(), "own": of_ranks}
+
+
+def _take_hints(run: Resumable, hints: dict[str, Any] | None) -> None:
+    """Those of single ranks at the same layout alone."""
+    ranks, own = run.feed.ranks, run.sae.layout.own_hints
+    if hints is None:
+        return
+    run.sae.memory.hints.load_plain(hints["all"], run.feed.device)
+    if own is not None and hints["layout"] == [ranks.data[1], ranks.feature[1]]:
+        own.load_plain(hints["own"][ranks.rank], run.feed.device)
+
+
 def _take_over(run: Resumable, tensors: dict[str, Tensor], pool: dict[str, Any]) -> None:
     """What is not filled in place."""
-    scale = tensors["sae.input_scale"]
-    if float(scale) != run.sae.cfg.input_scale:
-        raise ValueError(f"input_scale={float(scale)}, the SAE has {run.sae.cfg.input_scale}")
+    scale = scale_of_state(tensors["sae.input_scale"])
+    if scale != run.sae.cfg.input_scale:
+        raise ValueError(f"input_scale={scale}, the SAE has {run.sae.cfg.input_scale}")
     run.sae.generator.set_state(tensors["generator"])
     kept = dict(pool)
     if "uses" in kept:

@@ -9,8 +9,12 @@ _BEFORE = {"precision": "fp32", "k_start": None, "l_start": None, "schedule_step
 
 
 def identity(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Model, fingerprint of its weights, layer and source of a store, None where its manifest does not say."""
+    """Model, fingerprint of its weights, layer and source of a store, None where its manifest does not say; the hook
+    points of what is no residual stream."""
     about = {name: manifest.get(name) for name in ("model", "layer", "source")}
+    about |= {"point": manifest["point"]} if manifest.get("point") else {}
+    of_target = (manifest.get("target") or {}).get("point")
+    about |= {"target": {"point": of_target}} if of_target else {}
     return {**about, "weights_sha256": manifest.get("settings", {}).get("weights_sha256")}
 
 
@@ -18,6 +22,7 @@ def in_words(about: dict[str, Any]) -> str:
     """What activations are of, from an `identity`."""
     if about.get("model") is not None:
         layer = "an unknown layer" if about.get("layer") is None else f"layer {about['layer']}"
+        layer = " to ".join(filter(None, [about.get("point"), (about.get("target") or {}).get("point")])) or layer
         weights = f" (weights {about['weights_sha256'][:8]})" if about.get("weights_sha256") else ""
         return f"{layer} of {about['model']}{weights}"
     return f"source {about['source']!r}" if about.get("source") else "activations without a name"
@@ -34,7 +39,8 @@ def is_same_kind(one: dict[str, Any], other: dict[str, Any]) -> bool:
     if one.get("model") is None and other.get("model") is None:
         return (one.get("source") or "") == (other.get("source") or "")
     layers = {about["layer"] for about in (one, other) if about.get("layer") is not None}
-    return is_same_model(one, other) and len(layers) < 2
+    points = [(about.get("point"), (about.get("target") or {}).get("point")) for about in (one, other)]
+    return is_same_model(one, other) and len(layers) < 2 and points[0] == points[1]
 
 
 def completed(train: Any) -> Any:

@@ -61,7 +61,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     complete = field(path, manifest, "complete", bool)
     field(path, manifest, "d_in", int, 1)
     field(path, manifest, "settings", dict)
-    for name, kind in (("model", str), ("source", str), ("layer", int), ("context", int)):
+    for name, kind in (("model", str), ("source", str), ("layer", int), ("point", str), ("context", int)):
         field(path, manifest, name, (kind, NoneType))
     for i, shard in enumerate(field(path, manifest, "shards", list)):
         _check_entry(f"{path}: shards[{i}]", shard, 0)
@@ -71,7 +71,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if held_out is not None:
         _check_entry(f"{path}: holdout", held_out, 1)
         if field(f"{path}: holdout", held_out, "rows", (int, NoneType)):
-            field(path, manifest, "layer", int, 0)
+            if not manifest.get("point"):
+                field(path, manifest, "layer", int, 0)
             field(path, manifest, "max_norm", float)
     return manifest
 

@@ -45,7 +45,7 @@ class StreamedBatches:
             )
         self.rows = (0, self.batch_size)
         self._ahead = False
-        self._scale: float | None = None
+        self._scales: list[float] | None = None  # of x, and of a pair of its targets
         # first batch of a block -> (block, tokens asked for, place of the source)
         self._known: dict[int, tuple[int, int, dict[str, Any] | None]] = {0: (0, self._least(0), None)}
         self._first = self._index = -1
@@ -54,21 +54,34 @@ class StreamedBatches:
     @property
     def scale(self) -> float:
         """Activations times this have mean ||x||^2 = d_in, by the first block."""
-        if self._scale is None:
+        return self.scales[0]
+
+    @property
+    def output_scale(self) -> float:
+        """The same of the targets; 1 where there are none."""
+        return self.scales[1] if self._part.d_out is not None else 1.0
+
+    @property
+    def scales(self) -> list[float]:
+        """Of what is read and, of a pair, of what is reconstructed."""
+        if self._scales is None:
             self._seek(0)
-            self._scale = self._scale_of(self._here())
-        return self._scale
+            self._scales = [self._scale_of(x) for x in self._here()]
+        return self._scales
 
     def batch(self, t: int) -> Tensor:
-        """Batch t >= 0, times the scale: [batch_size, d_in]. Quick for the block held and the one behind it.
+        """Batch t >= 0, times the scale: [batch_size, d_in], of a pair [batch_size, d_in + d_out], each times its own.
+        Quick for the block held and the one behind it.
 
         Raises:
             ValueError: what the stream raises, its end, NaN or inf in the batch; with the step.
         """
-        scale = self.scale
+        scales = self.scales
         self._seek(t)
         start = (t - self._first) * self.batch_size
-        x = self._here()[self._order[start : start + self.batch_size]].mul_(scale)
+        chosen = self._order[start : start + self.batch_size]
+        found = [x[chosen].mul_(scale) for x, scale in zip(self._here(), scales)]
+        x = found[0] if len(found) == 1 else torch.cat(found, dim=1)
         check_finite(x, "activations", f" at step {t}")
         return x
 
@@ -82,7 +95,8 @@ class StreamedBatches:
         first = self._first if self._count else max(self._known)
         index, least, start = self._known[first]
         start = self._blocks.beginning if start is None else start
-        return {"first": first, "block": index, "least": least, "source": start, "scale": self.scale}
+        of_targets = {} if self._part.d_out is None else {"output_scale": self.output_scale}
+        return {"first": first, "block": index, "least": least, "source": start, "scale": self.scale, **of_targets}
 
     def offer(self, where: str, state: Any) -> None:
         """A place of a checkpoint, to begin with in place of the beginning.
@@ -90,13 +104,14 @@ class StreamedBatches:
         Raises:
             ValueError: it is none, or of another stream; begins with `where`.
         """
-        scale = field(where, state, "scale", float)
-        if self._scale not in (None, scale):
-            raise ValueError(f"{where}: scale={scale!r}, the stream has {self._scale!r}")
+        names = ("scale",) if self._part.d_out is None else ("scale", "output_scale")
+        scales = [float(field(where, state, name, float)) for name in names]
+        if self._scales not in (None, scales):
+            raise ValueError(f"{where}: scales {scales}, the stream has {self._scales}")
         first = field(where, state, "first", int, 0)
         place = field(where, state, "block", int, 0), field(where, state, "least", int, 1)
         self._known[first] = *place, field(where, state, "source", dict)
-        self._scale = float(scale)
+        self._scales = scales
 
     @contextmanager
     def reading_ahead(self) -> Iterator[None]:
@@ -108,8 +123,10 @@ class StreamedBatches:
             self._ahead = False
             self._blocks.stop()
 
-    def _here(self) -> Tensor:
-        return self._blocks.get(*self._known[self._first][:2]).parts[self._part.index]
+    def _here(self) -> list[Tensor]:
+        """The parts of the block held that stand side by side."""
+        parts = self._blocks.get(*self._known[self._first][:2]).parts
+        return [parts[i] for i in self._part.indices]
 
     def _seek(self, t: int) -> None:
         """The block that has batch t, from the one held or the nearest place that is known before it."""

@@ -220,14 +220,13 @@ def evaluate(sae: SampledSAE, held_out: Tensor, batch_size: int, splice: Splice 
     number is None.
 
     Raises:
-        ValueError: `splice` gives a metric that there is already; a transcoder with `splice`.
+        ValueError: `splice` gives a metric that there is already.
     """
-    d_in, transcodes, width = sae.cfg.d_in, sae.cfg.is_transcoder, sae.cfg.d_in + (sae.cfg.d_out or 0)
+    d_in, transcodes, width = sae.cfg.width_in, sae.cfg.is_transcoder, sae.cfg.width_in + (sae.cfg.d_out or 0)
     if held_out.shape[1] != width:
         behind = ", a transcoder's targets (--targets) behind what it reads" if transcodes else ""
+        behind = f", the {sae.cfg.layers} layers of a crosscoder (--beside)" if sae.cfg.is_crosscoder else behind
         raise ValueError(f"held-out activations {list(held_out.shape)}: must be [n, {width}]{behind}")
-    if transcodes and splice is not None:
-        raise ValueError(f"splice: is of SAEs, which reconstruct a residual stream; d_out={sae.cfg.d_out}")
     result = evaluate_activations(sae, held_out[:, :d_in], batch_size, held_out[:, d_in:] if transcodes else None)
     if splice is not None:
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 from torch import Tensor
@@ -37,6 +38,15 @@ class TrainingBatch:
         """Mean over tokens of the squared distance to their mean, summed over d."""
         mean = self._ranks.sum_(self.goal.sum(0)) / self._tokens
         return float(self._ranks.sum_((self.goal - mean).square().sum(1).sum()) / self._tokens)
+
+    def fvu_of_layers(self, x_hat: Tensor, layers: int) -> list[float]:
+        """Of each of several layers, that of its reconstruction in x_hat [n, layers * d]; none of a single one."""
+        if layers == 1:
+            return []
+        mean = self._ranks.sum_(self.goal.sum(0)) / self._tokens
+        apart = [(self.goal - other).view(-1, layers, x_hat.shape[1] // layers) for other in (x_hat, mean)]
+        errors, deviations = (self._ranks.sum_(t.square().sum((0, 2))).tolist() for t in apart)
+        return [error / deviation if deviation else math.nan for error, deviation in zip(errors, deviations)]
 
     @cached_property
     def square(self) -> float:

@@ -126,7 +126,7 @@ class TrainingRun:
                 self._check_saved()
             batch = feed.batch(0)
             check_variance(batch, train_config.batch_size, feed.store.where)
-            if batch.target is not None:
+            if init_from is None and batch.target is not None:
                 self.sae.init_b_dec(batch.x, batch.target, scaled=True)
             elif init_from is None:
                 with torch.no_grad():
@@ -290,6 +290,7 @@ class TrainingRun:
             "mse": float(out.mse.detach()),
             "aux": float(out.aux.detach()),
             "fvu": float(out.mse.detach()) / batch.variance if batch.variance else math.nan,
+            **{f"fvu_layer_{i}": fvu for i, fvu in enumerate(batch.fvu_of_layers(out.x_hat.detach(), cfg.layers))},
             "l0": self._ranks.total(out.codes.count()) / self.config.batch_size,
             "dead_share": float(self.sae.dead.float().mean()),
             "threshold": float(self.sae.threshold),

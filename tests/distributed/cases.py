@@ -60,6 +60,15 @@ def rows_of(sae, name):
     return total
 
 
+def target_of(sae, x):
+    """What a transcoder is to reconstruct from tokens x; None for an SAE."""
+    if not sae.cfg.is_transcoder:
+        return None
+    generator = torch.Generator().manual_seed(9)
+    mixed = x @ torch.randn(x.shape[1], sae.cfg.width_out, generator=generator, dtype=torch.float64).to(x)
+    return mixed.detach() + mixed.detach().square()
+
+
 def optimizer_of(sae, kind):
     if kind == "sgd":
         return torch.optim.SGD(sae.parameters(), lr=1e-2)
@@ -74,12 +83,12 @@ def train(sae, data, kind, rank, optimizer=None):
     lines = []
     for of_step in data:
         x = torch.cat(of_step) if rank is None else of_step[rank]
-        out = sae(x)
+        out = sae(x, target_of(sae, x))
         out.loss.backward()
         line = {"loss": out.loss.detach(), "mse": out.mse.detach(), "aux": out.aux.detach()}
         line |= {"tokens": out.codes.tokens, "features": out.codes.features, "values": out.codes.values.detach()}
         line |= {"x_hat": out.x_hat.detach()}
-        line |= {name: rows_of(sae, name).clone() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        line |= {name: rows_of(sae, name).clone() for name, _ in sae.named_parameters()}
         optimizer.step()
         optimizer.zero_grad()
         if kind in ("sgd", "adam"):
@@ -128,7 +137,7 @@ def compare(alone, ranks, counts, tolerance=1e-12):
         starts = [sum(of_step[:i]) for i in range(len(of_step))]
         found = [rank["lines"][step] for rank in ranks]
         assert pairs_of(ranks, step, starts) == sorted(zip(expected["tokens"].tolist(), expected["features"].tolist()))
-        for name in ("loss", "mse", "aux", "threshold", "b_dec"):
+        for name in {"loss", "mse", "aux", "threshold", "b_dec", "W_skip"} & expected.keys():
             for line in found:
                 close(line[name], expected[name], f"step {step}, {name}", 10 * tolerance)
                 assert torch.equal(line[name], found[0][name]), (step, name)

@@ -6,7 +6,7 @@ from cases import batches, mesh_of, start
 from sampled_sae.distributed import parallelize
 
 
-def random_cases(number, data, dtype=torch.float64):
+def random_cases(number, data, dtype=torch.float64, screen="off"):
     """(settings, tokens of each process, whether all values are whole numbers, so that they tie)."""
     generator = torch.Generator().manual_seed(11)
 
@@ -26,12 +26,22 @@ def random_cases(number, data, dtype=torch.float64):
             "select": select,
             "impl": "torch",
             "dtype": dtype,
+            "screen": screen,
             "seed": i,
         }
         counts = torch.randint(0, 9, (data,), generator=generator).tolist()
         counts[one_of(range(data))] += 1
         made.append((settings, counts, i % 2 == 0))
     return made
+
+
+def made(settings, whole_numbers, screen):
+    sae = start({**settings, "screen": screen}, whole_numbers)
+    if settings["screen"] != "off" and not whole_numbers:
+        n = settings["d_sae"] // 2 * 2
+        with torch.no_grad():  # columns that bfloat16 cannot tell from their neighbours
+            sae.W_enc[:, 1:n:2] = sae.W_enc[:, :n:2] * 1.0001
+    return sae
 
 
 def of_case(sae, settings, counts, whole_numbers, rank):
@@ -47,13 +57,14 @@ def of_case(sae, settings, counts, whole_numbers, rank):
 
 
 def encode_alone(cases):
-    return [of_case(start(s, whole), s, counts, whole, None) for s, counts, whole in cases]
+    """Without a screen."""
+    return [of_case(made(s, whole, "off"), s, counts, whole, None) for s, counts, whole in cases]
 
 
 def encode_on_mesh(shape, cases):
     mesh = mesh_of(shape)
     found = []
     for settings, counts, whole in cases:
-        sae = parallelize(start(settings, whole), mesh)
+        sae = parallelize(made(settings, whole, settings["screen"]), mesh)
         found.append(of_case(sae, settings, counts, whole, sae.layout.mesh.data.rank))
     return sae.layout.mesh.data.rank, found

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from launching import OPTIONS, Mishap, files, launch
@@ -129,3 +130,30 @@ def test_what_is_wrong_for_all_is_said_once(store, tmp_path, argv, size, status,
 def test_feature_shards_need_processes(store, tmp_path, capsys):
     assert main(["train", str(store), str(tmp_path / "new"), "--feature-shards", "2"]) == 1
     assert "--feature-shards 2: needs as many processes: torchrun --nproc-per-node 2" in capsys.readouterr().err
+
+
+KINDS = {
+    "transcoder": ["{store}", "--targets", "{targets}", "--skip", "--l", "none"],
+    "fixed set": ["{store}", "--inference", "pool", "--inference-pool", "24", "--screen", "bf16"],
+    "own tensor": ["{npy}", "--holdout", "100", "--k-start", "6", "--l-start", "20", "--schedule-steps", "5"],
+    "started": ["{store}", "--init-from", "{sae}", "--groups", "16,40"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "shards"), [("transcoder", 2), ("fixed set", 2), ("own tensor", 1), ("started", 1)])
+def test_every_kind_of_sae_trains_as_by_one_process(store, two, tmp_path, kind, shards):
+    write_store(tmp_path / "targets", seed=6)
+    np.save(tmp_path / "x.npy", torch.cat([load_file(p)["activations"] for p in sorted(store.glob("shard*"))]).numpy())
+    places = {"store": store, "targets": tmp_path / "targets", "npy": tmp_path / "x.npy", "sae": two[0]}
+    what, *options = (part.format(**places) for part in KINDS[kind])
+    argv = ["train", what, tmp_path / "run", *options, *OPTIONS, "--feature-shards", shards]
+    codes, outputs = launch(tmp_path, 2, argv)
+    assert codes == [0, 0], outputs
+    assert main(["train", what, str(tmp_path / "one"), *options, *OPTIONS, "--lanes", "2"]) == 0
+    assert_close(weights(tmp_path / "run"), weights(tmp_path / "one"))
+    found = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("run", "one")]
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[1].items():
+        same = value if value is None or isinstance(value, str) else pytest.approx(value, rel=1e-3)
+        assert found[0][name] == same, name

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from cases import batches, mesh_of, spread, start
+from cases import batches, mesh_of, spread, start, target_of
 from selections import encode_alone, encode_on_mesh, random_cases
+
+from sampled_sae import SampledSAE
 
 SETTINGS = {"l": 2.0, "impl": "torch"}
 
@@ -15,7 +17,20 @@ SETTINGS = {"l": 2.0, "impl": "torch"}
     ids=str,
 )
 def test_kept_entries_are_those_of_one_process(workers, shape, number):
-    cases = random_cases(number, shape[0])
+    assert_same_entries(workers, shape, random_cases(number, shape[0]), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shape", "number"),
+    [((2, 1), 16), ((1, 3), 16), ((2, 2), 16)]
+    + [pytest.param(shape, 100, marks=pytest.mark.slow) for shape in ((3, 1), (1, 2), (2, 2))],
+    ids=str,
+)
+def test_a_screen_changes_none_of_them(workers, shape, number):
+    assert_same_entries(workers, shape, random_cases(number, shape[0], torch.float32, "bf16"), 1e-5)
+
+
+def assert_same_entries(workers, shape, cases, tolerance):
     results = workers.run(shape[0] * shape[1], encode_on_mesh, shape, cases)
     for i, (expected, (settings, counts, _)) in enumerate(zip(encode_alone(cases), cases)):
         for step, (tokens, features, values, (n_tokens, n_features)) in enumerate(expected):
@@ -27,41 +42,60 @@ def test_kept_entries_are_those_of_one_process(workers, shape, number):
                 assert ours[3] == (counts[rank], n_features), where
                 assert torch.equal(ours[0], tokens[mine] - first), where
                 assert torch.equal(ours[1], features[mine]), where
-                torch.testing.assert_close(ours[2], values[mine], rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(ours[2], values[mine], rtol=tolerance, atol=tolerance)
             assert n_tokens == sum(counts)
+
+
+# of all processes, not of the tokens here
+WHOLE = ("b_dec", "W_dec", "W_enc", "calibrated", "members", "mse")
+USED = {
+    "pool": SETTINGS,
+    "topk": {**SETTINGS, "l": None, "select": "token"},
+    "fixed set": {**SETTINGS, "inference": "pool", "inference_pool": 30},
+    "transcoder": {**SETTINGS, "d_out": 7, "skip": True, "output_scale": 0.6, "inference": "batch"},
+}
 
 
 def use(sae, x):
     """What the rest of the module makes of tokens x."""
-    sae.init_b_dec(x)
-    found = {"b_dec": sae.layout.whole(sae.b_dec).clone(), "calibrated": sae.calibrate(x, 2.5)}
+    target = target_of(sae, x)
+    sae.init_b_dec(x, target)
+    found = {name: sae.layout.whole(getattr(sae, name)).clone() for name in ("b_dec", "W_dec", "W_enc")}
+    found["calibrated"] = sae.calibrate(x, 2.5)
+    if sae.cfg.inference == "pool":
+        found["members"] = sae.layout.whole(sae.inference_members)
     sae.eval()
     found["codes"] = sae.encode(x).detach()
     sparse = sae.encode_sparse(x)
     found["sparse"] = sparse.to_dense().detach()
-    found["decoded"] = sae.decode(sparse).detach()
-    found["decoded from dense"] = sae.decode(found["codes"]).detach()
-    out = sae(x)
+    found["decoded"] = sae.decode(sparse, x).detach()
+    found["decoded from dense"] = sae.decode(found["codes"], x).detach()
+    out = sae(x, target)
     found["mse"], found["x_hat"] = out.mse.detach(), out.x_hat.detach()
     found["above"] = sae.encode_above_threshold(x).to_dense().detach()
     return found
 
 
-def use_on_mesh(shape, counts, settings):
+def use_on_mesh(shape, counts, settings, folder):
     sae, rank = spread(shape, settings)
-    return rank, use(sae, batches([counts], 1)[0][rank])
+    found = use(sae, batches([counts], 1)[0][rank])
+    sae.save_pretrained(folder)
+    return rank, found
 
 
 @pytest.mark.parametrize(("shape", "counts"), [((2, 1), [9, 0]), ((1, 2), [9]), ((2, 2), [9, 4])], ids=str)
-@pytest.mark.parametrize("settings", [SETTINGS, {**SETTINGS, "l": None, "select": "token"}], ids=["pool", "topk"])
-def test_the_rest_of_the_module(workers, shape, counts, settings):
-    parts = batches([counts], 1)[0]
-    expected = use(start(settings), torch.cat(parts))
-    for rank, found in workers.run(shape[0] * shape[1], use_on_mesh, shape, counts, settings):
+@pytest.mark.parametrize("settings", USED.values(), ids=USED)
+def test_the_rest_of_the_module(workers, tmp_path, shape, counts, settings):
+    x = torch.cat(batches([counts], 1)[0])
+    expected = use(start(settings), x)
+    for rank, found in workers.run(shape[0] * shape[1], use_on_mesh, shape, counts, settings, tmp_path):
+        assert found.keys() == expected.keys()
         tokens = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
         for name, value in expected.items():
-            whole = name in ("b_dec", "calibrated", "mse")
-            torch.testing.assert_close(found[name], value if whole else value[tokens], rtol=1e-9, atol=1e-11)
+            value = value if name in WHOLE else value[tokens]
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+    saved = SampledSAE.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(saved.encode(x), expected["codes"], rtol=1e-9, atol=1e-11)
 
 
 def faults(shape):
@@ -98,6 +132,31 @@ def test_a_batch_that_one_process_refuses_is_refused_by_all(workers, shape):
         assert first[3] is None
 
 
+def faulty_targets(shape):
+    sae, rank = spread(shape, {**SETTINGS, "d_out": 7})
+    x = batches([[5] * shape[0]], 1)[0][rank]
+    target = target_of(sae, x)
+    bad = target.clone()
+    bad[2, 1] = torch.nan
+    last, said = sae.layout.mesh.rank == 1, []
+    for given in (bad if last else target, None if last else target):
+        try:
+            sae(x, given)
+        except ValueError as error:
+            said.append(str(error))
+    sae(x, target).loss.backward()
+    return said
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=str)
+def test_targets_that_one_process_refuses_are_refused_by_all(workers, shape):
+    first, last = workers.run(2, faulty_targets, shape)
+    assert all("rank 1 refused" in text for text in first)
+    assert [len(first), len(last)] == [2, 2]
+    assert "target: 1 of 35 values are NaN or inf" in last[0]
+    assert "target=None: a transcoder" in last[1]
+
+
 def refusals():
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -110,7 +169,6 @@ def refusals():
         (start(SETTINGS), init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))),
         (start({**SETTINGS, "impl": "reference"}), mesh),
         (start({**SETTINGS, "d_sae": 1, "k": 1, "l": None}), mesh),
-        (start({**SETTINGS, "d_out": 7}), mesh),
         (spread((1, 2), SETTINGS)[0], mesh),
     ):
         try:
@@ -121,7 +179,7 @@ def refusals():
 
 
 def test_what_cannot_be_spread(workers):
-    named = ["sae=Linear", "mesh=int", "mesh.mesh_dim_names=('tp',)", "impl='reference'", "d_sae=1", "d_out=7"]
+    named = ["sae=Linear", "mesh=int", "mesh.mesh_dim_names=('tp',)", "impl='reference'", "d_sae=1"]
     named += ["sae: is spread"]
     for said in workers.run(2, refusals):
         assert [text[: len(name)] for text, name in zip(said, named)] == named

@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from cases import batches, optimizer_of, spread, start, state, train, train_alone
+from cases import batches, mesh_of, optimizer_of, spread, start, state, train, train_alone
+from makers import D, write_store
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sampled_sae import SampledSAE
+from sampled_sae import ActivationStore, SampledSAE, SampledSAEConfig, TrainConfig, Trainer
 from sampled_sae.pretrained import TENSORS
+from sampled_sae.training import resuming, training_run
 
 SETTINGS = {"l": 3.0, "impl": "torch", "row_grads": True}
 COUNTS = {1: [[11]], 2: [[7, 4]]}
@@ -115,3 +117,37 @@ def test_saving_gathers_the_parts_one_by_one(workers, tmp_path):
     whole = start(SETTINGS)
     assert max(workers.run(3, saved_in_pieces, (1, 3), tmp_path)) == whole.W_enc.nbytes / 3
     assert torch.equal(SampledSAE.from_pretrained(tmp_path).W_enc, whole.W_enc)
+
+
+def hints_of(sae):
+    return sae.memory.hints.state_dict(), sae.layout.own_hints.state_dict()
+
+
+def hints_saved_and_loaded(shape, rule, store, folder):
+    """Where searches start when the last checkpoint is written, and when a training goes on from it."""
+    mesh, seen = mesh_of(shape), []
+    config = SampledSAEConfig(D, 96, **rule)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_run, "save", lambda run: (seen.append(hints_of(run.sae)), resuming.save(run)))
+        patch.setattr(
+            training_run, "load", lambda run, found: (resuming.load(run, found), seen.append(hints_of(run.sae)))
+        )
+        for steps in (3, 4):
+            how = TrainConfig(steps=steps, batch_size=64, checkpoint_every=3, log_every=1)
+            Trainer(config, how, ActivationStore.open(store), folder, mesh=mesh).run(progress=False)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("shape", "rule", "own"),
+    [((2, 1), {"k": 3, "l": None}, False), ((2, 1), {"k": 3, "l": None, "select": "token"}, True)],
+    ids=["batch", "token"],
+)
+def test_a_training_goes_on_from_the_thresholds_that_each_process_knew(workers, tmp_path, shape, rule, own):
+    store = write_store(tmp_path / "store")
+    results = workers.run(2, hints_saved_and_loaded, shape, rule, store, tmp_path / "run")
+    for saved, loaded, *_ in results:
+        assert saved == loaded
+        assert saved[own]
+    if own:
+        assert results[0][0] != results[1][0]

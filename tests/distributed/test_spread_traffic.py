@@ -9,15 +9,15 @@ from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig
 from sampled_sae.distributed import parallelize
 
 
-def bytes_of_a_step(shape, n_features, d, k, l, row_grads=True):
-    """By purpose: (collectives, bytes) of the second step, and the sizes of what this process holds."""
-    sae = SampledSAE(SampledSAEConfig(d, n_features, k, l, impl="torch", row_grads=row_grads))
+def bytes_of_a_step(shape, n_features, d, k, l, screen="off"):
+    """By purpose: (collectives, bytes) of the second step."""
+    sae = SampledSAE(SampledSAEConfig(d, n_features, k, l, impl="torch", row_grads=True, screen=screen))
     sae, generator = parallelize(sae, mesh_of(shape)), torch.Generator().manual_seed(1)
     traffic = sae.layout.mesh.traffic
     for _ in range(2):
         sae.zero_grad()
         traffic.clear()
-        sae(torch.randn(2, d, generator=generator)).loss.backward()
+        sae(torch.randn(2 if screen == "off" else 64, d, generator=generator)).loss.backward()
     return {purpose: (sent.calls, sent.size) for (_, purpose), sent in traffic.sent.items()}
 
 
@@ -52,9 +52,30 @@ def test_the_bytes_at_full_size():
 
 
 @pytest.mark.slow
-def test_the_bytes_at_full_size_are_counted(workers):
-    for found in workers.run(2, bytes_of_a_step, (2, 1), 65536, 768, 32, 4.0):
+@pytest.mark.parametrize("screen", ["off", "bf16"])
+def test_the_bytes_at_full_size_are_counted(workers, screen):
+    for found in workers.run(2, bytes_of_a_step, (2, 1), 65536, 768, 32, 4.0, screen):
         assert sum(size for _, size in found.values()) <= 1.3e6
+
+
+def test_a_screen_sends_what_it_leaves_open(workers):
+    """The squares of the columns' norms as they are seen, four numbers, and some columns again."""
+    n_features, d = 8192, 24
+    for found in workers.run(2, bytes_of_a_step, (2, 1), n_features, d, 32, 4.0, "bf16"):
+        calls, size = found.pop("column statistics")
+        assert calls == 2
+        assert 4 * (n_features + 4) < size < 1.2 * 4 * n_features
+        expected = expected_bytes(n_features, d, 128)
+        assert found == {name: sent for name, sent in expected.items() if name != "column statistics"}
+
+
+def test_a_screen_over_features_sends_candidates(workers):
+    P = 128
+    for found in workers.run(2, bytes_of_a_step, (1, 2), 8192, 24, 32, 4.0, "bf16"):
+        calls, size = found.pop("pool")
+        assert calls == 3
+        assert size <= 2 * (2 * (P + 2) * 4 + 4 * 8 + P * 4)
+        assert "column statistics" not in found
 
 
 def test_a_larger_pool_sends_no_more_than_its_rows(workers):

@@ -5,12 +5,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from cases import batches, close, compare, rows_of, spread, start, train_alone, train_on_mesh
+from cases import batches, close, compare, rows_of, spread, start, target_of, train_alone, train_on_mesh
 from no_host_sync import NoHostSync, allow_late_scalars
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sampled_sae import RowAdam
 from sampled_sae.distributed.gradients import Pending
+from sampled_sae.distributed.ranking import SpreadRanking
 
 BASE = {"aux_coefficient": 0.1, "dead_after": 20, "aux_pool": 7, "impl": "torch"}
 COUNTS = {1: [[13], [9], [5]], 2: [[7, 6], [0, 9], [5, 0]], 3: [[4, 0, 9], [2, 3, 4], [0, 0, 5]]}
@@ -32,6 +33,14 @@ CASES = [
     ((2, 1), {"row_grads": True, "l": None, "groups": (10, 40, 96)}, "dense"),
     ((1, 3), {"groups": (10, 40, 50, 101), "d_sae": 101}, "adam"),
     ((2, 2), {"row_grads": True, "l": None, "groups": (10, 40, 96)}, "lazy"),
+    # transcoders, with and without a skip
+    ((3, 1), {"row_grads": True, "d_out": 7}, "decayed"),
+    ((2, 1), {"row_grads": True, "l": None, "skip": True, "input_scale": 0.37, "output_scale": 0.6}, "dense"),
+    ((1, 3), {"row_grads": True, "d_out": 7, "skip": True, "d_sae": 101}, "lazy"),
+    ((2, 2), {"skip": True, "groups": (10, 40, 96), "l": 8.0}, "adam"),
+    # three layers side by side, given one behind the other
+    ((2, 2), {"row_grads": True, "l": 8.0, "d_in": 4, "layers": 3}, "dense"),
+    ((1, 2), {"row_grads": True, "l": None, "d_in": 4, "layers": 3, "input_scale": (0.5, 2.0, 1.0)}, "lazy"),
 ]
 
 
@@ -42,6 +51,26 @@ def test_twenty_steps_are_those_of_one_process(workers, shape, rule, kind):
     alone = train_alone(settings, counts, 20, kind)
     assert any(line["aux"] > 0 for line in alone["lines"])
     compare(alone, ranks, counts)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rule"),
+    [
+        ((2, 1), {"row_grads": True}),
+        ((1, 3), {"d_sae": 101, "score_tokens": 0.5}),
+        ((2, 2), {"pool": "sample", "score": "l2_squared", "row_grads": True}),
+        pytest.param((3, 1), {"l": None, "row_grads": True}, marks=pytest.mark.slow),
+        pytest.param((1, 2), {"l": 14.0, "select": "token"}, marks=pytest.mark.slow),
+        pytest.param((2, 1), {"score": "uniform"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_steps_with_a_screen_are_those_of_one_process_without(workers, shape, rule):
+    settings, counts = {**BASE, **rule, "dtype": torch.float32}, COUNTS[shape[0]]
+    ranks = workers.run(shape[0] * shape[1], train_on_mesh, shape, {**settings, "screen": "bf16"}, counts, 8, "dense")
+    alone = train_alone({**settings, "screen": "off"}, counts, 8, "dense")
+    assert any(line["aux"] > 0 for line in alone["lines"])
+    compare(alone, ranks, counts, 1e-5)
 
 
 @pytest.mark.slow
@@ -78,12 +107,12 @@ def accumulate(sae, parts, rank):
     total, x_gradients = 0, []
     for of_step in parts:
         x = (torch.cat(of_step) if rank is None else of_step[rank]).clone().requires_grad_()
-        out = sae(x)
+        out = sae(x, target_of(sae, x))
         loss = out.loss * 3
         loss.backward()
         x_gradients.append(x.grad)
         total += float(loss.detach())
-    return {name: rows_of(sae, name).clone() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}, x_gradients, total
+    return {name: rows_of(sae, name).clone() for name, _ in sae.named_parameters()}, x_gradients, total
 
 
 def accumulate_on_mesh(shape, settings, counts):
@@ -92,14 +121,14 @@ def accumulate_on_mesh(shape, settings, counts):
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=str)
-@pytest.mark.parametrize("row_grads", [True, False])
-def test_gradients_add_up_and_reach_the_input(workers, shape, row_grads):
-    settings, counts = {"impl": "torch", "l": 2.0, "row_grads": row_grads}, COUNTS[shape[0]]
+@pytest.mark.parametrize("rule", [{"row_grads": True}, {}, {"d_out": 5, "skip": True}], ids=str)
+def test_gradients_add_up_and_reach_the_input(workers, shape, rule):
+    settings, counts = {"impl": "torch", "l": 2.0, **rule}, COUNTS[shape[0]]
     expected, of_x, total = accumulate(start(settings), batches(counts, 2), None)
     for rank, first, (found, of_ours, ours) in workers.run(2, accumulate_on_mesh, shape, settings, counts):
         close(torch.tensor(ours), torch.tensor(total), "loss", 1e-11)
         for name, gradient in expected.items():
-            part = gradient if name == "b_dec" else gradient[first : first + len(found[name])]
+            part = gradient if name in ("b_dec", "W_skip") else gradient[first : first + len(found[name])]
             close(found[name], part, name, 1e-11)
         for step, gradient in enumerate(of_x):
             start_at = sum(counts[step][:rank])
@@ -126,21 +155,28 @@ def test_a_step_leaves_nothing_behind(workers, row_grads):
     assert workers.run(2, left_behind, (2, 1), {"impl": "torch", "l": None, "row_grads": row_grads}) == [0, 0]
 
 
-def steps_without_waiting(settings):
-    """With a pool over `data`: fails at an operation that waits for a device. Hosts tell each other their numbers."""
-    sae, rank = spread((2, 1), settings)
+def steps_without_waiting(shape, settings):
+    """Fails at an operation that waits for a device, but for one: how many features of a pool are on this process.
+    Hosts tell each other their numbers."""
+    sae, rank = spread(shape, settings)
     sae.memory.inputs.check = lambda x: None
     optimizer = RowAdam(sae)
-    parts = batches([[5, 3]], 3, dtype=torch.float32)
+    parts = batches([[5, 3] if shape[0] == 2 else [6]], 3, dtype=torch.float32)
     exchange = sae.layout.mesh.exchange
 
     def between_hosts(number):
         with _disable_current_modes():
             return exchange(number)
 
+    def here(ranking, keys, size):
+        mine, taken = ranking.candidates(keys, size)
+        with _disable_current_modes():
+            return mine[taken.nonzero().squeeze(1)]
+
     sae.layout.mesh.exchange = between_hosts
     with pytest.MonkeyPatch.context() as patch:
         allow_late_scalars(patch)
+        patch.setattr(SpreadRanking, "largest", here)
         for step, of_step in enumerate(parts):
             with NoHostSync() if step else nullcontext():
                 out = sae(of_step[rank])
@@ -152,6 +188,8 @@ def steps_without_waiting(settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("select", ["batch", "token"])
-def test_no_step_with_a_pool_waits_for_the_device(workers, select):
-    settings = {**BASE, "impl": "triton", "dtype": torch.float32, "dead_after": 8, "row_grads": True, "select": select}
-    assert all(aux > 0 for aux in workers.run(2, steps_without_waiting, settings))
+@pytest.mark.parametrize(("shape", "l"), [((2, 1), 3.0), ((1, 2), 3.0), ((1, 2), None)], ids=str)
+def test_no_step_waits_for_the_device(workers, shape, l, select):
+    """But for the union of touched rows over `data` without a pool."""
+    rule = {"impl": "triton", "dtype": torch.float32, "dead_after": 8, "row_grads": True, "select": select, "l": l}
+    assert all(aux > 0 for aux in workers.run(2, steps_without_waiting, shape, {**BASE, **rule}))

@@ -5,7 +5,9 @@ import torch
 
 from sampled_sae.codes import SparseCodes
 from sampled_sae.impl.interface import implementation
-from sampled_sae.impl.torch import above, dense_above, floor_screen, products
+from sampled_sae.impl.torch import above, column_filter, dense_above, floor_screen, plain_screen, products, screen
+from sampled_sae.inference.config import InferenceConfig
+from sampled_sae.inference.encoding import tokens_to_encode
 from sampled_sae.testing import whole_numbers
 
 TORCH, REFERENCE = implementation("torch"), implementation("reference")
@@ -25,16 +27,18 @@ def route(request, monkeypatch):
 @pytest.fixture(params=[2048, 7])
 def block_tokens(request, monkeypatch):
     """Tokens that are taken at a time: all of a small batch, or a few."""
-    monkeypatch.setattr(products, "BLOCK_TOKENS", request.param)
+    monkeypatch.setattr("sampled_sae.support.even_slices.FEWEST_ROWS", request.param)
+    monkeypatch.setattr(above, "TOKEN_ELEMENTS", 1)
+    monkeypatch.setattr(above, "CHUNK_ELEMENTS", 1 << 13)
     monkeypatch.setattr(products, "CHUNK_ELEMENTS", 1 << 13)
 
 
-def encoders(screen, dtype=torch.float32, scaled=False):
+def encoders(screened, dtype=torch.float32, scaled=False):
     """The specification's and ours, of whole numbers: what is above a threshold must be equal bit for bit."""
     t = whole_numbers(40, 5, 1000)
     scale = torch.arange(1000).remainder(3).float() if scaled else None
     W = t["W_enc"].t().contiguous().to(dtype)
-    made = {"scale": scale, "screen": screen}
+    made = {"scale": scale, "screen": screened}
     return REFERENCE.encoder(t["x"], W, t["b_enc"], **made), TORCH.encoder(t["x"], W, t["b_enc"], **made)
 
 
@@ -105,9 +109,7 @@ def test_the_bound_lets_little_through(monkeypatch):
     x, W = torch.randn(64, 256, generator=g), torch.randn(3000, 256, generator=g) * sizes[:, None]
     threshold, looked = 16 * 2.5 * sizes, []
     settled = above.FloorSearch._settled
-    monkeypatch.setattr(
-        above.FloorSearch, "_settled", lambda *args: looked.append(len(args[3].values)) or settled(*args)
-    )
+    monkeypatch.setattr(above.FloorSearch, "_settled", lambda *args: looked.append(len(args[3])) or settled(*args))
     codes = TORCH.above_threshold(TORCH.encoder(x, W, torch.zeros(3000), screen="bf16"), threshold)
     assert codes.count() > 500
     assert codes.count() <= sum(looked) < 1.4 * codes.count()
@@ -130,3 +132,90 @@ def test_an_activation_that_leaves_the_range_of_float32(threshold):
     expected = REFERENCE.above_threshold(REFERENCE.encoder(x, W, b), torch.full((64,), threshold))
     assert torch.equal(off.features, expected.features)
     assert torch.equal(off.values, expected.values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_tokens", [1, 16, 37])
+@pytest.mark.parametrize("kind", ["one", "positive", "each"])
+def test_places_that_reach_their_floor(kind, n_tokens, dtype):
+    g = torch.Generator().manual_seed(n_tokens)
+    a = torch.randint(-3, 4, (n_tokens, 50), generator=g).to(dtype)
+    a[0, 7], a[-1, 8], a[0, 9] = torch.nan, INF, -INF
+    floor = torch.tensor([2.0]) if kind == "one" else torch.randint(-2, 5, (43,), generator=g).float()
+    floor = (floor.clamp_min(1) if kind == "positive" else floor).to(dtype)
+    seen = a if kind == "one" else a[:, :43]
+    expected = torch.zeros_like(a, dtype=torch.bool)
+    expected[:, : seen.shape[1]] = ~(seen < floor)
+    assert torch.equal(column_filter.places_reaching(a, floor), expected.flatten().nonzero().squeeze(1))
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("huge", ["nothing", "token", "feature"])
+def test_bfloat16_weights_and_tokens_are_looked_through_as_they_are(huge, scaled, monkeypatch):
+    """Thresholds at activations; the screen leaves out nothing, few of what it lets through are not active."""
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(64, 96, generator=g), torch.randn(3000, 96, generator=g)
+    b = torch.randn(3000, generator=g)
+    if huge == "token":
+        x[3] *= 1e3
+    if huge == "feature":
+        W[5] *= 64
+    x, W = x.bfloat16().float(), W.bfloat16()
+    scale = torch.rand(3000, generator=g) if scaled else None
+    a = (x.double() @ W.double().t() + b) * (1 if scale is None else scale.double())
+    threshold = a.sort(0, descending=True).values[1].float().clamp_min(0)
+    looked, settled = [], above.FloorSearch._settled
+    monkeypatch.setattr(above.FloorSearch, "_settled", lambda *args: looked.append(len(args[3])) or settled(*args))
+    monkeypatch.setattr(above, "seen_above", None)
+    encoder = TORCH.encoder(x, W, b, scale=scale, screen="bf16")
+    assert plain_screen.is_plain(encoder.operands)
+    codes = TORCH.above_threshold(encoder, threshold)
+    differ = (codes.to_dense() > 0) != (a > threshold)
+    slack = rounding_of(x, W, b) * (1 if scale is None else scale.double())
+    assert ((a - threshold).abs()[differ] <= slack[differ]).all()
+    at = codes.tokens, codes.features
+    assert ((codes.values - a[at]).abs() <= slack[at]).all()
+    assert 2000 < codes.count() <= sum(looked) < 2.5 * codes.count()
+
+
+def test_other_tokens_need_the_other_screen():
+    g = torch.Generator().manual_seed(0)
+    x, W, b = torch.randn(64, 32, generator=g), torch.randn(300, 32, generator=g).bfloat16(), torch.zeros(300)
+    for tokens, weights, plain in (
+        (x, W, False),
+        (x.bfloat16().float(), W, True),
+        (x.bfloat16().float(), W.half(), False),
+    ):
+        assert plain_screen.is_plain(TORCH.encoder(tokens, weights, b, screen="bf16").operands) == plain
+    operands = TORCH.encoder(x.bfloat16().float(), (W * 1e16).bfloat16(), b, screen="bf16").operands
+    assert plain_screen.PlainScreen(operands).places(slice(0, 300), torch.zeros(1)) is None
+
+
+def test_a_screen_that_leaves_too_much_open_is_dropped(monkeypatch):
+    monkeypatch.setattr(above, "MOST_SCREENED", 0)
+    theirs, ours = encoders("bf16", torch.bfloat16)
+    search = above.FloorSearch(thresholds("mixed").clamp_min(0))
+    found = search.among(ours.operands)
+    assert search.screens == []
+    expected = REFERENCE.above_threshold(theirs, thresholds("mixed"))
+    assert torch.equal(found.features, expected.features)
+    assert torch.equal(found.values, expected.values)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "dtype", "rule", "screened"),
+    [
+        (64, torch.bfloat16, "relu", True),
+        (64, torch.bfloat16, "topk", False),
+        (64, torch.float32, "relu", False),
+        (64, torch.float16, "relu", False),
+        (300, torch.float32, "relu", True),
+    ],
+    ids=str,
+)
+def test_auto_rounds_no_weights_for_few_tokens(n_tokens, dtype, rule, screened, monkeypatch):
+    monkeypatch.setattr(screen, "fast_bfloat16", lambda: True)
+    cfg = InferenceConfig(d_in=4, d_sae=1 << 15, rule=rule, k=3 if rule == "topk" else None)
+    tensors = {"W_enc": torch.zeros(1 << 15, 4, dtype=dtype).t(), "b_enc": torch.zeros(1 << 15)}
+    tokens = tokens_to_encode(TORCH, cfg, tensors, torch.ones(n_tokens, 4), None)
+    assert (tokens.encoder.operands.screen is not None) == screened

@@ -117,6 +117,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("screened", [False, True], ids=["full", "screened"])
 def test_no_copy_of_the_weights_and_no_matrix_of_activations(screened, rule, monkeypatch):
     monkeypatch.setattr("sampled_sae.impl.torch.products.CHUNK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr("sampled_sae.impl.torch.above.CHUNK_ELEMENTS", 1 << 14)
     monkeypatch.setattr("sampled_sae.impl.torch.products.GATHERED_ELEMENTS", 1 << 13)
     monkeypatch.setattr("sampled_sae.inference.decoder_norms.CHUNK_ELEMENTS", 1 << 13)
     wide = {"d_in": 64, "d_sae": 4096, "scale_by_decoder_norm": True, "screen": "bf16" if screened else "off"}
@@ -252,3 +253,27 @@ def test_uses_that_are_refused(use, message):
     with pytest.raises((ValueError, TypeError)) as error:
         use(sae, x)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+@pytest.mark.parametrize("rule", RULES)
+def test_blocks_of_tokens_change_nothing(rule, normalize, monkeypatch):
+    options = {"normalize": normalize, "apply_b_dec_to_input": True, "scale_by_decoder_norm": True}
+    sae, x = make(rule, 41, **options)
+    whole = sae.encode_sparse(x), sae.encode(x, [5, 2])
+    monkeypatch.setattr("sampled_sae.inference.inference_sae.COPIED", 7 * D)
+    monkeypatch.setattr("sampled_sae.support.even_slices.FEWEST_ROWS", 7)
+    seen = []
+    tokens = type(sae)._tokens
+    monkeypatch.setattr(type(sae), "_tokens", lambda sae, x: seen.append(len(x)) or tokens(sae, x))
+    codes = sae.encode_sparse(x)
+    assert seen == ([41] if rule == "topk" else [6, 7, 7, 7, 7, 7])
+    assert codes.shape == (41, F)
+    assert torch.equal(codes.tokens, whole[0].tokens)
+    assert torch.equal(codes.features, whole[0].features)
+    torch.testing.assert_close(codes.values, whole[0].values)
+    torch.testing.assert_close(sae.encode(x, [5, 2]), whole[1])
+    asked = x.clone().requires_grad_()
+    sae.encode_sparse(asked).values.sum().backward()
+    assert seen[-1] == 41
+    assert asked.grad.count_nonzero() > 0

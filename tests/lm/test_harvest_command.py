@@ -8,59 +8,12 @@ from types import ModuleType
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import LAYERS, D, tiny, transformers
+from tiny_models import LAYERS, SIZES, WORDS, D, tiny, transformers
 
 from sampled_sae import lm
 from sampled_sae.cli import main
 
 tokenizers = pytest.importorskip("tokenizers")
-
-WORDS = [f"w{i}" for i in range(40)]
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-SIZES = {"num_hidden_layers": LAYERS, "vocab_size": 45, "max_position_embeddings": 32}
-
-
-def words(special, unknown):
-    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=unknown))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return made
-
-
-@pytest.fixture(scope="module")
-def causal(tmp_path_factory):
-    """A Llama whose tokenizer begins each text with <s>."""
-    folder = tmp_path_factory.mktemp("causal")
-    made = words(["<pad>", "<s>", "</s>", "<unk>", "<x>"], "<unk>")
-    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    tiny("Llama", "CausalLM", **SIZES, num_key_value_heads=1, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    """A BERT with the tokenizer of its kind: cls and sep around each text, no bos, no eos."""
-    folder = tmp_path_factory.mktemp("bert")
-    vocabulary = folder / "vocab.txt"
-    vocabulary.write_text("\n".join([*SPECIAL, *WORDS]) + "\n")
-    transformers.BertTokenizer(str(vocabulary)).save_pretrained(folder)
-    torch.manual_seed(0)
-    tiny("Bert", "MaskedLM", **SIZES, pad_token_id=0).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    file = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    draw = torch.Generator().manual_seed(1)
-    lines = (" ".join(WORDS[i] for i in torch.randint(0, 40, (9,), generator=draw).tolist()) for _ in range(80))
-    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return file
 
 
 def command(model, texts, out, *more):
@@ -236,3 +189,55 @@ def test_harvest_command_says_what_it_leaves_out(causal, texts, tmp_path, capsys
     assert "without the tokens 0 <pad>, 1 <s>, 2 </s>" in said
     counts = manifest_of(tmp_path / "acts")["dropped"]
     assert f"left out: first_position {counts['first_position']}, special_token {counts['special_token']}, norm" in said
+
+
+def test_a_transcoder_from_a_model_by_commands_alone(causal, texts, tmp_path):
+    acts, run = tmp_path / "acts", tmp_path / "run"
+    assert command(causal, texts, acts, "--mlp", "--holdout-rows", "5") == 0
+    held_out = manifest_of(acts / "outputs")["holdout"]["tokens"]
+    assert main(["train", str(acts), str(run), "--skip", *TRAINING, "--splice-rows", "3"]) == 0
+    at_end = json.loads((run / "evaluation.json").read_text())
+    assert at_end["tokens"] == held_out
+    assert at_end["ce_zero"] != at_end["ce_spliced"] != at_end["ce_clean"]
+    assert json.loads((run / "config.json").read_text())["sae"]["skip"]
+    assert main(["evaluate", str(run), str(acts), "--splice-rows", "3", "--batch-size", "64", "--quiet"]) == 0
+    assert json.loads((run / "evaluation.json").read_text()) == at_end
+    assert (
+        main(["evaluate", str(run), str(acts / "inputs"), "--targets", str(acts / "outputs"), "--splice-rows", "0"])
+        == 0
+    )
+    assert "ce_spliced" not in json.loads((run / "evaluation.json").read_text())
+    two = ["--ls", "2,none", "--scores", "l2", "--no-topk", "--features", "32", "--k", "3", "--steps", "6"]
+    sweep = tmp_path / "sweep"
+    assert main(["sweep", str(acts), str(sweep), *two, "--batch-size", "64", "--splice-rows", "3", "--quiet"]) == 0
+    rows = json.loads((sweep / "sweep.json").read_text())["rows"]
+    assert [row["ce_clean"] for row in rows] == [pytest.approx(at_end["ce_clean"])] * 2
+    assert "mlp:in to model.layers.1.mlp:out of" in (sweep / "report.md").read_text()
+
+
+def test_what_two_places_cannot_be_is_said_before_the_model_is_loaded(causal, texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sampled_sae.cli.harvest.loaded_model", None)
+    mlp = "model.layers.1.mlp"
+    for options, said in (
+        (["--points", f"{mlp}:in", f"{mlp}:out", "--layer", "1"], "name both places, without --layer"),
+        (["--points", f"{mlp}:in", mlp], "must be MODULE:in or MODULE:out"),
+        (["--points", f"{mlp}s:in", f"{mlp}:out"], "no module of this name, as model.layers.1.mlp"),
+        (["--mlp"], "give --layer"),
+        ([], "give --layer"),
+    ):
+        arguments = ["harvest", tmp_path, "--model", causal, "--texts", texts, "--context", 16, *options]
+        assert main([str(argument) for argument in arguments]) == 1
+        assert said in capsys.readouterr().err
+
+
+def test_an_sae_of_one_of_two_places_is_spliced_there(causal, texts, tmp_path, capsys):
+    acts, run = tmp_path / "acts", tmp_path / "run"
+    points = ["--points", "model.layers.1:in", "model.layers.2.self_attn:out"]
+    arguments = ["harvest", acts, "--model", causal, "--texts", texts, "--context", 16, "--holdout-rows", 5, *points]
+    assert main([str(argument) for argument in arguments]) == 0
+    assert main(["train", str(acts / "outputs"), str(run), *TRAINING, "--splice-rows", "3"]) == 0
+    found = json.loads((run / "evaluation.json").read_text())
+    assert found["ce_zero"] != found["ce_spliced"]
+    capsys.readouterr()
+    assert main(["evaluate", str(run), str(acts / "inputs"), "--quiet"]) == 1
+    assert "was trained on model.layers.2.self_attn:out of" in capsys.readouterr().err

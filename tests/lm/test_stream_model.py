@@ -5,15 +5,27 @@ import random
 
 import pytest
 import torch
-from test_harvest_command import bert, causal  # noqa: F401  (fixtures)
+from makers import same_weights
 from tiny_models import VOCABULARY, D, llama
 
 from sampled_sae import ActivationStore, SampledSAE, SampledSAEConfig, TrainConfig, Trainer
 from sampled_sae.cli import main
-from sampled_sae.lm import ModelSource, RowReader, capture, harvest, load_model, token_rows
+from sampled_sae.lm import (
+    HookPoint,
+    ModelSource,
+    RowReader,
+    SpliceEvaluator,
+    capture,
+    harvest,
+    harvest_mlp,
+    load_model,
+    token_rows,
+)
 from sampled_sae.lm import rows as rows_module
+from sampled_sae.residual_stream.hook_points import mlp_points
 from sampled_sae.residual_stream.several_layers import capture_layers
 from sampled_sae.training.activation_stream import ActivationStream
+from sampled_sae.training.iterator_source import IteratorSource
 from sampled_sae.training.sae_group import SAEGroup
 from sampled_sae.training.streamed_batches import StreamedBatches
 from sampled_sae.training.training_run import METRICS
@@ -109,6 +121,31 @@ def test_a_stream_gives_the_tokens_that_a_harvest_stores(model, tmp_path):
     assert source.state_dict()["epoch"] == 1, "and from the first row again"
 
 
+def test_what_is_held_out_is_evaluated_as_that_of_a_harvest(model, tmp_path):
+    rows = token_rows(documents(), Letters(), CONTEXT, 20)
+    source = ModelSource(model, reader(), (1, HookPoint("model.layers.2.mlp", "out")), batch_size=3, holdout_rows=5)
+    stream = ActivationStream(source, 128)
+    first = stream.parts[0].stream.blocks.get(0, 32).parts[0]
+    place = source.state_dict()
+    x, held = stream.parts[0].holdout()
+    assert torch.equal(held, rows[:5])
+    assert source.state_dict() == place
+    settings = {"batch_size": 3, "holdout_rows": 5, "progress": False}
+    harvest(model, torch.cat([rows[5:], rows[:5]]), 1, tmp_path, **settings)
+    store = ActivationStore.open(tmp_path)
+    torch.testing.assert_close(x, store.holdout()[0])
+    assert torch.equal(first[: len(first) // 2], store.shard(0)[: len(first) // 2])
+    both = stream.pair().holdout()[0]
+    assert torch.equal(both[:, :D], x)
+    found = source.splice([0], held).evaluate(lambda x: 0.5 * x)
+    assert found == SpliceEvaluator.of_harvest(model, held, store.manifest).evaluate(lambda x: 0.5 * x)
+    assert source.splice([0, 1], held).evaluate(lambda x: 0 * x)["loss_recovered_zero"] == 0
+    with pytest.raises(ValueError, match="holdout_rows=0: nothing is held out"):
+        parts(model)[0].holdout()
+    with pytest.raises(ValueError, match="an iterator, which holds out nothing"):
+        ActivationStream(IteratorSource([first]), 8).parts[0].holdout()
+
+
 def test_held_out_rows_are_the_first_and_never_trained_on(model, tmp_path):
     rows = token_rows(documents(), Letters(), CONTEXT, 20)
     source = ModelSource(model, reader(), (1,), batch_size=3, drop_tokens=(), holdout_rows=20)
@@ -196,7 +233,7 @@ def test_bad_arguments_are_named(model, options, said):
         parts(model, **options)
 
 
-def test_a_model_is_loaded_onto_a_device_or_over_several(causal):  # noqa: F811
+def test_a_model_is_loaded_onto_a_device_or_over_several(causal):
     placed, _ = load_model(str(causal), dtype="bfloat16", device="cpu")
     spread, _ = load_model(str(causal), device="auto")
     rows = torch.randint(5, 45, (2, 8))
@@ -221,7 +258,7 @@ def command(model, texts, out, layers, *more):
     return ["train", str(out), "--model", str(model), "--texts", str(texts), "--layer", layers, *sizes, *more]
 
 
-def test_the_command_trains_without_a_store_and_goes_on(causal, texts, tmp_path, capsys):  # noqa: F811
+def test_the_command_trains_without_a_store_and_goes_on(causal, texts, tmp_path, capsys):
     assert main([*command(causal, texts, tmp_path / "run", "2", "--steps", "6"), "--model-dtype", "bfloat16"]) == 0
     said = capsys.readouterr().out
     assert "stores nothing" in said
@@ -240,10 +277,14 @@ def test_the_command_trains_without_a_store_and_goes_on(causal, texts, tmp_path,
     assert "weights_sha256" in capsys.readouterr().err
 
 
-def test_the_command_trains_several_layers_and_one_is_evaluated(causal, texts, tmp_path, capsys):  # noqa: F811
+def test_the_command_trains_several_layers_and_one_is_evaluated(causal, texts, tmp_path, capsys):
     out = tmp_path / "runs"
     assert main(command(causal, texts, out, "0,2", "--steps", "5", "--holdout-rows", "10")) == 0
     assert sorted(path.name for path in out.iterdir()) == ["layer_0", "layer_2"]
+    at_end = json.loads((out / "layer_2" / "evaluation.json").read_text())
+    assert 10 < at_end["tokens"] <= 10 * 7
+    assert at_end["ce_zero"] != at_end["ce_spliced"]
+    assert (out / "layer_0" / "evaluation.json").exists()
     held_out = ["harvest", str(tmp_path / "acts"), "--model", str(causal), "--texts", str(texts), "--layer", "2"]
     assert main([*held_out, "--context", "8", "--tokens", "80", "--holdout-rows", "9"]) == 0
     assert main(["evaluate", str(out / "layer_2"), str(tmp_path / "acts"), "--splice-rows", "4"]) == 0
@@ -265,7 +306,7 @@ def test_the_command_trains_several_layers_and_one_is_evaluated(causal, texts, t
         (lambda c: [*c, "--skip"], "--skip True: is of a transcoder"),
     ],
 )
-def test_the_command_says_what_is_wrong(causal, texts, tmp_path, capsys, change, said):  # noqa: F811
+def test_the_command_says_what_is_wrong(causal, texts, tmp_path, capsys, change, said):
     assert main([*change(command(causal, texts, tmp_path / "run", "1", "--steps", "3")), "--quiet"]) == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -278,3 +319,60 @@ def test_options_of_a_model_need_one(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["train", str(tmp_path / "run")])
     assert stopped.value.code == 2
+
+
+def test_a_transcoder_on_a_stream_is_that_of_a_harvest(model, tmp_path, short_calibration):
+    """The same tokens in one block and one shard; order and scales differ, so that tokens and figures are compared."""
+    points = mlp_points(model, 1)
+    stream = ActivationStream(ModelSource(model, reader(), points, batch_size=3, drop_tokens=(0,)), 128)
+    part = stream.pair()
+    assert (part.d_in, part.d_out) == (D, D)
+    batches = StreamedBatches(part, 32, seed=0, steps=3)
+    pair = harvest_mlp(
+        model, token_rows(documents(), Letters(), CONTEXT), 1, tmp_path / "acts", batch_size=3, drop_tokens=(0,)
+    )
+    rows = torch.cat([batches.batch(t) for t in range(3)])
+    stored = torch.cat([pair.shard(0)[:, :D] * batches.scale, pair.shard(0)[:, D:] * batches.output_scale], dim=1)
+    nearest = (rows[:, None] - stored).abs().amax(2).amin(1)
+    assert nearest.max() < 1e-5
+    assert batches.scale != batches.output_scale
+    config = SampledSAEConfig(d_in=D, d_sae=48, k=3, l=2.0, skip=True)
+
+    def trainer(folder):
+        source = ModelSource(model, reader(), points, batch_size=3, drop_tokens=(0,))
+        return Trainer(config, TRAIN, ActivationStream(source, 128).pair(), tmp_path / folder)
+
+    whole = trainer("whole").run(progress=False)
+    killed = trainer("killed")
+    for t in range(7):
+        killed.train_on(killed.feed.batch(t))
+    killed.save()
+    resumed = trainer("killed")
+    assert resumed.step == 7
+    assert same_weights(resumed.run(progress=False), whole)
+    assert (whole.cfg.input_scale, whole.cfg.output_scale) == (resumed.feed.scale, resumed.feed.output_scale)
+    assert whole.cfg.output_scale == pytest.approx(batches.output_scale, rel=0.1) != 1
+    about = json.loads((tmp_path / "whole" / "run.json").read_text())["activations"]
+    assert (about["point"], about["target"]["point"]) == tuple(map(str, points))
+    with pytest.raises(ValueError, match="x=0, target=2: must be two of the 2 parts"):
+        stream.pair(0, 2)
+    with pytest.raises(ValueError, match=r"d_out=16: .* has no targets"):
+        Trainer(config, TRAIN, stream.parts[0], tmp_path / "other")
+
+
+def test_a_transcoder_on_a_model_at_work_by_command(causal, texts, tmp_path, capsys):
+    run = tmp_path / "run"
+    command = ["train", run, "--model", causal, "--texts", texts, "--context", 16, "--layer", 1, "--mlp", "--skip"]
+    how = ["--features", 32, "--k", 3, "--l", 2, "--steps", 4, "--batch-size", 32, "--buffer-tokens", 128, "--quiet"]
+    assert main([str(argument) for argument in [*command, *how]]) == 0
+    assert SampledSAE.from_pretrained(run).cfg.skip
+    capsys.readouterr()
+    for options, said in (
+        (["--layer", "1", "--skip"], "give --mlp, or two places"),
+        (["--layer", "1,2", "--mlp"], "--mlp is of one block"),
+        (["--layer", "1", "--points", "a:in", "b:out"], "name both places, without --layer"),
+        (["--points", "a:in", "b:out"], "no module of this name"),
+    ):
+        arguments = ["train", tmp_path / "other", "--model", causal, "--texts", texts, "--context", 16, *options]
+        assert main([str(argument) for argument in arguments]) == 1
+        assert said in capsys.readouterr().err

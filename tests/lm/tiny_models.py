@@ -5,6 +5,10 @@ import pytest
 transformers = pytest.importorskip("transformers")
 
 VOCABULARY, D, LAYERS, CONTEXT = 61, 16, 4, 12
+# of those with a tokenizer of their own
+WORDS = [f"w{i}" for i in range(40)]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+SIZES = {"num_hidden_layers": LAYERS, "vocab_size": 45, "max_position_embeddings": 32}
 
 
 def tiny(name, task, **given):
@@ -46,3 +50,12 @@ def bert():
 
 def mpnet():
     return tiny("MPNet", "MaskedLM", max_position_embeddings=32)
+
+
+def words(special, unknown):
+    """A tokenizer of WORDS and the special ones."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=unknown))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return made

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import pytest
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+# WCAG 2, level AA, for text of any size
+LEAST_CONTRAST = 4.5
 # of each element with text of its own: WCAG's contrast of that text with what lies behind it
 CONTRASTS = """
 const paint = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
@@ -78,3 +80,18 @@ def until(browser, script, *arguments):
 def logged(browser):
     """What the page has logged since it was last asked, errors and breaches of its policy among them."""
     return [entry["message"] for entry in browser.get_log("browser")]
+
+
+def keys(browser, *pressed):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    ActionChains(browser).send_keys(*pressed).perform()
+
+
+def type_search(browser, text):
+    """Into the empty field of a page's search."""
+    from selenium.webdriver.common.by import By
+
+    field = browser.find_element(By.ID, "search")
+    field.clear()
+    field.send_keys(text)

@@ -1,22 +1,14 @@
 """The pages as a person uses them, in a headless Chromium; skipped where there is none."""
 
 import pytest
-from browser import CONTRASTS, logged, opened, until
+from browser import CONTRASTS, LEAST_CONTRAST, keys, logged, type_search, until
 from page_makers import HOSTILE, N_FEATURES, command
 
 from sampled_sae.support.atomic_files import write_json
 
 HEADING = "return document.querySelector('#view h2')?.textContent"
-ROWS = "return Array.from(document.querySelectorAll('tr[data-feature]'), (row) => Number(row.dataset.feature))"
+ROWS = "return Array.from(document.querySelectorAll('tr[data-row]'), (row) => Number(row.dataset.row))"
 COUNT = "return document.getElementById('count').textContent"
-# WCAG 2, level AA, for text of any size
-LEAST_CONTRAST = 4.5
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with opened() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +33,8 @@ def heading(browser, expected):
     return until(browser, f"{HEADING} === arguments[0]", expected)
 
 
-def keys(browser, *pressed):
-    from selenium.webdriver.common.action_chains import ActionChains
-
-    ActionChains(browser).send_keys(*pressed).perform()
-
-
 def searched(browser, text):
-    from selenium.webdriver.common.by import By
-
-    field = browser.find_element(By.ID, "search")
-    field.clear()
-    field.send_keys(text)
+    type_search(browser, text)
     return browser.execute_script("return Array.from(table.shown)")
 
 
@@ -87,7 +69,7 @@ def test_densities_on_a_single_token_are_drawn(page):
 
 def test_a_click_opens_a_feature_and_its_links_lead_on(page):
     first = page.execute_script(ROWS)[0]
-    page.execute_script("document.querySelector('tr[data-feature]').click()")
+    page.execute_script("document.querySelector('tr[data-row]').click()")
     heading(page, f"Feature {first}")
     assert page.current_url.endswith(f"#feature={first}")
     assert page.execute_script("return document.querySelectorAll('.contexts li .on').length") > 0
@@ -104,7 +86,7 @@ def test_a_permanent_link_opens_its_feature_and_brings_its_row_into_sight(page, 
     for feature in page.execute_script("return [7, ...table.shown.slice(30, 37)]"):
         page.get(f"{address}#feature={feature}")
         heading(page, f"Feature {feature}")
-        assert page.execute_script("return document.querySelector('tr.selected').dataset.feature") == str(feature)
+        assert page.execute_script("return document.querySelector('tr.selected').dataset.row") == str(feature)
     page.get(f"{address}#feature=640")
     until(page, "return document.querySelector('#view [role=alert]')?.textContent.includes('There is no feature 640')")
 
@@ -112,7 +94,8 @@ def test_a_permanent_link_opens_its_feature_and_brings_its_row_into_sight(page, 
 def test_a_search_finds_tokens_and_numbers(page):
     found = searched(page, "W12")
     by_hand = """return Array.from({length: nFeatures}, (_, j) => j).filter((j) => topWords(j, 99).concat(
-        place.has(j) ? Array.from(lensKeys.slice(place.get(j) * lensWidth, (place.get(j) + 1) * lensWidth), token) : []
+        place.has(j) ? Array.from(lensKeys.slice(place.get(j) * lensWidth, (place.get(j) + 1) * lensWidth),
+            (word) => token(wordText(word))) : []
         ).some((span) => span.textContent.includes("w12")))"""
     assert sorted(found) == page.execute_script(by_hand)
     assert 0 < len(found) < N_FEATURES

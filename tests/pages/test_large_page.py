@@ -69,8 +69,8 @@ def test_a_large_table_has_few_rows_in_the_page_and_finds_all(tmp_path, record_p
             record_property(name, value)
         assert browser.execute_script(TIMED, "")[1] == N_FEATURES
         browser.execute_script("document.getElementById('table').scrollTop = 30 * 12000")
-        until(browser, "return document.querySelector('tr[data-feature]').ariaRowIndex > 11000")
-        assert browser.execute_script("return document.querySelectorAll('tr[data-feature]').length") < 100
+        until(browser, "return document.querySelector('tr[data-row]').ariaRowIndex > 11000")
+        assert browser.execute_script("return document.querySelectorAll('tr[data-row]').length") < 100
         last = browser.execute_script("table.sort('feature', true); table.select(3); return table.shown[0]")
         assert last == N_FEATURES - 1
         assert browser.execute_script("return document.querySelector('tr.selected').ariaRowIndex") == str(

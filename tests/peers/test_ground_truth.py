@@ -9,6 +9,7 @@ from sae_lens.evals import ExplainedVarianceCalculator
 from sae_lens.synthetic import compute_classification_metrics, feature_uniqueness, mean_correlation_coefficient
 
 from benchmarks.ground_truth import metrics
+from benchmarks.ground_truth.absorption import Absorption
 from benchmarks.ground_truth.metrics import Batch
 from benchmarks.ground_truth.synthetic import Synthetic
 from sampled_sae import SampledSAE, SampledSAEConfig, SparseCodes
@@ -170,3 +171,30 @@ def test_held_out_tokens_are_in_batches_of_the_size_asked_for(tiny):
     assert [len(x) for x, _ in parts] == [512] * 4
     assert all(firing.dtype == torch.bool and firing.shape == (512, 256) for _, firing in parts)
     assert not torch.equal(parts[0].x, tiny.calibration()[:512])
+
+
+def test_absorption_counts_silent_parents_whose_child_speaks():
+    """Feature 0 is the parent of 1 and 2; the SAE stands for 0 twice, for 1 and for 3."""
+    cosine = torch.tensor([[0.9, 0, 0, 0], [0.7, 0, 0, 0], [0, 0.8, 0, 0], [0, 0, 0, 0.8]])
+    matches = cosine.argmax(1)
+    firing = torch.tensor([[1, 0, 0, 0]] * 4 + [[1, 1, 0, 0]] * 4 + [[1, 0, 1, 0]] * 2).bool()
+    # alone the parent is heard three times of four; beside its first child once, and then the child is silent once
+    heard = torch.tensor([1, 1, 1, 0, 1, 0, 0, 0, 0, 0])
+    child = torch.tensor([0, 0, 0, 0, 1, 1, 1, 0, 0, 0])
+    dense = torch.stack((heard, 1 - heard, child, torch.zeros(10)), 1).float()
+    made = Absorption({0: [1, 2], 3: [1]}, matches, cosine)
+    for part in (slice(0, 5), slice(5, 10)):
+        made.add(SparseCodes.from_dense(dense[part]), firing[part])
+    # of six tokens with a child two are absorbed; feature 3 never fires
+    assert made.result() == {"absorbed": pytest.approx(2 / 6), "parents": 1}
+    none = Absorption({2: [1]}, matches, cosine)
+    none.add(SparseCodes.from_dense(dense), firing)
+    assert none.result() == {"absorbed": None, "parents": 0}
+
+
+def test_every_parent_fires_with_its_children():
+    synthetic = Synthetic("tiny")
+    firing = torch.cat([batch.firing for batch in synthetic.batches(4096, 1)])
+    assert len(synthetic.children) > 10
+    for parent, children in synthetic.children.items():
+        assert not (firing[:, children].any(1) & ~firing[:, parent]).any()

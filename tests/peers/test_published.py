@@ -20,12 +20,16 @@ from published_makers import (
 )
 from sae_lens import SAE
 from sae_lens.loading import pretrained_sae_loaders as loaders
+from safetensors.torch import load_file, save_file
 from sparsify import SparseCoder
 
 from sampled_sae.formats.portable import silent
 from sampled_sae.formats.published import load_inference, save_inference
+from sampled_sae.impl.interface import HAS_TRITON
 
 NEAR = {"rtol": 1e-4, "atol": 1e-5}
+# (implementation, screen); the kernels in Triton's interpreter
+FORMS = [("reference", "off"), ("torch", "off"), ("torch", "bf16"), *([("triton", "off")] if HAS_TRITON else [])]
 
 
 def assert_same(theirs, reconstruction, ours, tokens, least=1):
@@ -38,18 +42,20 @@ def assert_same(theirs, reconstruction, ours, tokens, least=1):
     torch.testing.assert_close(output.x_hat, reconstruction, **NEAR)
 
 
-def assert_as_saelens(folder, tokens=None, least=1):
+def assert_as_saelens(folder, tokens=None, least=1, forms=(("auto", "auto"),)):
     theirs = SAE.load_from_disk(folder)
     tokens = x() if tokens is None else tokens
     with torch.no_grad():
-        assert_same(theirs.encode(tokens), theirs(tokens), load_inference(folder, say=silent), tokens, least)
+        for impl, screen in forms:
+            ours = load_inference(folder, impl=impl, screen=screen, say=silent)
+            assert_same(theirs.encode(tokens), theirs(tokens), ours, tokens, least)
     return theirs
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_of_saelens(tmp_path, architecture):
     folder = write_saelens(tmp_path / "a", architecture)
-    assert_as_saelens(folder)
+    assert_as_saelens(folder, forms=FORMS)
     ours = load_inference(folder, say=silent)
     save_inference(ours, tmp_path / "b", to="saelens")
     back = load_inference(tmp_path / "b", say=silent)
@@ -62,7 +68,20 @@ def test_every_architecture_of_saelens(tmp_path, architecture):
 @pytest.mark.parametrize("architecture", ["jumprelu", "jumprelu_skip_transcoder"])
 def test_thresholds_that_a_rule_has_to_get_right(tmp_path, architecture, threshold):
     none = threshold in ("huge", "inf")
-    assert_as_saelens(write_saelens(tmp_path, architecture, threshold), least=0 if none else 1)
+    assert_as_saelens(write_saelens(tmp_path, architecture, threshold), least=0 if none else 1, forms=FORMS)
+
+
+def test_ties_at_the_threshold(tmp_path):
+    """Whole numbers, whose sums are exact: what equals its threshold is active nowhere."""
+    folder = write_saelens(tmp_path, "jumprelu")
+    g, path = torch.Generator().manual_seed(0), folder / "sae_weights.safetensors"
+    tensors = {name: torch.randint(-2, 3, t.shape, generator=g).float() for name, t in load_file(path).items()}
+    tensors["threshold"] = torch.randint(0, 4, (F,), generator=g).float()
+    save_file(tensors, path)
+    tokens = torch.randint(-2, 3, (40, D), generator=g).float()
+    theirs = assert_as_saelens(folder, tokens, forms=FORMS)
+    a = (tokens - theirs.b_dec) @ theirs.W_enc + theirs.b_enc
+    assert ((a == theirs.threshold) & (a > 0)).sum() > 100
 
 
 @pytest.mark.parametrize(

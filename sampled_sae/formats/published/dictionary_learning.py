@@ -26,7 +26,7 @@ NAMES: dict[str, tuple[dict[str, str], bool]] = {
     "JumpReluAutoEncoder": ({"b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}, False),
 }
 RULES = {"GatedAutoEncoder": "gated", "JumpReluAutoEncoder": "jumprelu"}
-CLASSES = (*dictionary_learning.RULE_OF_CLASS, *NAMES)
+CLASSES = (*dictionary_learning.CLASSES, *NAMES)
 
 
 def read(place: Place, say: Say) -> Reading:
@@ -41,7 +41,7 @@ def read(place: Place, say: Say) -> Reading:
     of = trainer.get("dict_class")
     origin = dictionary_learning.origin(config).checked(cfg)
     origin = Origin(layer=layer_of(origin.hook_name)).filled_by(origin) if origin.layer is None else origin
-    if of in dictionary_learning.RULE_OF_CLASS:
+    if of in dictionary_learning.CLASSES:
         return of_portable(dictionary_learning.unpack(tensors, config, place.path, say), str(of), origin, say)
     if of not in NAMES:
         raise ValueError(f"{cfg}: trainer.dict_class={of!r}: this package reads {', '.join(CLASSES)}")

@@ -15,7 +15,7 @@ from ...impl.threshold import NEVER_SET, OF_ANOTHER_SET, RUNNING_MEAN, VOID
 from ...support.atomic_files import field, read_json
 from ..origin import Origin
 from ..portable import PortableSAE, Say
-from .reading import Place, Reading, of_portable
+from .reading import Place, Reading, layer_of, of_portable
 
 NAME = pretrained.FORMAT
 
@@ -51,8 +51,12 @@ def read(place: Place, say: Say) -> Reading:
         input_scale=config.input_scale,
         transcodes=config.is_transcoder,
         output_scale=config.output_scale,
+        layers=config.layers,
     )
     kind = "transcoder" if config.is_transcoder else "SAE"
+    if config.is_crosscoder:
+        kind = f"crosscoder of {config.layers} layers, one behind the other,"
+        sae = sae.read_at(1.0) if isinstance(config.input_scale, tuple) else sae
     return of_portable(sae, f"TopK {kind}" if config.is_topk else f"threshold {kind}", origin(place.path), say)
 
 
@@ -76,7 +80,10 @@ def origin(folder: Path) -> Origin:
     """
     if (folder / pretrained.RUN).is_file():
         trained = field(folder / pretrained.RUN, read_json(folder / pretrained.RUN), "activations", dict)
-        found = Origin(trained.get("model"), trained.get("layer"), context_size=trained.get("context"))
+        point = trained.get("point")
+        layer = trained.get("layer") if point is None else layer_of(str(point))
+        layer = None if trained.get("layers") else layer  # a crosscoder reads several
+        found = Origin(trained.get("model"), layer, point, trained.get("context"))
         return found.checked(folder / pretrained.RUN)
     if (folder / pretrained.ORIGIN).is_file():
         recorded: dict[str, Any] = read_json(folder / pretrained.ORIGIN)

@@ -93,7 +93,9 @@ def in_dtype_of_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def of_portable(sae: PortableSAE, architecture: str, origin: Origin, say: Say) -> Reading:
-    """Of an SAE whose threshold is one for all, or that keeps k features a token."""
+    """Of an SAE whose threshold is one for all, or that keeps k features a token; a crosscoder, which has one scale for
+    all of its layers, as an SAE of their widths together."""
+    assert not isinstance(sae.input_scale, tuple)
     tensors = {name: getattr(sae, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     rule: dict[str, Any] = {"rule": "topk", "k": sae.whole_k(architecture)} if sae.rule == "topk" else {}
     if sae.rule == "threshold":
@@ -140,5 +142,5 @@ def in_one_line(layout: str, reading: Reading, place: Place) -> str:
 
 def layer_of(hook: str | None) -> int | None:
     """The block that a hook of TransformerLens or transformers names."""
-    found = re.search(r"(?:blocks|layers|h)\.(\d+)(?:\.|$)", hook or "")
+    found = re.search(r"(?:blocks|layers|h)\.(\d+)(?:[.:]|$)", hook or "")
     return int(found[1]) if found else None

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from ...support.reused_memory import on_huge_pages
 from ..encoder import Operands
 from ..gate import Gate, floor_of, keep_above_, magnitudes
-from .above import FloorSearch, dense_activations, row_blocks
-from .products import candidate_spans, raised, token_blocks
+from .above import FloorSearch, blocks_of_tokens, dense_activations, row_blocks
+from .products import candidate_spans, raised
 
 # a dictionary this small is multiplied as a whole
 FEW_FEATURES = 4096
@@ -51,8 +51,8 @@ def fill_above(operands: Operands, threshold: Tensor, gate: Gate | None) -> Tens
     out = on_huge_pages(operands.x, operands.n_tokens, operands.n_features)
     search = FloorSearch(floor)
     search.listing = operands.n_features > FEW_FEATURES
-    for token, block in token_blocks(operands):
-        rows = out[token : token + block.n_tokens]
+    for span, block in blocks_of_tokens(operands):
+        rows = out[span]
         found = search.listed(block) if search.listing else None
         if found is not None:
             values, tokens, features = magnitudes(found, threshold, gate)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...support.reused_memory import scratch
 from ..encoder import Operands
 from ..rounded_tokens import LARGEST, RoundedTokens, row_norms
-from .products import features_of, padded_chunk, raised
+from .products import features_of, raised
 from .screen import MARGIN, smallest_normal
 
 COLUMNS = 4
@@ -44,8 +44,8 @@ def seen_features(operands: Operands, at: slice | Tensor, floor: Tensor) -> Tens
     low = scratch(W.new_empty(0, dtype=torch.bfloat16), n_features, d + COLUMNS)
     low[:, :d].copy_(W)
     exact = raised(W, operands.x)
-    norms = row_norms(exact)
-    errors = row_norms(torch.sub(exact, low[:, :d], out=scratch(exact, n_features, d)))
+    change = scratch(exact, n_features, d).copy_(low[:, :d])
+    norms, errors = row_norms(exact), row_norms(torch.sub(exact, change, out=change))
     if not bool((norms < LARGEST).all()):
         return None
     floor = floor.expand(n_features) if scale is None else floor / scale[at]
@@ -68,10 +68,8 @@ def rounded_up(values: Tensor) -> Tensor:
 
 
 def seen_above(operands: Operands, tokens: Tensor, span: slice, floor: Tensor) -> Tensor | None:
-    """A chunk [B, C] as `padded_chunk` has it: where it is >= 0 the activation may lie above its floor, [1] or [C]."""
+    """A chunk [B, C] in bfloat16: where it is >= 0 the activation may lie above its floor, [1] or [C]."""
     low = seen_features(operands, features_of(operands, span), floor)
     if low is None:
         return None
-    a, inner = padded_chunk(operands, span)
-    inner.copy_(torch.mm(tokens, low.t(), out=scratch(low, operands.n_tokens, span.stop - span.start)))
-    return a
+    return torch.mm(tokens, low.t(), out=scratch(low, operands.n_tokens, span.stop - span.start))

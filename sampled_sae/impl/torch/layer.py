@@ -24,7 +24,7 @@ from .pool import candidate_pool
 from .products import without_autocast
 from .scores import column_scores, column_statistics
 from .screen import rounded
-from .screen_columns import column_bounds
+from .screen_columns import column_bounds, seen_columns
 from .stream import (
     batch_hint,
     search_batch,
@@ -47,6 +47,7 @@ __all__ = [
     "encode_at",
     "encoder",
     "search",
+    "seen_columns",
     "select",
     "take_kept",
     "use_block",

@@ -47,7 +47,7 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def chunk_features(n_tokens: int) -> int:
     """Features a chunk: a multiple of 64 that keeps [B, C] near 1M elements."""
-    return max(64, CHUNK_ELEMENTS // n_tokens // 64 * 64)
+    return max(64, CHUNK_ELEMENTS // max(1, n_tokens) // 64 * 64)
 
 
 def chunk_width(operands: Operands) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adam_step import AdamStep, Moments
+from ..decoder_rows import normalize_, without_growth
 
 CHUNK_ELEMENTS = 1 << 19
 
@@ -31,6 +32,8 @@ def row_adam_(weight: Tensor, moments: Moments, grad: Tensor, features: Tensor |
         slope = slope.to(W.dtype)
         if step.factor is not None:
             slope = slope * step.factor
+        if step.project and step.layers > 1:
+            return without_growth(slope, W, step.layers)
         return slope - (slope * W).sum(1, keepdim=True) * W if step.project else slope
 
     exp_avg, exp_avg_sq, last = moments
@@ -61,7 +64,7 @@ def row_adam_(weight: Tensor, moments: Moments, grad: Tensor, features: Tensor |
             maximize=False,
         )
         if step.renormalize:
-            W.div_(torch.linalg.vector_norm(W, dim=1, keepdim=True).clamp_min_(1e-12))
+            normalize_(W, step.layers)
         if isinstance(rows, Tensor):
             weight.index_copy_(0, rows, W)
         for target, moment in zip((exp_avg, exp_avg_sq), taken):

@@ -29,18 +29,25 @@ UNIT = 1.01 * 2.0**-8
 MARGIN = 1.01
 # activations in a batch below which a product costs too little to be screened
 FEWEST_ACTIVATIONS = 1 << 20
-# tokens below which the weights cost more to round than the product does (benchmarks/results/inference.md)
+# tokens below which weights cost more to round than the product does (benchmarks/results/inference.md)
 FEWEST_TOKENS = 256
+# "auto" of a search above thresholds, which rounds no weights that are in bfloat16 (plain_screen.py)
+FOR_THRESHOLDS = "auto for thresholds"
 
 
 def rounded(x: Tensor, W: Tensor, screen: str) -> RoundedTokens | None:
     """x [B, d] in bfloat16 where `screen` asks for it and the operands allow it; else None."""
     if screen == "off" or x.dtype != torch.float32 or W.dtype not in (torch.float32, *HALF) or x.device.type != "cpu":
         return None
-    small = x.shape[0] < FEWEST_TOKENS or x.shape[0] * W.shape[0] < FEWEST_ACTIVATIONS
-    if screen == "auto" and (small or not fast_bfloat16()):
+    unrounded = screen == FOR_THRESHOLDS and W.dtype == torch.bfloat16
+    if screen != "bf16" and not (large_enough(len(x), len(W), unrounded) and fast_bfloat16()):
         return None
     return RoundedTokens(x) if sums_in_float32() else None
+
+
+def large_enough(n_tokens: int, n_features: int, unrounded: bool = False) -> bool:
+    """Whether a product of this size is worth a screen; `unrounded`: its weights need no rounding."""
+    return (unrounded or n_tokens >= FEWEST_TOKENS) and n_tokens * n_features >= FEWEST_ACTIVATIONS
 
 
 @functools.cache

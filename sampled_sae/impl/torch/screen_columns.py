@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...support.reused_memory import scratch
-from ..column_bounds import ColumnBounds
+from ..column_bounds import ColumnBounds, SeenColumns
 from ..encoder import Operands
 from .products import chunk_width, token_blocks, without_autocast
 from .scores import column_scores
@@ -21,59 +21,106 @@ from .screen import MARGIN, UNIT, FeatureRounding, entry_slack, smallest_normal
 
 POWER_STEPS = 8
 TRIES = 3
+# the square of anything smaller may be lost
+LEAST_NORM = 2.0**-62
 
 
 @without_autocast
 def column_bounds(operands: Operands, score: str) -> ColumnBounds | None:
     """Of every feature; None for entropy, and where a bound would not be finite."""
-    if operands.screen is None or score == "entropy" or not operands.screen.in_range:
+    seen = seen_columns(operands, score)
+    if seen is None:
         return None
-    low, high = fires(operands) if score == "uniform" else norms(operands)
-    if score == "l2_squared":
-        low, high = low.square(), high.square()
+    low, high = seen.bounds(seen.sums)
     if not bool(high.isfinite().all()):
         return None
     full = operands.in_full()
     return ColumnBounds(low, high, lambda at: column_scores(full.of_features(at), score))
 
 
-def norms(operands: Operands) -> tuple[Tensor, Tensor]:
-    """(least, greatest) L2 norm of each column's activations."""
-    (x, _, b, scale, *_), screen = operands, operands.screen
+@without_autocast
+def seen_columns(operands: Operands, score: str) -> SeenColumns | None:
+    """What bounds every feature's score; None without a screen and for entropy."""
+    if operands.screen is None or score == "entropy":
+        return None
+    if score == "uniform":
+        return fires(operands)
+    seen = norms(operands)
+    if score == "l2":
+        return seen
+
+    def squared(sums: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = seen.bounds(sums)
+        return low.square(), high.square()
+
+    return SeenColumns(seen.sums, squared)
+
+
+def norms(operands: Operands) -> SeenColumns:
+    """L2 norms of the columns' activations.
+
+    The sums are the squares of the norms that are seen, and four numbers of the tokens: squares of the spectral norms
+    of x^ and dx and of the norm of x^, of which those of parts of the tokens add up to no less, and how many they are.
+    """
+    (x, W, b, scale, *_), screen, n_features = operands, operands.screen, operands.n_features
     assert screen is not None
     d = x.shape[1]
-    change = x - screen.x
-    rounded_change = change.bfloat16()
-    tokens = spectral_bound(screen.x)
-    changes = spectral_bound(rounded_change) + float(torch.linalg.vector_norm(change.sub_(rounded_change)))
-    every, root = float(torch.linalg.vector_norm(screen.norms)), len(x) ** 0.5
-    squares, errors = x.new_zeros(2, operands.n_features)
-    for _, at, a, features in seen_chunks(operands):
-        squares[at] += torch.linalg.vector_norm(a.relu_(), dim=1).square_()
-        bound = tokens * features.errors + changes * features.norms + every * features.sum_errors(d)
-        bound = MARGIN * bound + UNIT * root * b[at].abs()
-        errors[at] = bound if scale is None else bound * scale[at]
-    found = squares.sqrt_()
-    # the rounding of z^, and that of the norm itself
-    errors += (UNIT + len(x) * 2.0**-24) * found
-    return (found - errors).clamp_min_(0), found + errors
+    sums, of_weights = x.new_zeros(n_features + 4), FeatureRounding(W, *x.new_zeros(2, n_features))
+    if screen.in_range:
+        squares = sums[:n_features]
+        for _, at, a, features in seen_chunks(operands):
+            squares[at] += torch.linalg.vector_norm(a.relu_(), dim=1).square_()
+            of_weights.norms[at], of_weights.errors[at] = features.norms, features.errors
+        change = x - screen.x
+        rounded_change = change.bfloat16()
+        changes = spectral_bound(rounded_change) + float(torch.linalg.vector_norm(change.sub_(rounded_change)))
+        sizes = (spectral_bound(screen.x), changes, float(torch.linalg.vector_norm(screen.norms)))
+        sums[n_features:] = x.new_tensor([*((size + LEAST_NORM) ** 2 for size in sizes), len(x)])
+    else:
+        sums.fill_(torch.nan)
+
+    def bounds(sums: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, changes, every, root = sums[n_features:].sqrt().tolist()
+        of_sums = of_weights.sum_errors(d)
+        errors = MARGIN * (tokens * of_weights.errors + changes * of_weights.norms + every * of_sums)
+        errors += UNIT * root * b.abs()
+        if scale is not None:
+            errors *= scale
+        found = sums[:n_features].sqrt()
+        # the rounding of z^, and that of the norm itself
+        errors += (UNIT + root**2 * 2.0**-24) * found
+        return (found - errors).clamp_min_(0), found + errors
+
+    return SeenColumns(sums, bounds)
 
 
-def fires(operands: Operands) -> tuple[Tensor, Tensor]:
-    """(least, greatest) uniform score of each column: 1 where an activation is above zero, else 0."""
-    low, high = operands.x.new_zeros(2, operands.n_features)
-    for block, at, a, features in seen_chunks(operands):
-        slack = entry_slack(block, at, features)
-        low[at] = torch.maximum(low[at], (a * (1 - 2 * UNIT) > slack).any(1).to(low.dtype))
-        # a bound that is not a number rules nothing out
-        high[at] = torch.maximum(high[at], (~(a < -slack)).any(1).to(high.dtype))
-    return low, high
+def fires(operands: Operands) -> SeenColumns:
+    """Uniform scores: 1 where an activation is above zero, else 0. The sums count the parts that are surely so, and
+    those that may be."""
+    assert operands.screen is not None
+    sums = operands.x.new_zeros(2, operands.n_features)
+    if operands.screen.in_range:
+        low, high = sums
+        for block, at, a, features in seen_chunks(operands):
+            slack = entry_slack(block, at, features)
+            low[at] = torch.maximum(low[at], (a * (1 - 2 * UNIT) > slack).any(1).to(low.dtype))
+            # a bound that is not a number rules nothing out
+            high[at] = torch.maximum(high[at], (~(a < -slack)).any(1).to(high.dtype))
+    else:
+        sums.fill_(torch.nan)
+
+    def bounds(sums: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = sums.clamp(max=1)
+        return low, high
+
+    return SeenColumns(sums, bounds)
 
 
 def seen_chunks(operands: Operands) -> Iterator[tuple[Operands, slice, Tensor, FeatureRounding]]:
     """(block of tokens, features, their activations before the relu [C, T], their rounding) from bfloat16 products."""
     n_features = operands.n_features
-    for _, block in token_blocks(operands):
+    # of no tokens too: what is known of the weights has to be the same on all processes
+    for _, block in token_blocks(operands) if operands.n_tokens else [(0, operands)]:
         _, W, b, scale, _, screen, _ = block
         assert screen is not None
         step = chunk_width(block)
@@ -92,6 +139,8 @@ def seen_chunks(operands: Operands) -> Iterator[tuple[Operands, slice, Tensor, F
 
 def spectral_bound(X: Tensor) -> float:
     """No less than the largest singular value of X, bfloat16 [B, d]; no more than its Frobenius norm, about."""
+    if X.numel() == 0:
+        return 0.0
     low = X.t() @ X if X.shape[0] > X.shape[1] else X @ X.t()
     G = low.float()
     n = len(G)

@@ -21,7 +21,8 @@ from ..replaced import has_other_methods, methods_of
 from .linear_view import LinearView, write
 
 # in an ae.pt, inside a SampledDictionary, and whether one is the other's transpose
-NAMES = (
+Names = tuple[tuple[str, str, bool], ...]
+NAMES: Names = (
     ("encoder.weight", "sae.W_enc", True),
     ("encoder.bias", "sae.b_enc", False),
     ("decoder.weight", "sae.W_dec", True),
@@ -49,13 +50,14 @@ class SampledDictionary(Dictionary):
     """
 
     peer: type[Any]
+    names: Names = NAMES
     select: str
     by_threshold: bool
     _methods: dict[str, Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.__module__ == __name__:
+        if cls.__module__.startswith(__name__.rpartition(".")[0]):
             cls._methods = methods_of(cls, ("encode", "decode"), "dictionary_learning")
 
     def __init__(
@@ -70,14 +72,22 @@ class SampledDictionary(Dictionary):
         self.sae.threshold.fill_(UNSET)
         self.register_buffer("k", torch.tensor(k, dtype=torch.int, device=device))
         self._seen_k: tuple[int, int] | None = None
-        made = self.peer(activation_dim, dict_size, k)
-        with torch.no_grad():
-            self.sae.W_enc.copy_(made.encoder.weight.t())
-            self.sae.b_enc.copy_(made.encoder.bias)
-            self.sae.W_dec.copy_(made.decoder.weight.t())
-            self.sae.b_dec.copy_(made.b_dec)
+        self._begin_as(self.made_by_peer(activation_dim, dict_size, k))
         self.register_state_dict_post_hook(to_peer_names)
         self.register_load_state_dict_pre_hook(from_peer_names)
+
+    def made_by_peer(self, activation_dim: int, dict_size: int, k: int) -> Any:
+        """The peer's own dictionary, whose weights this one begins with."""
+        return self.peer(activation_dim, dict_size, k)
+
+    @torch.no_grad()
+    def _begin_as(self, made: Any) -> None:
+        drawn = made.state_dict()
+        for theirs, ours, transposed in self.names:
+            if ours != "sae.threshold":
+                self.sae.get_parameter(ours.removeprefix("sae.")).copy_(
+                    drawn[theirs].t() if transposed else drawn[theirs]
+                )
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Parameters and modules too go to the properties below, which torch would hide them behind."""
@@ -267,7 +277,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def to_peer_names(module: SampledDictionary, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
     """Hook after `state_dict`: the peer's tensors under its names, each contiguous, and nothing else."""
-    for theirs, ours, transposed in NAMES:
+    for theirs, ours, transposed in module.names:
         tensor = state.pop(prefix + ours)
         state[prefix + theirs] = tensor.t().contiguous() if transposed else tensor
     for name in OURS_ALONE:
@@ -278,7 +288,7 @@ def from_peer_names(module: SampledDictionary, state: dict[str, Tensor], prefix:
     """Hook before loading: the inverse. Files of some versions hold no threshold, or no k."""
     state.setdefault(prefix + "threshold", torch.tensor(UNSET))
     state.setdefault(prefix + "k", module.k)
-    for theirs, ours, transposed in NAMES:
+    for theirs, ours, transposed in module.names:
         if prefix + theirs in state:
             tensor = state.pop(prefix + theirs)
             state[prefix + ours] = tensor.t() if transposed else tensor

@@ -125,7 +125,7 @@ class RowTrainer(SAETrainer):
         check_device(self.device)
         if seed is not None:
             torch.manual_seed(seed)
-        self.ae = self.dictionary(activation_dim, dict_size, k, self.device, seed=seed or 0, **self.rule)
+        self.ae = self.make_dictionary(activation_dim, dict_size, k, seed or 0)
         # 1 / sqrt(F), from 2e-4 at 2^14: the scaling law of arXiv 2406.04093
         self.lr = 2e-4 / (dict_size / 2**14) ** 0.5 if lr is None else lr
         self.optimizer = RowAdam(self.ae.sae, lr=self.lr, **self.adam)
@@ -160,6 +160,10 @@ class RowTrainer(SAETrainer):
         }
         self._memory = self.ae.sae.memory
 
+    def make_dictionary(self, activation_dim: int, dict_size: int, k: int, seed: int) -> SampledDictionary:
+        """What is trained."""
+        return self.dictionary(activation_dim, dict_size, k, self.device, seed=seed, **self.rule)
+
     @property
     def config(self) -> dict[str, Any]:
         return self._config
@@ -180,7 +184,7 @@ class RowTrainer(SAETrainer):
         Where `ae.encode`, `ae.decode`, `get_auxiliary_loss` or `update_threshold` was overridden or replaced,
         dictionary_learning's own loss is computed, from all activations.
         """
-        if self.ae.has_other_methods() or has_other_methods(self, self._methods):
+        if self.ae.has_other_methods() or has_other_methods(self, self._methods) or not self.trains_all():
             return super().loss(self._tokens(x), step, logging)
         self.ae.hear_k()
         sae = self.ae.sae
@@ -188,13 +192,11 @@ class RowTrainer(SAETrainer):
         encoder, members = inputs.encoder, None if inputs.pool is None else inputs.pool.members
         hints = None if logging else self._memory.hints
         codes = inputs.parts.select(encoder, members, Rule(sae.cfg.k, sae.cfg.select), hints)
-        x_hat = inputs.parts.decode(codes, sae.W_dec, sae.b_dec, encoder.rows)
+        x_hat, l2_loss, more = self.reconstruct(inputs, codes)
         if not logging and step is not None and step > self.threshold_start_step:
             self.move_threshold(inputs, codes, step - self.threshold_start_step - 1)
         dead = self._dead_after(codes, logging)
-        residual = encoder.x - x_hat
-        l2_loss = residual.square().sum(-1).mean()
-        auxk_loss = self._auxiliary_loss(inputs, residual.detach(), dead)
+        auxk_loss = self._auxiliary_loss(inputs, (encoder.x - x_hat).detach(), dead)
         loss = l2_loss + self.auxk_alpha * auxk_loss
         if not logging:
             self.effective_l0 = self.k if sae.cfg.select == "batch" else sae.cfg.k
@@ -203,7 +205,18 @@ class RowTrainer(SAETrainer):
         self.effective_l0 = codes.l0()
         f = codes.to_dense().view(*x.shape[:-1], -1)
         losses = {"l2_loss": l2_loss.item(), "auxk_loss": auxk_loss.item(), "loss": loss.item()}
+        losses |= {name: value.item() for name, value in more.items()}
         return LossLog(encoder.x.view(x.shape), x_hat.view(x.shape), f, losses)
+
+    def trains_all(self) -> bool:
+        """Whether every feature may be active."""
+        return True
+
+    def reconstruct(self, inputs: StepInputs, codes: SparseCodes) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(the reconstruction of the batch [B, d], its loss, what is logged of it besides)."""
+        sae, encoder = self.ae.sae, inputs.encoder
+        x_hat = inputs.parts.decode(codes, sae.W_dec, sae.b_dec, encoder.rows)
+        return x_hat, (encoder.x - x_hat).square().sum(-1).mean(), {}
 
     def update(self, step: int, x: Tensor) -> Tensor:
         """One training step on activations x [..., d]; before step 0 b_dec is set to their geometric median.

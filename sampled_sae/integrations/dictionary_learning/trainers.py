@@ -54,7 +54,7 @@ class SampledTrainer(RowTrainer, batch_top_k.BatchTopKTrainer):
     def __init__(
         self,
         *args: Any,
-        l: float | None = 4.0,
+        l: float | None = None,
         score: str = "l2",
         pool: str = "top",
         pool_every: int = 1,

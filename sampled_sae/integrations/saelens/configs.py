@@ -62,7 +62,7 @@ class SampledTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     """
 
     k: float = 32
-    l: float | None = 4.0
+    l: float | None = None
     score: str = "l2"
     pool: str = "top"
     pool_every: int = 1

@@ -44,6 +44,15 @@ function pairs(entries) {
   return el("table", { class: "pairs" }, el("tbody", {}, ...rows));
 }
 
+/** A token's text, with what cannot be seen made visible. */
+function visible(text) {
+  return text.replace(/\r?\n/g, "↵").replace(/\t/g, "⇥");
+}
+
+function token(text) {
+  return el("span", { class: "token" }, visible(text));
+}
+
 /** The numbers that Python packed; Python writes them little-endian, as every browser's machine has them. */
 function unpacked(text, Kind) {
   if (text === null) return null;

@@ -25,15 +25,9 @@ function unzipped(text) {
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
 }
 
-/** A token's text, with what cannot be seen made visible. */
-function tokenText(word) {
-  const text = data.words[word];
-  if (!data.has.model) return `${text} `;
-  return text.replace(/\r?\n/g, "↵").replace(/\t/g, "⇥");
-}
-
-function token(word) {
-  return el("span", { class: "token" }, tokenText(word));
+/** The text of a word; numbers need a space between them. */
+function wordText(word) {
+  return data.has.model ? data.words[word] : `${data.words[word]} `;
 }
 
 function context(found, greatest) {
@@ -41,7 +35,7 @@ function context(found, greatest) {
   const spans = found.words.map((word, i) => {
     const value = on.get(i) || 0;
     const text = data.words[word].trim() || JSON.stringify(data.words[word]);
-    const span = el("span", { class: i === found.at ? "token peak" : "token", title: value ? `${text}: ${number(value)}` : null }, tokenText(word));
+    const span = el("span", { class: i === found.at ? "token peak" : "token", title: value ? `${text}: ${number(value)}` : null }, visible(wordText(word)));
     if (value) span.style.setProperty("--on", `${Math.round(12 + 78 * Math.min(1, value / greatest))}%`);
     if (value) span.classList.add("on");
     return span;
@@ -56,7 +50,7 @@ function contexts(title, list, greatest) {
 }
 
 function lensTable(title, list) {
-  const rows = list.map(([word, logit]) => el("tr", {}, el("td", {}, token(word)), el("td", { class: "figure" }, number(logit))));
+  const rows = list.map(([word, logit]) => el("tr", {}, el("td", {}, token(wordText(word))), el("td", { class: "figure" }, number(logit))));
   return el("section", {}, el("h3", {}, title), el("table", { class: "short" }, el("tbody", {}, ...rows)));
 }
 
@@ -76,7 +70,7 @@ function company(title, names, list) {
 function topWords(feature, n) {
   if (!columns.keys) return [];
   const own = columns.keys.subarray(feature * data.keys, (feature + 1) * data.keys);
-  return [...new Set(own)].filter((word) => word >= 0).slice(0, n).map(token);
+  return [...new Set(own)].filter((word) => word >= 0).slice(0, n).map((word) => token(wordText(word)));
 }
 
 async function featureView(feature) {

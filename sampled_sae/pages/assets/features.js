@@ -15,7 +15,7 @@ const lensWidth = place.size ? lensKeys.length / place.size : 0;
 const lowerWords = data.words.map((word) => word.toLowerCase());
 
 const tableColumns = [
-  { id: "feature", name: "feature", help: "its number", value: (j) => j, cell: (j) => featureLink(j) },
+  { id: "feature", name: "feature", help: "its number", up: true, value: (j) => j, cell: (j) => featureLink(j) },
   { id: "density", name: "density", help: "share of tokens on which it is active", value: (j) => columns.counts[j] / data.measured.tokens, cell: (j) => percent(columns.counts[j] / data.measured.tokens) },
   { id: "mean", name: "mean", help: "mean activation where it is active", value: (j) => columns.means[j], cell: (j) => brief(columns.means[j]) },
   { id: "max", name: "max", help: "greatest activation", value: (j) => columns.maxima[j], cell: (j) => brief(columns.maxima[j]) },
@@ -24,7 +24,7 @@ const tableColumns = [
   columns.keys && { id: "words", name: "most active on", help: "tokens of its greatest activations; in bold where the page has the feature in full", value: (j) => (place.has(j) ? 1 : 0), cell: (j) => el("span", { class: place.has(j) ? "full" : "part-only" }, ...topWords(j, 4)) },
 ].filter(Boolean);
 
-const table = new FeatureTable(byId("table"), tableColumns, nFeatures, (feature) => go(feature));
+const table = new LongTable(byId("table"), tableColumns, nFeatures, (feature) => go(feature));
 
 /** Accepts the features whose number begins with the text, or with a token that has the text in it. */
 function matching(text) {

@@ -1,10 +1,13 @@
-// The table of all features: only the rows in sight exist, so that it may have any length.
+// A table of any length: only the rows in sight exist.
 
 const ROW = 30;
 
-class FeatureTable {
-  /** `columns`: {id, name, help, value(feature), cell(feature)}; `open` is called with a feature. */
-  constructor(place, columns, n, open) {
+class LongTable {
+  /**
+   * Of n rows. `columns`: {id, name, help, value(row), cell(row)}, with `up` where the least comes first, and `kind` for
+   * a class that is not the id. `open` is called with the number of the row that was clicked; without it rows do nothing.
+   */
+  constructor(place, columns, n, open = null) {
     this.columns = columns;
     this.open = open;
     this.all = Int32Array.from({ length: n }, (_, i) => i);
@@ -15,7 +18,7 @@ class FeatureTable {
     this.body = el("tbody");
     this.above = el("tbody", { "aria-hidden": "true" }, el("tr", {}, el("td")));
     this.below = this.above.cloneNode(true);
-    const table = el("table", { class: "features" }, el("thead", {}, this.head), this.above, this.body, this.below);
+    const table = el("table", { class: open ? "long opens" : "long" }, el("thead", {}, this.head), this.above, this.body, this.below);
     this.place = place;
     this.table = table;
     place.append(table);
@@ -25,16 +28,17 @@ class FeatureTable {
 
   #header(column) {
     const button = el("button", { type: "button", title: column.help, onclick: () => this.sort(column.id) }, column.name);
-    return el("th", { scope: "col", class: column.id, "data-column": column.id }, button);
+    return el("th", { scope: "col", class: column.kind || column.id, "data-column": column.id }, button);
   }
 
-  /** By a column; again for the other direction. Numbers begin with the greatest, features with the first. */
-  sort(id, down = this.by === id ? !this.down : id !== "feature") {
+  /** By a column; again for the other direction. */
+  sort(id, down) {
+    const { value, up = false } = this.columns.find((column) => column.id === id);
+    if (down === undefined) down = this.by === id ? !this.down : !up;
     [this.by, this.down] = [id, down];
-    const value = this.columns.find((column) => column.id === id).value;
     const keys = Float64Array.from({ length: this.all.length }, (_, i) => value(i));
     const sign = down ? -1 : 1;
-    // what is no number stands last either way; ties go to the lower feature
+    // what is no number stands last either way; ties go to the lower row
     this.all.sort((a, b) => Number.isNaN(keys[a]) - Number.isNaN(keys[b]) || sign * (keys[a] - keys[b]) || a - b);
     for (const cell of this.head.children) {
       const own = cell.dataset.column === id;
@@ -56,20 +60,21 @@ class FeatureTable {
     const last = Math.min(this.shown.length, first + Math.ceil(this.place.clientHeight / ROW) + 16);
     this.above.firstChild.firstChild.style.height = `${first * ROW}px`;
     this.below.firstChild.firstChild.style.height = `${(this.shown.length - last) * ROW}px`;
-    this.body.replaceChildren(...Array.from(this.shown.subarray(first, last), (feature, i) => this.#row(feature, first + i)));
+    this.body.replaceChildren(...Array.from(this.shown.subarray(first, last), (row, i) => this.#row(row, first + i)));
   }
 
-  #row(feature, place) {
-    const cells = this.columns.map((column) => el("td", { class: column.id }, column.cell(feature)));
-    const own = feature === this.selected;
-    const row = { "data-feature": feature, "aria-rowindex": place + 1, class: own ? "selected" : null };
-    return el("tr", { ...row, onclick: () => this.open(feature) }, ...cells);
+  #row(row, place) {
+    const cells = this.columns.map((column) => el("td", { class: column.kind || column.id }, column.cell(row)));
+    const own = row === this.selected;
+    const made = el("tr", { "data-row": row, "aria-rowindex": place + 1, class: own ? "selected" : null }, ...cells);
+    if (this.open) made.addEventListener("click", () => this.open(row));
+    return made;
   }
 
-  /** Marks a feature and brings it into sight. */
-  select(feature) {
-    this.selected = feature;
-    const at = this.shown.indexOf(feature), head = this.head.offsetHeight;
+  /** Marks a row and brings it into sight. */
+  select(row) {
+    this.selected = row;
+    const at = this.shown.indexOf(row), head = this.head.offsetHeight;
     if (at >= 0) {
       const top = at * ROW, bottom = top + ROW + head - this.place.clientHeight;
       if (top < this.place.scrollTop) this.place.scrollTop = top;
@@ -78,7 +83,7 @@ class FeatureTable {
     this.draw();
   }
 
-  /** The feature so many rows further, the first where none is selected. */
+  /** The row so many further, the first where none is selected. */
   beside(step) {
     const at = this.shown.indexOf(this.selected);
     return this.shown[at < 0 ? 0 : Math.min(this.shown.length - 1, Math.max(0, at + step))];

@@ -1,0 +1,127 @@
+"""Tables of the runs on real activations: means over seeds, with half their range behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.study_parts.rows import Row, Rows
+from benchmarks.study_parts.tables import cell, made_on, markdown
+from benchmarks.study_parts.variants import BATCHES, DEAD, DENSE, REAL, Variant
+
+# heading -> (column of the rows, digits); {mode} is how the SAE selects: a threshold, or by token for TopK
+Columns = dict[str, tuple[str, int]]
+QUALITY: Columns = {
+    "FVU": ("{mode}_fvu|fvu", 3),
+    "loss recovered": ("loss_recovered_zero", 3),
+    "L0": ("{mode}_l0|l0", 1),
+    "never active": ("dead_share", 3),
+}
+SHARED: Columns = {
+    "features for 90%": ("{mode}_features_for_90|features_for_90", 0),
+    "Jaccard of batches": ("{mode}_jaccard|jaccard", 3),
+    "Jaccard of topics": ("{mode}_topics_jaccard", 3),
+    "explained by a batch's first 4k": ("{mode}_first_share", 3),
+    "rare: entries": ("{mode}_rare_entries", 3),
+    "rare: size": ("{mode}_rare_size", 2),
+}
+PROBES: Columns = {f"{k}": (f"{{mode}}_probe_{k}", 3) for k in (1, 2, 5, 20)}
+TASKS: Columns = {name: (f"{{mode}}_probe_{name}_5", 3) for name in ("topic", "sentiment", "language", "speech")}
+PAIRS: Columns = {"cosine": ("cosine", 3), "shared": ("shared", 3), "entries": ("shared_entries", 3)}
+ALIVE: Columns = {
+    **QUALITY,
+    "probe of 5": ("{mode}_probe_5", 3),
+    "encoder · decoder": ("alignment", 3),
+    "γ left": ("gamma_left", 2),
+}
+PLAIN = {"batches": (BATCHES, {**QUALITY, "probe of 5": ("{mode}_probe_5", 3)}), "dead": (DEAD, ALIVE)}
+OTHERS = ("pairs", *PLAIN)
+# in the table that shows all at a glance
+GLANCE = ("batchtopk", "topk", "matryoshka", *(f"top-l2-l{l}" for l in (64, 16, 4, 1)))
+GLANCE += tuple(f"sample-l2-l{l}" for l in (96, 64, 16))
+MODES = {"threshold": "threshold", "pool": "pool, of a batch's size", "batch": "batch"}
+
+
+def of_rules(folder: Path) -> list[Path]:
+    """The files of rows that tell rules apart, one a model."""
+    return [path for path in sorted(folder.glob("real_*.csv")) if path.stem.rsplit("_", 1)[-1] not in OTHERS]
+
+
+def tables(folder: Path) -> dict[Path, str]:
+    """file.md -> its text."""
+    made = {}
+    for path in of_rules(folder):
+        rows, pairs = Rows(path), Rows(path.with_name(f"{path.stem}_pairs.csv"))
+        made[path.with_suffix(".md")] = _quality(rows)
+        made[path.with_name(f"{path.stem}_glance.md")] = _glance(rows)
+        made[path.with_name(f"{path.stem}_shared.md")] = _shared(rows, pairs)
+        made[path.with_name(f"{path.stem}_inference.md")] = _inferences(rows)
+    for part, (variants, columns) in PLAIN.items():
+        for path in sorted(folder.glob(f"real_*_{part}.csv")):
+            made[path.with_suffix(".md")] = _plain(Rows(path), variants, columns)
+    return made
+
+
+def _quality(rows: Rows) -> str:
+    """Reconstruction, use of the dictionary and probes."""
+    probes = {f"probe of {name}": column for name, column in PROBES.items()}
+    tasks = {f"{name}, 5": column for name, column in TASKS.items()}
+    columns = {**QUALITY, **probes, **tasks}
+    lines = []
+    for name, of in rows.of(REAL).items():
+        if name == DENSE:
+            dense = {f"{task}, 5": cell(of, f"probe_{task}", 3) for task in TASKS} | {
+                "probe of 20": cell(of, "probe", 3)
+            }
+            lines.append([f"{name}, all dimensions", "", *(dense.get(heading, "") for heading in columns)])
+        else:
+            lines.append(_line(name, of, columns))
+    return f"{markdown(['SAE', 'seeds', *columns], lines)}\n{made_on(rows.rows)}\n"
+
+
+def _glance(rows: Rows) -> str:
+    """What l does, measure by measure; an SAE a column."""
+    found = rows.of(GLANCE)
+    measures = {**QUALITY, **SHARED, "probe of 1, mean of tasks": PROBES["1"], "probe of 5, mean of tasks": PROBES["5"]}
+    measures |= {f"probe of 5, {name}": column for name, column in TASKS.items()}
+    columns = [_line(name, of, measures)[2:] for name, of in found.items()]
+    lines = [[heading, *cells] for heading, *cells in zip(measures, *columns)]
+    return f"{markdown(['', *(_in_words(name) for name in found)], lines)}\n{made_on(rows.rows)}\n"
+
+
+def _in_words(name: str) -> str:
+    pool, _, l = name.partition("-l2-l")
+    return f"{'drawn' if pool == 'sample' else pool}, l={l}" if l else name
+
+
+def _shared(rows: Rows, pairs: Rows) -> str:
+    """Shared structure, the lottery, and what another seed finds."""
+    agreement = {f"seeds: {heading}": column for heading, column in PAIRS.items()}
+    lines = []
+    for name, of in rows.of(name for name in REAL if name != DENSE).items():
+        two = [pair for pair in pairs.rows if pair["name"] == name and pair["tokens"] == of[0]["tokens"]]
+        lines.append([*_line(name, of, SHARED), *(cell(two, column, digits) for column, digits in agreement.values())])
+    return f"{markdown(['SAE', 'seeds', *SHARED, *agreement], lines)}\n{made_on(rows.rows)}\n"
+
+
+def _inferences(rows: Rows) -> str:
+    """FVU by every inference, and the probe of five features by two; a TopK SAE has one inference."""
+    columns: Columns = {f"FVU: {heading}": (f"{mode}_fvu", 3) for mode, heading in MODES.items()}
+    columns |= {f"probe of 5: {mode}": (f"{mode}_probe_5", 3) for mode in ("threshold", "batch")}
+    found = rows.of(name for name in REAL if name != DENSE)
+    lines = [_line(name, of, columns) for name, of in found.items() if of[0]["threshold_fvu"] is not None]
+    return f"{markdown(['SAE', 'seeds', *columns], lines)}\n{made_on(rows.rows)}\n"
+
+
+def _plain(rows: Rows, variants: dict[str, Variant], columns: Columns) -> str:
+    lines = [_line(name, of, columns) for name, of in rows.of(variants).items()]
+    return f"{markdown(['SAE', 'seeds', *columns], lines)}\n{made_on(rows.rows)}\n"
+
+
+def _line(name: str, of: list[Row], columns: Columns) -> list[str]:
+    mode = "threshold" if of[0].get("threshold_fvu") is not None else "token"
+    cells = []
+    for column, digits in columns.values():
+        first, _, other = column.format(mode=mode).partition("|")
+        there = any(row.get(first) is not None for row in of)
+        cells.append(cell(of, first if there else other, digits))
+    return [name, str(len(of)), *cells]

@@ -1,0 +1,29 @@
+"""Cells and tables in Markdown, of rows over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.study_parts.rows import Row, spread
+
+
+def cell(rows: list[Row], column: str, digits: int) -> str:
+    """Mean and half the range of a column; "–" where no row has it."""
+    found = spread(rows, column)
+    if found is None:
+        return "–"
+    mean, least, greatest = found
+    half = f" ±{(greatest - least) / 2:.{digits}f}" if len(rows) > 1 else ""
+    return f"{mean:.{digits}f}{half}"
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "".join("| " + " | ".join(line) + " |\n" for line in (head, ["---"] * len(head), *lines))
+
+
+def made_on(rows: list[Row]) -> str:
+    """On what, with what and when; of several machines or days all."""
+    names = ("d_sae", "k", "tokens", "lr", "batch_size", "device", "date")
+    kinds = {name: sorted({str(row[name]) for row in rows if row.get(name) is not None}) for name in names}
+    listed = "; ".join(f"{name} {', '.join(values)}" for name, values in kinds.items() if values)
+    return f"Means over seeds, ± half their range. {listed}. The command of each row stands in the CSV."

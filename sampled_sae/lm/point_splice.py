@@ -1,0 +1,185 @@
+"""What a transcoder costs the language model: cross-entropy with what it reconstructs replaced by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sampled_sae.lm.dropped import check_drop_tokens, dropped
+from sampled_sae.lm.harvest_points import point_batches
+from sampled_sae.lm.models import check_rows, device_of, identity_of, predicts_next_token
+from sampled_sae.lm.splice import checked_reconstruction, next_token_loss, recovered
+from sampled_sae.residual_stream.hook_points import HookPoint, check_points, layer_point, mlp_points, replaced_point
+from sampled_sae.support.argument_checks import check_integer
+from sampled_sae.training.evaluation import Reconstruction, reconstruct_with
+from sampled_sae.training.same_settings import identity, in_words, is_same_model
+
+Transcode = Callable[[Tensor], Tensor]
+
+
+class PointSplice:
+    """Replaces what stands at `target` by what is made of what stands at `read`, and measures the model's loss.
+
+    A spliced run leaves as it is what the harvest leaves out: position 0, `drop_tokens`, and tokens whose norm exceeds
+    the largest at either place.
+
+    Args:
+        model: causal language model; put in eval mode.
+        rows: int64 [N, context] token ids.
+        read, target: two places, or one, of whose activations there is an SAE.
+        max_norms: the largest norm at `read` and at `target` of a token that is replaced.
+        drop_first, drop_tokens: as in `SpliceEvaluator`.
+        batch_size: rows a forward pass.
+
+    Attributes:
+        ce_clean, ce_zero, ce_mean: cross-entropy of the next token in nats a token, of the model as it is, and with
+            what is replaced all zero, or all its mean.
+        spliced_tokens: how many tokens are replaced.
+        about: name, fingerprint and places of the model, and number of rows, which a sweep records.
+
+    Raises:
+        ValueError: for bad arguments (an encoder, which predicts no next token, among them), or rows of which nothing
+            would be replaced.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        rows: Tensor,
+        read: HookPoint,
+        target: HookPoint,
+        *,
+        max_norms: tuple[float, float] = (math.inf, math.inf),
+        drop_first: bool = True,
+        drop_tokens: Iterable[int] = (),
+        batch_size: int = 4,
+    ) -> None:
+        check_rows(model, rows)
+        if not predicts_next_token(model):
+            raise ValueError(f"model must predict the next token: {type(model).__name__} has no head to do it with")
+        self._size = check_integer("batch_size", batch_size, 1)
+        self._model, self._rows, self._read, self._target = model.eval(), rows, read, target
+        self._width = check_points(model, [read, target], rows[:1].to(device_of(model)))[1]
+        places: dict[str, Any] = {"point": str(read)} | ({"target": {"point": str(target)}} if read != target else {})
+        self.about = {**identity_of(model), **places, "rows": len(rows)}
+        self._replaced: list[Tensor] = []  # bool [b, T] each
+        total, tokens = torch.zeros(self._width, dtype=torch.float64, device=device_of(model)), 0
+        special = check_drop_tokens(model, drop_tokens)
+        for batch, (x, y) in point_batches(model, rows, [read, target], self._size):
+            out = dropped(batch, x, drop_first, special, max_norms[0])[0]
+            out |= dropped(batch, y, False, (), max_norms[1])[0]
+            self._replaced.append(~out)
+            total += y[~out].double().sum(0)
+            tokens += int((~out).sum())
+        if tokens == 0:
+            raise ValueError(f"no token would be replaced: all are dropped, or exceed max_norms={max_norms}")
+        self.spliced_tokens = tokens
+        mean = (total / tokens).float()
+        self.ce_clean = self._cross_entropy(None)
+        self.ce_zero = self._cross_entropy(lambda x: x.new_zeros(len(x), self._width))
+        self.ce_mean = self._cross_entropy(lambda x: mean.to(x.device).expand(len(x), -1))
+
+    @classmethod
+    def of_harvest(
+        cls, model: Any, rows: Tensor, manifest: dict[str, Any], *, insist: bool = False, **options: Any
+    ) -> PointSplice:
+        """The evaluator for what `harvest_pair` wrote, as the manifest of a pair, or of one of its stores, says it.
+
+        Args:
+            model, rows: as for the class; rows usually those held out.
+            manifest: of a pair's `PairedActivations`, or of the store of one place.
+            insist: take a model with other weights than the one that was harvested.
+            options: further arguments of the class.
+
+        Raises:
+            ValueError: as the class; other weights, naming both models; a manifest of activations without a model.
+        """
+        harvested, own = identity(manifest), identity_of(model)
+        of_target = manifest.get("target", manifest)
+        points = []
+        for about in (manifest, of_target):
+            if about.get("point") is None and about.get("layer") is None:
+                raise ValueError(f"manifest is of {in_words(harvested)}, that no harvest wrote: nothing to splice")
+            points.append(HookPoint.parse(about["point"]) if about.get("point") else layer_point(model, about["layer"]))
+        if not insist and not is_same_model(harvested, own):
+            raise ValueError(
+                f"manifest is of {in_words(harvested)}, but the model gives {in_words({**harvested, **own})}; take the "
+                "model that was harvested, in the same dtype, or insist=True"
+            )
+        return cls(
+            model,
+            rows,
+            *points,
+            max_norms=(manifest["max_norm"], of_target["max_norm"]),
+            drop_first=manifest["settings"].get("drop_first", True),
+            drop_tokens=manifest["settings"].get("drop_tokens", ()),
+            **options,
+        )
+
+    def evaluate(self, reconstruct: Transcode) -> dict[str, float]:
+        """Splice one reconstruction in; the figures are those of `SpliceEvaluator.evaluate`.
+
+        Args:
+            reconstruct: takes what stands at `read`, float32 [n, d_in], to what is put at `target`, [n, d_out], as
+                `reconstruct_with(sae)` does.
+
+        Raises:
+            ValueError: another shape, values that are not finite; an SAE where the two places differ, a transcoder
+                where they are one.
+        """
+        of_transcoder = isinstance(reconstruct, Reconstruction) and reconstruct.transcodes
+        if isinstance(reconstruct, Reconstruction) and of_transcoder == (self._read == self._target):
+            needed = "an SAE" if of_transcoder else "a transcoder"
+            raise ValueError(f"reconstruct: from {self._read} to {self._target} goes {needed}")
+        ce = self._cross_entropy(lambda x: checked_reconstruction(reconstruct(x), (len(x), self._width)))
+        return {
+            "ce_clean": self.ce_clean,
+            "ce_spliced": ce,
+            "ce_zero": self.ce_zero,
+            "ce_mean": self.ce_mean,
+            "loss_recovered_zero": recovered(self.ce_zero, ce, self.ce_clean),
+            "loss_recovered_mean": recovered(self.ce_mean, ce, self.ce_clean),
+            "predicted_tokens": self._rows[:, 1:].numel(),
+            "spliced_tokens": self.spliced_tokens,
+        }
+
+    @torch.no_grad()
+    def _cross_entropy(self, fn: Transcode | None) -> float:
+        """Mean over all predicted tokens, in nats, with fn of what is read in the place of what is replaced."""
+        total, kept = 0.0, iter(self._replaced)
+
+        def spliced(x: Tensor, y: Tensor) -> Tensor:
+            where, after = next(kept).to(y.device), y.clone()
+            if fn is not None:
+                after[where] = fn(x[where.to(x.device)].float()).to(y)
+            return after
+
+        with replaced_point(self._model, self._read, self._target, spliced):
+            for batch in self._rows.split(self._size):
+                batch = batch.to(device_of(self._model))
+                logits = self._model(input_ids=batch, use_cache=False).logits
+                total += next_token_loss(logits, batch)
+        return total / self._rows[:, 1:].numel()
+
+
+def transcoded_cross_entropy(
+    model: Any, rows: Tensor, layer: int, transcode: Transcode, **options: Any
+) -> dict[str, float]:
+    """Cross-entropy with the MLP of block `layer` replaced: `PointSplice` from its input to its output, once.
+
+    Args:
+        transcode: inputs [n, d] of the MLP to its outputs [n, d_out], as `transcode_with(sae)`.
+        options: of `PointSplice`.
+    """
+    return PointSplice(model, rows, *mlp_points(model, layer), **options).evaluate(transcode)
+
+
+def transcode_with(sae: Any) -> Reconstruction:
+    """x [n, d_in] to the reconstruction [n, d_out] of a transcoder, skip included, in the mode it is in."""
+    if not sae.cfg.is_transcoder:
+        raise ValueError("sae: is no transcoder (d_out=None); reconstruct_with(sae) is that of an SAE")
+    return reconstruct_with(sae)
