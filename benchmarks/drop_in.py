@@ -1,9 +1,10 @@
 """The peers' own training loops with and without us (benchmarks/peers/loops.py), on real activations.
 
 Each loop runs in a process of its own, as its library has it, with the same seed and the same batches; a step is the
-time between handing out a batch and being asked for the next. The two sides of a library go in turn, a sample of the
+time between handing out a batch and being asked for the next. The sides of a library go in turn, a sample of the
 encoder product beside each step. After the first step both must reconstruct held-out activations equally well, else
-there is no figure but the reason. Errors after --steps steps are reported.
+there is no figure but the reason. Errors after --steps steps are reported. A third side is the loop alone under
+bfloat16 autocast, whose error need not be the same.
 
     python benchmarks/drop_in.py --activations runs/quality/activations runs/quality/mpnet \\
         --out benchmarks/results/drop_in.json
@@ -39,7 +40,7 @@ from sampled_sae.training.batches import Feed
 
 TOLERANCE = 1e-3  # relative, of the held-out error after the first step
 WORKLOADS = {workload.name: workload for workload in CPU_STEPS[:2]}
-SIDES = ("alone", "with us")
+SIDES = ("alone", "with us", "autocast")
 SLICE = 10  # steps before the other side's turn
 LIBRARIES = {
     "SAELens BatchTopK": Entry("loops", BATCH, {"library": "saelens"}, "sae-lens"),
@@ -49,11 +50,15 @@ LIBRARIES = {
 
 
 class LoopSession(StepSession):
-    """One side of a library: its loop, batches, and held-out activations; `store` None for drawn ones."""
+    """One side of a library: its loop, batches, and held-out activations; `store` None for drawn ones.
+
+    side: "alone", "with us", or "autocast": alone with its products in bfloat16.
+    """
 
     def __init__(self, library: str, side: str, setup: Setup, store: Path | None, threads: int) -> None:
         entry = LIBRARIES[library]
-        sided = replace(entry, options={**entry.options, "with_us": side == "with us"})
+        dtype = "bfloat16" if side == "autocast" else None
+        sided = replace(entry, options={**entry.options, "with_us": side == "with us"}, dtype=dtype)
         super().__init__(sided, setup, threads, ("product",))
         self.taken = 0
         if store is None:
@@ -95,7 +100,7 @@ def measure(library: str, workload: Workload, store: Path | None, rounds: int, s
         for worker in sides.values():
             worker.call("train", 1)
         row["first_fvu"] = {side: worker.call("fvu") for side, worker in sides.items()}
-        alone, ours = row["first_fvu"].values()
+        alone, ours, _ = row["first_fvu"].values()
         if not abs(ours / alone - 1) <= TOLERANCE:
             raise WorkerError(f"FVU after one step {ours:.6g}, alone {alone:.6g}")
         samples = samples_in_turn(sides, dict.fromkeys(SIDES, row), rounds)
@@ -103,8 +108,9 @@ def measure(library: str, workload: Workload, store: Path | None, rounds: int, s
             raise WorkerError(row["reason"])
         for side, worker in sides.items():
             row[side] = figures(samples[side], workload, worker.call("peak_bytes"))
-        pairs = zip(*(samples[side] for side in SIDES), strict=True)
-        row |= spread_columns([alone["step"] / ours["step"] for alone, ours in pairs], "speedup")
+        for name, side in (("speedup", "alone"), ("speedup_to_autocast", "autocast")):
+            pairs = zip(samples[side], samples["with us"], strict=True)
+            row |= spread_columns([theirs["step"] / ours["step"] for theirs, ours in pairs], name)
         taken = sides["alone"].call("train", 0)
         for until in [*range(taken, steps, SLICE), max(taken, steps)]:
             row["steps"] = [worker.call("train", until) for worker in sides.values()][-1]
@@ -124,6 +130,9 @@ COLUMNS = {
     "of the product": "{alone[ratio]:.2f} / {with us[ratio]:.2f}",
     "peak extra memory": "{alone[peak_extra_memory]:.2f} / {with us[peak_extra_memory]:.2f}",
     "held-out FVU": "{alone[fvu]:.4f} / {with us[fvu]:.4f} after {steps} steps{drawn}",
+    "alone in bf16 autocast: ms a step": "{autocast[step_ms]:.0f}",
+    "our speedup": "{speedup_to_autocast:.1f}",
+    "its FVU": "{autocast[fvu]:.4f}",
 }
 
 

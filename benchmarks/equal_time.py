@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.measure import Row
-from benchmarks.peers import CANDIDATES, Entry, Setup, Weights, initial_weights, installed, make, ours
+from benchmarks.peers import AUTOCAST, CANDIDATES, Entry, Setup, Weights, initial_weights, installed, make, ours
 from benchmarks.quality import splice_of
 from benchmarks.record import Record, Result, markdown, parser
 from benchmarks.steps.harness import reason_in
@@ -34,7 +34,7 @@ from sampled_sae.training.activation_store import ActivationStore
 from sampled_sae.training.batches import Feed
 from sampled_sae.training.sweep import Splice, evaluate
 
-ENTRIES = {name: entry for name, entry in CANDIDATES.items() if name != "torch.compile BatchTopK"}
+ENTRIES = {name: entry for name, entry in (CANDIDATES | AUTOCAST).items() if name != "torch.compile BatchTopK"}
 ENTRIES["ours, l=4, decayed, pool_every=4"] = ours("decayed", l=4.0, pool_every=4)
 LEFT_OUT = ("ours, l=1", "ours, l=16", "eager PyTorch BatchTopK")  # unless asked for
 SLICE = 5.0  # seconds of steps before the next candidate's turn

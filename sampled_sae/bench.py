@@ -21,13 +21,17 @@ FEWEST_TOKENS = 256
 
 @dataclass(frozen=True)
 class Measurement:
-    """One line of the report; times in ms, memory in units of one float32 [B, F]."""
+    """One line of the report; times in ms, memory in units of one float32 [B, F].
+
+    open: of columns and of entries the share that a bfloat16 product left undecided in a step.
+    """
 
     name: str
     time: Spread | None
     of_floor: float | None = None
     memory: float | None = None
     note: str = ""
+    open: dict[str, float] | None = None
 
 
 def run(settings: Settings) -> Iterator[Measurement]:
@@ -61,6 +65,8 @@ def own_rows(settings: Settings, start: float) -> Generator[Measurement, None, f
     accounted = [sum(each) for each in zip(*parts.values())]
     rest = [whole - some for whole, some in zip(rounds["ours"], accounted)]
     yield beside("- loss, threshold, counts", rest, rounds["floor"])
+    if ours.sae.memory.looks is not None:
+        yield Measurement("- left open by the screen", None, open=ours.sae.memory.looks.shares())
     return min(rounds["floor"])
 
 
@@ -141,6 +147,9 @@ HEADING = "| | ms | p20-p80 | x product | peak memory, [B, F] |\n|---|---:|---:|
 
 def line(row: Measurement) -> str:
     """The row in the table under HEADING."""
+    if row.open is not None:
+        shares = (f"{100 * share:.2g}% of the {name}" for name, share in row.open.items())
+        return f"| {row.name} | {', '.join(shares) or 'nothing was looked at'} | | | |"
     if row.time is None:
         return f"| {row.name} | {row.note} | | | |"
     times = f"{row.time.ms:.2f} | {row.time.p20:.2f}-{row.time.p80:.2f} | {row.of_floor:.2f}"

@@ -16,7 +16,13 @@ from .support.argument_checks import check_choice, check_device, check_integer, 
 from .support.timing import Call, Sections
 
 DTYPES = ("float32", "bfloat16")
-PARTS = {"column_scores": "scores", "candidate_pool": "pool", "select": "select", "decode": "decode"}
+PARTS = {
+    "column_bounds": "scores",
+    "column_scores": "scores",
+    "candidate_pool": "pool",
+    "select": "select",
+    "decode": "decode",
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,8 @@ class Settings:
     """What is timed.
 
     Args:
-        d, features, batch, k, l, score, select: d_in, d_sae, tokens in a batch, and the rule, as in SampledSAEConfig.
+        d, features, batch, k, l, score, select, screen: d_in, d_sae, tokens in a batch, and the rule, as in
+            SampledSAEConfig.
         adam: mode of RowAdam.
         device, dtype: "float32", or on a GPU "bfloat16" for the products (autocast over float32 weights).
         rounds: samples of each call, fewer where the time runs out.
@@ -41,6 +48,7 @@ class Settings:
     l: float | None = None
     score: str = "l2"
     select: str = "batch"
+    screen: str = "auto"
     adam: str = "dense"
     device: str = "cpu"
     dtype: str = "float32"
@@ -63,9 +71,8 @@ class Settings:
         return 4 * self.batch * self.features
 
     def config(self) -> SampledSAEConfig:
-        return SampledSAEConfig(
-            self.d, self.features, self.k, self.l, score=self.score, select=self.select, row_grads=True
-        )
+        shape = self.d, self.features, self.k, self.l
+        return SampledSAEConfig(*shape, score=self.score, select=self.select, screen=self.screen, row_grads=True)
 
     def autocast(self) -> torch.autocast:
         kind = torch.device(self.device).type
@@ -118,6 +125,7 @@ class OurStep:
         with self.sae.sections.section("optimizer"):
             self.optimizer.step()
         self.optimizer.zero_grad()
+        self.sae.sections.next_sample()
         return out.mse.detach()
 
     def read(self) -> dict[str, list[float]]:

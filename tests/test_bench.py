@@ -9,7 +9,7 @@ import torch
 
 from sampled_sae import bench
 from sampled_sae.cli import main
-from sampled_sae.support.timing import free_memory, interleaved, peak_memory, spread, timed
+from sampled_sae.support.timing import Sections, free_memory, interleaved, peak_memory, spread, timed
 
 SMALL = {"d": 24, "features": 512, "batch": 64, "k": 4, "rounds": 3, "seconds": 1e9}
 PARTS = {"- scores", "- pool", "- select", "- decode", "- backward", "- optimizer", "- loss, threshold, counts"}
@@ -33,8 +33,21 @@ def test_rows(rule):
         assert row.time.p20 <= row.time.ms <= row.time.p80
 
 
+@pytest.mark.parametrize(
+    ("rule", "kinds"),
+    [({"l": 4.0}, {"columns"}), ({"l": None}, {"entries"}), ({"l": None, "select": "token"}, {"entries"})],
+)
+def test_what_the_screen_leaves_open_is_shown(rule, kinds):
+    settings = bench.Settings(**SMALL, **rule, screen="bf16")
+    (row,) = (row for row in bench.run(settings) if "screen" in row.name)
+    assert set(row.open) == kinds
+    assert all(0 < share < 1 for share in row.open.values())
+    assert f"% of the {kinds.pop()}" in bench.line(row)
+    assert not any("screen" in row.name for row in bench.run(replace(settings, screen="off")))
+
+
 def test_the_parts_lie_within_the_step():
-    settings = bench.Settings(**SMALL)
+    settings = bench.Settings(**SMALL, l=4.0)
     ours = bench.OurStep(settings)
     x = bench.activations(64, 24, 0)
     took = 1e3 * timed(lambda: ours(x))
@@ -128,6 +141,18 @@ class Clock:
 
     def passes(self, seconds):
         self.now += seconds
+
+
+def test_sections_of_one_sample_add_up(monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", clock := Clock())
+    sections = Sections("cpu")
+    for seconds in ((1.0, 2.0), (0.5,)):
+        for took in seconds:
+            sections.timed("part", clock.passes)(took)
+        sections.next_sample()
+    sections.timed("other", clock.passes)(4.0)
+    assert sections.read() == {"part": [3000.0, 500.0, 0.0], "other": [0.0, 0.0, 4000.0]}
+    assert sections.read() == {}
 
 
 def test_clocks(monkeypatch):

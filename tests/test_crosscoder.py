@@ -12,7 +12,7 @@ from optim_steps import assert_close, plain_step, state_of
 
 from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig, reference
 from sampled_sae.impl.decoder_rows import layer_norms, normalize_, without_growth
-from sampled_sae.impl.given_tokens import factors
+from sampled_sae.impl.given_tokens import flat_tokens, given_back
 from sampled_sae.integrations.saebench import SAEBenchSAE
 from sampled_sae.model_card import RunFacts, model_card
 
@@ -38,8 +38,17 @@ def batch(*shape, dtype=torch.float64, seed=1):
 
 def scaled(sae, x):
     """x [..., L, D] as the layer computes with it, [B, L * D]."""
-    x = x.flatten(-2).flatten(0, -2)
-    return x * factors(sae.cfg.input_scale, D, x)
+    by_layer = torch.tensor(sae.cfg.input_scale, dtype=torch.float64).expand(L)
+    return (x * by_layer[:, None].to(x.dtype)).flatten(-2).flatten(0, -2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_factors_of_layers_are_not_rounded_themselves(dtype):
+    sae, x = make(dtype, input_scale=(0.3, 7.1, 1.0)), batch(50, dtype=dtype)
+    inside = flat_tokens(sae, x, scaled=False)
+    assert torch.equal(inside.view(x.shape), torch.stack([x[:, i] * s for i, s in enumerate((0.3, 7.1, 1.0))], 1))
+    back = given_back(sae.cfg, inside, x, scaled=False)
+    torch.testing.assert_close(back, x, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
 def test_norms_and_the_reconstruction_by_hand():

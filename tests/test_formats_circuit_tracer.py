@@ -116,6 +116,10 @@ def test_what_has_no_place_is_named_and_nothing_written(tmp_path, sae, said):
         ({}, {"W_enc": torch.ones(96)}, r"W_enc=\[96\]: must be a matrix"),
         ({}, {"b_enc": torch.full((96,), torch.nan)}, "b_enc holds NaN"),
         ({}, {"log_thresholds": torch.ones(96)}, r"unknown \['log_thresholds'\]"),
+        ({"activation": "relu"}, {}, "but config.yaml says activation 'relu'"),
+        ({}, {THRESHOLD: torch.full((96,), -0.5)}, "is below 0 for 96 features"),
+        ({}, {THRESHOLD: torch.linspace(-0.1, 1, 96)}, "is below 0 for 9 features"),
+        ({}, {THRESHOLD: torch.full((96,), torch.inf)}, "activation_function.threshold holds NaN or inf"),
     ],
 )
 def test_foreign_files_are_named(tmp_path, config, tensors, said):

@@ -76,6 +76,17 @@ def test_by_command_of_ours_and_of_a_peer(tmp_path, capsys):
         assert (trained.cfg.skip, trained.cfg.k, trained.cfg.d_sae, trained.cfg.select) == (True, 4, 96, "token")
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_skip_is_asked_for_by_command(tmp_path, skip, capsys):
+    ActivationStore.write(tmp_path / "inputs", X, holdout=80)
+    ActivationStore.write(tmp_path / "outputs", Y, holdout=80)
+    initial(skip=skip).save_pretrained(tmp_path / "ours")
+    places = [str(tmp_path / "inputs"), str(tmp_path / "run"), "--targets", str(tmp_path / "outputs")]
+    how = ["--init-from", str(tmp_path / "ours"), "--skip", "--steps", "2", "--batch-size", "64", "--quiet"]
+    assert main(["train", *places, *how]) == 0, capsys.readouterr()
+    assert SampledSAE.from_pretrained(tmp_path / "run").cfg.skip
+
+
 def test_a_resumed_training_knows_what_it_began_with(tmp_path):
     config = replace(initial().cfg, input_scale=1.0, output_scale=1.0)
 

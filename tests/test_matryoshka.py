@@ -12,7 +12,7 @@ from optim_steps import assert_close, plain_step, state_of
 
 from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig, SparseCodes, TrainConfig, Trainer, reference
 from sampled_sae.cli import build_parser
-from sampled_sae.cli.training import _sae_config
+from sampled_sae.cli.training_options import sae_config
 from sampled_sae.formats.origin import training_fields
 from sampled_sae.impl.interface import implementation
 from sampled_sae.impl.levels import level_of
@@ -220,7 +220,7 @@ def test_training_resumes_with_its_groups_alone(store, tmp_path, short_calibrati
 def test_command_line():
     def config(*options):
         args = build_parser().parse_args(["train", "activations", "out", "--features", "96", "--k", "3", *options])
-        return _sae_config(args, ArrayActivations(tokens(5, 12)), d_sae=96, k=3)
+        return sae_config(args, ArrayActivations(tokens(5, 12)), d_sae=96, k=3)
 
     assert config().groups is None
     assert config("--groups", "10, 40").groups == config("--groups", "10,40,96").groups == (10, 40, 96)

@@ -5,105 +5,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from makers import make_sae, tokens
+from screened import TORCH, assert_same_pairs, assert_same_pool, both, encoders
 
 from sampled_sae import RowAdam
 from sampled_sae.impl.column_bounds import largest_columns
 from sampled_sae.impl.encoder import Operands
 from sampled_sae.impl.hints import Rule, ThresholdHints
-from sampled_sae.impl.interface import implementation
 from sampled_sae.impl.pool import REST, PoolRule, find_pool
-from sampled_sae.impl.torch import floor_screen, screen, screen_columns, stream
-from sampled_sae.testing import whole_numbers
+from sampled_sae.impl.torch import screen, screen_columns, screen_entries, search, stream
 
-TORCH = implementation("torch")
 SCORED = [("l2", "top"), ("l2_squared", "top"), ("uniform", "top"), ("l2", "sample"), ("l2_squared", "sample")]
 quick = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-long = settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-
-
-def low_rank(x, W, b, g):
-    left, right = torch.randn(len(x), 2, generator=g), torch.randn(2, x.shape[1], generator=g)
-    return left @ right + 1e-3 * x, W, b
-
-
-def huge_token(x, W, b, g):
-    x[0] *= 1e4
-    return x, W, b
-
-
-def huge_feature(x, W, b, g):
-    W[-1] *= 1e4
-    return x, W, b
-
-
-def heavy_tails(x, W, b, g):
-    return x * torch.randn(len(x), 1, generator=g).exp() ** 3, W * torch.randn(len(W), 1, generator=g).exp() ** 3, b
-
-
-def twins(x, W, b, g):
-    """Columns that differ by less than bfloat16 can tell."""
-    W[1::2] = W[: len(W) // 2 * 2 : 2] * (1 + 1e-4 * torch.rand(len(W) // 2, 1, generator=g))
-    return x, W, b
-
-
-def tiny(x, W, b, g):
-    return 1e-23 * x, W, 1e-23 * b
-
-
-def no_signal(x, W, b, g):
-    return torch.zeros_like(x), W, b
-
-
-KINDS = [None, low_rank, huge_token, huge_feature, heavy_tails, twins, tiny, no_signal]
-
-
-@st.composite
-def encoders(draw):
-    """(x, W, b, scale, tolerance): how far float32 rounding may move an activation, per unit of ||x|| ||w||."""
-    B, d, n = draw(st.integers(1, 40)), draw(st.integers(1, 24)), draw(st.integers(2, 300))
-    seed = draw(st.integers(0, 10**6))
-    if draw(st.booleans()):
-        # exact in float32, not in bfloat16; ties abound
-        t = whole_numbers(B, min(d, 8), n, seed=seed, largest=draw(st.sampled_from([1, 40, 700])))
-        return t["x"], t["W_enc"].t().contiguous(), t["b_enc"], None, 0.0
-    g = torch.Generator().manual_seed(seed)
-    x, W, b = torch.randn(B, d, generator=g), torch.randn(n, d, generator=g), 0.3 * torch.randn(n, generator=g)
-    kind = draw(st.sampled_from(KINDS))
-    if kind is not None:
-        x, W, b = kind(x, W, b, g)
-    scale = torch.rand(n, generator=g) + 0.5 if draw(st.booleans()) else None
-    return x, W, b, scale, 1e-6
-
-
-def both(x, W, b, scale):
-    """The encoder without and with a screen."""
-    seen = [TORCH.encoder(x, W, b, None, scale, screen=name) for name in ("off", "bf16")]
-    assert seen[0].operands.screen is None
-    return seen
-
-
-def activations(x, W, b, scale):
-    a = torch.relu(x.double() @ W.double().t() + b.double())
-    return a if scale is None else a * scale.double()
-
-
-def rounding(case):
-    """[B, F]: how far float32 may be from the activations."""
-    x, W, b, scale, tolerance = case
-    size = x.double().norm(dim=1)[:, None] * W.double().norm(dim=1) + b.double().abs()
-    return tolerance * (size if scale is None else size * scale)
-
-
-def assert_same_pairs(case, off, seen, threshold=None):
-    """Equal, but for pairs that float32 rounding alone may swap: as close to the cut as that."""
-    ours, theirs = off.to_dense() != 0, seen.to_dense() != 0
-    differ = ours != theirs
-    if not differ.any():
-        return
-    assert case[4] > 0, "whole numbers must give the same pairs"
-    a = activations(*case[:4])
-    cut = a[ours | theirs].min() if threshold is None else threshold
-    assert ((a[differ] - cut).abs() <= 2 * rounding(case)[differ] + 2 * rounding(case)[ours | theirs].max()).all()
+long = settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 def check(case, k, l):
@@ -113,10 +26,7 @@ def check(case, k, l):
         rule, hints = Rule(min(k, n_features), select), [ThresholdHints(), ThresholdHints()]
         for _ in range(2):  # without a hint, then with one
             codes = [TORCH.select(e, None, rule, h) for e, h in zip((off, seen), hints)]
-            if select == "batch":
-                assert_same_pairs(case, *codes)
-            elif case[4] == 0:
-                assert torch.equal(codes[0].to_dense(), codes[1].to_dense())
+            assert_same_pairs(case, *codes, by_token=select == "token")
     for tau in (0.0, float(codes[0].smallest()) if codes[0].count() else 1.0):
         assert_same_pairs(case, *(TORCH.above_threshold(e, torch.tensor(tau)) for e in (off, seen)), threshold=tau)
     for score, pool in SCORED:
@@ -130,16 +40,14 @@ def check(case, k, l):
         pools = [find_pool(TORCH, e.operands, rule, torch.Generator().manual_seed(3)) for e in (off, seen)]
         if pools[0] is None:
             continue
-        differ = set(pools[0].members.tolist()) ^ set(pools[1].members.tolist())
-        assert len(pools[0].members) == len(pools[1].members)
-        if score == "uniform" or (case[4] == 0 and pool == "top"):
-            assert not differ
-        elif pool == "top" and differ:
-            exact = activations(*case[:4]).norm(dim=0)
-            cut = exact[pools[0].members].min()
-            assert all(abs(exact[j] - cut) <= 1e-5 * cut + rounding(case)[:, j].norm() for j in differ)
+        members = [found.members for found in pools]
+        if score == "uniform":
+            assert torch.equal(*members)
+        elif pool == "top":
+            assert_same_pool(case, *members)
         else:
-            assert len(differ) <= 2  # keys that tie to float32's rounding
+            # keys that tie to float32's rounding
+            assert len(set(members[0].tolist()) ^ set(members[1].tolist())) <= 2
 
 
 @quick
@@ -156,20 +64,17 @@ def test_the_same_pool_and_pairs_of_many_problems(case, k, l):
 
 
 def planted():
-    """An entry whose rounding is as large as the bound allows: 1 is seen where 1 + 2^-7 is true."""
-    x = torch.tensor([[1.0, 2.0**-8]])
-    W = torch.zeros(64, 2)
-    W[5] = torch.tensor([1 + 2.0**-8 - 2.0**-20, 1.0])
-    return x, W, torch.zeros(64)
+    """An activation as far from what is seen of it as the bound allows: 0 is seen where 2^-8 is true."""
+    x = torch.tensor([[1.0, 0.0]])
+    W, b = torch.zeros(64, 2), torch.zeros(64)
+    W[5, 0], b[5] = 1 + 2.0**-8 - 2.0**-20, -1
+    return x, W, b
 
 
 def narrower(monkeypatch, share):
-    monkeypatch.setattr(screen, "MARGIN", share * screen.MARGIN)
-    for module in (screen, screen_columns, stream):
-        monkeypatch.setattr(module, "UNIT", share * screen.UNIT) if module is not screen else None
-    for module in (screen_columns, floor_screen):
-        monkeypatch.setattr(module, "MARGIN", share * module.MARGIN)
-    monkeypatch.setattr(screen, "UNIT", share * screen.UNIT)
+    for module in (screen, screen_columns, screen_entries, search):
+        for name in {"MARGIN", "UNIT"} & set(vars(module)):
+            monkeypatch.setattr(module, name, share * getattr(module, name))
 
 
 @pytest.mark.parametrize(("share", "found"), [(1.0, True), (0.9, False)])
@@ -177,17 +82,19 @@ def test_the_entry_bound_is_needed(share, found, monkeypatch):
     x, W, b = planted()
     narrower(monkeypatch, share)
     seen = TORCH.encoder(x, W, b, screen="bf16")
-    true = float(TORCH.above_threshold(TORCH.encoder(x, W, b, screen="off"), torch.tensor(0.5)).values[0])
+    true = float(TORCH.above_threshold(TORCH.encoder(x, W, b, screen="off"), torch.tensor(0.001)).values[0])
+    assert true == 2.0**-8 - 2.0**-20
     just_below = torch.tensor(true).nextafter(torch.tensor(0.0))
     assert len(TORCH.above_threshold(seen, just_below).values) == found
-    search = stream.Search(seen.operands)
-    search.look_at(0, seen.operands, slice(0, 64), just_below[None])
-    assert len(search.settle(just_below[None]).values) == found
+    looking = stream.BatchSearch(seen.operands, 1)
+    looking.look_at(0, seen.operands, slice(0, 64), just_below[None])
+    assert len(looking.settle(just_below[None]).values) == found
 
 
 @pytest.mark.parametrize(("share", "holds"), [(1.0, True), (0.9, False)])
 def test_the_column_bound_is_needed(share, holds, monkeypatch):
-    x, W, b = planted()
+    x, W, b = torch.tensor([[1.0, 2.0**-8]]), torch.zeros(64, 2), torch.zeros(64)
+    W[5] = torch.tensor([1 + 2.0**-8 - 2.0**-20, 1.0])  # 1 is seen where 1 + 2^-7 is true
     narrower(monkeypatch, share)
     bounds = TORCH.column_bounds(TORCH.encoder(x, W, b, screen="bf16").operands, "l2")
     assert (float(bounds.high[5]) >= 1 + 2.0**-7 - 2.0**-20) == holds
@@ -220,9 +127,9 @@ def test_what_the_screen_leaves_open_is_computed_in_full(monkeypatch):
     off, seen = both(x, W, torch.zeros(128), None)
     pools = [find_pool(TORCH, e.operands, PoolRule(4, 2)) for e in (off, seen)]
     assert torch.equal(pools[0].members, pools[1].members)
-    search = stream.Search(seen.operands)
-    search.look_at(0, seen.operands, slice(0, 128), torch.tensor([1e-3]))
-    assert not search.screening
+    looking = stream.BatchSearch(seen.operands, 8)
+    looking.look_at(0, seen.operands, slice(0, 128), torch.tensor([1e-3]))
+    assert not looking.screening
 
 
 @pytest.mark.parametrize("select", ["batch", "token"])

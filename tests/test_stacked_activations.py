@@ -15,6 +15,7 @@ from sampled_sae.training.batches import ShuffledStream
 from sampled_sae.training.evaluation import evaluate_activations, reconstruct_with
 from sampled_sae.training.layer_spread import LayerSpread, layer_cosines, layer_names, layer_shares, plot_layers
 from sampled_sae.training.paired_activations import PairedActivations
+from sampled_sae.training.same_settings import identity, is_same_kind
 from sampled_sae.training.stacked_activations import StackedActivations
 from sampled_sae.training.sweep import evaluate
 
@@ -62,6 +63,17 @@ def test_what_belongs_together_is_said(tmp_path):
     assert StackedActivations([stores[0], other]).manifest["model"] == "made, tuned"
     assert StackedActivations([stores[0], other]).manifest["layer"] == 0
     json.dumps(stack.manifest)
+
+
+def test_places_in_a_block_are_told_apart(tmp_path):
+    sides = ("in", "out")
+    stores = [
+        write_store(tmp_path / side, layer=None, point=f"model.layers.3.mlp:{side}", max_norm=1.0) for side in sides
+    ]
+    both, reversed_ = StackedActivations(stores), StackedActivations(stores[::-1])
+    assert both.manifest["point"] == "model.layers.3.mlp:in, model.layers.3.mlp:out"
+    assert layer_names(both.manifest, 2) == ["model.layers.3.mlp:in", "model.layers.3.mlp:out"]
+    assert not is_same_kind(identity(both.manifest), identity(reversed_.manifest))
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path):
@@ -191,7 +203,6 @@ def test_by_command(tmp_path, capsys):
         (["evaluate", run, others[0], "--beside", first, others[1]], "was trained on layer 0, 1, 2 of made"),
         (["evaluate", run, first, "--beside", *others, "--splice-rows", "2"], "--splice-rows 2: is of one layer"),
         (["train", first, run + "x", "--beside", *others, "--targets", first, *small], "--beside .*of a crosscoder"),
-        (["train", run + "x", "--model", "m", "--layer", "1", "--beside", first, *small], "--beside .*is of stored"),
     ):
         assert main(argv) == 1, argv
         assert re.search(said, capsys.readouterr().err), argv

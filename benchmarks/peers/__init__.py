@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,18 @@ from typing import Any
 from benchmarks.measure import version
 from benchmarks.peers.candidate import Candidate, Setup, Weights, initial_weights
 
-__all__ = ["CANDIDATES", "Entry", "Setup", "Weights", "initial_weights", "installed", "make", "ours", "plain"]
+__all__ = [
+    "AUTOCAST",
+    "CANDIDATES",
+    "Entry",
+    "Setup",
+    "Weights",
+    "initial_weights",
+    "installed",
+    "make",
+    "ours",
+    "plain",
+]
 
 BATCH: dict[str, Any] = {"l": None}
 TOKEN: dict[str, Any] = {"l": None, "select": "token"}
@@ -28,6 +39,7 @@ class Entry:
         beside: another candidate, of whose time this one's is given as a multiple too.
         tree: folder with another revision of this repository, which its process imports.
         graph: the step is captured as a CUDA graph.
+        dtype: of its products, where not that of the setup.
     """
 
     module: str
@@ -38,6 +50,11 @@ class Entry:
     beside: str | None = None
     tree: Path | None = None
     graph: bool = False
+    dtype: str | None = None
+
+    def of(self, setup: Setup) -> Setup:
+        """The setup with the dtype of its products."""
+        return setup if self.dtype is None else replace(setup, dtype=self.dtype)
 
 
 def ours(optimizer: str = "dense", form: str | None = None, **rule: Any) -> Entry:
@@ -66,6 +83,12 @@ CANDIDATES = {
     "eager PyTorch BatchTopK": plain(**BATCH),
     "torch.compile BatchTopK": plain(compiled=True, **BATCH),
 }
+# the peers again, their products in bfloat16: faster, and no longer what their rule says
+AUTOCAST = {
+    f"{name}, bf16 autocast": replace(entry, dtype="bfloat16")
+    for name, entry in CANDIDATES.items()
+    if entry.distribution is not None
+}
 
 
 def installed(entry: Entry) -> bool:
@@ -75,4 +98,4 @@ def installed(entry: Entry) -> bool:
 
 def make(entry: Entry, setup: Setup, weights: Weights) -> Candidate:
     """With these initial weights; imports its library."""
-    return import_module(f"{__name__}.{entry.module}").Library(setup, weights, **entry.options)
+    return import_module(f"{__name__}.{entry.module}").Library(entry.of(setup), weights, **entry.options)

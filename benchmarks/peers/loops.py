@@ -38,7 +38,8 @@ class Library(Candidate):
 
     def _run(self) -> None:
         try:
-            self.library.loop(self._batches())
+            with self.setup.autocast():
+                self.library.loop(self._batches())
             raise RuntimeError("the loop ended")
         except Exception as error:
             self.answers.put(error)

@@ -60,7 +60,8 @@ class Library(Candidate):
     def forward_backward(self, x: Tensor, target: Tensor | None, variance: Tensor) -> ForwardOutput:
         if not self.schedule_free:
             self.set_lr(self.optimizer)
-        out = self.sae(x, target, total_variance=variance)
+        with self.setup.autocast():  # its own is for GPUs alone
+            out = self.sae(x, target, total_variance=variance)
         self.fired[out.latent_indices.flatten()] = True
         out.fvu.backward()
         return out

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Row
-from benchmarks.peers import BATCH, CANDIDATES, TOKEN, Entry, make, ours, plain
+from benchmarks.peers import AUTOCAST, BATCH, CANDIDATES, TOKEN, Entry, make, ours, plain
 from benchmarks.record import SIZE, Columns, Result, markdown
 from benchmarks.steps.harness import Harness, Task
 from benchmarks.steps.session import Size
@@ -130,15 +130,16 @@ MEMORY = {"peak extra memory": "{peak_extra_memory:.2f}"}
 VARIANT, STEP_OF, MS = {"variant": "{candidate}"}, {"step of": "{candidate}"}, {"ms": "{step_ms:.0f}"}
 EXPERIMENTS = {
     "cpu_step": Experiment(
-        "our step with each rule and setting",
-        at_all_sizes(VARIANTS),
-        {**SIZE, **VARIANT, **RATIO, "step / allocating product": "{ratio_to_allocating_product:.2f}", **MEMORY},
+        "our step with each rule and setting, and inference",
+        at_all_sizes({**VARIANTS, "encode_sparse": Entry("encoding", BATCH, BATCH)}),
+        {**SIZE, **VARIANT, **RATIO, "step / allocating product": "{ratio_to_allocating_product:.2f}", **MEMORY}
+        | {"undecided columns": "{undecided_columns:.2%}", "undecided entries": "{undecided_entries:.2%}"},
         {"beside": ("product", "allocating")},
     ),
     "peer_steps": Experiment(
         "our step and those of the peers, each as its own library does it",
-        at_all_sizes(CANDIDATES),
-        {**SIZE, **STEP_OF, **RATIO, **MS, **MEMORY},
+        at_all_sizes({**CANDIDATES, **AUTOCAST}),
+        {**SIZE, **STEP_OF, **RATIO, **MS, **MEMORY, "first error off by": "{error_off:.0e}"},
     ),
     "scaling": Experiment(
         "our step against F, B, k and l, with fitted exponents",

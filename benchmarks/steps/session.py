@@ -83,6 +83,13 @@ class StepSession:
         steps = [timed(self.step, self.setup.device) for _ in range(self.entry.steps)]
         return {**seconds, "step": sum(steps) / len(steps)}
 
+    def undecided(self) -> dict[str, float]:
+        """Shares of the columns and entries that the last step's screen left open; empty where there was none."""
+        sae = getattr(self.candidate, "sae", None)
+        # an older revision has no such attribute, a library's SAE no such memory
+        looks = getattr(getattr(sae, "memory", None), "looks", None)
+        return {} if looks is None else {f"undecided_{name}": share for name, share in looks.shares().items()}
+
     def peak_bytes(self) -> int | None:
         """Of two steps or more, above what is held between steps.
 

@@ -13,7 +13,7 @@ from .arguments import Command, pool_multiplier
 
 def add(command: Command) -> None:
     from ..bench_steps import DTYPES
-    from ..config import SELECTS
+    from ..config import SCREENS, SELECTS
     from ..optim import MODES
     from ..support.argument_checks import SCORES
 
@@ -27,6 +27,9 @@ def add(command: Command) -> None:
     )
     p.add_argument("--score", choices=SCORES, default="l2", help="what ranks the features of a batch")
     p.add_argument("--select", choices=SELECTS, default="batch", help="budget for the batch or for each token")
+    p.add_argument(
+        "--screen", choices=SCREENS, default="auto", help="whether scores and searches look in bfloat16 first"
+    )
     p.add_argument("--adam", choices=MODES, default="dense", help="mode of RowAdam")
     p.add_argument("--device", default=None, help="cpu or cuda; a GPU where there is one")
     p.add_argument("--dtype", choices=DTYPES, default=None, help="of the products; bfloat16 on a GPU, else float32")

@@ -12,6 +12,7 @@ from ..pretrained import EVALUATION
 from ..sae import SampledSAE
 from ..support.all_ranks import AllRanks
 from ..support.atomic_files import write_json
+from ..training.activation_stream import StreamedActivations
 from ..training.activations import Activations
 from ..training.layer_spread import LayerSpread, layer_names, plot_layers
 from ..training.sweep import SpliceSource, evaluate
@@ -60,7 +61,7 @@ def evaluate_at_end(
     return result
 
 
-def draw_layers(sae: SampledSAE, folder: Path, store: Activations, ranks: AllRanks) -> None:
+def draw_layers(sae: SampledSAE, folder: Path, store: Activations | StreamedActivations, ranks: AllRanks) -> None:
     """Of a crosscoder layers.png, by the first rank; says where it is, or why it is not. All ranks call it."""
     if not sae.cfg.is_crosscoder:
         return

@@ -42,6 +42,8 @@ def harvest(args: argparse.Namespace) -> None:
     from ..lm.harvest_files import check_holdout
 
     _check_place(args)
+    for layer in args.beside or ():
+        check_integer("beside", layer, 0)
     check_integer("holdout_rows", args.holdout_rows, 0)
     check_integer("batch_size", args.batch_size, 1)
     check_output_folder(args.out)

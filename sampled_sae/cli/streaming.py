@@ -66,9 +66,6 @@ def open_stream(args: argparse.Namespace) -> dict[str, StreamedActivations]:
         raise ValueError(f"train --model is for one process, here are {args.ranks.size}; harvest first, together")
     if args.holdout is not None:
         raise ValueError(f"holdout={args.holdout}: is for a file of activations; --holdout-rows is for texts")
-    if args.beside is not None:
-        beside = " ".join(args.beside)
-        raise ValueError(f"--beside {beside}: is of stored activations, which --model does without; harvest all first")
     if args.targets is not None:
         raise ValueError(f"targets={args.targets}: are for stored activations, which --model does without")
     if args.skip and not args.mlp and args.points is None:
@@ -81,11 +78,13 @@ def open_stream(args: argparse.Namespace) -> dict[str, StreamedActivations]:
         raise ValueError(f"layer={args.layer}: --mlp is of one block; train the transcoders one by one")
     if not 0 <= (args.splice_rows or 0) <= args.holdout_rows:
         raise ValueError(f"splice_rows={args.splice_rows}: must be from 0 to {args.holdout_rows}, the --holdout-rows")
-    layers = [check_integer("layer", layer, 0) for layer in args.layer or ()]
+    if args.beside is not None and (args.points is not None or args.mlp or len(args.layer) > 1):
+        raise ValueError(f"--beside {' '.join(args.beside)}: stands beside one --layer, without --points and --mlp")
+    layers = [check_integer("layer", layer, 0) for layer in (*(args.layer or ()), *_beside(args))]
     if len(set(layers)) < len(layers):
         raise ValueError(f"layer={layers}: none twice")
     for name in ("init_from", "lanes"):
-        if len(layers) > 1 and getattr(args, name) is not None:
+        if len(layers) > 1 and args.beside is None and getattr(args, name) is not None:
             raise ValueError(f"{name}={getattr(args, name)}: is for one SAE; train the layers one by one")
     for name in ("model_batch_size", "buffer_tokens"):
         check_integer(name, getattr(args, name), 1)
@@ -109,8 +108,17 @@ def open_stream(args: argparse.Namespace) -> dict[str, StreamedActivations]:
     stream = ActivationStream(source, args.buffer_tokens)
     if points is not None:
         return {"": stream.pair()}
+    if args.beside is not None:
+        return {"": stream.beside()}
     parts = stream.parts
     return {"" if len(layers) == 1 else f"layer_{layer}": part for layer, part in zip(layers, parts)}
+
+
+def _beside(args: argparse.Namespace) -> list[int]:
+    """The blocks that `--beside` names."""
+    if not all(text.isdecimal() for text in args.beside or ()):
+        raise ValueError(f"--beside {' '.join(args.beside)}: with --model must be blocks, whole numbers from 0")
+    return [int(text) for text in args.beside or ()]
 
 
 def evaluate_streamed(
@@ -122,7 +130,10 @@ def evaluate_streamed(
     held_out, rows = part.holdout()
     count = min(SPLICE_ROWS, len(rows)) if args.splice_rows is None else args.splice_rows
     splice = None
-    if count:
+    if count and part.layers > 1:
+        if args.splice_rows is not None:
+            raise ValueError(f"--splice-rows {args.splice_rows}: is of one layer, {part.where} has {part.layers}")
+    elif count:
         try:
             splice = part.blocks.source.splice(part.indices, rows[:count]).evaluate  # type: ignore[attr-defined]
         except ValueError as error:  # an encoder, which predicts no next token

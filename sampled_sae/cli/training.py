@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..config import SCREENS, SampledSAEConfig
 from ..distributed import parallelize
 from ..impl import inference_rule
 from ..pages.html import PAGE
@@ -19,7 +17,6 @@ from ..sae import SampledSAE
 from ..support.argument_checks import check_integer
 from ..support.atomic_files import write_json, write_text
 from ..support.output_folder import check_output_folder
-from ..training.activation_stream import StreamedActivations
 from ..training.activations import Activations
 from ..training.batches import CALIBRATION_TOKENS
 from ..training.closing_line import closing_line
@@ -29,17 +26,17 @@ from ..training.same_settings import identity, in_words
 from ..training.sweep import evaluate, run_sweep, variants
 from ..training.sweep_plots import plot_sweep
 from ..training.sweep_table import markdown_table
-from ..training.train_config import TrainConfig
 from ..training.trainer import Trainer
 from ..training.training_loop import closed_logs, train_to_end
 from ..training.training_run import TrainingRun
-from .arguments import Command, listed, model_arguments, pool_multiplier, seed, whole_number
+from .arguments import Command, listed, model_arguments, pool_multiplier, seed
 from .beginning import activations_arguments, initial_sae, open_activations, rule_arguments, rule_of
 from .closing import closing_splice, draw_layers, evaluate_at_end
 from .identity import SPLICE_ROWS, check_same_activations, splice_source
-from .logs import add_log_options, log_place
+from .logs import log_place
 from .processes import add_rank_options
 from .streaming import check_no_model, evaluate_streamed, open_stream, stream_arguments
+from .training_options import sae_arguments, sae_config, train_arguments, train_config
 
 
 def add(command: Command) -> None:
@@ -47,9 +44,9 @@ def add(command: Command) -> None:
     activations_arguments(p)
     p.add_argument("out", type=Path, help="folder for checkpoint, metrics and the SAE")
     rule_arguments(p)
-    _sae_arguments(p)
+    sae_arguments(p)
     stream_arguments(p)
-    _train_arguments(p)
+    train_arguments(p)
     p.add_argument(
         "--lanes",
         type=int,
@@ -77,14 +74,14 @@ def add(command: Command) -> None:
     p.add_argument("out", type=Path, help="folder for the runs, results.csv, results.md, report.md and plots")
     p.add_argument("--features", type=int, default=8192, help="d_sae")
     p.add_argument("--k", type=float, default=32, help="average active features a token")
-    _sae_arguments(p)
+    sae_arguments(p)
     p.add_argument("--ls", type=listed(pool_multiplier), default=[1.0, 4.0, 16.0, 64.0, None], help="comma-separated")
     p.add_argument("--scores", type=listed(str), default=["l2", "entropy"], help="comma-separated")
     p.add_argument("--seeds", type=listed(seed), default=[0], help="of the initial weights, comma-separated")
     p.add_argument("--order-seed", dest="seed", type=int, default=0, help="of the tokens' order, one for all SAEs")
     p.add_argument("--no-topk", action="store_true", help="leave the TopK baseline out")
     p.add_argument("--together", type=int, default=4, help="SAEs trained side by side, on the same batches")
-    _train_arguments(p)
+    train_arguments(p)
     _splice_arguments(p)
 
 
@@ -100,84 +97,14 @@ def _splice_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--insist", action="store_true", help="take another model, layer or source than was trained on")
 
 
-def _sae_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--aux-coefficient", type=float, default=1 / 32, help="weight of the dead-feature loss")
-    p.add_argument("--pool-every", type=int, default=1, help="steps for which a candidate pool is kept")
-    p.add_argument("--score-tokens", type=float, default=1.0, help="share of the tokens that the scores look at")
-    p.add_argument("--dead-after", type=int, default=10_000_000, help="tokens unselected that make a feature dead")
-    p.add_argument(
-        "--groups",
-        type=listed(whole_number),
-        default=None,
-        help="a Matryoshka SAE: numbers of features, ascending, comma-separated, that each reconstruct on their own; "
-        "all of them come last",
-    )
-    p.add_argument("--skip", action="store_true", help="a transcoder adds a linear function of what it reads")
-    p.add_argument("--screen", choices=SCREENS, default="auto", help="look through bfloat16 products; same results")
-    p.add_argument("--impl", default="auto", help="auto, triton, torch or reference")
-
-
-def _train_arguments(p: argparse.ArgumentParser) -> None:
-    text = {
-        "steps": "batches to train on",
-        "batch_size": "tokens a batch",
-        "lr": "peak learning rate",
-        "warmup": "share of the steps over which lr rises",
-        "decay": "share of the steps over which lr falls at the end",
-        "clip": "largest gradient norm",
-        "adam": "rows without gradient: dense (they move on, as in torch), lazy or decayed (they stand still)",
-        "moments": "dtype of Adam's moments, float32 or bfloat16",
-        "precision": "of the operands of products: bf16, tf32, fp32, or auto: bf16 on a GPU, fp32 without one",
-        "seed": "of weights and token order",
-        "checkpoint_every": "steps between checkpoints",
-        "log_every": "steps between lines of metrics.jsonl",
-        "k_start": "k of the first step, which goes linearly to --k; --k itself when absent",
-        "l_start": "l of the first step, which goes linearly to --l; --l itself when absent",
-        "schedule_steps": "steps until k and l are those of the SAE, with --k-start or --l-start",
-    }
-    for field in fields(TrainConfig):
-        if field.name == "seed" and p.prog.endswith("sweep"):
-            continue
-        name = "--" + field.name.replace("_", "-")
-        kind = type(field.default) if field.default is not None else int if field.name == "schedule_steps" else float
-        p.add_argument(name, type=kind, default=field.default, help=text[field.name])
-    add_log_options(p)
-    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; of several processes, cuda gives each its own")
-    add_rank_options(p)
-
-
-def _sae_config(args: argparse.Namespace, store: Activations | StreamedActivations, **rule: Any) -> SampledSAEConfig:
-    if args.groups is not None:
-        everything = rule["d_sae"]
-        rule["groups"] = args.groups if everything in args.groups[-1:] else [*args.groups, everything]
-    return SampledSAEConfig(
-        d_in=store.d_in,
-        d_out=store.d_out,
-        layers=store.layers,
-        skip=args.skip or rule.pop("skip", False),
-        aux_coefficient=args.aux_coefficient,
-        pool_every=args.pool_every,
-        score_tokens=args.score_tokens,
-        dead_after=args.dead_after,
-        screen=args.screen,
-        impl=args.impl,
-        **rule,
-    )
-
-
-def _train_config(args: argparse.Namespace) -> TrainConfig:
-    values: dict[str, Any] = {f.name: getattr(args, f.name, f.default) for f in fields(TrainConfig)}
-    return TrainConfig(**values)
-
-
 def train(args: argparse.Namespace) -> None:
     if args.model is not None:
         return _train_on_model(args)
     with args.ranks.together():
         check_no_model(args)
         store, initial = open_activations(args), initial_sae(args)
-        config = _sae_config(args, store, seed=args.seed, **rule_of(args, initial))
-        how, log, source = _train_config(args), log_place(args), closing_splice(args, store)
+        config = sae_config(args, store, seed=args.seed, **rule_of(args, initial))
+        how, log, source = train_config(args), log_place(args), closing_splice(args, store)
     trainer = Trainer(config, how, store, args.out, args.device, args.ranks.mesh, args.lanes, initial, log)
     print(f"{_begins(trainer)}: {trainer.sae}\nwrites to {args.out}", flush=True)
     with closed_logs([trainer]):
@@ -190,10 +117,10 @@ def train(args: argparse.Namespace) -> None:
 
 def _train_on_model(args: argparse.Namespace) -> None:
     """One SAE in args.out, or one a layer in folders there."""
-    initial, how, log = initial_sae(args), _train_config(args), log_place(args)
+    initial, how, log = initial_sae(args), train_config(args), log_place(args)
     parts = open_stream(args)
     rule = {"seed": args.seed, **rule_of(args, initial)}
-    configs = {name: _sae_config(args, part, **rule) for name, part in parts.items()}
+    configs = {name: sae_config(args, part, **rule) for name, part in parts.items()}
     if len(parts) == 1:
         ((name, part),) = parts.items()
         runs: dict[Path, TrainingRun] = {
@@ -211,6 +138,7 @@ def _train_on_model(args: argparse.Namespace) -> None:
         for (folder, run), part in zip(runs.items(), parts.values()):
             result = evaluate_streamed(run.sae, args, part, folder)
             run.log.result(result)
+            draw_layers(run.sae, folder, part, args.ranks)
             print(f"done: threshold {float(run.sae.threshold):.4g}, {closing_line(result, folder)}")
 
 
@@ -250,9 +178,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
 def sweep(args: argparse.Namespace) -> None:
     with args.ranks.together():
         store = open_activations(args)
-        base = _sae_config(args, store, d_sae=args.features, k=args.k)
+        base = sae_config(args, store, d_sae=args.features, k=args.k)
         configs = variants(base, args.ls, args.scores, args.seeds, not args.no_topk)
-        how, log = _train_config(args), log_place(args)
+        how, log = train_config(args), log_place(args)
         splice = splice_source(args, store)
     print(
         f"Trains {len(configs)} SAEs on {args.activations}, writes to {args.out}: {', '.join(configs)}",

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..support.checksums import tensors_crc32
+
 
 class TokenPlaces(NamedTuple):
     """Rows of token ids, and the places in them of some tokens.
@@ -42,6 +44,10 @@ class TokenPlaces(NamedTuple):
             if n and not 0 <= int(t.min()) <= int(t.max()) < size:
                 raise ValueError(f"{path}: {name} from {int(t.min())} to {int(t.max())}: there are {size}")
         return places
+
+    def crc32(self) -> str:
+        """Equal for the same tokens of the same rows."""
+        return tensors_crc32(self._asdict())
 
     @property
     def ids(self) -> Tensor:

@@ -45,11 +45,13 @@ class SpreadParts:
     def column_bounds(self, operands: Operands, score: str) -> ColumnBounds | None:
         """Of the features here, over the tokens of all; not finite where some process knows nothing."""
         seen = None if self.local.seen_columns is None else self.local.seen_columns(operands, score)
-        if seen is None:
+        if seen is None or operands.screen is None:
             return None
         low, high = seen.bounds(self.mesh.data.sum_(seen.sums, "column statistics"))
         full = operands.in_full()
-        return ColumnBounds(low, high, lambda at: self.column_scores(full.of_features(at), score))
+        return ColumnBounds(
+            low, high, lambda at: self.column_scores(full.of_features(at), score), operands.screen.looks
+        )
 
     def candidate_pool(
         self, scores: Tensor, size: int, pool: str = "top", generator: torch.Generator | None = None

@@ -25,7 +25,8 @@ from ..support.argument_checks import check_choice, check_integer
 from ..support.atomic_files import field, read_tensors, write_atomically, write_text
 from .one_threshold import with_one_threshold
 from .origin import Origin
-from .portable import RULES, PortableSAE, Say, check_one_dtype, check_tensors, narrowed, silent
+from .portable import RULES, PortableSAE, Say, silent
+from .tensor_checks import check_one_dtype, check_tensors, narrowed
 
 NAME = "circuit_tracer"
 CONFIG = "config.yaml"
@@ -152,11 +153,16 @@ def unpack(path: Path, say: Say = silent) -> PortableSAE:
     d_sae, d = shape[0]
     shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_sae, d), "W_dec": (d_sae, d), "b_enc": (d_sae,), "b_dec": (d,)}
     shapes |= {name: of for name, of in (("W_skip", (d, d)), (THRESHOLD, (d_sae,))) if name in tensors}
-    check_tensors(path, {name: t for name, t in tensors.items() if name != "k"}, shapes, infinite=(THRESHOLD,))
+    check_tensors(path, {name: t for name, t in tensors.items() if name != "k"}, shapes)
     by_k = config.get("activation") == "topk"
     threshold = tensors.get(THRESHOLD)
-    if by_k and threshold is not None:
-        raise ValueError(f"{path}: {THRESHOLD}, but {CONFIG} says activation 'topk'")
+    if threshold is not None and config.get("activation") in ("topk", "relu"):
+        raise ValueError(f"{path}: {THRESHOLD}, but {CONFIG} says activation {config['activation']!r}")
+    if threshold is not None and bool((threshold < 0).any()):
+        raise ValueError(
+            f"{path}: {THRESHOLD} is below 0 for {int((threshold < 0).sum())} features, where {NAME} keeps activations "
+            "below 0 too, as no SampledSAE does"
+        )
     if threshold is not None and bool((threshold == threshold[0]).all()):
         threshold = threshold[0]
     return check_one_dtype(

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..support.atomic_files import field
 from .layers import divided_by, norm_sums
 from .origin import Origin
-from .portable import ROUNDING, PortableSAE, Say, check_one_dtype, check_tensors, narrowed, silent
+from .portable import ROUNDING, PortableSAE, Say, silent
+from .tensor_checks import check_one_dtype, check_tensors, narrowed
 
 BATCH_TOPK, RELU = "BatchTopKCrossCoder", "CrossCoder"
 CLASSES = (BATCH_TOPK, RELU)

@@ -18,7 +18,8 @@ from ..pretrained import PEER_FILES
 from ..support.atomic_files import field, read_json, write_atomically, write_json
 from . import crosscoders
 from .origin import Origin, training_fields
-from .portable import PortableSAE, Say, check_one_dtype, check_tensors, narrowed, silent
+from .portable import PortableSAE, Say, silent
+from .tensor_checks import check_one_dtype, check_tensors, narrowed
 
 NAME = "dictionary_learning"
 WEIGHTS, CONFIG = PEER_FILES[NAME]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,7 @@ from ..config import SampledSAEConfig
 from ..impl.inference_rule import by_threshold
 from ..impl.threshold import is_set
 from ..pretrained import SKIP, WEIGHT_NAMES
-from ..support.argument_checks import FLOATS, check_choice, plain_number
+from ..support.argument_checks import check_choice, plain_number
 from .layers import scaled_by_layer
 
 if TYPE_CHECKING:
@@ -28,8 +27,6 @@ Say = Callable[[str], None]
 # In units of the dtype's eps: decoder norms this near to 1 have been folded before, and thresholds this near to each
 # other are one threshold times such norms.
 ROUNDING = 8
-# Numbers that are looked at together, so that a check of weights of many gigabytes needs little memory.
-PIECE = 1 << 24
 
 
 def silent(line: str) -> None:
@@ -281,42 +278,3 @@ def rescaled(tensors: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
 def without_fraction(k: float) -> float:
     """5 for 5.0, so that equal configurations are the same JSON."""
     return int(k) if isinstance(k, float) and k.is_integer() else k
-
-
-def check_tensors(
-    path: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], infinite: Container[str] = ()
-) -> None:
-    """Exactly the tensors of `shapes`, floating and finite; those named in `infinite` may hold inf, but no NaN.
-
-    Raises:
-        ValueError: naming the file and the tensor.
-    """
-    if set(tensors) != set(shapes):
-        missing, foreign = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
-        raise ValueError(f"{path}: tensors missing {missing}, unknown {foreign}; must hold {sorted(shapes)}")
-    for name, shape in shapes.items():
-        t = tensors[name]
-        if tuple(t.shape) != shape:
-            raise ValueError(f"{path}: {name} is {tuple(t.shape)}, must be {shape} by the configuration")
-        if t.dtype not in FLOATS:
-            raise ValueError(f"{path}: {name} is {t.dtype}, must be one of {', '.join(map(str, FLOATS))}")
-        wrong, found = (torch.isnan, "NaN") if name in infinite else (_not_finite, "NaN or inf")
-        if any(bool(wrong(part).any()) for part in t.reshape(-1).split(PIECE)):
-            raise ValueError(f"{path}: {name} holds {found}")
-
-
-def _not_finite(t: Tensor) -> Tensor:
-    return ~t.isfinite()
-
-
-def check_one_dtype(path: Path, sae: PortableSAE) -> PortableSAE:
-    """The SAE, whose weights must be of one dtype."""
-    found = {name: t.dtype for name, t in sae.weights.items()}
-    if len(set(found.values())) > 1:
-        raise ValueError(f"{path}: weights of several dtypes: {', '.join(f'{n} {d}' for n, d in found.items())}")
-    return sae
-
-
-def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """In `dtype` where that loses nothing, else as it is."""
-    return value.to(dtype) if torch.equal(value.to(dtype).double(), value.double()) else value

@@ -20,7 +20,8 @@ from ..support.argument_checks import check_positive
 from ..support.atomic_files import field, read_json, read_tensors, write_atomically, write_json
 from . import saelens_before_6
 from .origin import Origin, training_fields
-from .portable import ROUNDING, PortableSAE, Say, check_one_dtype, check_tensors, narrowed, silent
+from .portable import ROUNDING, PortableSAE, Say, silent
+from .tensor_checks import check_one_dtype, check_tensors, narrowed
 
 NAME = "saelens"
 WEIGHTS, CONFIG = PEER_FILES[NAME]

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..pretrained import PEER_FILES
 from ..support.atomic_files import field, read_json, read_tensors, write_atomically, write_json
 from .origin import Origin
-from .portable import PortableSAE, Say, check_one_dtype, check_tensors, silent
+from .portable import PortableSAE, Say, silent
+from .tensor_checks import check_one_dtype, check_tensors
 
 NAME = "sparsify"
 WEIGHTS, CONFIG = PEER_FILES[NAME]

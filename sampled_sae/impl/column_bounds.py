@@ -9,22 +9,27 @@ import torch
 from torch import Tensor
 
 from ..support.nth_largest import largest_mask, nth_largest
+from .rounded_tokens import Looks
 
 # more undecided columns than this share of all cost more than they save
 MOST_UNDECIDED = 1 / 4
 
 
 class ColumnBounds(NamedTuple):
-    """low, high: [F], of each column's score. exact: of some columns, int64 [U], in full precision."""
+    """low, high: [F], of each column's score. exact: of some columns, int64 [U], in full precision.
+
+    looks: where it is counted how many of them that is.
+    """
 
     low: Tensor
     high: Tensor
     exact: Callable[[Tensor], Tensor]
+    looks: Looks
 
     def of_features(self, features: Tensor) -> ColumnBounds:
         """Of some columns, int64 [U], which are counted from 0 then."""
         low, high = self.low[features], self.high[features]
-        return ColumnBounds(low, high, lambda at: self.exact(features[at]))
+        return ColumnBounds(low, high, lambda at: self.exact(features[at]), self.looks)
 
 
 class SeenColumns(NamedTuple):
@@ -52,7 +57,9 @@ def largest_columns(
     sure = low > nth_largest(high, size + 1)
     undecided = (~sure & ~(high < nth_largest(low, size))).nonzero().squeeze(1)
     unknown = undecided[(bounds.low < bounds.high)[undecided]]
-    if len(unknown) > MOST_UNDECIDED * len(low):
+    too_many = len(unknown) > MOST_UNDECIDED * len(low)
+    bounds.looks.see_columns(len(low), len(low) if too_many else len(unknown))
+    if too_many:
         return None
     scores = bounds.low.clone()
     scores[unknown] = bounds.exact(unknown)

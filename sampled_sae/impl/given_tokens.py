@@ -29,7 +29,7 @@ def flat_tokens(layer: TakesTokens, x: Tensor, scaled: bool) -> Tensor:
     """
     cfg = layer.cfg
     x = _flat(layer, x, cfg.width_in, "x", cfg.layers)
-    x = x if scaled or cfg.input_scale == 1 else x * factors(cfg.input_scale, cfg.d_in, x)
+    x = x if scaled or cfg.input_scale == 1 else multiplied(x, cfg.input_scale)
     layer.memory.inputs.check(x)
     return x
 
@@ -94,7 +94,7 @@ def goal_of(layer: TakesTokens, x: Tensor, tokens: Tensor, target: Tensor | None
 def given_back(cfg: SampledSAEConfig, x_hat: Tensor, like: Tensor, scaled: bool) -> Tensor:
     """A reconstruction [B, d_out] as the caller gets it: of the dtype and the leading dimensions of `like`, and of a
     crosscoder its layers side by side or one behind the other as there."""
-    x_hat = x_hat if scaled or cfg.factor_out == 1 else x_hat / factors(cfg.factor_out, cfg.d_in, x_hat)
+    x_hat = x_hat if scaled or cfg.factor_out == 1 else divided(x_hat, cfg.factor_out)
     side_by_side = cfg.is_crosscoder and like.shape[-1] == cfg.d_in
     return x_hat.to(like.dtype).view(like.shape if side_by_side else (*like.shape[:-1], cfg.width_out))
 
@@ -104,11 +104,20 @@ def leading(cfg: SampledSAEConfig, x: Tensor) -> torch.Size:
     return x.shape[:-2] if cfg.is_crosscoder and x.shape[-1] == cfg.d_in else x.shape[:-1]
 
 
-def factors(scale: float | tuple[float, ...], d: int, like: Tensor) -> float | Tensor:
-    """A factor for all numbers of a token, or [layers * d] where each layer has its own."""
+def multiplied(x: Tensor, scale: float | tuple[float, ...]) -> Tensor:
+    """x [..., layers * d] times a factor for all of its numbers, or one for each layer; in its dtype, rounded once."""
     if not isinstance(scale, tuple):
-        return scale
-    return torch.tensor(scale, dtype=torch.float64).repeat_interleave(d).to(like)
+        return x * scale
+    parts = x.unflatten(-1, (len(scale), -1)).unbind(-2)
+    return torch.cat([part * factor for part, factor in zip(parts, scale)], dim=-1)
+
+
+def divided(x: Tensor, scale: float | tuple[float, ...]) -> Tensor:
+    """The inverse of `multiplied`."""
+    if not isinstance(scale, tuple):
+        return x / scale
+    parts = x.unflatten(-1, (len(scale), -1)).unbind(-2)
+    return torch.cat([part / factor for part, factor in zip(parts, scale)], dim=-1)
 
 
 def _flat(layer: TakesTokens, x: Tensor, width: int, name: str, layers: int = 1) -> Tensor:

@@ -11,6 +11,28 @@ from torch import Tensor
 LARGEST = 1e15
 # tokens whose norms are taken at once
 ROWS = 64
+# of both operands behind their d: what the bound and the bias ask for
+COLUMNS = 4
+
+
+class Looks:
+    """What the screen saw of one batch: how many columns and entries, and how many of them it left undecided."""
+
+    def __init__(self) -> None:
+        self.columns = self.open_columns = self.entries = self.open_entries = 0
+
+    def see_columns(self, seen: int, undecided: int) -> None:
+        self.columns += seen
+        self.open_columns += undecided
+
+    def see_entries(self, seen: int, undecided: int) -> None:
+        self.entries += seen
+        self.open_entries += undecided
+
+    def shares(self) -> dict[str, float]:
+        """Of the columns and of the entries those that were computed again; none of what it did not see."""
+        found = {"columns": (self.open_columns, self.columns), "entries": (self.open_entries, self.entries)}
+        return {name: undecided / seen for name, (undecided, seen) in found.items() if seen}
 
 
 class RoundedTokens:
@@ -18,10 +40,12 @@ class RoundedTokens:
 
     Attributes:
         x: bfloat16 [B, d]. norms: float32 [B], of its rows. errors: float32 [B], norms of what the rounding changed.
+        columns: bfloat16 [B, d + COLUMNS], x and, rounded up, norms, errors, 1 and 1. looks: what was seen so far.
     """
 
-    def __init__(self, tokens: Tensor) -> None:
+    def __init__(self, tokens: Tensor, looks: Looks | None = None) -> None:
         self._tokens = tokens
+        self.looks = Looks() if looks is None else looks
 
     @cached_property
     def x(self) -> Tensor:
@@ -36,6 +60,13 @@ class RoundedTokens:
         parts = zip(self._tokens.split(ROWS), self.x.split(ROWS))
         return torch.cat([row_norms(tokens - rows.float()) for tokens, rows in parts])
 
+    @cached_property
+    def columns(self) -> Tensor:
+        columns = self.x.new_ones(self.x.shape[0], self.x.shape[1] + COLUMNS)
+        columns[:, :-COLUMNS] = self.x
+        columns[:, -COLUMNS], columns[:, 1 - COLUMNS] = rounded_up(self.norms), rounded_up(self.errors)
+        return columns
+
     @property
     def in_range(self) -> bool:
         """Whether bounds on products of these tokens can be computed."""
@@ -43,9 +74,14 @@ class RoundedTokens:
 
     def of_tokens(self, at: slice | Tensor) -> RoundedTokens:
         """The same of some of the tokens."""
-        return RoundedTokens(self._tokens[at])
+        return RoundedTokens(self._tokens[at], self.looks)
 
 
 def row_norms(rows: Tensor) -> Tensor:
     """[B], never too small: a square below 2^-126 may be lost."""
     return torch.linalg.vector_norm(rows, dim=1) + 2.0**-62 * rows.shape[1] ** 0.5
+
+
+def rounded_up(values: Tensor) -> Tensor:
+    """values >= 0 in bfloat16, none of them smaller."""
+    return (values * (1 + 2.0**-7)).bfloat16()

@@ -7,6 +7,7 @@ from ..support.reused_memory import Workspace
 from .dead_features import IdleTokens
 from .hints import ThresholdHints
 from .pool import KeptPool
+from .rounded_tokens import Looks
 from .rounded_weights import RoundedWeights
 from .row_gradients import RowSource
 
@@ -24,6 +25,7 @@ class StepMemory:
         self.hints = ThresholdHints()
         self.pool = KeptPool(every=1)
         self.idle = IdleTokens()
+        self.looks: Looks | None = None
         self.inputs = FiniteInputs(squares=True)
         self.targets = FiniteInputs("target", squares=True)
         self.workspace = Workspace()

@@ -61,6 +61,8 @@ def training_step(
         aux = parts.aux_loss(encoder, x_hat, leaves.W_dec, dead, rule, scores, tokens)
     active, n_tokens = parts.totals.active_mask(codes, members), encoder.operands.whole_shape[0]
     memory.idle.count_(counts, active, n_tokens, parts.totals.greatest)
+    screen = encoder.operands.screen
+    memory.looks = None if screen is None else screen.looks
     threshold.move(layer, parts.totals.smallest(codes), c.threshold_decay)
     return Step(loss, mse, aux, x_hat, codes)
 

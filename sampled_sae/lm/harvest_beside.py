@@ -53,7 +53,7 @@ def harvest_beside(
 
     Raises:
         TypeError: another option.
-        ValueError, BlockingIOError, RankError: as `harvest`; fewer than two layers, the same one twice.
+        ValueError, BlockingIOError, RankError: as `harvest`; fewer than two layers, the same one twice, several widths.
     """
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise TypeError(f"{', '.join(unknown)}: unknown, options are {', '.join(OPTIONS)}")
@@ -120,7 +120,7 @@ def layer_batches(
     """(rows [b, T], the residual stream at each of the places, float32 [b, T, d]), on the device of the first model.
 
     Raises:
-        ValueError: values that are not finite, with their layer and rows; `first_row` numbers these.
+        ValueError: values that are not finite, with their layer and rows; `first_row` numbers these. Several widths.
     """
     device = device_of(places[0][0])
     for start in range(0, len(rows), batch_size):
@@ -131,6 +131,8 @@ def layer_batches(
             with torch.inference_mode(), capture_layers(model[0], layers) as captured:
                 model[0](input_ids=batch.to(device_of(model[0])), use_cache=False)
             found += [captured[layer] for layer in layers]
+        if len(widths := {x.shape[-1] for x in found}) > 1:
+            raise ValueError(f"models: of widths {sorted(widths)}; a crosscoder reads layers of one width")
         for (_, layer), x in zip(places, found):
             finite = x.isfinite().flatten(1).all(1)
             if not finite.all():

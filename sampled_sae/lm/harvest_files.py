@@ -91,8 +91,11 @@ def check_kind(folder: Path, pair: bool, beside: int = 0) -> None:
     """ValueError where the folder holds the harvest of other places than one, a `pair`, or so many layers `beside` each
     other, whichever is to be written."""
     held = [name for name in (".", *PAIR) if (folder / name / MANIFEST).exists()]
-    layers = len(stack_folders(folder))
-    if (held and (beside or (held != ["."]) != pair)) or layers not in (0, beside):
+    stack = stack_folders(folder)
+    layers = len(stack)
+    # one that was killed as it began has written some of its manifests
+    begins = layers < beside and not any(read_manifest(Path(each))["complete"] for each in stack)
+    if (held and (beside or (held != ["."]) != pair)) or not (begins or layers in (0, beside)):
         what = f"{layers} layers" if layers else "one place" if held == ["."] else "two places"
         raise ValueError(f"{folder}: holds a harvest of {what}; use another folder")
 
@@ -132,9 +135,10 @@ def write_stores(
     def write(i: int, bar: Any) -> list[dict[str, Any]]:
         first_row = starts[i] if i < len(starts) else train_rows
         activations, places, counts = _activations(batches(parts[i], first_row), parts[i], manifests, bar)
+        about: dict[str, Any] = {"dropped": counts, "places_crc32": places.crc32()}
         if i < len(starts):
-            return [writer.write_shard(i, x, places, dropped=counts) for writer, x in zip(writers, activations)]
-        return [writer.write_holdout(x, parts[i], dropped=counts) for writer, x in zip(writers, activations)]
+            return [writer.write_shard(i, x, places, **about) for writer, x in zip(writers, activations)]
+        return [writer.write_holdout(x, parts[i], **about) for writer, x in zip(writers, activations)]
 
     with ranks.together():
         looked_at = range(ranks.rank, len(parts), ranks.size)
@@ -177,9 +181,10 @@ def _begun(
     folders: Sequence[Path], settings: Sequence[Settings], rows: Tensor, batches: Batches, ranks: AllRanks
 ) -> list[dict[str, Any]]:
     """The manifests of a harvest that goes on or begins, which the first rank has read or written."""
-    ours = ranks.share(settings[0])
+    ours = ranks.share(list(settings))
     with ranks.together():
-        if differ := [name for name, value in settings[0].items() if ours[name] != value]:
+        of_store = [[name for name, value in own.items() if our.get(name) != value] for own, our in zip(settings, ours)]
+        if differ := list(dict.fromkeys(name for names in of_store for name in names)):
             raise ValueError(f"{', '.join(differ)}: other than those of the first rank; give all ranks the same")
     manifests: list[dict[str, Any]] = []
     with ranks.together():

@@ -103,17 +103,24 @@ def interleaved(
 
 
 class Sections:
-    """Milliseconds of named sections; on a GPU read from events at the end, so that nothing waits in between."""
+    """Milliseconds of named sections; on a GPU read from events at the end, so that nothing waits in between.
+
+    Sections of one name add up until `next_sample`.
+    """
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = device
-        self.marks: list[tuple[str, Any, Any]] = []
+        self.marks: list[tuple[str, int, Any, Any]] = []
+        self.sample = 0
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
         start = self._now()
         yield
-        self.marks.append((name, start, self._now()))
+        self.marks.append((name, self.sample, start, self._now()))
+
+    def next_sample(self) -> None:
+        self.sample += 1
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -123,16 +130,17 @@ class Sections:
         return call
 
     def read(self) -> dict[str, list[float]]:
-        """The samples since the last reading, by name."""
+        """The samples since the last reading, by name; 0 where one has no section of that name."""
         gpu = on_gpu(self.device)
         if gpu:
             torch.cuda.synchronize(self.device)
-        found: dict[str, list[float]] = {}
-        for name, start, end in self.marks:
-            took = start.elapsed_time(end) if gpu else 1e3 * (end - start)
-            found.setdefault(name, []).append(took)
+        samples = list(dict.fromkeys(sample for _, sample, *_ in self.marks))
+        found: dict[str, dict[int, float]] = {}
+        for name, sample, start, end in self.marks:
+            took = found.setdefault(name, dict.fromkeys(samples, 0.0))
+            took[sample] += start.elapsed_time(end) if gpu else 1e3 * (end - start)
         self.marks = []
-        return found
+        return {name: list(took.values()) for name, took in found.items()}
 
     def _now(self) -> Any:
         if not on_gpu(self.device):

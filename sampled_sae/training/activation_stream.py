@@ -12,7 +12,7 @@ from torch import Tensor
 from ..support.argument_checks import check_integer
 from ..support.timing import check_memory
 from .blocks import Blocks, Source
-from .same_settings import identity
+from .same_settings import identity, side_by_side
 
 BUFFER_TOKENS = 131_072
 
@@ -68,6 +68,14 @@ class ActivationStream:
             raise ValueError(f"x={x}, target={target}: must be two of the {len(self.parts)} parts, by number from 0")
         return StreamedPair(self.parts[chosen[0]], self.parts[chosen[1]])
 
+    def beside(self) -> StreamedStack:
+        """All parts side by side, as a crosscoder reads them.
+
+        Raises:
+            ValueError: fewer than two, or parts of other widths than the first.
+        """
+        return StreamedStack(self.parts)
+
 
 class StreamedActivations:
     """One part of a stream.
@@ -76,7 +84,8 @@ class StreamedActivations:
         manifest: what is said of it, as that of a store; the scale is known once the first block is read.
         index: which part of the blocks.
         d_in: its width.
-        width_in, layers, d_out: those of `Activations`; a stream has one layer, and targets only as a pair.
+        width_in, layers, d_out: those of `Activations`; a stream has one layer but as a stack, and targets
+            only as a pair.
     """
 
     layers = 1
@@ -137,3 +146,24 @@ class StreamedPair(StreamedActivations):
     @property
     def indices(self) -> list[int]:
         return [self.index, self.target.index]
+
+
+class StreamedStack(StreamedActivations):
+    """Several parts of a stream, the layers that a crosscoder reads."""
+
+    def __init__(self, parts: list[StreamedActivations]) -> None:
+        widths = [part.d_in for part in parts]
+        if len(parts) < 2 or len(set(widths)) > 1:
+            raise ValueError(f"parts: of widths {widths}; must be at least 2, all of one width")
+        super().__init__(parts[0].stream, parts[0].index, parts[0].manifest)
+        self.parts, self.layers = parts, len(parts)
+        self.width_in = self.layers * self.d_in
+        self.manifest |= side_by_side([part.manifest for part in parts])
+
+    @property
+    def where(self) -> str:
+        return " beside ".join(part.where for part in self.parts)
+
+    @property
+    def indices(self) -> list[int]:
+        return [part.index for part in self.parts]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..codes import SparseCodes
 from ..impl import inference_rule
-from ..impl.given_tokens import factors
+from ..impl.given_tokens import multiplied
 from ..impl.inference_rule import Inference
 from ..sae import SampledSAE
 from ..support.all_ranks import AllRanks, ranks_of
@@ -71,7 +71,7 @@ def evaluate_activations(
         raise ValueError(f"target={describe(target)}: must be a tensor [{len(x)}, {sae.cfg.width_out}]")
     goal = x if target is None else target
     if isinstance(sae.cfg.factor_out, tuple):
-        goal = x * factors(sae.cfg.factor_out, sae.cfg.d_in, x)
+        goal = multiplied(x, sae.cfg.factor_out)
     if (missing := inference_rule.missing(sae, sae.cfg)) is not None:
         raise ValueError(missing)
     was_training = sae.training

@@ -6,7 +6,7 @@ import torch
 
 from ..config import SampledSAEConfig
 from ..impl.decoder_rows import layer_norms
-from ..impl.given_tokens import factors
+from ..impl.given_tokens import divided, multiplied
 from ..pretrained import SKIP, WEIGHT_NAMES
 from ..sae import SampledSAE
 from ..support.argument_checks import check_finite
@@ -62,8 +62,7 @@ def begin_with(sae: SampledSAE, initial: SampledSAE) -> None:
     W_enc, b_enc, W_dec, b_dec = (initial.layout.whole(getattr(initial, name)).to(sae.W_enc) for name in WEIGHT_NAMES)
     ratio = 1.0
     if isinstance(sae.cfg.input_scale, tuple) or isinstance(initial.cfg.input_scale, tuple):
-        ours, theirs = (each.cfg.input_scale for each in (sae, initial))
-        q = (torch.ones_like(b_dec) * factors(ours, sae.cfg.d_in, b_dec)) / factors(theirs, sae.cfg.d_in, b_dec)
+        q = divided(multiplied(torch.ones_like(b_dec), sae.cfg.input_scale), initial.cfg.input_scale)
         W_enc, W_dec, b_dec = W_enc / q[:, None], W_dec * q, b_dec * q
     else:
         ratio = sae.cfg.input_scale / initial.cfg.input_scale

@@ -66,7 +66,7 @@ class LayerSpread(NamedTuple):
 def layer_names(manifest: dict[str, Any], layers: int) -> list[str]:
     """What tells the layers of a stack apart, by what the manifest of its activations says of each."""
     about = manifest.get("layers") or []
-    for part, word in (("layer", "layer "), ("model", ""), ("source", "")):
+    for part, word in (("layer", "layer "), ("point", ""), ("model", ""), ("source", "")):
         said = [each.get(part) for each in about]
         if len(set(said)) == len(said) == layers and None not in said:
             return [f"{word}{Path(str(each)).name}" for each in said]

@@ -12,6 +12,7 @@ from torch import Tensor
 from .activations import Activations
 from .opening import as_activations
 from .same_settings import identity
+from .same_tokens import check_same_tokens
 
 
 class PairedActivations(Activations):
@@ -39,13 +40,7 @@ class PairedActivations(Activations):
                 raise ValueError(f"{name}: is a pair of activations already")
             if part.layers > 1:
                 raise ValueError(f"{name}: is a stack of {part.layers} layers; a transcoder reads one, and writes one")
-        counts = [[*part.tokens, (part.manifest.get("holdout") or {}).get("tokens")] for part in (self.x, self.target)]
-        if counts[0] != counts[1]:
-            shown = " and ".join(f"{sum(part.tokens)} in {len(part.tokens)} shards" for part in (self.x, self.target))
-            raise ValueError(
-                f"target={self.target.where}: must have the tokens of {self.x.where} in shards of the same sizes, and "
-                f"as many held out; they have {shown}, held out {counts[1][-1]} and {counts[0][-1]}"
-            )
+        check_same_tokens("target", self.target, self.x)
         shards = [{"x": a, "target": b} for a, b in zip(self.x.manifest["shards"], self.target.manifest["shards"])]
         about = {**identity(self.target.manifest), "scale": self.target.scale, "d_out": self.target.d_in}
         about |= {"max_norm": self.target.manifest["max_norm"]} if "max_norm" in self.target.manifest else {}

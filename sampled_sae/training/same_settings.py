@@ -18,6 +18,26 @@ def identity(manifest: dict[str, Any]) -> dict[str, Any]:
     return {**about, "weights_sha256": manifest.get("settings", {}).get("weights_sha256")}
 
 
+def side_by_side(manifests: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of layers beside each other what tells their manifest from that of the first.
+
+    Model, layer, point, source and settings are of all in one, and the `layers` one by one, by their `identity`.
+    """
+    abouts = [identity(manifest) for manifest in manifests]
+    said = [name for name in ("model", "layer", "point", "source") if any(name in about for about in abouts)]
+    common = {name: _joined([about.get(name) for about in abouts]) for name in said}
+    weights = _joined([about["weights_sha256"] for about in abouts])
+    settings = {**manifests[0].get("settings", {}), "weights_sha256": weights}
+    return {**common, "settings": settings, "layers": abouts}
+
+
+def _joined(values: list[Any]) -> Any:
+    """What all have in common, else all of them in one line; None where one says nothing."""
+    if any(value is None for value in values):
+        return None
+    return values[0] if len(set(values)) == 1 else ", ".join(map(str, values))
+
+
 def in_words(about: dict[str, Any]) -> str:
     """What activations are of, from an `identity`."""
     if about.get("model") is not None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .activations import Activations
 from .opening import as_activations
-from .same_settings import identity
+from .same_settings import side_by_side
+from .same_tokens import check_same_tokens
 
 
 class StackedActivations(Activations):
@@ -43,24 +44,15 @@ class StackedActivations(Activations):
                     f"layers[{i}]={part.where}: has width {part.d_in}, must have that of {first.where}, {first.d_in}"
                 )
         for i, part in enumerate(others, 1):
-            held_out = [(each.manifest.get("holdout") or {}).get("tokens") for each in (part, first)]
-            if part.tokens != first.tokens or held_out[0] != held_out[1]:
-                shown = " and ".join(f"{sum(each.tokens)} in {len(each.tokens)} shards" for each in (part, first))
-                raise ValueError(
-                    f"layers[{i}]={part.where}: must have the tokens of {first.where} in shards of the same sizes, and "
-                    f"as many held out; they have {shown}, held out {held_out[0]} and {held_out[1]}"
-                )
+            check_same_tokens(f"layers[{i}]", part, first)
         self.manifest = {**first.manifest, **self._about()}
 
     def _about(self) -> dict[str, Any]:
         """What is not that of the first layer alone."""
-        abouts = [identity(part.manifest) for part in self.parts]
-        about = {name: _joined([each[name] for each in abouts]) for name in ("model", "layer", "source")}
-        settings = {**self.parts[0].manifest.get("settings", {})}
-        settings["weights_sha256"] = _joined([each["weights_sha256"] for each in abouts])
         shards = [list(of_all) for of_all in zip(*(part.manifest["shards"] for part in self.parts))]
-        layers = [{**each, "scale": part.layer_scale} for each, part in zip(abouts, self.parts)]
-        return {**about, "scale": list(self.scale), "settings": settings, "shards": shards, "layers": layers}
+        about = side_by_side([part.manifest for part in self.parts])
+        layers = [{**each, "scale": part.layer_scale} for each, part in zip(about["layers"], self.parts)]
+        return {**about, "scale": list(self.scale), "shards": shards, "layers": layers}
 
     @property
     def where(self) -> str:
@@ -94,10 +86,3 @@ class StackedActivations(Activations):
         """(float32 [n, layers * d_in], the token rows of the first)."""
         found = [part.holdout() for part in self.parts]
         return torch.cat([x for x, _ in found], dim=1), found[0][1]
-
-
-def _joined(values: list[Any]) -> Any:
-    """What all have in common, else all of them in one line; None where one says nothing."""
-    if any(value is None for value in values):
-        return None
-    return values[0] if len(set(values)) == 1 else ", ".join(map(str, values))

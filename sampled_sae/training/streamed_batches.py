@@ -52,9 +52,9 @@ class StreamedBatches:
         self._count = 0  # batches in the block held
 
     @property
-    def scale(self) -> float:
-        """Activations times this have mean ||x||^2 = d_in, by the first block."""
-        return self.scales[0]
+    def scale(self) -> float | tuple[float, ...]:
+        """Activations times this have mean ||x||^2 = d_in, by the first block; one number a layer of several."""
+        return tuple(self.scales) if self._part.layers > 1 else self.scales[0]
 
     @property
     def output_scale(self) -> float:
@@ -63,7 +63,7 @@ class StreamedBatches:
 
     @property
     def scales(self) -> list[float]:
-        """Of what is read and, of a pair, of what is reconstructed."""
+        """Of what is read, layer by layer, and, of a pair, of what is reconstructed."""
         if self._scales is None:
             self._seek(0)
             self._scales = [self._scale_of(x) for x in self._here()]
@@ -105,7 +105,13 @@ class StreamedBatches:
             ValueError: it is none, or of another stream; begins with `where`.
         """
         names = ("scale",) if self._part.d_out is None else ("scale", "output_scale")
-        scales = [float(field(where, state, name, float)) for name in names]
+        if self._part.layers > 1:
+            found = field(where, state, "scale", (list, tuple))
+            if len(found) != self._part.layers or not all(isinstance(scale, float) for scale in found):
+                raise ValueError(f"{where}: scale={found!r}: must be {self._part.layers} numbers, one a layer")
+            scales = [float(scale) for scale in found]
+        else:
+            scales = [float(field(where, state, name, float)) for name in names]
         if self._scales not in (None, scales):
             raise ValueError(f"{where}: scales {scales}, the stream has {self._scales}")
         first = field(where, state, "first", int, 0)

@@ -5,7 +5,7 @@ import torch
 
 from sampled_sae.codes import SparseCodes
 from sampled_sae.impl.interface import implementation
-from sampled_sae.impl.torch import above, column_filter, dense_above, floor_screen, plain_screen, products, screen
+from sampled_sae.impl.torch import above, column_filter, dense_above, plain_screen, products, screen, screen_entries
 from sampled_sae.inference.config import InferenceConfig
 from sampled_sae.inference.encoding import tokens_to_encode
 from sampled_sae.testing import whole_numbers
@@ -119,7 +119,7 @@ def test_a_screen_out_of_range_rests():
     x, W, b = torch.ones(3, 4), torch.eye(4).repeat(16, 1), torch.zeros(64)
     W[7, 1] = 1e30
     operands = TORCH.encoder(x, W, b, screen="bf16").operands
-    assert floor_screen.seen_features(operands, slice(0, 64), torch.zeros(1)) is None
+    assert screen_entries.seen_features(operands, slice(0, 64), torch.zeros(1)) is None
     codes = TORCH.above_threshold(TORCH.encoder(x, W, b, screen="bf16"), torch.full((64,), 1e29))
     assert codes.features.tolist() == [7, 7, 7]
 

@@ -1,12 +1,14 @@
 """Several layers of a model, or several models, over the same tokens, and a crosscoder trained on them."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
-from tiny_models import CONTEXT, gpt2, llama
+from tiny_models import CONTEXT, gpt2, llama, tiny
 
-from sampled_sae import ActivationStore, SampledSAEConfig, TrainConfig, Trainer
+from sampled_sae import ActivationStore, PairedActivations, SampledSAEConfig, StackedActivations, TrainConfig, Trainer
 from sampled_sae.cli import main
 from sampled_sae.lm import capture, harvest, harvest_beside, harvest_mlp
 from sampled_sae.training.opening import as_activations
@@ -96,6 +98,55 @@ def test_what_is_not_to_be_harvested_beside_is_refused(small_llama, rows, tmp_pa
     ):
         with pytest.raises(ValueError, match=f"holds a harvest of {held}"):
             write(tmp_path / "stack")
+
+
+def test_models_of_several_widths_are_refused_before_the_harvest(small_llama, rows, tmp_path):
+    wide = tiny("Llama", "CausalLM", num_key_value_heads=1, hidden_size=24)
+    with pytest.raises(ValueError, match=r"models: of widths \[16, 24\]"):
+        harvest_beside([small_llama, wide], rows, 1, tmp_path, **QUIET)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_one_that_was_killed_as_it_began_goes_on(small_llama, rows, tmp_path):
+    how = {"rows_per_shard": 4, **QUIET}
+    whole = harvest_beside(small_llama, rows, [0, 1, 2], tmp_path, **how)
+    first = tmp_path / "beside_0" / "manifest.json"
+    new = {**json.loads(first.read_text()), "shards": [], "complete": False}
+    for i in range(3):
+        shutil.rmtree(tmp_path / f"beside_{i}")
+    first.parent.mkdir()
+    first.write_text(json.dumps(new))
+    with pytest.raises(ValueError, match=r"layers: 1 given|has not finished"):
+        as_activations(tmp_path)
+    assert harvest_beside(small_llama, rows, [0, 1, 2], tmp_path, **how).manifest == whole.manifest
+
+
+def test_harvests_of_other_tokens_do_not_belong_together(small_llama, rows, tmp_path):
+    """Of the same number, in shards of the same sizes."""
+    others = {"texts": rows.flip(0), "norms": rows, "same": rows}
+    harvest(small_llama, rows, 1, tmp_path / "one", holdout_rows=2, **QUIET)
+    for name, given in others.items():
+        harvest(small_llama, given, 2, tmp_path / name, holdout_rows=2, **QUIET)
+    manifest = tmp_path / "norms" / "manifest.json"
+    left_out = json.loads(manifest.read_text())
+    left_out["holdout"]["places_crc32"] = "0"  # as of a harvest that found another token too large
+    manifest.write_text(json.dumps(left_out))
+    together = {"layers[1]": lambda *each: StackedActivations(each), "target": PairedActivations}
+    for argument, make in together.items():
+        one, texts, norms, same = (str(tmp_path / name) for name in ("one", *others))
+        make(one, same)
+        with pytest.raises(ValueError, match=re.escape(argument) + ".*was harvested from other token rows"):
+            make(one, texts)
+        with pytest.raises(ValueError, match=re.escape(argument) + ".*has other tokens than .* in the held-out part"):
+            make(one, norms)
+
+
+def test_places_tell_which_tokens_were_left_out(small_llama, rows, tmp_path):
+    """One token of each row is left out at either layer, and not the same."""
+    a, b = (harvest(small_llama, rows, 1, tmp_path / str(i), drop_tokens=[i], progress=False) for i in (1, 2))
+    again = harvest(small_llama, rows, 2, tmp_path / "again", drop_tokens=[1], progress=False)
+    places = [[shard["places_crc32"] for shard in manifest["shards"]] for manifest in (a, b, again)]
+    assert places[0] == places[2] != places[1]
 
 
 def test_values_that_are_not_finite_name_layer_and_rows(small_llama, rows, tmp_path):

@@ -376,3 +376,51 @@ def test_a_transcoder_on_a_model_at_work_by_command(causal, texts, tmp_path, cap
         arguments = ["train", tmp_path / "other", "--model", causal, "--texts", texts, "--context", 16, *options]
         assert main([str(argument) for argument in arguments]) == 1
         assert said in capsys.readouterr().err
+
+
+def test_a_crosscoder_on_a_stream(model, tmp_path, short_calibration):
+    """Layers of the same tokens side by side, each with a scale of its own; to the bit after a kill."""
+    config = SampledSAEConfig(d_in=D, d_sae=48, k=3, l=2.0, layers=2)
+
+    def stream():
+        return ActivationStream(ModelSource(model, reader(), (0, 2), batch_size=3, drop_tokens=(0,)), 128)
+
+    part, alone = stream().beside(), stream().parts
+    assert (part.layers, part.width_in, part.indices) == (2, 2 * D, [0, 1])
+    assert part.manifest["layer"] == "0, 2"
+    both = StreamedBatches(part, 32, seed=0, steps=TRAIN.steps)
+    each = [StreamedBatches(one, 32, seed=0, steps=TRAIN.steps) for one in alone]
+    torch.testing.assert_close(both.batch(1), torch.cat([one.batch(1) for one in each], dim=1))
+    assert both.scale == tuple(one.scale for one in each)
+
+    def trainer(folder):
+        return Trainer(config, TRAIN, stream().beside(), tmp_path / folder)
+
+    whole = trainer("whole").run(progress=False)
+    killed = trainer("killed")
+    for t in range(7):
+        killed.train_on(killed.feed.batch(t))
+    killed.save()
+    assert same_weights(trainer("killed").run(progress=False), whole)
+    assert whole.cfg.input_scale == both.scale
+    with pytest.raises(ValueError, match=r"layers=1: .* has 2"):
+        Trainer(SAE, TRAIN, stream().beside(), tmp_path / "other")
+    one = ActivationStream(ModelSource(model, reader(), (0,), batch_size=3, drop_tokens=(0,)), 128)
+    with pytest.raises(ValueError, match=r"parts: of widths \[16\]; must be at least 2"):
+        one.beside()
+
+
+def test_a_crosscoder_by_command_without_a_store(causal, texts, tmp_path, capsys):
+    run = [*command(causal, texts, tmp_path / "run", "0", "--steps", "6", "--holdout-rows", "6"), "--beside", "1", "2"]
+    assert main(run) == 0
+    assert len(json.loads((tmp_path / "run" / "evaluation.json").read_text())["fvu_layers"]) == 3
+    assert SampledSAE.from_pretrained(tmp_path / "run").cfg.layers == 3
+    capsys.readouterr()
+    for more, said in (
+        (["--beside", "one"], "--beside one: with --model must be blocks"),
+        (["--beside", "0"], "none twice"),
+        (["--beside", "1", "--mlp"], "stands beside one --layer"),
+        (["--beside", "1", "--splice-rows", "2", "--holdout-rows", "6"], "--splice-rows 2: is of one layer"),
+    ):
+        assert main([*command(causal, texts, tmp_path / "other", "0", "--steps", "2"), *more]) == 1
+        assert said in capsys.readouterr().err

@@ -224,8 +224,8 @@ def test_every_option_of_ours_is_there():
     renamed = {"aux_coefficient": "aux_loss_coefficient", "threshold_decay": "topk_threshold_lr"}
     # dead_feature_window is the trainer's, gradients are its optimizer's, the factor is its activation scaler's
     theirs = {"dead_after", "row_grads", "input_scale"}
-    # Matryoshka SAEs and transcoders are architectures of their own there; its files have one rule of inference
-    elsewhere = {"groups", "d_out", "skip", "output_scale", "inference", "inference_pool"}
+    # Matryoshka SAEs, transcoders and crosscoders are none of it there; its files have one rule of inference
+    elsewhere = {"groups", "layers", "d_out", "skip", "output_scale", "inference", "inference_pool"}
     ours = set(SampledSAEConfig.__dataclass_fields__) - theirs - elsewhere
     assert {renamed.get(name, name) for name in ours} <= set(saelens.SampledTrainingSAEConfig.__dataclass_fields__)
     cfg, own = saelens.SampledTrainingSAEConfig(d_in=D, d_sae=F), SampledSAEConfig(d_in=D, d_sae=F, k=32)

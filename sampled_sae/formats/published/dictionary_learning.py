@@ -10,7 +10,8 @@ from torch import Tensor
 from ...support.atomic_files import field
 from .. import dictionary_learning
 from ..origin import Origin
-from ..portable import PortableSAE, Say, check_one_dtype, check_tensors
+from ..portable import PortableSAE, Say
+from ..tensor_checks import check_one_dtype, check_tensors
 from .reading import Place, Reading, config_of, layer_of, of_portable
 
 NAME = dictionary_learning.NAME

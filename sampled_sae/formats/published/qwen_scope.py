@@ -11,7 +11,8 @@ from pathlib import Path
 
 from .. import dictionary_learning
 from ..origin import Origin
-from ..portable import Say, check_tensors
+from ..portable import Say
+from ..tensor_checks import check_tensors
 from .reading import Place, Reading, config_of
 
 NAME = "qwen_scope"

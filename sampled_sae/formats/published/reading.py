@@ -14,7 +14,8 @@ from ...inference.config import InferenceConfig
 from ...inference.tensors import WEIGHTS
 from ...support.argument_checks import FLOATS
 from ..origin import Origin
-from ..portable import PortableSAE, Say, narrowed
+from ..portable import PortableSAE, Say
+from ..tensor_checks import narrowed
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from ...inference.tensors import shapes_of
 from ...support.atomic_files import field
 from .. import saelens
 from ..origin import Origin
-from ..portable import Say, check_tensors
+from ..portable import Say
+from ..tensor_checks import check_tensors
 from .reading import Place, Reading, config_of, in_dtype_of_weights, layer_of, of_portable
 
 NAME = saelens.NAME

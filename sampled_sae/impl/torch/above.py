@@ -1,7 +1,7 @@
 """Every activation above the floor of its feature, without [B, F]: chunks of the encoder product through a filter.
 
 A chunk [B, C] is filtered in cache (column_filter.py). With a screen it is a bfloat16 product (plain_screen.py where
-both operands hold no more, floor_screen.py for all others), and what that cannot rule out is computed again, one by
+both operands hold no more, screen_entries.py for all others), and what that cannot rule out is computed again, one by
 one. Where a rule lets so much through that lists of entries cost more than the product, whole rows of activations are
 computed for a few tokens at a time: the same memory, whatever the share.
 """
@@ -18,7 +18,6 @@ from ...support.even_slices import even_slices
 from ...support.reused_memory import scratch
 from ..encoder import Operands
 from .column_filter import places_reaching
-from .floor_screen import seen_above, seen_tokens
 from .plain_screen import PlainScreen, is_plain
 from .products import (
     GATHERED_ELEMENTS,
@@ -28,7 +27,8 @@ from .products import (
     raised,
     sampled_product,
 )
-from .stream import MOST_SCREENED, in_order, join, take
+from .screen_entries import seen_above
+from .search import MOST_SCREENED, in_order, join, take
 
 # elements of tokens, of weights and of their product, at once
 TOKEN_ELEMENTS = 1 << 20
@@ -131,6 +131,7 @@ class FloorSearch:
             seen = look.through(span, self._of(self.finite_floor, span))
             if seen is not None:
                 places, width = seen
+                look.count(look.block.n_tokens * width, len(places))
                 if len(places) <= MOST_SCREENED * look.block.n_tokens * width:
                     tokens = places // width
                     return tokens, places - tokens * width + span.start
@@ -174,7 +175,6 @@ class LookThrough:
 
     def __init__(self, block: Operands, screens: list[str]) -> None:
         self.block, self.screens = block, screens
-        self.tokens: Tensor | None = None
         usable = block.screen is not None and block.screen.in_range
         self.plain: PlainScreen | None = None
         self._left = [name for name in screens if usable and (name != "plain" or is_plain(block))]
@@ -186,6 +186,11 @@ class LookThrough:
     def drop(self) -> None:
         """The screen in use, for this block and those that come."""
         self.screens.remove(self._left.pop(0))
+
+    def count(self, seen: int, left: int) -> None:
+        """Of the entries of a chunk, how many a look has left open."""
+        assert self.block.screen is not None
+        self.block.screen.looks.see_entries(seen, left)
 
     def width(self) -> int:
         """Features a chunk, which is small enough for the cache."""
@@ -199,10 +204,7 @@ class LookThrough:
         if self.screen == "plain":
             self.plain = self.plain or PlainScreen(self.block)
             return self.plain.places(span, floor)
-        if self.tokens is None:
-            assert self.block.screen is not None
-            self.tokens = seen_tokens(self.block.screen)
-        seen = seen_above(self.block, self.tokens, span, floor)
+        seen = seen_above(self.block, span, floor)
         return None if seen is None else (places_reaching(seen, seen.new_zeros(1)), seen.shape[1])
 
 

@@ -25,13 +25,13 @@ from .products import without_autocast
 from .scores import column_scores, column_statistics
 from .screen import rounded
 from .screen_columns import column_bounds, seen_columns
+from .search import take
 from .stream import (
     batch_hint,
     search_batch,
     sort_entries,
     stream_batch,
     stream_token,
-    take,
     token_hint,
 )
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ...support.reused_memory import scratch
 from ..adam_step import AdamStep, Moments
 from ..decoder_rows import normalize_, without_growth
 
@@ -30,11 +31,14 @@ def row_adam_(weight: Tensor, moments: Moments, grad: Tensor, features: Tensor |
 
     def prepared(slope: Tensor, W: Tensor) -> Tensor:
         slope = slope.to(W.dtype)
+        out = scratch(W, *W.shape)
         if step.factor is not None:
-            slope = slope * step.factor
-        if step.project and step.layers > 1:
+            slope = torch.mul(slope, step.factor, out=out)
+        if not step.project:
+            return slope
+        if step.layers > 1:
             return without_growth(slope, W, step.layers)
-        return slope - (slope * W).sum(1, keepdim=True) * W if step.project else slope
+        return torch.addcmul(slope, torch.linalg.vecdot(slope, W)[:, None], W, value=-1, out=out)
 
     exp_avg, exp_avg_sq, last = moments
     chunks = every_row if step.mode == "dense" else touched_rows

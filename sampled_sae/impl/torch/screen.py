@@ -5,8 +5,9 @@ to bfloat16 in turn. Before that last rounding
 
     |z^_ij - z_ij| <= ||x^_i|| ||dw_j|| + ||dx_i|| ||w_j|| + 2 d 2^-24 ||x^_i|| ||w^_j||
 
-whose last term is the rounding of the sums, taken twice for safety. The last rounding moves z by at most 2^-8 |z|.
-Adding the bias and multiplying by a positive scale move the bound along; the ReLU does not widen it.
+whose last term is the rounding of the sums, taken twice for safety. The scale of an activation is part of w and of the
+bias here. A few further columns of both operands carry the bias and the bound, so that one product gives all of it:
+[x^, ||x^||, ||dx||, 1, 1] times [w^, e, g, h, l], where h + l is a number for each feature in two pieces.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from torch import Tensor
 from ...support.argument_checks import HALF
 from ...support.reused_memory import scratch
 from ..encoder import Operands
-from ..rounded_tokens import RoundedTokens, row_norms
-from .products import features_of, padded_chunk, raised
+from ..rounded_tokens import COLUMNS, RoundedTokens, rounded_up, row_norms
+from .products import raised
 
 # what rounding to bfloat16 moves a number by, at most, with the roundings of float32 that come on top
 UNIT = 1.01 * 2.0**-8
 # norms and bounds are themselves computed in float32
 MARGIN = 1.01
+# a number of this size is beyond every sum of products in range, and finite in bfloat16
+BEYOND = 1e38
 # activations in a batch below which a product costs too little to be screened
 FEWEST_ACTIVATIONS = 1 << 20
 # tokens below which weights cost more to round than the product does (benchmarks/results/inference.md)
@@ -65,23 +68,67 @@ def sums_in_float32() -> bool:
 
 
 class FeatureRounding(NamedTuple):
-    """Some features in bfloat16: W [C, d]; float32 [C] norms of the rows before it, and of what it changed."""
+    """Some features in bfloat16, with their scale: W [C, d + COLUMNS], the last columns not yet set.
+
+    norms, errors: float32 [C], of the rows before the rounding, and at least those of what it changed.
+    """
 
     W: Tensor
     norms: Tensor
     errors: Tensor
 
     @classmethod
-    def of(cls, W: Tensor) -> FeatureRounding:
-        """Of W [C, d] float32, bfloat16 or float16, in memory that serves again."""
-        exact = raised(W, W.new_empty(0, dtype=torch.float32))
-        low = scratch(W.new_empty(0, dtype=torch.bfloat16), *W.shape).copy_(W)
-        change = torch.sub(exact, low, out=scratch(exact, *W.shape))
-        return cls(low, row_norms(exact), row_norms(change))
+    def of(cls, operands: Operands, at: slice | Tensor, measured: bool = False) -> FeatureRounding:
+        """In memory that serves again. Errors are what rounding may do to such a row, unless they are `measured`."""
+        rows, scale = operands.W[at], operands.scale
+        n_features, d = rows.shape
+        low = scratch(rows.new_empty(0, dtype=torch.bfloat16), n_features, d + COLUMNS)
+        exact = rows
+        if scale is not None:
+            exact = torch.mul(raised(rows, operands.x), scale[at, None], out=scratch(operands.x, n_features, d))
+        elif rows.dtype != operands.x.dtype:
+            exact = raised(rows, operands.x)
+        inner = low[:, :d].copy_(exact)
+        norms = row_norms(exact)
+        if not measured:
+            unit = 0.0 if scale is None and rows.dtype == torch.bfloat16 else UNIT
+            return cls(low, norms, unit * norms + smallest_normal() * d**0.5)
+        change = scratch(operands.x, n_features, d).copy_(inner)
+        return cls(low, norms, row_norms(torch.sub(exact, change, out=change)))
 
     def sum_errors(self, d: int) -> Tensor:
         """[C]: what rounding the sums over d moves z^_ij by, at most, for ||x^_i|| = 1."""
         return 2 * d * 2.0**-24 * (self.norms + self.errors) + smallest_normal() * d
+
+    @property
+    def sums(self) -> float:
+        """What rounding moves sums of d + 4 terms by, and those of one activation in float32, each in any order."""
+        return 4 * (self.W.shape[1] + 4) * 2.0**-24
+
+    @property
+    def entry_errors(self) -> Tensor:
+        """[C]: what an activation moves by, at most, for ||x^_i|| = 1 and dx_i = 0."""
+        return MARGIN * (self.errors + self.sums * (self.norms + self.errors))
+
+    def offset_errors(self, sizes: Tensor) -> Tensor:
+        """[C]: the same for what is added to an activation, of these sizes, in two pieces."""
+        return (self.sums + 2.0**-15) * sizes + smallest_normal() * (self.W.shape[1] + 4)
+
+    def plus(self, offset: Tensor, of_norms: Tensor | float = 0, of_errors: Tensor | float = 0) -> Tensor:
+        """W, whose product with the tokens is then z^ + offset [C] + ||x^|| of_norms + ||dx|| of_errors."""
+        d = self.W.shape[1] - COLUMNS
+        self.W[:, d] = of_norms
+        self.W[:, d + 1] = of_errors
+        # what the two pieces leave is below 2^-15 of the number
+        left = offset.clamp(-BEYOND, BEYOND)
+        self.W[:, d + 2] = left
+        self.W[:, d + 3] = left - self.W[:, d + 2]
+        return self.W
+
+    def bounding(self, offset: Tensor, sizes: Tensor, side: int) -> Tensor:
+        """The same, of which the product is at least z + offset for side 1, at most that for side -1."""
+        of_norms, of_errors = rounded_up(self.entry_errors), rounded_up(MARGIN * self.norms)
+        return self.plus(offset + side * self.offset_errors(sizes), side * of_norms, side * of_errors)
 
 
 def smallest_normal() -> float:
@@ -89,17 +136,9 @@ def smallest_normal() -> float:
     return float(torch.finfo(torch.bfloat16).tiny)
 
 
-def entry_slack(operands: Operands, at: slice | Tensor, features: FeatureRounding) -> Tensor:
-    """[B]: an activation of these features that is at least t > 0 is seen as at least (1 - UNIT) t - slack."""
-    seen = operands.screen
-    assert seen is not None
-    norms, errors, sums = features.norms, features.errors, features.sum_errors(operands.x.shape[1])
-    bias = operands.b[at].abs()
-    if operands.scale is not None:
-        scale = operands.scale[at]
-        norms, errors, sums, bias = (t * scale for t in (norms, errors, sums, bias))
-    by_entry = seen.norms * (errors.amax() + sums.amax()) + seen.errors * norms.amax()
-    return MARGIN * (1 + UNIT) * (by_entry + smallest_normal() * (1 + norms.amax())) + UNIT * bias.amax()
+def scaled_bias(operands: Operands, at: slice | Tensor) -> Tensor:
+    """[C], of some features."""
+    return operands.b[at] if operands.scale is None else operands.b[at] * operands.scale[at]
 
 
 def rounding_slack(operands: Operands, at: slice | Tensor) -> Tensor:
@@ -112,18 +151,3 @@ def rounding_slack(operands: Operands, at: slice | Tensor) -> Tensor:
         norms, bias = norms * scale, bias * scale
     sizes = (seen.norms + seen.errors) * norms.amax() + bias.amax()
     return MARGIN * 4 * (operands.x.shape[1] + 4) * 2.0**-24 * sizes + smallest_normal()
-
-
-def screened_at(operands: Operands, span: slice) -> tuple[Tensor, Tensor]:
-    """Activations as a bfloat16 product has them, like `activations_at`, and the `entry_slack` of its tokens."""
-    screen = operands.screen
-    assert screen is not None
-    at = features_of(operands, span)
-    a, inner = padded_chunk(operands, span)
-    features = FeatureRounding.of(operands.W[at])
-    z = scratch(screen.x, operands.n_tokens, span.stop - span.start)
-    torch.mm(screen.x, features.W.t(), out=z)
-    inner.copy_(z).add_(operands.b[at])
-    if operands.scale is not None:
-        inner.mul_(operands.scale[at])
-    return a, entry_slack(operands, at, features)

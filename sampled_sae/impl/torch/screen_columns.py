@@ -17,10 +17,11 @@ from ..column_bounds import ColumnBounds, SeenColumns
 from ..encoder import Operands
 from .products import chunk_width, token_blocks, without_autocast
 from .scores import column_scores
-from .screen import MARGIN, UNIT, FeatureRounding, entry_slack, smallest_normal
+from .screen import MARGIN, UNIT, FeatureRounding, scaled_bias, smallest_normal
 
 POWER_STEPS = 8
 TRIES = 3
+RAISED_ROWS = 128
 # the square of anything smaller may be lost
 LEAST_NORM = 2.0**-62
 
@@ -28,14 +29,14 @@ LEAST_NORM = 2.0**-62
 @without_autocast
 def column_bounds(operands: Operands, score: str) -> ColumnBounds | None:
     """Of every feature; None for entropy, and where a bound would not be finite."""
-    seen = seen_columns(operands, score)
-    if seen is None:
+    seen, screen = seen_columns(operands, score), operands.screen
+    if seen is None or screen is None:
         return None
     low, high = seen.bounds(seen.sums)
     if not bool(high.isfinite().all()):
         return None
     full = operands.in_full()
-    return ColumnBounds(low, high, lambda at: column_scores(full.of_features(at), score))
+    return ColumnBounds(low, high, lambda at: column_scores(full.of_features(at), score), screen.looks)
 
 
 @without_autocast
@@ -62,15 +63,18 @@ def norms(operands: Operands) -> SeenColumns:
     The sums are the squares of the norms that are seen, and four numbers of the tokens: squares of the spectral norms
     of x^ and dx and of the norm of x^, of which those of parts of the tokens add up to no less, and how many they are.
     """
-    (x, W, b, scale, *_), screen, n_features = operands, operands.screen, operands.n_features
+    x, screen, n_features = operands.x, operands.screen, operands.n_features
     assert screen is not None
     d = x.shape[1]
-    sums, of_weights = x.new_zeros(n_features + 4), FeatureRounding(W, *x.new_zeros(2, n_features))
+    sums, of_weights = x.new_zeros(n_features + 4), FeatureRounding(operands.W, *x.new_zeros(2, n_features))
+    offsets = x.new_zeros(n_features)
     if screen.in_range:
         squares = sums[:n_features]
-        for _, at, a, features in seen_chunks(operands):
-            squares[at] += torch.linalg.vector_norm(a.relu_(), dim=1).square_()
+        for block, at, features in rounded_features(operands):
+            bias = scaled_bias(operands, at)
+            squares[at] += squared_norms(relu_(product(block, features.plus(bias))), x)
             of_weights.norms[at], of_weights.errors[at] = features.norms, features.errors
+            offsets[at] = features.offset_errors(bias.abs())
         change = x - screen.x
         rounded_change = change.bfloat16()
         changes = spectral_bound(rounded_change) + float(torch.linalg.vector_norm(change.sub_(rounded_change)))
@@ -83,12 +87,9 @@ def norms(operands: Operands) -> SeenColumns:
         tokens, changes, every, root = sums[n_features:].sqrt().tolist()
         of_sums = of_weights.sum_errors(d)
         errors = MARGIN * (tokens * of_weights.errors + changes * of_weights.norms + every * of_sums)
-        errors += UNIT * root * b.abs()
-        if scale is not None:
-            errors *= scale
         found = sums[:n_features].sqrt()
         # the rounding of z^, and that of the norm itself
-        errors += (UNIT + root**2 * 2.0**-24) * found
+        errors += root * offsets + (UNIT + root**2 * 2.0**-24) * found
         return (found - errors).clamp_min_(0), found + errors
 
     return SeenColumns(sums, bounds)
@@ -101,11 +102,12 @@ def fires(operands: Operands) -> SeenColumns:
     sums = operands.x.new_zeros(2, operands.n_features)
     if operands.screen.in_range:
         low, high = sums
-        for block, at, a, features in seen_chunks(operands):
-            slack = entry_slack(block, at, features)
-            low[at] = torch.maximum(low[at], (a * (1 - 2 * UNIT) > slack).any(1).to(low.dtype))
-            # a bound that is not a number rules nothing out
-            high[at] = torch.maximum(high[at], (~(a < -slack)).any(1).to(high.dtype))
+        for block, at, features in rounded_features(operands):
+            bias = scaled_bias(operands, at)
+            above = product(block, features.bounding(bias, bias.abs(), 1)).view(torch.int16) >= 0
+            high[at] = torch.maximum(high[at], above.any(1).to(high.dtype))
+            below = product(block, features.bounding(bias, bias.abs(), -1)).view(torch.int16) > 0
+            low[at] = torch.maximum(low[at], below.any(1).to(low.dtype))
     else:
         sums.fill_(torch.nan)
 
@@ -116,25 +118,34 @@ def fires(operands: Operands) -> SeenColumns:
     return SeenColumns(sums, bounds)
 
 
-def seen_chunks(operands: Operands) -> Iterator[tuple[Operands, slice, Tensor, FeatureRounding]]:
-    """(block of tokens, features, their activations before the relu [C, T], their rounding) from bfloat16 products."""
-    n_features = operands.n_features
+def rounded_features(operands: Operands) -> Iterator[tuple[Operands, slice, FeatureRounding]]:
+    """(block of tokens, some features, their rounding) for all features of one block after another."""
     # of no tokens too: what is known of the weights has to be the same on all processes
     for _, block in token_blocks(operands) if operands.n_tokens else [(0, operands)]:
-        _, W, b, scale, _, screen, _ = block
-        assert screen is not None
         step = chunk_width(block)
-        memory = scratch(operands.x, min(step, n_features), block.n_tokens)
-        low = scratch(screen.x, min(step, n_features), block.n_tokens)
-        for start in range(0, n_features, step):
-            at = slice(start, min(start + step, n_features))
-            features = FeatureRounding.of(W[at])
-            z = low[: at.stop - start]
-            torch.mm(features.W, screen.x.t(), out=z)
-            a = memory[: at.stop - start].copy_(z).add_(b[at, None])
-            if scale is not None:
-                a.mul_(scale[at, None])
-            yield block, at, a, features
+        for start in range(0, operands.n_features, step):
+            at = slice(start, min(start + step, operands.n_features))
+            yield block, at, FeatureRounding.of(block, at, measured=True)
+
+
+def product(operands: Operands, W: Tensor) -> Tensor:
+    """bfloat16 [C, B] of rows that have further columns."""
+    assert operands.screen is not None
+    return torch.mm(W, operands.screen.columns.t(), out=scratch(W, len(W), operands.n_tokens))
+
+
+def relu_(z: Tensor) -> Tensor:
+    """In place; as whole numbers, which takes a quarter of the time."""
+    z.view(torch.int16).clamp_min_(0)
+    return z
+
+
+def squared_norms(z: Tensor, like: Tensor) -> Tensor:
+    """[C], of rows of z [C, B]: a few at a time raised to the dtype of `like`, so that they stay in the cache."""
+    out = like.new_empty(len(z))
+    for rows, norms in zip(z.split(RAISED_ROWS), out.split(RAISED_ROWS)):
+        torch.linalg.vector_norm(scratch(like, *rows.shape).copy_(rows), dim=1, out=norms)
+    return out.square_()
 
 
 def spectral_bound(X: Tensor) -> float:

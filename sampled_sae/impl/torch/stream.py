@@ -2,11 +2,8 @@
 
 A chunk [B, C] is filtered in cache: maxima of blocks of 32 features tell which blocks hold an entry at or
 above the running threshold tau, and only those blocks are looked at again. tau starts low and rises: whenever
-the candidates number twice the budget they are cut to the exact best so far, whose last member is the new
-tau. So the result is exact, whatever the first tau; one that was too high is seen by the count.
-
-Where the operands have a screen, a chunk is a bfloat16 product (screen.py): what its bound does not rule out is a
-candidate.
+the candidates number twice the budget, or four times with a screen, they are cut to the exact best so far, whose last
+member is the new tau. So the result is exact, whatever the first tau; one that was too high is seen by the count.
 """
 
 from __future__ import annotations
@@ -17,83 +14,44 @@ from torch import Tensor
 from ...codes import Entries
 from ...support.nth_largest import nth_largest, nth_largest_of_rows
 from ..encoder import Operands
-from .products import (
-    BLOCK_FEATURES,
-    activations_at,
-    candidate_spans,
-    ends_of_tokens,
-    features_of,
-    sampled_product,
-    token_blocks,
-)
-from .screen import UNIT, rounding_slack, screened_at
+from .products import candidate_spans, token_blocks
+from .search import Search, in_order, join, take
 
 FIRST_CHUNK = 128
 WIDEST_TABLE = 16
-# a screen that lets more than this share of a chunk through costs more than it saves
-MOST_SCREENED = 1 / 16
 
 
-class Search:
-    """Entries > 0 and at or above a floor, which may rise from chunk to chunk.
+class BatchSearch(Search):
+    """For the n largest of all."""
 
-    With a screen every entry found is computed again, one by one, before it is compared with others: neither its value
-    nor whether it is found depends on which chunks were screened.
-    """
+    def __init__(self, operands: Operands, n: int) -> None:
+        super().__init__(operands)
+        self.n = n
 
-    def __init__(self, operands: Operands) -> None:
-        self.operands = operands
-        self.screening = operands.screen is not None and operands.screen.in_range
-        self.found: list[Entries] = []
-        self.settled: list[Entries] = []
-        self.count = 0
-
-    def look_at(self, token: int, block: Operands, span: slice, floor: Tensor) -> None:
-        """Through some candidates of a block of tokens that begins at `token`; floor [1] or [B], of the block."""
-        found = self._screened(token, block, span, floor)
-        if found is None:
-            a = activations_at(block, span)
-            found = filter_chunk(a, token, span.start, least_in_full(block, span, floor))
-        self.found.append(found)
-        self.count += len(found.values)
-
-    def _screened(self, token: int, block: Operands, span: slice, floor: Tensor) -> Entries | None:
-        """What a look through the screen leaves; None where there is none, or it leaves too much."""
-        if not self.screening or not floor.any():
-            return None
-        a, slack = screened_at(block, span)
-        least = floor * (1 - UNIT) - slack
-        if bool(least.isfinite().all()):
-            candidates = filter_chunk(a, token, span.start, least)
-            if len(candidates.values) <= MOST_SCREENED * a.numel():
-                return candidates
-        self.screening = False
-        return None
-
-    def settle(self, floor: Tensor) -> Entries:
-        """All that was found, in full precision; floor [1] or [B], of the whole batch."""
-        if self.operands.screen is None:
-            self.settled += self.found
-        elif self.found:
-            seen = in_order(join(self.found), self.operands.n_candidates)
-            values = self._activations(seen)
-            least = floor if len(floor) == 1 else floor.index_select(0, seen.tokens)
-            at = (values >= least.clamp_min(smallest_positive(values.dtype))).nonzero().squeeze(1)
-            self.settled.append(take(Entries(values, seen.tokens, seen.features), at))
-        return self.keep(join(self.settled))
-
-    def keep(self, entries: Entries) -> Entries:
-        """These alone of what was found so far."""
-        self.found, self.settled, self.count = [], [entries], len(entries.values)
+    def _arranged(self, entries: Entries) -> Entries:
         return entries
 
-    def _activations(self, entries: Entries) -> Tensor:
-        """Before the relu, at entries sorted by token."""
-        x, W, b, scale, members, *_ = self.operands
-        features = entries.features if members is None else members.index_select(0, entries.features)
-        z = sampled_product(x, W, ends_of_tokens(entries.tokens, len(x)), features)
-        z += b.index_select(0, features)
-        return z if scale is None else z.mul_(scale.index_select(0, features))
+    def _least(self, entries: Entries, at: Entries, share: float) -> Tensor:
+        n = round(share * self.n)
+        return nth_largest(entries.values, n) if 0 < n <= len(entries.values) else entries.values.new_zeros(1)
+
+
+class TokenSearch(Search):
+    """For the k largest of each token."""
+
+    def __init__(self, operands: Operands, k: int) -> None:
+        super().__init__(operands)
+        self.k = k
+
+    def _arranged(self, entries: Entries) -> Entries:
+        return in_order(entries, self.operands.n_candidates)
+
+    def _least(self, entries: Entries, at: Entries, share: float) -> Tensor:
+        values, tokens, _ = entries
+        k = round(share * self.k)
+        table = by_token(values, tokens, torch.bincount(tokens, minlength=self.operands.n_tokens), k)
+        # a token that has so many is not in the usual case
+        return values.new_zeros(1) if table is None else nth_largest_of_rows(table, k).index_select(0, at.tokens)
 
 
 def stream_batch(operands: Operands, n: int, hint: float | None = None) -> Entries:
@@ -110,11 +68,14 @@ def stream_batch(operands: Operands, n: int, hint: float | None = None) -> Entri
 
 def search_batch(operands: Operands, n: int, hint: float | None = None) -> Entries:
     """The n largest among those > 0 and >= hint; ties and order as `keep_best` has them, columns those of the pool."""
-    floor, search = operands.x.new_full((1,), 0.0 if hint is None else hint), Search(operands)
+    floor = operands.x.new_full((1,), 0.0 if hint is None else hint)
+    search = BatchSearch(operands, n)
+    # what a screen finds costs little until it is computed
+    most = 2 if operands.screen is None else 4
     for token, block in token_blocks(operands):
         for span in candidate_spans(block, FIRST_CHUNK if hint is None else None):
             search.look_at(token, block, span, floor)
-            if search.count >= 2 * n > 0:
+            if search.count >= most * n > 0:
                 kept = search.keep(keep_best(search.settle(floor), n, operands.n_features))
                 if search.count == n:
                     floor.fill_(kept.values.min())
@@ -146,7 +107,8 @@ def stream_token(operands: Operands, k: int, hint: float | None = None) -> Entri
 
 def best_of_tokens(operands: Operands, k: int, floor: Tensor) -> Entries:
     """The k largest entries of each token among those > 0 and >= floor [B], in any order."""
-    n_tokens, search = operands.n_tokens, Search(operands)
+    n_tokens = operands.n_tokens
+    search = TokenSearch(operands, k)
     for span in candidate_spans(operands, None if floor.any() else FIRST_CHUNK):
         search.look_at(0, operands, span, floor)
         if search.count >= 4 * k * n_tokens:
@@ -177,34 +139,6 @@ def token_hint(entries: Entries, x: Tensor, k: int) -> float | None:
     return 0.95 * float(ratio.kthvalue(1 + few).values) if len(ratio) > max(few, len(x) - few - 1) else None
 
 
-def least_in_full(operands: Operands, span: slice, floor: Tensor) -> Tensor:
-    """The floor for a full product; with a screen, below what the product and one entry alone may differ by."""
-    least = floor
-    if operands.screen is not None and floor.any():
-        least = floor - rounding_slack(operands, features_of(operands, span))
-        least = torch.where(least.isfinite(), least, floor)
-    return least.clamp_min(smallest_positive(floor.dtype))
-
-
-def filter_chunk(a: Tensor, token: int, base: int, floor: Tensor) -> Entries:
-    """Entries >= floor ([1] or [B]) of a chunk [B, C], sorted by token, then column.
-
-    The chunk's first row is that of token `token`, its first column number `base`.
-    """
-    n_blocks = a.shape[1] // BLOCK_FEATURES
-    top = a.view(-1, BLOCK_FEATURES).amax(1).view(-1, n_blocks)  # [B, C / 32]
-    hits = (top >= floor[:, None]).flatten().nonzero().squeeze(1)
-    inside = a.view(-1, BLOCK_FEATURES).index_select(0, hits)  # [H, 32]
-    least = floor.index_select(0, hits // n_blocks) if len(floor) > 1 else floor
-    at = (inside >= least[:, None]).flatten().nonzero().squeeze(1)
-    place = hits.index_select(0, at // BLOCK_FEATURES) * BLOCK_FEATURES + at % BLOCK_FEATURES  # in the flat chunk
-    return Entries(inside.flatten().index_select(0, at), place // a.shape[1] + token, place % a.shape[1] + base)
-
-
-def smallest_positive(dtype: torch.dtype) -> float:
-    return float(torch.nextafter(torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)))
-
-
 def keep_best(entries: Entries, n: int, n_features: int) -> Entries:
     """The n largest; ties to the lower token, then feature."""
     values, tokens, features = entries
@@ -231,8 +165,8 @@ def keep_best_of_tokens(entries: Entries, k: int, n_tokens: int) -> tuple[Entrie
     values, tokens, features = in_order(entries)
     counts = torch.bincount(tokens, minlength=n_tokens)
     first = counts.cumsum(0) - counts
-    width = max(int(counts.max()), k)
-    if width > WIDEST_TABLE * k:
+    table = by_token(values, tokens, counts, k)
+    if table is None:
         by_value = torch.argsort(values, descending=True, stable=True)
         by_value = by_value[torch.argsort(tokens[by_value], stable=True)]
         rank = torch.arange(len(tokens), device=tokens.device) - first[tokens]
@@ -241,8 +175,6 @@ def keep_best_of_tokens(entries: Entries, k: int, n_tokens: int) -> tuple[Entrie
         cut[tokens[last]] = values[last]
         at = by_value[rank < k].sort().values
         return take(Entries(values, tokens, features), at), cut
-    table = values.new_zeros(n_tokens, width)
-    table[tokens, torch.arange(len(tokens), device=tokens.device) - first[tokens]] = values
     cut = nth_largest_of_rows(table, k)  # [B]
     least = cut.index_select(0, tokens)
     at = (values >= least).nonzero().squeeze(1)
@@ -257,23 +189,18 @@ def keep_best_of_tokens(entries: Entries, k: int, n_tokens: int) -> tuple[Entrie
     return take(Entries(values, tokens, features), at), cut
 
 
-def take(entries: Entries, at: Tensor) -> Entries:
-    return Entries(*(column.index_select(0, at) for column in entries))
+def by_token(values: Tensor, tokens: Tensor, counts: Tensor, k: int) -> Tensor | None:
+    """Values sorted by token, of which each has `counts` [B], as a table [B, k or more] with 0 in free places.
 
-
-def join(parts: list[Entries]) -> Entries:
-    return Entries(*(torch.cat(column) for column in zip(*parts)))
-
-
-def in_order(entries: Entries, n_columns: int | None = None) -> Entries:
-    """By token, then column."""
-    tokens, features = entries.tokens, entries.features
-    if n_columns is None:
-        n_columns = int(features.max()) + 1 if len(features) else 1
-    keys = tokens * n_columns + features
-    if bool((keys[1:] > keys[:-1]).all()):
-        return entries
-    return take(entries, torch.argsort(keys))
+    None where it would be large, since one token has far more of them than k.
+    """
+    width = max(int(counts.max()), k)
+    if width > WIDEST_TABLE * k:
+        return None
+    first = counts.cumsum(0) - counts
+    table = values.new_zeros(len(counts), width)
+    table[tokens, torch.arange(len(tokens), device=tokens.device) - first[tokens]] = values
+    return table
 
 
 def sort_entries(entries: Entries, members: Tensor | None) -> Entries:

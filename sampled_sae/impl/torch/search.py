@@ -1,0 +1,153 @@
+"""A search through chunks of the encoder product, and the filter that it puts them through.
+
+Where the operands have a screen, a chunk is a bfloat16 product (screen_entries.py): what its bound does not rule out is
+a candidate.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ...codes import Entries
+from ..encoder import Operands
+from .products import BLOCK_FEATURES, activations_at, ends_of_tokens, features_of, sampled_product
+from .screen import rounding_slack
+from .screen_entries import bits_of, seen_bits
+
+# a screen that lets more than this share of a chunk through costs more than it saves
+MOST_SCREENED = 1 / 16
+# of the budget, how many are computed before it is known what the others have to surpass
+FIRST = 1.125
+
+
+class Search(ABC):
+    """Entries > 0 and at or above a floor, which may rise from chunk to chunk.
+
+    With a screen every entry found is computed again, one by one, before it is compared with others: neither its value
+    nor whether it is found depends on which chunks were screened. Until then an upper bound stands for it. Those of the
+    highest bounds are computed first, and then those alone that by their bound may still be kept beside them.
+    """
+
+    def __init__(self, operands: Operands) -> None:
+        self.operands = operands
+        self.screening = operands.screen is not None and operands.screen.in_range
+        self.found: list[Entries] = []  # with a screen, upper bounds
+        self.settled: list[Entries] = []
+        self.count = 0
+
+    def look_at(self, token: int, block: Operands, span: slice, floor: Tensor) -> None:
+        """Through some candidates of a block of tokens that begins at `token`; floor [1] or [B], of the block."""
+        found = self._screened(token, block, span, floor)
+        if found is None:
+            found = self._in_full(token, block, span, floor)
+        self.found.append(found)
+        self.count += len(found.values)
+
+    def _screened(self, token: int, block: Operands, span: slice, floor: Tensor) -> Entries | None:
+        """What a look through the screen leaves; None where there is none, or it leaves too much."""
+        if block.screen is None or not self.screening or not floor.any():
+            return None
+        bits, n_seen = seen_bits(block, span), block.n_tokens * (span.stop - span.start)
+        if bits is not None:
+            upper, tokens, features = filter_chunk(bits, token, span.start, bits_of(floor))
+            if len(upper) <= MOST_SCREENED * n_seen:
+                block.screen.looks.see_entries(n_seen, 0)
+                return Entries(upper.view(torch.bfloat16).float(), tokens, features)
+        block.screen.looks.see_entries(n_seen, n_seen)
+        self.screening = False
+        return None
+
+    def _in_full(self, token: int, block: Operands, span: slice, floor: Tensor) -> Entries:
+        """The same from a product in full precision; with a screen, below what it and one entry alone may differ by."""
+        least = floor.clamp_min(smallest_positive(floor.dtype))
+        if block.screen is None:
+            return filter_chunk(activations_at(block, span), token, span.start, least)
+        slack = rounding_slack(block, features_of(block, span))
+        if floor.any():
+            least = torch.where(slack.isfinite(), floor - slack, floor).clamp_min(smallest_positive(floor.dtype))
+        values, tokens, features = filter_chunk(activations_at(block, span), token, span.start, least)
+        return Entries(values + slack.index_select(0, tokens - token), tokens, features)
+
+    def settle(self, floor: Tensor) -> Entries:
+        """All that was found and may be kept, in full precision; floor [1] or [B], of the whole batch."""
+        if self.operands.screen is None:
+            self.settled += self.found
+        elif self.found:
+            seen = self._arranged(join(self.found))
+            first = seen.values >= self._least(seen, seen, FIRST)
+            some = self._computed(take(seen, first.nonzero().squeeze(1)), floor)
+            rest = ~first & (seen.values >= self._least(some, seen, 1.0))
+            self.settled += [some, self._computed(take(seen, rest.nonzero().squeeze(1)), floor)]
+        return self.keep(join(self.settled))
+
+    def keep(self, entries: Entries) -> Entries:
+        """These alone of what was found so far."""
+        self.found, self.settled, self.count = [], [entries], len(entries.values)
+        return entries
+
+    @abstractmethod
+    def _arranged(self, entries: Entries) -> Entries:
+        """In the order that `_least` asks for."""
+
+    @abstractmethod
+    def _least(self, entries: Entries, at: Entries, share: float) -> Tensor:
+        """For each of `at`, [n] or [1], what the last of the budget times `share` has; 0 where there are fewer."""
+
+    def _computed(self, entries: Entries, floor: Tensor) -> Entries:
+        """Those of them at or above the floor, [1] or [B], by their activations."""
+        assert self.operands.screen is not None
+        self.operands.screen.looks.see_entries(0, len(entries.values))
+        _, tokens, features = entries = in_order(entries, self.operands.n_candidates)
+        values = self._activations(entries)
+        least = floor if len(floor) == 1 else floor.index_select(0, tokens)
+        at = (values >= least.clamp_min(smallest_positive(values.dtype))).nonzero().squeeze(1)
+        return take(Entries(values, tokens, features), at)
+
+    def _activations(self, entries: Entries) -> Tensor:
+        """Before the relu, at entries sorted by token."""
+        x, W, b, scale, members, *_ = self.operands
+        features = entries.features if members is None else members.index_select(0, entries.features)
+        z = sampled_product(x, W, ends_of_tokens(entries.tokens, len(x)), features)
+        z += b.index_select(0, features)
+        return z if scale is None else z.mul_(scale.index_select(0, features))
+
+
+def filter_chunk(a: Tensor, token: int, base: int, floor: Tensor) -> Entries:
+    """Entries >= floor ([1] or [B], of a's dtype) of a chunk [B, C], sorted by token, then column.
+
+    The chunk's first row is that of token `token`, its first column number `base`.
+    """
+    n_blocks = a.shape[1] // BLOCK_FEATURES
+    top = a.view(-1, BLOCK_FEATURES).amax(1).view(-1, n_blocks)  # [B, C / 32]
+    hits = (top >= floor[:, None]).flatten().nonzero().squeeze(1)
+    inside = a.view(-1, BLOCK_FEATURES).index_select(0, hits)  # [H, 32]
+    least = floor.index_select(0, hits // n_blocks) if len(floor) > 1 else floor
+    at = (inside >= least[:, None]).flatten().nonzero().squeeze(1)
+    place = hits.index_select(0, at // BLOCK_FEATURES) * BLOCK_FEATURES + at % BLOCK_FEATURES  # in the flat chunk
+    return Entries(inside.flatten().index_select(0, at), place // a.shape[1] + token, place % a.shape[1] + base)
+
+
+def smallest_positive(dtype: torch.dtype) -> float:
+    return float(torch.nextafter(torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)))
+
+
+def take(entries: Entries, at: Tensor) -> Entries:
+    return Entries(*(column.index_select(0, at) for column in entries))
+
+
+def join(parts: list[Entries]) -> Entries:
+    return Entries(*(torch.cat(column) for column in zip(*parts)))
+
+
+def in_order(entries: Entries, n_columns: int | None = None) -> Entries:
+    """By token, then column."""
+    tokens, features = entries.tokens, entries.features
+    if n_columns is None:
+        n_columns = int(features.max()) + 1 if len(features) else 1
+    keys = tokens * n_columns + features
+    if bool((keys[1:] > keys[:-1]).all()):
+        return entries
+    return take(entries, torch.argsort(keys))
