@@ -35,7 +35,7 @@ DEVICES = {
 }
 # a multiprocessor issues so many instructions of warps a cycle
 ISSUED = 4
-# bytes of a matrix whose rows, gathered again and again, come from L2
+# bytes that come from L2 when they are read again: of rows that are gathered, of a chunk that was written just before
 FITS_L2 = 32 << 20
 # of the library's rate, what the fused score kernel multiplies at
 FUSED = 0.8
@@ -50,7 +50,10 @@ CODE = {
     "row_adam_kernel": "row_adam: dense d=4096",
 }
 # times that a kernel's loop, of known length, goes through its code
-TRIPS: dict[str, Callable[[dict[str, Any]], int]] = {"chunk_partials_kernel": lambda c: c["STEPS"]}
+TRIPS: dict[str, Callable[[dict[str, Any]], int]] = {
+    "append_above_kernel": lambda c: c["STEPS"],
+    "chunk_partials_kernel": lambda c: c["STEPS"],
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,6 @@ def adam_bytes(a: dict[str, Any], c: dict[str, Any]) -> int:
 
 # what a launch moves: of the others each argument once
 BYTES: dict[str, Callable[[dict[str, Any], dict[str, Any]], int]] = {
-    "append_above_kernel": lambda a, c: size(a["z"]),
     "refill_kernel": lambda a, c: 0,
     "row_adam_kernel": adam_bytes,
     "entry_dots_kernel": lambda a, c: size(a["left"], a["tokens"], a["features"]),
@@ -97,6 +99,10 @@ BYTES: dict[str, Callable[[dict[str, Any], dict[str, Any]], int]] = {
 }
 # and of which matrix it gathers a row for each entry of which list
 GATHERED = {"entry_dots_kernel": ("W", "tokens"), "segments_kernel": ("source", "weights")}
+# kernels whose programs all read one stripe of the gathered matrix, BD columns, before the next
+STRIPED = ("segments_kernel",)
+# kernels that read the product that cuBLAS has just written, and little else
+AFTER_PRODUCT = ("append_above_kernel", "chunk_partials_kernel")
 
 
 def work_of_launch(kernel: Any, config: triton.Config, grid: Any, args: tuple[Any, ...], **constexprs: Any) -> Work:
@@ -105,10 +111,15 @@ def work_of_launch(kernel: Any, config: triton.Config, grid: Any, args: tuple[An
     tensors = [t for t in args if isinstance(t, Tensor)]
     moved = BYTES[name](a, c) if name in BYTES else size(*tensors)
     cached = 0
+    if name in AFTER_PRODUCT:
+        written = size(a["z"])
+        others = 0 if name == "append_above_kernel" else size(a["partials"])
+        moved, cached = (others, written) if written <= FITS_L2 else (others + written, 0)
     if name in GATHERED:
         source, entries = (a[argument] for argument in GATHERED[name])
         gathered = len(entries) * source.shape[1] * source.itemsize
-        moved, cached = (moved + size(source), gathered) if size(source) <= FITS_L2 else (moved + gathered, 0)
+        again = len(source) * source.itemsize * (c["BD"] if name in STRIPED else source.shape[1])
+        moved, cached = (moved + size(source), gathered) if again <= FITS_L2 else (moved + gathered, 0)
     programs = math.prod(grid(c) if callable(grid) else grid)
     flops = 2 * a["B"] * a["F"] * c["D"] if name == "column_partials_kernel" else 0
     dtype = str(a["W"].dtype).removeprefix("torch.") if flops else "float32"

@@ -3,10 +3,11 @@
 Or those of (z + b) * scale strictly above a floor for each feature, which may be negative.
 
 Bytes: the product z [B, C] once, 4BC, and 12 for each entry found; a few FLOPs an entry, so bound by memory.
-The threshold is read on the device. A tile of BT tokens x BF features without hits leaves at once; one with
-hits takes its slots by one integer atomic and prefix sums. The order of the tiles in the list is that of the
-atomics, so entries carry a unique key by which they are sorted later. Whoever appends more than fits learns it
-from the count.
+The threshold is read on the device. A program is one warp and looks at STEPS tiles of BT tokens x BF features; of
+each it keeps a word a lane, one bit for each of the lane's BT * VECTOR entries. The hits of all its tiles take their
+slots by one integer atomic and prefix sums, and those few entries alone are read again, from L1 or L2. The order
+of the programs in the list is that of the atomics, so entries carry a unique key by which they are sorted later.
+Whoever appends more than fits learns it from the count.
 """
 
 import torch
@@ -20,21 +21,6 @@ from sampled_sae.kernels.radix import PASSES, find_cut, picked
 
 
 @triton.jit
-def append(m_hit, b_values, b_keys, values, keys, count, cap):
-    """The hits of a tile, put behind what is in the list; those beyond `cap` are counted alone."""
-    b_hit = m_hit.to(tl.int32)  # [M, N]
-    b_n = tl.sum(b_hit, axis=1)  # [M]
-    n_hits = tl.sum(b_n, axis=0)
-    if n_hits > 0:
-        first = tl.atomic_add(count, n_hits.to(tl.int64), sem="relaxed")
-        room = tl.minimum(tl.maximum(cap - first, 0), n_hits).to(tl.int32)
-        b_at = (tl.cumsum(b_n, axis=0) - b_n - 1)[:, None] + tl.cumsum(b_hit, axis=1)  # [M, N]
-        m_fits = m_hit & (b_at < room)  # [M, N]
-        tl.store(values + first + b_at, b_values, mask=m_fits)
-        tl.store(keys + first + b_at, b_keys, mask=m_fits)
-
-
-@triton.jit
 def before_relu(b_z, b, scale, o_f, m_f, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr):
     """(z + b) * scale, as `activation` without its relu."""
     if HAS_BIAS:
@@ -42,6 +28,15 @@ def before_relu(b_z, b, scale, o_f, m_f, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.c
     if HAS_SCALE:
         b_z *= tl.load(scale + o_f, mask=m_f, other=0.0).to(tl.float32)  # as z
     return b_z
+
+
+@triton.jit
+def filtered(b_z, b, scale, o_f, m_f, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_FLOORS: tl.constexpr):
+    """What is compared and kept of a product: its activation, or with floors what that is before its relu."""
+    if HAS_FLOORS:
+        return before_relu(b_z, b, scale, o_f, m_f, HAS_BIAS, HAS_SCALE)
+    else:
+        return activation(b_z, b, scale, o_f, m_f, HAS_BIAS, HAS_SCALE)
 
 
 @triton.jit(do_not_specialize=["B", "first", "cap"])
@@ -66,24 +61,67 @@ def append_above_kernel(
     HAS_FLOORS: tl.constexpr,
     BT: tl.constexpr,
     BF: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
+    # entries side by side that a lane loads at once; a word has a bit for each of a lane's entries of a tile
+    VECTOR: tl.constexpr = 4
+    LANES: tl.constexpr = BF // VECTOR
+    tl.static_assert(BT * VECTOR == 32)
     n_features = tl.cdiv(C, BF)
-    o_f = tl.program_id(0) % n_features * BF + tl.arange(0, BF)  # [BF]
-    o_t = (tl.program_id(0) // n_features * BT + tl.arange(0, BT)).to(tl.int64)  # [BT]
+    first_f = tl.program_id(0) % n_features * BF
+    first_t = tl.program_id(0) // n_features * (BT * STEPS)
+    o_f = first_f + tl.arange(0, BF)  # [BF]
     m_f = o_f < C  # [BF]
-    m_z = (o_t < B)[:, None] & m_f[None, :]  # [BT, BF]
-    b_z = tl.load(z + o_t[:, None] * stride_z + o_f[None, :], mask=m_z, other=0.0)  # [BT, BF]
+    o_s = tl.arange(0, STEPS)[:, None]  # [STEPS, 1]
+    o_bit = tl.arange(0, BT)[:, None, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]  # [BT, 1, VECTOR]
     if HAS_FLOORS:
-        b_a = before_relu(b_z, b, scale, o_f[None, :], m_f[None, :], HAS_BIAS, HAS_SCALE)  # [BT, BF]
-        m_hit = m_z & (b_a > tl.load(tau + o_f, mask=m_f, other=0.0)[None, :])  # [BT, BF]
+        b_least = tl.load(tau + o_f, mask=m_f, other=0.0)[None, :]  # [1, BF]
     else:
-        b_a = activation(b_z, b, scale, o_f[None, :], m_f[None, :], HAS_BIAS, HAS_SCALE)  # [BT, BF]
-        m_hit = m_z & (b_a > 0) & (b_a >= tl.load(tau))  # [BT, BF]
-    if HAS_FEATURES:
-        b_f = tl.load(features + o_f, mask=m_f, other=0)  # [BF]
-    else:
-        b_f = o_f.to(tl.int64) + first  # [BF]
-    append(m_hit, b_a, o_t[:, None] * F + b_f[None, :], values, keys, count, cap)
+        b_least = tl.load(tau)
+
+    b_words = tl.zeros([STEPS, LANES], dtype=tl.int32)  # [STEPS, LANES]
+    b_n = tl.zeros([STEPS, LANES], dtype=tl.int32)  # [STEPS, LANES]
+    for i in range(STEPS):
+        o_t = (first_t + i * BT + tl.arange(0, BT)).to(tl.int64)  # [BT]
+        m_z = (o_t < B)[:, None] & m_f[None, :]  # [BT, BF]
+        b_z = tl.load(z + o_t[:, None] * stride_z + o_f[None, :], mask=m_z, other=0.0)  # [BT, BF]
+        b_a = filtered(b_z, b, scale, o_f[None, :], m_f[None, :], HAS_BIAS, HAS_SCALE, HAS_FLOORS)  # [BT, BF]
+        if HAS_FLOORS:
+            m_hit = m_z & (b_a > b_least)  # [BT, BF]
+        else:
+            m_hit = m_z & (b_a > 0) & (b_a >= b_least)  # [BT, BF]
+        b_hit = tl.reshape(m_hit.to(tl.int32), [BT, LANES, VECTOR])  # [BT, LANES, VECTOR]
+        b_word = tl.sum(tl.sum(b_hit << o_bit, axis=2), axis=0)  # [LANES]
+        b_words = tl.where(o_s == i, b_word[None, :], b_words)  # [STEPS, LANES]
+        b_n = tl.where(o_s == i, tl.sum(tl.sum(b_hit, axis=2), axis=0)[None, :], b_n)  # [STEPS, LANES]
+
+    b_of_lane = tl.sum(b_n, axis=0)  # [LANES]
+    n_hits = tl.sum(b_of_lane, axis=0)
+    if n_hits > 0:
+        start = tl.atomic_add(count, n_hits.to(tl.int64), sem="relaxed")
+        b_before = (tl.cumsum(b_of_lane, axis=0) - b_of_lane)[None, :] + tl.cumsum(b_n, axis=0) - b_n
+        b_at = start + b_before  # [STEPS, LANES]
+        o_l = first_f + tl.arange(0, LANES)[None, :] * VECTOR  # [1, LANES]
+        while n_hits > 0:
+            m_hit = b_words != 0  # [STEPS, LANES]
+            # the lowest bit, whose number is its exponent as a float
+            b_low = b_words & (0 - b_words)  # [STEPS, LANES]
+            b_bit = b_low.to(tl.uint32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True)
+            b_bit = tl.maximum((b_bit >> 23) - 127, 0)  # [STEPS, LANES]
+            b_t = (first_t + o_s * BT + b_bit // VECTOR).to(tl.int64)  # [STEPS, LANES]
+            b_f = o_l + b_bit % VECTOR  # [STEPS, LANES]
+            b_z = tl.load(z + b_t * stride_z + b_f, mask=m_hit, other=0.0)  # [STEPS, LANES]
+            b_a = filtered(b_z, b, scale, b_f, m_hit, HAS_BIAS, HAS_SCALE, HAS_FLOORS)  # [STEPS, LANES]
+            if HAS_FEATURES:
+                b_key = tl.load(features + b_f, mask=m_hit, other=0)  # [STEPS, LANES]
+            else:
+                b_key = b_f.to(tl.int64) + first  # [STEPS, LANES]
+            m_fits = m_hit & (b_at < cap)  # [STEPS, LANES]
+            tl.store(values + b_at, b_a, mask=m_fits)
+            tl.store(keys + b_at, b_t * F + b_key, mask=m_fits)
+            b_words ^= b_low
+            b_at += m_hit.to(tl.int64)
+            n_hits -= tl.sum(tl.sum(m_hit.to(tl.int32), axis=0), axis=0)
 
 
 @triton.jit
@@ -140,7 +178,7 @@ def append_above_(
     launch(
         append_above_kernel,
         chunk_filter_config(architecture(z.device)),
-        lambda meta: (triton.cdiv(B, meta["BT"]) * triton.cdiv(C, meta["BF"]),),
+        lambda meta: (triton.cdiv(B, meta["BT"] * meta["STEPS"]) * triton.cdiv(C, meta["BF"]),),
         (
             z,
             b,

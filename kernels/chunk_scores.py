@@ -23,8 +23,10 @@ def chunk_partials_kernel(
     scale,
     partials,
     B,
-    C,
     stride_z,
+    stride_s,
+    stride_t,
+    C,
     SCORE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -34,7 +36,6 @@ def chunk_partials_kernel(
     STEPS: tl.constexpr,
 ):
     i_t = tl.program_id(1)
-    T = tl.num_programs(1)
     o_f = tl.program_id(0) * BF + tl.arange(0, BF)  # [BF]
     m_f = o_f < C  # [BF]
 
@@ -55,30 +56,50 @@ def chunk_partials_kernel(
         else:
             b_s += b_a * b_a  # [BT, BF]
 
-    p_s = partials + i_t.to(tl.int64) * C + o_f  # [BF]
+    p_s = partials + i_t.to(tl.int64) * stride_t + o_f  # [BF]
     tl.store(p_s, tl.sum(b_s, axis=0), mask=m_f)
     if SCORE == "entropy":
-        tl.store(p_s + T.to(tl.int64) * C, tl.sum(b_l, axis=0) * LN_2, mask=m_f)
+        tl.store(p_s + stride_s, tl.sum(b_l, axis=0) * LN_2, mask=m_f)
 
 
-def chunk_statistics(z: torch.Tensor, b: torch.Tensor | None, scale: torch.Tensor | None, score: str) -> torch.Tensor:
-    """`column_statistics` for `a = relu(z + b) * scale` from the product z [B, C] itself: fp32 [S, C]."""
-    S = statistics_of(score)
+def chunk_partials(n_tokens: int, n_features: int, score: str, device: torch.device) -> torch.Tensor:
+    """Room for the partial sums of so many tokens and features: fp32 [S, T, F]."""
+    config = chunk_scores_config(architecture(device))
+    T = triton.cdiv(n_tokens, config.kwargs["BT"] * config.kwargs["STEPS"])
+    return torch.empty(statistics_of(score), T, n_features, dtype=torch.float32, device=device)
+
+
+def write_partials_(
+    z: torch.Tensor, b: torch.Tensor | None, scale: torch.Tensor | None, score: str, partials: torch.Tensor
+) -> None:
+    """Partial sums of `a = relu(z + b) * scale`, of the product z [B, C], to C features' part of `chunk_partials`."""
     check_products(z, b, scale)
     B, C = z.shape
+    if partials.shape[2] != C or partials.stride(2) != 1:
+        raise ValueError(f"partials must be [S, T, {C}] of contiguous features, got {list(partials.shape)}")
     if B == 0 or C == 0:
-        return z.new_zeros(S, C)
-    config = chunk_scores_config(architecture(z.device))
-    T = triton.cdiv(B, config.kwargs["BT"] * config.kwargs["STEPS"])
-    partials = torch.empty(S * T * C, dtype=torch.float32, device=z.device)
+        return
     launch(
         chunk_partials_kernel,
-        config,
-        lambda meta: (triton.cdiv(C, meta["BF"]), T),
-        (z, b, scale, partials, B, C, z.stride(0)),
+        chunk_scores_config(architecture(z.device)),
+        lambda meta: (triton.cdiv(C, meta["BF"]), partials.shape[1]),
+        (z, b, scale, partials, B, z.stride(0), partials.stride(0), partials.stride(1), C),
         SCORE="l2" if score == "l2_squared" else score,
         HAS_BIAS=b is not None,
         HAS_SCALE=scale is not None,
         FAST_LOG=FAST_LOG,
     )
-    return fold_partials(partials, S, T, C)
+
+
+def folded(partials: torch.Tensor) -> torch.Tensor:
+    """What `write_partials_` has filled, chunk by chunk, summed over T in a fixed order: fp32 [S, F]."""
+    S, T, F = partials.shape
+    return fold_partials(partials, S, T, F) if partials.numel() else partials.new_zeros(S, F)
+
+
+def chunk_statistics(z: torch.Tensor, b: torch.Tensor | None, scale: torch.Tensor | None, score: str) -> torch.Tensor:
+    """`column_statistics` for `a = relu(z + b) * scale` from the product z [B, C] itself: fp32 [S, C]."""
+    check_products(z, b, scale)
+    partials = chunk_partials(*z.shape, score, z.device)
+    write_partials_(z, b, scale, score, partials)
+    return folded(partials)

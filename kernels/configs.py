@@ -44,10 +44,21 @@ COLUMN_SCORES = {
 }
 # partial sums, BT token tiles x BF features at a time: bound by memory, the same everywhere
 FOLD = triton.Config({"BT": 32, "BF": 64}, num_warps=4, num_stages=1)
+# Tokens of [B, d], BT at a time: whole rows BD by BD forward, a stripe of BD columns over STEPS tiles backward
+ERRORS = {
+    "nvidia": triton.Config({"BT": 4, "BD": 256}, num_warps=4, num_stages=1),
+    "gfx942": triton.Config({"BT": 4, "BD": 512}, num_warps=4, num_stages=1),
+    "interpreter": triton.Config({"BT": 4, "BD": 16}),
+}
+ERRORS_BACKWARD = {
+    "nvidia": triton.Config({"BT": 8, "BD": 128, "STEPS": 16}, num_warps=4, num_stages=1),
+    "gfx942": triton.Config({"BT": 8, "BD": 256, "STEPS": 16}, num_warps=4, num_stages=1),
+    "interpreter": triton.Config({"BT": 4, "BD": 16, "STEPS": 2}),
+}
 # (architecture, operand bits) -> the largest d for which scores are fused into the product, where not SMALL_D
 LARGEST_FUSED_D = {("interpreter", bits): sys.maxsize for bits in (16, 32)}
-# One pass over a product [B, C] in memory, BT tokens x BF features at a time (STEPS times, to sum them up). Most
-# tiles of the filter have hits: one warp a tile needs no barriers for their slots.
+# One pass over a product [B, C] in memory, BT tokens x BF features at a time, STEPS times. Most programs of the filter
+# have hits: one of a single warp needs no barriers for their slots.
 CHUNK_SCORES = {
     "nvidia": triton.Config({"BT": 16, "BF": 128, "STEPS": 16}, num_warps=4, num_stages=2),
     "gfx942": triton.Config({"BT": 16, "BF": 128, "STEPS": 16}, num_warps=4, num_stages=2),
@@ -55,9 +66,9 @@ CHUNK_SCORES = {
 }
 SCALAR = triton.Config({}, num_warps=1)
 CHUNK_FILTER = {
-    "nvidia": triton.Config({"BT": 4, "BF": 128}, num_warps=1),
-    "gfx942": triton.Config({"BT": 4, "BF": 256}, num_warps=1),
-    "interpreter": triton.Config({"BT": 8, "BF": 32}),
+    "nvidia": triton.Config({"BT": 8, "BF": 128, "STEPS": 4}, num_warps=1),
+    "gfx942": triton.Config({"BT": 8, "BF": 256, "STEPS": 4}, num_warps=1),
+    "interpreter": triton.Config({"BT": 8, "BF": 32, "STEPS": 2}),
 }
 
 # BE gathered rows x BD of d at a time: a warp reads BD at 16 bytes a lane. PIECE entries are summed by one program.
@@ -152,6 +163,16 @@ def chunk_scores_config(arch: str) -> triton.Config:
 def chunk_filter_config(arch: str) -> triton.Config:
     """For a product in fp32."""
     return CHUNK_FILTER[family(arch)]
+
+
+def errors_config(arch: str) -> triton.Config:
+    """For a reconstruction in fp32."""
+    return ERRORS[family(arch)]
+
+
+def errors_backward_config(arch: str) -> triton.Config:
+    """For a reconstruction in fp32."""
+    return ERRORS_BACKWARD[family(arch)]
 
 
 def exact_fallback_config(arch: str, dtype: torch.dtype) -> triton.Config:

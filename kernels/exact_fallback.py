@@ -17,7 +17,6 @@ import triton.language as tl
 
 from sampled_sae.kernels.activation import activation, product_tile, tile_of_block
 from sampled_sae.kernels.arguments import check_encoder, check_vector, contiguous_rows
-from sampled_sae.kernels.chunk_filter import append
 from sampled_sae.kernels.configs import architecture, exact_fallback_config, launch, resident_programs
 from sampled_sae.kernels.radix import pick_digit
 
@@ -26,6 +25,21 @@ VALUE_DIGITS = tl.constexpr(4)
 # of value, token and feature
 WIDTH = tl.constexpr(262)
 IDLE, SEARCHING, FOUND = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def append(m_hit, b_values, b_keys, values, keys, count, cap):
+    """The hits of a tile, put behind what is in the list; those beyond `cap` are counted alone."""
+    b_hit = m_hit.to(tl.int32)  # [M, N]
+    b_n = tl.sum(b_hit, axis=1)  # [M]
+    n_hits = tl.sum(b_n, axis=0)
+    if n_hits > 0:
+        first = tl.atomic_add(count, n_hits.to(tl.int64), sem="relaxed")
+        room = tl.minimum(tl.maximum(cap - first, 0), n_hits).to(tl.int32)
+        b_at = (tl.cumsum(b_n, axis=0) - b_n - 1)[:, None] + tl.cumsum(b_hit, axis=1)  # [M, N]
+        m_fits = m_hit & (b_at < room)  # [M, N]
+        tl.store(values + first + b_at, b_values, mask=m_fits)
+        tl.store(keys + first + b_at, b_keys, mask=m_fits)
 
 
 @triton.jit

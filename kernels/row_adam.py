@@ -4,7 +4,8 @@ Bytes for each parameter of a row: weight and two moments, read and written (24 
 gradient read, its copy written; about 20 FLOPs. Bound by memory: a program holds whole rows in registers, so that
 the sums over d of projection and renormalisation read nothing twice. "dense" moves all F rows and looks up where the
 gradient of each is listed, so no dense gradient is written; "lazy" and "decayed" move the rows of the list alone.
-Step and clip factor are read on the device: nothing waits, and a CUDA graph may replay the step (with its lr).
+Step, clip factor and, where it is a tensor, lr are read on the device: nothing waits, and a CUDA graph may replay
+the step.
 Moments decay by 1 - alpha with alpha = 1 - beta rounded once: beta rounded to fp32 puts v off by 1.3e-5 of it.
 """
 
@@ -71,6 +72,7 @@ def row_adam_kernel(
     stride_grad,
     stride_copy,
     lr,
+    lr_scalar,
     alpha1,
     alpha2,
     log_beta1,
@@ -87,6 +89,7 @@ def row_adam_kernel(
     HAS_LAST: tl.constexpr,
     HAS_COPY: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
+    LR_ON_DEVICE: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
@@ -118,7 +121,9 @@ def row_adam_kernel(
 
     o_m = b_f[:, None] * D + o_d[None, :]  # [BR, BD]
     b_step = tl.load(step)
-    rate = lr / one_minus_power(b_step, log_beta1)
+    if LR_ON_DEVICE:
+        lr_scalar = tl.load(lr)
+    rate = lr_scalar / one_minus_power(b_step, log_beta1)
     scale = 1.0 / tl.sqrt(one_minus_power(b_step, log_beta2))
     b_bits = 0
     if exp_avg.dtype.element_ty == tl.bfloat16 or exp_avg_sq.dtype.element_ty == tl.bfloat16:
@@ -163,7 +168,7 @@ def row_adam_(
     step: torch.Tensor,
     *,
     factor: torch.Tensor | None,
-    lr: float,
+    lr: float | torch.Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -178,17 +183,17 @@ def row_adam_(
     """Adam in place on weight, fp32 [F, d] or [F], and its moments, fp32 or bf16, from the gradient of some rows.
 
     grad, [T, d] or [T], holds the rows `features`, int64 [T], each once, or all rows where that is None; it is
-    multiplied by `factor`. step counts from 1. With `project` the part along the (unit) row of weight is removed
-    from the gradient, then weight_decay * weight added; with `renormalize` the new row is made a unit. What is
-    written to weight is rounded into `copy`, fp16 or bf16, as well. bf16 moments are rounded up or down at random,
-    with the same bits for the same seed and step.
+    multiplied by `factor`. step counts from 1. lr is a number, or fp32 with one element on the device. With `project`
+    the part along the (unit) row of weight is removed from the gradient, then weight_decay * weight added; with
+    `renormalize` the new row is made a unit. What is written to weight is rounded into `copy`, fp16 or bf16, as well.
+    bf16 moments are rounded up or down at random, with the same bits for the same seed and step.
 
     mode "dense": all F rows, as `torch.optim.Adam` on `zeros(F, d).index_copy(0, features, grad)`.
     mode "lazy": the rows whose gradient is not all zero; the others, moments included, stay as they are.
     mode "decayed": as "lazy", and the moments are first multiplied by beta ** (step - 1 - last) for the steps that
     the row missed; last, int32 [F], zero at first, is set to step. The moments are then those of "dense".
     """
-    check_arguments(weight, exp_avg, exp_avg_sq, grad, features, step, factor, mode, last, copy)
+    check_arguments(weight, exp_avg, exp_avg_sq, grad, features, step, factor, lr, mode, last, copy)
     if weight.ndim == 1:
         weight, exp_avg, exp_avg_sq, grad = (t.unsqueeze(1) for t in (weight, exp_avg, exp_avg_sq, grad))
         copy = None if copy is None else copy.unsqueeze(1)
@@ -197,6 +202,7 @@ def row_adam_(
     if R == 0 or D == 0:
         return
     grad = contiguous_rows(grad)
+    on_device, number = (lr, 0.0) if isinstance(lr, torch.Tensor) else (None, float(lr))
     positions = None
     if features is not None and not lazy:
         places = torch.arange(len(grad), dtype=torch.int32, device=weight.device)
@@ -209,7 +215,7 @@ def row_adam_(
         (
             *(weight, exp_avg, exp_avg_sq, grad, features, positions, last, copy, step, factor),
             *(R, weight.stride(0), grad.stride(0), 0 if copy is None else copy.stride(0)),
-            *(float(lr), 1.0 - beta1, 1.0 - beta2, log_of(beta1), log_of(beta2)),
+            *(on_device, number, 1.0 - beta1, 1.0 - beta2, log_of(beta1), log_of(beta2)),
             *(float(eps), float(weight_decay), seed),
         ),
         D=D,
@@ -221,6 +227,7 @@ def row_adam_(
         HAS_LAST=last is not None,
         HAS_COPY=copy is not None,
         HAS_FACTOR=factor is not None,
+        LR_ON_DEVICE=on_device is not None,
     )
 
 
@@ -237,6 +244,7 @@ def check_arguments(
     features: torch.Tensor | None,
     step: torch.Tensor,
     factor: torch.Tensor | None,
+    lr: float | torch.Tensor,
     mode: str,
     last: torch.Tensor | None,
     copy: torch.Tensor | None,
@@ -260,7 +268,8 @@ def check_arguments(
         check_vector("features", features, torch.int64, len(grad))
     elif len(grad) != len(weight):
         raise ValueError(f"features must be given where grad has {len(grad)} of {len(weight)} rows")
-    for name, scalar in (("step", step), ("factor", factor)):
+    lr = lr if isinstance(lr, torch.Tensor) else None
+    for name, scalar in (("step", step), ("factor", factor), ("lr", lr)):
         if scalar is not None and (scalar.numel() != 1 or scalar.dtype != torch.float32):
             raise ValueError(f"{name} must be fp32 with one element, got {described(scalar)}")
     if (last is not None) != (mode == "decayed"):
@@ -274,7 +283,7 @@ def check_arguments(
                 f"copy must be bf16 or fp16 {list(weight.shape)} with contiguous rows, got {described(copy)}"
             )
     others = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "grad": grad, "features": features, "step": step}
-    for name, tensor in (others | {"factor": factor, "last": last, "copy": copy}).items():
+    for name, tensor in (others | {"factor": factor, "lr": lr, "last": last, "copy": copy}).items():
         if tensor is not None and tensor.device != weight.device:
             raise ValueError(f"{name} must be on {weight.device} as weight, got {tensor.device}")
 

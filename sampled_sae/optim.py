@@ -49,6 +49,9 @@ class RowAdam(Optimizer):
             Weight decay acts, and enters the moments, only when a row moves.
         moments: dtype of the moments of W_enc and W_dec beside float32 weights; torch.bfloat16 halves their
             memory and is rounded stochastically. None for that of the weights.
+        keep_rounded: where the SAE runs on Triton with products of 16 bits (autocast), keep the rounded weights that
+            they take from step to step and write them as rows move, so that no step has to round all of W_enc and
+            W_dec. Then nothing else may write to weights in a way that autograd does not see, such as `.data`.
 
     The projection takes decoder rows to be of unit norm, as `normalize_decoder()` makes them. With `cfg.row_grads`
     call `zero_grad()` after `step()` or before the forward pass: between forward and backward it would drop the rows.
@@ -75,6 +78,7 @@ class RowAdam(Optimizer):
         clip: float | None = 1.0,
         mode: str = "dense",
         moments: torch.dtype | None = None,
+        keep_rounded: bool = False,
     ) -> None:
         lr = check_number("lr", lr, 0, None)
         eps = check_number("eps", eps, 0, None)
@@ -107,6 +111,7 @@ class RowAdam(Optimizer):
         self.mode = mode
         self.moments = moments
         self.grad_norm: Tensor | None = None
+        sae.memory.rounded.kept = keep_rounded
         self._watch_b_dec()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -261,6 +266,11 @@ class RowAdam(Optimizer):
             state["last"] = layout.like(last, "b_enc")
         return state
 
+    def _rounded_copy(self, name: str, weight: Tensor) -> Tensor | None:
+        """What the implementation is to write beside the weights: the kernel does, where nothing comes after it."""
+        alone = self.sae.impl_in_use == "triton" and self.sae.cfg.layers == 1
+        return self.sae.memory.rounded.following(name, weight) if alone else None
+
     def _update(self, index: int, group: dict[str, Any], grad: ParameterGradient, factor: Tensor | None) -> None:
         weight, layout = grad.weight, self.sae.layout
         state, mode = self._begun(group, weight), self._mode_of(grad.name)
@@ -268,7 +278,7 @@ class RowAdam(Optimizer):
         step = AdamStep(
             number=state["step"],
             factor=factor,
-            lr=float(group["lr"]),
+            lr=group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"]),
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             eps=group["eps"],
@@ -278,6 +288,7 @@ class RowAdam(Optimizer):
             renormalize=grad.name == "W_dec",
             seed=index,
             layers=self.sae.cfg.layers,
+            copy=self._rounded_copy(grad.name, weight),
         )
         exp_avg, exp_avg_sq = (rows_first(grad.name, layout.local(state[name])) for name in ("exp_avg", "exp_avg_sq"))
         moments = Moments(exp_avg, exp_avg_sq, layout.local(state["last"]) if mode == "decayed" else None)
@@ -286,3 +297,4 @@ class RowAdam(Optimizer):
         self._parts.row_adam_(rows, moments, grad.values(), grad.features(), step)
         if rows is not weight:
             weight.copy_(rows)
+        self.sae.memory.rounded.moved(grad.name, weight, followed=step.copy is not None)

@@ -11,9 +11,12 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+
 from benchmarks import costs, model
 from benchmarks.gpu_parts import summary
 from benchmarks.gpu_parts.predictions import with_predictions
+from sampled_sae.kernels import chunk_filter, segment_sum
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = json.loads(model.FILE.read_text())["rows"]
@@ -30,7 +33,7 @@ def test_no_prediction_became_worse():
 
 
 def test_the_file_has_every_row_and_its_table():
-    assert len(ROWS) == len({model.key(row) for row in ROWS}) == 3 * 3 * 2 * 2 * 2
+    assert len(ROWS) == len({model.key(row) for row in ROWS}) == 3 * 3 * 2 * 2 * 3
     assert model.FILE.with_suffix(".md").read_text() == model.table(ROWS)
     assert model.table(ROWS).startswith("# Predicted, not measured")
 
@@ -66,13 +69,40 @@ def test_operations_of_pytorch_are_counted():
         a.index_select(0, torch.empty(3, dtype=torch.int64, device="meta"))
         torch.sort(b)
         torch.mm(a.bfloat16(), torch.empty(4, 16, dtype=torch.bfloat16, device="meta"))
+        b.contiguous(), b.float(), a.new_zeros(2)
     found = [(work.name, work.bytes) for work in trace.works]
     add, multiply = ("PyTorch passes", 2 * 128), ("PyTorch passes", 2 * 128 + 16)
     cast = ("PyTorch passes", 128 + 64)
     gather, sort = ("gather", 2 * 48 + 24), ("sort", costs.SORT_PASSES * 2 * (16 + 32))
-    assert found == [add, multiply, gather, sort, cast, ("products of cuBLAS", 64 + 128 + 256)]
-    assert trace.works[-1].flops == 2 * 8 * 4 * 16
-    assert trace.works[-1].dtype == "bfloat16"
+    product, zeros = ("products of cuBLAS", 64 + 128 + 256), ("PyTorch passes", 8)
+    assert found == [add, multiply, gather, sort, cast, product, zeros]
+    assert trace.works[-2].flops == 2 * 8 * 4 * 16
+    assert trace.works[-2].dtype == "bfloat16"
+
+
+def launched(kernel, grid, *args, **constexprs):
+    config = triton.Config({"BE": 8, "BD": 256, "PIECE": 256, "STEPS": 4}, num_warps=1)
+    return costs.work_of_launch(kernel, config, grid, args, **constexprs)
+
+
+def test_what_fits_l2_comes_from_there_when_it_is_read_again():
+    def new(*shape, dtype=torch.float32):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    for features, cached in ((1 << 15, True), (1 << 17, False)):
+        source, weights, out = new(features, 512, dtype=torch.bfloat16), new(1000), new(10, 512)
+        names = {"weights": weights, "source": source, "out": out}
+        args = [names.get(name) for name in segment_sum.segments_kernel.arg_names]
+        work = launched(segment_sum.segments_kernel, (10, 2), *args, D=512)
+        gathered, rest = 1000 * 512 * 2, 4000 + 20480
+        # a stripe of 256 columns is read by all programs before the next
+        assert (work.cached == gathered) == cached
+        assert work.bytes == rest + (features * 1024 if cached else gathered)
+    for tokens, cached in ((1024, True), (16384, False)):
+        names = {"z": new(tokens, 1024), "B": tokens}
+        args = [names.get(name) for name in chunk_filter.append_above_kernel.arg_names]
+        work = launched(chunk_filter.append_above_kernel, (1,), *args)
+        assert (work.bytes, work.cached) == ((0, 4096 * tokens) if cached else (4096 * tokens, 0))
 
 
 def test_a_measured_step_stands_beside_its_prediction():

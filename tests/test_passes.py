@@ -8,8 +8,11 @@ from makers import tokens
 
 pytest.importorskip("triton")
 
+from benchmarks.costs import work_of_launch
 from benchmarks.model import Trace
+from benchmarks.replaced import replaced
 from sampled_sae.impl.training_step import squared_errors
+from sampled_sae.impl.triton.reconstruction import squared_errors as fused_errors
 from sampled_sae.support.late_values import all_finite, squares_finite
 
 B, D = 64, 32
@@ -30,6 +33,33 @@ def test_squared_errors_in_six_passes_and_six_back():
     expected = (x - x_hat).square().sum(-1)
     assert torch.equal(errors, expected)
     assert torch.equal(gradient, torch.autograd.grad(expected.mean(), x_hat)[0])
+
+
+def test_the_operator_reads_twice_and_writes_once_in_each_direction():
+    raw, bias, x = (torch.empty(*shape, device="meta") for shape in ((B, D), (D,), (B, D)))
+    works = []
+    with replaced(launch=lambda *args, **constexprs: works.append(work_of_launch(*args, **constexprs))):
+        (_, errors), forward = passes(lambda: fused_errors(raw.requires_grad_(), bias.requires_grad_(), x))
+        moved = [sum(work.bytes for work in works) // (4 * B * D)]
+        _, backward = passes(lambda: torch.autograd.grad(errors.mean(), (raw, bias)))
+        moved.append(sum(work.bytes for work in works) // (4 * B * D) - moved[0])
+    assert moved == [3, 3]
+    assert (forward, backward) == (0, 0), "passes of PyTorch beside the kernels"
+
+
+@pytest.mark.gpu
+def test_the_operator_has_every_gradient():
+    """Of a loss on the reconstruction too, and of the target."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    leaves = [
+        tokens(*shape, dtype=torch.float32, seed=3).to(device).requires_grad_() for shape in ((5, D), (D,), (5, D))
+    ]
+    for form in (lambda x_hat, errors: errors.sum(), lambda x_hat, errors: x_hat.sin().sum() + errors.square().sum()):
+        raw, bias, x = leaves
+        expected = torch.autograd.grad(form(raw + bias, squared_errors(x, raw + bias)), leaves)
+        for ours, theirs in zip(torch.autograd.grad(form(*fused_errors(*leaves)), leaves), expected):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    torch.library.opcheck(fused_errors, tuple(leaf.detach().requires_grad_() for leaf in leaves))
 
 
 def test_squared_errors_have_both_derivatives():

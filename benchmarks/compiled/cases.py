@@ -21,6 +21,7 @@ from sampled_sae.kernels import (
     exact_fallback,
     gather_decode,
     radix,
+    reconstruction,
     row_adam,
     segment_sum,
     token_topk,
@@ -67,7 +68,14 @@ def adam(d: int, mode: str, grad: torch.dtype, moments: torch.dtype, has_copy: b
         "last": new(F + 1, dtype=int32) if mode == "decayed" else None,
         "copy": torch.empty_like(weight, dtype=bfloat16) if has_copy else None,
     }
-    numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "seed": 1001}
+    numbers = {
+        "lr": new(1) if mode == "decayed" else 0.1,
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "seed": 1001,
+    }
     how = {**optional, **numbers, "mode": mode, "project": d > 1, "renormalize": d > 1}
     return Case(row_adam.row_adam_kernel, partial(row_adam.row_adam_, *tensors, **how))
 
@@ -183,6 +191,20 @@ CASES: dict[str, dict[str, Case]] = {
         "second pass": Case(radix.count_digits_kernel, CUT, 1),
         "last pass, beyond 2^31": Case(radix.count_digits_kernel, partial(radix.find_cut, new(1 << 32), (1 << 31) + 1)),
         "counts at the cut": Case(radix.count_cut_kernel, CUT),
+    },
+    "reconstruction": {
+        "errors": Case(
+            reconstruction.errors_kernel,
+            partial(reconstruction.squared_errors, new(B, 768), new(768), new(B, 768)),
+        ),
+        "errors of bf16": Case(
+            reconstruction.errors_kernel,
+            partial(reconstruction.squared_errors, new(B, 720), None, new(B, 720, dtype=bfloat16)),
+        ),
+        "backward": Case(
+            reconstruction.errors_backward_kernel,
+            partial(reconstruction.squared_errors_backward, new(B), new(B, 768), new(B, 768), new(B, 768)),
+        ),
     },
     "row_adam": {
         "dense d=768": adam(768, "dense", float32, float32, False),

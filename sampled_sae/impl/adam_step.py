@@ -28,13 +28,14 @@ class AdamStep:
     """How the rows of one parameter are updated, as in RowAdam; `project` and `renormalize` are for the decoder.
 
     layers: 1 where that keeps rows of unit norm; else the norms of so many parts of each row add up to 1.
-    number: 0-dim, 1 in the first step. factor: 0-dim, multiplies the gradient; None for 1. seed: with the number, of
-    the stochastic rounding of 16-bit moments beside a wider weight.
+    number: 0-dim, 1 in the first step. lr: a number, or 0-dim float32 where the host is not to know it. factor: 0-dim,
+    multiplies the gradient; None for 1. seed: with the number, of the stochastic rounding of 16-bit moments beside a
+    wider weight. copy: what moves is rounded into it too, as the Triton form can do; None for nothing.
     """
 
     number: Tensor
     factor: Tensor | None
-    lr: float
+    lr: float | Tensor
     beta1: float
     beta2: float
     eps: float
@@ -44,6 +45,7 @@ class AdamStep:
     renormalize: bool
     seed: int
     layers: int = 1
+    copy: Tensor | None = None
 
 
 class ParameterGradient:

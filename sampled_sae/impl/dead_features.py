@@ -77,6 +77,10 @@ class IdleTokens:
             self._version, self._bound, self._exact = counts._version, int(greatest_of(counts)), True
         return self._bound >= dead_after
 
+    def decide_on_device(self) -> None:
+        """From now on whether a feature is dead is decided by the loss itself, as in a captured step."""
+        self._captured = True
+
     def __deepcopy__(self, memo: dict[int, object]) -> IdleTokens:
         return IdleTokens()
 

@@ -38,6 +38,7 @@ class Implementation:
     `encoder` makes the value that the others are given, once a step. Of `column_statistics`, `use_block`, `search`,
     `take_kept` and `seen_columns` scores and selections of many processes are made (distributed/parts.py); the
     reference has none, and the last one is there where a screen is.
+    `errors`, where there is one, adds a bias [d] to a reconstruction [B, d] and gives each token's squared error too.
     """
 
     encoder: Callable[..., Encoder]
@@ -59,6 +60,7 @@ class Implementation:
     search: Callable[[Operands, Rule, float | None], Entries] | None = None
     take_kept: Callable[[Entries, Tensor, int, int], Entries] | None = None
     seen_columns: Callable[[Operands, str], SeenColumns | None] | None = None
+    errors: Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]] | None = None
     totals: Totals = field(default_factory=Totals)
     ranking: Ranking = field(default_factory=Ranking)
 
@@ -131,5 +133,6 @@ def parts_of(layer: ModuleType, aux: ModuleType, optimizer: ModuleType) -> Imple
         getattr(layer, "search", None),
         getattr(layer, "take_kept", None),
         getattr(layer, "seen_columns", None),
+        getattr(layer, "squared_errors", None),
         *ONE_PROCESS,
     )

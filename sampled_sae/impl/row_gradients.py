@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..support.reused_memory import Workspace
+from .rounded_weights import RoundedWeights
 
 
 class GatherRows(torch.autograd.Function):
@@ -78,12 +79,16 @@ class RowSource:
     """Hands out rows of a parameter to compute with, and decides where their gradients go.
 
     keep=False: to `parameter.grad`, dense, as autograd users expect. keep=True: to `self.gradients`, rows only.
-    Gradients lie in `workspace`, whose memory serves again when they are gone.
+    Gradients lie in `workspace`, whose memory serves again when they are gone. `rounded` has the weights in the 16 bits
+    of products.
     """
 
-    def __init__(self, keep: bool = False, workspace: Workspace | None = None) -> None:
+    def __init__(
+        self, keep: bool = False, workspace: Workspace | None = None, rounded: RoundedWeights | None = None
+    ) -> None:
         self.keep = keep
         self.workspace = workspace if workspace is not None else Workspace()
+        self.rounded = rounded if rounded is not None else RoundedWeights()
         self.gradients: list[RowGradient] = []
 
     def gather(self, name: str, W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:

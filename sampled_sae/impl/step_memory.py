@@ -8,6 +8,7 @@ from .dead_features import IdleTokens
 from .hints import ThresholdHints
 from .pool import KeptPool
 from .rounded_tokens import Looks
+from .rounded_weights import RoundedWeights
 from .row_gradients import RowSource
 
 
@@ -17,7 +18,7 @@ class StepMemory:
     Attributes:
         hints: where searches start. pool: the candidate pool that `pool_every` keeps. idle: a bound on the tokens since
             a feature was selected. inputs, targets: the checks for NaN, inf and what is too large for a loss.
-            workspace: memory for gradients.
+            workspace: memory for gradients. rounded: weights in the 16 bits of products.
     """
 
     def __init__(self) -> None:
@@ -28,12 +29,14 @@ class StepMemory:
         self.inputs = FiniteInputs(squares=True)
         self.targets = FiniteInputs("target", squares=True)
         self.workspace = Workspace()
+        self.rounded = RoundedWeights()
 
     def rows(self, keep: bool = False) -> RowSource:
         """Where this step's gradients of rows go."""
-        return RowSource(keep, self.workspace)
+        return RowSource(keep, self.workspace, self.rounded)
 
     def forget(self) -> None:
         """What belongs to weights that are no longer there."""
         self.hints.forget()
         self.pool.reset()
+        self.rounded.forget()

@@ -12,7 +12,9 @@ from ..run_logs import LogPlace
 from ..sae import SampledSAE
 from ..support.all_ranks import ranks_of
 from .batches import Feed
+from .graphed_steps import GraphedSteps, graph_refusal
 from .opening import Readable, as_readable
+from .schedules import is_scheduled
 from .sharded_checkpoint import lanes_of
 from .train_config import TrainConfig
 from .training_loop import train_to_end
@@ -49,9 +51,11 @@ class Trainer(TrainingRun):
             and d_sae; `formats.load` reads a peer's. Step, optimizer and counts begin anew.
         log: wandb, TensorBoard or trackio, where the lines of metrics go besides. `self.log` is open from the first
             step of `run` on: give it `result(...)` and `close(failed=False)`.
+        graph: capture whole steps in a CUDA graph, so that the host launches one thing a step (`GraphedSteps`).
 
     Raises:
-        ValueError: a checkpoint of other settings in the folder, a corrupt one, widths that differ, no such device.
+        ValueError: a checkpoint of other settings in the folder, a corrupt one, widths that differ, no such device, a
+            graph of steps that cannot be replayed.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Trainer(TrainingRun):
         lanes: int | None = None,
         init_from: SampledSAE | None = None,
         log: LogPlace | None = None,
+        graph: bool = False,
     ) -> None:
         ranks = ranks_of(mesh)
         with ranks.accounted():
@@ -75,6 +80,11 @@ class Trainer(TrainingRun):
                     self.store, train_config.batch_size, train_config.seed, device, ranks, lanes, train_config.steps
                 )
             super().__init__(sae_config, train_config, feed, folder, init_from)
+        if graph:
+            refusal = graph_refusal(self.sae, self.feed.device, is_scheduled(self.config))
+            if refusal is not None:
+                raise ValueError(f"graph=True: {refusal}")
+            self.graphed = GraphedSteps(self.sae, self.optimizer, self.config.precision, self.feed.device)
         self.show_in(log)
         self.stream = self.feed.stream
 

@@ -26,6 +26,7 @@ from ..support.timing import check_memory
 from .batches import Feed
 from .checkpoint import CHECKPOINT
 from .fitting import check_fits, check_variance, check_width, checkpoint_bytes
+from .graphed_steps import GraphedSteps
 from .initial_weights import begin_with, check_initial
 from .precision import forward_in, settled, step_in
 from .resuming import load, save, saved
@@ -54,6 +55,7 @@ class TrainingRun:
         sae, optimizer: what is trained, and by what.
         config: `train_config` with the precision that "auto" stands for here.
         metrics: the lines of metrics.jsonl so far.
+        graphed: what takes whole steps as one, where that was asked for.
         log: where the lines of metrics go besides; open once the steps have begun, and closed by the caller.
         step: steps done, those before a resumed checkpoint included.
         seconds: spent in those steps. A GPU may still work on one run while the next is timed: there only the
@@ -106,6 +108,7 @@ class TrainingRun:
             clip=train_config.clip,
             mode=train_config.adam,
             moments=getattr(torch, train_config.moments),
+            keep_rounded=True,
         )
         self._set = self.target
         self.step = 0
@@ -113,6 +116,7 @@ class TrainingRun:
         self.metrics: list[dict[str, float]] = []
         self.log: RunLog = NO_LOG
         self._log_place: tuple[LogPlace, str] | None = None
+        self.graphed: GraphedSteps | None = None
         self._losses, self._aux = LateScalars(), LateScalars()
         self._seen = self._files()
         if found is not None:
@@ -159,14 +163,16 @@ class TrainingRun:
             group["lr"] = self.config.lr_at(self.step)
         precision, device = self.config.precision, self.feed.device
         with step_in(precision, device):
-            with forward_in(precision, device):
-                out = self.sae(batch.x, batch.target, scaled=True)
-            self._losses.put(self.step, out.loss)
-            self._aux.put(self.step, out.aux)
-            self._check_losses()
-            out.loss.backward()
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+            if self.graphed is not None:
+                out = self.graphed(batch.x, batch.target)
+                self._watch(out)
+            else:
+                with forward_in(precision, device):
+                    out = self.sae(batch.x, batch.target, scaled=True)
+                self._watch(out)
+                out.loss.backward()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
         self.step += 1
         self.seconds += time.perf_counter() - start
         if self.step % self.config.log_every and self.step < self.config.steps:
@@ -291,6 +297,12 @@ class TrainingRun:
             "grad_norm": math.nan if norm is None else float(norm),
             **rule,
         }
+
+    def _watch(self, out: SampledSAEOutput) -> None:
+        """Sends the losses of this step to the host, and checks those that have arrived."""
+        self._losses.put(self.step, out.loss)
+        self._aux.put(self.step, out.aux)
+        self._check_losses()
 
     def _check_losses(self, wait: bool = False) -> None:
         intact = f"the last checkpoint in {self.folder} is intact"

@@ -42,3 +42,14 @@ def test_a_bad_loss_is_named_and_never_saved(store, tmp_path):
     with pytest.raises(FloatingPointError, match=r"^loss=inf at step 5; the last checkpoint in \S+ is intact$"):
         trainer.run(progress=False)
     assert torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["step"] == 3
+
+
+@pytest.mark.parametrize("l", [2.0, None])
+def test_steps_of_a_graph_train_the_same(store, tmp_path, l):
+    saes = []
+    for graph in (False, True):
+        trainer = Trainer(replace(SAE, l=l), TRAIN, store, tmp_path / f"run {graph}", device="cuda", graph=graph)
+        trainer.sae.memory.idle.decide_on_device()
+        saes.append(trainer.run(progress=False))
+    for (name, p), q in zip(saes[0].named_parameters(), saes[1].parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")

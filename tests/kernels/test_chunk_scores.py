@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from sampled_sae.impl.triton import products, scores
 from sampled_sae.kernels import configs
-from sampled_sae.kernels.chunk_scores import chunk_statistics
+from sampled_sae.kernels.chunk_scores import chunk_partials, chunk_statistics, write_partials_
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -148,7 +148,7 @@ def test_chunked_and_fused_scores_agree(score, dtype, device, monkeypatch):
     scale = torch.randint(1, 3, (150,), generator=make).float().to(device)
     fused = scores.column_statistics(x, W, b, score, scale)
     seen = []
-    monkeypatch.setattr(scores, "chunk_statistics", lambda *args: seen.append(args[0].shape) or chunk_statistics(*args))
+    monkeypatch.setattr(scores, "write_partials_", lambda *args: seen.append(args[0].shape) or write_partials_(*args))
     monkeypatch.setattr(configs, "LARGEST_FUSED_D", {(configs.architecture(x.device), 8 * dtype.itemsize): 19})
     monkeypatch.setattr(products, "NARROWEST", 64)
     monkeypatch.setattr(products, "WIDEST", 64)
@@ -171,3 +171,9 @@ def test_offsets_beyond_32_bits():
     """In a process of its own: an offset that wraps around ends it."""
     done = subprocess.run([sys.executable, "-c", FAR_ROWS], cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_partials_of_another_width_are_refused(device):
+    z = torch.zeros(3, 8, device=device)
+    with pytest.raises(ValueError, match=r"partials must be \[S, T, 8\]"):
+        write_partials_(z, None, None, "l2", chunk_partials(3, 9, "l2", z.device))

@@ -30,6 +30,14 @@ def test_copy(d, dtype, device):
     assert torch.equal(copy, weight.to(dtype))
 
 
+@pytest.mark.parametrize("mode", ["dense", "decayed"])
+def test_a_rate_on_the_device_is_that_number(mode, device):
+    state, grads = start(9, 20, device), gradients((9, 20, 4), 2, device)
+    rates = (0.3, torch.tensor(0.3, device=device))
+    number, on_device = (ours(state, grads, mode, **{**DECODER, "lr": lr}) for lr in rates)
+    assert all(torch.equal(a, b) for a, b in zip(number, on_device))
+
+
 @pytest.mark.parametrize("layout", ["rows apart", "unaligned", "transposed"])
 def test_strided_rows(layout, device):
     shape = (21, 20, 6)
@@ -104,6 +112,7 @@ def test_host_never_waits(mode, device):
         ({"step": torch.ones(2)}, "step must be"),
         ({"step": torch.ones(1, dtype=torch.int64)}, "step must be"),
         ({"factor": torch.ones(2)}, "factor must be"),
+        ({"lr": torch.ones((), dtype=torch.float64)}, "lr must be fp32 with one element"),
         ({"mode": "decayed"}, "last must be given"),
         ({"last": torch.zeros(4, dtype=torch.int32)}, "last must be given in mode 'decayed' and in no other"),
         ({"mode": "decayed", "last": torch.zeros(4)}, "last must be"),

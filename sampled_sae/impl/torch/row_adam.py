@@ -59,7 +59,7 @@ def row_adam_(weight: Tensor, moments: Moments, grad: Tensor, features: Tensor |
             taken[1:],
             [],
             [step.number.to(weight.device)],
-            lr=step.lr,
+            lr=float(step.lr),
             beta1=step.beta1,
             beta2=step.beta2,
             weight_decay=step.weight_decay,

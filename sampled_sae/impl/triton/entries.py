@@ -68,7 +68,7 @@ def decode_codes(
     values, *where = padded
     W_receiver = receiver(rows, "W_dec", W_dec, padded.rows)
     b_dec = None if b_dec is None else b_dec.contiguous()
-    return decode_entries(values, W_receiver, b_dec, W_dec.detach().to(dtype).contiguous(), *where)
+    return decode_entries(values, W_receiver, b_dec, rows.rounded.of("W_dec", W_dec, dtype), *where)
 
 
 def of_levels(codes: SparseCodes, groups: Sequence[int]) -> SparseCodes:

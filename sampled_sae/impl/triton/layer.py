@@ -23,6 +23,7 @@ from . import block, entries, scores
 from .block import BLOCK_FEATURES, block_codes
 from .entries import narrow, padded_codes, select_entries
 from .pool import candidate_pool
+from .reconstruction import squared_errors
 from .scores import column_scores
 from .stream import dense_products, stream_above
 
@@ -39,6 +40,7 @@ __all__ = [
     "encoder",
     "search",
     "select",
+    "squared_errors",
     "take_kept",
     "use_block",
 ]
@@ -61,13 +63,17 @@ def encoder(
     screen: str = "off",
 ) -> Encoder:
     """What this step computes with: x - b_dec rounded once, and W, in the dtype of the products; biases in fp32."""
-    dtype = product_dtype(x)
-    centred = x.detach() if b_dec is None else x.detach().float() - b_dec.detach().float()
+    dtype, x_alone = product_dtype(x), x.detach()
+    if b_dec is None:
+        centred = x_alone.to(dtype).contiguous()
+    else:  # rounded as it is written, in one pass
+        centred = torch.sub(x_alone, b_dec.detach(), out=x_alone.new_empty(x.shape, dtype=dtype))
+    rows = rows if rows is not None else RowSource()
     # weights of fewer bits than the activations are raised chunk by chunk
-    weights = (W.detach() if W.dtype.itemsize < dtype.itemsize else W.detach().to(dtype)).contiguous()
+    weights = rows.rounded.of("W_enc", W, dtype if W.dtype.itemsize >= dtype.itemsize else W.dtype)
     scales = None if scale is None else scale.detach().float().contiguous()
-    operands = Operands(centred.to(dtype).contiguous(), weights, b.detach().float().contiguous(), scales)
-    return Encoder(x, W, b, b_dec, scale, rows if rows is not None else RowSource(), operands)
+    operands = Operands(centred, weights, b.detach().float().contiguous(), scales)
+    return Encoder(x, W, b, b_dec, scale, rows, operands)
 
 
 def column_bounds(operands: Operands, score: str) -> None:

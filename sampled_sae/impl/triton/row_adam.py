@@ -42,6 +42,7 @@ def row_adam_(weight: Tensor, moments: Moments, grad: Tensor, features: Tensor |
         last=moments.last,
         project=step.project,
         renormalize=step.renormalize,
+        copy=step.copy,
         seed=step.seed,
     )
 

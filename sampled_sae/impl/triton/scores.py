@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...kernels.arguments import check_encoder
-from ...kernels.chunk_scores import chunk_statistics
-from ...kernels.column_scores import STATISTICS, statistics_of
+from ...kernels.chunk_scores import chunk_partials, folded, write_partials_
+from ...kernels.column_scores import STATISTICS
 from ...kernels.column_scores import column_statistics as fused_statistics
 from ...kernels.configs import architecture, largest_fused_d
 from ...support.float32_products import tf32_allowed
@@ -46,7 +46,7 @@ def chunked_statistics(operands: Operands, score: str) -> Tensor:
     """The same, by cuBLAS's product of one chunk of features after another and one pass over each."""
     x, W, b, scale, *_ = operands
     check_encoder(x, W, b, scale)
-    statistics = torch.empty(statistics_of(score), W.shape[0], dtype=torch.float32, device=x.device)
+    partials = chunk_partials(operands.n_tokens, operands.n_features, score, x.device)
     for chunk in encoder_chunks(operands):
-        statistics[:, chunk.at] = chunk_statistics(chunk.z, chunk.b, chunk.scale, score)
-    return statistics
+        write_partials_(chunk.z, chunk.b, chunk.scale, score, partials[:, :, chunk.at])
+    return folded(partials)
