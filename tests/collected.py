@@ -13,7 +13,8 @@ ELSEWHERE = {"PYTHONHASHSEED": "1", "TZ": "Asia/Kathmandu", "LC_ALL": "C", "PYTH
 
 def collected_elsewhere(folder: str) -> list[str]:
     """The names of all tests in a folder of the repository, slow ones too."""
-    environment = {name: value for name, value in os.environ.items() if name != "HOME" and "XDIST" not in name}
+    left_out = ("HOME", "PYTEST_ADDOPTS")
+    environment = {name: value for name, value in os.environ.items() if name not in left_out and "XDIST" not in name}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "", "-p", "another_day"]
     command += ["-p", "no:cacheprovider", "-p", "no:xdist", folder]

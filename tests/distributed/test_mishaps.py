@@ -136,7 +136,7 @@ def test_another_layout_goes_on_to_rounding(store, whole, begun, tmp_path, size,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", [[], ["--pool-every", "5", "--adam", "decayed", "--moments", "bfloat16"]])
+@pytest.mark.parametrize("rule", [[], ["--l", "4", "--pool-every", "5", "--adam", "decayed", "--moments", "bfloat16"]])
 def test_two_processes_go_on_with_the_checkpoint_of_one(store, tmp_path, monkeypatch, rule):
     argv = ["train", str(store), str(tmp_path / "run"), *OPTIONS, *rule]
     with monkeypatch.context() as patch:
