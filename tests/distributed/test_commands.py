@@ -135,7 +135,19 @@ def test_feature_shards_need_processes(store, tmp_path, capsys):
 KINDS = {
     "transcoder": ["{store}", "--targets", "{targets}", "--skip", "--l", "none"],
     "fixed set": ["{store}", "--inference", "pool", "--inference-pool", "24", "--screen", "bf16"],
-    "own tensor": ["{npy}", "--holdout", "100", "--l", "4", "--k-start", "6", "--l-start", "20", "--schedule-steps", "5"],
+    "own tensor": [
+        "{npy}",
+        "--holdout",
+        "100",
+        "--l",
+        "4",
+        "--k-start",
+        "6",
+        "--l-start",
+        "20",
+        "--schedule-steps",
+        "5",
+    ],
     "started": ["{store}", "--init-from", "{sae}", "--groups", "16,40"],
 }
 
