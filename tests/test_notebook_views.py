@@ -44,7 +44,7 @@ def test_codes_of_a_step_with_gradients(impl):
 
 
 CONFIGS = [
-    (SampledSAEConfig(d_in=3, d_sae=8, k=2, l=None), ["l"]),
+    (SampledSAEConfig(d_in=3, d_sae=8, k=2, l=3), ["l"]),
     (InferenceConfig(d_in=3, d_sae=8, rule="topk", k=2), ["k"]),
     (TrainConfig(steps=7), ["steps"]),
 ]
