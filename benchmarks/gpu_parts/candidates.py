@@ -6,8 +6,14 @@ import triton
 
 from sampled_sae.kernels.configs import INTERPRETED
 
-# what has to stay, by the name of what chooses the configuration: the length of a row, and the order of tiles
-FIXED = {"rows_config": {"BP"}, "row_adam_config": {"BD"}, "column_scores_config": {"GROUP"}}
+# what has to stay, by the name of what chooses the configuration: the length of a row, the order of tiles,
+# the bits of a word
+FIXED = {
+    "rows_config": {"BP"},
+    "row_adam_config": {"BD"},
+    "column_scores_config": {"GROUP"},
+    "chunk_filter_config": {"BT"},
+}
 # those whose loads are pipelined
 STAGED = ("column_scores_config",)
 MOST_WARPS = 32
