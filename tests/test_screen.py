@@ -91,6 +91,15 @@ def test_the_entry_bound_is_needed(share, found, monkeypatch):
     assert len(looking.settle(just_below[None]).values) == found
 
 
+def test_what_is_seen_below_its_bound_is_computed_too():
+    """Its bound is rounded to the nearest number of bfloat16, here down to 307200, below the activation beside it."""
+    x, W, b = torch.tensor([[440.0]]), torch.zeros(64, 1), torch.zeros(64)
+    W[5], b[5], W[9], b[9] = 700, -669, 698, 463
+    encoder, hints = TORCH.encoder(x, W, b, screen="bf16"), ThresholdHints()
+    for _ in range(2):  # without a hint, then with one
+        assert TORCH.select(encoder, None, Rule(1, "token"), hints).features.tolist() == [9]
+
+
 @pytest.mark.parametrize(("share", "holds"), [(1.0, True), (0.9, False)])
 def test_the_column_bound_is_needed(share, holds, monkeypatch):
     x, W, b = torch.tensor([[1.0, 2.0**-8]]), torch.zeros(64, 2), torch.zeros(64)

@@ -55,7 +55,8 @@ class Search(ABC):
             upper, tokens, features = filter_chunk(bits, token, span.start, bits_of(floor))
             if len(upper) <= MOST_SCREENED * n_seen:
                 block.screen.looks.see_entries(n_seen, 0)
-                return Entries(upper.view(torch.bfloat16).float(), tokens, features)
+                # the product was rounded to the nearest: what it bounds is below the next number
+                return Entries((upper + 1).view(torch.bfloat16).float(), tokens, features)
         block.screen.looks.see_entries(n_seen, n_seen)
         self.screening = False
         return None
