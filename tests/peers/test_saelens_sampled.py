@@ -89,7 +89,7 @@ def test_triton_form(changes):
 @pytest.mark.parametrize("l", [1.0, 4.0, 64.0, None])
 @pytest.mark.parametrize("n_dead", [None, 4096])
 def test_no_dense_codes(l, n_dead):
-    n, n_features = 1024, 4096
+    n, n_features = 1024, 8192  # [B, F] is far larger than a chunk of 2M elements in bfloat16
     sae = make("float32", d_in=8, d_sae=n_features, l=l)
     with Largest() as found:
         for number in range(2):

@@ -130,7 +130,7 @@ def test_autocast_is_no_worse_than_saelens(kind):
 @pytest.mark.parametrize("n_dead", [None, 20, 600, 4096])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_dense_codes(kind, n_dead):
-    n, d, n_features = 1024, 8, 4096  # [B, F] is far larger than [F, d] and the buffer of 1M elements
+    n, d, n_features = 1024, 8, 8192  # [B, F] is far larger than [F, d] and the buffer of 1M elements, 2M in bfloat16
     cls, config, settings = KINDS[kind]
     if "matryoshka_widths" in settings:
         settings = {**settings, "matryoshka_widths": [512, 2048, n_features]}
