@@ -18,6 +18,7 @@ class Library(Candidate):
 
     def __init__(self, setup: Setup, weights: Weights, library: str, with_us: bool) -> None:
         torch.manual_seed(0)
+        self.setup = setup
         self.batches: SimpleQueue[Tensor] = SimpleQueue()
         self.answers: SimpleQueue[Exception | None] = SimpleQueue()
         self.library = import_module(f"benchmarks.peers.{library}").Library(setup, weights, with_us=with_us)

@@ -177,7 +177,7 @@ def test_saebenchs_core_evaluation_runs_and_agrees(rule, model, tokens, tmp_path
 
 def test_saebenchs_meta_structure_evaluation_runs():
     config = MetaStructureEvalConfig(train_steps=20, train_batch_size=64, autocast=False)
-    result = meta_structure.run_eval_single_sae("ours", "custom", standardized(wrapped(trained())), config, "cpu")
+    result = meta_structure.run_eval_single_sae("ours", "custom", standardized(wrapped(trained(l=4))), config, "cpu")
     explained = result.eval_result_metrics.meta_structure.decoder_fraction_variance_explained
     assert explained < 1
     assert result.sae_cfg_dict["architecture"] == "sampled_sae"
