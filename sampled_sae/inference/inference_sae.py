@@ -28,7 +28,7 @@ from .token_norms import NormedTokens, norm_tokens
 # dense codes with a smaller share of active entries are decoded entry by entry
 FEW_ACTIVE = 1 / 32
 # elements of activations that are copied at once for a search, in float32
-COPIED = 3 << 18
+COPIED = 1 << 22
 
 
 @dataclass

@@ -31,8 +31,8 @@ from .screen_entries import seen_above
 from .search import MOST_SCREENED, in_order, join, take
 
 # elements of tokens, of weights and of their product, at once
-TOKEN_ELEMENTS = 1 << 20
-WEIGHT_ELEMENTS = 1 << 20
+TOKEN_ELEMENTS = 1 << 22
+WEIGHT_ELEMENTS = 1 << 22
 CHUNK_ELEMENTS = 1 << 20
 # a rule that lets more than this share of a batch through gets whole rows
 MOST_LISTED = 1 / 64
