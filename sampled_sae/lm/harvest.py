@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sampled_sae.lm.finite_rows import check_finite_rows
 from sampled_sae.lm.harvest_files import check_kind, checked_settings, write_stores
 from sampled_sae.lm.models import device_of
 from sampled_sae.residual_stream.blocks import check_layer
@@ -116,11 +117,5 @@ def residual_batches(
         with torch.inference_mode(), autocast, capture(model, settings["layer"]) as captured:
             model(input_ids=batch, use_cache=False)
         x = captured.value.float()
-        finite = x.isfinite().all(dim=-1).all(dim=-1)  # [b]
-        if not finite.all():
-            bad = [first_row + start + int(row) for row in (~finite).nonzero()]
-            raise ValueError(
-                f"activations of layer {settings['layer']} are not finite (NaN or inf) in rows {bad}: "
-                "load the model in another dtype, or leave these rows out"
-            )
+        check_finite_rows(x, f"of layer {settings['layer']}", first_row + start)
         yield batch, x

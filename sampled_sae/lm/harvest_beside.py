@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sampled_sae.lm.finite_rows import check_finite_rows
 from sampled_sae.lm.harvest_files import check_kind, check_resumes, checked_settings, write_stores
 from sampled_sae.lm.harvest_points import OPTIONS
 from sampled_sae.lm.models import device_of
@@ -134,11 +135,5 @@ def layer_batches(
         if len(widths := {x.shape[-1] for x in found}) > 1:
             raise ValueError(f"models: of widths {sorted(widths)}; a crosscoder reads layers of one width")
         for (_, layer), x in zip(places, found):
-            finite = x.isfinite().flatten(1).all(1)
-            if not finite.all():
-                bad = [first_row + start + int(row) for row in (~finite).nonzero()]
-                raise ValueError(
-                    f"activations of layer {layer} are not finite (NaN or inf) in rows {bad}: load the model in "
-                    "another dtype, or leave these rows out"
-                )
+            check_finite_rows(x, f"of layer {layer}", first_row + start)
         yield batch.to(device), [x.to(device).float() for x in found]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sampled_sae.lm.finite_rows import check_finite_rows
 from sampled_sae.lm.harvest_files import check_kind, check_resumes, checked_settings, write_stores
 from sampled_sae.lm.models import device_of
 from sampled_sae.residual_stream.hook_points import HookPoint, capture_points, check_points, mlp_points
@@ -113,11 +114,5 @@ def point_batches(
         with torch.inference_mode(), capture_points(model, points) as found:
             model(input_ids=batch, use_cache=False)
         for point, x in zip(points, found):
-            finite = x.isfinite().flatten(1).all(1)
-            if not finite.all():
-                bad = [first_row + start + int(row) for row in (~finite).nonzero()]
-                raise ValueError(
-                    f"activations at {point} are not finite (NaN or inf) in rows {bad}: load the model in another "
-                    "dtype, or leave these rows out"
-                )
+            check_finite_rows(x, f"at {point}", first_row + start)
         yield batch, [x.to(batch.device).float() for x in found]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sampled_sae.lm.dropped import check_drop_tokens, dropped
+from sampled_sae.lm.finite_rows import check_finite_rows
 from sampled_sae.lm.models import check_rows, device_of, name_of, weights_digest
 from sampled_sae.lm.point_splice import PointSplice
 from sampled_sae.lm.rows import RowReader
@@ -59,6 +60,7 @@ class ModelSource:
         drop_tokens: Iterable[int] | None = None,
         max_norm_ratio: float = 10.0,
     ) -> None:
+        self._place: dict[str, Any] = {"epoch": 0, "tokens": 0, "row": 0, "max_norms": None}
         self._layers = check_places(model, layers)
         self._points = [layer_point(model, each) if isinstance(each, int) else each for each in self._layers]
         self._model, self._rows = model.eval(), rows
@@ -74,7 +76,6 @@ class ModelSource:
         if any(isinstance(each, HookPoint) for each in self._layers):
             check_points(model, self._points, probe.to(device_of(model)))
         self.widths = [x.shape[-1] for x in self._run(probe)]
-        self._place: dict[str, Any] = {"epoch": 0, "tokens": 0, "row": 0, "max_norms": None}
 
     @property
     def about(self) -> list[dict[str, Any]]:
@@ -184,13 +185,7 @@ class ModelSource:
             with torch.inference_mode(), capture_points(self._model, self._points) as found:
                 self._model(input_ids=given, use_cache=False)
         for layer, x in zip(self._layers, found):
-            finite = x.isfinite().all(dim=-1).all(dim=-1)
-            if not finite.all():
-                bad = [self._place["row"] + int(row) for row in (~finite).nonzero()]
-                raise ValueError(
-                    f"activations of {_in_words(layer)} are not finite (NaN or inf) in rows {bad} of {self._source}: "
-                    "load the model in another dtype, or leave these texts out"
-                )
+            check_finite_rows(x, f"of {_in_words(layer)}", self._place["row"], self._source)
         return [x.float() for x in found]
 
     def _staying(self, rows: Tensor, found: list[Tensor]) -> list[Tensor]:

@@ -50,8 +50,7 @@ def page(title: str, body: str, scripts: Sequence[str], data: Any, parts: Iterab
 <style>{style}</style>
 </head>
 <body>
-{asset(body)}
-<script type="application/json" id="data">{in_html(data)}</script>
+{asset(body)}{asset("help.html")}<script type="application/json" id="data">{in_html(data)}</script>
 <script>{script}</script>
 {packed}
 </body>

@@ -70,6 +70,19 @@ def opened(width=1280, height=800):
         browser.quit()
 
 
+@contextmanager
+def fresh(browser, address, ready="return true"):
+    """The page in the light theme, once the script `ready` says so; nothing may be logged or run of what it shows."""
+    browser.get("about:blank")
+    browser.get(address)
+    until(browser, ready)
+    browser.execute_script("setTheme('light')")
+    yield browser
+    assert logged(browser) == []
+    assert browser.title != "hacked"
+    assert browser.execute_script("return document.querySelectorAll('img').length") == 0
+
+
 def until(browser, script, *arguments):
     """Waits for a script to return something true, and returns it."""
     from selenium.webdriver.support.ui import WebDriverWait

@@ -1,7 +1,7 @@
 """The pages as a person uses them, in a headless Chromium; skipped where there is none."""
 
 import pytest
-from browser import CONTRASTS, LEAST_CONTRAST, keys, logged, type_search, until
+from browser import CONTRASTS, LEAST_CONTRAST, fresh, keys, type_search, until
 from page_makers import HOSTILE, N_FEATURES, command
 
 from sampled_sae.support.atomic_files import write_json
@@ -19,14 +19,8 @@ def address(root):
 
 @pytest.fixture
 def page(browser, address):
-    """The page, freshly opened in the light theme; nothing may have been logged at the end."""
-    browser.get("about:blank")
-    browser.get(address)
-    until(browser, HEADING)
-    browser.execute_script("setTheme('light')")
-    yield browser
-    assert logged(browser) == []
-    assert browser.title != "hacked"
+    with fresh(browser, address, HEADING) as page:
+        yield page
 
 
 def heading(browser, expected):
@@ -190,13 +184,8 @@ def runs_address(tmp_path_factory):
 
 @pytest.fixture
 def runs(browser, runs_address):
-    browser.get("about:blank")
-    browser.get(runs_address)
-    browser.execute_script("setTheme('light')")
-    yield browser
-    assert logged(browser) == []
-    assert browser.title != "hacked"
-    assert browser.execute_script("return document.querySelectorAll('img').length") == 0
+    with fresh(browser, runs_address) as page:
+        yield page
 
 
 def test_lines_are_means_over_seeds_and_can_be_switched_off(runs):

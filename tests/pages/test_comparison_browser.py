@@ -1,7 +1,7 @@
 """The page of two SAEs as a person uses it, in a headless Chromium; skipped where there is none."""
 
 import pytest
-from browser import CONTRASTS, LEAST_CONTRAST, keys, logged, type_search, until
+from browser import CONTRASTS, LEAST_CONTRAST, fresh, keys, type_search, until
 from page_makers import HOSTILE, N_FEATURES
 
 from sampled_sae.pages.comparison_page import comparison_page
@@ -20,14 +20,8 @@ def address(found, looked):
 
 @pytest.fixture
 def page(browser, address):
-    """The page, freshly opened in the light theme; nothing may have been logged at the end."""
-    browser.get("about:blank")
-    browser.get(address)
-    browser.execute_script("setTheme('light')")
-    yield browser
-    assert logged(browser) == []
-    assert browser.title != "hacked"
-    assert browser.execute_script("return document.querySelectorAll('img').length") == 0
+    with fresh(browser, address) as page:
+        yield page
 
 
 def counts(page):

@@ -190,11 +190,7 @@ class SampledDictionary(Dictionary):
             ValueError: a missing, truncated or foreign file, or one of another k.
         """
         tensors = read_weights(Path(path))
-        held = int(tensors["k"]) if "k" in tensors else k
-        if held is None:
-            raise ValueError(f"k=None: {path} does not hold k, so it must be given")
-        if k is not None and k != held:
-            raise ValueError(f"k={k!r}: {path} holds k={held}")
+        held = held_k(path, tensors, k)
         dict_size, activation_dim = tensors["encoder.weight"].shape
         dictionary = cls(activation_dim, dict_size, held, device, **kwargs)
         dictionary.load_state_dict(tensors)
@@ -262,6 +258,20 @@ class AutoEncoderTopK(SampledDictionary):
         activations = self._activations(x)
         values, features = activations.topk(int(self.k), dim=-1, sorted=False)
         return f, values, features, activations
+
+
+def held_k(path: str | os.PathLike[str], tensors: dict[str, Tensor], k: int | None) -> int:
+    """The k of a file's tensors, or where it holds none the one that is given.
+
+    Raises:
+        ValueError: neither, or another than that of the file.
+    """
+    held = int(tensors["k"]) if "k" in tensors else k
+    if held is None:
+        raise ValueError(f"k=None: {path} does not hold k, so it must be given")
+    if k is not None and k != held:
+        raise ValueError(f"k={k!r}: {path} holds k={held}")
+    return held
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

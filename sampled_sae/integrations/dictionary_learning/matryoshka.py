@@ -16,7 +16,7 @@ from ...codes import SparseCodes
 from ...formats.dictionary_learning import as_linear, groups_of, read_state
 from ...impl.levels import LevelErrors
 from ...support.argument_checks import check_integer, check_number, describe
-from .dictionaries import BatchTopKSAE, Names, SampledDictionary
+from .dictionaries import BatchTopKSAE, Names, SampledDictionary, held_k
 from .linear_view import write
 from .row_trainer import RowTrainer
 from .step import StepInputs
@@ -113,11 +113,7 @@ class MatryoshkaBatchTopKSAE(BatchTopKSAE):
         d_in, d_sae = weight.shape
         groups = groups_of(path, tensors, d_sae)
         as_linear(path, tensors, d_in, d_sae)
-        held = int(tensors["k"]) if "k" in tensors else k
-        if held is None:
-            raise ValueError(f"k=None: {path} does not hold k, so it must be given")
-        if k is not None and k != held:
-            raise ValueError(f"k={k!r}: {path} holds k={held}")
+        held = held_k(path, tensors, k)
         sizes = [end - start for start, end in zip([0, *groups], groups)]
         dictionary = cls(d_in, d_sae, held, sizes, device, **kwargs)
         dictionary.load_state_dict(tensors)

@@ -82,7 +82,10 @@ function switchTheme() {
 }
 
 /** `keys`: key -> what to do. A key that goes into a field, or that comes with Ctrl or Alt, is left alone. */
-function listen(keys) {
+/** Keys of a page to what they do, beside t and ?; explained: [key, words] of each for the dialog. */
+function listen(explained, own) {
+  const keys = { "?": () => byId("help").showModal(), t: switchTheme, ...own };
+  byId("help").querySelector("h2").after(pairs([...explained, ["t", "light or dark"], ["?", "these keys"]]));
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.altKey || event.metaKey) return;
     const typing = event.target.matches("input, select, textarea");

@@ -168,10 +168,13 @@ byId("shared").checked = wanted.get("shared") === "1";
 const paired = pairTable(), alone = [aloneTable(0), aloneTable(1)];
 byId("search").addEventListener("input", search);
 byId("shared").addEventListener("change", search);
-listen({
+const KEYS = [
+  ["/", "search"],
+  ["Esc", "leave the search"],
+  ["s", "pairs of one feature alone, or all"],
+];
+listen(KEYS, {
   "/": () => byId("search").focus(),
-  "?": () => byId("help").showModal(),
-  t: switchTheme,
   s: () => byId("shared").click(),
   Escape: (event) => (event.target === byId("search") ? byId("search").blur() : false),
 });

@@ -103,10 +103,14 @@ function step(by) {
 byId("title").textContent = data.name;
 byId("search").addEventListener("input", search);
 byId("full").addEventListener("change", search);
-listen({
+const KEYS = [
+  ["/", "search"],
+  ["Enter", "open what was searched for"],
+  ["j, k or arrows", "next and previous feature of the table"],
+  ["Esc", "back to the overview"],
+];
+listen(KEYS, {
   "/": () => byId("search").focus(),
-  "?": () => byId("help").showModal(),
-  t: switchTheme,
   j: () => step(1),
   k: () => step(-1),
   ArrowDown: (event) => (event.target.closest("#view") ? false : step(1)),

@@ -111,9 +111,11 @@ for (const name of seriesNames) {
   byId("series").append(el("label", {}, box, " ", swatch, name));
 }
 if (Object.keys(data.about).length) byId("about").append(el("h2", {}, "Settings of all"), pairs(Object.entries(data.about)));
-listen({
-  "?": () => byId("help").showModal(),
-  t: switchTheme,
+const KEYS = [
+  ["j, k", "next and previous metric"],
+  ["a", "all runs on"],
+];
+listen(KEYS, {
   j: () => nextMetric(1),
   k: () => nextMetric(-1),
   a: () => {
