@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import drop_in, equal_time, family, inference, precision, quality, scale
+from benchmarks import drop_in, equal_time, family, inference, pages, precision, quality, scale
 from benchmarks.measure import RESULTS, ROOT
 from benchmarks.operations.race import COLUMNS
 from benchmarks.record import markdown, with_caption
@@ -43,6 +43,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "equal_time": equal_time.markdown_table,
     "family_training": family.markdown_table,
     "scale": scale.markdown_table,
+    "pages": pages.markdown_table,
     "inference": inference.markdown_table,
     "kernels": lambda result: markdown(COLUMNS, result["rows"]),
 }

@@ -16,7 +16,7 @@ from sampled_sae.lm.splice import checked_reconstruction, next_token_loss, recov
 from sampled_sae.residual_stream.hook_points import HookPoint, check_points, layer_point, mlp_points, replaced_point
 from sampled_sae.support.argument_checks import check_integer
 from sampled_sae.training.evaluation import Reconstruction, reconstruct_with
-from sampled_sae.training.same_settings import identity, in_words, is_same_model
+from sampled_sae.training.same_settings import check_harvested_model, identity, in_words
 
 Transcode = Callable[[Tensor], Tensor]
 
@@ -105,11 +105,8 @@ class PointSplice:
             if about.get("point") is None and about.get("layer") is None:
                 raise ValueError(f"manifest is of {in_words(harvested)}, that no harvest wrote: nothing to splice")
             points.append(HookPoint.parse(about["point"]) if about.get("point") else layer_point(model, about["layer"]))
-        if not insist and not is_same_model(harvested, own):
-            raise ValueError(
-                f"manifest is of {in_words(harvested)}, but the model gives {in_words({**harvested, **own})}; take the "
-                "model that was harvested, in the same dtype, or insist=True"
-            )
+        if not insist:
+            check_harvested_model(harvested, own)
         return cls(
             model,
             rows,

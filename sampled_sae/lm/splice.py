@@ -18,7 +18,7 @@ from sampled_sae.residual_stream.blocks import check_layer, text_config, transfo
 from sampled_sae.residual_stream.hooks import replace
 from sampled_sae.support.all_ranks import own_part, ranks_of
 from sampled_sae.support.argument_checks import check_integer, check_positive
-from sampled_sae.training.same_settings import identity, in_words, is_same_model
+from sampled_sae.training.same_settings import check_harvested_model, identity, in_words
 
 Reconstruct = Callable[[Tensor], Tensor]
 _LOGIT_BYTES = 1 << 28  # float32 logits held at a time
@@ -133,12 +133,8 @@ class SpliceEvaluator:
             )
         if harvested["layer"] is None:
             raise ValueError(f"manifest is of {in_words(harvested)}, that no harvest wrote: there is nothing to splice")
-        if not insist and harvested["weights_sha256"] and not is_same_model(harvested, own):
-            own["layer"] = harvested["layer"]
-            raise ValueError(
-                f"manifest is of {in_words(harvested)}, but the model gives {in_words(own)}; take the model that was "
-                "harvested, in the same dtype, or insist=True"
-            )
+        if not insist:
+            check_harvested_model(harvested, own)
         settings = manifest["settings"]
         return cls(
             model,

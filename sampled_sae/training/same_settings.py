@@ -54,6 +54,15 @@ def is_same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return bool(one.get(name) == other.get(name))
 
 
+def check_harvested_model(harvested: dict[str, Any], model: dict[str, Any]) -> None:
+    """ValueError where activations with a fingerprint of their model are of another than this one, by identities."""
+    if harvested.get("weights_sha256") and not is_same_model(harvested, model):
+        raise ValueError(
+            f"manifest is of {in_words(harvested)}, but the model gives {in_words({**harvested, **model})}; take the "
+            "model that was harvested, in the same dtype, or insist=True"
+        )
+
+
 def is_same_kind(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether activations are of the same model and layer or, where neither has a model, of the same source."""
     if one.get("model") is None and other.get("model") is None:
