@@ -23,7 +23,8 @@ def store(tmp_path_factory):
             pytest.skip(f"the model and its texts need {package}")
     rows = token_rows(load_texts("wiki-en", limit=400), load_tokenizer("smollm2-135m"), context=256, limit=40)
     folder = tmp_path_factory.mktemp("real")
-    harvest(load_model("smollm2-135m"), rows, 15, folder, progress=False)
+    model, _ = load_model("smollm2-135m")
+    harvest(model, rows, 15, folder, progress=False)
     return ActivationStore.open(folder)
 
 
