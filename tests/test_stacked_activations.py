@@ -210,7 +210,7 @@ def test_by_command(tmp_path, capsys):
         (["evaluate", run, first], "layers=3, but .* has 1; --beside names"),
         (["evaluate", run, first, "--beside", others[0]], "layers=3, but .* has 2"),
         (["evaluate", run, others[0], "--beside", first, others[1]], "was trained on layer 0, 1, 2 of made"),
-        (["evaluate", run, first, "--beside", *others, "--splice-rows", "2"], "--splice-rows 2: is of one layer"),
+        (["evaluate", run, first, "--beside", *others, "--splice-rows", "2"], "has no token rows"),
         (["train", first, run + "x", "--beside", *others, "--targets", first, *small], "--beside .*of a crosscoder"),
     ):
         assert main(argv) == 1, argv

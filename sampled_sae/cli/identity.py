@@ -101,10 +101,6 @@ def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource 
     Raises:
         ValueError: more rows than are held out, no text, a model other than the one that was harvested.
     """
-    if store.layers > 1:
-        if args.splice_rows:
-            raise ValueError(f"--splice-rows {args.splice_rows}: is of one layer, {store.where} has {store.layers}")
-        return None
     there = (store.manifest.get("holdout") or {}).get("rows") or 0
     count = min(SPLICE_ROWS, there) if args.splice_rows is None else args.splice_rows
     if count == 0 and args.splice_rows is None and args.model is not None:
@@ -114,13 +110,13 @@ def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource 
     if store.has_text and not 0 <= count <= there:
         raise ValueError(f"--splice-rows {count}: must be from 0 to {there}, the held-out rows in {store.where}")
     rows = store.holdout_rows()[:count]
-    harvested, target = identity(store.manifest), store.manifest.get("target")
-    if target is not None and not (target["model"] and is_same_model(target, harvested)):
-        said = f"{store.where}: the targets are of {in_words(target)}, so that no model gives both"
+    if (said := _of_several_models(store)) is not None:
         if args.splice_rows is not None:
             raise ValueError(f"--splice-rows {count}: {said}")
         print(f"No loss recovered: {said}", file=sys.stderr)
         return None
+    # one model may have given layers side by side under two names
+    harvested = {**identity(store.manifest), "model": _parts(store)[0]["model"]}
     name = args.model or harvested["model"]
     if not name:
         raise ValueError(f"{store.where}: does not name the language model it was harvested from; give its --model")
@@ -130,17 +126,36 @@ def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource 
         return None
 
     def load() -> Splice:
-        from ..lm import PointSplice, SpliceEvaluator, weights_digest
+        from ..lm import LayersSplice, PointSplice, SpliceEvaluator, weights_digest
 
         model = loaded_model(name, args)
         if not args.insist:
             check_model({"model": name, "weights_sha256": weights_digest(model)}, harvested, store.where)
+        if store.layers > 1:
+            return LayersSplice.of_harvest(model, rows, store.manifest, insist=True).evaluate
         if store.d_out is not None or harvested.get("point"):
             return PointSplice.of_harvest(model, rows, store.manifest, insist=True).evaluate
         return SpliceEvaluator.of_harvest(model, rows, store.manifest, insist=True, mesh=args.ranks.mesh).evaluate
 
     # Without --insist the weights are those that were harvested, under whatever name.
     return SpliceSource({"model": name if args.insist else harvested["model"], "rows": count}, load)
+
+
+def _parts(store: Activations) -> list[dict[str, Any]]:
+    """The identities of what stands side by side in the activations: a pair's two, or each layer's."""
+    target = store.manifest.get("target")
+    of_pair = [identity(store.manifest), *([] if target is None else [target])]
+    return list(store.manifest.get("layers") or of_pair)
+
+
+def _of_several_models(store: Activations) -> str | None:
+    """Why no single model gives the activations; None where one does, or where they are of one place."""
+    first, *others = _parts(store)
+    for other in others:
+        if not (other["model"] and is_same_model(other, first)):
+            which = "the targets are" if store.layers == 1 else f"beside {in_words(first)} one is"
+            return f"{store.where}: {which} of {in_words(other)}, so that no model gives both"
+    return None
 
 
 def _has_loss(name: str, args: argparse.Namespace, count: int) -> bool:

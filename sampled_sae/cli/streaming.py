@@ -130,12 +130,10 @@ def evaluate_streamed(
     held_out, rows = part.holdout()
     count = min(SPLICE_ROWS, len(rows)) if args.splice_rows is None else args.splice_rows
     splice = None
-    if count and part.layers > 1:
-        if args.splice_rows is not None:
-            raise ValueError(f"--splice-rows {args.splice_rows}: is of one layer, {part.where} has {part.layers}")
-    elif count:
+    if count:
+        source: Any = part.blocks.source
         try:
-            splice = part.blocks.source.splice(part.indices, rows[:count]).evaluate  # type: ignore[attr-defined]
+            splice = source.splice(part.indices, rows[:count], beside=part.layers > 1).evaluate
         except ValueError as error:  # an encoder, which predicts no next token
             if args.splice_rows is not None:
                 raise

@@ -8,6 +8,7 @@ from sampled_sae.lm.dropped import special_tokens
 from sampled_sae.lm.harvest import harvest
 from sampled_sae.lm.harvest_beside import harvest_beside
 from sampled_sae.lm.harvest_points import harvest_mlp, harvest_pair
+from sampled_sae.lm.layers_splice import LayersSplice
 from sampled_sae.lm.model_rows import ModelRows
 from sampled_sae.lm.model_source import ModelSource
 from sampled_sae.lm.models import load_model, weights_digest
@@ -22,6 +23,7 @@ from sampled_sae.residual_stream.hooks import capture, replace
 __all__ = [
     "BUNDLED_MODELS",
     "HookPoint",
+    "LayersSplice",
     "ModelRows",
     "ModelSource",
     "PointSplice",

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from sampled_sae.lm.dropped import check_drop_tokens, dropped
 from sampled_sae.lm.finite_rows import check_finite_rows
+from sampled_sae.lm.layers_splice import LayersSplice
 from sampled_sae.lm.models import check_rows, device_of, name_of, weights_digest
 from sampled_sae.lm.point_splice import PointSplice
 from sampled_sae.lm.rows import RowReader
 from sampled_sae.lm.splice import SpliceEvaluator
-from sampled_sae.residual_stream.blocks import check_layer
-from sampled_sae.residual_stream.hook_points import HookPoint, capture_points, check_points, layer_point
+from sampled_sae.residual_stream.hook_points import HookPoint, capture_points, check_places, check_points, points_of
 from sampled_sae.residual_stream.several_layers import capture_layers
 from sampled_sae.support.argument_checks import check_flag, check_integer, check_number
 from sampled_sae.support.atomic_files import field
@@ -62,7 +62,7 @@ class ModelSource:
     ) -> None:
         self._place: dict[str, Any] = {"epoch": 0, "tokens": 0, "row": 0, "max_norms": None}
         self._layers = check_places(model, layers)
-        self._points = [layer_point(model, each) if isinstance(each, int) else each for each in self._layers]
+        self._points = points_of(model, self._layers)
         self._model, self._rows = model.eval(), rows
         self._batch_size = check_integer("batch_size", batch_size, 1)
         self._holdout_rows = check_integer("holdout_rows", holdout_rows, 0)
@@ -139,11 +139,16 @@ class ModelSource:
                 part.append(x)
         return [torch.cat(part) for part in kept], rows
 
-    def splice(self, places: Sequence[int], rows: Tensor) -> SpliceEvaluator | PointSplice:
-        """What measures an SAE of one of the places, by number, or a transcoder of two, on rows of token ids."""
+    def splice(
+        self, places: Sequence[int], rows: Tensor, beside: bool = False
+    ) -> SpliceEvaluator | PointSplice | LayersSplice:
+        """What measures an SAE of one of the places, by number, a transcoder of two, or with `beside` a crosscoder of
+        all of them, on rows of token ids."""
         most = [self._place["max_norms"][i] for i in places]
         left_out: dict[str, Any] = {"drop_first": self._drop_first, "drop_tokens": self._drop_tokens}
         layer = self._layers[places[0]]
+        if beside:
+            return LayersSplice(self._model, rows, [self._layers[i] for i in places], max_norms=most, **left_out)
         if len(places) == 1 and isinstance(layer, int):
             return SpliceEvaluator(self._model, rows, layer, max_norm=most[0], **left_out)
         read, target = self._points[places[0]], self._points[places[-1]]
@@ -204,21 +209,6 @@ class ModelSource:
                 f"drop_tokens={self._drop_tokens} leaves nothing of {len(rows)} rows: drop fewer, or check the texts"
             )
         return self._ratio * float(norms.median())
-
-
-def check_places(model: Any, places: Sequence[int | HookPoint]) -> list[int | HookPoint]:
-    """Blocks as ints, other places as they are; ValueError for none, one twice, or one that the model has not."""
-    found: list[int | HookPoint] = []
-    for place in places:
-        if isinstance(place, HookPoint):
-            place.of(model)
-        else:
-            check_layer(model, place)
-        found.append(place if isinstance(place, HookPoint) else check_integer("layer", place, 0))
-    if not found or len(set(found)) < len(found):
-        given = [place if isinstance(place, int) else str(place) for place in places]
-        raise ValueError(f"layers={given}: must be one or more blocks, none twice")
-    return found
 
 
 def _about(place: int | HookPoint) -> dict[str, Any]:

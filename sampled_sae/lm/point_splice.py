@@ -11,9 +11,15 @@ from torch import Tensor
 
 from sampled_sae.lm.dropped import check_drop_tokens, dropped
 from sampled_sae.lm.harvest_points import point_batches
-from sampled_sae.lm.models import check_rows, device_of, identity_of, predicts_next_token
-from sampled_sae.lm.splice import checked_reconstruction, next_token_loss, recovered
-from sampled_sae.residual_stream.hook_points import HookPoint, check_points, layer_point, mlp_points, replaced_point
+from sampled_sae.lm.models import device_of, identity_of
+from sampled_sae.lm.splice_figures import (
+    check_has_loss,
+    check_one_place,
+    checked_reconstruction,
+    figures,
+    next_token_loss,
+)
+from sampled_sae.residual_stream.hook_points import HookPoint, check_points, mlp_points, points_of, replaced_point
 from sampled_sae.support.argument_checks import check_integer
 from sampled_sae.training.evaluation import Reconstruction, reconstruct_with
 from sampled_sae.training.same_settings import check_harvested_model, identity, in_words
@@ -58,9 +64,7 @@ class PointSplice:
         drop_tokens: Iterable[int] = (),
         batch_size: int = 4,
     ) -> None:
-        check_rows(model, rows)
-        if not predicts_next_token(model):
-            raise ValueError(f"model must predict the next token: {type(model).__name__} has no head to do it with")
+        check_has_loss(model, rows)
         self._size = check_integer("batch_size", batch_size, 1)
         self._model, self._rows, self._read, self._target = model.eval(), rows, read, target
         self._width = check_points(model, [read, target], rows[:1].to(device_of(model)))[1]
@@ -100,11 +104,8 @@ class PointSplice:
         """
         harvested, own = identity(manifest), identity_of(model)
         of_target = manifest.get("target", manifest)
-        points = []
-        for about in (manifest, of_target):
-            if about.get("point") is None and about.get("layer") is None:
-                raise ValueError(f"manifest is of {in_words(harvested)}, that no harvest wrote: nothing to splice")
-            points.append(HookPoint.parse(about["point"]) if about.get("point") else layer_point(model, about["layer"]))
+        check_one_place(manifest)
+        points = points_of(model, [harvested_place(about) for about in (manifest, of_target)])
         if not insist:
             check_harvested_model(harvested, own)
         return cls(
@@ -128,21 +129,11 @@ class PointSplice:
             ValueError: another shape, values that are not finite; an SAE where the two places differ, a transcoder
                 where they are one.
         """
-        of_transcoder = isinstance(reconstruct, Reconstruction) and reconstruct.transcodes
-        if isinstance(reconstruct, Reconstruction) and of_transcoder == (self._read == self._target):
-            needed = "an SAE" if of_transcoder else "a transcoder"
+        needed = "an SAE" if self._read == self._target else "a transcoder"
+        if isinstance(reconstruct, Reconstruction) and reconstruct.kind != needed:
             raise ValueError(f"reconstruct: from {self._read} to {self._target} goes {needed}")
         ce = self._cross_entropy(lambda x: checked_reconstruction(reconstruct(x), (len(x), self._width)))
-        return {
-            "ce_clean": self.ce_clean,
-            "ce_spliced": ce,
-            "ce_zero": self.ce_zero,
-            "ce_mean": self.ce_mean,
-            "loss_recovered_zero": recovered(self.ce_zero, ce, self.ce_clean),
-            "loss_recovered_mean": recovered(self.ce_mean, ce, self.ce_clean),
-            "predicted_tokens": self._rows[:, 1:].numel(),
-            "spliced_tokens": self.spliced_tokens,
-        }
+        return figures(self, ce, self._rows)
 
     @torch.no_grad()
     def _cross_entropy(self, fn: Transcode | None) -> float:
@@ -161,6 +152,15 @@ class PointSplice:
                 logits = self._model(input_ids=batch, use_cache=False).logits
                 total += next_token_loss(logits, batch)
         return total / self._rows[:, 1:].numel()
+
+
+def harvested_place(about: dict[str, Any]) -> int | HookPoint:
+    """The block or other place of what a manifest or an `identity` tells of; ValueError where it says none."""
+    if about.get("point"):
+        return HookPoint.parse(about["point"])
+    if about.get("layer") is None:
+        raise ValueError(f"manifest is of {in_words(about)}, that no harvest wrote: nothing to splice")
+    return int(about["layer"])
 
 
 def transcoded_cross_entropy(

@@ -10,17 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn import functional as nnf
 
 from sampled_sae.lm.dropped import check_drop_tokens, dropped
-from sampled_sae.lm.models import check_rows, device_of, identity_of, predicts_next_token
+from sampled_sae.lm.models import device_of, identity_of
+from sampled_sae.lm.splice_figures import (
+    check_has_loss,
+    check_one_place,
+    checked_reconstruction,
+    figures,
+    next_token_loss,
+)
 from sampled_sae.residual_stream.blocks import check_layer, text_config, transformer_blocks
 from sampled_sae.residual_stream.hooks import replace
 from sampled_sae.support.all_ranks import own_part, ranks_of
 from sampled_sae.support.argument_checks import check_integer, check_positive
+from sampled_sae.training.evaluation import Reconstruction
 from sampled_sae.training.same_settings import check_harvested_model, identity, in_words
 
 Reconstruct = Callable[[Tensor], Tensor]
+# which splice is for what is no SAE of one layer
+ELSEWHERE = {"a transcoder": "PointSplice", "a crosscoder": "LayersSplice"}
 _LOGIT_BYTES = 1 << 28  # float32 logits held at a time
 
 
@@ -78,9 +87,7 @@ class SpliceEvaluator:
         mean: Tensor | None = None,
     ) -> None:
         check_layer(model, layer)
-        check_rows(model, rows)
-        if not predicts_next_token(model):
-            raise ValueError(f"model must predict the next token: {type(model).__name__} has no head to do it with")
+        check_has_loss(model, rows)
         scale = check_positive("scale", scale)
         if not max_norm > 0:
             raise ValueError(f"max_norm={max_norm} must be above 0")
@@ -127,6 +134,7 @@ class SpliceEvaluator:
             ValueError: as the class; other weights, naming both models; a manifest of activations without a model.
         """
         harvested, own = identity(manifest), identity_of(model)
+        check_one_place(manifest)
         if harvested.get("point"):
             raise ValueError(
                 f"manifest is of {in_words(harvested)}, which is no residual stream: PointSplice is for it"
@@ -162,21 +170,15 @@ class SpliceEvaluator:
             ValueError: if `reconstruct` returns another shape or values that are not finite, or scales by itself where
                 `scale` is not 1; a transcoder's.
         """
-        if getattr(reconstruct, "transcodes", False):
-            raise ValueError("reconstruct: is of a transcoder, which makes no residual stream: PointSplice is for it")
+        if isinstance(reconstruct, Reconstruction) and reconstruct.kind in ELSEWHERE:
+            kind, other = reconstruct.kind, ELSEWHERE[reconstruct.kind]
+            raise ValueError(
+                f"reconstruct: is of {kind}, which makes no residual stream of one layer: {other} is for it"
+            )
         if self._scale != 1 and getattr(reconstruct, "scales", False):
             raise ValueError(f"scale={self._scale}: the SAE multiplies by its own input_scale; leave scale= out")
         ce = self._run_spliced(lambda x: checked_reconstruction(reconstruct(x * self._scale), x.shape) / self._scale)
-        return {
-            "ce_clean": self.ce_clean,
-            "ce_spliced": ce,
-            "ce_zero": self.ce_zero,
-            "ce_mean": self.ce_mean,
-            "loss_recovered_zero": recovered(self.ce_zero, ce, self.ce_clean),
-            "loss_recovered_mean": recovered(self.ce_mean, ce, self.ce_clean),
-            "predicted_tokens": self._predicted,
-            "spliced_tokens": self.spliced_tokens,
-        }
+        return figures(self, ce, self._predicted)
 
     def _run_clean(self, drop_first: bool, drop_tokens: list[int], max_norm: float) -> float:
         found = []
@@ -283,31 +285,3 @@ class SpliceEvaluator:
         total = torch.stack([x[where].double().sum(dim=0) for x, where in pairs]).sum(dim=0)
         total = sum(self._ranks.gather(total.cpu()), torch.zeros(())).to(total.device)
         return (total / self.spliced_tokens).float()
-
-
-def next_token_loss(logits: Tensor, rows: Tensor) -> float:
-    """Cross-entropy of logits [b, T, V] against token ids [b, T], in nats, summed over b (T - 1) tokens."""
-    total = 0.0
-    for row, of_row in zip(rows.to(logits.device), logits, strict=True):  # row by row: the softmax is another copy
-        total += float(nnf.cross_entropy(of_row[:-1].float(), row[1:], reduction="sum"))
-    return total
-
-
-def checked_reconstruction(x_hat: Any, shape: tuple[int, ...]) -> Tensor:
-    """What somebody's function has made; TypeError, ValueError for another shape or values that are not finite."""
-    if not isinstance(x_hat, Tensor):
-        raise TypeError(
-            f"reconstruct returned {type(x_hat).__name__}: must be a tensor; for an SAE give reconstruct_with(sae)"
-        )
-    if x_hat.shape != shape:
-        raise ValueError(f"reconstruct returned {list(x_hat.shape)} for activations {list(shape)}")
-    if not x_hat.isfinite().all():
-        raise ValueError("reconstruct returned values that are not finite (NaN or inf)")
-    return x_hat
-
-
-def recovered(ce_ablated: float, ce_spliced: float, ce_clean: float) -> float:
-    """1 where nothing is lost, 0 where as much as by the ablation; NaN where that changes nothing."""
-    if ce_ablated == ce_clean:
-        return math.nan
-    return (ce_ablated - ce_spliced) / (ce_ablated - ce_clean)

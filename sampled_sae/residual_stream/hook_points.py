@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..support.argument_checks import check_integer
 from .blocks import check_layer
 
 SIDES = ("in", "out")
@@ -76,6 +77,26 @@ def layer_point(model: nn.Module, layer: int) -> HookPoint:
     """The output of block `layer`, which is the residual stream after it; ValueError for no such block."""
     block = check_layer(model, layer)
     return HookPoint(next(name for name, module in model.named_modules() if module is block), "out")
+
+
+def check_places(model: Any, places: Sequence[int | HookPoint]) -> list[int | HookPoint]:
+    """Blocks as ints, other places as they are; ValueError for none, one twice, or one that the model has not."""
+    found: list[int | HookPoint] = []
+    for place in places:
+        if isinstance(place, HookPoint):
+            place.of(model)
+        else:
+            check_layer(model, place)
+        found.append(place if isinstance(place, HookPoint) else check_integer("layer", place, 0))
+    if not found or len(set(found)) < len(found):
+        given = [place if isinstance(place, int) else str(place) for place in places]
+        raise ValueError(f"layers={given}: must be one or more blocks, none twice")
+    return found
+
+
+def points_of(model: nn.Module, places: Sequence[int | HookPoint]) -> list[HookPoint]:
+    """Of blocks the outputs, of other places themselves."""
+    return [layer_point(model, place) if isinstance(place, int) else place for place in places]
 
 
 class _AllReached(Exception):

@@ -194,24 +194,27 @@ def features_for_share(counts: Tensor, share: float) -> int:
 
 
 def reconstruct_with(sae: SampledSAE) -> Reconstruction:
-    """What `sampled_sae.lm.SpliceEvaluator.evaluate` takes for an SAE, and `PointSplice.evaluate` for a transcoder."""
+    """What `evaluate` takes of `sampled_sae.lm.SpliceEvaluator` for an SAE, of `PointSplice` for a transcoder, and of
+    `LayersSplice` for a crosscoder."""
     return Reconstruction(sae)
 
 
 class Reconstruction:
     """x [n, d_in], as the model made them, to what the SAE makes of them in the mode it is in: [n, d_in], of a
-    transcoder, which `transcodes`, [n, d_out].
+    transcoder [n, d_out]; of a crosscoder both are [n, layers, d_in].
 
     Of an SAE that is spread over several ranks all call it, each with tokens of its own.
+
+    Attributes:
+        kind: "an SAE", "a transcoder" or "a crosscoder".
     """
 
     # SpliceEvaluator leaves the scaling to it
     scales = True
 
     def __init__(self, sae: SampledSAE) -> None:
-        if sae.cfg.is_crosscoder:
-            raise ValueError(f"layers={sae.cfg.layers}: a crosscoder reads more than the residual stream of one layer")
-        self.sae, self.transcodes = sae, sae.cfg.is_transcoder
+        self.sae = sae
+        self.kind = "a transcoder" if sae.cfg.is_transcoder else "a crosscoder" if sae.cfg.is_crosscoder else "an SAE"
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:

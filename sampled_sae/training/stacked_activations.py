@@ -54,7 +54,10 @@ class StackedActivations(Activations):
         """What is not that of the first layer alone."""
         shards = [list(of_all) for of_all in zip(*(part.manifest["shards"] for part in self.parts))]
         about = side_by_side([part.manifest for part in self.parts])
-        layers = [{**each, "scale": part.layer_scale} for each, part in zip(about["layers"], self.parts)]
+        layers = [
+            {**each, "scale": part.layer_scale, "max_norm": part.manifest.get("max_norm")}
+            for each, part in zip(about["layers"], self.parts)
+        ]
         return {**about, "scale": list(self.scale), "shards": shards, "layers": layers}
 
     @property

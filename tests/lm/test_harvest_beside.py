@@ -167,12 +167,33 @@ def test_a_crosscoder_by_command(causal, texts, tmp_path, capsys):
     assert main(["train", acts, run, *small]) == 0
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert len(result["fvu_layers"]) == 3
-    assert main(["evaluate", run, acts, "--quiet"]) == 0
+    assert main(["evaluate", run, acts, "--quiet", "--splice-rows", "3"]) == 0
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert result["predicted_tokens"] == 3 * 7
+    assert len(result["loss_recovered_zero_layers"]) == 3
     capsys.readouterr()
     assert main([*ask, "--layer", "0", "--beside", "1", "--mlp"]) == 1
     assert "--beside 1: is of blocks" in capsys.readouterr().err
     assert main([*ask, "--layer", "0", "--beside", "1"]) == 1
     assert "holds a harvest of 3 layers" in capsys.readouterr().err
+
+
+def test_of_models_side_by_side_no_loss_is_recovered(small_llama, causal, rows, tmp_path, capsys):
+    """By command: refused by name where it is asked for, said where it is not."""
+    names = {"model_names": ["base", "tuned"], "holdout_rows": 2}
+    harvest_beside([small_llama, llama()], rows, 1, tmp_path / "acts", **names, **QUIET)
+    small = ["--features", "32", "--k", "2", "--steps", "2", "--batch-size", "10", "--quiet"]
+    acts, run = str(tmp_path / "acts"), str(tmp_path / "run")
+    assert main(["train", acts, run, *small]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", run, acts, "--quiet", "--model", str(causal)]) == 0
+    assert "No loss recovered: " in (said := capsys.readouterr().err)
+    assert "beside layer 1 of base" in said
+    assert "one is of layer 1 of tuned" in said
+    assert "ce_spliced" not in json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert main(["evaluate", run, acts, "--quiet", "--splice-rows", "1"]) == 1
+    assert "--splice-rows 1: " in (said := capsys.readouterr().err)
+    assert "so that no model gives both" in said
 
 
 def test_a_crosscoder_in_python(small_llama, rows, tmp_path):

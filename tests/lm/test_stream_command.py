@@ -108,14 +108,14 @@ def test_a_transcoder_on_a_model_at_work_by_command(causal, texts, tmp_path, cap
 def test_a_crosscoder_by_command_without_a_store(causal, texts, tmp_path, capsys):
     run = [*command(causal, texts, tmp_path / "run", "0", "--steps", "6", "--holdout-rows", "6"), "--beside", "1", "2"]
     assert main(run) == 0
-    assert len(json.loads((tmp_path / "run" / "evaluation.json").read_text())["fvu_layers"]) == 3
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert len(result["fvu_layers"]) == len(result["ce_spliced_layers"]) == 3
     assert SampledSAE.from_pretrained(tmp_path / "run").cfg.layers == 3
     capsys.readouterr()
     for more, said in (
         (["--beside", "one"], "--beside one: with --model must be blocks"),
         (["--beside", "0"], "none twice"),
         (["--beside", "1", "--mlp"], "stands beside one --layer"),
-        (["--beside", "1", "--splice-rows", "2", "--holdout-rows", "6"], "--splice-rows 2: is of one layer"),
     ):
         assert main([*command(causal, texts, tmp_path / "other", "0", "--steps", "2"), *more]) == 1
         assert said in capsys.readouterr().err

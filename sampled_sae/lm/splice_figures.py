@@ -1,0 +1,76 @@
+"""What all splices measure: the cross-entropy of the next token, and how much of it a reconstruction recovers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from sampled_sae.lm.models import check_rows, predicts_next_token
+
+
+class Measured(Protocol):
+    """Cross-entropies in nats a token, of the model as it is and with what is replaced all zero, or all its mean."""
+
+    ce_clean: float
+    ce_zero: float
+    ce_mean: float
+    spliced_tokens: int
+
+
+def check_has_loss(model: Any, rows: Tensor) -> None:
+    """ValueError for rows that the model does not take, or a model without a head for the next token."""
+    check_rows(model, rows)
+    if not predicts_next_token(model):
+        raise ValueError(f"model must predict the next token: {type(model).__name__} has no head to do it with")
+
+
+def check_one_place(manifest: dict[str, Any]) -> None:
+    """ValueError for the manifest of layers side by side, which a crosscoder reads."""
+    if beside := manifest.get("layers"):
+        raise ValueError(f"manifest is of {len(beside)} layers side by side: LayersSplice is for it")
+
+
+def figures(measured: Measured, ce: float, rows: Tensor | int) -> dict[str, Any]:
+    """What `evaluate` of a splice returns: `ce` is the spliced model's, of token rows [N, T] or so many predictions."""
+    clean, zero, mean = measured.ce_clean, measured.ce_zero, measured.ce_mean
+    return {
+        "ce_clean": clean,
+        "ce_spliced": ce,
+        "ce_zero": zero,
+        "ce_mean": mean,
+        "loss_recovered_zero": recovered(zero, ce, clean),
+        "loss_recovered_mean": recovered(mean, ce, clean),
+        "predicted_tokens": rows if isinstance(rows, int) else rows[:, 1:].numel(),
+        "spliced_tokens": measured.spliced_tokens,
+    }
+
+
+def next_token_loss(logits: Tensor, rows: Tensor) -> float:
+    """Cross-entropy of logits [b, T, V] against token ids [b, T], in nats, summed over b (T - 1) tokens."""
+    total = 0.0
+    for row, of_row in zip(rows.to(logits.device), logits, strict=True):  # row by row: the softmax is another copy
+        total += float(nnf.cross_entropy(of_row[:-1].float(), row[1:], reduction="sum"))
+    return total
+
+
+def checked_reconstruction(x_hat: Any, shape: tuple[int, ...]) -> Tensor:
+    """What somebody's function has made; TypeError, ValueError for another shape or values that are not finite."""
+    if not isinstance(x_hat, Tensor):
+        raise TypeError(
+            f"reconstruct returned {type(x_hat).__name__}: must be a tensor; for an SAE give reconstruct_with(sae)"
+        )
+    if x_hat.shape != shape:
+        raise ValueError(f"reconstruct returned {list(x_hat.shape)} for activations {list(shape)}")
+    if not x_hat.isfinite().all():
+        raise ValueError("reconstruct returned values that are not finite (NaN or inf)")
+    return x_hat
+
+
+def recovered(ce_ablated: float, ce_spliced: float, ce_clean: float) -> float:
+    """1 where nothing is lost, 0 where as much as by the ablation; NaN where that changes nothing."""
+    if ce_ablated == ce_clean:
+        return math.nan
+    return (ce_ablated - ce_spliced) / (ce_ablated - ce_clean)
