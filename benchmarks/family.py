@@ -4,8 +4,9 @@ Of each kind all candidates train in processes of their own, in slices of a few 
 activations in the same order, with Adam at one learning rate after a short warm-up (sparsify also with its own
 optimizer). Matryoshka SAEs start from the same weights; the others as each library begins them. The encoder product is
 timed beside every fifth step. After --steps steps, and after --marks seconds inside the steps, the weights go into one
-SampledSAE, are calibrated to L0 = k by a threshold, and are evaluated on held-out text and, but for crosscoders, in the
-model. dictionary_learning's crosscoder is not in its release: SAMPLED_SAE_CROSSCODERS names a checkout of a branch.
+SampledSAE, are calibrated to L0 = k by a threshold, and are evaluated on held-out text and in the model: a crosscoder
+with all of its layers spliced at once, and with each alone. Further --seeds train for --steps steps.
+dictionary_learning's crosscoder is not in its release: SAMPLED_SAE_CROSSCODERS names a checkout of a branch.
 
     sampled-sae harvest runs/quality/activations --layer 15 --texts wiki-en --tokens 250000
     sampled-sae harvest runs/quality/mlp --layer 15 --mlp --texts wiki-en --tokens 150000
@@ -13,175 +14,58 @@ model. dictionary_learning's crosscoder is not in its release: SAMPLED_SAE_CROSS
     .venv/peers/bin/python benchmarks/family.py --matryoshka runs/quality/activations --transcoder runs/quality/mlp \
         --crosscoder runs/quality/beside --out benchmarks/results/family_training.json
 
-A kind that the result file has already, with the same settings, is not trained again.
+With --timed it ends where nothing is timed any more: what is left to train and to evaluate a call without it does, on
+a machine that may be busy. What the result file has already is not done again; it takes no other settings, and of a
+kind no other activations.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
-import tempfile
+import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from benchmarks.equal_time import CALIBRATION_TOKENS, SLICE
-from benchmarks.measure import Row, product, spread_columns
-from benchmarks.peers import BATCH, TOKEN, Entry, Setup, Weights, initial_weights, installed, make, ours
-from benchmarks.peers.candidate import TranscoderWeights
+from benchmarks.family_kinds import KINDS, FamilySession, Task
+from benchmarks.measure import Row
+from benchmarks.peers import Setup, installed
 from benchmarks.record import Record, Result, markdown, parser
 from benchmarks.steps.harness import reason_in
 from benchmarks.worker import Worker, WorkerError
-from sampled_sae import SampledSAE
-from sampled_sae.lm import PointSplice, SpliceEvaluator, load_model
-from sampled_sae.support.timing import timed
+from sampled_sae.lm import load_model
 from sampled_sae.training.activations import Activations
 from sampled_sae.training.batches import Feed
 from sampled_sae.training.opening import as_activations
+from sampled_sae.training.same_settings import identity, in_words
 from sampled_sae.training.sweep import Splice, evaluate
-from sampled_sae.training.training_batch import TrainingBatch
 
-PRODUCT_EVERY = 5
 WANTED = {
     "fvu": "fvu",
     "fvu_layers": "fvu_layers",
     "l0": "l0",
     "fvu_groups": "fvu_groups",
     "loss_recovered_zero": "loss_recovered",
+    "loss_recovered_zero_layers": "loss_recovered_layers",
 }
+SETTINGS = ("features", "k", "batch_size", "lr", "warm_up", "dead_after", "steps", "marks", "splice_rows")
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What is trained.
-
-    Attributes:
-        entries: the candidates, for a dictionary of F features.
-        start: (setup, first batch) to what a candidate is made with.
-        sae: (tensors, setup, activations) to the SAE that is judged.
-        splice: its evaluator in the language model; None where it has none.
-    """
-
-    entries: Callable[[int], dict[str, Entry]]
-    start: Callable[[Setup, TrainingBatch], Any]
-    sae: Callable[[dict[str, Tensor], Setup, Activations], SampledSAE]
-    splice: Any
-
-
-def groups_of(F: int) -> tuple[int, ...]:
-    """Three."""
-    return F // 16, F // 4, F
-
-
-def matryoshka(F: int) -> dict[str, Entry]:
-    nested: dict[str, Any] = {"groups": groups_of(F)}
-    return {
-        "ours, l=4": ours(l=4.0, **nested),
-        "ours, l=None (BatchTopK)": ours(**BATCH, **nested),
-        "SAELens MatryoshkaBatchTopK": Entry("saelens", BATCH, nested, "sae-lens"),
-        "dictionary_learning MatryoshkaBatchTopK": Entry("dictionary_learning", BATCH, nested, "dictionary-learning"),
-    }
-
-
-def transcoders(F: int) -> dict[str, Entry]:
-    rules: dict[str, dict[str, Any]] = {"l=4": {"l": 4.0}, "l=None (BatchTopK)": BATCH, "TopK": TOKEN}
-    own = {f"ours, {name}": {"optimizer": "dense", "rule": rule} for name, rule in rules.items()}
-    peer = {"sparsify TopK": {"optimizer": "signum"}, "sparsify TopK, Adam": {"optimizer": "adam"}}
-    found = {name: Entry("ours_transcoder", options["rule"], options) for name, options in own.items()}
-    return found | {name: Entry("sparsify_transcoder", TOKEN, how, "eai-sparsify") for name, how in peer.items()}
-
-
-def crosscoders(F: int) -> dict[str, Entry]:
-    rules: dict[str, dict[str, Any]] = {"l=4": {"l": 4.0}, "l=None (BatchTopK)": BATCH}
-    own = {f"ours, {name}": {"optimizer": "dense", "rule": rule} for name, rule in rules.items()}
-    found = {name: Entry("ours_crosscoder", options["rule"], options) for name, options in own.items()}
-    return found | {"dictionary_learning BatchTopKCrossCoder": Entry("dictionary_learning_crosscoder", BATCH)}
-
-
-def matryoshka_sae(tensors: dict[str, Tensor], setup: Setup, store: Activations) -> SampledSAE:
-    return Weights(**tensors).sae(setup.k, l=None, groups=groups_of(setup.F), input_scale=store.scale)
-
-
-def transcoder(tensors: dict[str, Tensor], setup: Setup, store: Activations) -> SampledSAE:
-    scales = {"input_scale": store.scale, "output_scale": store.output_scale}
-    return TranscoderWeights(**tensors).sae(setup.k, l=None, **scales)
-
-
-def crosscoder(tensors: dict[str, Tensor], setup: Setup, store: Activations) -> SampledSAE:
-    return Weights(**tensors).sae(setup.k, l=None, layers=setup.layers, input_scale=store.scale)
-
-
-KINDS = {
-    "matryoshka": Kind(
-        matryoshka, lambda setup, batch: initial_weights(setup, batch.median), matryoshka_sae, SpliceEvaluator
-    ),
-    "crosscoder": Kind(crosscoders, lambda setup, batch: batch.x, crosscoder, None),
-    "transcoder": Kind(transcoders, lambda setup, batch: (batch.x, batch.target), transcoder, PointSplice),
-}
-
-
-class FamilySession:
-    """One candidate in training; its weights after `steps` steps are kept in `folder`."""
-
-    def __init__(self, kind: str, name: str, activations: Path, setup: Setup, threads: int, steps: int, folder: Path):
-        torch.set_num_threads(threads)
-        self.setup, self.wanted, self.folder, self.name = setup, steps, folder, name
-        self.feed = Feed(as_activations(activations), setup.B, seed=0)
-        first = self.feed.batch(0)
-        self.candidate = make(KINDS[kind].entries(setup.F)[name], setup, KINDS[kind].start(setup, first))
-        self.product = product(first.x, torch.randn(setup.F, first.x.shape[1]))
-        self.seconds, self.steps = 0.0, 0
-        self.ratios: list[float] = []
-
-    def train(self, until: float) -> None:
-        """Goes on until the steps have taken `until` seconds in all."""
-        while self.seconds < until:
-            self._step()
-
-    def finish(self) -> None:
-        """Goes on to `steps` steps."""
-        while self.steps < self.wanted:
-            self._step()
-
-    def save(self, mark: str) -> Row:
-        """The weights as they are, in a file; what its row has of it."""
-        path = self.folder / f"{self.name}, {mark}.safetensors"
-        save_file(self.candidate.weights()._asdict(), path)
-        return {"at": mark, "steps": self.steps, "seconds": self.seconds, "file": path}
-
-    def after_steps(self) -> Row:
-        """What `save` gave after `steps` steps, and the figures of a step."""
-        return {**self.at_steps, **spread_columns(self.ratios, "ratio")}
-
-    def _step(self) -> None:
-        batch = self.feed.batch(self.steps)
-        given = (batch.x,) if batch.target is None else (batch.x, batch.target)
-        beside = self.steps % PRODUCT_EVERY == PRODUCT_EVERY - 1
-        floor = min(timed(self.product, "cpu") for _ in range(2)) if beside else 0.0
-        taken = timed(lambda: self.candidate.step(*given), "cpu")
-        self.ratios += [taken / floor] if beside else []
-        self.seconds += taken
-        self.steps += 1
-        if self.steps == self.wanted:
-            self.at_steps = self.save(f"{self.wanted} steps")
-
-
-def train_kind(
-    kind: str, activations: Path, setup: Setup, steps: int, marks: list[float], folder: Path, threads: int
-) -> list[Row]:
-    """Of each candidate a row after `steps` steps and one at each mark, with the file of its weights; or the reason."""
-    entries = KINDS[kind].entries(setup.F)
+def trained(task: Task) -> list[Row]:
+    """Of each candidate a row after the steps and one at each mark, with the file of its weights; or the reason."""
+    entries = task.entries
     rows: dict[str, list[Row]] = {name: [] for name in entries}
-    workers = {name: Worker(FamilySession, kind, name, activations, setup, threads, steps, folder) for name in entries}
+    workers = {name: Worker(FamilySession, task, name) for name in entries}
 
     def each(act: Callable[[str], Iterable[Row]]) -> None:
         for name in list(workers):
@@ -196,97 +80,161 @@ def train_kind(
 
     def until(seconds: float, name: str) -> list[Row]:
         workers[name].call("train", seconds)
-        return [workers[name].call("save", f"{seconds:g} s")] if seconds in marks else []
+        return [workers[name].call("save", f"{seconds:g} s")] if seconds in task.marks else []
 
     def ended(name: str) -> list[Row]:
         workers[name].call("finish")
         return [workers[name].call("after_steps")]
 
     done = 0.0
-    while done < marks[-1]:
-        done = min([done + SLICE, *(mark for mark in marks if mark > done)])
+    while done < max(task.marks, default=0.0):
+        done = min([done + SLICE, *(mark for mark in task.marks if mark > done)])
         each(partial(until, done))
-        print(f"{kind}: {done:g} s of steps each", flush=True)
+        print(f"{task.kind}: {done:g} s of steps each", flush=True)
     each(ended)
     for worker in workers.values():
         worker.close()
-    return [{"kind": kind, "candidate": name, **row} for name, found in rows.items() for row in found]
+    setup = task.setup
+    size = {"B": setup.B, "d": setup.d, "F": setup.F, "k": setup.k, "layers": setup.layers}
+    about = {"kind": task.kind, "seed": setup.seed, **size}
+    return [{**about, "candidate": name, **row} for name, found in rows.items() for row in found]
 
 
-def judged(row: Row, setup: Setup, store: Activations, feed: Feed, splice: Splice | None) -> Row:
+def judged(row: Row, setup: Setup, store: Activations, weights: Path, splice: Splice | None) -> Row:
     """The row with its SAE's figures at mean L0 = k by a threshold, on held-out activations."""
-    if "file" not in row:
-        return row
-    row = dict(row)
-    sae = KINDS[row["kind"]].sae(load_file(row.pop("file")), setup, store).eval()
-    sae.calibrate(feed.calibration()[:CALIBRATION_TOKENS], scaled=True)
+    sae = KINDS[row["kind"]].sae(load_file(weights), setup, store).eval()
+    sae.calibrate(Feed(store, setup.B, seed=0).calibration()[:CALIBRATION_TOKENS], scaled=True)
     result = evaluate(sae, store.holdout()[0], setup.B, splice)
-    return row | {name: result[measure] for measure, name in WANTED.items() if measure in result}
+    found = {name: result[measure] for measure, name in WANTED.items() if measure in result}
+    return {name: value for name, value in row.items() if name != "weights"} | found
+
+
+def described(store: Activations) -> dict[str, Any]:
+    """What activations are of, how many, and a checksum of theirs.
+
+    Raises:
+        ValueError: nothing is held out.
+    """
+    held_out = store.holdout()[0]
+    sums = json.dumps([store.manifest["shards"], store.manifest["holdout"]], sort_keys=True)
+    about = {"tokens": sum(store.tokens), "held_out": len(held_out), "crc32": f"{zlib.crc32(sums.encode()):08x}"}
+    return {**identity(store.manifest), **about}
+
+
+def check_same(out: Path, before: Result, setup: dict[str, Any], activations: dict[str, dict[str, Any]]) -> None:
+    """ValueError where the result file was made otherwise, or activations are not of one model."""
+    then = before.get("setup", setup)
+    changes = [f"{name} was {then.get(name)}, is {value}" for name, value in setup.items() if then.get(name) != value]
+    if changes:
+        raise ValueError(f"{out}: was made with other settings ({'; '.join(changes)}); give another --out")
+    known = {**activations, **before.get("activations", {})}
+    for kind, about in activations.items():
+        if known[kind] != about:
+            was, is_ = (f"{in_words(of)}, {of['tokens']} tokens, checksum {of['crc32']}" for of in (known[kind], about))
+            raise ValueError(f"--{kind}: {out} has results of {was}, these are {is_}; give another --out")
+    if len({about["weights_sha256"] for about in known.values()}) > 1:
+        models = ", ".join(f"{in_words(about)} for --{kind}" for kind, about in known.items())
+        raise ValueError(f"{out}: would have activations of several models: {models}")
 
 
 def markdown_table(result: Result) -> str:
-    """A line a candidate: its step, and FVU and loss recovered at equal steps and at equal time."""
-    lines: dict[tuple[str, str], Row] = {}
-    marks = list(dict.fromkeys(row["at"] for row in result["rows"] if "at" in row))
-    marks.sort(key=lambda mark: not mark.endswith("steps"))
-    for row in result["rows"]:
-        at = marks.index(row["at"]) if "at" in row else "none"
-        named = {f"{name} {at}": value for name, value in row.items() if name != "reason"}
-        named |= {f"coarse {at}": row["fvu_groups"][0]} if "fvu_groups" in row else {}
-        key = row["kind"], row["candidate"]
-        lines[key] = {**lines.get(key, {}), **row, **named}
-    columns = {"": "{kind}", "candidate": "{candidate}", "step / product": "{ratio:.2f}"}
+    """A table for each kind, a line a candidate: its step, and what equal time and equal steps buy."""
+    return "\n".join(filter(None, (table_of(kind, result) for kind in KINDS)))
+
+
+def table_of(kind: str, result: Result) -> str:
+    """The table of one kind under its heading; empty where there are no rows of it."""
+    of_kind = [row for row in result["rows"] if row["kind"] == kind]
+    if not of_kind:
+        return ""
+    marks = [f"{mark:g} s" for mark in result["setup"]["marks"]] + [f"{result['setup']['steps']} steps"]
+    figures = {"fvu": "FVU"}
+    figures |= {"fvu_groups 0": "FVU of the first group"} if kind == "matryoshka" else {}
+    figures |= {"loss_recovered": "loss recovered"}
+    alone = range(of_kind[0]["layers"] if kind == "crosscoder" else 0)
+    figures |= {f"loss_recovered_layers {i}": f"layer {i + 1} alone" for i in alone}
+    columns = {"candidate": "{candidate}", "step / product": "{ratio:.2f}"}
     columns |= {"p20–p80": "{ratio_p20:.2f}–{ratio_p80:.2f}"}
     for i, mark in enumerate(marks):
         columns |= {} if mark.endswith("steps") else {f"steps in {mark}": f"{{steps {i}}}"}
-        columns |= {f"FVU, {mark}": f"{{fvu {i}:.3f}}", f"first group, {mark}": f"{{coarse {i}:.3f}}"}
-        columns |= {f"loss recovered, {mark}": f"{{loss_recovered {i}:.3f}}"}
-    return markdown(columns, lines.values())
+        columns |= {f"{title}, {mark}": f"{{{name} {i}}}" for name, title in figures.items()}
+    about, first = result["activations"][kind], of_kind[0]
+    size = f"B={first['B']}, d={first['d']}, F={first['F']}, k={first['k']}"
+    heading = f"**{kind.capitalize()}**: {in_words(about)}, {about['tokens']} tokens; {size}"
+    return f"{heading}\n\n{markdown(columns, lines(of_kind, marks))}"
 
 
-def kept(out: Path, head: dict[str, Any]) -> list[Row]:
-    """The rows of a result file that was made with the same settings."""
-    before = json.loads(out.read_text()) if out.is_file() else {}
-    return before["rows"] if {name: before.get(name) for name in head} == head else []
-
-
-def made(kind: str, activations: Path, args: argparse.Namespace) -> list[Row]:
-    """All rows of a kind."""
-    store = as_activations(activations)
-    about = {"lr": args.lr, "warm_up": args.warm_up, "dead_after": args.dead_after}
-    setup = Setup(args.batch_size, store.d_in, args.features, args.k, **about, layers=store.layers)
-    splice = None
-    if args.model != "none" and KINDS[kind].splice is not None:
-        # made first: what is missing is better known before minutes of training
-        rows = store.holdout_rows()[: args.splice_rows]
-        splice = KINDS[kind].splice.of_harvest(load_model(args.model)[0], rows, store.manifest).evaluate
-    size = {"B": setup.B, "d": setup.d, "F": setup.F, "k": setup.k}
-    size |= {"layers": setup.layers} if setup.layers > 1 else {}
-    size |= {name: store.manifest.get(name) for name in ("model", "layer", "point", "source")}
-    with tempfile.TemporaryDirectory() as folder:
-        found = train_kind(kind, activations, setup, args.steps, sorted(args.marks), Path(folder), args.threads)
-        feed = Feed(store, args.batch_size, seed=0)
-        return [{**size, **judged(row, setup, store, feed, splice)} for row in found]
+def lines(rows: list[Row], marks: list[str]) -> list[Row]:
+    """A row of the table for each candidate; of several seeds a figure is the mean, with the least and the greatest."""
+    found: dict[str, Row] = {}
+    figures: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        line = found.setdefault(row["candidate"], {"candidate": row["candidate"]})
+        line |= {name: value for name, value in row.items() if name.startswith("ratio") or name == "reason"}
+        at = marks.index(row["at"]) if "at" in row else 0
+        for name in WANTED.values():
+            values = row.get(name)
+            for i, value in enumerate(values if isinstance(values, list) else [values]):
+                key = f"{name} {i}" if isinstance(values, list) else name
+                figures.setdefault((row["candidate"], f"{key} {at}"), []).extend([] if value is None else [value])
+        line |= {f"steps {at}": row["steps"]} if "steps" in row else {}
+    for (candidate, key), of_seeds in figures.items():
+        spread = f" ({min(of_seeds):.3f}–{max(of_seeds):.3f})" if len(of_seeds) > 1 else ""
+        found[candidate] |= {key: f"{statistics.fmean(of_seeds):.3f}{spread}"} if of_seeds else {}
+    return [*found.values()]
 
 
 def main() -> None:
     small = {"features": 4096, "k": 32, "batch_size": 1024, "lr": 3e-3, "warm_up": 10, "dead_after": 50_000}
     command = parser(__doc__, "--out", model="smollm2-135m", steps=120, splice_rows=8, **small)
-    command.add_argument("--marks", type=float, nargs="+", default=[30], help="seconds of training steps")
+    command.add_argument("--marks", type=float, nargs="+", default=[30.0], help="seconds of training steps")
+    command.add_argument("--seeds", type=int, nargs="+", default=[0], help="the first is timed; 0 by default")
+    command.add_argument("--timed", action="store_true", help="only what is timed")
+    command.add_argument("--weights", type=Path, default=Path("runs/family"), help="folder for what is not judged yet")
     for kind in KINDS:
-        command.add_argument(
-            f"--{kind}", type=Path, help="folder that `sampled-sae harvest` wrote; not trained without"
-        )
+        command.add_argument(f"--{kind}", type=Path, help="folder that `sampled-sae harvest` wrote; left out without")
     args = command.parse_args()
     given = {kind: getattr(args, kind) for kind in KINDS if getattr(args, kind) is not None}
-    about = ("features", "k", "batch_size", "lr", "warm_up", "dead_after", "steps", "marks", "splice_rows")
-    head = {"setup": {name: getattr(args, name) for name in about}}
-    record = Record(args, markdown_table, **head)
-    record.rows += [row for row in kept(args.out, head) if row["kind"] in KINDS]
-    for kind, activations in given.items():
-        if not any(row["kind"] == kind and "fvu" in row for row in record.rows):
-            record.rows[:] = [row for row in record.rows if row["kind"] != kind]
-            record.add(*made(kind, activations, args))
+    stores = {kind: as_activations(folder) for kind, folder in given.items()}
+    about = {kind: described(store) for kind, store in stores.items()}
+    how = {name: getattr(args, name) for name in SETTINGS} | {"marks": sorted(args.marks)}
+    before: Result = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    try:
+        check_same(args.out, before, how, about)
+    except ValueError as error:
+        command.error(str(error))
+    record = Record(args, markdown_table, setup=how, activations={**before.get("activations", {}), **about})
+    record.rows += before.get("rows", [])
+    args.weights.mkdir(parents=True, exist_ok=True)
+    run(args, record, given, stores)
+
+
+def run(args: argparse.Namespace, record: Record, given: dict[str, Path], stores: dict[str, Activations]) -> None:
+    """Trains what is timed, then what is not, then evaluates what has weights."""
+    options = {"lr": args.lr, "warm_up": args.warm_up, "dead_after": args.dead_after}
+    splices: dict[str, Splice] = {}
+    setups = {
+        kind: Setup(args.batch_size, store.d_in, args.features, args.k, **options, layers=store.layers)
+        for kind, store in stores.items()
+    }
+    if args.model != "none" and not args.timed:
+        # made first: what is missing is better known before minutes of training
+        model = load_model(args.model)[0]
+        for kind, store in stores.items():
+            rows = store.holdout_rows()[: args.splice_rows]
+            splices[kind] = KINDS[kind].splice.of_harvest(model, rows, store.manifest).evaluate
+    for seed in args.seeds[:1] if args.timed else args.seeds:
+        marks = tuple(sorted(args.marks)) if seed == args.seeds[0] else ()
+        for kind, folder in given.items():
+            if not any((row["kind"], row["seed"]) == (kind, seed) for row in record.rows):
+                setup = replace(setups[kind], seed=seed)
+                record.add(*trained(Task(kind, folder, setup, args.steps, marks, args.weights, args.threads)))
+    for i, row in enumerate(record.rows):
+        if "weights" in row and row["kind"] in given and not args.timed:
+            file = args.weights / row["weights"]
+            record.rows[i] = judged(row, setups[row["kind"]], stores[row["kind"]], file, splices.get(row["kind"]))
+            record.add()
+            file.unlink()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ class Setup:
         dead_after: tokens without being selected after which a feature is dead.
         device, dtype: where, and "float32" or "bfloat16" for products under autocast.
         layers: of a crosscoder; d is the width of each.
+        seed: of initial weights.
     """
 
     B: int
@@ -37,6 +38,7 @@ class Setup:
     device: str = "cpu"
     dtype: str = "float32"
     layers: int = 1
+    seed: int = 0
 
     def lr_at(self, step: int) -> float:
         """lr of step 0, 1, ..."""
@@ -99,7 +101,7 @@ class TranscoderWeights(NamedTuple):
 def initial_weights(setup: Setup, b_dec: Tensor | None = None) -> Weights:
     """Unit decoder rows, tied encoder, no encoder bias; b_dec is zero unless given. On the setup's device."""
     device = setup.device
-    rows = torch.randn(setup.F, setup.d, generator=torch.Generator(device).manual_seed(0), device=device)
+    rows = torch.randn(setup.F, setup.d, generator=torch.Generator(device).manual_seed(setup.seed), device=device)
     rows = torch.nn.functional.normalize(rows, dim=1)
     b_dec = torch.zeros(setup.d, device=device) if b_dec is None else b_dec.to(device)
     return Weights(rows.clone(), torch.zeros(setup.F, device=device), rows, b_dec)

@@ -28,7 +28,7 @@ class Library(Candidate):
         schedule = {"steps": ENDLESS, "lr": setup.lr, "warmup_steps": setup.warm_up}
         if groups is not None:
             size |= {"group_fractions": [(b - a) / setup.F for a, b in pairwise((0, *groups))]}
-        self.config = {**size, **schedule, "layer": 0, "lm_name": "none", "device": setup.device, "seed": 0}
+        self.config = {**size, **schedule, "layer": 0, "lm_name": "none", "device": setup.device, "seed": setup.seed}
         self.trainer = kind(**self.config)
         self.trainer.dead_feature_threshold = setup.dead_after
         self.load(weights)

@@ -39,7 +39,9 @@ class Library(Candidate):
         self.setup = setup
         size = {"activation_dim": setup.d, "dict_size": setup.F, "num_layers": setup.layers, "k": int(setup.k)}
         schedule = {"steps": ENDLESS, "lr": setup.lr, "warmup_steps": setup.warm_up}
-        self.trainer = trainer_class()(**size, **schedule, layer=0, lm_name="none", device=setup.device, seed=0)
+        self.trainer = trainer_class()(
+            **size, **schedule, layer=0, lm_name="none", device=setup.device, seed=setup.seed
+        )
         self.trainer.dead_feature_threshold = setup.dead_after
 
     def step(self, x: Tensor) -> float:

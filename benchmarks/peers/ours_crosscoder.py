@@ -16,7 +16,7 @@ class Library(Candidate):
 
     def __init__(self, setup: Setup, first: Tensor, optimizer: str, rule: dict[str, Any]) -> None:
         self.setup = setup
-        shape = {"d_in": setup.d, "layers": setup.layers, "d_sae": setup.F, "k": setup.k}
+        shape = {"d_in": setup.d, "layers": setup.layers, "d_sae": setup.F, "k": setup.k, "seed": setup.seed}
         self.sae = SampledSAE(SampledSAEConfig(**shape, dead_after=setup.dead_after, row_grads=True, **rule))
         self.sae.init_b_dec(first)
         self.optimizer = RowAdam(self.sae, lr=setup.lr, clip=CLIP, mode=optimizer)

@@ -18,6 +18,7 @@ class Library(Candidate):
         self.setup = setup
         x, target = first
         shape = {"d_in": x.shape[1], "d_out": target.shape[1], "d_sae": setup.F, "k": setup.k, "skip": True}
+        shape |= {"seed": setup.seed}
         self.sae = SampledSAE(SampledSAEConfig(**shape, dead_after=setup.dead_after, row_grads=True, **rule))
         self.sae.init_b_dec(x, target)
         self.optimizer = RowAdam(self.sae, lr=setup.lr, clip=CLIP, mode=optimizer)

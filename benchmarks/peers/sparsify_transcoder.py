@@ -17,7 +17,7 @@ class Library(sparsify.Library):
         self.setup = setup
         x, target = first
         shape = SparseCoderConfig(num_latents=setup.F, k=setup.k, transcode=True, skip_connection=True)
-        torch.manual_seed(0)
+        torch.manual_seed(setup.seed)
         self.sae = SparseCoder(x.shape[1], shape, device=setup.device)
         self.sae.b_dec.data = target.mean(0)
         self.begin(optimizer)

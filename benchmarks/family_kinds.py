@@ -1,0 +1,164 @@
+"""What `benchmarks/family.py` trains: Matryoshka SAEs, skip transcoders and crosscoders, ours and the peers'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks.measure import Row, product, spread_columns
+from benchmarks.peers import BATCH, TOKEN, Entry, Setup, Weights, initial_weights, make, ours
+from benchmarks.peers.candidate import TranscoderWeights
+from sampled_sae import SampledSAE
+from sampled_sae.lm import LayersSplice, PointSplice, SpliceEvaluator
+from sampled_sae.support.timing import timed
+from sampled_sae.training.activations import Activations
+from sampled_sae.training.batches import Feed
+from sampled_sae.training.opening import as_activations
+from sampled_sae.training.training_batch import TrainingBatch
+
+PRODUCT_EVERY = 5
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is trained.
+
+    Attributes:
+        entries: the candidates, for a dictionary of F features.
+        start: (setup, first batch) to what a candidate is made with.
+        sae: (tensors, setup, activations) to the SAE that is judged.
+        splice: its evaluator in the language model.
+    """
+
+    entries: Callable[[int], dict[str, Entry]]
+    start: Callable[[Setup, TrainingBatch], Any]
+    sae: Callable[[dict[str, Tensor], Setup, Activations], SampledSAE]
+    splice: Any
+
+
+def groups_of(F: int) -> tuple[int, ...]:
+    """Three."""
+    return F // 16, F // 4, F
+
+
+def matryoshka(F: int) -> dict[str, Entry]:
+    nested: dict[str, Any] = {"groups": groups_of(F)}
+    return {
+        "ours, l=4": ours(l=4.0, **nested),
+        "ours, l=None (BatchTopK)": ours(**BATCH, **nested),
+        "SAELens MatryoshkaBatchTopK": Entry("saelens", BATCH, nested, "sae-lens"),
+        "dictionary_learning MatryoshkaBatchTopK": Entry("dictionary_learning", BATCH, nested, "dictionary-learning"),
+    }
+
+
+def transcoders(F: int) -> dict[str, Entry]:
+    rules: dict[str, dict[str, Any]] = {"l=4": {"l": 4.0}, "l=None (BatchTopK)": BATCH, "TopK": TOKEN}
+    own = {f"ours, {name}": {"optimizer": "dense", "rule": rule} for name, rule in rules.items()}
+    peer = {"sparsify TopK": {"optimizer": "signum"}, "sparsify TopK, Adam": {"optimizer": "adam"}}
+    found = {name: Entry("ours_transcoder", options["rule"], options) for name, options in own.items()}
+    return found | {name: Entry("sparsify_transcoder", TOKEN, how, "eai-sparsify") for name, how in peer.items()}
+
+
+def crosscoders(F: int) -> dict[str, Entry]:
+    rules: dict[str, dict[str, Any]] = {"l=4": {"l": 4.0}, "l=None (BatchTopK)": BATCH}
+    own = {f"ours, {name}": {"optimizer": "dense", "rule": rule} for name, rule in rules.items()}
+    found = {name: Entry("ours_crosscoder", options["rule"], options) for name, options in own.items()}
+    return found | {"dictionary_learning BatchTopKCrossCoder": Entry("dictionary_learning_crosscoder", BATCH)}
+
+
+def matryoshka_sae(tensors: dict[str, Tensor], setup: Setup, store: Activations) -> SampledSAE:
+    return Weights(**tensors).sae(setup.k, l=None, groups=groups_of(setup.F), input_scale=store.scale)
+
+
+def transcoder(tensors: dict[str, Tensor], setup: Setup, store: Activations) -> SampledSAE:
+    scales = {"input_scale": store.scale, "output_scale": store.output_scale}
+    return TranscoderWeights(**tensors).sae(setup.k, l=None, **scales)
+
+
+def crosscoder(tensors: dict[str, Tensor], setup: Setup, store: Activations) -> SampledSAE:
+    return Weights(**tensors).sae(setup.k, l=None, layers=setup.layers, input_scale=store.scale)
+
+
+KINDS = {
+    "matryoshka": Kind(
+        matryoshka, lambda setup, batch: initial_weights(setup, batch.median), matryoshka_sae, SpliceEvaluator
+    ),
+    "crosscoder": Kind(crosscoders, lambda setup, batch: batch.x, crosscoder, LayersSplice),
+    "transcoder": Kind(transcoders, lambda setup, batch: (batch.x, batch.target), transcoder, PointSplice),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all candidates of a kind train on, and how.
+
+    Attributes:
+        kind, activations, setup: of `KINDS`, the folder of what is trained on, and sizes.
+        steps, marks: after how many steps, and after how many seconds of them, weights are kept.
+        folder: where.
+        threads: of each candidate.
+    """
+
+    kind: str
+    activations: Path
+    setup: Setup
+    steps: int
+    marks: tuple[float, ...]
+    folder: Path
+    threads: int
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        return KINDS[self.kind].entries(self.setup.F)
+
+
+class FamilySession:
+    """One candidate in training; where there are marks, the encoder product is timed beside some of the steps."""
+
+    def __init__(self, task: Task, name: str) -> None:
+        torch.set_num_threads(task.threads)
+        self.task, self.name = task, f"{task.kind}, {name}, seed {task.setup.seed}"
+        self.feed = Feed(as_activations(task.activations), task.setup.B, task.setup.seed)
+        first = self.feed.batch(0)
+        self.candidate = make(task.entries[name], task.setup, KINDS[task.kind].start(task.setup, first))
+        self.product = product(first.x, torch.randn(task.setup.F, first.x.shape[1]))
+        self.seconds, self.steps = 0.0, 0
+        self.ratios: list[float] = []
+
+    def train(self, until: float) -> None:
+        """Goes on until the steps have taken `until` seconds in all."""
+        while self.seconds < until:
+            self._step()
+
+    def finish(self) -> None:
+        """Goes on to the last of the steps."""
+        while self.steps < self.task.steps:
+            self._step()
+
+    def save(self, mark: str) -> Row:
+        """The weights as they are, in a file; what its row has of it."""
+        file = f"{self.name}, {mark}.safetensors"
+        save_file(self.candidate.weights()._asdict(), self.task.folder / file)
+        return {"at": mark, "steps": self.steps, "seconds": self.seconds, "weights": file}
+
+    def after_steps(self) -> Row:
+        """What `save` gave after the last of the steps, and the figures of a step where they were taken."""
+        return {**self.at_steps, **(spread_columns(self.ratios, "ratio") if self.ratios else {})}
+
+    def _step(self) -> None:
+        batch = self.feed.batch(self.steps)
+        given = (batch.x,) if batch.target is None else (batch.x, batch.target)
+        beside = self.task.marks and self.steps % PRODUCT_EVERY == PRODUCT_EVERY - 1
+        floor = min(timed(self.product, "cpu") for _ in range(2)) if beside else 0.0
+        taken = timed(lambda: self.candidate.step(*given), "cpu")
+        self.ratios += [taken / floor] if beside else []
+        self.seconds += taken
+        self.steps += 1
+        if self.steps == self.task.steps:
+            self.at_steps = self.save(f"{self.steps} steps")
