@@ -91,7 +91,7 @@ class LayersSplice:
         self.spliced_tokens = sum(len(x) for _, x in self._kept)
         if self.spliced_tokens == 0:
             raise ValueError(f"no token would be replaced: all are dropped, or exceed max_norms={max_norms}")
-        mean = (sum(x.double().sum(0) for _, x in self._kept) / self.spliced_tokens).float()
+        mean = (torch.stack([x.double().sum(0) for _, x in self._kept]).sum(0) / self.spliced_tokens).float()
         zero, all_mean = ([fill(x) for _, x in self._kept] for fill in (torch.zeros_like, mean.expand_as))
         self.ce_clean = self._cross_entropy(zero, [])
         self.ce_zero, self.ce_zero_layers = self._together_and_alone(zero)
