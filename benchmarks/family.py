@@ -42,7 +42,7 @@ from benchmarks.measure import Row
 from benchmarks.peers import Setup, installed
 from benchmarks.record import Record, Result, markdown, parser
 from benchmarks.steps.harness import reason_in
-from benchmarks.worker import Worker, WorkerError
+from benchmarks.worker import Worker
 from sampled_sae.lm import load_model
 from sampled_sae.training.activations import Activations
 from sampled_sae.training.batches import Feed
@@ -64,15 +64,14 @@ SETTINGS = ("features", "k", "batch_size", "lr", "warm_up", "dead_after", "steps
 def trained(task: Task) -> list[Row]:
     """Of each candidate a row after the steps and one at each mark, with the file of its weights; or the reason."""
     entries = task.entries
-    rows: dict[str, list[Row]] = {name: [] for name in entries}
-    workers = {name: Worker(FamilySession, task, name) for name in entries}
+    missing = [{"reason": "not installed"}]
+    rows: dict[str, list[Row]] = {name: [] if installed(entry) else missing for name, entry in entries.items()}
+    workers = {name: Worker(FamilySession, task, name) for name in entries if not rows[name]}
 
     def each(act: Callable[[str], Iterable[Row]]) -> None:
         for name in list(workers):
             row: Row = {}
             with reason_in(row):
-                if not installed(entries[name]):
-                    raise WorkerError("not installed")
                 rows[name] += act(name)
             if row:
                 rows[name] = [row]

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from benchmarks.family import check_same, described, lines, markdown_table
-from benchmarks.family_kinds import KINDS
 from sampled_sae import ActivationStore
 from sampled_sae.training.opening import as_activations
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--features", "64", "--k", "3", "--batch-size", "16", "--steps", "4", "--marks", "0.02", "--threads", "1"]
+SMALL = ["--features", "64", "--k", "3", "--batch-size", "16", "--steps", "6", "--marks", "0.02", "--threads", "1"]
 
 
 def write(folder, seed=0):
@@ -42,28 +41,29 @@ def run(folder, *arguments):
 @pytest.mark.slow
 def test_family_in_two_calls(activations, tmp_path):
     """The first has all that is timed; the second trains other seeds and evaluates."""
-    given = [word for kind, folder in activations.items() for word in (f"--{kind}", folder)]
+    kinds = ("matryoshka", "crosscoder")
+    given = [word for kind in kinds for word in (f"--{kind}", activations[kind])]
     done = run(tmp_path, *given, "--timed")
     assert done.returncode == 0, done.stderr
     timed = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert {row["at"] for row in timed if "reason" not in row} == {"0.02 s", "4 steps"}
+    assert {row["at"] for row in timed if "reason" not in row} == {"0.02 s", "6 steps"}
     assert all("weights" in row and "fvu" not in row for row in timed if "reason" not in row)
     done = run(tmp_path, *given, "--seeds", 0, 1)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
     rows = [row for row in result["rows"] if "reason" not in row]
-    for kind in KINDS:
+    for kind in kinds:
         ours = [row for row in rows if row["kind"] == kind and row["candidate"] == "ours, l=None (BatchTopK)"]
-        assert [(row["seed"], row["at"]) for row in ours] == [(0, "0.02 s"), (0, "4 steps"), (1, "4 steps")]
+        assert [(row["seed"], row["at"]) for row in ours] == [(0, "0.02 s"), (0, "6 steps"), (1, "6 steps")]
         assert all(0 < row["fvu"] < 10 for row in ours)
         assert [("ratio" in row) for row in ours] == [False, True, False]
-        assert ours[1]["steps"] == ours[2]["steps"] == 4
+        assert ours[1]["steps"] == ours[2]["steps"] == 6
         assert ours[1]["fvu"] != ours[2]["fvu"]
     again = [row for row in timed if "reason" not in row and "ratio" in row]
     assert [row["ratio"] for row in again] == [row["ratio"] for row in rows if "ratio" in row]
     assert not list((tmp_path / "w").iterdir())
     table = (tmp_path / "out.md").read_text()
-    assert all(f"**{kind.capitalize()}**" in table for kind in KINDS)
+    assert all(f"**{kind.capitalize()}**" in table for kind in kinds)
     shown = run(tmp_path, "--matryoshka", activations["crosscoder"] / "beside_1")
     assert shown.returncode == 2
     assert "has results of" in shown.stderr
@@ -92,25 +92,25 @@ def test_results_are_not_mixed(activations, tmp_path):
 
 def row(candidate, seed, at, **figures):
     size = {"B": 16, "d": 12, "F": 64, "k": 3, "layers": 2}
-    return {"kind": "crosscoder", "candidate": candidate, "seed": seed, "at": at, "steps": 4, **size, **figures}
+    return {"kind": "crosscoder", "candidate": candidate, "seed": seed, "at": at, "steps": 6, **size, **figures}
 
 
 def test_a_line_of_several_seeds():
     alone = {"loss_recovered_layers": [0.5, 0.25]}
     rows = [
         row("a", 0, "2 s", fvu=0.5, **alone),
-        row("a", 0, "4 steps", fvu=0.25, ratio=1.5, ratio_p20=1.0, ratio_p80=2.0),
-        row("a", 1, "4 steps", fvu=0.75, loss_recovered=None),
+        row("a", 0, "6 steps", fvu=0.25, ratio=1.5, ratio_p20=1.0, ratio_p80=2.0),
+        row("a", 1, "6 steps", fvu=0.75, loss_recovered=None),
         {"kind": "crosscoder", "candidate": "b", "seed": 0, "reason": "not installed", "layers": 2},
     ]
-    a, b = lines(rows, ["2 s", "4 steps"])
+    a, b = lines(rows, ["2 s", "6 steps"])
     assert b == {"candidate": "b", "reason": "not installed"}
-    assert (a["fvu 0"], a["fvu 1"], a["steps 0"]) == ("0.500", "0.500 (0.250–0.750)", 4)
+    assert (a["fvu 0"], a["fvu 1"], a["steps 0"]) == ("0.500", "0.500 (0.250–0.750)", 6)
     assert (a["loss_recovered_layers 1 0"], "loss_recovered 1" in a) == ("0.250", False)
     about = {"model": "m", "layer": "0, 1", "weights_sha256": None, "tokens": 320, "crc32": "0"}
-    result = {"rows": rows, "setup": {"marks": [2.0], "steps": 4}, "activations": {"crosscoder": about}}
+    result = {"rows": rows, "setup": {"marks": [2.0], "steps": 6}, "activations": {"crosscoder": about}}
     table = markdown_table(result)
     assert "**Crosscoder**: layer 0, 1 of m, 320 tokens; B=16, d=12, F=64, k=3" in table
-    assert "| a | 1.50 | 1.00–2.00 | 4 | 0.500 | – | 0.500 | 0.250 | 0.500 (0.250–0.750) | – |" in table
+    assert "| a | 1.50 | 1.00–2.00 | 6 | 0.500 | – | 0.500 | 0.250 | 0.500 (0.250–0.750) | – |" in table
     assert "| b | – (not installed) |" in table
     assert "matryoshka" not in table.lower()

@@ -150,8 +150,9 @@ def test_metrics_by_hand():
     assert "fvu_layers" not in evaluate_activations(_calibrated(make_sae(), x), x.flatten(1))
     with pytest.raises(ValueError, match=r"\[60, 11\].*must be \[n, 12\], the 3 layers of a crosscoder"):
         evaluate(sae, x.flatten(1)[:, 1:], 20, None)
-    with pytest.raises(ValueError, match="layers=3: a crosscoder reads more"):
-        reconstruct_with(sae)
+    spliced = reconstruct_with(sae)
+    assert spliced.kind == "a crosscoder"
+    assert torch.equal(spliced(x), sae.decode(sae.encode_sparse(x)))
 
 
 def _calibrated(sae, x):
@@ -191,7 +192,7 @@ def test_by_command(tmp_path, capsys):
     assert plot.stat().st_size > 1000
     plot.unlink()
     capsys.readouterr()
-    assert main(["evaluate", run, first, "--beside", *others]) == 0
+    assert main(["evaluate", run, first, "--beside", *others, "--splice-rows", "0"]) == 0
     said = capsys.readouterr().out
     assert "fvu_layers: [" in said
     assert str(plot) in said
@@ -204,13 +205,13 @@ def test_by_command(tmp_path, capsys):
     assert "was trained on these layers in another order" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path / "pq"), q, "--beside", p, "--insist"]) == 0
     sweep = ["sweep", first, str(tmp_path / "s"), "--beside", *others, "--ls", "1,none", "--scores", "l2", "--no-topk"]
-    assert main([*sweep, *small]) == 0
+    assert main([*sweep, *small, "--splice-rows", "0"]) == 0
     capsys.readouterr()
     for argv, said in (
         (["evaluate", run, first], "layers=3, but .* has 1; --beside names"),
         (["evaluate", run, first, "--beside", others[0]], "layers=3, but .* has 2"),
         (["evaluate", run, others[0], "--beside", first, others[1]], "was trained on layer 0, 1, 2 of made"),
-        (["evaluate", run, first, "--beside", *others, "--splice-rows", "2"], "has no token rows"),
+        (["evaluate", run, first, "--beside", *others, "--splice-rows", "9"], "must be from 0 to 3, the held-out"),
         (["train", first, run + "x", "--beside", *others, "--targets", first, *small], "--beside .*of a crosscoder"),
     ):
         assert main(argv) == 1, argv

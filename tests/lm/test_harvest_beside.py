@@ -186,7 +186,7 @@ def test_of_models_side_by_side_no_loss_is_recovered(small_llama, causal, rows, 
     acts, run = str(tmp_path / "acts"), str(tmp_path / "run")
     assert main(["train", acts, run, *small]) == 0
     capsys.readouterr()
-    assert main(["evaluate", run, acts, "--quiet", "--model", str(causal)]) == 0
+    assert main(["evaluate", run, acts, "--model", str(causal)]) == 0
     assert "No loss recovered: " in (said := capsys.readouterr().err)
     assert "beside layer 1 of base" in said
     assert "one is of layer 1 of tuned" in said

@@ -72,10 +72,11 @@ def test_it_is_the_model_with_these_layers_replaced(model, rows, layers):
     def at(i):
         return lambda now: torch.cat([now[:, :1], mixed(x)[:, 1:, i]], dim=1)
 
+    for i, layer in enumerate(layers):
+        with replace(model, layer, at(i)):
+            assert found["ce_spliced_layers"][i] == pytest.approx(cross_entropy(model, rows), rel=1e-5)
     with ExitStack() as stack:
         for i, layer in enumerate(layers):
-            with replace(model, layer, at(i)):
-                assert found["ce_spliced_layers"][i] == pytest.approx(cross_entropy(model, rows), rel=1e-5)
             stack.enter_context(replace(model, layer, at(i)))
         assert found["ce_spliced"] == pytest.approx(cross_entropy(model, rows), rel=1e-5)
     means = x[:, 1:].mean((0, 1)).expand_as(x)
@@ -128,7 +129,9 @@ def test_a_crosscoder_in_the_units_of_the_model(small_llama, rows, tmp_path):
     for other, said in ((one, "is of an SAE with layers=1"), (three, "is of a crosscoder with layers=3")):
         with pytest.raises(ValueError, match=f"{said}; into 2 layers goes a crosscoder of as many"):
             splice.evaluate(reconstruct_with(other))
-    with pytest.raises(ValueError, match="is of a crosscoder, which makes not one residual stream: LayersSplice"):
+    with pytest.raises(
+        ValueError, match="is of a crosscoder, which makes no residual stream of one layer: LayersSplice"
+    ):
         SpliceEvaluator(small_llama, rows, 1).evaluate(reconstruct_with(sae))
     point = HookPoint("model.layers.0", "out")
     with pytest.raises(ValueError, match="goes an SAE"):
@@ -154,7 +157,7 @@ def test_models_side_by_side_are_refused(small_llama, rows, tmp_path):
             evaluator.of_harvest(small_llama, rows, stack.manifest)
     one = harvest(small_llama, rows, 1, tmp_path / "one", **QUIET)
     made = StackedActivations([torch.randn(9, D), torch.randn(9, D)])
-    for manifest, said in ((one.manifest, "not of layers side by side"), (made.manifest, "that no harvest wrote")):
+    for manifest, said in ((one, "not of layers side by side"), (made.manifest, "that no harvest wrote")):
         with pytest.raises(ValueError, match=said):
             LayersSplice.of_harvest(small_llama, rows, manifest)
 

@@ -164,7 +164,7 @@ def test_splices_know_what_they_are_of(small_llama, rows, tmp_path):
         of_pair.evaluate(reconstruct_with(plain))
     with pytest.raises(ValueError, match=r"mlp:out to model\.layers\.1\.mlp:out goes an SAE"):
         of_one.evaluate(reconstruct_with(transcoder))
-    with pytest.raises(ValueError, match="is of a transcoder, which makes not one residual stream"):
+    with pytest.raises(ValueError, match="is of a transcoder, which makes no residual stream"):
         SpliceEvaluator(small_llama, rows, 1).evaluate(reconstruct_with(transcoder))
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp:out of .*, which is no residual stream"):
         SpliceEvaluator.of_harvest(small_llama, held, pair.target.manifest)
