@@ -24,12 +24,12 @@ import torch
 from benchmarks.measure import ROOT, Row
 from benchmarks.record import Record, Result, markdown, parser
 from sampled_sae import CodesStore
-from sampled_sae.corpus.encode import encode_corpus
-from sampled_sae.corpus.token_places import TokenPlaces, TokenShard
 from sampled_sae.inference.config import InferenceConfig
+from sampled_sae.inference.encode_corpus import encode_corpus
 from sampled_sae.inference.inference_sae import InferenceSAE
 from sampled_sae.pages.choice import FeatureChoice
 from sampled_sae.pages.feature_page import LanguageModel, Settings, feature_page
+from sampled_sae.support.token_places import TokenPlaces, TokenShard
 
 N_FEATURES, D, N_ROWS, CONTEXT, VOCABULARY = 16_384, 16, 80, 64, 20_000
 TIMED = """

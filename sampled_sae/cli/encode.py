@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..corpus.codes_files import DTYPES
-from ..corpus.encode import Source, encode_corpus
 from ..formats.published import Published, read_inference
+from ..inference.codes_files import DTYPES
+from ..inference.encode_corpus import Source, encode_corpus
 from ..support.argument_checks import check_device, check_integer
 from ..support.output_folder import check_output_folder
 from ..training.activation_store import ActivationStore

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..corpus.codes_files import MANIFEST as CODES_MANIFEST
-from ..corpus.codes_files import is_codes
-from ..corpus.codes_store import CodesStore
-from ..corpus.encode import encode_corpus, sae_crc32
 from ..formats.published import Published, read_inference
+from ..inference.codes_files import MANIFEST as CODES_MANIFEST
+from ..inference.codes_files import is_codes
+from ..inference.codes_store import CodesStore
+from ..inference.encode_corpus import encode_corpus, sae_crc32
 from ..pages.choice import FeatureChoice
 from ..pages.feature_page import LanguageModel, Settings, feature_page, shards_of
 from ..pages.html import PAGE, is_page

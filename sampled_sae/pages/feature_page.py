@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..corpus.codes_store import CodesStore
+from ..inference.codes_store import CodesStore
 from ..inference.inference_sae import InferenceSAE
 from ..training.activation_store import ActivationStore
 from .activity import Activity

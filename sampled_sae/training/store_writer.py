@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..corpus.token_places import TokenPlaces
 from ..support import checksums
 from ..support.atomic_files import field, read_json, read_tensors, write_json
 from ..support.listed_files import ListedFilesWriter
+from ..support.token_places import TokenPlaces
 
 FORMAT = "sampled-sae activations"
 VERSION = 1

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from sampled_sae import ActivationStore, CodesStore, load_inference
 from sampled_sae.cli import main
-from sampled_sae.corpus.codes_files import MANIFEST
-from sampled_sae.corpus.encode import encode_corpus
-from sampled_sae.corpus.token_places import TokenPlaces, TokenShard
 from sampled_sae.formats.portable import silent
+from sampled_sae.inference.codes_files import MANIFEST
+from sampled_sae.inference.encode_corpus import encode_corpus
 from sampled_sae.support.checksums import file_crc32
+from sampled_sae.support.token_places import TokenPlaces, TokenShard
 from sampled_sae.training.stored_activations import StoredActivations
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..codes import Entries
-from ..inference.inference_sae import InferenceSAE
 from ..support.argument_checks import check_choice, check_integer
 from ..support.checksums import tensors_crc32
 from ..support.output_folder import check_output_folder, is_leftover, locked
+from ..support.token_places import TokenShard
 from .codes_files import DTYPES, MANIFEST, CodesWriter, new_manifest, read_manifest
-from .token_places import TokenShard
+from .inference_sae import InferenceSAE
 
 
 class Source(Protocol):

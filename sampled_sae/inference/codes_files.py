@@ -22,7 +22,7 @@ from ..codes import Entries
 from ..support.atomic_files import field, read_json, write_json
 from ..support.checksums import damage
 from ..support.listed_files import ListedFilesWriter
-from .token_places import TokenPlaces
+from ..support.token_places import TokenPlaces
 
 FORMAT = "sampled-sae codes"
 VERSION = 1
