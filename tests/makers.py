@@ -78,6 +78,25 @@ def same_weights(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
 
 
+def state_of(sae):
+    """Copies of its parameters by name."""
+    return {name: p.detach().clone() for name, p in sae.named_parameters()}
+
+
+def contents(folder):
+    """name -> bytes of the files of a folder."""
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def names(folder):
+    return {entry.name for entry in folder.iterdir()}
+
+
+def cut(file, size):
+    """Leaves the first bytes of a file, or with a size below 0 all but the last."""
+    file.write_bytes(file.read_bytes()[:size])
+
+
 def begun_training(sae, how, activations, folder, steps, **options):
     """A `Trainer` that was stopped after `steps`, with a checkpoint."""
     begun = Trainer(sae, how, activations, folder, **options)
