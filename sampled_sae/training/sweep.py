@@ -24,7 +24,7 @@ from .evaluation import evaluate_activations, reconstruct_with
 from .fitting import check_fits
 from .opening import Stored, as_activations
 from .precision import settled
-from .sae_group import SAEGroup, check_members
+from .sae_group import SAEGroup, check_configs
 from .same_settings import check_same_settings, completed, identity, in_words, is_same_kind
 from .schedules import check_schedule
 from .sharded_checkpoint import remove_checkpoint
@@ -122,7 +122,7 @@ def run_sweep(
         Interrupted: a signal came; all that was done is saved.
     """
     together, store = check_integer("together", together, 1), as_activations(store)
-    check_members(configs, store)
+    check_configs(configs, store)
     check_output_folder(folder)
     ranks = ranks_of(mesh)
     feed = Feed(store, train.batch_size, train.seed, device, ranks)

@@ -99,7 +99,7 @@ class RowTrainer(SAETrainer):
             raise ValueError(f"layer={layer!r}, lm_name={lm_name!r}: both must be given")
         if dict_class not in (None, self.dictionary, self.dictionary.peer):
             raise ValueError(f"dict_class={dict_class!r}: must be {self.dictionary.__name__}")
-        check_schedule(steps, warmup_steps, decay_start)
+        check_lr_schedule(steps, warmup_steps, decay_start)
         auxk_alpha = check_number("auxk_alpha", auxk_alpha, 0, None)
         threshold_beta = check_number("threshold_beta", threshold_beta, 0, 1)
         self.layer = layer
@@ -289,7 +289,7 @@ class RowTrainer(SAETrainer):
         average_threshold(self.ae.sae, smallest, self.threshold_beta)
 
 
-def check_schedule(steps: int, warmup_steps: int, decay_start: int | None) -> None:
+def check_lr_schedule(steps: int, warmup_steps: int, decay_start: int | None) -> None:
     if warmup_steps >= steps:
         raise ValueError(f"warmup_steps={warmup_steps!r}: must be below steps={steps}")
     if decay_start is not None and not warmup_steps < decay_start < steps:
