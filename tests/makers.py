@@ -11,6 +11,18 @@ from sampled_sae import functional as F
 from sampled_sae.support.atomic_files import write_json
 
 D = 12
+# of selection, for `make_sae`: each form and kind of a step
+TOPK = {"l": None, "select": "token"}
+RULES = [
+    {"d_sae": 128, "l": 4.0},
+    {"l": 4.0},
+    {"l": 4.0, "score": "entropy", "pool": "sample"},
+    {"l": 2.0, "select": "token"},
+    {"l": None},
+    TOPK,
+    {"l": None, "apply_b_dec_to_input": False},
+    {"d_sae": 128, "l": 2.0, "apply_b_dec_to_input": False},
+]
 
 
 def problem(B, d, n_features, dtype=torch.float64, seed=0):
