@@ -8,10 +8,9 @@ SampledSAE, are calibrated to L0 = k by a threshold, and are evaluated on held-o
 with all of its layers spliced at once, and with each alone. Further --seeds train for --steps steps.
 dictionary_learning's crosscoder is not in its release: SAMPLED_SAE_CROSSCODERS names a checkout of a branch.
 
-    sampled-sae harvest runs/quality/activations --layer 15 --texts wiki-en --tokens 250000
     sampled-sae harvest runs/quality/mlp --layer 15 --mlp --texts wiki-en --tokens 150000
     sampled-sae harvest runs/quality/beside --layer 7 --beside 15 23 --texts wiki-en --tokens 150000
-    .venv/peers/bin/python benchmarks/family.py --matryoshka runs/quality/activations --transcoder runs/quality/mlp \
+    .venv/peers/bin/python benchmarks/family.py --matryoshka runs/quality/beside/beside_1 --transcoder runs/quality/mlp \
         --crosscoder runs/quality/beside --out benchmarks/results/family_training.json
 
 With --timed it ends where nothing is timed any more: what is left to train and to evaluate a call without it does, on
@@ -185,7 +184,7 @@ def lines(rows: list[Row], marks: list[str]) -> list[Row]:
 
 def main() -> None:
     small = {"features": 4096, "k": 32, "batch_size": 1024, "lr": 3e-3, "warm_up": 10, "dead_after": 50_000}
-    command = parser(__doc__, "--out", model="smollm2-135m", steps=120, splice_rows=8, **small)
+    command = parser(__doc__, "--out", model="smollm2-135m", steps=100, splice_rows=8, **small)
     command.add_argument("--marks", type=float, nargs="+", default=[30.0], help="seconds of training steps")
     command.add_argument("--seeds", type=int, nargs="+", default=[0], help="the first is timed; 0 by default")
     command.add_argument("--timed", action="store_true", help="only what is timed")
