@@ -145,18 +145,18 @@ def table_of(kind: str, result: Result) -> str:
     of_kind = [row for row in result["rows"] if row["kind"] == kind]
     if not of_kind:
         return ""
+    about, first = result["activations"][kind], of_kind[0]
     marks = [f"{mark:g} s" for mark in result["setup"]["marks"]] + [f"{result['setup']['steps']} steps"]
     figures = {"fvu": "FVU"}
     figures |= {"fvu_groups 0": "FVU of the first group"} if kind == "matryoshka" else {}
     figures |= {"loss_recovered": "loss recovered"}
-    alone = range(of_kind[0]["layers"] if kind == "crosscoder" else 0)
-    figures |= {f"loss_recovered_layers {i}": f"layer {i + 1} alone" for i in alone}
+    layers = str(about["layer"]).split(", ") if kind == "crosscoder" else []
+    figures |= {f"loss_recovered_layers {i}": f"layer {layer} alone" for i, layer in enumerate(layers)}
     columns = {"candidate": "{candidate}", "step / product": "{ratio:.2f}"}
     columns |= {"p20–p80": "{ratio_p20:.2f}–{ratio_p80:.2f}"}
     for i, mark in enumerate(marks):
         columns |= {} if mark.endswith("steps") else {f"steps in {mark}": f"{{steps {i}}}"}
         columns |= {f"{title}, {mark}": f"{{{name} {i}}}" for name, title in figures.items()}
-    about, first = result["activations"][kind], of_kind[0]
     size = f"B={first['B']}, d={first['d']}, F={first['F']}, k={first['k']}"
     heading = f"**{kind.capitalize()}**: {in_words(about)}, {about['tokens']} tokens; {size}"
     return f"{heading}\n\n{markdown(columns, lines(of_kind, marks))}"

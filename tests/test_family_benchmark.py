@@ -113,4 +113,5 @@ def test_a_line_of_several_seeds():
     assert "**Crosscoder**: layer 0, 1 of m, 320 tokens; B=16, d=12, F=64, k=3" in table
     assert "| a | 1.50 | 1.00–2.00 | 6 | 0.500 | – | 0.500 | 0.250 | 0.500 (0.250–0.750) | – |" in table
     assert "| b | – (not installed) |" in table
+    assert "| loss recovered, 2 s | layer 0 alone, 2 s | layer 1 alone, 2 s |" in table
     assert "matryoshka" not in table.lower()
