@@ -10,8 +10,8 @@ dictionary_learning's crosscoder is not in its release: SAMPLED_SAE_CROSSCODERS 
 
     sampled-sae harvest runs/quality/mlp --layer 15 --mlp --texts wiki-en --tokens 150000
     sampled-sae harvest runs/quality/beside --layer 7 --beside 15 23 --texts wiki-en --tokens 150000
-    .venv/peers/bin/python benchmarks/family.py --matryoshka runs/quality/beside/beside_1 --transcoder runs/quality/mlp \
-        --crosscoder runs/quality/beside --out benchmarks/results/family_training.json
+    .venv/peers/bin/python benchmarks/family.py --matryoshka runs/quality/beside/beside_1 \
+        --transcoder runs/quality/mlp --crosscoder runs/quality/beside --out benchmarks/results/family_training.json
 
 With --timed it ends where nothing is timed any more: what is left to train and to evaluate a call without it does, on
 a machine that may be busy. What the result file has already is not done again; it takes no other settings, and of a

@@ -129,7 +129,7 @@ def test_a_crosscoder_in_the_units_of_the_model(small_llama, rows, tmp_path):
     for other, said in ((one, "is of an SAE with layers=1"), (three, "is of a crosscoder with layers=3")):
         with pytest.raises(ValueError, match=f"{said}; into 2 layers goes a crosscoder of as many"):
             splice.evaluate(reconstruct_with(other))
-    with pytest.raises(ValueError, match="is of a crosscoder, which makes no residual .*: LayersSplice"):
+    with pytest.raises(ValueError, match=r"is of a crosscoder, which makes no residual .*: LayersSplice"):
         SpliceEvaluator(small_llama, rows, 1).evaluate(reconstruct_with(sae))
     point = HookPoint("model.layers.0", "out")
     with pytest.raises(ValueError, match="goes an SAE"):
