@@ -34,6 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from benchmarks.equal_time import CALIBRATION_TOKENS, SLICE
 from benchmarks.family_kinds import KINDS, FamilySession, Task
@@ -42,6 +43,7 @@ from benchmarks.peers import Setup, installed
 from benchmarks.record import Record, Result, markdown, parser
 from benchmarks.steps.harness import reason_in
 from benchmarks.worker import Worker
+from sampled_sae import SampledSAE
 from sampled_sae.lm import load_model
 from sampled_sae.training.activations import Activations
 from sampled_sae.training.batches import Feed
@@ -98,11 +100,10 @@ def trained(task: Task) -> list[Row]:
     return [{**about, "candidate": name, **row} for name, found in rows.items() for row in found]
 
 
-def judged(row: Row, setup: Setup, store: Activations, weights: Path, splice: Splice | None) -> Row:
+def judged(row: Row, sae: SampledSAE, calibration: Tensor, held_out: Tensor, splice: Splice | None) -> Row:
     """The row with its SAE's figures at mean L0 = k by a threshold, on held-out activations."""
-    sae = KINDS[row["kind"]].sae(load_file(weights), setup, store).eval()
-    sae.calibrate(Feed(store, setup.B, seed=0).calibration()[:CALIBRATION_TOKENS], scaled=True)
-    result = evaluate(sae, store.holdout()[0], setup.B, splice)
+    sae.eval().calibrate(calibration, scaled=True)
+    result = evaluate(sae, held_out, row["B"], splice)
     found = {name: result[measure] for measure, name in WANTED.items() if measure in result}
     return {name: value for name, value in row.items() if name != "weights"} | found
 
@@ -227,11 +228,22 @@ def run(args: argparse.Namespace, record: Record, given: dict[str, Path], stores
             if not any((row["kind"], row["seed"]) == (kind, seed) for row in record.rows):
                 setup = replace(setups[kind], seed=seed)
                 record.add(*trained(Task(kind, folder, setup, args.steps, marks, args.weights, args.threads)))
+    if not args.timed:
+        for kind, store in stores.items():
+            judge(kind, args.weights, record, setups[kind], store, splices.get(kind))
+
+
+def judge(kind: str, weights: Path, record: Record, setup: Setup, store: Activations, splice: Splice | None) -> None:
+    """Evaluates what has weights, which are removed."""
+    calibration = Feed(store, setup.B, seed=0).calibration()[:CALIBRATION_TOKENS]
+    held_out = store.holdout()[0]
     for i, row in enumerate(record.rows):
-        if "weights" in row and row["kind"] in given and not args.timed:
-            file = args.weights / row["weights"]
-            record.rows[i] = judged(row, setups[row["kind"]], stores[row["kind"]], file, splices.get(row["kind"]))
+        if row["kind"] == kind and "weights" in row:
+            file = weights / row["weights"]
+            sae = KINDS[kind].sae(load_file(file), setup, store)
+            record.rows[i] = judged(row, sae, calibration, held_out, splice)
             record.add()
+            print(f"{kind}, {row['candidate']}, {row['at']}: evaluated", flush=True)
             file.unlink()
 
 
