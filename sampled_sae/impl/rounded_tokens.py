@@ -36,7 +36,7 @@ class Looks:
 
 
 class RoundedTokens:
-    """Tokens [B, d] float32 in bfloat16; rounded when that is first asked for.
+    """Tokens [B, d], float32 or bfloat16, in bfloat16; rounded when that is first asked for.
 
     Attributes:
         x: bfloat16 [B, d]. norms: float32 [B], of its rows. errors: float32 [B], norms of what the rounding changed.
@@ -52,20 +52,36 @@ class RoundedTokens:
         return self._tokens.bfloat16()
 
     @cached_property
-    def norms(self) -> Tensor:
-        return torch.cat([row_norms(rows.float()) for rows in self.x.split(ROWS)])
+    def _sizes(self) -> tuple[Tensor, Tensor]:
+        """Norms and errors; for them a few rows are rounded at a time, and not kept."""
+        norms, errors = [], []
+        for rows in self._tokens.split(ROWS):
+            low = rows.bfloat16().float()
+            norms.append(row_norms(low))
+            errors.append(row_norms(rows - low))
+        return torch.cat(norms), torch.cat(errors)
 
-    @cached_property
+    @property
+    def norms(self) -> Tensor:
+        return self._sizes[0]
+
+    @property
     def errors(self) -> Tensor:
-        parts = zip(self._tokens.split(ROWS), self.x.split(ROWS))
-        return torch.cat([row_norms(tokens - rows.float()) for tokens, rows in parts])
+        return self._sizes[1]
 
     @cached_property
     def columns(self) -> Tensor:
-        columns = self.x.new_ones(self.x.shape[0], self.x.shape[1] + COLUMNS)
-        columns[:, :-COLUMNS] = self.x
-        columns[:, -COLUMNS], columns[:, 1 - COLUMNS] = rounded_up(self.norms), rounded_up(self.errors)
+        # from the tokens themselves: a search by columns needs no other copy
+        n_tokens, d = self._tokens.shape
+        columns = self._tokens.new_ones(n_tokens, d + COLUMNS, dtype=torch.bfloat16)
+        columns[:, :d] = self._tokens
+        columns[:, d], columns[:, d + 1] = rounded_up(self.norms), rounded_up(self.errors)
         return columns
+
+    def let_go(self) -> None:
+        """Of the rounded tokens; what asks again rounds again."""
+        self.__dict__.pop("x", None)
+        self.__dict__.pop("columns", None)
 
     @property
     def in_range(self) -> bool:
