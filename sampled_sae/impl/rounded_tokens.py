@@ -7,12 +7,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..support.reused_memory import scratch
+
 # products and squares of what is larger may leave the range of float32
 LARGEST = 1e15
-# tokens whose norms are taken at once
-ROWS = 64
+# elements of tokens whose norms are taken at once
+NORMED_ELEMENTS = 1 << 15
+# what the norm of one number may lose whose square is below 2^-126
+LOST = 2.0**-62
 # of both operands behind their d: what the bound and the bias ask for
 COLUMNS = 4
+# their rows are so many columns long, or a multiple: what CPUs multiply at once
+TILE = 32
 
 
 class Looks:
@@ -40,7 +46,7 @@ class RoundedTokens:
 
     Attributes:
         x: bfloat16 [B, d]. norms: float32 [B], of its rows. errors: float32 [B], norms of what the rounding changed.
-        columns: bfloat16 [B, d + COLUMNS], x and, rounded up, norms, errors, 1 and 1. looks: what was seen so far.
+        columns: bfloat16 [B, width_of(d)], x, zeros and, rounded up, norms, errors, 1 and 1. looks: what was seen so far.
     """
 
     def __init__(self, tokens: Tensor, looks: Looks | None = None) -> None:
@@ -54,12 +60,17 @@ class RoundedTokens:
     @cached_property
     def _sizes(self) -> tuple[Tensor, Tensor]:
         """Norms and errors; for them a few rows are rounded at a time, and not kept."""
-        norms, errors = [], []
-        for rows in self._tokens.split(ROWS):
-            low = rows.bfloat16().float()
-            norms.append(row_norms(low))
-            errors.append(row_norms(rows - low))
-        return torch.cat(norms), torch.cat(errors)
+        n_tokens, d = self._tokens.shape
+        norms, errors = sizes = self._tokens.new_empty(2, n_tokens, dtype=torch.float32)
+        step = max(1, NORMED_ELEMENTS // d)
+        for start in range(0, n_tokens, step):
+            at = slice(start, min(start + step, n_tokens))
+            rows = self._tokens[at]
+            low = scratch(norms, *rows.shape).copy_(rows.bfloat16())
+            torch.linalg.vector_norm(low, dim=1, out=norms[at])
+            torch.linalg.vector_norm(torch.sub(rows, low, out=low), dim=1, out=errors[at])
+        sizes += LOST * d**0.5
+        return norms, errors
 
     @property
     def norms(self) -> Tensor:
@@ -73,9 +84,9 @@ class RoundedTokens:
     def columns(self) -> Tensor:
         # from the tokens themselves: a search by columns needs no other copy
         n_tokens, d = self._tokens.shape
-        columns = self._tokens.new_ones(n_tokens, d + COLUMNS, dtype=torch.bfloat16)
-        columns[:, :d] = self._tokens
-        columns[:, d], columns[:, d + 1] = rounded_up(self.norms), rounded_up(self.errors)
+        columns = self._tokens.new_empty(n_tokens, width_of(d), dtype=torch.bfloat16)
+        columns[:, :d], columns[:, d:-COLUMNS], columns[:, -COLUMNS:] = self._tokens, 0, 1
+        columns[:, -COLUMNS], columns[:, 1 - COLUMNS] = rounded_up(self.norms), rounded_up(self.errors)
         return columns
 
     def let_go(self) -> None:
@@ -93,9 +104,14 @@ class RoundedTokens:
         return RoundedTokens(self._tokens[at], self.looks)
 
 
+def width_of(d: int) -> int:
+    """Columns of an operand of d numbers with those of its bound."""
+    return -(-(d + COLUMNS) // TILE) * TILE
+
+
 def row_norms(rows: Tensor) -> Tensor:
-    """[B], never too small: a square below 2^-126 may be lost."""
-    return torch.linalg.vector_norm(rows, dim=1) + 2.0**-62 * rows.shape[1] ** 0.5
+    """[B], never too small."""
+    return torch.linalg.vector_norm(rows, dim=1) + LOST * rows.shape[1] ** 0.5
 
 
 def rounded_up(values: Tensor) -> Tensor:

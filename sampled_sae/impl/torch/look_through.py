@@ -15,9 +15,11 @@ from .column_filter import places_reaching
 from .plain_screen import PlainScreen, is_plain
 from .screen_entries import seen_above
 
-# bytes of a product [T, C], and of all of a screen's [T, F] what it and the rounded tokens may share
-LEAST_PRODUCT, MOST_PRODUCT = 1 << 20, 1 << 22
-SHARE = 1 / 32
+# bytes of a product [T, C]
+LEAST_PRODUCT, MOST_PRODUCT = 1 << 19, 1 << 21
+# of the bytes of a float32 [T, F], what the product of a screen and the tokens that were rounded for it share, of a
+# dictionary of at least so many features
+SHARE, FEATURES = 0.02, 1 << 16
 # elements of weights that are raised for a product in full precision, and of those that need not be
 RAISED_ELEMENTS = 1 << 19
 WEIGHT_ELEMENTS = 1 << 22
@@ -62,11 +64,12 @@ class LookThrough:
         """Features a chunk."""
         n_tokens, d, b = self.block.n_tokens, self.block.x.shape[1], self.block.b
         if self.screen is not None:
-            room = SHARE * 2 * n_tokens * self.block.n_features - (2 * n_tokens * d if self.screen != "plain" else 0)
+            room = SHARE * 4 * n_tokens * max(self.block.n_features, FEATURES)
+            room -= 2 * n_tokens * d if self.screen == "bounded" else 0
             width = int(min(max(room, LEAST_PRODUCT), MOST_PRODUCT)) // (2 * n_tokens)
         else:
             elements = WEIGHT_ELEMENTS if self.block.W.dtype == b.dtype else RAISED_ELEMENTS
-            width = min(2 * LEAST_PRODUCT // (b.element_size() * n_tokens), elements // d)
+            width = min(MOST_PRODUCT // (b.element_size() * n_tokens), elements // d)
         return max(64, width // 64 * 64)
 
     def through(self, span: slice, floor: Tensor) -> Tensor | None:

@@ -18,6 +18,7 @@ from .screen import MARGIN, UNIT, smallest_normal
 
 # elements of weights that are multiplied at once, which stay in the cache
 WEIGHT_ELEMENTS = 3 << 18
+MAGNITUDE_ELEMENTS = 1 << 18
 # up to so many tokens their largest product with a feature alone says whether any of them may be active
 FEW_TOKENS = 256
 # of the largest norm of a token: what rounding tokens to bfloat16 may have changed
@@ -87,8 +88,9 @@ class PlainScreen:
 
 def largest_magnitude(W: Tensor) -> float:
     """Of bfloat16 numbers; NaN where there is one. Their bits without sign sort as magnitudes do, and faster."""
-    bits = torch.bitwise_and(W.view(torch.int16), 0x7FFF, out=scratch(W, *W.shape).view(torch.int16))
-    return float(bits.amax().view(torch.bfloat16))
+    parts = W.view(torch.int16).split(max(1, MAGNITUDE_ELEMENTS // W.shape[1]))
+    most = [torch.bitwise_and(part, 0x7FFF, out=scratch(W, *part.shape).view(torch.int16)).amax() for part in parts]
+    return float(torch.stack(most).amax().view(torch.bfloat16))
 
 
 def in_bfloat16(least: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ CHUNK_ELEMENTS = 1 << 20
 # of weights that are raised to another dtype at once, [C, d]
 RAISED_ELEMENTS = 1 << 21
 BLOCK_TOKENS = 2048
+# of rows that are gathered and then raised
+RAISED_AT_ONCE = 1 << 17
 # rows of weights, one an entry, that are gathered at once
 GATHERED_ELEMENTS = 1 << 19
 # A chunk of a search is a multiple of so many features wide, so that its maxima can be taken in blocks.
@@ -188,8 +190,14 @@ def gathered_slices(W: Tensor, features: Tensor) -> Iterator[slice]:
 
 def raised_rows(source: Tensor, at: Tensor, like: Tensor) -> Tensor:
     """`source.index_select(0, at)` in the dtype of `like`, in memory that serves again."""
-    rows = torch.index_select(source, 0, at, out=scratch(source, len(at), source.shape[1]))
-    return raised(rows, like)
+    rows = scratch(like, len(at), source.shape[1])
+    if source.dtype == like.dtype:
+        return torch.index_select(source, 0, at, out=rows)
+    # few at a time, which are in the cache when they are raised
+    step = max(1, RAISED_AT_ONCE // source.shape[1])
+    for few, raised_few in zip(at.split(step), rows.split(step)):
+        raised_few.copy_(torch.index_select(source, 0, few, out=scratch(source, len(few), source.shape[1])))
+    return rows
 
 
 def ends_of_tokens(tokens: Tensor, n_tokens: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...support.argument_checks import HALF
 from ...support.reused_memory import scratch
 from ..encoder import Operands
-from ..rounded_tokens import COLUMNS, RoundedTokens, rounded_up, row_norms
+from ..rounded_tokens import COLUMNS, LOST, RoundedTokens, rounded_up, row_norms, width_of
 from .products import raised
 
 # what rounding to bfloat16 moves a number by, at most, with the roundings of float32 that come on top
@@ -31,7 +31,7 @@ MARGIN = 1.01
 # a number of this size is beyond every sum of products in range, and finite in bfloat16
 BEYOND = 1e38
 # elements of weights that are rounded at once
-PIECE_ELEMENTS = 1 << 17
+PIECE_ELEMENTS = 1 << 16
 # activations in a batch below which a product costs too little to be screened
 FEWEST_ACTIVATIONS = 1 << 20
 # tokens below which weights cost more to round than the product does (benchmarks/results/inference.md)
@@ -77,7 +77,7 @@ def sums_in_float32() -> bool:
 
 
 class FeatureRounding(NamedTuple):
-    """Some features in bfloat16, with their scale: W [C, d + COLUMNS], the last columns not yet set.
+    """Some features in bfloat16, with their scale: W [C, width_of(d)], the last COLUMNS of them not yet set.
 
     norms, errors: float32 [C], of the rows before the rounding, and at least those of what it changed.
     """
@@ -92,7 +92,8 @@ class FeatureRounding(NamedTuple):
         rows, like = operands.W[at], operands.b
         scale = None if operands.scale is None else operands.scale[at]
         n_features, d = rows.shape
-        low = scratch(rows.new_empty(0, dtype=torch.bfloat16), n_features, d + COLUMNS)
+        low = scratch(rows.new_empty(0, dtype=torch.bfloat16), n_features, width_of(d))
+        low[:, d:-COLUMNS] = 0
         norms, errors = like.new_empty(2, n_features)
         # some rows after others, which are in the cache for all that is done to them
         step = max(1, PIECE_ELEMENTS // d)
@@ -102,10 +103,12 @@ class FeatureRounding(NamedTuple):
             if scale is not None:
                 exact = torch.mul(exact, scale[piece, None], out=scratch(like, *exact.shape))
             inner = low[piece, :d].copy_(exact)
-            norms[piece] = row_norms(exact)
+            torch.linalg.vector_norm(exact, dim=1, out=norms[piece])
             if measured:
                 change = scratch(like, *exact.shape).copy_(inner)
-                errors[piece] = row_norms(torch.sub(exact, change, out=change))
+                torch.linalg.vector_norm(torch.sub(exact, change, out=change), dim=1, out=errors[piece])
+        norms += LOST * d**0.5
+        errors += LOST * d**0.5
         if not measured:
             unit = 0.0 if scale is None and rows.dtype == torch.bfloat16 else UNIT
             errors = unit * norms + smallest_normal() * d**0.5

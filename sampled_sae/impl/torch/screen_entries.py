@@ -22,11 +22,11 @@ from .products import features_of, padded_chunk, parts_of
 from .screen import FeatureRounding, scaled_bias
 
 # elements of rounded weights that are multiplied at once, which stay in the cache
-WEIGHT_ELEMENTS = 5 << 17
+WEIGHT_ELEMENTS = 5 << 16
 
 
 def seen_features(operands: Operands, at: slice | Tensor, floor: Tensor | None = None) -> Tensor | None:
-    """[C, d + COLUMNS] bfloat16: some features, whose product with the tokens no activation lies above.
+    """[C, width_of(d)] bfloat16: some features, whose product with the tokens no activation lies above.
 
     floor: [1] or [C], what is taken from each activation. None where that is out of range.
     """
