@@ -16,7 +16,7 @@ from .plain_screen import PlainScreen, is_plain
 from .screen_entries import seen_above
 
 # bytes of a product [T, C]
-LEAST_PRODUCT, MOST_PRODUCT = 1 << 19, 1 << 21
+LEAST_PRODUCT, MOST_PRODUCT = 1 << 19, 3 << 19
 # of the bytes of a float32 [T, F], what the product of a screen and the tokens that were rounded for it share, of a
 # dictionary of at least so many features
 SHARE, FEATURES = 0.02, 1 << 16

@@ -56,15 +56,15 @@ class PlainScreen:
         norm = 0.0
         for at, columns in parts_of(span, d, WEIGHT_ELEMENTS):
             W = block.W[at]
-            largest = d**0.5 * largest_magnitude(W)
-            if not largest < LARGEST:
-                return None
-            norm = max(norm, largest)
-            # read again while they are in the cache
             if by_feature:
                 torch.mm(W, self.x.t(), out=z[columns])
             else:
                 torch.mm(self.x, W.t(), out=z[:, columns])
+            # read again while they are in the cache
+            largest = d**0.5 * largest_magnitude(W)
+            if not largest < LARGEST:
+                return None
+            norm = max(norm, largest)
         floor = floor.expand(len(b)) if block.scale is None else floor / block.scale[span]
         least = floor - b - self.sums * (floor.abs() + b.abs()) - smallest_normal() * (d + 8)
         # a scale of 0 gives what is above no floor

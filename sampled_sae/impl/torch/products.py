@@ -109,7 +109,7 @@ def candidate_spans(operands: Operands, first: int | None = None) -> Iterator[sl
 
 def parts_of(span: slice, d: int, elements: int) -> Iterator[tuple[slice, slice]]:
     """(some features of a span, their columns in its chunk): weights [C, d] of about so many elements at a time."""
-    width = max(64, elements // d // 64 * 64)
+    width = -(-elements // d // 64) * 64
     for start in range(span.start, span.stop, width):
         stop = min(start + width, span.stop)
         yield slice(start, stop), slice(start - span.start, stop - span.start)

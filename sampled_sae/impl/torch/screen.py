@@ -31,7 +31,7 @@ MARGIN = 1.01
 # a number of this size is beyond every sum of products in range, and finite in bfloat16
 BEYOND = 1e38
 # elements of weights that are rounded at once
-PIECE_ELEMENTS = 1 << 16
+PIECE_ELEMENTS = 1 << 17
 # activations in a batch below which a product costs too little to be screened
 FEWEST_ACTIVATIONS = 1 << 20
 # tokens below which weights cost more to round than the product does (benchmarks/results/inference.md)
