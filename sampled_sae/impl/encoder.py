@@ -27,9 +27,10 @@ class Share(NamedTuple):
 class Operands(NamedTuple):
     """What scores and searches multiply: no gradient, in the dtype of the products, that of b, centred.
 
-    x: [B, d], of 16 bits where a search above thresholds looks through it as it is. W: [F, d], of any dtype. b: [F]. scale: [F] or None. members: int64 [P], ascending, the features that a search looks
-    at; None for all. screen: x in bfloat16 where scores and searches look through such products first. share: for a
-    batch that is spread over processes; None for a whole one.
+    x: [B, d], of 16 bits where a search above thresholds looks through it as it is. W: [F, d], of any dtype. b: [F].
+    scale: [F] or None. members: int64 [P], ascending, the features that a search looks at; None for all. screen: x in
+    bfloat16 where scores and searches look through such products first. share: for a batch that is spread over
+    processes; None for a whole one.
     """
 
     x: Tensor

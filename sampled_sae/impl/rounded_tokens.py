@@ -46,7 +46,8 @@ class RoundedTokens:
 
     Attributes:
         x: bfloat16 [B, d]. norms: float32 [B], of its rows. errors: float32 [B], norms of what the rounding changed.
-        columns: bfloat16 [B, width_of(d)], x, zeros and, rounded up, norms, errors, 1 and 1. looks: what was seen so far.
+        columns: bfloat16 [B, width_of(d)], x, zeros and, rounded up, norms, errors, 1 and 1.
+        looks: what was seen so far.
     """
 
     def __init__(self, tokens: Tensor, looks: Looks | None = None) -> None:

@@ -5,8 +5,16 @@ import torch
 
 from sampled_sae.codes import SparseCodes
 from sampled_sae.impl.interface import implementation
-from sampled_sae.impl.torch import above, column_filter, dense_above, look_through, plain_screen, products
-from sampled_sae.impl.torch import screen, screen_entries
+from sampled_sae.impl.torch import (
+    above,
+    column_filter,
+    dense_above,
+    look_through,
+    plain_screen,
+    products,
+    screen,
+    screen_entries,
+)
 from sampled_sae.inference.config import InferenceConfig
 from sampled_sae.inference.encoding import tokens_to_encode
 from sampled_sae.testing import whole_numbers
@@ -30,7 +38,7 @@ def block_tokens(request, monkeypatch):
     """Tokens that are taken at a time: all of a small batch, or a few."""
     monkeypatch.setattr("sampled_sae.support.even_slices.FEWEST_ROWS", request.param)
     monkeypatch.setattr(above, "TOKEN_ELEMENTS", 1)
-    for bound in ("LEAST_PRODUCT", "MOST_PRODUCT"):
+    for bound in ("LEAST_PRODUCT", "MOST_BOUNDED", "MOST_PRODUCT"):
         monkeypatch.setattr(look_through, bound, 1 << 14)
     monkeypatch.setattr(products, "CHUNK_ELEMENTS", 1 << 13)
     for part in (plain_screen, screen_entries):

@@ -118,6 +118,7 @@ class Largest(TorchDispatchMode):
 def test_no_copy_of_the_weights_and_no_matrix_of_activations(screened, rule, monkeypatch):
     monkeypatch.setattr("sampled_sae.impl.torch.products.CHUNK_ELEMENTS", 1 << 14)
     monkeypatch.setattr("sampled_sae.impl.torch.look_through.LEAST_PRODUCT", 1 << 14)
+    monkeypatch.setattr("sampled_sae.impl.torch.look_through.MOST_BOUNDED", 1 << 14)
     monkeypatch.setattr("sampled_sae.impl.torch.look_through.MOST_PRODUCT", 1 << 14)
     monkeypatch.setattr("sampled_sae.impl.torch.products.GATHERED_ELEMENTS", 1 << 13)
     monkeypatch.setattr("sampled_sae.inference.decoder_norms.CHUNK_ELEMENTS", 1 << 13)

@@ -16,7 +16,7 @@ from .plain_screen import PlainScreen, is_plain
 from .screen_entries import seen_above
 
 # bytes of a product [T, C]
-LEAST_PRODUCT, MOST_PRODUCT = 1 << 19, 3 << 19
+LEAST_PRODUCT, MOST_BOUNDED, MOST_PRODUCT = 1 << 19, 1 << 20, 3 << 19
 # of the bytes of a float32 [T, F], what the product of a screen and the tokens that were rounded for it share, of a
 # dictionary of at least so many features
 SHARE, FEATURES = 0.02, 1 << 16
@@ -64,9 +64,10 @@ class LookThrough:
         """Features a chunk."""
         n_tokens, d, b = self.block.n_tokens, self.block.x.shape[1], self.block.b
         if self.screen is not None:
-            room = SHARE * 4 * n_tokens * max(self.block.n_features, FEATURES)
-            room -= 2 * n_tokens * d if self.screen == "bounded" else 0
-            width = int(min(max(room, LEAST_PRODUCT), MOST_PRODUCT)) // (2 * n_tokens)
+            room, most = SHARE * 4 * n_tokens * max(self.block.n_features, FEATURES), MOST_PRODUCT
+            if self.screen == "bounded":  # tokens and weights are held rounded too
+                room, most = room - 2 * n_tokens * d, MOST_BOUNDED
+            width = int(min(max(room, LEAST_PRODUCT), most)) // (2 * n_tokens)
         else:
             elements = WEIGHT_ELEMENTS if self.block.W.dtype == b.dtype else RAISED_ELEMENTS
             width = min(MOST_PRODUCT // (b.element_size() * n_tokens), elements // d)
