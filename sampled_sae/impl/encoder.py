@@ -25,11 +25,12 @@ class Share(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What scores and searches multiply: no gradient, in the dtype of the products, centred.
+    """What scores and searches multiply: no gradient, in the dtype of the products, that of b, centred.
 
-    x: [B, d]. W: [F, d]. b: [F]. scale: [F] or None. members: int64 [P], ascending, the features that a search looks
-    at; None for all. screen: x in bfloat16 where scores and searches look through such products first. share: for a
-    batch that is spread over processes; None for a whole one.
+    x: [B, d], of 16 bits where a search above thresholds looks through it as it is. W: [F, d], of any dtype. b: [F].
+    scale: [F] or None. members: int64 [P], ascending, the features that a search looks at; None for all. screen: x in
+    bfloat16 where scores and searches look through such products first. share: for a batch that is spread over
+    processes; None for a whole one.
     """
 
     x: Tensor
@@ -67,6 +68,10 @@ class Operands(NamedTuple):
         """The same for some of the tokens."""
         screen = None if self.screen is None else self.screen.of_tokens(at)
         return self._replace(x=self.x[at], screen=screen)
+
+    def raised(self) -> Operands:
+        """The same with tokens of the dtype of the products."""
+        return self if self.x.dtype == self.b.dtype else self._replace(x=self.x.to(self.b.dtype))
 
     def in_full(self) -> Operands:
         """The same without a screen."""

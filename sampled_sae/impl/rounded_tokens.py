@@ -7,12 +7,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..support.reused_memory import scratch
+
 # products and squares of what is larger may leave the range of float32
 LARGEST = 1e15
-# tokens whose norms are taken at once
-ROWS = 64
+# elements of tokens whose norms are taken at once
+NORMED_ELEMENTS = 1 << 15
+# what the norm of one number may lose whose square is below 2^-126
+LOST = 2.0**-62
 # of both operands behind their d: what the bound and the bias ask for
 COLUMNS = 4
+# their rows are so many columns long, or a multiple: what CPUs multiply at once
+TILE = 32
 
 
 class Looks:
@@ -36,11 +42,12 @@ class Looks:
 
 
 class RoundedTokens:
-    """Tokens [B, d] float32 in bfloat16; rounded when that is first asked for.
+    """Tokens [B, d], float32 or bfloat16, in bfloat16; rounded when that is first asked for.
 
     Attributes:
         x: bfloat16 [B, d]. norms: float32 [B], of its rows. errors: float32 [B], norms of what the rounding changed.
-        columns: bfloat16 [B, d + COLUMNS], x and, rounded up, norms, errors, 1 and 1. looks: what was seen so far.
+        columns: bfloat16 [B, width_of(d)], x, zeros and, rounded up, norms, errors, 1 and 1.
+        looks: what was seen so far.
     """
 
     def __init__(self, tokens: Tensor, looks: Looks | None = None) -> None:
@@ -52,20 +59,41 @@ class RoundedTokens:
         return self._tokens.bfloat16()
 
     @cached_property
-    def norms(self) -> Tensor:
-        return torch.cat([row_norms(rows.float()) for rows in self.x.split(ROWS)])
+    def _sizes(self) -> tuple[Tensor, Tensor]:
+        """Norms and errors; for them a few rows are rounded at a time, and not kept."""
+        n_tokens, d = self._tokens.shape
+        norms, errors = sizes = self._tokens.new_empty(2, n_tokens, dtype=torch.float32)
+        step = max(1, NORMED_ELEMENTS // d)
+        for start in range(0, n_tokens, step):
+            at = slice(start, min(start + step, n_tokens))
+            rows = self._tokens[at]
+            low = scratch(norms, *rows.shape).copy_(rows.bfloat16())
+            torch.linalg.vector_norm(low, dim=1, out=norms[at])
+            torch.linalg.vector_norm(torch.sub(rows, low, out=low), dim=1, out=errors[at])
+        sizes += LOST * d**0.5
+        return norms, errors
 
-    @cached_property
+    @property
+    def norms(self) -> Tensor:
+        return self._sizes[0]
+
+    @property
     def errors(self) -> Tensor:
-        parts = zip(self._tokens.split(ROWS), self.x.split(ROWS))
-        return torch.cat([row_norms(tokens - rows.float()) for tokens, rows in parts])
+        return self._sizes[1]
 
     @cached_property
     def columns(self) -> Tensor:
-        columns = self.x.new_ones(self.x.shape[0], self.x.shape[1] + COLUMNS)
-        columns[:, :-COLUMNS] = self.x
+        # from the tokens themselves: a search by columns needs no other copy
+        n_tokens, d = self._tokens.shape
+        columns = self._tokens.new_empty(n_tokens, width_of(d), dtype=torch.bfloat16)
+        columns[:, :d], columns[:, d:-COLUMNS], columns[:, -COLUMNS:] = self._tokens, 0, 1
         columns[:, -COLUMNS], columns[:, 1 - COLUMNS] = rounded_up(self.norms), rounded_up(self.errors)
         return columns
+
+    def let_go(self) -> None:
+        """Of the rounded tokens; what asks again rounds again."""
+        self.__dict__.pop("x", None)
+        self.__dict__.pop("columns", None)
 
     @property
     def in_range(self) -> bool:
@@ -77,9 +105,14 @@ class RoundedTokens:
         return RoundedTokens(self._tokens[at], self.looks)
 
 
+def width_of(d: int) -> int:
+    """Columns of an operand of d numbers with those of its bound."""
+    return -(-(d + COLUMNS) // TILE) * TILE
+
+
 def row_norms(rows: Tensor) -> Tensor:
-    """[B], never too small: a square below 2^-126 may be lost."""
-    return torch.linalg.vector_norm(rows, dim=1) + 2.0**-62 * rows.shape[1] ** 0.5
+    """[B], never too small."""
+    return torch.linalg.vector_norm(rows, dim=1) + LOST * rows.shape[1] ** 0.5
 
 
 def rounded_up(values: Tensor) -> Tensor:

@@ -46,9 +46,7 @@ def tokens_to_encode(
         return t if features is None else t.index_select(0, features)
 
     W = rows(tensors["W_enc"].t())
-    screen = cfg.screen if features is None else "off"
-    if screen == "auto" and cfg.rule != "topk":
-        screen = FOR_THRESHOLDS
+    screen = FOR_THRESHOLDS if cfg.screen == "auto" and cfg.rule != "topk" else cfg.screen
     if cfg.rule == "gated":
         gain, shift = rows(tensors["r_mag"]).exp(), rows(tensors["b_mag"])
         if scale is not None:

@@ -102,7 +102,7 @@ class InferenceSAE(Splicing, nn.Module):
     def encode_sparse(self, x: Tensor) -> SparseCodes:
         """The active features of x [..., d_in], [B, d_sae]; values of at least float32, with gradient to x."""
         scale = self._scale()
-        return join_codes([self._codes(part, self._tokens(part)[1], scale) for part in self._in_blocks(x)])
+        return join_codes([self._codes(part, self._tokens(part, True)[1], scale) for part in self._in_blocks(x)])
 
     @torch.compiler.disable
     def encode(self, x: Tensor, features: Sequence[int] | Tensor | None = None) -> Tensor:
@@ -186,7 +186,7 @@ class InferenceSAE(Splicing, nn.Module):
     def _forget(self) -> None:
         self._hints = ThresholdHints()
 
-    def _tokens(self, x: Tensor) -> tuple[Tensor, NormedTokens]:
+    def _tokens(self, x: Tensor, for_search: bool = False) -> tuple[Tensor, NormedTokens]:
         """[B, d_in] of x times `cfg.input_scale` in the dtype to compute in; and that normed, without b_dec."""
         check_activations(x, self.cfg.d_in)
         if x.device != self.W_enc.device:
@@ -195,6 +195,8 @@ class InferenceSAE(Splicing, nn.Module):
             raise ValueError("a weight requires a gradient: an InferenceSAE gives gradients to activations alone")
         self._inputs.check(x)
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.W_enc.dtype), torch.float32)
+        if for_search and self._is_searched(x) and self._as_given(x):
+            dtype = x.dtype  # raised where it is needed
         given = x.reshape(-1, self.cfg.d_in).to(dtype)
         if self.cfg.input_scale != 1:
             given = given * self.cfg.input_scale
@@ -236,13 +238,22 @@ class InferenceSAE(Splicing, nn.Module):
     def _in_blocks(self, x: Tensor) -> list[Tensor]:
         """x, or its tokens some after others where whole copies of it would be made for nothing but a search."""
         check_activations(x, self.cfg.d_in)
-        wants_grad = torch.is_grad_enabled() and x.requires_grad
-        if wants_grad or self.cfg.k is not None or self._form_for(x.dtype) != "torch":
+        if not self._is_searched(x):
             return [x]
-        c = self.cfg
-        copied = x.dtype != torch.float32 or c.apply_b_dec_to_input or c.normalize != "none" or c.input_scale != 1
-        flat = x.reshape(-1, c.d_in)
-        return [flat[at] for at in even_slices(len(flat), c.d_in, COPIED if copied else 2 * COPIED)]
+        flat, most = x.reshape(-1, self.cfg.d_in), 2 * COPIED if self._as_given(x) else COPIED
+        return [flat[at] for at in even_slices(len(flat), self.cfg.d_in, most)]
+
+    def _is_searched(self, x: Tensor) -> bool:
+        """Whether nothing but a search above thresholds reads x, some tokens after others."""
+        wants_grad = torch.is_grad_enabled() and x.requires_grad
+        return not wants_grad and self.cfg.k is None and self._form_for(x.dtype) == "torch"
+
+    def _as_given(self, x: Tensor) -> bool:
+        """Whether a search takes x as it is: in the dtype to compute in, or in that of weights of 16 bits."""
+        c, W = self.cfg, self.W_enc
+        changed = c.apply_b_dec_to_input or c.normalize != "none" or c.input_scale != 1
+        narrow = c.screen == "auto" and x.dtype == W.dtype == torch.bfloat16
+        return not changed and (narrow or x.dtype == torch.promote_types(W.dtype, torch.float32))
 
     def _scale(self, features: Tensor | None = None) -> Tensor | None:
         """What activations are multiplied by: [F], or [P] of the features."""
@@ -264,7 +275,7 @@ class InferenceSAE(Splicing, nn.Module):
 
     def _dense(self, x: Tensor, features: Tensor | None, scale: Tensor | None) -> Tensor:
         """Activations [B, F], or [B, P] of the features."""
-        tokens = self._tokens(x)[1]
+        tokens = self._tokens(x, True)[1]
         if self.cfg.k is not None and features is not None:
             return dense_columns(self._codes(x, tokens, scale), features)
         parts, ready = self._ready(x, tokens, scale, features)

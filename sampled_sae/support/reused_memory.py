@@ -66,6 +66,11 @@ class Workspace:
 _local = threading.local()
 
 
+def forget_scratch() -> None:
+    """Lets go of this thread's memory, so that what a call takes of it can be measured."""
+    _local.workspace = Workspace()
+
+
 def scratch(like: Tensor, *shape: int) -> Tensor:
     """`like.new_empty(shape)` for a short while: memory that each thread keeps for its next call."""
     if math.prod(shape) * like.element_size() > KEPT_SCRATCH:

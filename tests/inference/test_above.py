@@ -5,7 +5,16 @@ import torch
 
 from sampled_sae.codes import SparseCodes
 from sampled_sae.impl.interface import implementation
-from sampled_sae.impl.torch import above, column_filter, dense_above, plain_screen, products, screen, screen_entries
+from sampled_sae.impl.torch import (
+    above,
+    column_filter,
+    dense_above,
+    look_through,
+    plain_screen,
+    products,
+    screen,
+    screen_entries,
+)
 from sampled_sae.inference.config import InferenceConfig
 from sampled_sae.inference.encoding import tokens_to_encode
 from sampled_sae.testing import whole_numbers
@@ -29,8 +38,11 @@ def block_tokens(request, monkeypatch):
     """Tokens that are taken at a time: all of a small batch, or a few."""
     monkeypatch.setattr("sampled_sae.support.even_slices.FEWEST_ROWS", request.param)
     monkeypatch.setattr(above, "TOKEN_ELEMENTS", 1)
-    monkeypatch.setattr(above, "CHUNK_ELEMENTS", 1 << 13)
+    for bound in ("LEAST_PRODUCT", "MOST_BOUNDED", "MOST_PRODUCT"):
+        monkeypatch.setattr(look_through, bound, 1 << 14)
     monkeypatch.setattr(products, "CHUNK_ELEMENTS", 1 << 13)
+    for part in (plain_screen, screen_entries):
+        monkeypatch.setattr(part, "WEIGHT_ELEMENTS", 1)
 
 
 def encoders(screened, dtype=torch.float32, scaled=False):
@@ -109,7 +121,7 @@ def test_the_bound_lets_little_through(monkeypatch):
     x, W = torch.randn(64, 256, generator=g), torch.randn(3000, 256, generator=g) * sizes[:, None]
     threshold, looked = 16 * 2.5 * sizes, []
     settled = above.FloorSearch._settled
-    monkeypatch.setattr(above.FloorSearch, "_settled", lambda *args: looked.append(len(args[3])) or settled(*args))
+    monkeypatch.setattr(above.FloorSearch, "_settled", lambda *args: looked.append(len(args[2])) or settled(*args))
     codes = TORCH.above_threshold(TORCH.encoder(x, W, torch.zeros(3000), screen="bf16"), threshold)
     assert codes.count() > 500
     assert codes.count() <= sum(looked) < 1.4 * codes.count()
@@ -146,13 +158,21 @@ def test_places_that_reach_their_floor(kind, n_tokens, dtype):
     seen = a if kind == "one" else a[:, :43]
     expected = torch.zeros_like(a, dtype=torch.bool)
     expected[:, : seen.shape[1]] = ~(seen < floor)
-    assert torch.equal(column_filter.places_reaching(a, floor), expected.flatten().nonzero().squeeze(1))
+    assert torch.equal(column_filter.places_reaching(a, floor).sort().values, expected.flatten().nonzero().squeeze(1))
+    if kind != "one":
+        found = torch.zeros_like(seen, dtype=torch.bool)
+        rows, columns = column_filter.rows_reaching(seen.t().contiguous(), floor)
+        found[columns, rows] = True
+        assert len(rows) == int(found.sum())
+        assert torch.equal(found, expected[:, : seen.shape[1]])
 
 
+@pytest.mark.parametrize("few", [0, 256], ids=["by token", "by feature"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
 @pytest.mark.parametrize("huge", ["nothing", "token", "feature"])
-def test_bfloat16_weights_and_tokens_are_looked_through_as_they_are(huge, scaled, monkeypatch):
+def test_bfloat16_weights_and_tokens_are_looked_through_as_they_are(huge, scaled, few, monkeypatch):
     """Thresholds at activations; the screen leaves out nothing, few of what it lets through are not active."""
+    monkeypatch.setattr(plain_screen, "FEW_TOKENS", few)
     g = torch.Generator().manual_seed(0)
     x, W = torch.randn(64, 96, generator=g), torch.randn(3000, 96, generator=g)
     b = torch.randn(3000, generator=g)
@@ -165,8 +185,8 @@ def test_bfloat16_weights_and_tokens_are_looked_through_as_they_are(huge, scaled
     a = (x.double() @ W.double().t() + b) * (1 if scale is None else scale.double())
     threshold = a.sort(0, descending=True).values[1].float().clamp_min(0)
     looked, settled = [], above.FloorSearch._settled
-    monkeypatch.setattr(above.FloorSearch, "_settled", lambda *args: looked.append(len(args[3])) or settled(*args))
-    monkeypatch.setattr(above, "seen_above", None)
+    monkeypatch.setattr(above.FloorSearch, "_settled", lambda *args: looked.append(len(args[2])) or settled(*args))
+    monkeypatch.setattr(look_through, "seen_above", None)
     encoder = TORCH.encoder(x, W, b, scale=scale, screen="bf16")
     assert plain_screen.is_plain(encoder.operands)
     codes = TORCH.above_threshold(encoder, threshold)

@@ -117,7 +117,9 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("screened", [False, True], ids=["full", "screened"])
 def test_no_copy_of_the_weights_and_no_matrix_of_activations(screened, rule, monkeypatch):
     monkeypatch.setattr("sampled_sae.impl.torch.products.CHUNK_ELEMENTS", 1 << 14)
-    monkeypatch.setattr("sampled_sae.impl.torch.above.CHUNK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr("sampled_sae.impl.torch.look_through.LEAST_PRODUCT", 1 << 14)
+    monkeypatch.setattr("sampled_sae.impl.torch.look_through.MOST_BOUNDED", 1 << 14)
+    monkeypatch.setattr("sampled_sae.impl.torch.look_through.MOST_PRODUCT", 1 << 14)
     monkeypatch.setattr("sampled_sae.impl.torch.products.GATHERED_ELEMENTS", 1 << 13)
     monkeypatch.setattr("sampled_sae.inference.decoder_norms.CHUNK_ELEMENTS", 1 << 13)
     wide = {"d_in": 64, "d_sae": 4096, "scale_by_decoder_norm": True, "screen": "bf16" if screened else "off"}
@@ -176,8 +178,8 @@ def test_a_token_of_zeros_has_a_norm():
 def test_auto_screens_weights_of_16_bits_too(monkeypatch):
     monkeypatch.setattr(screen, "fast_bfloat16", lambda: True)
     looks = []
-    seen = screen.RoundedTokens.x.func
-    monkeypatch.setattr(screen.RoundedTokens, "x", property(lambda self: looks.append(1) or seen(self)))
+    seen = screen.RoundedTokens.columns.func
+    monkeypatch.setattr(screen.RoundedTokens, "columns", property(lambda self: looks.append(1) or seen(self)))
     sae, x = make("jumprelu", n_tokens=512, dtype=torch.bfloat16, d_sae=4096)
     sae.encode_sparse(x)
     assert looks
@@ -265,7 +267,7 @@ def test_blocks_of_tokens_change_nothing(rule, normalize, monkeypatch):
     monkeypatch.setattr("sampled_sae.support.even_slices.FEWEST_ROWS", 7)
     seen = []
     tokens = type(sae)._tokens
-    monkeypatch.setattr(type(sae), "_tokens", lambda sae, x: seen.append(len(x)) or tokens(sae, x))
+    monkeypatch.setattr(type(sae), "_tokens", lambda sae, x, *args: seen.append(len(x)) or tokens(sae, x, *args))
     codes = sae.encode_sparse(x)
     assert seen == ([41] if rule == "topk" else [6, 7, 7, 7, 7, 7])
     assert codes.shape == (41, F)

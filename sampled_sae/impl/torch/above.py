@@ -18,40 +18,33 @@ from ...support.even_slices import even_slices
 from ...support.reused_memory import scratch
 from ..encoder import Operands
 from .column_filter import places_reaching
-from .plain_screen import PlainScreen, is_plain
-from .products import (
-    GATHERED_ELEMENTS,
-    activations_at,
-    candidate_spans,
-    ends_of_tokens,
-    raised,
-    sampled_product,
-)
-from .screen_entries import seen_above
-from .search import MOST_SCREENED, in_order, join, take
+from .look_through import LookThrough
+from .products import activations_at, candidate_spans, ends_of_tokens, sampled_product
+from .search import MOST_SCREENED, join
 
-# elements of tokens, of weights and of their product, at once
+# elements of tokens that are looked at together: for fewer the weights would be read, and rounded, more often
 TOKEN_ELEMENTS = 1 << 22
-WEIGHT_ELEMENTS = 1 << 22
-CHUNK_ELEMENTS = 1 << 20
+# candidates that are computed in full precision together
+MOST_WAITING = 1 << 13
 # a rule that lets more than this share of a batch through gets whole rows
 MOST_LISTED = 1 / 64
 # entries found before that share is looked at
 FEWEST_LISTED = 1 << 16
-# activations in whole rows at once, and tokens at least: fewer would make a slow product
+# activations in whole rows at once, elements of their tokens, and tokens at least: fewer would make a slow product
 ROW_ELEMENTS = 1 << 22
+ROW_TOKEN_ELEMENTS = 1 << 19
 FEWEST_TOKENS = 32
 
 
 def entries_above(operands: Operands, floor: Tensor) -> Entries:
     """Every entry of (x W^T + b) * scale strictly above the floor, [1] or [F], sorted by token, then feature."""
-    if operands.n_tokens == 0:  # of a process whose part of a batch is empty
-        return nothing_of(operands)
     search, found = FloorSearch(floor), []
     for at, block in blocks_of_tokens(operands):
-        values, tokens, features = search.among(block)
-        found.append(Entries(values, tokens + at.start, features))
-    return join(found)
+        entries = search.among(block)
+        entries.tokens.add_(at.start)
+        found.append(entries)
+    # no token: of a process whose part of a batch is empty
+    return join(found) if found else Found(operands).entries()
 
 
 def blocks_of_tokens(operands: Operands) -> Iterator[tuple[slice, Operands]]:
@@ -60,27 +53,29 @@ def blocks_of_tokens(operands: Operands) -> Iterator[tuple[slice, Operands]]:
         yield at, operands.of_tokens(at)
 
 
-def nothing_of(operands: Operands) -> Entries:
-    nothing = operands.x.new_zeros(0)
-    return Entries(nothing, nothing.long(), nothing.long())
-
-
 class Found:
-    """What was found so far, chunk by chunk: columns of numbers."""
+    """Entries of a block [T, F] that were found so far: their values, and their places in it, flat."""
 
-    def __init__(self) -> None:
-        self.parts: list[tuple[Tensor, ...]] = []
+    def __init__(self, block: Operands) -> None:
+        self.n_features = block.n_features
+        self.values: list[Tensor] = [block.b.new_zeros(0)]
+        self.places: list[Tensor] = [block.b.new_zeros(0, dtype=torch.int64)]
         self.count = 0
 
-    def add(self, *columns: Tensor) -> None:
-        self.parts.append(columns)
-        self.count += len(columns[0])
+    def add(self, values: Tensor, places: Tensor) -> None:
+        self.values.append(values)
+        self.places.append(places)
+        self.count += len(values)
 
-    def taken(self) -> list[Tensor]:
-        """All of it, which is no longer held here."""
-        columns = [torch.cat(column) for column in zip(*self.parts)]
-        self.parts, self.count = [], 0
-        return columns
+    def entries(self) -> Entries:
+        """All of them by token, then feature; they are no longer held here."""
+        places, self.places = torch.cat(self.places), []
+        values, self.values = torch.cat(self.values), []
+        if not bool((places[1:] > places[:-1]).all()):
+            places, order = places.sort()
+            values = values.index_select(0, order)
+        tokens = places // self.n_features
+        return Entries(values, tokens, places.sub_(tokens * self.n_features))
 
 
 class FloorSearch:
@@ -92,9 +87,7 @@ class FloorSearch:
     """
 
     def __init__(self, floor: Tensor) -> None:
-        # an activation that left the range of float32 is above no infinite floor: values are compared in the end
-        self.floor, self.finite_floor = floor, floor.clamp(max=torch.finfo(floor.dtype).max)
-        self.least = torch.nextafter(self.finite_floor, torch.full_like(floor, torch.inf))
+        self.floor = floor
         self.screens = ["plain", "bounded"]
         self.listing = True
 
@@ -105,114 +98,88 @@ class FloorSearch:
 
     def listed(self, block: Operands) -> Entries | None:
         """The same chunk by chunk; None where there are too many."""
-        look, start = LookThrough(block, self.screens), 0
-        found, candidates = Found(), Found()
-        found.add(*nothing_of(block))
+        look, found, start = LookThrough(block, self.screens), Found(block), 0
+        waiting: list[Tensor] = []
+        n_waiting = 0
         while start < block.n_features:
             span = slice(start, min(start + look.width(), block.n_features))
             seen = self._screened(look, span)
             if seen is None:
-                found.add(*self._in_full(block, span))
+                found.add(*self._in_full(look.full, span))
             else:
-                candidates.add(*seen)
+                waiting.append(seen)
+                n_waiting += len(seen)
             start = span.stop
-            if candidates.count * block.W.shape[1] >= GATHERED_ELEMENTS:
-                found.add(*self._settled(block, *candidates.taken()))
-            if found.count + candidates.count > max(FEWEST_LISTED, MOST_LISTED * block.n_tokens * start):
+            if n_waiting >= MOST_WAITING:
+                found.add(*self._settled(block, torch.cat(waiting)))
+                waiting, n_waiting = [], 0
+            if found.count + n_waiting > max(FEWEST_LISTED, MOST_LISTED * block.n_tokens * start):
                 self.listing = False
                 return None
-        if candidates.count:
-            found.add(*self._settled(block, *candidates.taken()))
-        return in_order(Entries(*found.taken()), block.n_features)
+        look.let_go()
+        if waiting:
+            found.add(*self._settled(block, torch.cat(waiting)))
+        return found.entries()
 
-    def _screened(self, look: LookThrough, span: slice) -> tuple[Tensor, Tensor] | None:
-        """(tokens, features) that a screen leaves open; None where there is no screen that leaves few enough."""
+    def _screened(self, look: LookThrough, span: slice) -> Tensor | None:
+        """Places that a screen leaves open; None where there is no screen that leaves few enough."""
+        width = span.stop - span.start
+        n_seen = look.block.n_tokens * width
         while look.screen is not None:
-            seen = look.through(span, self._of(self.finite_floor, span))
+            seen = look.through(span, self._finite(span))
             if seen is not None:
-                places, width = seen
-                look.count(look.block.n_tokens * width, len(places))
-                if len(places) <= MOST_SCREENED * look.block.n_tokens * width:
-                    tokens = places // width
-                    return tokens, places - tokens * width + span.start
+                look.count(n_seen, len(seen))
+                if len(seen) <= MOST_SCREENED * n_seen:
+                    return in_block(seen, span, width, look.block.n_features)
             look.drop()
         return None
 
-    def _settled(self, block: Operands, tokens: Tensor, features: Tensor) -> Entries:
-        """Candidates in full precision."""
-        x, W, b, scale, *_ = block
-        tokens, order = tokens.sort(stable=True)
-        features = features.index_select(0, order)
-        at = features
-        if W.dtype != x.dtype:
-            # only those that have candidates are raised, each once
-            distinct, at = features.unique(return_inverse=True)
-            W = raised(W.index_select(0, distinct), x)
-        values = sampled_product(x, W, ends_of_tokens(tokens, block.n_tokens), at)
-        values += b.index_select(0, features)
-        if scale is not None:
-            values *= scale.index_select(0, features)
-        return self._above(Entries(values, tokens, features))
+    def _settled(self, block: Operands, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Candidates in full precision: (values, places) of those above their floor."""
+        places = places.sort().values
+        tokens = places // block.n_features
+        features = places - tokens * block.n_features
+        values = sampled_product(block.x, block.W, ends_of_tokens(tokens, block.n_tokens), features)
+        values += block.b.index_select(0, features)
+        if block.scale is not None:
+            values *= block.scale.index_select(0, features)
+        return self._above(values, places, features)
 
-    def _in_full(self, block: Operands, span: slice) -> Entries:
-        """Entries of a chunk from a product in full precision."""
+    def _in_full(self, block: Operands, span: slice) -> tuple[Tensor, Tensor]:
+        """The same of a chunk from a product in full precision."""
+        floor = self._finite(span)
         a = activations_at(block, span)
-        places = places_reaching(a, self._of(self.least, span))
-        values = a.flatten().index_select(0, places)
-        return self._above(Entries(values, places // a.shape[1], places % a.shape[1] + span.start))
+        at = places_reaching(a, torch.nextafter(floor, torch.full_like(floor, torch.inf)))
+        return self._above(
+            a.flatten().index_select(0, at),
+            in_block(at, span, a.shape[1], block.n_features),
+            at % a.shape[1] + span.start,
+        )
 
-    def _above(self, entries: Entries) -> Entries:
-        floor = self.floor if len(self.floor) == 1 else self.floor.index_select(0, entries.features)
-        return take(entries, (entries.values > floor).nonzero().squeeze(1))
+    def _above(self, values: Tensor, places: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        floor = self.floor if len(self.floor) == 1 else self.floor.index_select(0, features)
+        at = (values > floor).nonzero().squeeze(1)
+        return values.index_select(0, at), places.index_select(0, at)
 
-    @staticmethod
-    def _of(floor: Tensor, span: slice) -> Tensor:
-        return floor if len(floor) == 1 else floor[span]
+    def _finite(self, span: slice) -> Tensor:
+        """The floors of a chunk, [1] or [C].
+
+        An activation that left the range of float32 is above no infinite floor: values are compared in the end.
+        """
+        floor = self.floor if len(self.floor) == 1 else self.floor[span]
+        return floor.clamp(max=torch.finfo(floor.dtype).max)
 
 
-class LookThrough:
-    """How a block of tokens is looked at: the first screen of the search's that suits it, until that is dropped."""
-
-    def __init__(self, block: Operands, screens: list[str]) -> None:
-        self.block, self.screens = block, screens
-        usable = block.screen is not None and block.screen.in_range
-        self.plain: PlainScreen | None = None
-        self._left = [name for name in screens if usable and (name != "plain" or is_plain(block))]
-
-    @property
-    def screen(self) -> str | None:
-        return self._left[0] if self._left else None
-
-    def drop(self) -> None:
-        """The screen in use, for this block and those that come."""
-        self.screens.remove(self._left.pop(0))
-
-    def count(self, seen: int, left: int) -> None:
-        """Of the entries of a chunk, how many a look has left open."""
-        assert self.block.screen is not None
-        self.block.screen.looks.see_entries(seen, left)
-
-    def width(self) -> int:
-        """Features a chunk, which is small enough for the cache."""
-        W, n_tokens = self.block.W, self.block.n_tokens
-        bytes_each = 2 if self.screen is not None else self.block.x.element_size()
-        weights = W.shape[1] * (1 if W.dtype == self.block.x.dtype or self.screen is not None else 2)
-        return max(64, min(2 * CHUNK_ELEMENTS // (n_tokens * bytes_each), WEIGHT_ELEMENTS // weights) // 64 * 64)
-
-    def through(self, span: slice, floor: Tensor) -> tuple[Tensor, int] | None:
-        """Where a chunk [B, C], flat, may lie above its floor, [1] or [C], ascending; and C. None out of range."""
-        if self.screen == "plain":
-            self.plain = self.plain or PlainScreen(self.block)
-            return self.plain.places(span, floor)
-        seen = seen_above(self.block, span, floor)
-        return None if seen is None else (places_reaching(seen, seen.new_zeros(1)), seen.shape[1])
+def in_block(places: Tensor, span: slice, width: int, n_features: int) -> Tensor:
+    """Places in a flat [T, F] of those in a flat chunk [T, width] of the features of `span`."""
+    return (places // width).mul_(n_features - width).add_(places).add_(span.start)
 
 
 def in_whole_rows(block: Operands, floor: Tensor) -> Entries:
     """Entries of dense rows of activations, a few tokens at a time."""
     found = []
     for at, part in row_blocks(block):
-        a = scratch(block.x, part.n_tokens, block.n_features)
+        a = scratch(block.b, part.n_tokens, block.n_features)
         dense_activations(part, a)
         tokens, features = (a > floor).nonzero(as_tuple=True)
         found.append(Entries(a[tokens, features], tokens + at.start, features))
@@ -221,7 +188,8 @@ def in_whole_rows(block: Operands, floor: Tensor) -> Entries:
 
 def row_blocks(operands: Operands) -> Iterator[tuple[slice, Operands]]:
     """(some tokens, their operands): few enough for whole rows of activations."""
-    step = max(FEWEST_TOKENS, ROW_ELEMENTS // operands.n_features)
+    n_features, d = operands.W.shape
+    step = max(FEWEST_TOKENS, min(ROW_ELEMENTS // n_features, ROW_TOKEN_ELEMENTS // d))
     for start in range(0, operands.n_tokens, step):
         at = slice(start, min(start + step, operands.n_tokens))
         yield at, operands.of_tokens(at)
@@ -229,7 +197,7 @@ def row_blocks(operands: Operands) -> Iterator[tuple[slice, Operands]]:
 
 def dense_activations(operands: Operands, out: Tensor) -> None:
     """(x W^T + b) * scale into `out` [B, F], before the relu."""
-    x, W, b, scale, *_ = operands
+    x, W, b, scale, *_ = operands = operands.raised()
     if W.dtype == x.dtype:
         torch.addmm(b, x, W.t(), out=out)
         if scale is not None:

@@ -14,7 +14,7 @@ GROUP = 16
 
 
 def places_reaching(a: Tensor, floor: Tensor) -> Tensor:
-    """int64 [n], ascending: where a.flatten() is not below its floor; NaN is not.
+    """int64 [n], in any order: where a.flatten() is not below its floor; NaN is not.
 
     a: [T, C], contiguous, of fewer than 2^31 elements. floor: [1], or [C'] for the first C' <= C columns, which alone
     are looked at.
@@ -35,7 +35,19 @@ def places_reaching(a: Tensor, floor: Tensor) -> Tensor:
         values = a.flatten().index_select(0, inside.flatten()).view(-1, size)
         below = values < (floor.index_select(0, columns)[:, None] if len(floor) > 1 else floor)
         found.append(inside[below.logical_not_()])
-    return torch.cat(found).sort().values.long()
+    return torch.cat(found).long()
+
+
+def rows_reaching(a: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 [n], in any order: (row, column) where a [C, T] is not below the floor [C] of its row; NaN is not.
+
+    For few columns: the largest of a row is all that is taken first.
+    """
+    top, least = sortable(a, floor)
+    rows = (top.amax(1) < least).logical_not_().nonzero().squeeze(1)
+    below = a.index_select(0, rows) < floor.index_select(0, rows)[:, None]
+    inside, columns = below.logical_not_().nonzero(as_tuple=True)
+    return rows.index_select(0, inside), columns
 
 
 def sortable(a: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:

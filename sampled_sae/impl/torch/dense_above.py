@@ -47,8 +47,8 @@ class DenseAbove(torch.autograd.Function):
 
 def fill_above(operands: Operands, threshold: Tensor, gate: Gate | None) -> Tensor:
     """[B, F]: from a list of entries where there are few, else from whole rows."""
-    floor = floor_of(threshold, gate, operands.x.dtype)
-    out = on_huge_pages(operands.x, operands.n_tokens, operands.n_features)
+    floor = floor_of(threshold, gate, operands.b.dtype)
+    out = on_huge_pages(operands.b, operands.n_tokens, operands.n_features)
     search = FloorSearch(floor)
     search.listing = operands.n_features > FEW_FEATURES
     for span, block in blocks_of_tokens(operands):

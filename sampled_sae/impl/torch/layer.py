@@ -23,7 +23,7 @@ from .levels import decode_block_levels, decode_entry_levels
 from .pool import candidate_pool
 from .products import without_autocast
 from .scores import column_scores, column_statistics
-from .screen import rounded
+from .screen import looked_through_as_given, rounded
 from .screen_columns import column_bounds, seen_columns
 from .search import take
 from .stream import (
@@ -65,9 +65,11 @@ def encoder(
 ) -> Encoder:
     """What this step computes with: float32 for 16-bit inputs, W in its own dtype until a chunk of it is needed."""
     dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    centred = x.detach().to(dtype)
+    centred = x.detach()
     if b_dec is not None:
-        centred = centred - b_dec.detach().to(dtype)
+        centred = centred.to(dtype) - b_dec.detach().to(dtype)
+    elif not looked_through_as_given(centred, W, screen):
+        centred = centred.to(dtype)
     scales = None if scale is None else scale.detach().to(dtype)
     operands = Operands(centred, W.detach(), b.detach().to(dtype), scales, screen=rounded(centred, W, screen))
     return Encoder(x, W, b, b_dec, scale, rows if rows is not None else RowSource(), operands)
@@ -130,7 +132,7 @@ def above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None = Non
     With a gate those alone that it lets through; the encoder has no scale then, and a bias of 0.
     """
     operands = encoder.operands
-    found = entries_above(operands, floor_of(threshold, gate, operands.x.dtype))
+    found = entries_above(operands, floor_of(threshold, gate, operands.b.dtype))
     if gate is not None:
         found = magnitudes(found, threshold, gate)
         encoder = encoder._replace(operands=operands._replace(scale=gate.gain.detach()))

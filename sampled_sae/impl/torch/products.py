@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from ...support.argument_checks import HALF
 from ...support.reused_memory import scratch
 from ..encoder import Operands
 
@@ -22,6 +23,8 @@ CHUNK_ELEMENTS = 1 << 20
 # of weights that are raised to another dtype at once, [C, d]
 RAISED_ELEMENTS = 1 << 21
 BLOCK_TOKENS = 2048
+# of rows that are gathered and then raised
+RAISED_AT_ONCE = 1 << 17
 # rows of weights, one an entry, that are gathered at once
 GATHERED_ELEMENTS = 1 << 19
 # A chunk of a search is a multiple of so many features wide, so that its maxima can be taken in blocks.
@@ -104,6 +107,14 @@ def candidate_spans(operands: Operands, first: int | None = None) -> Iterator[sl
         start, width = start + width, min(2 * width, largest)
 
 
+def parts_of(span: slice, d: int, elements: int) -> Iterator[tuple[slice, slice]]:
+    """(some features of a span, their columns in its chunk): weights [C, d] of about so many elements at a time."""
+    width = -(-elements // d // 64) * 64
+    for start in range(span.start, span.stop, width):
+        stop = min(start + width, span.stop)
+        yield slice(start, stop), slice(start - span.start, stop - span.start)
+
+
 def padded_chunk(like: Tensor, n_tokens: int, span: slice) -> tuple[Tensor, Tensor]:
     """Room for a chunk [B, C], C a multiple of BLOCK_FEATURES, padded with -inf; and its part without padding."""
     width = span.stop - span.start
@@ -129,8 +140,11 @@ def activations_at(operands: Operands, span: slice) -> Tensor:
 
 
 def sampled_product(left: Tensor, W: Tensor, token_ends: Tensor, features: Tensor) -> Tensor:
-    """left_i . W_j at each entry (i, j), [n]; sorted by token, of which `token_ends` [B + 1] are the offsets."""
-    if W.dtype != left.dtype:
+    """left_i . W_j at each entry (i, j), [n]; sorted by token, of which `token_ends` [B + 1] are the offsets.
+
+    In the dtype of `left`, in float32 where that has 16 bits.
+    """
+    if W.dtype != left.dtype or left.dtype in HALF:
         return gathered_product(left, W, token_ends, features)
     pattern = torch.sparse_csr_tensor(
         token_ends, features, left.new_zeros(len(features)), (len(left), len(W)), check_invariants=False
@@ -139,11 +153,14 @@ def sampled_product(left: Tensor, W: Tensor, token_ends: Tensor, features: Tenso
 
 
 def gathered_product(left: Tensor, W: Tensor, token_ends: Tensor, features: Tensor) -> Tensor:
-    """`sampled_product` with weights of another dtype."""
-    out = left.new_empty(len(features))
+    """`sampled_product` with weights of another dtype, or both of 16 bits: what is needed of them is raised."""
+    out = left.new_empty(len(features), dtype=torch.promote_types(left.dtype, torch.float32))
     tokens = torch.repeat_interleave(token_ends.diff(), output_size=len(features))
-    for at, rows in gathered_rows(left, W, features):
-        torch.sum(rows.mul_(left.index_select(0, tokens[at])), 1, out=out[at])
+    for at in gathered_slices(W, features):
+        some, counts = tokens[at].unique_consecutive(return_counts=True)
+        ends = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        every = torch.arange(len(features[at]), device=features.device)
+        out[at] = sampled_product(raised_rows(left, some, out), raised_rows(W, features[at], out), ends, every)
     return out
 
 
@@ -161,10 +178,26 @@ def gathered_sums(weights: Tensor, W: Tensor, token_ends: Tensor, features: Tens
 
 def gathered_rows(like: Tensor, W: Tensor, features: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(some entries, the rows of W of their features in the dtype of `like`), some after others."""
+    for at in gathered_slices(W, features):
+        yield at, raised_rows(W, features[at], like)
+
+
+def gathered_slices(W: Tensor, features: Tensor) -> Iterator[slice]:
     step = max(1, GATHERED_ELEMENTS // W.shape[1])
     for start in range(0, len(features), step):
-        at = slice(start, min(start + step, len(features)))
-        yield at, raised(W.index_select(0, features[at]), like)
+        yield slice(start, min(start + step, len(features)))
+
+
+def raised_rows(source: Tensor, at: Tensor, like: Tensor) -> Tensor:
+    """`source.index_select(0, at)` in the dtype of `like`, in memory that serves again."""
+    rows = scratch(like, len(at), source.shape[1])
+    if source.dtype == like.dtype:
+        return torch.index_select(source, 0, at, out=rows)
+    # few at a time, which are in the cache when they are raised
+    step = max(1, RAISED_AT_ONCE // source.shape[1])
+    for few, raised_few in zip(at.split(step), rows.split(step)):
+        raised_few.copy_(torch.index_select(source, 0, few, out=scratch(source, len(few), source.shape[1])))
+    return rows
 
 
 def ends_of_tokens(tokens: Tensor, n_tokens: int) -> Tensor:

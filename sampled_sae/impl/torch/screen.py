@@ -21,7 +21,7 @@ from torch import Tensor
 from ...support.argument_checks import HALF
 from ...support.reused_memory import scratch
 from ..encoder import Operands
-from ..rounded_tokens import COLUMNS, RoundedTokens, rounded_up, row_norms
+from ..rounded_tokens import COLUMNS, LOST, RoundedTokens, rounded_up, row_norms, width_of
 from .products import raised
 
 # what rounding to bfloat16 moves a number by, at most, with the roundings of float32 that come on top
@@ -30,6 +30,8 @@ UNIT = 1.01 * 2.0**-8
 MARGIN = 1.01
 # a number of this size is beyond every sum of products in range, and finite in bfloat16
 BEYOND = 1e38
+# elements of weights that are rounded at once
+PIECE_ELEMENTS = 1 << 17
 # activations in a batch below which a product costs too little to be screened
 FEWEST_ACTIVATIONS = 1 << 20
 # tokens below which weights cost more to round than the product does (benchmarks/results/inference.md)
@@ -40,12 +42,19 @@ FOR_THRESHOLDS = "auto for thresholds"
 
 def rounded(x: Tensor, W: Tensor, screen: str) -> RoundedTokens | None:
     """x [B, d] in bfloat16 where `screen` asks for it and the operands allow it; else None."""
-    if screen == "off" or x.dtype != torch.float32 or W.dtype not in (torch.float32, *HALF) or x.device.type != "cpu":
+    if screen == "off" or W.dtype not in (torch.float32, *HALF) or x.device.type != "cpu":
+        return None
+    if x.dtype != torch.float32 and not looked_through_as_given(x, W, screen):
         return None
     unrounded = screen == FOR_THRESHOLDS and W.dtype == torch.bfloat16
     if screen != "bf16" and not (large_enough(len(x), len(W), unrounded) and fast_bfloat16()):
         return None
     return RoundedTokens(x) if sums_in_float32() else None
+
+
+def looked_through_as_given(x: Tensor, W: Tensor, screen: str) -> bool:
+    """Whether a search above thresholds takes tokens of 16 bits as they are: its weights are of the same."""
+    return screen == FOR_THRESHOLDS and x.dtype == W.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
 def large_enough(n_tokens: int, n_features: int, unrounded: bool = False) -> bool:
@@ -68,7 +77,7 @@ def sums_in_float32() -> bool:
 
 
 class FeatureRounding(NamedTuple):
-    """Some features in bfloat16, with their scale: W [C, d + COLUMNS], the last columns not yet set.
+    """Some features in bfloat16, with their scale: W [C, width_of(d)], the last COLUMNS of them not yet set.
 
     norms, errors: float32 [C], of the rows before the rounding, and at least those of what it changed.
     """
@@ -80,21 +89,30 @@ class FeatureRounding(NamedTuple):
     @classmethod
     def of(cls, operands: Operands, at: slice | Tensor, measured: bool = False) -> FeatureRounding:
         """In memory that serves again. Errors are what rounding may do to such a row, unless they are `measured`."""
-        rows, scale = operands.W[at], operands.scale
+        rows, like = operands.W[at], operands.b
+        scale = None if operands.scale is None else operands.scale[at]
         n_features, d = rows.shape
-        low = scratch(rows.new_empty(0, dtype=torch.bfloat16), n_features, d + COLUMNS)
-        exact = rows
-        if scale is not None:
-            exact = torch.mul(raised(rows, operands.x), scale[at, None], out=scratch(operands.x, n_features, d))
-        elif rows.dtype != operands.x.dtype:
-            exact = raised(rows, operands.x)
-        inner = low[:, :d].copy_(exact)
-        norms = row_norms(exact)
+        low = scratch(rows.new_empty(0, dtype=torch.bfloat16), n_features, width_of(d))
+        low[:, d:-COLUMNS] = 0
+        norms, errors = like.new_empty(2, n_features)
+        # some rows after others, which are in the cache for all that is done to them
+        step = max(1, PIECE_ELEMENTS // d)
+        for start in range(0, n_features, step):
+            piece = slice(start, min(start + step, n_features))
+            exact = raised(rows[piece], like)
+            if scale is not None:
+                exact = torch.mul(exact, scale[piece, None], out=scratch(like, *exact.shape))
+            inner = low[piece, :d].copy_(exact)
+            torch.linalg.vector_norm(exact, dim=1, out=norms[piece])
+            if measured:
+                change = scratch(like, *exact.shape).copy_(inner)
+                torch.linalg.vector_norm(torch.sub(exact, change, out=change), dim=1, out=errors[piece])
+        norms += LOST * d**0.5
+        errors += LOST * d**0.5
         if not measured:
             unit = 0.0 if scale is None and rows.dtype == torch.bfloat16 else UNIT
-            return cls(low, norms, unit * norms + smallest_normal() * d**0.5)
-        change = scratch(operands.x, n_features, d).copy_(inner)
-        return cls(low, norms, row_norms(torch.sub(exact, change, out=change)))
+            errors = unit * norms + smallest_normal() * d**0.5
+        return cls(low, norms, errors)
 
     def sum_errors(self, d: int) -> Tensor:
         """[C]: what rounding the sums over d moves z^_ij by, at most, for ||x^_i|| = 1."""

@@ -18,12 +18,15 @@ from torch import Tensor
 from ...support.reused_memory import scratch
 from ..encoder import Operands
 from ..rounded_tokens import LARGEST
-from .products import features_of, padded_chunk
+from .products import features_of, padded_chunk, parts_of
 from .screen import FeatureRounding, scaled_bias
+
+# elements of rounded weights that are multiplied at once, which stay in the cache
+WEIGHT_ELEMENTS = 1 << 19
 
 
 def seen_features(operands: Operands, at: slice | Tensor, floor: Tensor | None = None) -> Tensor | None:
-    """[C, d + COLUMNS] bfloat16: some features, whose product with the tokens no activation lies above.
+    """[C, width_of(d)] bfloat16: some features, whose product with the tokens no activation lies above.
 
     floor: [1] or [C], what is taken from each activation. None where that is out of range.
     """
@@ -39,10 +42,14 @@ def seen_features(operands: Operands, at: slice | Tensor, floor: Tensor | None =
 def seen_above(operands: Operands, span: slice, floor: Tensor) -> Tensor | None:
     """A chunk [B, C] in bfloat16: where it is >= 0 the activation may lie above its floor, [1] or [C]."""
     assert operands.screen is not None
-    W = seen_features(operands, features_of(operands, span), floor)
-    if W is None:
-        return None
-    return torch.mm(operands.screen.columns, W.t(), out=scratch(W, operands.n_tokens, len(W)))
+    tokens = operands.screen.columns
+    z = scratch(tokens, operands.n_tokens, span.stop - span.start)
+    for at, columns in parts_of(span, operands.W.shape[1], WEIGHT_ELEMENTS):
+        W = seen_features(operands, features_of(operands, at), floor if len(floor) == 1 else floor[columns])
+        if W is None:
+            return None
+        torch.mm(tokens, W.t(), out=z[:, columns])
+    return z
 
 
 def seen_bits(operands: Operands, span: slice) -> Tensor | None:

@@ -146,7 +146,7 @@ def take(entries: Entries, at: Tensor) -> Entries:
 
 
 def join(parts: list[Entries]) -> Entries:
-    return Entries(*(torch.cat(column) for column in zip(*parts)))
+    return parts[0] if len(parts) == 1 else Entries(*(torch.cat(column) for column in zip(*parts)))
 
 
 def in_order(entries: Entries, n_columns: int | None = None) -> Entries:
