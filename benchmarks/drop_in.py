@@ -36,7 +36,7 @@ from benchmarks.worker import Worker, WorkerError
 from benchmarks.workloads import CPU_STEPS, REHEARSAL, Workload
 from sampled_sae.bench import activations
 from sampled_sae.training.activation_store import ActivationStore
-from sampled_sae.training.batches import Feed
+from sampled_sae.training.feed import Feed
 
 TOLERANCE = 1e-3  # relative, of the held-out error after the first step
 WORKLOADS = {workload.name: workload for workload in CPU_STEPS[:2]}

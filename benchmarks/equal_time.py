@@ -31,7 +31,7 @@ from benchmarks.steps.harness import reason_in
 from benchmarks.worker import Worker, WorkerError
 from sampled_sae.support.timing import timed
 from sampled_sae.training.activation_store import ActivationStore
-from sampled_sae.training.batches import Feed
+from sampled_sae.training.feed import Feed
 from sampled_sae.training.sweep import Splice, evaluate
 
 ENTRIES = {name: entry for name, entry in (CANDIDATES | AUTOCAST).items() if name != "torch.compile BatchTopK"}

@@ -46,7 +46,7 @@ from benchmarks.worker import Worker
 from sampled_sae import SampledSAE
 from sampled_sae.lm import load_model
 from sampled_sae.training.activations import Activations
-from sampled_sae.training.batches import Feed
+from sampled_sae.training.feed import Feed
 from sampled_sae.training.opening import as_activations
 from sampled_sae.training.same_settings import identity, in_words
 from sampled_sae.training.sweep import Splice, evaluate

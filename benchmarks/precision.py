@@ -24,8 +24,8 @@ from benchmarks.record import Record, Result, markdown, parser
 from benchmarks.rounded_products import RoundedProducts
 from sampled_sae import SampledSAEConfig
 from sampled_sae.training.activation_store import ActivationStore
-from sampled_sae.training.batches import Feed
 from sampled_sae.training.evaluation import evaluate_activations
+from sampled_sae.training.feed import Feed
 from sampled_sae.training.train_config import TrainConfig
 from sampled_sae.training.training_run import TrainingRun
 

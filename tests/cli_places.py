@@ -18,7 +18,7 @@ from word_models import save_word_llama
 from sampled_sae import ActivationStore, SampledSAEConfig, TrainConfig, Trainer, formats
 from sampled_sae import cli as command_line
 from sampled_sae.cli.errors import sentence
-from sampled_sae.training import batches
+from sampled_sae.training import feed
 
 # What a tiny run needs besides its folders; what stands behind replaces it.
 SMALL = {
@@ -102,7 +102,7 @@ def make_model(root: Path) -> None:
 def pristine(tmp_path_factory):
     root = tmp_path_factory.mktemp("pristine")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches, "CALIBRATION_TOKENS", 256)
+        patch.setattr(feed, "CALIBRATION_TOKENS", 256)
         make_places(root)
     return root
 
@@ -112,7 +112,7 @@ def places(pristine, tmp_path, monkeypatch):
     """A function that makes a fresh copy of the places; nothing is fetched, memory and calibration are small."""
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(batches, "CALIBRATION_TOKENS", 256)
+    monkeypatch.setattr(feed, "CALIBRATION_TOKENS", 256)
     root = tmp_path / "places"
     copied = {}
 

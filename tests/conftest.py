@@ -37,7 +37,7 @@ def form(request, monkeypatch):
 @pytest.fixture
 def short_calibration(monkeypatch):
     """A training ends with a calibration on few tokens."""
-    monkeypatch.setattr("sampled_sae.training.batches.CALIBRATION_TOKENS", 600)
+    monkeypatch.setattr("sampled_sae.training.feed.CALIBRATION_TOKENS", 600)
 
 
 @pytest.fixture

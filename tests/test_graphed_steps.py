@@ -60,7 +60,7 @@ class Graphs:
 
 @pytest.fixture
 def graphs(monkeypatch):
-    monkeypatch.setattr("sampled_sae.training.batches.CALIBRATION_TOKENS", 8)
+    monkeypatch.setattr("sampled_sae.training.feed.CALIBRATION_TOKENS", 8)
     return Graphs(monkeypatch)
 
 

@@ -9,8 +9,8 @@ from makers import begun_training, same_weights, write_store
 
 from sampled_sae import ActivationStore, PairedActivations, SampledSAE, SampledSAEConfig, TrainConfig, Trainer
 from sampled_sae.cli import main
-from sampled_sae.training.batches import Feed
 from sampled_sae.training.evaluation import evaluate_activations, reconstruct_with
+from sampled_sae.training.feed import Feed
 from sampled_sae.training.sweep import evaluate, run_sweep
 
 D, D_OUT, HELD_OUT = 12, 7, 150

@@ -29,7 +29,7 @@ backends = torch.backends
 
 @pytest.fixture
 def shortest_calibration(monkeypatch):
-    monkeypatch.setattr("sampled_sae.training.batches.CALIBRATION_TOKENS", 8)
+    monkeypatch.setattr("sampled_sae.training.feed.CALIBRATION_TOKENS", 8)
 
 
 @pytest.fixture

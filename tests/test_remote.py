@@ -120,6 +120,22 @@ def test_results_are_written_to_folders(tmp_path, local, remote, capsys, monkeyp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["acts", "run"]
 
 
+def test_every_command_that_reads_a_store_reads_one_at_a_url(tmp_path, local, remote, capsys):
+    put(local, f"{remote}/acts")
+    url, run = f"{remote}/acts", str(tmp_path / "run")
+    sizes = ["--features", "48", "--k", "3", "--steps", "2", "--batch-size", "32", "--quiet"]
+    assert main(["train", url, run, *sizes]) == 0
+    assert main(["sweep", url, str(tmp_path / "sweep"), *sizes, "--ls", "2", "--scores", "l2", "--no-topk"]) == 0
+    assert main(["encode", url, str(tmp_path / "codes"), "--sae", run]) == 0
+    assert main(["look", run, url, "--no-model"]) == 0
+    assert main(["compare", run, run, "--activations", url, "--out", str(tmp_path / "compared")]) == 0
+    command = ["export", run, str(tmp_path / "exported"), "--to", "saelens", "--model-name", "m", "--layer", "0"]
+    assert main([*command, "--activations", url]) == 0, capsys.readouterr().err
+    for command in (["encode", f"{remote}/x", run, "--sae", run], ["look", run, f"{remote}/x"]):
+        assert main(command) == 1
+        assert "memory://data/x/manifest.json: no such file" in capsys.readouterr().err
+
+
 def test_what_is_a_url():
     assert all(map(is_url, ["s3://b/x", "memory://x", "simplecache::s3://b/x", "hf://datasets/x"]))
     assert not any(map(is_url, ["C:/x", "C:\\x", "x.npy:name", "hf:NAME:train", "/s3://x", "", "a b://x"]))

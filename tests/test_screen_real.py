@@ -11,7 +11,7 @@ from sampled_sae.impl.pool import PoolRule, find_pool
 from sampled_sae.lm import harvest, load_model, load_texts, token_rows
 from sampled_sae.lm.models import load_tokenizer
 from sampled_sae.training.activation_store import ActivationStore
-from sampled_sae.training.batches import Feed
+from sampled_sae.training.feed import Feed
 
 BATCH, FEATURES, STEPS = 256, 2048, 300
 

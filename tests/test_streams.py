@@ -141,6 +141,13 @@ def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(tmp_path, ma
     assert same_weights(again, whole), "ended already, calibrated again"
 
 
+def test_a_loader_of_a_tensor_is_an_iterator_of_it(tmp_path):
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X), batch_size=17)
+    assert isinstance(next(iter(loader)), list)
+    found = Trainer(SAE, TRAIN, stream_of(loader), tmp_path / "loader").run(progress=False)
+    assert same_weights(found, Trainer(SAE, TRAIN, stream_of(chunks()), tmp_path / "chunks").run(progress=False))
+
+
 def test_a_trainer_and_a_group_take_an_iterator_itself(tmp_path):
     alone = Trainer(SAE, TRAIN, chunks(), tmp_path / "alone").run(progress=False)
     configs = {"one": SAE, "two": replace(SAE, l=None)}
@@ -207,6 +214,8 @@ def test_more_steps_read_on_where_the_finished_run_ended(tmp_path):
         (lambda: iter([X[:64].long()]), TypeError, "x, chunk 0: dtype=torch.int64"),
         (lambda: iter([X[:64], X[:64] * torch.nan]), ValueError, "chunk 1: nan at token 0, dimension 0"),
         (lambda: iter(["text"]), TypeError, "x, chunk 0: str: must be a torch.Tensor"),
+        (lambda: iter([(X[:64], X[:64])]), TypeError, "x, chunk 0: tuple: must be a torch.Tensor"),
+        (lambda: iter([X[:64].view(32, 2, D)]), ValueError, r"layers side by side give StackedActivations\(x.unbind"),
         (lambda: iter([X[:700] * 0]), ValueError, "the first 700 activations have a mean square of 0"),
         (lambda: {"x": X}, TypeError, "store=dict: must be"),
     ],
@@ -243,7 +252,7 @@ def test_a_list_begins_anew_at_its_end_and_a_place_must_be_plain(tmp_path):
 def test_what_streams_do_not_serve_is_refused(tmp_path):
     with pytest.raises(TypeError, match="store=ActivationStream: must be an ActivationStore"):
         run_sweep({"one": SAE}, TRAIN, stream_of(chunks()), tmp_path)
-    with pytest.raises(ValueError, match="in one lane, here are 1 and 2; harvest it"):
+    with pytest.raises(ValueError, match="lanes=2: the iterator is read by the process that it was given to"):
         Trainer(SAE, TRAIN, chunks(), tmp_path, lanes=2)
     with pytest.raises(ValueError, match="batch_size=32: must be at most 16, the buffer_tokens"):
         Trainer(SAE, TRAIN, stream_of(chunks(), 16), tmp_path)

@@ -20,8 +20,9 @@ from ..pages.run_overview import full_name, shown_name
 from ..support.argument_checks import check_device, check_integer, check_number
 from ..support.atomic_files import read_json, write_text
 from ..support.output_folder import check_output_folder
+from ..support.remote_files import place
 from ..training.activation_store import ActivationStore
-from ..training.batches import CALIBRATION_TOKENS
+from ..training.feed import CALIBRATION_TOKENS
 from .arguments import Command
 from .identity import block, check_same_origin
 
@@ -35,7 +36,9 @@ def add(command: Command) -> None:
         p.add_argument(f"--{side}-at", default=None, help=f"folder or file inside {side}, as layer_12/width_16k")
         p.add_argument(f"--{side}-look", type=Path, default=None, help=f"page of {side} that look wrote, which the "
                        f"comparison's page links to; {PAGE} in the folder of {side} when absent")  # fmt: skip
-    p.add_argument("--activations", type=Path, default=None, help="folder of activations, on which codes are compared")
+    p.add_argument(
+        "--activations", default=None, help="folder of activations, or a URL of one, on which codes are compared"
+    )
     p.add_argument("--out", type=Path, default=Path("comparison"), help="folder for table, pairs, plot and page")
     p.add_argument(
         "--matching",
@@ -56,7 +59,7 @@ def run_compare(args: argparse.Namespace) -> None:
     check_output_folder(args.out)
     device = check_device(args.device)
     names = (full_name(args.a, args.a_at), full_name(args.b, args.b_at))
-    about = {"a": names[0], "b": names[1], "activations": args.activations and str(args.activations)}
+    about = {"a": names[0], "b": names[1], "activations": args.activations and str(place(args.activations))}
     _check_own(args.out, about)
     saes = [read_inference(name, at, device=device) for name, at in ((args.a, args.a_at), (args.b, args.b_at))]
     _check_together(saes, args)

@@ -49,7 +49,9 @@ def add(command: Command) -> None:
         help="what the SAE's activations are multiplied by: fold it in; its own input_scale when absent, 1 for none",
     )
     scale.add_argument(
-        "--activations", type=Path, default=None, help="folder of the activations, whose scale is folded in"
+        "--activations",
+        default=None,
+        help="folder of the activations, or a URL of one, whose scale is folded in",
     )
     p.add_argument("--model-name", default=None, help="recorded; that of the training when absent")
     p.add_argument("--layer", type=int, default=None, help="recorded; that of the training when absent")

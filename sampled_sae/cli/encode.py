@@ -20,7 +20,9 @@ from .texts import Texts, text_arguments
 
 def add(command: Command) -> None:
     p = command("encode", encode, "Write the sparse codes of stored activations, or of a model over texts, to shards.")
-    p.add_argument("activations", type=Path, nargs="?", help="folder of activations; absent, --texts are read")
+    p.add_argument(
+        "activations", nargs="?", help="folder of activations, or a URL of one; absent, --texts are read"
+    )  # fmt: skip
     p.add_argument("out", type=Path, help="folder to write to; an interrupted encode there is resumed")
     p.add_argument("--sae", required=True, help="folder of an SAE in any layout, or owner/name on the Hugging Face hub")
     published_arguments(p)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ..support.argument_checks import check_integer
-from ..support.output_folder import check_output_folder
+from ..support.output_folder import check_output_place
+from ..support.remote_files import output_place
 from .arguments import Command, loaded_model, model_arguments
 from .places import pair_of, place_arguments
 from .processes import add_rank_options
@@ -16,7 +16,7 @@ from .texts import Texts, text_arguments
 
 def add(command: Command) -> None:
     p = command("harvest", harvest, "Run a language model over texts and store a layer's activations in shards.")
-    p.add_argument("out", type=Path, help="folder to write to; an interrupted harvest there is resumed")
+    p.add_argument("out", help="folder, or a URL that fsspec knows; an interrupted harvest there is resumed")
     model_arguments(p)
     p.add_argument("--layer", type=int, default=None, help="block whose output is stored, from 0")
     place_arguments(p)
@@ -46,7 +46,8 @@ def harvest(args: argparse.Namespace) -> None:
         check_integer("beside", layer, 0)
     check_integer("holdout_rows", args.holdout_rows, 0)
     check_integer("batch_size", args.batch_size, 1)
-    check_output_folder(args.out)
+    args.out = output_place(args.out)
+    check_output_place(args.out)
     layers = [] if args.beside is None else [args.layer, *args.beside]
     texts = Texts.open(args, args.model, *(layers or ([] if args.layer is None else [args.layer])))
     points = pair_of(args, texts.skeleton, [] if args.layer is None else [args.layer])

@@ -22,6 +22,7 @@ from ..pages.runs_page import best, is_member, is_runs, read_runs, runs_page
 from ..support.argument_checks import check_integer
 from ..support.atomic_files import write_text
 from ..support.output_folder import check_output_folder
+from ..support.remote_files import place
 from ..training.activation_store import ActivationStore
 from ..training.same_settings import identity
 from ..training.stored_activations import StoredActivations
@@ -38,9 +39,8 @@ def add(command: Command) -> None:
     )
     p.add_argument(
         "activations",
-        type=Path,
         nargs="?",
-        help="folder of activations, or of codes that encode wrote with this SAE; not needed to compare runs",
+        help="folder or URL of activations, or folder of codes that encode wrote with this SAE; not needed for runs",
     )
     p.add_argument("--out", type=Path, default=None, help=f"file to write; {PAGE} in the folder of the SAE when absent")
     p.add_argument(
@@ -135,11 +135,12 @@ def _check_file(out: Path) -> None:
     check_output_folder(out.parent)
 
 
-def _opened(folder: Path) -> tuple[CodesStore | None, ActivationStore | None]:
-    """Codes or activations, whichever the folder holds."""
-    if (folder / CODES_MANIFEST).is_file() and is_codes(folder):
+def _opened(name: str) -> tuple[CodesStore | None, ActivationStore | None]:
+    """Codes or activations, whichever the folder holds; at a URL, activations."""
+    folder = place(name)
+    if isinstance(folder, Path) and (folder / CODES_MANIFEST).is_file() and is_codes(folder):
         return CodesStore.open(folder), None
-    return None, ActivationStore.open(folder)
+    return None, ActivationStore.open(name)
 
 
 @contextmanager

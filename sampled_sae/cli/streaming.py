@@ -38,6 +38,10 @@ def stream_arguments(p: Parser) -> None:
         "--buffer-tokens", type=int, default=BUFFER_TOKENS, help="with --model, activations of so many tokens are held "
         "and shuffled together; as many more are made meanwhile"
     )  # fmt: skip
+    p.add_argument(
+        "--buffer-on-disk", type=Path, default=None, metavar="FOLDER", help="with --model, where these activations lie "
+        "meanwhile, in files without names; in memory when absent"
+    )  # fmt: skip
     added = [action for action in p._actions if action.dest not in before]
     p.set_defaults(with_model={action.dest: _absent(action) for action in added})
 
@@ -62,8 +66,6 @@ def open_stream(args: argparse.Namespace) -> dict[str, StreamedActivations]:
     """
     from ..lm import ModelSource
 
-    if args.ranks.size > 1:
-        raise ValueError(f"train --model is for one process, here are {args.ranks.size}; harvest first, together")
     if args.holdout is not None:
         raise ValueError(f"holdout={args.holdout}: is for a file of activations; --holdout-rows is for texts")
     if args.targets is not None:
@@ -105,7 +107,7 @@ def open_stream(args: argparse.Namespace) -> dict[str, StreamedActivations]:
         holdout_rows=args.holdout_rows,
         drop_tokens=texts.dropped,
     )
-    stream = ActivationStream(source, args.buffer_tokens)
+    stream = ActivationStream(source, args.buffer_tokens, args.buffer_on_disk)
     if points is not None:
         return {"": stream.pair()}
     if args.beside is not None:
@@ -127,17 +129,20 @@ def evaluate_streamed(
     """As `sampled-sae evaluate` on the rows held out, evaluation.json included; empty where none are."""
     if not args.holdout_rows:
         return {}
-    held_out, rows = part.holdout()
+    ranks = args.ranks
+    with ranks.together():
+        held_out, rows = part.holdout()
     count = min(SPLICE_ROWS, len(rows)) if args.splice_rows is None else args.splice_rows
     splice = None
     if count:
-        source: Any = part.blocks.source
         try:
-            splice = source.splice(part.indices, rows[:count], beside=part.layers > 1).evaluate
+            splice = part.source.splice(part.indices, rows[:count], part.layers > 1, ranks.mesh).evaluate
         except ValueError as error:  # an encoder, which predicts no next token
             if args.splice_rows is not None:
                 raise
             print(f"No loss recovered: {error}", file=sys.stderr)
     result = evaluate(sae, held_out, args.batch_size, splice)
-    write_json(folder / EVALUATION, result)
+    with ranks.together():
+        if ranks.first:
+            write_json(folder / EVALUATION, result)
     return result

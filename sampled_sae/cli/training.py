@@ -18,8 +18,8 @@ from ..support.argument_checks import check_integer
 from ..support.atomic_files import write_json, write_text
 from ..support.output_folder import check_output_folder
 from ..training.activations import Activations
-from ..training.batches import CALIBRATION_TOKENS
 from ..training.evaluation import closing_line, part_of
+from ..training.feed import CALIBRATION_TOKENS
 from ..training.sae_group import SAEGroup
 from ..training.same_settings import identity, in_words
 from ..training.sweep import evaluate, run_sweep, variants
@@ -116,17 +116,19 @@ def train(args: argparse.Namespace) -> None:
 
 def _train_on_model(args: argparse.Namespace) -> None:
     """One SAE in args.out, or one a layer in folders there."""
-    initial, how, log = initial_sae(args), train_config(args), log_place(args)
-    parts = open_stream(args)
-    rule = {"seed": args.seed, **rule_of(args, initial)}
-    configs = {name: sae_config(args, part, **rule) for name, part in parts.items()}
+    mesh = args.ranks.mesh
+    with args.ranks.together():
+        initial, how, log = initial_sae(args), train_config(args), log_place(args)
+        parts = open_stream(args)
+        rule = {"seed": args.seed, **rule_of(args, initial)}
+        configs = {name: sae_config(args, part, **rule) for name, part in parts.items()}
     if len(parts) == 1:
         ((name, part),) = parts.items()
         runs: dict[Path, TrainingRun] = {
-            args.out: Trainer(configs[name], how, part, args.out, args.device, None, args.lanes, initial, log)
+            args.out: Trainer(configs[name], how, part, args.out, args.device, mesh, args.lanes, initial, log)
         }
     else:
-        group = SAEGroup(configs, how, {**parts}, args.out, args.device)
+        group = SAEGroup(configs, how, {**parts}, args.out, args.device, mesh)
         runs = {args.out / name: run for name, run in group.members.items()}
         for name, run in group.members.items():
             run.show_in(log, name)

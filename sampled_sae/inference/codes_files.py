@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ..codes import Entries
 from ..support.atomic_files import field, read_json, write_json
-from ..support.checksums import damage
 from ..support.listed_files import DTYPES, ListedFilesWriter
 from ..support.token_places import TokenPlaces
 
@@ -100,7 +99,7 @@ class CodesWriter(ListedFilesWriter):
     def written(self, index: int) -> dict[str, Any] | None:
         """The manifest's entry of a shard whose file is undamaged; None of any other."""
         entry = self._shards.get(_shard_name(index))
-        return None if entry is None or damage(self.folder, entry) is not None else entry
+        return entry if self.is_whole(entry) else None
 
     def write_shard(self, index: int, entries: Entries, n_tokens: int, places: TokenPlaces | None) -> dict[str, Any]:
         """Entries by token of n tokens; returns the manifest's entry."""

@@ -14,7 +14,8 @@ from sampled_sae.residual_stream.blocks import check_layer
 from sampled_sae.residual_stream.hooks import capture
 from sampled_sae.support.all_ranks import ranks_of
 from sampled_sae.support.argument_checks import check_choice, check_integer
-from sampled_sae.support.output_folder import check_output_folder, held_by_first
+from sampled_sae.support.output_folder import check_output_place, held_by_first
+from sampled_sae.support.remote_files import output_place
 
 
 def harvest(
@@ -46,7 +47,7 @@ def harvest(
         model: causal language model or encoder; put in eval mode.
         rows: int64 [N, context] token ids.
         layer: index of the block, from 0.
-        out_dir: folder, made if needed.
+        out_dir: folder, made if needed, or a URL that fsspec knows, which one harvest may write to at a time.
         model_name: as recorded; default the model's `name_or_path`.
         source: where the texts come from, as recorded.
         batch_size: rows a forward pass.
@@ -77,7 +78,7 @@ def harvest(
         BlockingIOError: for a folder in which another process is at work.
         RankError: what one of these is on another rank, or a rank that does not answer; names the rank.
     """
-    folder, ranks = Path(out_dir), ranks_of(mesh)
+    folder, ranks = output_place(out_dir), ranks_of(mesh)
     check_layer(model, layer)
     given = {
         "layer": check_integer("layer", layer, 0),
@@ -98,7 +99,7 @@ def harvest(
     with ranks.accounted():
         with ranks.together():
             check_kind(folder, pair=False)
-            check_output_folder(folder)
+            check_output_place(folder)
         with held_by_first(folder, "harvest", ranks):
             return write_stores([folder], [settings], rows, batches, ranks, progress)[0]
 

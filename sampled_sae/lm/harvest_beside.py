@@ -18,7 +18,8 @@ from sampled_sae.residual_stream.blocks import check_layer
 from sampled_sae.residual_stream.several_layers import capture_layers
 from sampled_sae.support.all_ranks import ranks_of
 from sampled_sae.support.argument_checks import check_integer
-from sampled_sae.support.output_folder import check_output_folder, held_by_first
+from sampled_sae.support.output_folder import check_output_place, held_by_first
+from sampled_sae.support.remote_files import AnyPath, output_place
 from sampled_sae.training.opening import stack_part
 from sampled_sae.training.stacked_activations import StackedActivations
 
@@ -46,7 +47,7 @@ def harvest_beside(
         models: a model, or one for each layer; they must be of one width, and read the same token ids.
         rows: int64 [N, context] token ids.
         layers: blocks whose output is stored, from 0; of several models one for each, or one number for all.
-        out_dir: folder, made if needed.
+        out_dir: folder, made if needed, or a URL that fsspec knows, which one harvest may write to at a time.
         model_names: as recorded, one a model; their `name_or_path` when absent.
         progress, mesh: as in `harvest`.
         options: source, batch_size, rows_per_shard, dtype, drop_first, drop_tokens, max_norm_ratio and holdout_rows of
@@ -72,19 +73,19 @@ def harvest_beside(
     def batches(part: Tensor, first_row: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
         return layer_batches(places, part, settings[0]["batch_size"], first_row)
 
-    folder, ranks = Path(out_dir), ranks_of(mesh)
+    folder, ranks = output_place(out_dir), ranks_of(mesh)
     folders = [folder / stack_part(i) for i in range(len(places))]
     with ranks.accounted():
         with ranks.together():
             check_kind(folder, pair=False, beside=len(places))
             for each in folders:
-                check_output_folder(each)
+                check_output_place(each)
         with held_by_first(folder, "harvest", ranks):
             write_stores(folders, settings, rows, batches, ranks, progress)
     return StackedActivations([str(each) for each in folders])
 
 
-def check_beside_resumes(folder: Path, layers: Sequence[int], known: dict[str, Any]) -> None:
+def check_beside_resumes(folder: AnyPath, layers: Sequence[int], known: dict[str, Any]) -> None:
     """ValueError where the folder holds a harvest of other layers or settings than those `known` without the model."""
     check_kind(folder, pair=False, beside=len(layers))
     for i, layer in enumerate(layers):

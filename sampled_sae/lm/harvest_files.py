@@ -11,7 +11,6 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from sampled_sae.lm.models import check_rows, name_of, weights_digest
 from sampled_sae.support.all_ranks import AllRanks
 from sampled_sae.support.argument_checks import check_choice, check_flag, check_integer, check_number
 from sampled_sae.support.atomic_files import field
+from sampled_sae.support.remote_files import AnyPath, place
 from sampled_sae.support.token_places import TokenPlaces
 from sampled_sae.training.opening import PAIR, stack_folders
 from sampled_sae.training.store_writer import (
@@ -53,11 +53,11 @@ def checked_settings(model: Any, rows: Tensor, given: Settings) -> Settings:
         ValueError, TypeError: naming the argument, its value and what is allowed.
     """
     check_rows(model, rows)
-    place = {name: value for name, value in given.items() if name not in ("model", "source", "holdout_rows", *READING)}
+    at = {name: value for name, value in given.items() if name not in ("model", "source", "holdout_rows", *READING)}
     tokens, first = check_drop_tokens(model, given["drop_tokens"]), check_flag("drop_first", given["drop_first"])
     settings = {
         "model": name_of(model) if given["model"] is None else str(given["model"]),
-        **place,
+        **at,
         "context": rows.shape[1],
         "source": str(given["source"]),
         "rows": len(rows),
@@ -87,27 +87,33 @@ def check_holdout(holdout_rows: int, rows: int) -> int:
     return count
 
 
-def check_kind(folder: Path, pair: bool, beside: int = 0) -> None:
+def check_kind(folder: AnyPath, pair: bool, beside: int = 0) -> None:
     """ValueError where the folder holds the harvest of other places than one, a `pair`, or so many layers `beside` each
     other, whichever is to be written."""
-    held = [name for name in (".", *PAIR) if (folder / name / MANIFEST).exists()]
+    held = ["."] if (folder / MANIFEST).exists() else []
+    held += [name for name in PAIR if (folder / name / MANIFEST).exists()]
     stack = stack_folders(folder)
     layers = len(stack)
     # one that was killed as it began has written some of its manifests
-    begins = layers < beside and not any(read_manifest(Path(each))["complete"] for each in stack)
+    begins = layers < beside and not any(read_manifest(place(each))["complete"] for each in stack)
     if (held and (beside or (held != ["."]) != pair)) or not (begins or layers in (0, beside)):
         what = f"{layers} layers" if layers else "one place" if held == ["."] else "two places"
         raise ValueError(f"{folder}: holds a harvest of {what}; use another folder")
 
 
-def check_resumes(folder: Path, known: Settings) -> None:
+def check_resumes(folder: AnyPath, known: Settings) -> None:
     """ValueError where the folder holds a harvest with other settings than those `known` without the model."""
     if (folder / MANIFEST).exists():
         _check_same(folder, read_manifest(folder)["settings"], known)
 
 
 def write_stores(
-    folders: Sequence[Path], settings: Sequence[Settings], rows: Tensor, batches: Batches, ranks: AllRanks, show: bool
+    folders: Sequence[AnyPath],
+    settings: Sequence[Settings],
+    rows: Tensor,
+    batches: Batches,
+    ranks: AllRanks,
+    show: bool,
 ) -> list[dict[str, Any]]:
     """Stores of the same tokens in shards of the same sizes, each in its folder; returns their manifests.
 
@@ -178,7 +184,7 @@ def _write_manifests(writers: list[StoreWriter], ranks: AllRanks, complete: bool
 
 
 def _begun(
-    folders: Sequence[Path], settings: Sequence[Settings], rows: Tensor, batches: Batches, ranks: AllRanks
+    folders: Sequence[AnyPath], settings: Sequence[Settings], rows: Tensor, batches: Batches, ranks: AllRanks
 ) -> list[dict[str, Any]]:
     """The manifests of a harvest that goes on or begins, which the first rank has read or written."""
     ours = ranks.share(list(settings))
@@ -195,10 +201,14 @@ def _begun(
                 if was is None:
                     StoreWriter(folder, new[i]).write_manifest()
                 manifests.append(new[i] if was is None else was)
+    with ranks.together():
+        for folder in folders:
+            if not (folder / MANIFEST).exists():
+                raise ValueError(f"{folder}: not what the first rank sees there; all ranks need one place")
     return ranks.share(manifests)
 
 
-def _read_manifest(folder: Path, settings: Settings) -> dict[str, Any] | None:
+def _read_manifest(folder: AnyPath, settings: Settings) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.exists():
         return None
@@ -215,7 +225,7 @@ def _read_manifest(folder: Path, settings: Settings) -> dict[str, Any] | None:
     return manifest
 
 
-def _check_same(folder: Path, before: Settings, settings: Settings) -> None:
+def _check_same(folder: AnyPath, before: Settings, settings: Settings) -> None:
     if "model" not in before:
         raise ValueError(f"{folder} holds activations that no harvest wrote: choose another folder")
     for name, value in settings.items():

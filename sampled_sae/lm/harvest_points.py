@@ -15,7 +15,8 @@ from sampled_sae.lm.models import device_of
 from sampled_sae.residual_stream.hook_points import HookPoint, capture_points, check_points, mlp_points
 from sampled_sae.support.all_ranks import ranks_of
 from sampled_sae.support.argument_checks import check_integer
-from sampled_sae.support.output_folder import check_output_folder, held_by_first
+from sampled_sae.support.output_folder import check_output_place, held_by_first
+from sampled_sae.support.remote_files import AnyPath, output_place
 from sampled_sae.training.opening import PAIR
 from sampled_sae.training.paired_activations import PairedActivations
 
@@ -51,7 +52,7 @@ def harvest_pair(
     Args:
         model, rows: as in `harvest`; rows int64 [N, context].
         read, target: what a transcoder reads and what it reconstructs, as `HookPoint` or as "model.layers.3.mlp:in".
-        out_dir: folder, made if needed.
+        out_dir: folder, made if needed, or a URL that fsspec knows, which one harvest may write to at a time.
         model_name, progress, mesh: as in `harvest`.
         options: source, batch_size, rows_per_shard, dtype, drop_first, drop_tokens, max_norm_ratio and holdout_rows of
             `harvest`. A norm is too large by the median of its own place.
@@ -72,16 +73,16 @@ def harvest_pair(
     def batches(part: Tensor, first_row: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
         return point_batches(model, part, points, settings[0]["batch_size"], first_row)
 
-    folder, ranks = Path(out_dir), ranks_of(mesh)
+    folder, ranks = output_place(out_dir), ranks_of(mesh)
     folders = [folder / part for part in PAIR]
     with ranks.accounted():
         with ranks.together():
             check_kind(folder, pair=True)
             for each in folders:
-                check_output_folder(each)
+                check_output_place(each)
         with held_by_first(folder, "harvest", ranks):
             write_stores(folders, settings, rows, batches, ranks, progress)
-    return PairedActivations(folders[0], folders[1])
+    return PairedActivations(str(folders[0]), str(folders[1]))
 
 
 def harvest_mlp(model: Any, rows: Tensor, layer: int, folder: str | Path, **options: Any) -> PairedActivations:
@@ -93,7 +94,7 @@ def harvest_mlp(model: Any, rows: Tensor, layer: int, folder: str | Path, **opti
     return harvest_pair(model, rows, *mlp_points(model, layer), folder, **options)
 
 
-def check_pair_resumes(folder: Path, points: Sequence[HookPoint], known: dict[str, Any]) -> None:
+def check_pair_resumes(folder: AnyPath, points: Sequence[HookPoint], known: dict[str, Any]) -> None:
     """ValueError where the folder holds a harvest of other places or settings than those `known`."""
     check_kind(folder, pair=True)
     for part, point in zip(PAIR, points):

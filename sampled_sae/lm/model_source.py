@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,6 +22,8 @@ from sampled_sae.residual_stream.hook_points import HookPoint, capture_points, c
 from sampled_sae.residual_stream.several_layers import capture_layers
 from sampled_sae.support.argument_checks import check_flag, check_integer, check_number
 from sampled_sae.support.atomic_files import field
+
+_BEGINNING: dict[str, Any] = {"epoch": 0, "tokens": 0, "row": 0, "max_norms": None}
 
 
 class ModelSource:
@@ -60,7 +64,8 @@ class ModelSource:
         drop_tokens: Iterable[int] | None = None,
         max_norm_ratio: float = 10.0,
     ) -> None:
-        self._place: dict[str, Any] = {"epoch": 0, "tokens": 0, "row": 0, "max_norms": None}
+        self._place: dict[str, Any] = dict(_BEGINNING)
+        self._share, self._at_work = (0, 1), threading.Lock()
         self._layers = check_places(model, layers)
         self._points = points_of(model, self._layers)
         self._model, self._rows = model.eval(), rows
@@ -92,12 +97,26 @@ class ModelSource:
         same = {"model": self._name, "source": self._source, "context": self._rows.context, "settings": settings}
         return [{**same, **_about(layer)} for layer in self._layers]
 
+    def lane(self, which: int, of: int) -> ModelSource:
+        """The same model over one of so many equal parts of the texts, from their beginning.
+
+        All have the same rows held out. What is behind them is dealt in turn, in pieces of at most 65,536 characters,
+        which become rows, and begin anew at their end, by themselves. A norm is too large by the first rows of each.
+        """
+        other = copy.copy(self)
+        other._share, other._place, other._rows = (which, of), dict(_BEGINNING), self._rows.share(which, of)
+        return other
+
     def read(self) -> list[Tensor]:
         """The vectors of one forward pass that stay, float32 [n, d] on the CPU, for each layer.
 
         Raises:
             ValueError: no rows, rows that leave nothing, activations that are not finite.
         """
+        with self._at_work:  # the hooks of one pass would see those of another lane
+            return self._read()
+
+    def _read(self) -> list[Tensor]:
         rows = self._next_rows()
         found = self._run(rows)
         place = self._place
@@ -140,17 +159,20 @@ class ModelSource:
         return [torch.cat(part) for part in kept], rows
 
     def splice(
-        self, places: Sequence[int], rows: Tensor, beside: bool = False
+        self, places: Sequence[int], rows: Tensor, beside: bool = False, mesh: Any = None
     ) -> SpliceEvaluator | PointSplice | LayersSplice:
         """What measures an SAE of one of the places, by number, a transcoder of two, or with `beside` a crosscoder of
-        all of them, on rows of token ids."""
+        all of them, on rows of token ids.
+
+        mesh: the processes that share the rows where they can, as in `SpliceEvaluator`.
+        """
         most = [self._place["max_norms"][i] for i in places]
         left_out: dict[str, Any] = {"drop_first": self._drop_first, "drop_tokens": self._drop_tokens}
         layer = self._layers[places[0]]
         if beside:
             return LayersSplice(self._model, rows, [self._layers[i] for i in places], max_norms=most, **left_out)
         if len(places) == 1 and isinstance(layer, int):
-            return SpliceEvaluator(self._model, rows, layer, max_norm=most[0], **left_out)
+            return SpliceEvaluator(self._model, rows, layer, max_norm=most[0], mesh=mesh, **left_out)
         read, target = self._points[places[0]], self._points[places[-1]]
         return PointSplice(self._model, rows, read, target, max_norms=(most[0], most[-1]), **left_out)
 
@@ -163,14 +185,18 @@ class ModelSource:
         self._place = {name: state[name] for name in self._place}
 
     def _next_rows(self) -> Tensor:
-        if self._place["row"] == 0 and self._holdout_rows:
-            self._rows.take(self._holdout_rows)
+        if self._place["row"] == 0:
+            if self._holdout_rows:
+                self._rows.take(self._holdout_rows)
+            self._rows.deal()
         rows = self._rows.take(self._batch_size)
         if len(rows) == 0:
             if not self._place["tokens"]:
                 beyond = f" behind the {self._holdout_rows} that are held out" if self._holdout_rows else ""
+                which, of = self._share
+                dealt = f" in part {which + 1} of {of}; take longer texts, or fewer processes" if of > 1 else ""
                 raise ValueError(
-                    f"{self._source or 'the texts'}: no row of {self._rows.context} tokens to train on{beyond}"
+                    f"{self._source or 'the texts'}: no row of {self._rows.context} tokens to train on{beyond}{dealt}"
                 )
             self._rows.restart()
             self._place |= {"epoch": self._place["epoch"] + 1, "tokens": 0, "row": 0}

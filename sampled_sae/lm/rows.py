@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -78,7 +79,22 @@ class RowReader:
         if self._body < 1:
             raise ValueError(f"context={context} must be at least 3: each row has a token at its start and at its end")
         self.settings = {"context": self.context, **(about or {})}
+        self._which, self._of = 0, 1
+        self._dealt, self._ids = False, list[int]()
         self.restart()
+
+    def share(self, which: int, of: int) -> RowReader:
+        """A reader of the same documents, at their beginning, that `deal` leaves one of so many equal parts of them."""
+        other = copy.copy(self)
+        other._which, other._of = which, of
+        other.restart()
+        return other
+
+    def deal(self) -> None:
+        """From here on to the end of the documents their pieces are dealt in turn, and only those of this share are
+        read: each begins as a document does. What is in no row yet goes to the first share."""
+        if self._of > 1 and not self._dealt:
+            self._dealt, self._ids = True, self._ids if self._which == 0 else []
 
     def restart(self) -> None:
         """To the first document."""
@@ -102,27 +118,33 @@ class RowReader:
 
     def state_dict(self) -> dict[str, Any]:
         """The place behind the rows taken so far: pieces of documents that were read, and ids in no row yet."""
-        return {"pieces": self._pieces, "ids": list(self._ids)}
+        return {"pieces": self._pieces, "ids": list(self._ids), **({"dealt": self._dealt} if self._of > 1 else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """To a place of the same documents, which are read again up to it, but not tokenized."""
         self._pieces, self._ids = int(state["pieces"]), list(state["ids"])
-        self._reading: Iterator[tuple[bool, list[int]]] | None = None
+        self._dealt = bool(state.get("dealt", False))
+        self._reading: Iterator[tuple[int, bool, list[int]]] | None = None
 
     def _read_piece(self) -> bool:
         """One more piece of a document; False behind the last."""
         if self._reading is None:
-            pieces = islice(_pieces(self._texts(), self._tokenizer), self._pieces, None)
-            self._reading = _encoded(pieces, self._tokenizer)
-        found = next(self._reading, None)
+            pieces = islice(enumerate(_pieces(self._texts(), self._tokenizer)), self._pieces, None)
+            self._reading = _encoded((one for one in pieces if self._is_own(one[0])), self._tokenizer)
+        # some may have been tokenized before the pieces were dealt
+        found = next((one for one in self._reading if self._is_own(one[0])), None)
         if found is None:
             return False
-        begins, ids = found
-        if begins and (self._ids or self._frame.start is None):
+        number, begins, ids = found
+        if (begins or self._dealt) and (self._ids or self._frame.start is None):
             self._ids.append(self._frame.between)
         self._ids += ids
-        self._pieces += 1
+        self._pieces = number + 1
         return True
+
+    def _is_own(self, number: int) -> bool:
+        """Whether a piece of the documents is read."""
+        return not self._dealt or number % self._of == self._which
 
 
 @dataclass(frozen=True)
@@ -151,12 +173,12 @@ def _frame(tokenizer: Any) -> _Frame:
     )
 
 
-def _encoded(pieces: Iterable[tuple[bool, str]], tokenizer: Any) -> Iterator[tuple[bool, list[int]]]:
-    """(whether a document begins here, ids of a piece of it)."""
-    some: list[tuple[bool, str]] = []
+def _encoded(pieces: Iterable[tuple[int, tuple[bool, str]]], tokenizer: Any) -> Iterator[tuple[int, bool, list[int]]]:
+    """(number of a piece of a document, whether that begins here, ids)."""
+    some: list[tuple[int, tuple[bool, str]]] = []
     characters = 0
-    for begins, piece in pieces:
-        some.append((begins, piece))
+    for number, (begins, piece) in pieces:
+        some.append((number, (begins, piece)))
         characters += len(piece)
         if len(some) == _BATCH or characters >= _BATCH_CHARACTERS:
             yield from _ids(some, tokenizer)
@@ -165,10 +187,11 @@ def _encoded(pieces: Iterable[tuple[bool, str]], tokenizer: Any) -> Iterator[tup
         yield from _ids(some, tokenizer)
 
 
-def _ids(some: list[tuple[bool, str]], tokenizer: Any) -> Iterator[tuple[bool, list[int]]]:
+def _ids(some: list[tuple[int, tuple[bool, str]]], tokenizer: Any) -> Iterator[tuple[int, bool, list[int]]]:
     # verbose=False: long documents are cut here, no need to warn about the model's own limit
-    ids = tokenizer([piece for _, piece in some], add_special_tokens=False, verbose=False)["input_ids"]
-    yield from zip([begins for begins, _ in some], ids)
+    ids = tokenizer([piece for _, (_, piece) in some], add_special_tokens=False, verbose=False)["input_ids"]
+    for (number, (begins, _)), found in zip(some, ids):
+        yield number, begins, found
 
 
 def _pieces(texts: Iterable[Document], tokenizer: Any) -> Iterator[tuple[bool, str]]:

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Union
 
-from sampled_sae.support.remote_files import RemotePath
+from sampled_sae.support.remote_files import AnyPath, RemotePath
 
-File = Union[Path, RemotePath]  # noqa: UP007  (evaluated at import)
 Chat = list[dict[str, Any]]  # messages with "role" and "content"
 WHOLE_BYTES = 64 << 20  # files of up to so much together are read at once
 
@@ -34,7 +33,7 @@ _CHUNK = 1 << 20
 class LongText:
     """A document too long to be held: iterating over it gives its text in pieces."""
 
-    def __init__(self, file: File) -> None:
+    def __init__(self, file: AnyPath) -> None:
         self.file = file
 
     def __repr__(self) -> str:
@@ -50,7 +49,7 @@ class LongText:
 Document = Union[str, Chat, LongText]  # noqa: UP007  (evaluated at import, where a class may stand on the left)
 
 
-def find_files(path: File) -> list[File]:
+def find_files(path: AnyPath) -> list[AnyPath]:
     """The file itself, or those of one kind in a folder, by name.
 
     Raises:
@@ -71,24 +70,24 @@ def find_files(path: File) -> list[File]:
     return _readable([path])
 
 
-def _readable(files: list[File]) -> list[File]:
+def _readable(files: list[AnyPath]) -> list[AnyPath]:
     if _kind(files[0]) == ".parquet":
         _parquet()
     return files
 
 
-def are_small(files: list[File]) -> bool:
+def are_small(files: list[AnyPath]) -> bool:
     """Whether they may be read at once; what is compressed is taken for 20 times as much."""
     compressed = (".gz", ".parquet")
     return sum(size_of(file) * (20 if file.suffix in compressed else 1) for file in files) <= WHOLE_BYTES
 
 
-def size_of(file: File) -> int:
+def size_of(file: AnyPath) -> int:
     """Bytes."""
     return file.size() if isinstance(file, RemotePath) else file.stat().st_size
 
 
-def read_documents(file: File, column: str | None) -> Iterator[Document | None]:
+def read_documents(file: AnyPath, column: str | None) -> Iterator[Document | None]:
     """The documents of one file in order; None where one is null.
 
     Args:
@@ -144,11 +143,11 @@ def chat_of(value: Any) -> Chat | None:
     return chat if all({"role", "content"} <= message.keys() for message in chat) else None
 
 
-def _kind(file: File) -> str:
+def _kind(file: AnyPath) -> str:
     return Path(file.name.removesuffix(".gz")).suffix.lower()
 
 
-def _plain(file: File, column: str | None) -> Iterator[Document]:
+def _plain(file: AnyPath, column: str | None) -> Iterator[Document]:
     if not are_small([file]):
         yield LongText(file)
         return
@@ -156,7 +155,7 @@ def _plain(file: File, column: str | None) -> Iterator[Document]:
         yield opened.read()
 
 
-def _json_lines(file: File, column: str | None) -> Iterator[Document | None]:
+def _json_lines(file: AnyPath, column: str | None) -> Iterator[Document | None]:
     with _open(file) as opened:
         for number, line in enumerate(opened, start=1):
             if line.strip():
@@ -164,7 +163,7 @@ def _json_lines(file: File, column: str | None) -> Iterator[Document | None]:
                 yield document_of(_parsed(line, where), where, column)
 
 
-def _json(file: File, column: str | None) -> Iterator[Document | None]:
+def _json(file: AnyPath, column: str | None) -> Iterator[Document | None]:
     with _open(file) as opened:
         content = _parsed(opened.read(), file.name)
     if not isinstance(content, list | dict):
@@ -174,7 +173,7 @@ def _json(file: File, column: str | None) -> Iterator[Document | None]:
         yield document_of(record, f"{file.name}, record {number}", column)
 
 
-def _table(file: File, column: str | None) -> Iterator[Document | None]:
+def _table(file: AnyPath, column: str | None) -> Iterator[Document | None]:
     csv.field_size_limit(2**31 - 1)  # a cell holds a whole document
     with _open(file) as opened:
         reader = csv.DictReader(opened, delimiter="\t" if _kind(file) == ".tsv" else ",")
@@ -186,7 +185,7 @@ def _table(file: File, column: str | None) -> Iterator[Document | None]:
             raise ValueError(f"{file.name}, line {reader.line_num} is not a table: {error}") from None
 
 
-def _parquet_rows(file: File, column: str | None) -> Iterator[Document | None]:
+def _parquet_rows(file: AnyPath, column: str | None) -> Iterator[Document | None]:
     parquet = _parquet()
     try:
         table = parquet.ParquetFile(file.open("rb") if isinstance(file, RemotePath) else file)
@@ -209,7 +208,7 @@ def _parquet() -> Any:
     return pyarrow.parquet
 
 
-def _column(file: File, column: str | None, names: list[str]) -> str:
+def _column(file: AnyPath, column: str | None, names: list[str]) -> str:
     for name in [column] if column else _TEXT_KEYS:
         if name in names:
             return name
@@ -224,19 +223,19 @@ def _parsed(text: str, where: str) -> Any:
         raise ValueError(f"{where} is not JSON: {error}") from error
 
 
-def _open(file: File) -> io.TextIOWrapper:
+def _open(file: AnyPath) -> io.TextIOWrapper:
     """The file as text, its line ends as they are."""
     encoding = _encoding(file)  # first: a file in fsspec's memory has one place for all who read it
     return io.TextIOWrapper(_bytes(file), encoding=encoding, newline="\n")
 
 
-def _bytes(file: File) -> Any:
+def _bytes(file: AnyPath) -> Any:
     if file.suffix == ".gz":
         return gzip.open(file.open("rb") if isinstance(file, RemotePath) else file)
     return file.open("rb")
 
 
-def _encoding(file: File) -> str:
+def _encoding(file: AnyPath) -> str:
     """That of its byte order mark, else UTF-8, or Latin-1 where its first 64 MiB are not valid UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with _bytes(file) as opened:

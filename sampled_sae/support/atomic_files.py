@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .remote_files import AnyPath, RemotePath
+
 READER_WAITS = 40  # of 0.05 s each, for readers that hold a file on Windows
 
 
@@ -98,12 +100,14 @@ def _system_error(error: BaseException) -> int | None:
     return errno.ENOSPC if re.search("unexpected pos|file write failed|iostream", str(error)) else None
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: AnyPath, text: str) -> None:
     """In UTF-8, with the line ends as they are."""
+    if isinstance(path, RemotePath):
+        return path.write_bytes(text.encode())
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline=""))
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: AnyPath, value: Any) -> None:
     """Strict JSON: NaN and inf become null."""
     write_text(path, json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n")
 
@@ -124,7 +128,7 @@ def without_nan(value: Any) -> Any:
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: AnyPath) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
@@ -147,7 +151,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, parse_json(where, line)
 
 
-def parse_json(where: Path | str, text: bytes) -> dict[str, Any]:
+def parse_json(where: AnyPath | str, text: bytes) -> dict[str, Any]:
     """A JSON object in UTF-8; ValueError that begins with `where` for anything else."""
     try:
         value = json.loads(text.decode("utf-8"))
@@ -180,7 +184,7 @@ def read_rows(path: Path, name: str, start: int, stop: int | None) -> Tensor:
 
 
 def field(
-    where: Path | str, values: Any, name: str, kind: type | tuple[type, ...] = int, least: float = -math.inf
+    where: AnyPath | str, values: Any, name: str, kind: type | tuple[type, ...] = int, least: float = -math.inf
 ) -> Any:
     """`values[name]` of what a file holds, of the type it must have; numbers finite and not below `least`.
 

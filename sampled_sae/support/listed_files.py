@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from .argument_checks import check_integer
 from .atomic_files import write_atomically
-from .checksums import damage, file_crc32
+from .checksums import bytes_crc32, damage, file_crc32
+from .remote_files import AnyPath, RemotePath
 
 # that values are stored in
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -23,11 +24,11 @@ class ListedFilesWriter:
     """Writes shards into a folder and keeps the manifest of them.
 
     Args:
-        folder: of the store.
+        folder: of the store, or where it is at a URL.
         manifest: new, or that of a store whose writing goes on; it says "complete" once every file has been looked at.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: AnyPath, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
         manifest["complete"] = False
         self._shards: dict[str, dict[str, Any]] = {shard["file"]: shard for shard in manifest["shards"]}
@@ -35,8 +36,24 @@ class ListedFilesWriter:
     def write_file(self, file: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Returns what the manifest says of every file."""
         path = self.folder / file
+        if isinstance(path, RemotePath):
+            data = save(tensors)
+            path.write_bytes(data)
+            return {"file": file, "bytes": len(data), "crc32": bytes_crc32(data)}
         write_atomically(path, lambda temporary: save_file(tensors, temporary))
         return {"file": file, "bytes": path.stat().st_size, "crc32": file_crc32(path)}
+
+    def is_whole(self, entry: dict[str, Any] | None) -> bool:
+        """Whether a file is listed and undamaged; at a URL, of its size: it is verified when it is read."""
+        if entry is None:
+            return False
+        if isinstance(self.folder, RemotePath):
+            path = self.folder / entry["file"]
+            return path.is_file() and path.size() == entry["bytes"]
+        return self._damage(self.folder, entry) is None
+
+    def _damage(self, folder: Path, entry: dict[str, Any]) -> str | None:
+        return damage(folder, entry)
 
     def list_shard(self, entry: dict[str, Any]) -> dict[str, Any]:
         """Puts a shard into the manifest that this writer, or another in the same folder, has written."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .all_ranks import AllRanks
-from .remote_files import is_url
+from .remote_files import AnyPath, RemotePath, is_url
 
 if sys.platform == "win32":
     import msvcrt
@@ -100,14 +100,23 @@ def locked(folder: Path, work: str) -> Iterator[None]:
                 folder.rmdir()  # nothing came of the work
 
 
+def check_output_place(at: AnyPath) -> None:
+    """As `check_output_folder`; what is wrong at a URL is known with the first file."""
+    if isinstance(at, Path):
+        check_output_folder(at)
+
+
 @contextmanager
-def held_by_first(folder: Path, work: str, ranks: AllRanks) -> Iterator[None]:
-    """As `locked`, by the first of several ranks for all of them.
+def held_by_first(folder: AnyPath, work: str, ranks: AllRanks) -> Iterator[None]:
+    """As `locked`, by the first of several ranks for all of them. A URL has no locks: nobody holds it.
 
     Raises:
         ValueError: a rank that does not see the folder of the first.
         RankError: any of these on another rank.
     """
+    if isinstance(folder, RemotePath):
+        yield
+        return
     with ExitStack() as stack:
         with ranks.together():
             if ranks.first:

@@ -1,11 +1,11 @@
-"""Files and folders at a URL of fsspec (s3://, gs://, https://, memory://, ...), read as those of a `Path` are."""
+"""Files and folders at a URL of fsspec (s3://, gs://, https://, memory://, ...), used as those of a `Path` are."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Union
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z][A-Za-z0-9+.-]+)*://")
 
@@ -20,8 +20,14 @@ def place(name: Any) -> Any:
     return RemotePath(str(name)) if is_url(name) else Path(name)
 
 
+def output_place(name: Any) -> AnyPath:
+    """As `place`, to write to: a `Path` also for a URL of this machine's own files, where a write can be atomic."""
+    found: AnyPath = place(name)
+    return found.local() or found if isinstance(found, RemotePath) else found
+
+
 class RemotePath:
-    """What reading needs of a `Path`, at a URL.
+    """What reading needs of a `Path`, and the writing of whole files, at a URL.
 
     Raises:
         ImportError: the package for this kind of URL is missing; says which.
@@ -86,11 +92,33 @@ class RemotePath:
     def read_bytes(self) -> bytes:
         return bytes(self._files.cat_file(self._path))
 
+    def write_bytes(self, data: bytes) -> None:
+        """Makes or replaces the file. It is there at once on stores of objects; elsewhere readers may see a part.
+
+        Raises:
+            OSError: what the other side says, no folder of that name, or a kind of URL that is read alone.
+        """
+        try:
+            self._files.pipe_file(self._path, data)
+        except NotImplementedError:
+            raise OSError(f"{self}: URLs of this kind can be read and not written to") from None
+        except OSError as error:
+            raise OSError(f"{self}: cannot be written ({error})") from error
+
     def open(self, mode: str = "rb") -> Any:
         return self._files.open(self._path, mode)
 
+    def local(self) -> Path | None:
+        """The path of what is on this machine; None elsewhere."""
+        from fsspec.implementations.local import LocalFileSystem
+
+        return Path(self._path) if isinstance(self._files, LocalFileSystem) else None
+
     def resolve(self) -> RemotePath:
         return self
+
+
+AnyPath = Union[Path, RemotePath]  # noqa: UP007  (evaluated at import)
 
 
 def local_copy(url: str) -> Path:

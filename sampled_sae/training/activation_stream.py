@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..support.argument_checks import check_integer
-from ..support.timing import check_memory
+from .block_space import Room
 from .blocks import Blocks, Source
 from .same_settings import identity, side_by_side
 
@@ -31,19 +32,47 @@ class ActivationStream:
     Args:
         source: an `IteratorSource`, or the `ModelSource` of `sampled_sae.lm`.
         buffer_tokens: tokens that are held and shuffled together; a block has that many, or a few more.
+        buffer_on_disk: a folder for the blocks, which then take no memory: in files without names, which are gone with
+            the process, however it ends. The batches are the same.
 
     Attributes:
         parts: what each SAE reads of it: one of an iterator, one a layer of a model.
 
     Raises:
         MemoryError: two blocks, and one while it is put together, are more than there is memory.
+        ValueError: no such folder, or no room for two blocks on its disk.
     """
 
-    def __init__(self, source: Described, buffer_tokens: int = BUFFER_TOKENS) -> None:
+    def __init__(
+        self, source: Described, buffer_tokens: int = BUFFER_TOKENS, buffer_on_disk: str | Path | None = None
+    ) -> None:
         self.buffer_tokens = check_integer("buffer_tokens", buffer_tokens, 1)
-        check_memory(f"buffer_tokens={self.buffer_tokens}", 12 * self.buffer_tokens * sum(source.widths))
-        self.blocks = Blocks(source)
+        self._room = Room(self.buffer_tokens, source.widths, buffer_on_disk)
+        self.blocks = Blocks(source, self._room)
+        self._lanes: dict[tuple[int, int], Blocks] = {}
         self.parts = [StreamedActivations(self, i, about) for i, about in enumerate(source.about)]
+
+    @property
+    def divides(self) -> bool:
+        """Whether its source gives shares of itself, by `lane`; of others each process is handed its own."""
+        return hasattr(self.blocks.source, "lane")
+
+    def lane(self, which: int, of: int, processes: int = 1) -> Blocks:
+        """The blocks of one of so many shares of the source; one for all who ask.
+
+        Raises:
+            ValueError: another number of lanes than processes, where each is handed its own.
+        """
+        if not self.divides and of != processes:
+            raise ValueError(
+                f"lanes={of}: {self.parts[0].where} is read by the process that it was given to, here are {processes}; "
+                "must be as many"
+            )
+        if of == 1 or not self.divides:
+            return self.blocks
+        if (which, of) not in self._lanes:
+            self._lanes[which, of] = Blocks(self.blocks.source.lane(which, of), self._room)  # type: ignore[attr-defined]
+        return self._lanes[which, of]
 
     @cached_property
     def held_out(self) -> tuple[list[Tensor], Tensor]:
@@ -98,8 +127,14 @@ class StreamedActivations:
         self.manifest = {**about, "d_in": self.d_in, "shards": [], "settings": settings}
 
     @property
-    def blocks(self) -> Blocks:
-        return self.stream.blocks
+    def widths(self) -> list[int]:
+        """Of what stands side by side in a token's row."""
+        return [self.stream.blocks.source.widths[i] for i in self.indices]
+
+    @property
+    def source(self) -> Any:
+        """Where the stream comes from."""
+        return self.stream.blocks.source
 
     @property
     def buffer_tokens(self) -> int:

@@ -1,24 +1,17 @@
-"""Batches of a store in a shuffled order; several SAEs share them."""
+"""`ShuffledStream`: batches of activations that can be read in any order, shuffled."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ..support.all_ranks import ALONE, AllRanks
-from ..support.argument_checks import check_device, check_finite, check_integer
-from .activation_stream import StreamedActivations
+from ..support.argument_checks import check_finite, check_integer
 from .activations import Activations
-from .streamed_batches import StreamedBatches
-from .training_batch import TrainingBatch
+from .lanes import of_lanes, share
 
-CALIBRATION_TOKENS = 65_536
 GROUP_BYTES = 1 << 30
-
 
 # a shard, and which of its tokens
 Piece = tuple[int, int, int]
@@ -57,7 +50,7 @@ class ShuffledStream:
         self.lanes = check_integer("lanes", lanes, 1)
         if self.batch_size < max(self.lanes, part[1]):
             raise ValueError(f"batch_size={batch_size}: must be at least {max(self.lanes, part[1])}, a token a process")
-        self.rows = _share(self.batch_size, *part)
+        self.rows = share(self.batch_size, *part)
         self._plans: dict[int, list[list[Group]]] = {}
         self._loaded: dict[int, tuple[tuple[int, int], Tensor]] = {}
         if self.batches_per_epoch(0) == 0:
@@ -96,17 +89,12 @@ class ShuffledStream:
         while t >= self.batches_per_epoch(epoch):
             t -= self.batches_per_epoch(epoch)
             epoch += 1
-        parts = []
-        for lane in range(self.lanes):
-            first, end = _share(self.batch_size, lane, self.lanes)
-            start, stop = max(first, self.rows[0]), min(end, self.rows[1])
-            if start < stop:
-                parts.append(self._rows(epoch, lane, t, start - first, stop - first))
+        parts = [self._rows(epoch, *of, t) for of in of_lanes(self.batch_size, self.lanes, self.rows)]
         x = parts[0] if len(parts) == 1 else torch.cat(parts)
         check_finite(x, "activations", f" at step {step}")
         return x
 
-    def _rows(self, epoch: int, lane: int, t: int, start: int, stop: int) -> Tensor:
+    def _rows(self, epoch: int, lane: int, start: int, stop: int, t: int) -> Tensor:
         """Tokens start to stop of what a lane gives to batch t of an epoch."""
         group, groups = 0, self._plan(epoch)[lane]
         while t >= groups[group][1]:
@@ -116,7 +104,7 @@ class ShuffledStream:
         return self._group(epoch, lane, group)[begin + start : begin + stop]
 
     def _size(self, lane: int) -> int:
-        first, end = _share(self.batch_size, lane, self.lanes)
+        first, end = share(self.batch_size, lane, self.lanes)
         return end - first
 
     def _plan(self, epoch: int) -> list[list[Group]]:
@@ -125,7 +113,7 @@ class ShuffledStream:
             tokens = self.store.tokens
             order = torch.randperm(len(tokens), generator=self._generator(epoch, 0)).tolist()
             self._plans[epoch] = [
-                self._grouped(_stretch(order, tokens, *_share(sum(tokens), lane, self.lanes)), self._size(lane))
+                self._grouped(_stretch(order, tokens, *share(sum(tokens), lane, self.lanes)), self._size(lane))
                 for lane in range(self.lanes)
             ]
         return self._plans[epoch]
@@ -155,11 +143,6 @@ class ShuffledStream:
         return torch.Generator().manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_003 + part) % 2**64)
 
 
-def _share(n: int, which: int, of: int) -> tuple[int, int]:
-    """(start, stop) of one of so many parts of n things, equal up to one."""
-    return n * which // of, n * (which + 1) // of
-
-
 def _stretch(order: list[int], tokens: list[int], start: int, stop: int) -> list[Piece]:
     """Tokens start to stop of the shards in an order."""
     pieces, before = [], 0
@@ -173,128 +156,3 @@ def _stretch(order: list[int], tokens: list[int], start: int, stop: int) -> list
 
 def _tokens(pieces: list[Piece]) -> int:
     return sum(end - first for _, first, end in pieces)
-
-
-class Feed:
-    """What training reads from: the batches of a ShuffledStream or of StreamedBatches, moved to the device of the SAEs.
-
-    The last batch is kept, so that several SAEs of one process read, move and measure it once. Of several ranks each
-    reads an equal part of a batch; those of one feature dimension, which need the same tokens, exchange theirs.
-
-    Args:
-        store: the activations, or a part of a stream.
-        batch_size, seed, lanes: as in ShuffledStream.
-        device: where the batches go.
-        ranks: the processes that share the batches.
-        steps: how many batches are asked for; a stream is read no further.
-
-    Raises:
-        ValueError: a batch_size above the store's tokens, a device that is not there, a stream for several processes
-            or without `steps`.
-    """
-
-    def __init__(
-        self,
-        store: Activations | StreamedActivations,
-        batch_size: int,
-        seed: int,
-        device: torch.device | str = "cpu",
-        ranks: AllRanks = ALONE,
-        lanes: int | None = None,
-        steps: int | None = None,
-    ) -> None:
-        self.device = check_device(device)
-        self.store, self.ranks = store, ranks
-        lanes = ranks.size if lanes is None else lanes
-        self.stream: ShuffledStream | StreamedBatches
-        if isinstance(store, Activations):
-            self.stream = ShuffledStream(store, batch_size, seed, lanes, (ranks.rank, ranks.size))
-        elif ranks.size > 1 or lanes != 1:
-            raise ValueError(
-                f"{store.where}: a stream is read by one process in one lane, here are {ranks.size} and {lanes}; "
-                "harvest it into a store, which several share"
-            )
-        elif steps is None:
-            raise ValueError(f"steps=None: must be how many batches {store.where} is read for")
-        else:
-            self.stream = StreamedBatches(store, batch_size, seed, steps)
-        self._last: tuple[int, TrainingBatch] | None = None
-
-    def batch(self, t: int) -> TrainingBatch:
-        """Batch t of the stream."""
-        if self._last is None or self._last[0] != t:
-            # The batch is a view of its group of shards; released first, the next group takes the memory of this one.
-            self._last = None
-            x = self._whole(self._moved(self.stream.batch(t)))
-            d_in = self.store.d_in if self.d_out is not None else None
-            self._last = t, TrainingBatch(x, self.ranks, self.stream.batch_size, d_in)
-        return self._last[1]
-
-    def calibration(self) -> Tensor:
-        """This rank's of `CALIBRATION_TOKENS` of the stream at most, times its scale: [n, d]."""
-        self._last = None
-        size = self.stream.batch_size
-        batches = self.stream.calibration_batches(-(-CALIBRATION_TOKENS // size))
-        x = [self._whole(self._moved(self.stream.batch(t))) for t in batches]
-        beyond = (len(batches) - 1) * size + self._rows()[0] - CALIBRATION_TOKENS
-        x[-1] = x[-1][: max(0, -beyond)]
-        return torch.cat(x)[:, : self.store.width_in]
-
-    @property
-    def d_out(self) -> int | None:
-        """Width of the targets; None where there are none."""
-        return self.store.d_out
-
-    @property
-    def output_scale(self) -> float:
-        """What the targets are multiplied by."""
-        return self.stream.output_scale
-
-    @property
-    def scale(self) -> float | tuple[float, ...]:
-        """What the activations are multiplied by, one number a layer where there are several; of a stream that begins
-        its first block is read for it."""
-        return self.stream.scale
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """The manifest of the activations, with their scale."""
-        return {**self.store.manifest, "scale": list(self.scale) if isinstance(self.scale, tuple) else self.scale}
-
-    @property
-    def stream_place(self) -> dict[str, Any] | None:
-        """What a checkpoint holds of a stream; None for activations that can be read in any order."""
-        return self.stream.state_dict() if isinstance(self.stream, StreamedBatches) else None
-
-    def begin_at(self, where: str, place: dict[str, Any] | None) -> None:
-        """Takes what a checkpoint holds of a stream as a place to begin with.
-
-        Raises:
-            ValueError: it has one and this is no stream, or the other way; begins with `where`.
-        """
-        if isinstance(self.stream, StreamedBatches) != (place is not None):
-            made = "stored activations" if place is None else "a stream"
-            raise ValueError(f"{where}: made with other settings (activations: was {made}); use another folder")
-        if isinstance(self.stream, StreamedBatches):
-            self.stream.offer(f"{where}: stream", place)
-
-    def _rows(self) -> tuple[int, int]:
-        """The tokens of a batch that this rank trains on."""
-        return _share(self.stream.batch_size, *self.ranks.data)
-
-    def _whole(self, x: Tensor) -> Tensor:
-        """The tokens of all ranks along the feature dimension, from this rank's part of them."""
-        mesh, (which, of) = self.ranks.mesh, self.ranks.feature
-        if mesh is None or of == 1:
-            return x
-        first = self.ranks.rank - which
-        rows = [_share(self.stream.batch_size, first + i, self.ranks.size) for i in range(of)]
-        sizes = [stop - start for start, stop in rows]
-        padded = x.new_zeros(max(sizes), x.shape[1])
-        padded[: len(x)] = x
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded, group=mesh.get_group("feature"))
-        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
-
-    def _moved(self, x: Tensor) -> Tensor:
-        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
+
+from .block_space import Room
 
 
 class Source(Protocol):
@@ -44,12 +45,16 @@ class Block(NamedTuple):
 class Blocks:
     """The blocks of a source, of which one is held, and another while it is read ahead.
 
+    Args:
+        source: what is read.
+        room: where it is put.
+
     Attributes:
         beginning: the place of the source before the first.
     """
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, source: Source, room: Room) -> None:
+        self.source, self._room = source, room
         self.beginning = source.state_dict()
         self._starts: dict[int, dict[str, Any]] = {}
         self._next: int | None = 0  # what the source would read, where it is between two blocks
@@ -96,7 +101,7 @@ class Blocks:
             self._next = None
             self.source.load_state_dict(place)
         self._next = None
-        self._reading = _Reading(self.source, index, least)
+        self._reading = _Reading(self.source, self._room, index, least)
 
     def stop(self) -> None:
         """Ends what is read ahead, after the activations under way."""
@@ -109,10 +114,10 @@ class Blocks:
 class _Reading:
     """One block, being read on a thread: also where it is waited for at once, so that every block is read alike."""
 
-    def __init__(self, source: Source, index: int, least: int) -> None:
+    def __init__(self, source: Source, room: Room, index: int, least: int) -> None:
         self.index, self.least, self.start = index, least, source.state_dict()
         self._source, self._cancelled = source, threading.Event()
-        self._parts: list[list[Tensor]] = [[] for _ in source.widths]
+        self._parts = [room.part(width) for width in source.widths]
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=f"activations, block {index}", daemon=True)
         self._thread.start()
@@ -126,7 +131,7 @@ class _Reading:
                     break
                 tokens += len(found[0])
                 for part, x in zip(self._parts, found):
-                    part.append(x)
+                    part.add(x)
         except BaseException as error:
             self._error = error
 
@@ -134,9 +139,7 @@ class _Reading:
         self._thread.join()
         if self._error is not None:
             raise self._error
-        empty = (torch.empty(0, width) for width in self._source.widths)
-        parts = [torch.cat(part) if part else none for part, none in zip(self._parts, empty)]
-        return Block(self.index, self.least, self.start, parts)
+        return Block(self.index, self.least, self.start, [part.whole() for part in self._parts])
 
     def cancel(self) -> None:
         self._cancelled.set()

@@ -37,9 +37,14 @@ def _chunks(x: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(x, (Tensor, np.ndarray)):
         yield "x", x
     elif isinstance(x, Iterable):
-        yield from ((f"x, chunk {i}", chunk) for i, chunk in enumerate(x))
+        yield from ((f"x, chunk {i}", only(chunk)) for i, chunk in enumerate(x))
     else:
         raise TypeError(f"x={type(x).__name__}: must be a tensor [n, d], a numpy array, or an iterator of either")
+
+
+def only(chunk: Any) -> Any:
+    """What a list or tuple of one holds, as a DataLoader of a TensorDataset gives them; else the chunk itself."""
+    return chunk[0] if isinstance(chunk, (list, tuple)) and len(chunk) == 1 else chunk
 
 
 def check_chunk(name: str, chunk: Any) -> None:
@@ -56,7 +61,8 @@ def check_chunk(name: str, chunk: Any) -> None:
     if not floating:
         raise TypeError(f"{name}: dtype={chunk.dtype}: must be float16, bfloat16, float32 or float64")
     if chunk.ndim != 2 or chunk.shape[1] == 0:
-        raise ValueError(f"{name}: shape={tuple(chunk.shape)}: must be [tokens, d] with d >= 1")
+        layers = "; of layers side by side give StackedActivations(x.unbind(1))" if chunk.ndim == 3 else ""
+        raise ValueError(f"{name}: shape={tuple(chunk.shape)}: must be [tokens, d] with d >= 1{layers}")
 
 
 def check_all_finite(name: str, x: Tensor, first: int = 0) -> None:

@@ -7,7 +7,7 @@ import torch
 from ..config import SampledSAEConfig
 from .activation_stream import StreamedActivations
 from .activations import Activations
-from .batches import Feed
+from .feed import Feed
 from .train_config import TrainConfig
 from .training_batch import TrainingBatch
 

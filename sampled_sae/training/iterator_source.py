@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..support.atomic_files import field
 from ..support.checksums import tensors_crc32
-from .chunks import as_tensor, check_all_finite, check_chunk
+from .chunks import as_tensor, check_all_finite, check_chunk, only
 from .store_writer import as_stored
 
 _PLAIN = (bool, int, float, str, bytes, Tensor, type(None))
@@ -26,7 +26,8 @@ class IteratorSource:
       checksum: something that gives others, or an iterator that has been read from, is an error.
 
     Args:
-        chunks: of float16, bfloat16, float32 or float64, tensors on any device or numpy arrays.
+        chunks: of float16, bfloat16, float32 or float64, tensors on any device or numpy arrays, or lists of one of
+            them, as a DataLoader of a TensorDataset gives them.
         source: where they come from, as recorded; also their name in errors.
 
     Raises:
@@ -117,7 +118,7 @@ class IteratorSource:
         return self._source or "the iterator"
 
     def _checked(self, chunk: Any) -> Tensor:
-        name = f"x, chunk {self._count}"
+        name, chunk = f"x, chunk {self._count}", only(chunk)
         check_chunk(name, chunk)
         width = getattr(self, "_width", chunk.shape[1])
         if chunk.shape[1] != width:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..support.remote_files import place
+from ..support.remote_files import AnyPath, place
 from .activation_store import ActivationStore
 from .activation_stream import ActivationStream, StreamedActivations
 from .activations import Activations
@@ -65,7 +65,7 @@ def as_activations(x: Any, holdout: int | None = None) -> Activations:
     )
 
 
-def is_pair(folder: str | Path) -> bool:
+def is_pair(folder: str | AnyPath) -> bool:
     """Whether a folder, or a URL of one, has the two stores of a pair in it, as `harvest_pair` writes them."""
     at = place(folder)
     return not (at / MANIFEST).exists() and all((at / part / MANIFEST).exists() for part in PAIR)
@@ -95,7 +95,7 @@ def stack_part(i: int) -> str:
     return f"{STACK}{i}"
 
 
-def stack_folders(folder: str | Path) -> list[str]:
+def stack_folders(folder: str | AnyPath) -> list[str]:
     """The stores of a stack in a folder, or a URL of one, as `harvest_beside` writes them; empty for another."""
     at, found = place(folder), list[str]()
     while (at / stack_part(len(found)) / MANIFEST).exists():

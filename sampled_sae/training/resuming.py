@@ -20,8 +20,9 @@ from ..sae import SampledSAE
 from ..support.all_ranks import AllRanks
 from ..support.argument_checks import check_finite
 from ..support.atomic_files import field
-from .batches import Feed
+from ..support.json_states import as_json, of_json
 from .checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
+from .feed import Feed
 from .same_settings import check_same_settings, completed
 from .sharded_checkpoint import RECORD, read_record, read_shards, write_shards
 from .train_config import TrainConfig
@@ -52,7 +53,7 @@ def settings(run: Resumable) -> dict[str, Any]:
         "activations": {name: manifest.get(name) for name in ("model", "layer", "source", "scale")},
         "sae": run.target.settings(),
         "train": asdict(run.config),
-        "data": manifest["shards"] if run.feed.stream_place is None else manifest["settings"],
+        "data": manifest["settings"] if run.feed.is_streamed else manifest["shards"],
         "init": run.init,
     }
 
@@ -60,8 +61,13 @@ def settings(run: Resumable) -> dict[str, Any]:
 def save(run: Resumable) -> None:
     """Writes the checkpoint; of several ranks each its shard."""
     ranks, lanes = run.feed.ranks, run.feed.stream.lanes
-    state = {"settings": settings(run), "step": run.step, "seconds": run.seconds, "metrics": run.metrics}
-    if (place := run.feed.stream_place) is not None:
+    state: dict[str, Any] = {
+        "settings": settings(run),
+        "step": run.step,
+        "seconds": run.seconds,
+        "metrics": run.metrics,
+    }
+    if (place := run.feed.stream_place()) is not None:
         state["stream"] = place
     if ranks.size == 1 and lanes == 1 and not (run.folder / RECORD).exists():
         whole = {
@@ -76,6 +82,8 @@ def save(run: Resumable) -> None:
     tensors = _tensors(run)
     pool = {name: value for name, value in run.sae.memory.pool.state_dict().items() if not isinstance(value, Tensor)}
     plain = {"pool": pool, "tensors": sorted(tensors), "hints": _hints(run)}
+    if "stream" in state:
+        state["stream"] = as_json(state["stream"])
     record = {**state, "lanes": lanes, "plain": plain}
     write_shards(run.folder, tensors, record, ranks)
 
@@ -100,7 +108,10 @@ def saved(folder: Path, ranks: AllRanks) -> Saved | None:
         return None
     path = folder / kinds[0]
     with ranks.together():
-        return Saved(path, read_record(folder) if kinds[0] == RECORD else read_checkpoint(path))
+        if kinds[0] == CHECKPOINT:
+            return Saved(path, read_checkpoint(path))
+        record = read_record(folder)
+        return Saved(path, {**record, "stream": of_json(f"{path}: stream", record.get("stream"))})
 
 
 def load(run: Resumable, found: Saved) -> None:

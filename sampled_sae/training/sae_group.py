@@ -14,7 +14,7 @@ from ..sae import SampledSAE
 from ..support.all_ranks import AllRanks, ranks_of
 from .activation_stream import StreamedActivations
 from .activations import Activations
-from .batches import Feed
+from .feed import Feed
 from .fitting import check_width
 from .opening import Readable, as_readable
 from .sharded_checkpoint import lanes_of

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..support import checksums
 from ..support.atomic_files import field, read_json, read_tensors, write_json
 from ..support.listed_files import DTYPES, ListedFilesWriter
+from ..support.remote_files import AnyPath
 from ..support.token_places import TokenPlaces
 
 FORMAT = "sampled-sae activations"
@@ -46,7 +47,7 @@ def new_manifest(d_in: int, dtype: str, settings: dict[str, Any], **about: Any) 
     }
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: AnyPath) -> dict[str, Any]:
     """The manifest of a store, finished or not, with every field that is read of it.
 
     Raises:
@@ -156,17 +157,17 @@ def scale_of(manifest: dict[str, Any]) -> float:
 class StoreWriter(ListedFilesWriter):
     """Writes the files of a store, and its manifest."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: AnyPath, manifest: dict[str, Any]) -> None:
         super().__init__(folder, manifest)
         self._written: list[str] = []
 
     def has_shard(self, index: int) -> bool:
-        """Whether the manifest lists this shard and the file is undamaged."""
-        return self._is_whole(self._shards.get(_shard_name(index)))
+        """Whether the manifest lists this shard and the file is undamaged; at a URL, of the size it should have."""
+        return self.is_whole(self._shards.get(_shard_name(index)))
 
     def has_holdout(self) -> bool:
         """Whether the manifest lists the held-out part and the file is undamaged."""
-        return self._is_whole(self.manifest["holdout"])
+        return self.is_whole(self.manifest["holdout"])
 
     def write_shard(
         self, index: int, activations: Tensor, places: TokenPlaces | None = None, **about: Any
@@ -206,12 +207,13 @@ class StoreWriter(ListedFilesWriter):
         write_json(self.folder / MANIFEST, self.manifest)
 
     def delete_files(self) -> None:
-        """Takes back what this writer has written, and the manifest."""
+        """Takes back what this writer has written, and the manifest, of a folder."""
+        assert isinstance(self.folder, Path)
         for file in (MANIFEST, *self._written):
             (self.folder / file).unlink(missing_ok=True)
 
-    def _is_whole(self, entry: dict[str, Any] | None) -> bool:
-        return entry is not None and damage(self.folder, entry) is None
+    def _damage(self, folder: Path, entry: dict[str, Any]) -> str | None:
+        return damage(folder, entry)
 
     def _write(self, file: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         self._written.append(file)

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..support.all_ranks import ALONE, AllRanks
 from ..support.argument_checks import check_finite, check_integer
 from ..support.atomic_files import field
 from .activation_stream import StreamedActivations
+from .lanes import of_lanes, share
 from .store_writer import LARGEST
+from .stream_lane import FirstBlock, StreamLane
 
 
 class StreamedBatches:
@@ -23,33 +26,53 @@ class StreamedBatches:
     its end, fewer than a batch, are dropped. The last two blocks share what is left to read evenly, so that the
     threshold is calibrated on no small one. The scale is that of the first block.
 
+    With several lanes each is a share of the stream, with blocks of its own, and gives an equal part of every batch, as
+    in `ShuffledStream`. The blocks of all of them together have the tokens of the buffer, and the scale is that of all
+    their first blocks.
+
     Args:
         part: what is read.
         batch_size: tokens a batch.
         seed: of the order.
         steps: batches that are asked for in all.
+        lanes: into how many shares the stream is cut.
+        ranks: the processes that read it; each asks for its part of each batch. What all of them do together: the first
+            look at the scales, `calibration_batches` and `state_dict`.
 
     Attributes:
-        rows: (0, batch_size): a stream is read by one process.
+        rows: (start, stop) of this process's part among the tokens of a batch.
+
+    Raises:
+        ValueError: a batch_size above the buffer, or below a token for each lane and process; lanes of an iterator.
     """
 
-    lanes = 1
-
-    def __init__(self, part: StreamedActivations, batch_size: int, seed: int, steps: int) -> None:
-        self._part, self._blocks = part, part.blocks
+    def __init__(
+        self,
+        part: StreamedActivations,
+        batch_size: int,
+        seed: int,
+        steps: int,
+        lanes: int = 1,
+        ranks: AllRanks = ALONE,
+    ) -> None:
+        self._part, self._ranks = part, ranks
         self.batch_size, self.seed = check_integer("batch_size", batch_size, 1), check_integer("seed", seed, 0)
-        self.steps = check_integer("steps", steps, 1)
+        self.steps, self.lanes = check_integer("steps", steps, 1), check_integer("lanes", lanes, 1)
         if self.batch_size > part.buffer_tokens:
             raise ValueError(
                 f"batch_size={batch_size}: must be at most {part.buffer_tokens}, the buffer_tokens of the stream"
             )
-        self.rows = (0, self.batch_size)
-        self._ahead = False
+        if self.batch_size < max(self.lanes, ranks.size):
+            raise ValueError(
+                f"batch_size={batch_size}: must be at least {max(self.lanes, ranks.size)}, a token a process"
+            )
+        self.rows = share(self.batch_size, ranks.rank, ranks.size)
+        self._own = list(of_lanes(self.batch_size, self.lanes, self.rows))
+        self._lanes = {
+            lane: StreamLane(part, self.batch_size, self.seed, self.steps, (lane, self.lanes), ranks.size)
+            for lane, _, _ in self._own
+        }
         self._scales: list[float] | None = None  # of x, and of a pair of its targets
-        # first batch of a block -> (block, tokens asked for, place of the source)
-        self._known: dict[int, tuple[int, int, dict[str, Any] | None]] = {0: (0, self._least(0), None)}
-        self._first = self._index = -1
-        self._count = 0  # batches in the block held
 
     @property
     def scale(self) -> float | tuple[float, ...]:
@@ -65,38 +88,39 @@ class StreamedBatches:
     def scales(self) -> list[float]:
         """Of what is read, layer by layer, and, of a pair, of what is reconstructed."""
         if self._scales is None:
-            self._seek(0)
-            self._scales = [self._scale_of(x) for x in self._here()]
+            self._scales = self._measured()
         return self._scales
 
     def batch(self, t: int) -> Tensor:
-        """Batch t >= 0, times the scale: [batch_size, d_in], of a pair [batch_size, d_in + d_out], each times its own.
-        Quick for the block held and the one behind it.
+        """This process's part of batch t >= 0, times the scale: [n, d_in], of a pair [n, d_in + d_out], each times its
+        own. Quick for the block held and the one behind it.
 
         Raises:
             ValueError: what the stream raises, its end, NaN or inf in the batch; with the step.
         """
-        scales = self.scales
-        self._seek(t)
-        start = (t - self._first) * self.batch_size
-        chosen = self._order[start : start + self.batch_size]
-        found = [x[chosen].mul_(scale) for x, scale in zip(self._here(), scales)]
-        x = found[0] if len(found) == 1 else torch.cat(found, dim=1)
+        scales, found = self.scales, []
+        for lane, start, stop in self._own:
+            parts = [x.mul_(scale) for x, scale in zip(self._lanes[lane].take(t, start, stop), scales)]
+            found.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+        x = found[0] if len(found) == 1 else torch.cat(found)
         check_finite(x, "activations", f" at step {t}")
         return x
 
     def calibration_batches(self, n: int) -> range:
-        """Numbers of at most n batches that the threshold is calibrated on: those of the last block trained on."""
-        self._seek(self.steps - 1)
-        return range(self._first, self._first + self._count)[-n:]
+        """Numbers of at most n batches that the threshold is calibrated on: those of the last block trained on, which
+        all lanes have in theirs."""
+        with self._ranks.together():
+            own = [lane.last_block() for lane in self._lanes.values()]
+        found = [block for of_rank in self._ranks.gather(own) for block in of_rank]
+        return range(max(first for first, _ in found), min(end for _, end in found))[-n:]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the block held begins; where none is, the last place that is known."""
-        first = self._first if self._count else max(self._known)
-        index, least, start = self._known[first]
-        start = self._blocks.beginning if start is None else start
+        """Where the blocks held begin; where none is, the last place that is known."""
+        own = {number: lane.state_dict() for number, lane in self._lanes.items()}
+        places = [place for _, place in sorted(self._of_all(own).items())]
         of_targets = {} if self._part.d_out is None else {"output_scale": self.output_scale}
-        return {"first": first, "block": index, "least": least, "source": start, "scale": self.scale, **of_targets}
+        scale = self.scales if self._part.layers > 1 else self.scales[0]
+        return {**(places[0] if self.lanes == 1 else {"lanes": places}), "scale": scale, **of_targets}
 
     def offer(self, where: str, state: Any) -> None:
         """A place of a checkpoint, to begin with in place of the beginning.
@@ -114,59 +138,58 @@ class StreamedBatches:
             scales = [float(field(where, state, name, float)) for name in names]
         if self._scales not in (None, scales):
             raise ValueError(f"{where}: scales {scales}, the stream has {self._scales}")
-        first = field(where, state, "first", int, 0)
-        place = field(where, state, "block", int, 0), field(where, state, "least", int, 1)
-        self._known[first] = *place, field(where, state, "source", dict)
+        places = [state] if self.lanes == 1 else field(where, state, "lanes", list)
+        if len(places) != self.lanes:
+            raise ValueError(f"{where}: the places of {len(places)} lanes, there are {self.lanes}")
+        for number, lane in self._lanes.items():
+            lane.offer(where, places[number])
         self._scales = scales
 
     @contextmanager
     def reading_ahead(self) -> Iterator[None]:
         """Within it the next block is read while the one held is trained on."""
-        self._ahead = True
+        for lane in self._lanes.values():
+            lane.ahead = True
         try:
             yield
         finally:
-            self._ahead = False
-            self._blocks.stop()
+            for lane in self._lanes.values():
+                lane.ahead = False
+                lane.stop()
 
-    def _here(self) -> list[Tensor]:
-        """The parts of the block held that stand side by side."""
-        parts = self._blocks.get(*self._known[self._first][:2]).parts
-        return [parts[i] for i in self._part.indices]
+    def _measured(self) -> list[float]:
+        """The scales, by the first block of every lane."""
+        handed_out = self._ranks.size > 1 and not self._part.stream.divides
+        with self._ranks.together():
+            own = {number: lane.first_block(handed_out) for number, lane in self._lanes.items()}
+        found = self._of_all(own)
+        with self._ranks.together():
+            if handed_out:
+                self._check_differ(found)
+            return self._scales_by(found)
 
-    def _seek(self, t: int) -> None:
-        """The block that has batch t, from the one held or the nearest place that is known before it."""
-        if not self._count or t < self._first:
-            self._hold(max(first for first in self._known if first <= t))
-        while t >= self._first + self._count:
-            self._hold(self._first + self._count)
+    def _scales_by(self, found: dict[int, FirstBlock]) -> list[float]:
+        tokens, scales = sum(block.tokens for block in found.values()), []
+        for i, width in enumerate(self._part.widths):
+            square = math.fsum(found[number].squares[i] for number in sorted(found)) / tokens
+            if not 0 < square < LARGEST**2:
+                raise ValueError(
+                    f"{self._part.where}: the first {tokens} activations have a mean square of {square:.3g}"
+                )
+            scales.append(math.sqrt(width / square))
+        return scales
 
-    def _hold(self, first: int) -> None:
-        """The block that begins with this batch."""
-        index, least, start = self._known.get(first, (self._index + 1, self._least(first), None))
-        found = self._blocks.get(index, least, start)
-        tokens = len(found.parts[0])
-        if tokens < least:
-            raise ValueError(
-                f"steps={self.steps}: {self._part.where} has ended, with tokens for "
-                f"{first + tokens // self.batch_size} steps of batch_size={self.batch_size}"
-            )
-        self._index, self._first, self._count = index, first, tokens // self.batch_size
-        self._known = {0: self._known[0], first: (index, least, found.start)}
-        seed = (self.seed * 1_000_003 + index) % 2**64
-        self._order = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))
-        behind = first + self._count
-        if self._ahead and behind < self.steps:
-            self._blocks.read_ahead(index + 1, self._least(behind))
+    def _check_differ(self, found: dict[int, FirstBlock]) -> None:
+        """ValueError where two lanes give the same: processes that were handed one iterator instead of a share each."""
+        seen: dict[str, int] = {}
+        for number, block in sorted(found.items()):
+            if block.crc32 in seen:
+                raise ValueError(
+                    f"{self._part.where}: gives ranks {seen[block.crc32]} and {number} the same activations; each "
+                    "process needs a share of its own"
+                )
+            seen[block.crc32] = number
 
-    def _least(self, first: int) -> int:
-        """Tokens that a block is to have which begins with batch `first`."""
-        left, most = max(1, self.steps - first), self._part.buffer_tokens // self.batch_size
-        return (left if left <= most else min(most, -(-left // 2))) * self.batch_size
-
-    def _scale_of(self, x: Tensor) -> float:
-        check_finite(x, "activations", " of the first block")
-        square = float(x.double().square().sum()) / len(x)
-        if not 0 < square < LARGEST**2:
-            raise ValueError(f"{self._part.where}: the first {len(x)} activations have a mean square of {square:.3g}")
-        return math.sqrt(x.shape[1] / square)
+    def _of_all(self, own: dict[int, Any]) -> dict[int, Any]:
+        """By lane, what the processes have of theirs."""
+        return {lane: value for of_rank in self._ranks.gather(own) for lane, value in of_rank.items()}

@@ -18,8 +18,8 @@ from ..support.all_ranks import ranks_of
 from ..support.argument_checks import check_integer
 from ..support.atomic_files import without_nan, write_json
 from ..support.output_folder import check_output_folder, held_by_first
-from .batches import Feed
 from .evaluation import closing_line, evaluate_activations, reconstruct_with
+from .feed import Feed
 from .fitting import check_fits
 from .opening import Stored, as_activations
 from .precision import settled

@@ -11,7 +11,7 @@ from ..config import SampledSAEConfig
 from ..run_logs import LogPlace
 from ..sae import SampledSAE
 from ..support.all_ranks import ranks_of
-from .batches import Feed
+from .feed import Feed
 from .graphed_steps import GraphedSteps, graph_refusal
 from .opening import Readable, as_readable
 from .schedules import is_scheduled
@@ -34,7 +34,8 @@ class Trainer(TrainingRun):
 
     With a mesh, all its processes train one SAE: each has its part of every batch, and of the features. All call this
     with the same arguments and a folder that all of them see; the first one writes what is not a checkpoint. An epoch
-    is cut into as many lanes as there are processes (`ShuffledStream`), so that each reads its share of the shards.
+    is cut into as many lanes as there are processes (`ShuffledStream`), so that each reads its share of the shards. Of
+    a stream each reads a share too, or an iterator of its own that it is given.
     A checkpoint may be loaded by another number of them: the lanes, and so the batches, stay those it began with.
 
     Args:

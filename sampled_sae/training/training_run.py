@@ -22,8 +22,8 @@ from ..support.atomic_files import append_text, json_line, write_text
 from ..support.late_values import LateScalars
 from ..support.output_folder import check_output_folder
 from ..support.timing import check_memory
-from .batches import Feed
 from .checkpoint import CHECKPOINT
+from .feed import Feed
 from .fitting import check_fits, check_variance, check_width, checkpoint_bytes
 from .graphed_steps import GraphedSteps
 from .initial_weights import begin_with, check_initial

@@ -40,6 +40,13 @@ def test_what_differs_between_ranks_is_said(tmp_path):
     assert not (tmp_path / "store").exists()
 
 
+def test_a_url_that_each_rank_has_for_itself_is_refused(tmp_path):
+    """The memory of a process: the first one's manifest is not there on the other."""
+    codes, outputs = launch(tmp_path, 2, ["memory://store"], target=harvest_tiny)
+    assert codes == [1, 1]
+    assert outputs == ["", "rank 1: memory://store: not what the first rank sees there; all ranks need one place\n"]
+
+
 @pytest.mark.slow
 def test_a_rank_that_cannot_write_is_named_and_the_next_run_goes_on(alone, tmp_path):
     no_room = Mishap(1, "sampled_sae.support.listed_files:save_file", "no room")

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -41,7 +40,7 @@ def harvest_tiny(argv):
         rows[: int(argv[1])] = 0
     settings = {"batch_size": 2, "rows_per_shard": 3, "holdout_rows": 2, "source": "random", "progress": False}
     try:
-        harvest(Tiny(), rows, 1, Path(argv[0]), mesh=ranks.mesh, drop_tokens=(), **settings)
+        harvest(Tiny(), rows, 1, argv[0], mesh=ranks.mesh, drop_tokens=(), **settings)
     except Exception as error:
         if (line := ranks.said_here(error)) is not None:
             print(f"{line}{error}", flush=True)

@@ -43,6 +43,20 @@ def test_the_command_trains_without_a_store_and_goes_on(causal, texts, tmp_path,
     assert "weights_sha256" in capsys.readouterr().err
 
 
+def test_blocks_may_lie_on_disk(causal, texts, tmp_path, capsys):
+    (tmp_path / "blocks").mkdir()
+    on_disk = ["--buffer-on-disk", str(tmp_path / "blocks")]
+    for name, more in (("memory", []), ("disk", on_disk)):
+        assert main([*command(causal, texts, tmp_path / name, "2", "--steps", "9"), *more]) == 0
+    weights = [(tmp_path / name / "sae.safetensors").read_bytes() for name in ("memory", "disk")]
+    assert weights[0] == weights[1]
+    assert not list((tmp_path / "blocks").iterdir())
+    assert main(command(causal, texts, tmp_path / "disk", "2", "--steps", "12")) == 0, "goes on in memory"
+    capsys.readouterr()
+    assert main([*command(causal, texts, tmp_path / "new", "2"), "--buffer-on-disk", str(tmp_path / "no")]) == 1
+    assert f"--buffer-on-disk {tmp_path / 'no'}: must be a folder that is there" in capsys.readouterr().err
+
+
 def test_the_command_trains_several_layers_and_one_is_evaluated(causal, texts, tmp_path, capsys):
     out = tmp_path / "runs"
     assert main(command(causal, texts, out, "0,2", "--steps", "5", "--holdout-rows", "10")) == 0

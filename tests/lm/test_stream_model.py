@@ -1,11 +1,11 @@
 """Trainings on a language model at work, whose activations are stored nowhere."""
 
 import json
-import random
 
 import pytest
 import torch
 from makers import same_weights
+from small_texts import Numbers, numbered_texts
 from tiny_models import VOCABULARY, D, llama
 
 from sampled_sae import ActivationStore, SampledSAEConfig, TrainConfig, Trainer
@@ -34,42 +34,24 @@ TRAIN = TrainConfig(steps=12, batch_size=32, checkpoint_every=5, log_every=1, lr
 CONTEXT = 8
 
 
-class Letters:
-    """A tokenizer of one id a word, which are numbers."""
-
-    eos_token_id = 0
-
-    def __call__(self, texts, **_):
-        return {"input_ids": [[int(word) if word.isdigit() else 1 for word in text.split()] for text in texts]}
-
-    def get_vocab(self):
-        return {}
-
-
-def documents(n=150, seed=0):
-    draw = random.Random(seed)
-    for _ in range(n):
-        yield " ".join(str(draw.randrange(1, VOCABULARY)) for _ in range(draw.randrange(3, 20)))
-
-
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
     return llama().eval()
 
 
-def reader(texts=documents):
-    return RowReader(texts, Letters(), CONTEXT)
+def reader(texts=numbered_texts):
+    return RowReader(texts, Numbers(), CONTEXT)
 
 
-def parts(model, layers=(1,), texts=documents, buffer_tokens=128, **options):
+def parts(model, layers=(1,), texts=numbered_texts, buffer_tokens=128, **options):
     options = {"batch_size": 3, "drop_tokens": (0,), **options}
     return ActivationStream(ModelSource(model, reader(texts), layers, **options), buffer_tokens).parts
 
 
 def test_a_reader_gives_the_rows_of_token_rows_and_goes_on_from_any_place(monkeypatch):
     monkeypatch.setattr(rows_module, "_BATCH", 4)
-    rows = token_rows(documents(), Letters(), CONTEXT)
+    rows = token_rows(numbered_texts(), Numbers(), CONTEXT)
     whole, taken = reader(), []
     while len(found := whole.take(7)):
         taken.append(found)
@@ -93,7 +75,7 @@ def test_a_place_is_found_without_tokenizing_again():
 
 
 def test_several_layers_come_of_one_pass(model):
-    rows = token_rows(documents(), Letters(), CONTEXT, 4)
+    rows = token_rows(numbered_texts(), Numbers(), CONTEXT, 4)
     passes = []
     handle = model.model.layers[0].register_forward_hook(lambda *_: passes.append(1))
     with torch.no_grad(), capture_layers(model, [2, 0]) as found:
@@ -108,7 +90,7 @@ def test_several_layers_come_of_one_pass(model):
 
 
 def test_a_stream_gives_the_tokens_that_a_harvest_stores(model, tmp_path):
-    rows = token_rows(documents(), Letters(), CONTEXT)
+    rows = token_rows(numbered_texts(), Numbers(), CONTEXT)
     harvest(model, rows, 1, tmp_path, batch_size=3, drop_tokens=(0,), progress=False)
     store = ActivationStore.open(tmp_path)
     stored = torch.cat([store.shard(i) for i in range(len(store.tokens))])
@@ -121,7 +103,7 @@ def test_a_stream_gives_the_tokens_that_a_harvest_stores(model, tmp_path):
 
 
 def test_what_is_held_out_is_evaluated_as_that_of_a_harvest(model, tmp_path):
-    rows = token_rows(documents(), Letters(), CONTEXT, 20)
+    rows = token_rows(numbered_texts(), Numbers(), CONTEXT, 20)
     source = ModelSource(model, reader(), (1, HookPoint("model.layers.2.mlp", "out")), batch_size=3, holdout_rows=5)
     stream = ActivationStream(source, 128)
     first = stream.parts[0].stream.blocks.get(0, 32).parts[0]
@@ -153,7 +135,7 @@ def test_what_is_held_out_is_evaluated_as_that_of_a_harvest(model, tmp_path):
 
 
 def test_held_out_rows_are_the_first_and_never_trained_on(model, tmp_path):
-    rows = token_rows(documents(), Letters(), CONTEXT, 20)
+    rows = token_rows(numbered_texts(), Numbers(), CONTEXT, 20)
     source = ModelSource(model, reader(), (1,), batch_size=3, drop_tokens=(), holdout_rows=20)
     everything = ModelSource(model, reader(), (1,), batch_size=1, drop_tokens=())
     for _ in rows:
@@ -175,7 +157,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(model, tmp_p
             begun.save()
     seen = []
     resumed = Trainer(
-        SAE, TRAIN, parts(model, texts=lambda: (seen.append(1) or t for t in documents()))[0], tmp_path / "run"
+        SAE, TRAIN, parts(model, texts=lambda: (seen.append(1) or t for t in numbered_texts()))[0], tmp_path / "run"
     )
     assert resumed.step == step // 5 * 5
     found = resumed.run(progress=False)
@@ -208,7 +190,7 @@ def test_texts_are_read_no_further_than_the_training_needs(model):
 
     def endless():
         while True:
-            for text in documents(50):
+            for text in numbered_texts(50):
                 read.append(len(text.split()) + 1)
                 yield text
 
@@ -267,7 +249,7 @@ def test_a_transcoder_on_a_stream_is_that_of_a_harvest(model, tmp_path, short_ca
     assert (part.d_in, part.d_out) == (D, D)
     batches = StreamedBatches(part, 32, seed=0, steps=3)
     pair = harvest_mlp(
-        model, token_rows(documents(), Letters(), CONTEXT), 1, tmp_path / "acts", batch_size=3, drop_tokens=(0,)
+        model, token_rows(numbered_texts(), Numbers(), CONTEXT), 1, tmp_path / "acts", batch_size=3, drop_tokens=(0,)
     )
     rows = torch.cat([batches.batch(t) for t in range(3)])
     stored = torch.cat([pair.shard(0)[:, :D] * batches.scale, pair.shard(0)[:, D:] * batches.output_scale], dim=1)

@@ -1,0 +1,93 @@
+"""Where the activations of a block are put together: in memory, or in a file without a name."""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..support.atomic_files import errors_named
+from ..support.output_folder import check_output_folder
+from ..support.timing import check_memory
+
+# while the block in use is held, another is read, and in memory a third is put together
+_IN_MEMORY, _ON_DISK = 3, 2
+
+
+class Space(Protocol):
+    """Takes one part of a block, piece by piece."""
+
+    def add(self, x: Tensor) -> None:
+        """float32 [n, width] on the CPU, behind what is there."""
+
+    def whole(self) -> Tensor:
+        """All of it, [n, width]; the last call."""
+
+
+class InMemory:
+    """A `Space`, of so many numbers a token."""
+
+    def __init__(self, width: int) -> None:
+        self._pieces = [torch.empty(0, width)]
+
+    def add(self, x: Tensor) -> None:
+        self._pieces.append(x)
+
+    def whole(self) -> Tensor:
+        pieces, self._pieces = self._pieces, []
+        return torch.cat(pieces)
+
+
+class OnDisk:
+    """A `Space` in a folder. Its file has no name there: the system takes it back when the block, or the process, ends.
+
+    Raises:
+        OSError: naming the folder: a full disk, no permission.
+    """
+
+    def __init__(self, folder: Path, width: int) -> None:
+        self._folder, self._width, self._size = folder, width, 0
+        with errors_named(folder):
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed by `whole`
+
+    def add(self, x: Tensor) -> None:
+        with errors_named(self._folder):
+            self._size += self._file.write(x.contiguous().numpy().data)
+
+    def whole(self) -> Tensor:
+        with errors_named(self._folder), self._file as file:
+            file.flush()
+            if not self._size:
+                return torch.empty(0, self._width)
+            # a private map: torch wants one that it may write to
+            found = mmap.mmap(file.fileno(), self._size, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(found, dtype=torch.float32).view(-1, self._width)
+
+
+class Room:
+    """Makes the spaces of blocks of so many tokens.
+
+    Args:
+        tokens: of a block.
+        widths: of its parts.
+        folder: that of their files; None for memory.
+
+    Raises:
+        MemoryError, ValueError: there is no room for the blocks that a stream holds at once; no such folder.
+    """
+
+    def __init__(self, tokens: int, widths: list[int], folder: str | Path | None = None) -> None:
+        self._folder, size = None if folder is None else Path(folder), 4 * tokens * sum(widths)
+        if self._folder is None:
+            check_memory(f"buffer_tokens={tokens}", _IN_MEMORY * size)
+        elif not self._folder.is_dir():
+            raise ValueError(f"buffer_on_disk={folder}: must be a folder that is there")
+        else:
+            check_output_folder(self._folder, _ON_DISK * size)
+
+    def part(self, width: int) -> Space:
+        return InMemory(width) if self._folder is None else OnDisk(self._folder, width)

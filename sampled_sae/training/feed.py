@@ -1,0 +1,144 @@
+"""`Feed`: the batches that several SAEs train on, on their device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..support.all_ranks import ALONE, AllRanks
+from ..support.argument_checks import check_device
+from .activation_stream import StreamedActivations
+from .activations import Activations
+from .batches import ShuffledStream
+from .lanes import share
+from .streamed_batches import StreamedBatches
+from .training_batch import TrainingBatch
+
+CALIBRATION_TOKENS = 65_536
+
+
+class Feed:
+    """What training reads from: the batches of a ShuffledStream or of StreamedBatches, moved to the device of the SAEs.
+
+    The last batch is kept, so that several SAEs of one process read, move and measure it once. Of several ranks each
+    reads an equal part of a batch; those of one feature dimension, which need the same tokens, exchange theirs.
+
+    Args:
+        store: the activations, or a part of a stream.
+        batch_size, seed, lanes: as in ShuffledStream.
+        device: where the batches go.
+        ranks: the processes that share the batches.
+        steps: how many batches are asked for; a stream is read no further.
+
+    Raises:
+        ValueError: a batch_size above the store's tokens, a device that is not there, a stream without `steps`, what
+            `StreamedBatches` raises.
+    """
+
+    def __init__(
+        self,
+        store: Activations | StreamedActivations,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        ranks: AllRanks = ALONE,
+        lanes: int | None = None,
+        steps: int | None = None,
+    ) -> None:
+        self.device = check_device(device)
+        self.store, self.ranks = store, ranks
+        lanes = ranks.size if lanes is None else lanes
+        self.stream: ShuffledStream | StreamedBatches
+        if isinstance(store, Activations):
+            self.stream = ShuffledStream(store, batch_size, seed, lanes, (ranks.rank, ranks.size))
+        elif steps is None:
+            raise ValueError(f"steps=None: must be how many batches {store.where} is read for")
+        else:
+            self.stream = StreamedBatches(store, batch_size, seed, steps, lanes, ranks)
+        self._last: tuple[int, TrainingBatch] | None = None
+
+    def batch(self, t: int) -> TrainingBatch:
+        """Batch t of the stream."""
+        if self._last is None or self._last[0] != t:
+            # The batch is a view of its group of shards; released first, the next group takes the memory of this one.
+            self._last = None
+            x = self._whole(self._moved(self.stream.batch(t)))
+            d_in = self.store.d_in if self.d_out is not None else None
+            self._last = t, TrainingBatch(x, self.ranks, self.stream.batch_size, d_in)
+        return self._last[1]
+
+    def calibration(self) -> Tensor:
+        """This rank's of `CALIBRATION_TOKENS` of the stream at most, times its scale: [n, d]."""
+        self._last = None
+        size = self.stream.batch_size
+        batches = self.stream.calibration_batches(-(-CALIBRATION_TOKENS // size))
+        x = [self._whole(self._moved(self.stream.batch(t))) for t in batches]
+        beyond = (len(batches) - 1) * size + self._rows()[0] - CALIBRATION_TOKENS
+        x[-1] = x[-1][: max(0, -beyond)]
+        return torch.cat(x)[:, : self.store.width_in]
+
+    @property
+    def d_out(self) -> int | None:
+        """Width of the targets; None where there are none."""
+        return self.store.d_out
+
+    @property
+    def output_scale(self) -> float:
+        """What the targets are multiplied by."""
+        return self.stream.output_scale
+
+    @property
+    def scale(self) -> float | tuple[float, ...]:
+        """What the activations are multiplied by, one number a layer where there are several; of a stream that begins
+        its first block is read for it."""
+        return self.stream.scale
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The manifest of the activations, with their scale."""
+        return {**self.store.manifest, "scale": list(self.scale) if isinstance(self.scale, tuple) else self.scale}
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether it reads a stream, whose place a checkpoint holds."""
+        return isinstance(self.stream, StreamedBatches)
+
+    def stream_place(self) -> dict[str, Any] | None:
+        """What a checkpoint holds of a stream, which all ranks ask for; None for activations read in any order."""
+        return self.stream.state_dict() if isinstance(self.stream, StreamedBatches) else None
+
+    def begin_at(self, where: str, place: dict[str, Any] | None) -> None:
+        """Takes what a checkpoint holds of a stream as a place to begin with.
+
+        Raises:
+            ValueError: it has one and this is no stream, or the other way; begins with `where`.
+        """
+        if self.is_streamed != (place is not None):
+            made = "stored activations" if place is None else "a stream"
+            raise ValueError(f"{where}: made with other settings (activations: was {made}); use another folder")
+        if isinstance(self.stream, StreamedBatches):
+            self.stream.offer(f"{where}: stream", place)
+
+    def _rows(self) -> tuple[int, int]:
+        """The tokens of a batch that this rank trains on."""
+        return share(self.stream.batch_size, *self.ranks.data)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """The tokens of all ranks along the feature dimension, from this rank's part of them."""
+        mesh, (which, of) = self.ranks.mesh, self.ranks.feature
+        if mesh is None or of == 1:
+            return x
+        first = self.ranks.rank - which
+        rows = [share(self.stream.batch_size, first + i, self.ranks.size) for i in range(of)]
+        sizes = [stop - start for start, stop in rows]
+        padded = x.new_zeros(max(sizes), x.shape[1])
+        padded[: len(x)] = x
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=mesh.get_group("feature"))
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+    def _moved(self, x: Tensor) -> Tensor:
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x

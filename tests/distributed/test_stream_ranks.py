@@ -1,0 +1,238 @@
+"""Trainings without a store by several processes: each reads its share, and together they train what one does."""
+
+import json
+import random
+from functools import partial
+
+import pytest
+import torch
+from cases import mesh_of, whole
+from launching import OPTIONS, Mishap, files, launch
+from makers import tokens
+from safetensors.torch import load_file
+from small_texts import Numbers, numbered_texts
+from test_commands import assert_close, weights
+from tiny_harvest import CONTEXT, VOCABULARY, D, Tiny
+from word_models import save_word_llama
+
+from sampled_sae import SampledSAEConfig, TrainConfig, Trainer
+from sampled_sae.cli import main
+from sampled_sae.lm import ModelSource, RowReader
+from sampled_sae.support.all_ranks import ALONE, ranks_of
+from sampled_sae.training.activation_stream import ActivationStream
+from sampled_sae.training.iterator_source import IteratorSource
+from sampled_sae.training.streamed_batches import StreamedBatches
+
+BATCH = "sampled_sae.training.streamed_batches:StreamedBatches.batch"
+WORDS = [f"w{i}" for i in range(40)]
+
+
+def tiny_stream(layers=(0, 1)):
+    reader = RowReader(partial(numbered_texts, 60, vocabulary=VOCABULARY), Numbers(), CONTEXT)
+    return ActivationStream(ModelSource(Tiny(), reader, layers, batch_size=2, drop_tokens=(0,), holdout_rows=3), 120)
+
+
+def batches_of(lanes, shape=None):
+    """(part of every batch, its rows, batches of the calibration, scale, place) of this process, or of one alone."""
+    ranks = ALONE if shape is None else ranks_of(mesh_of(shape))
+    found = StreamedBatches(tiny_stream().pair(), 25, 3, 12, lanes, ranks)
+    with found.reading_ahead():
+        batches = [found.batch(t) for t in range(12)]
+    return batches, found.rows, found.calibration_batches(100), found.scales, found.state_dict()
+
+
+@pytest.mark.parametrize(("shape", "lanes"), [((2, 1), 2), ((2, 1), 3), ((1, 2), 1), ((3, 1), 2)], ids=str)
+def test_parts_make_the_batches_of_one_process(workers, shape, lanes):
+    alone = batches_of(lanes)
+    ranks = workers.run(shape[0] * shape[1], batches_of, lanes, shape)
+    for t, batch in enumerate(alone[0]):
+        assert torch.equal(torch.cat([batches[t] for batches, *_ in ranks]), batch)
+    ends = [end for _, rows, *_ in ranks for end in rows]
+    assert (ends[0], ends[-1], ends[1:-1:2]) == (0, 25, ends[2::2])
+    for of_rank in ranks:
+        assert of_rank[2:] == alone[2:]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A model of words, and texts of them."""
+    folder, draw = tmp_path_factory.mktemp("words"), random.Random(0)
+    torch.manual_seed(0)
+    save_word_llama(folder / "model", WORDS)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randrange(3, 20))) for _ in range(90)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder
+
+
+def command(words, out, *more, layer="1", texts="texts.jsonl"):
+    argv = ["train", out, "--model", words / "model", "--texts", words / texts, "--layer", layer, "--context", "8"]
+    how = ["--buffer-tokens", "128", "--model-batch-size", "2", "--holdout-rows", "9", "--splice-rows", "5"]
+    return [str(part) for part in [*argv, *how, *OPTIONS, *more]]
+
+
+@pytest.fixture(scope="module")
+def two(words, tmp_path_factory):
+    """The folder of an undisturbed run of two processes, and what they said."""
+    folder = tmp_path_factory.mktemp("two")
+    said = launch(folder, 2, [part for part in command(words, folder / "run") if part != "--quiet"])
+    return folder / "run", said
+
+
+def assert_same_run(found, expected):
+    assert_close(weights(found), weights(expected))
+    lines = [[json.loads(line) for line in (f / "metrics.jsonl").open()] for f in (found, expected)]
+    for ours, theirs in zip(*lines, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    ours, theirs = (json.loads((f / "evaluation.json").read_text()) for f in (found, expected))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name] == (value if isinstance(value, (str, type(None))) else pytest.approx(value, rel=1e-3)), name
+
+
+def test_the_command_trains_what_one_process_does(words, two, tmp_path):
+    folder, (codes, (first, second)) = two
+    assert codes == [0, 0], (first, second)
+    assert "2 processes over gloo: the tokens of a batch in 2 parts" in first
+    assert "loss recovered" in first
+    assert second == ""
+    assert main(command(words, tmp_path / "one", "--lanes", "2")) == 0
+    assert_same_run(folder, tmp_path / "one")
+    assert main(["verify", str(folder)]) == 0
+
+
+@pytest.mark.parametrize("mishap", [Mishap(1, BATCH, "killed", call=6), Mishap(0, BATCH, "SIGTERM", call=4)], ids=str)
+def test_a_run_that_was_ended_goes_on_to_the_bit(words, two, tmp_path, mishap):
+    argv = command(words, tmp_path / "run")
+    codes, outputs = launch(tmp_path, 2, argv, mishap)
+    assert 0 not in codes
+    assert launch(tmp_path, 2, argv)[0] == [0, 0], outputs
+    assert files(tmp_path / "run") == files(two[0])
+
+
+def test_one_process_goes_on_with_the_lanes_of_two(words, two, tmp_path):
+    argv = command(words, tmp_path / "run")
+    assert launch(tmp_path, 2, argv, Mishap(1, BATCH, "killed", call=6))[0][1] == -9
+    assert main(argv) == 0
+    assert_same_run(tmp_path / "run", two[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "layer", "more"),
+    [
+        (2, "1", ["--feature-shards", "2"]),
+        (4, "1", ["--feature-shards", "2"]),
+        (3, "1", []),
+        (2, "1", ["--mlp", "--skip"]),
+        (2, "0", ["--beside", "1", "--splice-rows", "0"]),
+    ],
+    ids=["features", "both", "three", "transcoder", "crosscoder"],
+)
+def test_every_layout_and_kind_trains_what_one_process_does(words, tmp_path, size, layer, more):
+    codes, outputs = launch(tmp_path, size, command(words, tmp_path / "run", *more, layer=layer))
+    assert codes == [0] * size, outputs
+    alone = [part for part in more if part not in ("--feature-shards", "2")]
+    assert main(command(words, tmp_path / "one", *alone, "--lanes", str(size), layer=layer)) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_layers_of_one_pass_train_what_each_does_alone(words, tmp_path):
+    codes, outputs = launch(tmp_path, 2, command(words, tmp_path / "runs", layer="0,1"))
+    assert codes == [0, 0], outputs
+    for layer in "01":
+        assert (tmp_path / "runs" / f"layer_{layer}" / "evaluation.json").exists()
+        found = load_file(tmp_path / "runs" / f"layer_{layer}" / "sae.safetensors")
+        assert launch(tmp_path, 2, command(words, tmp_path / layer, layer=layer))[0] == [0, 0]
+        assert_close(found, weights(tmp_path / layer))
+
+
+def test_texts_that_end_early_on_one_rank_begin_anew_there(words, tmp_path):
+    """Of three texts the second process has one; of one it has none, and says so."""
+    lines = (words / "texts.jsonl").read_text().splitlines(keepends=True)
+    long = [" ".join(json.loads(line)["text"] for line in lines[i : i + 20]) for i in (0, 20, 40)]
+    (words / "three.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in long))
+    (words / "one.jsonl").write_text(json.dumps({"text": long[0]}))
+    argv = command(words, tmp_path / "run", "--holdout-rows", "0", "--splice-rows", "0", texts="three.jsonl")
+    codes, outputs = launch(tmp_path, 2, argv)
+    assert codes == [0, 0], outputs
+    argv = command(words, tmp_path / "new", "--holdout-rows", "0", "--splice-rows", "0", texts="one.jsonl")
+    codes, outputs = launch(tmp_path, 2, argv)
+    assert codes == [1, 1]
+    assert outputs[0] == ""
+    assert outputs[1].startswith("sampled-sae train: rank 1: ")
+    assert "no row of 8 tokens to train on in part 2 of 2" in outputs[1]
+
+
+SAE = SampledSAEConfig(d_in=D, d_sae=48, k=3, l=2.0)
+TRAIN = TrainConfig(steps=10, batch_size=32, checkpoint_every=100, log_every=2, lr=3e-3)
+
+
+class Placed:
+    """An iterator that says where it is, in words that JSON has not."""
+
+    def __init__(self, x):
+        self.x, self.at = x, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.at >= len(self.x):
+            raise StopIteration
+        self.at += 7
+        return self.x[self.at - 7 : self.at]
+
+    def state_dict(self):
+        return {"at": torch.tensor(self.at), "pair": (1, None)}
+
+    def load_state_dict(self, state):
+        assert state["pair"] == (1, None)
+        self.at = int(state["at"])
+
+
+def train_on_iterators(folder, seeds, stop, shape):
+    """The weights of a training, each process of which has an iterator of its own seed, after so many steps."""
+    mesh = mesh_of(shape)
+    rank = ranks_of(mesh).rank
+    x = 1 + 2 * tokens(900, D, dtype=torch.float32, seed=seeds[rank])
+    try:
+        trainer = Trainer(SAE, TRAIN, ActivationStream(IteratorSource(Placed(x)), 128), folder, mesh=mesh)
+        for t in range(trainer.step, stop):
+            trainer.train_on(trainer.feed.batch(t))
+        trainer.save()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return {name: whole(tensor).clone() for name, tensor in trainer.sae.state_dict().items()}
+
+
+def run_on_iterators(folder, lengths):
+    """What a training says, each process of which has an iterator of so many tokens."""
+    mesh = mesh_of((2, 1))
+    rank = ranks_of(mesh).rank
+    x = tokens(lengths[rank], D, dtype=torch.float32, seed=rank)
+    try:
+        Trainer(SAE, TRAIN, ActivationStream(IteratorSource(Placed(x)), 128), folder, mesh=mesh).run(progress=False)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize(("length", "steps"), [(20, 1), (100, 5)], ids=["at once", "later"])
+def test_an_iterator_that_ends_early_ends_all_ranks(workers, tmp_path, length, steps):
+    first, second = workers.run(2, run_on_iterators, tmp_path, (900, length))
+    said = f"steps=10: the iterator has ended, with tokens for {steps} steps of batch_size=32"
+    assert second == f"ValueError: {said}"
+    assert first == f"RankError: rank 1: {said}"
+
+
+def test_each_process_is_given_an_iterator_of_its_own(workers, tmp_path):
+    undisturbed = workers.run(2, train_on_iterators, tmp_path / "whole", (1, 2), 10, (2, 1))
+    workers.run(2, train_on_iterators, tmp_path / "run", (1, 2), 4, (2, 1))
+    resumed = workers.run(2, train_on_iterators, tmp_path / "run", (1, 2), 10, (2, 1))
+    for found in (*undisturbed, *resumed):
+        assert all(torch.equal(found[name], tensor) for name, tensor in undisturbed[0].items())
+    said = workers.run(2, train_on_iterators, tmp_path / "same", (1, 1), 4, (2, 1))
+    assert all("gives ranks 0 and 1 the same activations; each process needs a share" in line for line in said), said
+    with pytest.raises(ValueError, match=r"lanes=2: .* is read by the process that it was given to, here are 1"):
+        Trainer(SAE, TRAIN, ActivationStream(IteratorSource(tokens(90, D).split(5)), 128), tmp_path / "run")
