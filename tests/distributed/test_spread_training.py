@@ -23,9 +23,9 @@ CASES = [
     ((1, 2), {"row_grads": True}, "dense"),
     ((1, 2), {"row_grads": True, "l": None, "select": "token", "aux_pool": None}, "decayed"),
     ((1, 3), {"pool": "sample", "score": "entropy", "d_sae": 101}, "dense"),
-    ((1, 2), {"select": "token", "score": "uniform", "apply_b_dec_to_input": False}, "sgd"),
-    ((2, 2), {"row_grads": True, "pool_every": 2, "score_tokens": 0.5}, "lazy"),
-    ((2, 2), {"l": None, "input_scale": 0.37}, "adam"),
+    ((1, 2), {"select": "token", "score": "uniform", "apply_b_dec_to_input": False, "d_in": 5}, "sgd"),
+    ((2, 2), {"row_grads": True, "pool_every": 2, "score_tokens": 0.5, "d_in": 33}, "lazy"),
+    ((2, 2), {"l": None, "input_scale": 0.37, "d_in": 20}, "adam"),
     # a pool beyond a block: of most features, of which most are touched; and by token with processes without tokens
     ((2, 1), {"row_grads": True, "l": 14.0}, "lazy"),
     ((2, 1), {"row_grads": True, "l": 8.0, "select": "token"}, "decayed"),
@@ -38,6 +38,8 @@ CASES = [
     ((2, 1), {"row_grads": True, "l": None, "skip": True, "input_scale": 0.37, "output_scale": 0.6}, "dense"),
     ((1, 3), {"row_grads": True, "d_out": 7, "skip": True, "d_sae": 101}, "lazy"),
     ((2, 2), {"skip": True, "groups": (10, 40, 96), "l": 8.0}, "adam"),
+    # processes of `feature` reduce lists of other lengths over three of `data`, where the order of a sum shows
+    ((3, 2), {"row_grads": True, "skip": True, "d_in": 11}, "dense"),
     # three layers side by side, given one behind the other
     ((2, 2), {"row_grads": True, "l": 8.0, "d_in": 4, "layers": 3}, "dense"),
     ((1, 2), {"row_grads": True, "l": None, "d_in": 4, "layers": 3, "input_scale": (0.5, 2.0, 1.0)}, "lazy"),
@@ -70,7 +72,7 @@ def test_steps_with_a_screen_are_those_of_one_process_without(workers, shape, ru
     ranks = workers.run(shape[0] * shape[1], train_on_mesh, shape, {**settings, "screen": "bf16"}, counts, 8, "dense")
     alone = train_alone({**settings, "screen": "off"}, counts, 8, "dense")
     assert any(line["aux"] > 0 for line in alone["lines"])
-    compare(alone, ranks, counts, 1e-5)
+    compare(alone, ranks, counts, 1e-5, 1e-4)
 
 
 @pytest.mark.slow
@@ -99,7 +101,7 @@ def test_the_triton_form(workers, shape, rule):
     settings = {**BASE, **rule, "impl": "triton", "dtype": torch.float32, "dead_after": 10, "row_grads": True}
     counts = [[3, 2], [0, 4]] if shape[0] == 2 else [[5], [4]]
     ranks = workers.run(2, train_on_mesh, shape, settings, counts, 2, "dense")
-    compare(train_alone(settings, counts, 2, "dense"), ranks, counts, 1e-4)
+    compare(train_alone(settings, counts, 2, "dense"), ranks, counts, 1e-4, 1e-3)
 
 
 def accumulate(sae, parts, rank):
@@ -164,9 +166,9 @@ def steps_without_waiting(shape, settings):
     parts = batches([[5, 3] if shape[0] == 2 else [6]], 3, dtype=torch.float32)
     exchange = sae.layout.mesh.exchange
 
-    def between_hosts(number):
+    def between_hosts(*what):
         with _disable_current_modes():
-            return exchange(number)
+            return exchange(*what)
 
     def here(ranking, keys, size):
         mine, taken = ranking.candidates(keys, size)
