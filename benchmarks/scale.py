@@ -260,6 +260,8 @@ def main() -> None:
         setup["on"] = f"layer {manifest['layer']} of {manifest['model']}, {tokens} tokens"
     setup = setup if "trained" in args.only else before.get("setup", setup)
     record = Record(args, markdown_table, model=scale_model.assumptions(hardware), setup=setup)
+    if args.only == ["model"]:  # the head says on what, and when, all else was measured
+        record.result |= {name: value for name, value in before.items() if name not in ("rows", "model")}
     record.add(*kept)
     if "counted" in args.only:
         # at a width that a small machine has room for, F grows alone

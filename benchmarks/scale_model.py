@@ -50,7 +50,8 @@ class Calls:
         Raises:
             ValueError: rows that do not have both.
         """
-        found = {row["layout"]: row["calls"] for row in rows if row["part"] == "counted" and row.get("screen", "off") == "off"}
+        counted = [row for row in rows if row["part"] == "counted" and row.get("screen", "off") == "off"]
+        found = {row["layout"]: row["calls"] for row in counted}
         if missing := {"2 x 1", "1 x 2"} - found.keys():
             raise ValueError(f"--only model: needs the counted rows of {sorted(missing)}; add counted to --only")
         return cls(found["2 x 1"], found["1 x 2"])

@@ -75,10 +75,10 @@ WRAPPERS = {
 
 
 def said_in(wrap, sae):
-    """What a training step says in a wrapper, or the wrapper of the SAE; None where it goes through."""
+    """What a training step says in a wrapper, or torch's wrapper of the SAE; None where it goes through."""
     try:
         wrap(sae)(tokens(10, 12, dtype=torch.float32))
-    except (RuntimeError, NotImplementedError) as error:
+    except Exception as error:
         return str(error)
     return None
 
@@ -103,7 +103,7 @@ def test_wrappers_that_would_train_by_another_rule_are_refused(tmp_path):
     for rank in range(WORLD):
         said, plain, spread = torch.load(tmp_path / f"{rank}.pt")
         for name, text in said.items():
-            assert text.startswith(f"{name}"), name
+            assert text.startswith(name), text
             assert "sampled_sae.distributed.parallelize(sae, mesh)" in text, name
         assert plain.startswith(PLAIN), plain
         assert all(spread.values()), spread
