@@ -42,7 +42,7 @@ def closing_splice(args: argparse.Namespace, store: Activations) -> SpliceSource
             source, why = _tried(lambda: splice_source(about, store), asked)
         else:
             source, why = None, ""
-    return _of_all(source, why, ranks)
+    return of_all(source, why, ranks)
 
 
 def evaluate_at_end(
@@ -82,10 +82,10 @@ def _loaded(source: SpliceSource | None, args: argparse.Namespace) -> Splice | N
     asked, ranks = args.splice_rows is not None, args.ranks
     with ranks.together():
         found, why = _tried(source.model, asked)
-    if (model := _of_all(found, why, ranks)) is None:
+    if (model := of_all(found, why, ranks)) is None:
         return None
     measure, why = _tried(lambda: source.measure(model), asked)
-    return _of_all(measure, why, ranks)
+    return of_all(measure, why, ranks)
 
 
 def _tried(make: Callable[[], Found], asked: bool) -> tuple[Found | None, str]:
@@ -98,7 +98,7 @@ def _tried(make: Callable[[], Found], asked: bool) -> tuple[Found | None, str]:
         return None, str(error)
 
 
-def _of_all(found: Found | None, why: str, ranks: AllRanks) -> Found | None:
+def of_all(found: Found | None, why: str, ranks: AllRanks) -> Found | None:
     """What was found, where every rank has found it; else None, and a line names the first rank that has not.
 
     why: it was not found; empty where nothing need be said if all ranks are without.

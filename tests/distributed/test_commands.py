@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from makers import write_store
 from safetensors.torch import load_file, save_file
 
 from sampled_sae.cli import main
+from sampled_sae.cli.closing import of_all
 
 BATCH = "sampled_sae.training.batches:ShuffledStream.batch"
 
@@ -82,6 +84,22 @@ def test_evaluate_and_sweep_give_what_one_process_does(store, tmp_path, shards):
         assert found.keys() == alone.keys()
         for name, value in alone.items():
             assert found[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4)), name
+
+
+@pytest.mark.parametrize(
+    ("found", "reasons", "said"),
+    [
+        ("ours", [None, None], None),
+        ("ours", [None, ""], "rank 1: the model that was harvested is not on its machine"),
+        (None, ["no weights", None], "rank 0: no weights"),
+        (None, ["no weights", "no weights"], "no weights"),
+        (None, ["", ""], None),
+    ],
+)
+def test_a_model_that_some_ranks_lack_is_used_by_none(found, reasons, said, capsys):
+    ranks = SimpleNamespace(size=2, gather=lambda reason: reasons)
+    assert of_all(found, "", ranks) == (found if reasons == [None, None] else None)
+    assert capsys.readouterr().err == ("" if said is None else f"No loss recovered: {said}\n")
 
 
 def test_an_error_on_one_rank_is_one_sentence_that_names_it(store, tmp_path):

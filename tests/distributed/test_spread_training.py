@@ -85,23 +85,32 @@ def test_every_optimizer_on_every_mesh(workers, shape, kind, rule):
     compare(train_alone(settings, counts, 5, kind), ranks, counts)
 
 
+TRITON = [
+    ((2, 1), {}, "dense"),
+    ((2, 1), {"l": None}, "dense"),
+    ((1, 2), {"select": "token"}, "dense"),
+    ((1, 2), {"l": None, "groups": (10, 50, 96)}, "dense"),
+    ((1, 2), {"groups": (10, 50, 96)}, "dense"),
+    ((2, 1), {"score": "l2_squared", "pool": "sample"}, "lazy"),
+    ((2, 1), {"score": "uniform", "score_tokens": 0.5, "select": "token"}, "decayed"),
+    ((2, 1), {"l": None, "select": "token"}, "decayed bfloat16"),
+    ((1, 2), {"score": "entropy", "pool": "sample", "pool_every": 2}, "dense bfloat16"),
+    ((1, 2), {"aux_pool": None, "score_tokens": 0.5}, "lazy"),
+    ((2, 1), {"aux_pool": None, "score": "entropy", "row_grads": False}, "adam"),
+    ((2, 2), {"score": "l2_squared", "pool_every": 2}, "decayed"),
+    ((2, 2), {"l": None, "row_grads": False}, "sgd"),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("shape", "rule"),
-    [
-        ((2, 1), {}),
-        ((2, 1), {"l": None}),
-        ((1, 2), {"select": "token"}),
-        ((1, 2), {"l": None, "groups": (10, 50, 96)}),
-        ((1, 2), {"groups": (10, 50, 96)}),
-    ],
-    ids=str,
-)
-def test_the_triton_form(workers, shape, rule):
-    settings = {**BASE, **rule, "impl": "triton", "dtype": torch.float32, "dead_after": 10, "row_grads": True}
+@pytest.mark.parametrize(("shape", "rule", "kind"), TRITON, ids=str)
+def test_the_triton_form(workers, shape, rule, kind):
+    settings = {**BASE, "impl": "triton", "dtype": torch.float32, "dead_after": 4, "row_grads": True, **rule}
     counts = [[3, 2], [0, 4]] if shape[0] == 2 else [[5], [4]]
-    ranks = workers.run(2, train_on_mesh, shape, settings, counts, 2, "dense")
-    compare(train_alone(settings, counts, 2, "dense"), ranks, counts, 1e-4, 1e-3)
+    ranks = workers.run(shape[0] * shape[1], train_on_mesh, shape, settings, counts, 2, kind)
+    alone = train_alone(settings, counts, 2, kind)
+    assert any(line["aux"] > 0 for line in alone["lines"])
+    compare(alone, ranks, counts, 1e-4, 1e-3)
 
 
 def accumulate(sae, parts, rank):
@@ -189,9 +198,20 @@ def steps_without_waiting(shape, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("select", ["batch", "token"])
-@pytest.mark.parametrize(("shape", "l"), [((2, 1), 3.0), ((1, 2), 3.0), ((1, 2), None)], ids=str)
-def test_no_step_waits_for_the_device(workers, shape, l, select):
+@pytest.mark.parametrize(
+    ("shape", "rule"),
+    [
+        ((2, 1), {"select": "batch"}),
+        ((2, 1), {"select": "token", "pool": "sample", "score_tokens": 0.5}),
+        ((1, 2), {"select": "batch"}),
+        ((1, 2), {"select": "token"}),
+        ((1, 2), {"select": "batch", "l": None}),
+        ((1, 2), {"select": "token", "l": None}),
+        ((2, 2), {"pool": "sample", "score": "entropy", "score_tokens": 0.5}),
+    ],
+    ids=str,
+)
+def test_no_step_waits_for_the_device(workers, shape, rule):
     """But for the union of touched rows over `data` without a pool."""
-    rule = {"impl": "triton", "dtype": torch.float32, "dead_after": 8, "row_grads": True, "select": select, "l": l}
-    assert all(aux > 0 for aux in workers.run(2, steps_without_waiting, shape, {**BASE, **rule}))
+    settings = {**BASE, "impl": "triton", "dtype": torch.float32, "dead_after": 8, "row_grads": True, **rule}
+    assert all(aux > 0 for aux in workers.run(shape[0] * shape[1], steps_without_waiting, shape, settings))
