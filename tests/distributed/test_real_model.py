@@ -37,9 +37,7 @@ def harvested(place):
 @pytest.fixture(scope="module")
 def trained(place, harvested):
     argv = ["train", harvested[0], place / "run", *COMMON, "--l", "4"]
-    codes, (first, second) = launch(place, 2, argv)
-    assert (codes, second) == ([0, 0], "")
-    assert "loss recovered" in first
+    assert launch(place, 2, argv) == ([0, 0], ["", ""])
     return place / "run", argv
 
 
@@ -72,9 +70,7 @@ def test_a_model_that_one_rank_lacks_is_used_by_none(trained, tmp_path):
     run, argv = trained
     argv = [*argv[:2], tmp_path / "run", *argv[3:]]
     codes, outputs = launch(tmp_path, 2, argv, Mishap(1, MODEL, "its disk is gone"))
-    assert codes == [0, 0]
-    assert "No loss recovered: rank 1: its disk is gone\n" in outputs[0]
-    assert outputs[1] == ""
+    assert (codes, outputs) == ([0, 0], ["No loss recovered: rank 1: its disk is gone\n", ""])
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert "loss_recovered_zero" not in found
     expected, ours = (load_file(folder / "sae.safetensors") for folder in (run, tmp_path / "run"))

@@ -137,7 +137,7 @@ def out_of_memory(shape):
     (x, *_), said = batches([[5]], 1)[0], None
     with pytest.MonkeyPatch.context() as patch:
         if sae.layout.mesh.rank == 1:
-            patch.setattr("sampled_sae.sae.tokens_and_goal", lambda *args: torch.empty(1 << 60))
+            patch.setattr("sampled_sae.impl.layer_parts.tokens_and_goal", lambda *args: torch.empty(1 << 60))
         try:
             sae(x)
         except (RuntimeError, ValueError) as error:
