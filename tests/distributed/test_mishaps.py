@@ -112,7 +112,7 @@ def test_a_rank_that_stands_still_is_given_up(store, tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_is_late_is_named(store, tmp_path):
     mishap = Mishap(1, "sampled_sae.optim:RowAdam.step", "late", call=2)
-    argv = ["train", store, tmp_path / "run", *OPTIONS, "--rank-timeout", "15"]
+    argv = ["train", store, tmp_path / "run", *OPTIONS, "--rank-timeout", "20"]
     codes, outputs = launch(tmp_path, 2, argv, mishap, waits_for=[0])
     assert codes == [1, -9]
     assert outputs[0].startswith("sampled-sae train: rank 1 is late: took no part in an exchange in time (")
