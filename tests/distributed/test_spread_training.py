@@ -137,13 +137,13 @@ def test_gradients_add_up_and_reach_the_input(workers, shape, rule):
     settings, counts = {"impl": "torch", "l": 2.0, **rule}, COUNTS[shape[0]]
     expected, of_x, total = accumulate(start(settings), batches(counts, 2), None)
     for rank, first, (found, of_ours, ours) in workers.run(2, accumulate_on_mesh, shape, settings, counts):
-        close(torch.tensor(ours), torch.tensor(total), "loss", 1e-11)
+        close(torch.tensor(ours, dtype=torch.float64), torch.tensor(total, dtype=torch.float64), "loss", 1e-12)
         for name, gradient in expected.items():
             part = gradient if name in ("b_dec", "W_skip") else gradient[first : first + len(found[name])]
-            close(found[name], part, name, 1e-11)
+            close(found[name], part, name, 1e-12)
         for step, gradient in enumerate(of_x):
             start_at = sum(counts[step][:rank])
-            close(of_ours[step], gradient[start_at : start_at + counts[step][rank]], "x", 1e-11)
+            close(of_ours[step], gradient[start_at : start_at + counts[step][rank]], "x", 1e-12)
 
 
 def left_behind(shape, settings):
