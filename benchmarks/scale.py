@@ -5,7 +5,7 @@
 
 Bytes and collectives are counted on processes of this machine, over gloo; those of a dense gradient are counted in
 DistributedDataParallel's own buckets. Times are ratios of samples that stand side by side. What holds for many GPUs
-is a model (`benchmarks/scale_model.py`) and no measurement.
+is a model (`benchmarks/scale_model.py`) and no measurement; `--only model` computes it again from what is counted.
 """
 
 from __future__ import annotations
@@ -229,7 +229,9 @@ def markdown_table(result: Result) -> str:
         "trained": "Trainings on {on}: {features} features, k={k}, {steps} steps of {batch_size} tokens; mean "
         "(least–largest) over seeds {seeds}, loss recovered on {splice_rows} rows:",
         "model": "A model, no measurement: the fastest layout for {batch} tokens a step, k={k}, l={l}, on GPUs of "
-        "{flops:.0e} flop/s in machines of {gpus_a_machine}, {nvlink:.0e} B/s inside and {network:.0e} B/s between:",
+        "{flops:.0e} flop/s in machines of {gpus_a_machine}, {nvlink:.0e} B/s and {nvlink_latency:.0e} s inside, "
+        "{network:.0e} B/s and {network_latency:.0e} s between; with the collectives counted above, one of each "
+        "dimension in a ring of hosts at {host_latency:.0e} s:",
     }
     tables = []
     for part, columns in PARTS.items():
@@ -256,21 +258,24 @@ def main() -> None:
         manifest = read_json(args.activations / "manifest.json")
         tokens = sum(shard["tokens"] for shard in manifest["shards"])
         setup["on"] = f"layer {manifest['layer']} of {manifest['model']}, {tokens} tokens"
-    setup = setup if "trained" in args.only else before["setup"]
+    setup = setup if "trained" in args.only else before.get("setup", setup)
     record = Record(args, markdown_table, model=scale_model.assumptions(hardware), setup=setup)
+    if args.only == ["model"]:  # the head says on what, and when, all else was measured
+        record.result |= {name: value for name, value in before.items() if name not in ("rows", "model")}
     record.add(*kept)
     if "counted" in args.only:
         # at a width that a small machine has room for, F grows alone
         sizes = [(1024, 16)] if args.rehearse else [(65_536, 768), (65_536, 16), (1_048_576, 16)]
+        layouts = LAYOUTS[::2] if args.rehearse else LAYOUTS
         for F, d in sizes:
             dense = on_processes(2, count_dense, F, d, 16)
             screens = ["off", "bf16"] if (F, d) == sizes[0] else ["off"]
-            for shape, screen in itertools.product(LAYOUTS if (F, d) == sizes[0] else LAYOUTS[:1], screens):
+            for shape, screen in itertools.product(layouts if (F, d) == sizes[0] else LAYOUTS[:1], screens):
                 found = on_processes(shape[0] * shape[1], count, shape, F, d, 32, 64, screen)
                 record.add({**found, "dense": dense})
     if "timed" in args.only:
         F, d, k, B = (512, 16, 4, 64) if args.rehearse else (16_384, 256, 32, 1024)
-        races = [(*scaling, screen) for scaling in SCALINGS for screen in ("off", "auto")]
+        races = [(*scaling, screen) for scaling in SCALINGS for screen in ("off", "auto")][:: 5 if args.rehearse else 1]
         for shape, weak, screen in races:
             speed = on_processes(2, race, shape, F, d, k, B, weak, screen, 3 if args.rehearse else args.rounds)
             about = {"layout": f"{shape[0]} x {shape[1]}", "scaling": "weak" if weak else "strong"}
@@ -281,7 +286,7 @@ def main() -> None:
         config = SampledSAEConfig(d_in=manifest["d_in"], d_sae=args.features, k=32, l=4, dead_after=50_000)
         record.add(*on_processes(2, train, args.activations, args.folder, config, how, args.splice_rows))
     if "model" in args.only:
-        record.add(*scale_model.rows(hardware))
+        record.add(*scale_model.rows(scale_model.Calls.counted(record.rows), hardware))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """A model, not a measurement: what a step takes on many GPUs, from sizes, latencies and bandwidths alone.
 
 Each rank computes the scores of its tokens and features, the block of its pool, and moves the rows of the optimizer;
-what it sends is the table of docs/scale.md. An all-reduce of n bytes over R ranks takes 2 (R-1)/R n / bandwidth and
-2 log2(R) latencies; ranks of one dimension use NVLink where they are on one machine, else the network.
+what it sends is the table of docs/scale.md. An all-reduce of n bytes over R ranks takes 2 (R-1)/R n / bandwidth. Each
+collective takes 2 log2(R) latencies; how many stand one after another, `benchmarks/scale.py` has counted. One of each
+dimension is between hosts, over gloo: a ring of R-1 steps, taken as if no GPU were at work meanwhile. Ranks of one
+dimension use NVLink where they are on one machine, else the network.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 
 from benchmarks.measure import Row
@@ -20,7 +23,7 @@ FLOATS = 4
 @dataclass(frozen=True)
 class Hardware:
     """Per GPU: flops a second of products and bytes a second of memory that a step reaches, bytes of memory. Links:
-    bytes a second each way, seconds of latency."""
+    bytes a second each way, seconds of latency; host_latency: of a message from process to process over gloo."""
 
     flops: float = 3e14
     memory_bandwidth: float = 2.5e12
@@ -30,16 +33,39 @@ class Hardware:
     nvlink_latency: float = 8e-6
     network: float = 400e9 / 8
     network_latency: float = 2e-5
+    host_latency: float = 3e-5
 
 
-def all_reduce(n: float, ranks: int, stride: int, hardware: Hardware) -> float:
-    """Seconds for n bytes over ranks that stand `stride` apart."""
+@dataclass(frozen=True)
+class Calls:
+    """Collectives of a step over each dimension, counted. One of them is between hosts."""
+
+    data: int
+    feature: int
+
+    @classmethod
+    def counted(cls, rows: Sequence[Row]) -> Calls:
+        """From the rows of `benchmarks/scale.py`: of two processes, without a screen.
+
+        Raises:
+            ValueError: rows that do not have both.
+        """
+        counted = [row for row in rows if row["part"] == "counted" and row.get("screen", "off") == "off"]
+        found = {row["layout"]: row["calls"] for row in counted}
+        if missing := {"2 x 1", "1 x 2"} - found.keys():
+            raise ValueError(f"--only model: needs the counted rows of {sorted(missing)}; add counted to --only")
+        return cls(found["2 x 1"], found["1 x 2"])
+
+
+def collectives(n: float, calls: int, ranks: int, stride: int, hardware: Hardware) -> float:
+    """Seconds for n bytes in so many calls over ranks that stand `stride` apart, the first call between hosts."""
     if ranks == 1:
         return 0.0
     inside = ranks * stride <= hardware.gpus_a_machine
     speed = hardware.nvlink if inside else hardware.network
     latency = hardware.nvlink_latency if inside else hardware.network_latency
-    return 2 * (ranks - 1) / ranks * n / speed + 2 * math.log2(ranks) * latency
+    travel = 2 * (ranks - 1) / ranks * n / speed + (calls - 1) * 2 * math.log2(ranks) * latency
+    return travel + (ranks - 1) * hardware.host_latency
 
 
 def sent(F: float, d: int, tokens: float, data: int, shards: int) -> dict[str, dict[str, float]]:
@@ -58,26 +84,28 @@ def compute(F: float, d: int, tokens: float, shards: int, hardware: Hardware) ->
     return 2 * tokens * d * (F + 5 * P) / shards / hardware.flops + moved / hardware.memory_bandwidth
 
 
-def step(F: float, d: int, batch: int, data: int, shards: int, hardware: Hardware) -> Row | None:
+def step(F: float, d: int, batch: int, data: int, shards: int, calls: Calls, hardware: Hardware) -> Row | None:
     """Milliseconds of a step of `batch` tokens in all, and its parts; None where the shard does not fit into a GPU."""
     held = 2 * 3 * FLOATS * F * d / shards  # weights and two moments of two matrices
     if held > 0.8 * hardware.memory:
         return None
     own, bytes_sent = compute(F, d, batch / data, shards, hardware), sent(F, d, batch / data, data, shards)
-    travel = sum(all_reduce(n, data, shards, hardware) for n in bytes_sent["data"].values())
-    travel += sum(all_reduce(n, shards, 1, hardware) for n in bytes_sent["feature"].values())
+    travel = collectives(sum(bytes_sent["data"].values()), calls.data, data, shards, hardware)
+    travel += collectives(sum(bytes_sent["feature"].values()), calls.feature, shards, 1, hardware)
     ranks = data * shards
-    dense = compute(F, d, batch / ranks, 1, hardware) + all_reduce(2 * FLOATS * F * d, ranks, 1, hardware)
+    # no more than the one sum, of which hosts know nothing
+    alone = replace(hardware, host_latency=0.0)
+    dense = compute(F, d, batch / ranks, 1, hardware) + collectives(2 * FLOATS * F * d, 2, ranks, 1, alone)
     about = {"data": data, "shards": shards, "gigabytes": held / 1e9}
     return {**about, "ms": 1e3 * (own + travel), "travel": travel / (own + travel), "dense_ms": 1e3 * dense}
 
 
-def rows(hardware: Hardware, batch: int = 65_536) -> list[Row]:
+def rows(calls: Calls, hardware: Hardware, batch: int = 65_536) -> list[Row]:
     """The fastest layout for each F, d and number of GPUs."""
     found: list[Row] = []
     for F, d, gpus in product((2**16, 2**20, 2**24), (768, 4096), (1, 8, 64, 1024)):
         shards = [2**i for i in range(11) if gpus % 2**i == 0 and 2**i <= gpus]
-        layouts = [made for s in shards if (made := step(F, d, batch, gpus // s, s, hardware)) is not None]
+        layouts = [made for s in shards if (made := step(F, d, batch, gpus // s, s, calls, hardware)) is not None]
         best = min(layouts, key=lambda made: made["ms"]) if layouts else {"reason": "does not fit"}
         found.append({"part": "model", "F": F, "d": d, "gpus": gpus, **best})
     return found

@@ -3,6 +3,7 @@
 import copy
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from sampled_sae.distributed import parallelize
+from sampled_sae.distributed.layout import MeshLayout
+
 RULES = [{"d_sae": 128, "l": 4.0}, {"l": None}, {"l": None, "input_scale": 0.37, "groups": (10, 40, 96)}]
 WORLD = 2
+# torch's own sentence of `fully_shard(sae)`, which docs/usage.md explains
+PLAIN = "FSDP does not support non-contiguous parameters yet"
 
 
 @pytest.mark.parametrize("rule", [*RULES, {"l": 4.0, "select": "token", "score": "entropy"}], ids=str)
@@ -48,32 +54,68 @@ def test_compiled_step_equals_eager(backend, rule):
     torch.testing.assert_close(torch.compile(twin.encode, backend=backend)(x), sae.encode(x))
 
 
-def wrapped_worker(rank, folder):
-    """What a training step and an evaluation say in two wrappers."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    said = []
-    for wrap in (DistributedDataParallel, lambda sae: FullyShardedDataParallel(sae, device_id=torch.device("cpu"))):
-        wrapped = wrap(make_sae(dtype=torch.float32))
-        try:
-            wrapped(tokens(10, 12, dtype=torch.float32))
-        except RuntimeError as error:
-            said.append(str(error))
+def in_fsdp(sae):
+    return FullyShardedDataParallel(sae, device_id=torch.device("cpu"))
+
+
+def in_fully_shard(sae):
+    return fully_shard(sae, mesh=init_device_mesh("cpu", (WORLD,)), ignored_params={sae.W_enc})
+
+
+def inside_fully_shard(sae):
+    return fully_shard(torch.nn.Sequential(sae), mesh=init_device_mesh("cpu", (WORLD,)), ignored_params={sae.W_enc})
+
+
+WRAPPERS = {
+    "DistributedDataParallel": DistributedDataParallel,
+    "FullyShardedDataParallel": in_fsdp,
+    "fully_shard": in_fully_shard,
+    "FullyShardedDataParallel or fully_shard": inside_fully_shard,
+}
+
+
+def said_in(wrap, sae):
+    """What a training step says in a wrapper, or torch's wrapper of the SAE; None where it goes through."""
     try:
-        fully_shard(make_sae(dtype=torch.float32), mesh=init_device_mesh("cpu", (WORLD,)))
-    except NotImplementedError as error:
-        said.append(str(error))
-    torch.save(said, f"{folder}/{rank}.pt")
+        wrap(sae)(tokens(10, 12, dtype=torch.float32))
+    except Exception as error:
+        return str(error)
+    return None
+
+
+def wrapped_worker(rank, folder):
+    """What is said in each wrapper, in `fully_shard` as it stands, and in each around an SAE that is spread."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("data",))
+    said = {name: said_in(wrap, make_sae(torch.float32)) for name, wrap in WRAPPERS.items()}
+    plain = said_in(lambda sae: fully_shard(sae, mesh=mesh), make_sae(torch.float32))
+    spread = {name: said_in(wrap, parallelize(make_sae(torch.float32), mesh)) for name, wrap in WRAPPERS.items()}
+    torch.save((said, plain, spread), f"{folder}/{rank}.pt")
     dist.barrier()
     # torch 2.13 can hang in DDP's destructor, which joins gloo's thread while holding the lock that it waits for.
     os._exit(0)
 
 
 def test_wrappers_that_would_train_by_another_rule_are_refused(tmp_path):
-    """Each process would select in its own batch. `fully_shard` refuses by itself: W_enc is not contiguous."""
+    """Each process would select in its own batch. `fully_shard` refuses by itself: W_enc is not contiguous. What is
+    spread already no wrapper of torch takes."""
     multiprocessing.spawn(wrapped_worker, args=(str(tmp_path),), nprocs=WORLD)
     for rank in range(WORLD):
-        ddp, fsdp, sharded = torch.load(tmp_path / f"{rank}.pt")
-        for name, said in (("DistributedDataParallel", ddp), ("FullyShardedDataParallel", fsdp)):
-            assert said.startswith(name)
-            assert "sampled_sae.distributed.parallelize(sae, mesh)" in said
-        assert "non-contiguous" in sharded
+        said, plain, spread = torch.load(tmp_path / f"{rank}.pt")
+        for name, text in said.items():
+            assert text.startswith(name), text
+            assert "sampled_sae.distributed.parallelize(sae, mesh)" in text, name
+        assert plain.startswith(PLAIN), plain
+        assert all(spread.values()), spread
+
+
+def test_a_spread_layer_in_a_wrapper_that_torch_lets_pass_is_refused(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda *group: 2)
+    layer = make_sae()
+    layer._is_fsdp_managed_module = True
+    with pytest.raises(RuntimeError, match="`parallelize` has spread the SAE already; leave it out"):
+        MeshLayout.guard(None, layer)
+
+
+def test_the_page_names_the_sentence_of_torch():
+    assert PLAIN in " ".join((Path(__file__).parent.parent / "docs" / "usage.md").read_text().split())

@@ -51,7 +51,7 @@ def source(loaded, **about):
         loaded.append(about)
         return lambda reconstruct: {"predicted_tokens": 7, "ce_clean": 1.0, "loss_recovered_zero": float("nan")}
 
-    return SpliceSource(about, load)
+    return SpliceSource(about, load, lambda measure: measure)
 
 
 @pytest.mark.parametrize("other", [{"model": "b", "rows": 4}, {"model": "a", "rows": 5}, None])

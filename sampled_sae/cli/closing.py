@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..pretrained import EVALUATION
 from ..sae import SampledSAE
@@ -15,34 +16,33 @@ from ..support.atomic_files import write_json
 from ..training.activation_stream import StreamedActivations
 from ..training.activations import Activations
 from ..training.layer_spread import LayerSpread, layer_names, plot_layers
-from ..training.sweep import SpliceSource, evaluate
+from ..training.sweep import Splice, SpliceSource, evaluate
 from .identity import splice_source
+
+Found = TypeVar("Found")
 
 
 def closing_splice(args: argparse.Namespace, store: Activations) -> SpliceSource | None:
-    """The language model that the loss recovered is measured in; None for none.
+    """The language model that the loss recovered is measured in; None for none. All ranks call it.
 
-    With --splice-rows it has to be there. Without, it is taken where nothing need be fetched for it.
+    With --splice-rows it has to be there. Without, it is taken where nothing need be fetched for it, on any rank.
 
     Raises:
         ValueError: as `splice_source`, with --splice-rows.
     """
-    asked = args.splice_rows is not None
-    if not store.manifest.get("holdout"):
-        if args.splice_rows:
-            store.holdout()  # says that there is none
-        return None
-    if not asked and not _is_at_hand(store.manifest.get("model"), store):
-        return None
+    asked, ranks = args.splice_rows is not None, args.ranks
     as_harvested = {"model": None, "cache": None, "model_dtype": "float32", "model_device": None}
-    about = argparse.Namespace(splice_rows=args.splice_rows, insist=False, ranks=args.ranks, **as_harvested)
-    try:
-        return splice_source(about, store)
-    except (ValueError, OSError, ImportError) as error:
-        if asked:
-            raise
-        print(f"No loss recovered: {error}", file=sys.stderr)
-        return None
+    about = argparse.Namespace(splice_rows=args.splice_rows, insist=False, ranks=ranks, **as_harvested)
+    with ranks.together():
+        if not store.manifest.get("holdout"):
+            if args.splice_rows:
+                store.holdout()  # says that there is none
+            return None
+        if asked or _is_at_hand(store.manifest.get("model"), store):
+            source, why = _tried(lambda: splice_source(about, store), asked)
+        else:
+            source, why = None, ""
+    return of_all(source, why, ranks)
 
 
 def evaluate_at_end(
@@ -75,15 +75,44 @@ def draw_layers(sae: SampledSAE, folder: Path, store: Activations | StreamedActi
             print(plot_layers(spread, folder, layer_names(store.manifest, sae.cfg.layers)), flush=True)
 
 
-def _loaded(source: SpliceSource | None, args: argparse.Namespace) -> Any:
+def _loaded(source: SpliceSource | None, args: argparse.Namespace) -> Splice | None:
     """The measure; None where the model turns out to be another one, which is no reason to fail a run that is done."""
-    try:
-        return None if source is None else source.load()
-    except (ValueError, OSError, ImportError) as error:
-        if args.splice_rows is not None:
-            raise
-        print(f"No loss recovered: {error}", file=sys.stderr)
+    if source is None:
         return None
+    asked, ranks = args.splice_rows is not None, args.ranks
+    with ranks.together():
+        found, why = _tried(source.model, asked)
+    if (model := of_all(found, why, ranks)) is None:
+        return None
+    measure, why = _tried(lambda: source.measure(model), asked)
+    return of_all(measure, why, ranks)
+
+
+def _tried(make: Callable[[], Found], asked: bool) -> tuple[Found | None, str]:
+    """What is made, or why it cannot be; what the user has `asked` for fails."""
+    try:
+        return make(), ""
+    except (ValueError, OSError, ImportError) as error:
+        if asked:
+            raise
+        return None, str(error)
+
+
+def of_all(found: Found | None, why: str, ranks: AllRanks) -> Found | None:
+    """What was found, where every rank has found it; else None, and a line names the first rank that has not.
+
+    why: it was not found; empty where nothing need be said if all ranks are without.
+    """
+    reasons = ranks.gather(why if found is None else None)
+    without = [rank for rank, reason in enumerate(reasons) if reason is not None]
+    if not without:
+        return found
+    said = reasons[without[0]]
+    if len(without) < ranks.size:
+        said = f"rank {without[0]}: {said or 'the model that was harvested is not on its machine'}"
+    if said:
+        print(f"No loss recovered: {said}", file=sys.stderr)
+    return None
 
 
 def _is_at_hand(model: str | None, store: Activations) -> bool:

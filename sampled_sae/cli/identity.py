@@ -125,12 +125,17 @@ def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource 
     if not _has_loss(name, args, count):
         return None
 
-    def load() -> Splice:
-        from ..lm import LayersSplice, PointSplice, SpliceEvaluator, weights_digest
+    def load() -> Any:
+        from ..lm import weights_digest
 
         model = loaded_model(name, args)
         if not args.insist:
             check_model({"model": name, "weights_sha256": weights_digest(model)}, harvested, store.where)
+        return model
+
+    def measure(model: Any) -> Splice:
+        from ..lm import LayersSplice, PointSplice, SpliceEvaluator
+
         if store.layers > 1:
             return LayersSplice.of_harvest(model, rows, store.manifest, insist=True).evaluate
         if store.d_out is not None or harvested.get("point"):
@@ -138,7 +143,7 @@ def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource 
         return SpliceEvaluator.of_harvest(model, rows, store.manifest, insist=True, mesh=args.ranks.mesh).evaluate
 
     # Without --insist the weights are those that were harvested, under whatever name.
-    return SpliceSource({"model": name if args.insist else harvested["model"], "rows": count}, load)
+    return SpliceSource({"model": name if args.insist else harvested["model"], "rows": count}, load, measure)
 
 
 def _parts(store: Activations) -> list[dict[str, Any]]:

@@ -103,7 +103,8 @@ def train(args: argparse.Namespace) -> None:
         check_no_model(args)
         store, initial = open_activations(args), initial_sae(args)
         config = sae_config(args, store, seed=args.seed, **rule_of(args, initial))
-        how, log, source = train_config(args), log_place(args), closing_splice(args, store)
+        how, log = train_config(args), log_place(args)
+    source = closing_splice(args, store)
     trainer = Trainer(config, how, store, args.out, args.device, args.ranks.mesh, args.lanes, initial, log)
     print(f"{_begins(trainer)}: {trainer.sae}\nwrites to {args.out}", flush=True)
     with closed_logs([trainer]):

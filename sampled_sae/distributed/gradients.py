@@ -114,9 +114,12 @@ class SumGradients(torch.autograd.Function):
         b_dec = into_encoder + of_decoder if mesh.feature.rank == 0 else into_encoder.clone()
         parts = [part for part in aside.pending if part.fresh is not None]
         align(parts, aside, weights.n_local, mesh)
-        # over `feature` last: lists of other lengths may be summed in another order, and b_dec is the same everywhere
+        # over `feature` last: lists of other lengths may be summed in another order, and these are the same everywhere
         b_dec, *skip_sums = sum_all(parts, [b_dec, *skip], mesh)
         b_dec = mesh.feature.sum_(b_dec.contiguous(), "b_dec")
+        skip_sums = [W.contiguous() for W in skip_sums]
+        if mesh.data.size > 1:  # else all processes of `feature` have computed the same
+            skip_sums = [mesh.feature.from_(W, purpose="skip") for W in skip_sums]
         gradients: list[Tensor | None] = [None] * 3
         if aside.dense:
             gradients = [dense(weights, [p for p in parts if p.name == name], b_dec.dtype) for name in ROWS]
@@ -127,8 +130,7 @@ class SumGradients(torch.autograd.Function):
             part.fresh = None
         wanted = ctx.needs_input_grad[3:]
         gradients.append(weights.wrap("b_dec", b_dec))
-        # all processes of `feature` have computed the same gradient of W_skip
-        gradients += [weights.wrap(SKIP, W.contiguous()) for W in skip_sums]
+        gradients += [weights.wrap(SKIP, W) for W in skip_sums]
         return None, None, None, *(g if want else None for g, want in zip(gradients, wanted))
 
 

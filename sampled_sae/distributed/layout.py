@@ -8,7 +8,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from ..codes import SparseCodes
 from ..impl.encoder import Share
@@ -17,6 +16,7 @@ from ..impl.interface import Implementation
 from ..impl.layout import Given, Layer, Layout, Leaves
 from ..impl.row_gradients import RowSource
 from ..impl.torch.screen import fast_bfloat16, large_enough, sums_in_float32
+from ..impl.wrapper_guard import wrapper_of
 from ..support.tensor_file import Piece
 from .gradients import SpreadRows, SumGradients
 from .implementation import spread_parts
@@ -63,31 +63,42 @@ class MeshLayout(Layout):
         b_in, b_out, rows.anchor, *skip = SumGradients.apply(rows.aside, self.mesh, self.weights, *parameters)
         return Leaves(W_enc.t(), b_enc, W_dec, b_in, b_out, rows, *skip)
 
-    def read(self, read: Callable[[], Given]) -> tuple[Given, Share | None]:
-        """A batch that one process refuses, for NaN or inf say, is refused by all of them, with its rank.
+    def read(self, read: Callable[[], Given], together: bool = True) -> tuple[Given, Share | None]:
+        """A batch that one process cannot take, for NaN or inf or want of memory, is refused by all, with its rank.
+
+        together: else the processes of `feature` alone, which take the same tokens, agree on them.
 
         Raises:
             ValueError, TypeError: that; a batch without any token; processes of `feature` that were given other tokens.
+            Exception: what else `read` has met here.
         """
+        ranks = self.mesh.feature
+        if not together and ranks.size == 1:
+            return read(), None
         self.batches += 1
         fault: Exception | None = None
         try:
             given = read()
             number = len(given[0])
-        except (TypeError, ValueError) as error:
+        except Exception as error:
             fault, number = error, REFUSED
-        numbers = self.mesh.exchange(number)
+        numbers = self.mesh.exchange(number, together)
         where = f"in batch {self.batches} of sampled_sae.distributed"
-        if fault is not None:
+        if isinstance(fault, (TypeError, ValueError)):
             raise type(fault)(f"rank {self.mesh.rank}, {where}: {fault}") from fault
+        if fault is not None:
+            raise fault
         for i, of_rank in enumerate(numbers):
             if REFUSED in of_rank:
-                name = self.mesh.name_of(i, of_rank.index(REFUSED))
-                raise ValueError(f"x: {name} refused its tokens {where} (NaN, inf or a wrong shape: it says which)")
+                data = i if together else self.mesh.data.rank
+                name = self.mesh.name_of(data, of_rank.index(REFUSED))
+                raise ValueError(f"x: {name} refused its tokens {where} (NaN, inf, a wrong shape: it says why)")
             if len(set(of_rank)) > 1:
                 raise ValueError(
                     f"x: {of_rank} tokens on the processes of the dimension 'feature' {where}; they take the same ones"
                 )
+        if not together:
+            return given, None
         counts = [of_rank[0] for of_rank in numbers]
         if sum(counts) == 0:
             raise ValueError(f"x: no process has a token {where}; at least one is needed")
@@ -117,8 +128,8 @@ class MeshLayout(Layout):
         return "bf16" if wanted and self._exact and impl == "torch" else "off"
 
     def guard(self, layer: Layer) -> None:
-        if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
-            raise RuntimeError("DistributedDataParallel: `parallelize` has spread the SAE already; leave it out")
+        if (wrapper := wrapper_of(layer)) is not None:
+            raise RuntimeError(f"{wrapper}: `parallelize` has spread the SAE already; leave it out")
 
     def numbered(self, codes: SparseCodes) -> SparseCodes:
         if self.mesh.feature.size == 1:

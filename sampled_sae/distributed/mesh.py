@@ -25,7 +25,7 @@ class Mesh:
         self.traffic = Traffic()
         self.data, self.feature = (self._ranks(name) for name in DIMENSIONS)
         # numbers that the host needs travel between hosts, so that no GPU is waited for
-        self._hosts = [ranks.between_hosts() for ranks in (self.feature, self.data)]
+        self._feature_hosts, self._data_hosts = (ranks.between_hosts() for ranks in (self.feature, self.data))
 
     @property
     def size(self) -> int:
@@ -50,11 +50,13 @@ class Mesh:
         """t becomes the least of all processes."""
         return self.data.min_(self.feature.min_(t, purpose), purpose)
 
-    def exchange(self, number: int) -> list[list[int]]:
-        """The numbers of all processes: a list for each rank of the data dimension, one for each of `feature`."""
-        numbers = torch.tensor([number], device="cpu")
-        for ranks in self._hosts:
-            numbers = ranks.gather(numbers, "batch sizes")
+    def exchange(self, number: int, over_data: bool = True) -> list[list[int]]:
+        """The numbers of all processes: a list for each rank of the data dimension, one for each of `feature`.
+
+        over_data: else a single list, of those that share the tokens here.
+        """
+        numbers = self._feature_hosts.gather(torch.tensor([number], device="cpu"), "batch sizes")
+        numbers = self._data_hosts.gather(numbers, "batch sizes") if over_data else numbers[None]
         return [[int(n) for n in of_rank] for of_rank in numbers.flatten(1).tolist()]
 
     def name_of(self, data: int, feature: int) -> str:

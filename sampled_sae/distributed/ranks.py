@@ -88,9 +88,10 @@ class Ranks:
         group = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
         return Ranks(self.name, self.size, self.rank, group, self._traffic)
 
-    def from_(self, t: Tensor, rank: int = 0) -> Tensor:
-        """t becomes that of one process."""
+    def from_(self, t: Tensor, rank: int = 0, purpose: str = "weights") -> Tensor:
+        """t, contiguous, becomes that of one process."""
         if self.size > 1:
+            self._traffic.add(self.name, purpose, t.numel() * t.element_size())
             dist.broadcast(t, group=self._group, group_src=rank)
         return t
 

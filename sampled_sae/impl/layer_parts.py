@@ -56,9 +56,7 @@ class LayerParts(LayerWeights):
     def _encoder_of(self, x: Tensor, scaled: bool = False, by_batch: bool = False) -> Encoder:
         """by_batch: the tokens of all processes are one batch; else each of them stands alone."""
         leaves = self.layout.leaves(self, keep_rows=False)
-        if not by_batch:
-            return self._encoder(flat_tokens(self, x, scaled), leaves, None)
-        (tokens,), share = self.layout.read(lambda: (flat_tokens(self, x, scaled),))
+        (tokens,), share = self.layout.read(lambda: (flat_tokens(self, x, scaled),), by_batch)
         return self._encoder(tokens, leaves, share)
 
     def _find_pool(self, encoder: Encoder) -> Pool | None:

@@ -80,8 +80,11 @@ class Layout:
         rows = layer.memory.rows(keep_rows)
         return Leaves(layer.W_enc.t(), layer.b_enc, layer.W_dec, layer.b_dec, layer.b_dec, rows, layer.W_skip)
 
-    def read(self, read: Callable[[], Given]) -> tuple[Given, Share | None]:
-        """What `read` makes of the caller's batch, tokens [B, d] first, and where they stand among all processes'."""
+    def read(self, read: Callable[[], Given], together: bool = True) -> tuple[Given, Share | None]:
+        """What `read` makes of the caller's batch, tokens [B, d] first, and where they stand among all processes'.
+
+        together: else they stand alone, and None is said of them.
+        """
         return read(), None
 
     def into_encoder(self, x: Tensor) -> Tensor:

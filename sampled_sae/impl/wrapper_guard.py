@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 INSTEAD = "use sampled_sae.distributed.parallelize(sae, mesh), which computes one rule over all tokens"
@@ -13,11 +14,22 @@ def guard_rule(layer: object) -> None:
     """To be called where a step of `layer` is going to be trained.
 
     Raises:
-        RuntimeError: inside DistributedDataParallel or FullyShardedDataParallel of more than one process.
-            (`fully_shard` refuses the layer itself.)
+        RuntimeError: inside DistributedDataParallel, FullyShardedDataParallel or `fully_shard` of several processes.
+    """
+    if (wrapper := wrapper_of(layer)) is not None:
+        raise RuntimeError(f"{wrapper}: each process would select in its own batch; {INSTEAD}")
+
+
+def wrapper_of(layer: object) -> str | None:
+    """What of torch.distributed trains `layer` on several processes; None for nothing.
+
+    (`fully_shard` refuses the layer itself, but for one of whose parameters W_enc is to be ignored.)
     """
     wrapped: nn.Module | None = getattr(DistributedDataParallel, "_active_ddp_module", None)
     if wrapped is not None and dist.get_world_size(wrapped.process_group) > 1:  # type: ignore[arg-type]
-        raise RuntimeError(f"DistributedDataParallel: each process would select in its own batch; {INSTEAD}")
-    if getattr(layer, "_is_fsdp_managed_module", False) and dist.get_world_size() > 1:
-        raise RuntimeError(f"FullyShardedDataParallel: each process would select in its own batch; {INSTEAD}")
+        return "DistributedDataParallel"
+    # torch's own mark, of both kinds, also of a layer inside the module that was wrapped
+    managed = isinstance(layer, FSDPModule) or getattr(layer, "_is_fsdp_managed_module", False)
+    if not managed or dist.get_world_size() == 1:
+        return None
+    return "fully_shard" if isinstance(layer, FSDPModule) else "FullyShardedDataParallel or fully_shard"

@@ -43,10 +43,18 @@ def launched(environment: MutableMapping[str, str] = os.environ) -> Launch | Non
         raise ValueError(", ".join(f"{n}={environment[n]!r}" for n in _TORCHRUN[:3]) + ": must be numbers") from None
     if not 0 <= rank < size:
         raise ValueError(f"RANK={rank}: must be from 0 to {size - 1}, WORLD_SIZE being {size}")
+    return Launch(rank, size, local_rank, max(local_rank + 1, _tasks_here(environment)))
+
+
+def _tasks_here(environment: MutableMapping[str, str]) -> int:
+    """Processes of this start on this machine; 0 where nothing says it."""
+    if (of_torchrun := environment.get("LOCAL_WORLD_SIZE", "")).isdigit():
+        return int(of_torchrun)
     # "4(x2),3" of SLURM: 4 on each of two machines, 3 on another
-    here = re.match(r"\d+", environment.get("LOCAL_WORLD_SIZE") or environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    local_size = max(local_rank + 1, int(here[0]) if here else 0)
-    return Launch(rank, size, local_rank, local_size)
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    tasks = [int(number) for number, times in parts for _ in range(int(times or 1))]
+    here = int(node) if (node := environment.get("SLURM_NODEID", "")).isdigit() else 0
+    return tasks[here] if here < len(tasks) else 0
 
 
 def _from_slurm(environment: MutableMapping[str, str]) -> None:
@@ -63,9 +71,8 @@ def _from_slurm(environment: MutableMapping[str, str]) -> None:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a list as SLURM writes it: "n[03-05,9],m1" gives n03."""
-    found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
-    if found is None:
+    """The first name of a list as SLURM writes it: "n[03-05,9],m1" gives n03, "r[1-2]n[7,9]" r1n7."""
+    found = re.match(r"(?:[^,\[\]]|\[[^\[\],-]+[^\[\]]*\])+", nodes)
+    if found is None or nodes[found.end() : found.end() + 1] not in ("", ","):
         raise ValueError(f"SLURM_STEP_NODELIST={nodes!r}: must be a list of hosts")
-    before, number, after = found.groups(default="")
-    return before + number + after
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", found[0])

@@ -46,11 +46,16 @@ class SpliceSource:
 
     Attributes:
         about: what the measure depends on, such as the model's name; a sweep goes on with the same alone.
-        load: makes the measure.
+        model: loads the model, in this process alone.
+        measure: of the model; several processes call it together.
     """
 
     about: dict[str, Any]
-    load: Callable[[], Splice]
+    model: Callable[[], Any]
+    measure: Callable[[Any], Splice]
+
+    def load(self) -> Splice:
+        return self.measure(self.model())
 
 
 def variants(

@@ -7,19 +7,25 @@ import resource
 import signal
 import socket
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
 
-OPTIONS = ["--features", "96", "--k", "3", "--steps", "8", "--batch-size", "64", "--checkpoint-every", "3"]
-OPTIONS += ["--log-every", "2", "--rank-timeout", "120", "--quiet"]
+# of train and sweep; --quiet is the last one
+COMMON = ["--features", "96", "--k", "3", "--steps", "8", "--batch-size", "64", "--checkpoint-every", "3"]
+COMMON += ["--log-every", "2", "--rank-timeout", "120", "--quiet"]
+OPTIONS = ["--l", "4", *COMMON]
+# against a process that hangs, no measure of speed
+PATIENCE = 180
 
 
 @dataclass
 class Mishap:
     """What happens to one rank (None: to all) when it calls a function for the n-th time, from 0, before or after.
 
-    what: "killed", "stopped" (stands still), "SIGTERM", or the text of a ValueError.
+    what: "killed", "stopped" (stands still), "late" (for longer than the test takes), "SIGTERM", or the text of a
+    ValueError.
     """
 
     rank: int | None
@@ -57,9 +63,11 @@ class Mishap:
 
     def happen(self):
         signals = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "SIGTERM": signal.SIGTERM}
+        if self.what == "late":
+            return time.sleep(PATIENCE)
         if self.what not in signals:
             raise ValueError(self.what)
-        os.kill(os.getpid(), signals[self.what])
+        return os.kill(os.getpid(), signals[self.what])
 
 
 def command_line(argv):
@@ -78,7 +86,8 @@ def run_rank(*task):
 
 def do(rank, target, argv, environment, log, mishap, most_bytes):
     """What `target(argv)` returns, with the standard streams in a file."""
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    names = ("SLURM_PROCID", "SLURM_LOCALID") if "SLURM_STEP_NUM_TASKS" in environment else ("RANK", "LOCAL_RANK")
+    os.environ.update(environment, **dict.fromkeys(names, str(rank)))
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(out, stream)
@@ -101,15 +110,22 @@ def free_port():
         return found.getsockname()[1]
 
 
-def launch(folder, size, argv, mishap=None, full=None, waits_for=None, target=command_line, **environment):
+def launch(folder, size, argv, mishap=None, full=None, waits_for=None, target=command_line, slurm=False):
     """(exit statuses, outputs) of `size` processes that run one command, or another function of its arguments.
 
     folder: for their logs. full: the rank whose disk has room for files of 3000 bytes. waits_for: ranks whose end is
-    waited for; the others are killed then.
+    waited for; the others are killed then. slurm: started as by srun, not as by torchrun.
+
+    Raises:
+        TimeoutError: some had not ended in time; says what all have written.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed.tensor", "sampled_sae.distributed", "sampled_sae.cli"])
-    environment = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment}
+    world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+    if slurm:
+        world = {"SLURM_STEP_NUM_TASKS": str(size), "SLURM_STEP_TASKS_PER_NODE": str(size), "SLURM_NODEID": "0"}
+        world["SLURM_STEP_NODELIST"] = "localhost"
+    environment = {**world, "MASTER_PORT": str(free_port())}
     logs = [folder / f"log{rank}.txt" for rank in range(size)]
     processes = [
         context.Process(
@@ -120,16 +136,20 @@ def launch(folder, size, argv, mishap=None, full=None, waits_for=None, target=co
     ]
     for process in processes:
         process.start()
+    end, hang = time.monotonic() + PATIENCE, []
     for rank, process in enumerate(processes):
         if waits_for is None or rank in waits_for:
-            process.join()
+            process.join(max(0, end - time.monotonic()))
+            hang += [rank] if process.is_alive() else []
     for process in processes:
         if process.is_alive():
             process.kill()
         process.join()
-    outputs = [log.read_text() for log in logs]
+    outputs = [log.read_text() if log.exists() else "" for log in logs]
+    if hang:
+        raise TimeoutError(f"ranks {hang} had not ended after {PATIENCE} seconds; all have said {outputs}")
     for log in logs:
-        log.unlink()
+        log.unlink(missing_ok=True)
     return [process.exitcode for process in processes], outputs
 
 

@@ -2,15 +2,17 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from launching import OPTIONS, Mishap, files, launch
+from launching import COMMON, OPTIONS, Mishap, files, launch
 from makers import write_store
 from safetensors.torch import load_file, save_file
 
 from sampled_sae.cli import main
+from sampled_sae.cli.closing import of_all
 
 BATCH = "sampled_sae.training.batches:ShuffledStream.batch"
 
@@ -54,10 +56,10 @@ def test_two_processes_train_what_one_does(store, two, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "shards"), [(2, 2), (4, 2), (3, 1), (3, 3)])
-def test_every_layout_trains_what_one_process_does(store, tmp_path, size, shards):
+@pytest.mark.parametrize(("size", "shards", "slurm"), [(2, 2, False), (4, 2, True), (3, 1, False), (3, 3, False)])
+def test_every_layout_trains_what_one_process_does(store, tmp_path, size, shards, slurm):
     argv = ["train", store, tmp_path / "run", *OPTIONS, "--feature-shards", shards]
-    assert launch(tmp_path, size, argv)[0] == [0] * size
+    assert launch(tmp_path, size, argv, slurm=slurm)[0] == [0] * size
     assert main(["train", str(store), str(tmp_path / "one"), *OPTIONS, "--lanes", str(size)]) == 0
     assert_close(weights(tmp_path / "run"), weights(tmp_path / "one"))
 
@@ -65,7 +67,7 @@ def test_every_layout_trains_what_one_process_does(store, tmp_path, size, shards
 @pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 2])
 def test_evaluate_and_sweep_give_what_one_process_does(store, tmp_path, shards):
-    argv = ["sweep", store, tmp_path / "two", *OPTIONS, "--ls", "2,none", "--scores", "l2", "--splice-rows", "0"]
+    argv = ["sweep", store, tmp_path / "two", *COMMON, "--ls", "2,none", "--scores", "l2", "--splice-rows", "0"]
     assert launch(tmp_path, 2, [*argv, "--feature-shards", shards])[0] == [0, 0]
     rows = json.loads((tmp_path / "two" / "sweep.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["l2_l2", "batchtopk", "topk"]
@@ -82,6 +84,22 @@ def test_evaluate_and_sweep_give_what_one_process_does(store, tmp_path, shards):
         assert found.keys() == alone.keys()
         for name, value in alone.items():
             assert found[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4)), name
+
+
+@pytest.mark.parametrize(
+    ("found", "reasons", "said"),
+    [
+        ("ours", [None, None], None),
+        ("ours", [None, ""], "rank 1: the model that was harvested is not on its machine"),
+        (None, ["no weights", None], "rank 0: no weights"),
+        (None, ["no weights", "no weights"], "no weights"),
+        (None, ["", ""], None),
+    ],
+)
+def test_a_model_that_some_ranks_lack_is_used_by_none(found, reasons, said, capsys):
+    ranks = SimpleNamespace(size=2, gather=lambda reason: reasons)
+    assert of_all(found, "", ranks) == (found if reasons == [None, None] else None)
+    assert capsys.readouterr().err == ("" if said is None else f"No loss recovered: {said}\n")
 
 
 def test_an_error_on_one_rank_is_one_sentence_that_names_it(store, tmp_path):
@@ -139,8 +157,6 @@ KINDS = {
         "{npy}",
         "--holdout",
         "100",
-        "--l",
-        "4",
         "--k-start",
         "6",
         "--l-start",
@@ -159,10 +175,10 @@ def test_every_kind_of_sae_trains_as_by_one_process(store, two, tmp_path, kind, 
     np.save(tmp_path / "x.npy", torch.cat([load_file(p)["activations"] for p in sorted(store.glob("shard*"))]).numpy())
     places = {"store": store, "targets": tmp_path / "targets", "npy": tmp_path / "x.npy", "sae": two[0]}
     what, *options = (part.format(**places) for part in KINDS[kind])
-    argv = ["train", what, tmp_path / "run", *options, *OPTIONS, "--feature-shards", shards]
+    argv = ["train", what, tmp_path / "run", *OPTIONS, *options, "--feature-shards", shards]
     codes, outputs = launch(tmp_path, 2, argv)
     assert codes == [0, 0], outputs
-    assert main(["train", what, str(tmp_path / "one"), *options, *OPTIONS, "--lanes", "2"]) == 0
+    assert main(["train", what, str(tmp_path / "one"), *OPTIONS, *options, "--lanes", "2"]) == 0
     assert_close(weights(tmp_path / "run"), weights(tmp_path / "one"))
     found = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("run", "one")]
     assert found[0].keys() == found[1].keys()

@@ -48,6 +48,18 @@ def test_a_url_that_each_rank_has_for_itself_is_refused(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_rank_killed_in_the_model_loses_the_shard_under_way(alone, tmp_path):
+    codes, outputs = go(tmp_path, 2, mishap=Mishap(1, "tiny_harvest:Tiny.forward", "killed", call=3))
+    assert codes == [1, -9]
+    assert "".join(outputs).count("rank 1 is no longer there") == 1, outputs
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    assert manifest["complete"] is False
+    assert 0 < len(manifest["shards"]) < 7
+    assert go(tmp_path, 3)[0] == [0, 0, 0]
+    assert files(tmp_path / "store") == alone
+
+
+@pytest.mark.slow
 def test_a_rank_that_cannot_write_is_named_and_the_next_run_goes_on(alone, tmp_path):
     no_room = Mishap(1, "sampled_sae.support.listed_files:save_file", "no room")
     codes, outputs = go(tmp_path, 2, mishap=no_room)

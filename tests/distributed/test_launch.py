@@ -54,10 +54,31 @@ def test_a_step_of_slurm_is_put_in_torchruns_names():
 
 @pytest.mark.parametrize(
     ("nodes", "host"),
-    [("n1", "n1"), ("n1,n2", "n1"), ("n[3-5]", "n3"), ("n[03,07-9]-x,m1", "n03-x"), ("a-b.c[1]", "a-b.c1")],
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("n[3-5]", "n3"),
+        ("n[03,07-9]-x,m1", "n03-x"),
+        ("a-b.c[1]", "a-b.c1"),
+        ("rack[1-2]n[3]", "rack1n3"),
+        ("rack[01,3]n[07-9]-x,m[1]", "rack01n07-x"),
+    ],
 )
 def test_first_host_of_a_list(nodes, host):
     assert first_host(nodes) == host
+
+
+@pytest.mark.parametrize("nodes", ["", "[", "n[", "n[1-2", "n[]", ",n1", "n]1"])
+def test_what_is_no_list_of_hosts_is_refused(nodes):
+    with pytest.raises(ValueError, match=r"SLURM_STEP_NODELIST=.*must be a list of hosts"):
+        first_host(nodes)
+
+
+@pytest.mark.parametrize(("node", "local_rank", "tasks"), [("0", "1", 4), ("1", "3", 4), ("2", "2", 3), (None, "0", 4)])
+def test_how_many_processes_slurm_has_started_on_this_machine(node, local_rank, tasks):
+    of_step = {"SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_STEP_NUM_TASKS": "11", "SLURM_LOCALID": local_rank}
+    environment = {**SLURM, **of_step, **({} if node is None else {"SLURM_NODEID": node})}
+    assert launched(environment).local_size == tasks
 
 
 @pytest.mark.parametrize(

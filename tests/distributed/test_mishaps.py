@@ -1,5 +1,6 @@
 """What may befall one of several processes: the others end and name it, and the run goes on to the same bits."""
 
+import functools
 import os
 import shutil
 
@@ -53,6 +54,26 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_bit(store, whole, tmp
     assert files(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--feature-shards", "2"],
+        ["--pool-every", "5", "--pool", "sample", "--adam", "decayed", "--moments", "bfloat16"],
+        ["--l", "none"],
+    ],
+    ids=["features", "pool", "none"],
+)
+def test_a_killed_run_of_every_kind_goes_on_to_the_bit(store, tmp_path, more):
+    whole, run = (["train", store, tmp_path / name, *OPTIONS, *more] for name in ("whole", "run"))
+    assert launch(tmp_path, 2, whole)[0] == [0, 0]
+    # between two checkpoints, and between two looks for a pool
+    assert launch(tmp_path, 2, run, Mishap(1, "sampled_sae.optim:RowAdam.step", "killed", call=6))[0] == [1, -9]
+    assert read_record(tmp_path / "run")["step"] == 6
+    assert launch(tmp_path, 2, run)[0] == [0, 0]
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
+
+
 GONE = "rank {} is no longer there: ended by the system, or its machine lost or standing still"
 
 
@@ -89,6 +110,15 @@ def test_a_rank_that_stands_still_is_given_up(store, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_rank_that_is_late_is_named(store, tmp_path):
+    mishap = Mishap(1, "sampled_sae.optim:RowAdam.step", "late", call=2)
+    argv = ["train", store, tmp_path / "run", *OPTIONS, "--rank-timeout", "20"]
+    codes, outputs = launch(tmp_path, 2, argv, mishap, waits_for=[0])
+    assert codes == [1, -9]
+    assert outputs[0].startswith("sampled-sae train: rank 1 is late: took no part in an exchange in time (")
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(store, whole, tmp_path):
     argv = ["train", store, tmp_path / "run", *OPTIONS]
     codes, outputs = launch(tmp_path, 2, argv, Mishap(1, BATCH, "SIGTERM", call=3))
@@ -101,11 +131,13 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(store, whole, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_full_disk_of_one_rank_leaves_nothing_half_written(store, whole, tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_of_one_rank_leaves_nothing_half_written(store, whole, tmp_path, rank):
     argv = ["train", store, tmp_path / "run", *OPTIONS]
-    codes, outputs = launch(tmp_path, 2, argv, full=1)
+    codes, outputs = launch(tmp_path, 2, argv, full=rank)
     assert codes == [1, 1]
-    assert outputs == ["", f"sampled-sae train: rank 1: {tmp_path}/run/checkpoint_00000003: File too large\n"]
+    assert outputs[1 - rank] == ""
+    assert outputs[rank] == f"sampled-sae train: rank {rank}: {tmp_path}/run/checkpoint_00000003: File too large\n"
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"metrics.jsonl"}
     assert launch(tmp_path, 2, argv)[0] == [0, 0]
     assert files(tmp_path / "run") == whole
@@ -113,17 +145,23 @@ def test_a_full_disk_of_one_rank_leaves_nothing_half_written(store, whole, tmp_p
 
 @pytest.fixture(scope="module")
 def begun(store, tmp_path_factory):
-    """Two processes, stopped at step 6, where a checkpoint is."""
-    folder = tmp_path_factory.mktemp("begun")
-    launch(folder, 2, ["train", store, folder / "run", *OPTIONS], Mishap(0, BATCH, "no more", call=6))
-    assert read_record(folder / "run")["step"] == 6
-    return folder / "run"
+    """By feature shards: two processes, stopped at step 6, where a checkpoint is."""
+
+    @functools.cache
+    def of(shards):
+        folder = tmp_path_factory.mktemp("begun")
+        argv = ["train", store, folder / "run", *OPTIONS, "--feature-shards", shards]
+        launch(folder, 2, argv, Mishap(0, BATCH, "no more", call=6))
+        assert read_record(folder / "run")["step"] == 6
+        return folder / "run"
+
+    return of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "shards"), [(1, 1), (3, 1), (2, 2), (4, 2)])
-def test_another_layout_goes_on_to_rounding(store, whole, begun, tmp_path, size, shards):
-    shutil.copytree(begun, tmp_path / "run")
+@pytest.mark.parametrize(("before", "size", "shards"), [(1, 1, 1), (1, 3, 1), (1, 2, 2), (1, 4, 2), (2, 2, 1)])
+def test_another_layout_goes_on_to_rounding(store, whole, begun, tmp_path, before, size, shards):
+    shutil.copytree(begun(before), tmp_path / "run")
     argv = ["train", store, tmp_path / "run", *OPTIONS, "--feature-shards", shards]
     codes = [main(list(map(str, argv)))] if size == 1 else launch(tmp_path, size, argv)[0]
     assert codes == [0] * size
@@ -136,7 +174,7 @@ def test_another_layout_goes_on_to_rounding(store, whole, begun, tmp_path, size,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", [[], ["--l", "4", "--pool-every", "5", "--adam", "decayed", "--moments", "bfloat16"]])
+@pytest.mark.parametrize("rule", [["--l", "none"], ["--pool-every", "5", "--adam", "decayed", "--moments", "bfloat16"]])
 def test_two_processes_go_on_with_the_checkpoint_of_one(store, tmp_path, monkeypatch, rule):
     argv = ["train", str(store), str(tmp_path / "run"), *OPTIONS, *rule]
     with monkeypatch.context() as patch:
@@ -173,7 +211,7 @@ class SaveOnce:
 
 @pytest.mark.slow
 def test_a_damaged_shard_is_found_before_anything_is_loaded(store, begun, tmp_path):
-    shutil.copytree(begun, tmp_path / "run")
+    shutil.copytree(begun(1), tmp_path / "run")
     shard = next((tmp_path / "run").glob("checkpoint_*/__1_0.distcp"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1

@@ -119,7 +119,7 @@ def faults(shape):
 def test_a_batch_that_one_process_refuses_is_refused_by_all(workers, shape):
     first, last = workers.run(2, faults, shape)
     where = "in batch 1 of sampled_sae.distributed"
-    assert first[0] == f"x: rank 1 refused its tokens {where} (NaN, inf or a wrong shape: it says which)"
+    assert first[0] == f"x: rank 1 refused its tokens {where} (NaN, inf, a wrong shape: it says why)"
     assert last[0] == f"rank 1, {where}: x: 1 of 60 values are NaN or inf, the first at (2, 1)"
     assert "rank 1 refused" in first[1]
     assert "d_in=12" in last[1]
@@ -130,6 +130,57 @@ def test_a_batch_that_one_process_refuses_is_refused_by_all(workers, shape):
         assert "[5, 4] tokens on the processes of the dimension 'feature'" in first[3]
     else:
         assert first[3] is None
+
+
+def out_of_memory(shape):
+    sae, _ = spread(shape, SETTINGS)
+    (x, *_), said = batches([[5]], 1)[0], None
+    with pytest.MonkeyPatch.context() as patch:
+        if sae.layout.mesh.rank == 1:
+            patch.setattr("sampled_sae.impl.layer_parts.tokens_and_goal", lambda *args: torch.empty(1 << 60))
+        try:
+            sae(x)
+        except (RuntimeError, ValueError) as error:
+            said = str(error)
+    sae(x).loss.backward()
+    return said
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=str)
+def test_a_process_without_memory_for_its_batch_stops_all(workers, shape):
+    first, last = workers.run(2, out_of_memory, shape)
+    assert "x: rank 1 refused its tokens" in first
+    assert "memory" in last
+
+
+def encoded_alone(bad_rank):
+    """What each way to encode says of NaN that one process was given, or how many entries it has of good tokens."""
+    sae, rank = spread((2, 2), SETTINGS)
+    sae.calibrate(batches([[5, 5]], 1)[0][rank])
+    sae.eval()
+    x, said = batches([[5, 4]], 1)[0][rank], []
+    bad = x.clone()
+    bad[2, 1] = torch.nan
+    for encode in (sae.encode, sae.encode_sparse, sae.encode_above_threshold):
+        for given in (bad if sae.layout.mesh.rank == bad_rank else x, x):
+            try:
+                said.append(encode(given).shape[0])
+            except ValueError as error:
+                said.append(str(error))
+    return said
+
+
+def test_nan_of_one_process_stops_the_encoding_of_those_that_share_its_tokens(workers):
+    results = workers.run(4, encoded_alone, 3)
+    assert [len(said) for said in results] == [6] * 4
+    for said in results[:2]:
+        assert all(isinstance(n, int) for n in said)
+    for found, fault in (
+        (results[2][::2], "x: rank 3 refused its tokens"),
+        (results[3][::2], "x: 1 of 48 values are NaN"),
+    ):
+        assert all(fault in text for text in found)
+    assert all(isinstance(n, int) for said in results[2:] for n in said[1::2])
 
 
 def faulty_targets(shape):

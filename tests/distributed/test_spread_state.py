@@ -8,6 +8,7 @@ from makers import D, write_store
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sampled_sae import ActivationStore, SampledSAE, SampledSAEConfig, TrainConfig, Trainer
+from sampled_sae.distributed import parallelize
 from sampled_sae.pretrained import TENSORS
 from sampled_sae.training import resuming, training_run
 
@@ -117,6 +118,26 @@ def test_saving_gathers_the_parts_one_by_one(workers, tmp_path):
     whole = start(SETTINGS)
     assert max(workers.run(3, saved_in_pieces, (1, 3), tmp_path)) == whole.W_enc.nbytes / 3
     assert torch.equal(SampledSAE.from_pretrained(tmp_path).W_enc, whole.W_enc)
+
+
+def on_a_mesh_of_one():
+    """Whether everything of an SAE is as it was, and what it computes."""
+    sae = start(SETTINGS)
+    before = {**sae.__dict__, **sae._parameters, **sae._buffers}
+    mesh = mesh_of((1, 1))
+    same = parallelize(sae, mesh) is sae
+    after = {**sae.__dict__, **sae._parameters, **sae._buffers}
+    same = same and before.keys() == after.keys() and all(after[name] is value for name, value in before.items())
+    lines = train(sae, batches([[11]], 3), "decayed", None)
+    return same, lines[-1]["loss"], state(sae)
+
+
+def test_a_mesh_of_one_process_leaves_the_sae_as_it_is(workers):
+    ((same, loss, found),) = workers.run(1, on_a_mesh_of_one)
+    alone = train_alone(SETTINGS, [[11]], 3, "decayed")
+    assert same
+    assert loss == alone["lines"][-1]["loss"]
+    assert all(torch.equal(found[name], t) for name, t in alone["state"].items())
 
 
 def hints_of(sae):

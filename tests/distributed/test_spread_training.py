@@ -23,9 +23,9 @@ CASES = [
     ((1, 2), {"row_grads": True}, "dense"),
     ((1, 2), {"row_grads": True, "l": None, "select": "token", "aux_pool": None}, "decayed"),
     ((1, 3), {"pool": "sample", "score": "entropy", "d_sae": 101}, "dense"),
-    ((1, 2), {"select": "token", "score": "uniform", "apply_b_dec_to_input": False}, "sgd"),
-    ((2, 2), {"row_grads": True, "pool_every": 2, "score_tokens": 0.5}, "lazy"),
-    ((2, 2), {"l": None, "input_scale": 0.37}, "adam"),
+    ((1, 2), {"select": "token", "score": "uniform", "apply_b_dec_to_input": False, "d_in": 5}, "sgd"),
+    ((2, 2), {"row_grads": True, "pool_every": 2, "score_tokens": 0.5, "d_in": 33}, "lazy"),
+    ((2, 2), {"l": None, "input_scale": 0.37, "d_in": 20}, "adam"),
     # a pool beyond a block: of most features, of which most are touched; and by token with processes without tokens
     ((2, 1), {"row_grads": True, "l": 14.0}, "lazy"),
     ((2, 1), {"row_grads": True, "l": 8.0, "select": "token"}, "decayed"),
@@ -38,6 +38,8 @@ CASES = [
     ((2, 1), {"row_grads": True, "l": None, "skip": True, "input_scale": 0.37, "output_scale": 0.6}, "dense"),
     ((1, 3), {"row_grads": True, "d_out": 7, "skip": True, "d_sae": 101}, "lazy"),
     ((2, 2), {"skip": True, "groups": (10, 40, 96), "l": 8.0}, "adam"),
+    # processes of `feature` reduce lists of other lengths over three of `data`, where the order of a sum shows
+    ((3, 2), {"row_grads": True, "skip": True, "d_in": 11}, "dense"),
     # three layers side by side, given one behind the other
     ((2, 2), {"row_grads": True, "l": 8.0, "d_in": 4, "layers": 3}, "dense"),
     ((1, 2), {"row_grads": True, "l": None, "d_in": 4, "layers": 3, "input_scale": (0.5, 2.0, 1.0)}, "lazy"),
@@ -70,7 +72,7 @@ def test_steps_with_a_screen_are_those_of_one_process_without(workers, shape, ru
     ranks = workers.run(shape[0] * shape[1], train_on_mesh, shape, {**settings, "screen": "bf16"}, counts, 8, "dense")
     alone = train_alone({**settings, "screen": "off"}, counts, 8, "dense")
     assert any(line["aux"] > 0 for line in alone["lines"])
-    compare(alone, ranks, counts, 1e-5)
+    compare(alone, ranks, counts, 1e-5, 1e-4)
 
 
 @pytest.mark.slow
@@ -83,23 +85,32 @@ def test_every_optimizer_on_every_mesh(workers, shape, kind, rule):
     compare(train_alone(settings, counts, 5, kind), ranks, counts)
 
 
+TRITON = [
+    ((2, 1), {}, "dense"),
+    ((2, 1), {"l": None}, "dense"),
+    ((1, 2), {"select": "token"}, "dense"),
+    ((1, 2), {"l": None, "groups": (10, 50, 96)}, "dense"),
+    ((1, 2), {"groups": (10, 50, 96)}, "dense"),
+    ((2, 1), {"score": "l2_squared", "pool": "sample"}, "lazy"),
+    ((2, 1), {"score": "uniform", "score_tokens": 0.5, "select": "token"}, "decayed"),
+    ((2, 1), {"l": None, "select": "token"}, "decayed bfloat16"),
+    ((1, 2), {"score": "entropy", "pool": "sample", "pool_every": 2}, "dense bfloat16"),
+    ((1, 2), {"aux_pool": None, "score_tokens": 0.5}, "lazy"),
+    ((2, 1), {"aux_pool": None, "score": "entropy", "row_grads": False}, "adam"),
+    ((2, 2), {"score": "l2_squared", "pool_every": 2}, "decayed"),
+    ((2, 2), {"l": None, "row_grads": False}, "sgd"),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("shape", "rule"),
-    [
-        ((2, 1), {}),
-        ((2, 1), {"l": None}),
-        ((1, 2), {"select": "token"}),
-        ((1, 2), {"l": None, "groups": (10, 50, 96)}),
-        ((1, 2), {"groups": (10, 50, 96)}),
-    ],
-    ids=str,
-)
-def test_the_triton_form(workers, shape, rule):
-    settings = {**BASE, **rule, "impl": "triton", "dtype": torch.float32, "dead_after": 10, "row_grads": True}
+@pytest.mark.parametrize(("shape", "rule", "kind"), TRITON, ids=str)
+def test_the_triton_form(workers, shape, rule, kind):
+    settings = {**BASE, "impl": "triton", "dtype": torch.float32, "dead_after": 4, "row_grads": True, **rule}
     counts = [[3, 2], [0, 4]] if shape[0] == 2 else [[5], [4]]
-    ranks = workers.run(2, train_on_mesh, shape, settings, counts, 2, "dense")
-    compare(train_alone(settings, counts, 2, "dense"), ranks, counts, 1e-4)
+    ranks = workers.run(shape[0] * shape[1], train_on_mesh, shape, settings, counts, 2, kind)
+    alone = train_alone(settings, counts, 2, kind)
+    assert any(line["aux"] > 0 for line in alone["lines"])
+    compare(alone, ranks, counts, 1e-4, 1e-3)
 
 
 def accumulate(sae, parts, rank):
@@ -126,13 +137,13 @@ def test_gradients_add_up_and_reach_the_input(workers, shape, rule):
     settings, counts = {"impl": "torch", "l": 2.0, **rule}, COUNTS[shape[0]]
     expected, of_x, total = accumulate(start(settings), batches(counts, 2), None)
     for rank, first, (found, of_ours, ours) in workers.run(2, accumulate_on_mesh, shape, settings, counts):
-        close(torch.tensor(ours), torch.tensor(total), "loss", 1e-11)
+        close(torch.tensor(ours, dtype=torch.float64), torch.tensor(total, dtype=torch.float64), "loss", 1e-12)
         for name, gradient in expected.items():
             part = gradient if name in ("b_dec", "W_skip") else gradient[first : first + len(found[name])]
-            close(found[name], part, name, 1e-11)
+            close(found[name], part, name, 1e-12)
         for step, gradient in enumerate(of_x):
             start_at = sum(counts[step][:rank])
-            close(of_ours[step], gradient[start_at : start_at + counts[step][rank]], "x", 1e-11)
+            close(of_ours[step], gradient[start_at : start_at + counts[step][rank]], "x", 1e-12)
 
 
 def left_behind(shape, settings):
@@ -164,9 +175,9 @@ def steps_without_waiting(shape, settings):
     parts = batches([[5, 3] if shape[0] == 2 else [6]], 3, dtype=torch.float32)
     exchange = sae.layout.mesh.exchange
 
-    def between_hosts(number):
+    def between_hosts(*what):
         with _disable_current_modes():
-            return exchange(number)
+            return exchange(*what)
 
     def here(ranking, keys, size):
         mine, taken = ranking.candidates(keys, size)
@@ -187,9 +198,20 @@ def steps_without_waiting(shape, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("select", ["batch", "token"])
-@pytest.mark.parametrize(("shape", "l"), [((2, 1), 3.0), ((1, 2), 3.0), ((1, 2), None)], ids=str)
-def test_no_step_waits_for_the_device(workers, shape, l, select):
+@pytest.mark.parametrize(
+    ("shape", "rule"),
+    [
+        ((2, 1), {"select": "batch"}),
+        ((2, 1), {"select": "token", "pool": "sample", "score_tokens": 0.5}),
+        ((1, 2), {"select": "batch"}),
+        ((1, 2), {"select": "token"}),
+        ((1, 2), {"select": "batch", "l": None}),
+        ((1, 2), {"select": "token", "l": None}),
+        ((2, 2), {"pool": "sample", "score": "entropy", "score_tokens": 0.5}),
+    ],
+    ids=str,
+)
+def test_no_step_waits_for_the_device(workers, shape, rule):
     """But for the union of touched rows over `data` without a pool."""
-    rule = {"impl": "triton", "dtype": torch.float32, "dead_after": 8, "row_grads": True, "select": select, "l": l}
-    assert all(aux > 0 for aux in workers.run(2, steps_without_waiting, shape, {**BASE, **rule}))
+    settings = {**BASE, "impl": "triton", "dtype": torch.float32, "dead_after": 8, "row_grads": True, **rule}
+    assert all(aux > 0 for aux in workers.run(shape[0] * shape[1], steps_without_waiting, shape, settings))

@@ -10,7 +10,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-MOST = 4
 # against a test that hangs, no measure of speed
 PATIENCE = 300
 
@@ -34,23 +33,27 @@ def serve(connection, rank):
 
 
 class Workers:
-    """MOST processes; a case takes as many of them as it needs."""
+    """As many processes as the largest case so far has needed."""
 
     def __init__(self):
         os.environ["OMP_NUM_THREADS"] = "1"
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.tensor", "sampled_sae.distributed"])
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["torch", "torch.distributed.tensor", "sampled_sae.distributed"])
         self.folder = tempfile.mkdtemp()
         self.calls = 0
         self.workers = []
-        for rank in range(MOST):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, rank), daemon=True)
-            process.start()
-            self.workers.append((process, ours))
+
+    def start(self):
+        """One more."""
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=serve, args=(theirs, len(self.workers)), daemon=True)
+        process.start()
+        self.workers.append((process, ours))
 
     def run(self, size, function, *arguments):
         """What `function(*arguments)` returns in each of `size` processes that form a group."""
+        while len(self.workers) < size:
+            self.start()
         self.calls += 1
         task = (function, arguments, size, os.path.join(self.folder, f"store{self.calls}"))
         for _, connection in self.workers[:size]:
