@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sampled_sae.kernels.activation import activation
-from sampled_sae.kernels.arguments import check_block, check_vector
+from sampled_sae.kernels.activation import activation, spread_of
+from sampled_sae.kernels.arguments import Spread, check_block, check_spread, check_vector, spread_arguments
 from sampled_sae.kernels.configs import MERGED_ROWS, architecture, launch, long_rows_config, merge_config, rows_config
 from sampled_sae.kernels.interpreter import rounded
 from sampled_sae.kernels.radix import is_kept, pick_digit, sort_bits
@@ -152,6 +152,30 @@ def keep_long_rows_kernel(
             tl.store(copy + i_t * P + o_p, rounded(b_z, copy.dtype.element_ty), mask=o_p < P)
 
 
+@triton.jit
+def chunk_row(
+    z,
+    b,
+    scale,
+    norms,
+    errors,
+    of_norms,
+    of_errors,
+    of_bias,
+    o_c,
+    C,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SPREAD: tl.constexpr,
+):
+    """`activated_row`; with a spread, what the activations are at least."""
+    m_c = o_c < C  # as o_c
+    b_z = tl.load(z + o_c, mask=m_c, other=0.0)  # as o_c
+    if HAS_SPREAD:
+        b_z -= spread_of(norms, errors, of_norms, of_errors, of_bias, o_c * 0, m_c, o_c, m_c)  # as o_c
+    return activation(b_z, b, scale, o_c, m_c, HAS_BIAS, HAS_SCALE)
+
+
 @triton.jit(do_not_specialize=["first"])
 def merge_rows_kernel(
     best_values,
@@ -160,16 +184,27 @@ def merge_rows_kernel(
     features,
     b,
     scale,
+    norms,
+    errors,
+    of_norms,
+    of_errors,
+    of_bias,
+    needed,
     C,
     k,
     first,
     HAS_FEATURES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    HAS_SPREAD: tl.constexpr,
+    HAS_NEEDED: tl.constexpr,
     BK: tl.constexpr,
     BC: tl.constexpr,
     BS: tl.constexpr,
 ):
+    if HAS_NEEDED:
+        if tl.load(needed) == 0:
+            return
     i_t = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BK)  # [BK]
     o_c = tl.arange(0, BC)  # [BC]
@@ -177,9 +212,16 @@ def merge_rows_kernel(
     best_values += i_t * k
     best_features += i_t * k
     z += i_t * C
+    if HAS_SPREAD:
+        norms += i_t
+        errors += i_t
     b_best = tl.load(best_values + o_k, mask=m_k, other=0.0)  # [BK]
     b_u = sort_bits(b_best)  # [BK]
-    b_w = sort_bits(activated_row(z, b, scale, o_c, C, HAS_BIAS, HAS_SCALE))  # [BC]
+    b_w = sort_bits(
+        chunk_row(
+            z, b, scale, norms, errors, of_norms, of_errors, of_bias, o_c, C, HAS_BIAS, HAS_SCALE, HAS_SPREAD
+        )
+    )  # [BC]
     # 0 while a slot is unused, else the k-th best so far, to which a newcomer loses ties
     least = tl.min(tl.where(m_k, b_u, 0x7FFFFFFF))
     if tl.max(b_w) <= least:
@@ -204,7 +246,9 @@ def merge_rows_kernel(
     taken = tl.sum(b_stay)
     for i in range(0, BC, BS):
         o_s = i + tl.arange(0, BS)  # [BS]
-        b_a = activated_row(z, b, scale, o_s, C, HAS_BIAS, HAS_SCALE)  # [BS]
+        b_a = chunk_row(
+            z, b, scale, norms, errors, of_norms, of_errors, of_bias, o_s, C, HAS_BIAS, HAS_SCALE, HAS_SPREAD
+        )  # [BS]
         b_enter = is_kept(sort_bits(b_a), o_s, cut, end_enter).to(tl.int32)  # [BS]
         n_enter = tl.sum(b_enter)
         if n_enter > 0:
@@ -255,6 +299,8 @@ def merge_rows_(
     features: int | torch.Tensor,
     b: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
+    spread: Spread | None = None,
+    needed: torch.Tensor | None = None,
 ) -> None:
     """Merge a chunk of features into the k best so far of each token, in place; repeated, TopK over all features.
 
@@ -262,6 +308,8 @@ def merge_rows_(
     end, hold 0 and 2**31 - 1. z [B, C] is the raw product of the chunk, taken as relu(z + b) * scale. `features`
     are those of its columns, int64 [C], ascending, or the first of C in a row; all are higher than those merged
     before. Ties go to the lower feature. Equivalent to the k largest strictly positive of both together.
+    With a `spread` z may be off by it, and entries count as what they are at least. Where `needed`, int64 [1], is 0,
+    nothing is done.
     """
     check_block(z, b, scale)
     B, C = z.shape
@@ -278,6 +326,9 @@ def merge_rows_(
     has_features = isinstance(features, torch.Tensor)
     if has_features:
         check_vector("features", features, torch.int64, C)
+    check_spread(spread, B, C)
+    if needed is not None:
+        check_vector("needed", needed, torch.int64, 1)
     if z.numel() == 0 or k == 0:
         return
     listed, first = (features, 0) if has_features else (None, features)
@@ -285,9 +336,11 @@ def merge_rows_(
         merge_rows_kernel,
         merge_config(C),
         (B,),
-        (best_values, best_features, z, listed, b, scale, C, k, first),
+        (best_values, best_features, z, listed, b, scale, *spread_arguments(spread), needed, C, k, first),
         HAS_FEATURES=has_features,
         HAS_BIAS=b is not None,
         HAS_SCALE=scale is not None,
+        HAS_SPREAD=spread is not None,
+        HAS_NEEDED=needed is not None,
         BK=triton.next_power_of_2(k),
     )
