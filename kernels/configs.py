@@ -55,6 +55,12 @@ ERRORS_BACKWARD = {
     "gfx942": triton.Config({"BT": 8, "BD": 256, "STEPS": 16}, num_warps=4, num_stages=1),
     "interpreter": triton.Config({"BT": 4, "BD": 16, "STEPS": 2}),
 }
+# Rows of [N, d] that are rounded, BR at a time, BD by BD
+ROUNDED_ROWS = {
+    "nvidia": triton.Config({"BR": 4, "BD": 256}, num_warps=4, num_stages=1),
+    "gfx942": triton.Config({"BR": 4, "BD": 512}, num_warps=4, num_stages=1),
+    "interpreter": triton.Config({"BR": 4, "BD": 16}),
+}
 # (architecture, operand bits) -> the largest d for which scores are fused into the product, where not SMALL_D
 LARGEST_FUSED_D = {("interpreter", bits): sys.maxsize for bits in (16, 32)}
 # One pass over a product [B, C] in memory, BT tokens x BF features at a time, STEPS times. Most programs of the filter
@@ -173,6 +179,11 @@ def errors_config(arch: str) -> triton.Config:
 def errors_backward_config(arch: str) -> triton.Config:
     """For a reconstruction in fp32."""
     return ERRORS_BACKWARD[family(arch)]
+
+
+def rounded_rows_config(arch: str) -> triton.Config:
+    """For rows in fp32."""
+    return ROUNDED_ROWS[family(arch)]
 
 
 def exact_fallback_config(arch: str, dtype: torch.dtype) -> triton.Config:

@@ -182,7 +182,8 @@ def test_everything_is_as_before_afterwards():
 CHEAP = (
     "(optional_arguments and True-True) or unused_slots or (rows_apart and 16) or (listed_features and True-True) or "
     "(largest_indices and 77) or (compact_largest and 50-4) or (nth_largest and True) or threshold_stays or "
-    "(other_rows_stand and decayed) or before_the_first_token or reconstruction_of_strided"
+    "(other_rows_stand and decayed) or before_the_first_token or reconstruction_of_strided or "
+    "rounded_rows_of_strided"
 )
 
 

@@ -22,6 +22,7 @@ from sampled_sae.kernels import (
     gather_decode,
     radix,
     reconstruction,
+    rounded_rows,
     row_adam,
     segment_sum,
     token_topk,
@@ -206,6 +207,11 @@ CASES: dict[str, dict[str, Case]] = {
             partial(reconstruction.squared_errors_backward, new(B), new(B, 768), new(B, 768), new(B, 768)),
         ),
     },
+    "rounded_rows": several(
+        rounded_rows.rounded_rows,
+        rounded_rows.round_rows_kernel,
+        {"rows of 768": (new(F, 768),), "rows of 768, scaled": (new(768, 768), new(1)), "rows of 4096": (new(F, 4096),)},
+    ),
     "row_adam": {
         "dense d=768": adam(768, "dense", float32, float32, False),
         "dense d=768 bf16 moments": adam(768, "dense", float32, bfloat16, True),

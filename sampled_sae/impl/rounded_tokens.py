@@ -76,6 +76,10 @@ class RoundedTokens:
         """The same of some of the tokens."""
         return RoundedTokens(self._tokens[at], self.looks)
 
+    def of_features(self, features: Tensor) -> RoundedTokens:
+        """The same for some of the features, int64 [P]: tokens are not of any."""
+        return self
+
 
 def row_norms(rows: Tensor) -> Tensor:
     """[B], never too small: a square below 2^-126 may be lost."""

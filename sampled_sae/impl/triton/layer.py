@@ -24,6 +24,7 @@ from .block import BLOCK_FEATURES, block_codes
 from .entries import narrow, padded_codes, select_entries
 from .pool import candidate_pool
 from .reconstruction import squared_errors
+from .screen import rounded_operands
 from .scores import column_scores
 from .stream import dense_products, stream_above
 
@@ -72,7 +73,8 @@ def encoder(
     # weights of fewer bits than the activations are raised chunk by chunk
     weights = rows.rounded.of("W_enc", W, dtype if W.dtype.itemsize >= dtype.itemsize else W.dtype)
     scales = None if scale is None else scale.detach().float().contiguous()
-    operands = Operands(centred, weights, b.detach().float().contiguous(), scales)
+    bias = b.detach().float().contiguous()
+    operands = Operands(centred, weights, bias, scales, screen=rounded_operands(centred, weights, screen))
     return Encoder(x, W, b, b_dec, scale, rows, operands)
 
 

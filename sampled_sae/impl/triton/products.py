@@ -78,6 +78,6 @@ def encoder_chunks(operands: Operands) -> Iterator[ProductChunk]:
             yield ProductChunk(at, start, z, b[at], None if scale is None else scale[at])
         else:
             features = members[at]
-            part = operands.of_features(features)
+            part = operands.in_full().of_features(features)
             product(x, part.W.t(), out=z)
             yield ProductChunk(at, features, z, part.b, part.scale)
