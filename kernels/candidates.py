@@ -1,10 +1,10 @@
 """The activations of listed entries in full precision, of which those that reach their floor stay in the list.
 
-The list is what `append_above_` with a spread leaves: entries that a cheaper product cannot rule out. An entry reads its
-row of W, d * itemsize bytes, for 2d FLOPs: bound by memory. They stand as the filter found them, chunk by chunk of
-features and tile by tile, so that rows of W and x come from L2. How many there are is read on the device: programs beyond
-their end leave at once. A list that has overflowed stays as it is and is counted as it was: whoever reads the count does
-what an overflow asks for. Every entry's sum is taken in one order, wherever it stands.
+The list is what `append_above_` with a spread leaves: entries that a cheaper product cannot rule out. An entry reads
+its row of W, d * itemsize bytes, for 2d FLOPs: bound by memory. They stand as the filter found them, chunk by chunk
+of features and tile by tile, so that rows of W and x come from L2. How many there are is read on the device:
+programs beyond their end leave at once. A list that has overflowed stays as it is and is counted as it was: whoever
+reads the count does what an overflow asks for. Every entry's sum is taken in one order, wherever it stands.
 """
 
 import torch
@@ -89,13 +89,13 @@ def compute_candidates_(
     keys: torch.Tensor,
     seen: torch.Tensor,
 ) -> torch.Tensor:
-    """How many of the `seen` entries listed first (int64 [1]) reach their floor, int64 [1]; `seen` where it is above cap.
+    """How many of the `seen` entries listed first (int64 [1]) reach their floor, int64 [1]; `seen` where that is > cap.
 
     The others get value 0 and key B * F, those that reach it their activation: relu(x_i . W_j + b_j) * scale_j > 0 and
-    >= floors, fp32 [B], one for each token, or with `strict` (x_i . W_j + b_j) * scale_j > floors, fp32 [F], one for each
-    feature. Without `strict` a value in the list is an upper bound, and an entry below its floor by it is not computed.
-    values fp32 [cap] and keys int64 [cap] stay as they are where more than cap were seen. x [B, d] and W [F, d] may be of
-    two dtypes; sums are fp32. Equivalent to `a = x @ W.T + b` and so on at the listed places; no gradient.
+    >= floors, fp32 [B], one for each token, or with `strict` (x_i . W_j + b_j) * scale_j > floors, fp32 [F], one for
+    each feature. Without `strict` a value in the list is an upper bound, and an entry that is below its floor by it is
+    not computed. values fp32 [cap] and keys int64 [cap] stay as they are where more than cap were seen. x [B, d] and
+    W [F, d] may be of two dtypes; sums are fp32. Equivalent to `a = x @ W.T + b` and so on at these places; no gradient.
     """
     check_matrix("x", x)
     check_weights(W)

@@ -22,6 +22,7 @@ from ..row_gradients import RowSource
 from .double_backward import no_second_derivative
 from .pool import top_pool
 from .products import lowered, raised
+from .screen import of_tensors
 from .stream import stream_batch, stream_token
 
 
@@ -102,12 +103,13 @@ def select_entries(
     budget: int,
     per_token: bool,
     hint: Tensor | None,
+    screen: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The kept entries of relu(x W^T + b) * scale: (values, tokens, features, the next batch's hint fp32 [1]).
 
-    `budget` entries of the batch, or of each token; sorted by token, then feature.
+    `budget` entries of the batch, or of each token; sorted by token, then feature. screen: `tensors_of` one, or none.
     """
-    operands = Operands(x, W, b, scale, members)
+    operands = Operands(x, W, b, scale, members, of_tensors(x, screen))
     if per_token:
         return *stream_token(operands, budget), x.new_zeros(1, dtype=torch.float32)
     return stream_batch(operands, budget, hint)
@@ -115,7 +117,7 @@ def select_entries(
 
 @select_entries.register_fake
 def _(x: Tensor, W: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    budget, per_token, _ = rest[-3:]
+    budget, per_token = rest[-4:-2]
     n = x.shape[0] * budget if per_token else budget
     values = x.new_empty(n, dtype=torch.float32)
     tokens, features = (x.new_empty(n, dtype=torch.int32) for _ in range(2))

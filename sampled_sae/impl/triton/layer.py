@@ -24,8 +24,8 @@ from .block import BLOCK_FEATURES, block_codes
 from .entries import narrow, padded_codes, select_entries
 from .pool import candidate_pool
 from .reconstruction import squared_errors
-from .screen import rounded_operands
 from .scores import column_scores
+from .screen import rounded_operands, tensors_of
 from .stream import dense_products, stream_above
 
 __all__ = [
@@ -87,14 +87,15 @@ def select(encoder: Encoder, members: Tensor | None, rule: Rule, hints: Threshol
     if members is not None and len(members) <= BLOCK_FEATURES:
         return block_codes(encoder, members, rule)
     x, W, b, scale, *_ = encoder.operands
+    screen = tensors_of(encoder.operands.screen)
     if rule.select == "token":
-        *found, _ = select_entries(x, W, b, scale, members, int(rule.k), True, None)
+        *found, _ = select_entries(x, W, b, scale, members, int(rule.k), True, None, screen)
         return padded_codes(encoder, Entries(*found), members)
     hints = hints if hints is not None else ThresholdHints()
     budget = rule.budget(encoder.operands.n_tokens)
     hint = hints.of(rule, members)
     hint = hint if isinstance(hint, Tensor) else None
-    *found, hint = select_entries(x, W, b, scale, members, budget, False, hint)
+    *found, hint = select_entries(x, W, b, scale, members, budget, False, hint, screen)
     hints.keep(rule, members, hint)
     return padded_codes(encoder, Entries(*found), members)
 
@@ -117,7 +118,7 @@ def search(operands: Operands, rule: Rule, hint: float | None) -> Entries:
     x, W, b, scale, members, *_ = operands
     by_token = rule.select == "token"
     budget = int(rule.k) if by_token else rule.budget(operands.n_tokens)
-    *found, _ = select_entries(x, W, b, scale, members, budget, by_token, None)
+    *found, _ = select_entries(x, W, b, scale, members, budget, by_token, None, tensors_of(operands.screen))
     return Entries(*found)
 
 
