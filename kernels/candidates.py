@@ -95,7 +95,7 @@ def compute_candidates_(
     >= floors, fp32 [B], one for each token, or with `strict` (x_i . W_j + b_j) * scale_j > floors, fp32 [F], one for
     each feature. Without `strict` a value in the list is an upper bound, and an entry that is below its floor by it is
     not computed. values fp32 [cap] and keys int64 [cap] stay as they are where more than cap were seen. x [B, d] and
-    W [F, d] may be of two dtypes; sums are fp32. Equivalent to `a = x @ W.T + b` and so on at these places; no gradient.
+    W [F, d] may be of two dtypes; sums are fp32. Equivalent to `a = x @ W.T + b` and so on there; no gradient.
     """
     check_matrix("x", x)
     check_weights(W)

@@ -93,7 +93,7 @@ def no_best(operands: Operands, k: int) -> tuple[Tensor, Tensor]:
 
 
 def best_if(needed: Tensor, operands: Operands, k: int) -> tuple[Tensor, Tensor]:
-    """The same without a screen, values [B, k] and features, where `needed`, int64 [1], is not 0; else there are none."""
+    """The same without a screen, values and features [B, k], where `needed`, int64 [1], is not 0; else none."""
     values, features = no_best(operands, k)
     for chunk in unwritten_chunks(operands):
         product_if_(needed, operands.x, operands.W, chunk.features, chunk.z)
