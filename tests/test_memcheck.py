@@ -183,7 +183,7 @@ CHEAP = (
     "(optional_arguments and True-True) or unused_slots or (rows_apart and 16) or (listed_features and True-True) or "
     "(largest_indices and 77) or (compact_largest and 50-4) or (nth_largest and True) or threshold_stays or "
     "(other_rows_stand and decayed) or before_the_first_token or reconstruction_of_strided or "
-    "rounded_rows_of_strided"
+    "rounded_rows_of_strided or (of_a_list and 5-3) or (with_a_spread and (tails or 16-4))"
 )
 
 

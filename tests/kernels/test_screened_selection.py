@@ -1,5 +1,7 @@
 """The streamed selections through a screen: the same pairs as without one, and nothing beyond its bound is missed."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,13 +9,17 @@ pytest.importorskip("triton")
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from makers import make_sae, tokens
+from no_host_sync import NoHostSync, allow_late_scalars
 from screened import assert_same_pairs, encoders
 
+from sampled_sae import RowAdam
 from sampled_sae.codes import SparseCodes
 from sampled_sae.impl.encoder import Operands
 from sampled_sae.impl.hints import Rule, ThresholdHints
 from sampled_sae.impl.interface import implementation
 from sampled_sae.impl.triton import products, screen_entries, stream
+from sampled_sae.impl.triton.screen import tensors_of
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
@@ -240,3 +246,71 @@ def test_nothing_of_an_empty_batch():
     operands = Operands(x[:0].to(DEVICE), W.to(DEVICE), b.to(DEVICE))
     assert len(stream.stream_above(operands, 0.0).values) == 0
     assert implementation("triton").encoder(x[:0], W, b, screen="bf16").operands.screen is None
+
+
+RULES = [{"l": None}, {"l": None, "select": "token"}, {"l": 8.0}]
+
+
+def make(screen, **rule):
+    return make_sae(
+        torch.float32, device=DEVICE, impl="triton", screen=screen, aux_coefficient=1.0, dead_after=60, **rule
+    )
+
+
+@pytest.fixture
+def entries_alone(monkeypatch):
+    """No pool is handled as a block."""
+    monkeypatch.setattr("sampled_sae.impl.triton.layer.BLOCK_FEATURES", 0)
+
+
+@pytest.mark.usefixtures("entries_alone")
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_training_takes_the_same_steps(rule):
+    saes = {screen: make(screen, row_grads=True, **rule) for screen in ("off", "bf16")}
+    optimizers = {screen: RowAdam(sae, lr=1e-2) for screen, sae in saes.items()}
+    for step in range(4):
+        saes["bf16"].load_state_dict(saes["off"].state_dict())
+        kept = []
+        for screen, sae in saes.items():
+            out = sae(tokens(32, 12, seed=step).float().to(DEVICE))
+            out.loss.backward()
+            optimizers[screen].step()
+            optimizers[screen].zero_grad()
+            kept.append(out)
+        assert torch.equal(*(out.codes.to_dense() != 0 for out in kept))
+        torch.testing.assert_close(kept[0].loss, kept[1].loss, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("entries_alone")
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_no_step_waits_for_the_device(rule, monkeypatch):
+    sae, x = make("bf16", **rule), tokens(32, 12).float().to(DEVICE)
+    monkeypatch.setattr(sae.memory.inputs, "check", lambda x: None)
+    allow_late_scalars(monkeypatch)
+    sae(x).loss.backward()
+    for _ in range(2):
+        with NoHostSync() as mode:
+            sae(x).loss.backward()
+    assert {"round_rows", "select_entries"} <= mode.seen
+
+
+@pytest.mark.usefixtures("entries_alone")
+@pytest.mark.parametrize("rule", RULES[:2], ids=str)
+def test_a_step_compiles_whole(rule):
+    sae = make("bf16", **rule)
+    twin = copy.deepcopy(sae)
+    torch._dynamo.reset()
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        x = tokens(32, 12, seed=seed).float().to(DEVICE)
+        expected, found = sae(x), compiled(x)
+        torch.testing.assert_close(found.loss, expected.loss)
+        assert torch.equal(*(out.codes.to_dense() != 0 for out in (expected, found)))
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_the_operator_passes_opcheck(per_token):
+    o = triton_encoder(*drawn()).operands
+    screen = tensors_of(o.screen)
+    arguments = (o.x, o.W, o.b, None, None, 3 if per_token else 100, per_token, None, screen)
+    torch.library.opcheck(torch.ops.sampled_sae.select_entries, arguments)
