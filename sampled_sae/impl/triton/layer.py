@@ -24,8 +24,9 @@ from .block import BLOCK_FEATURES, block_codes
 from .entries import narrow, padded_codes, select_entries
 from .pool import candidate_pool
 from .reconstruction import squared_errors
-from .screen import rounded_operands
 from .scores import column_scores
+from .screen import rounded_operands
+from .screen_columns import column_bounds
 from .stream import dense_products, stream_above
 
 __all__ = [
@@ -76,10 +77,6 @@ def encoder(
     bias = b.detach().float().contiguous()
     operands = Operands(centred, weights, bias, scales, screen=rounded_operands(centred, weights, screen))
     return Encoder(x, W, b, b_dec, scale, rows, operands)
-
-
-def column_bounds(operands: Operands, score: str) -> None:
-    """Scores are computed in full here."""
 
 
 def select(encoder: Encoder, members: Tensor | None, rule: Rule, hints: ThresholdHints | None = None) -> SparseCodes:
