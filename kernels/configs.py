@@ -61,6 +61,8 @@ ROUNDED_ROWS = {
     "gfx942": triton.Config({"BR": 4, "BD": 512}, num_warps=4, num_stages=1),
     "interpreter": triton.Config({"BR": 4, "BD": 16}),
 }
+# bounds, a number a feature or a token
+SPECTRAL = triton.Config({"BLOCK": 1024}, num_warps=4)
 # (architecture, operand bits) -> the largest d for which scores are fused into the product, where not SMALL_D
 LARGEST_FUSED_D = {("interpreter", bits): sys.maxsize for bits in (16, 32)}
 # One pass over a product [B, C] in memory, BT tokens x BF features at a time, STEPS times. Most programs of the filter

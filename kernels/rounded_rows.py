@@ -14,6 +14,9 @@ from sampled_sae.kernels.interpreter import rounded
 
 # what the sum of up to 2^17 squares and its root are rounded by, at most
 MARGIN = tl.constexpr(1.01)
+# What a sum of d products moves by, at most, for each of them and for norms of 1 of both factors: 2^-23 where matrix
+# units cut off what does not fit in fp32, and that twice for safety.
+SUMS = tl.constexpr(2.0**-22)
 # the square of anything smaller may be lost
 LEAST = tl.constexpr(2.0**-62)
 
@@ -48,8 +51,8 @@ def round_rows_kernel(
         b_n += b_v * b_v
         b_e += b_r * b_r
     LEAST_NORM: tl.constexpr = LEAST * D
-    tl.store(norms + o_r, MARGIN * tl.sqrt(tl.sum(b_n, axis=1)) + LEAST_NORM, mask=m_r)
-    tl.store(errors + o_r, MARGIN * tl.sqrt(tl.sum(b_e, axis=1)) + LEAST_NORM, mask=m_r)
+    tl.store(norms + o_r, tl.sqrt(tl.sum(b_n, axis=1)) * MARGIN + LEAST_NORM, mask=m_r)
+    tl.store(errors + o_r, tl.sqrt(tl.sum(b_e, axis=1)) * MARGIN + LEAST_NORM, mask=m_r)
 
 
 def rounded_rows(

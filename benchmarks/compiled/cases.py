@@ -17,9 +17,11 @@ from sampled_sae.kernels import (
     candidates,
     chunk_filter,
     chunk_scores,
+    column_bounds,
     column_scores,
     configs,
     exact_fallback,
+    firing_bounds,
     gather_decode,
     merge_rows,
     needed_product,
@@ -28,7 +30,9 @@ from sampled_sae.kernels import (
     rounded_rows,
     row_adam,
     segment_sum,
+    spectral_bound,
     token_topk,
+    undecided_columns,
 )
 from sampled_sae.kernels.arguments import Spread
 
@@ -83,6 +87,17 @@ def adam(d: int, mode: str, grad: torch.dtype, moments: torch.dtype, has_copy: b
     }
     how = {**optional, **numbers, "mode": mode, "project": d > 1, "renormalize": d > 1}
     return Case(row_adam.row_adam_kernel, partial(row_adam.row_adam_, *tensors, **how))
+
+
+def fires(d: int) -> tuple[Tensor, ...]:
+    """x, W, each with its norms and errors, and b."""
+    x, W = encoder(bfloat16, d)
+    return x, new(B), new(B), W, new(F), new(F), new(F)
+
+
+def undecided(d: int) -> Callable[[], Any]:
+    arguments = (*encoder(float32, d), *vectors(F), "l2", new(F), new(F), new(F))
+    return partial(undecided_columns.settled_statistics, *arguments, P)
 
 
 def decode(dtype: torch.dtype, d: int) -> Callable[[], Any]:
@@ -172,6 +187,11 @@ CASES: dict[str, dict[str, Case]] = {
         chunk_scores.chunk_partials_kernel,
         {f"partials {score}": (*CHUNK, score) for score in ("entropy", "l2")},
     ),
+    "column_bounds": several(
+        column_bounds.column_bounds,
+        column_bounds.column_bounds_kernel,
+        {"sums of squares": (*(new(F) for _ in range(5)), new(2), new(2), B, 768)},
+    ),
     "column_scores": {
         **several(
             column_scores.column_statistics,
@@ -196,6 +216,11 @@ CASES: dict[str, dict[str, Case]] = {
             "bf16 large d, pool": (*encoder(bfloat16, 4096), *vectors(F), MEMBERS, KEPT, *LIST),
             "fp32 small d, pool": (*encoder(float32, 768), *vectors(F), MEMBERS, KEPT, *LIST),
         },
+    ),
+    "firing_bounds": several(
+        firing_bounds.firing_bounds,
+        firing_bounds.firing_partials_kernel,
+        {"small d": fires(768), "large d": fires(4096)},
     ),
     "gather_decode": several(
         gather_decode.entry_dots,
@@ -259,11 +284,24 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "segment_sum": {f"rests {name}": Case(segment_sum.rests_kernel, call) for name, call in SUMS.items()}
     | {f"segments {name}": Case(segment_sum.segments_kernel, call) for name, call in SUMS.items()},
+    "spectral_bound": {
+        "trace": Case(spectral_bound.trace_kernel, partial(spectral_bound.trace_bound, new(B), new(B))),
+        "bound": Case(
+            spectral_bound.spectral_bound_kernel,
+            partial(spectral_bound.spectral_bound, new(2), *(new(768) for _ in range(5)), B, new(B)),
+        ),
+    },
     "token_topk": {
         **{f"rows of {n}": kept_rows(token_topk.keep_rows_kernel, n) for n in (512, 2048, 4096, 8192)},
         "longer rows": kept_rows(token_topk.keep_long_rows_kernel, 32768),
         "of a list": Case(
             token_topk.keep_listed_kernel, partial(token_topk.keep_listed_, NARROW, new(B + 1, dtype=int64), 33)
         ),
+    },
+    "undecided_columns": {
+        "list": Case(undecided_columns.list_undecided_kernel, undecided(768)),
+        "fp32 small d": Case(undecided_columns.undecided_partials_kernel, undecided(768)),
+        "fp32 large d": Case(undecided_columns.undecided_partials_kernel, undecided(4096)),
+        "settle": Case(undecided_columns.settle_kernel, undecided(768)),
     },
 }

@@ -26,6 +26,7 @@ from .pool import candidate_pool
 from .reconstruction import squared_errors
 from .scores import column_scores
 from .screen import rounded_operands, tensors_of
+from .screen_columns import column_bounds
 from .stream import dense_products, stream_above
 
 __all__ = [
@@ -76,10 +77,6 @@ def encoder(
     bias = b.detach().float().contiguous()
     operands = Operands(centred, weights, bias, scales, screen=rounded_operands(centred, weights, screen))
     return Encoder(x, W, b, b_dec, scale, rows, operands)
-
-
-def column_bounds(operands: Operands, score: str) -> None:
-    """Scores are computed in full here."""
 
 
 def select(encoder: Encoder, members: Tensor | None, rule: Rule, hints: ThresholdHints | None = None) -> SparseCodes:

@@ -18,9 +18,7 @@ from ...kernels.interpreter import INTERPRETED
 from ...support.float32_products import tf32_allowed
 from ..rounded_tokens import Looks, RoundedTokens
 
-# What a sum of d products moves by, at most, for each of them and for ||x^|| ||w^|| = 1: 2^-23 where tensor cores cut
-# off what does not fit in float32, and that twice for safety.
-SUMS = 2.0**-22
+SUMS = float(kernel.SUMS.value)
 # activations in a batch below which a product costs too little to be screened
 FEWEST_ACTIVATIONS = 1 << 20
 
@@ -53,11 +51,6 @@ class RoundedOperands(RoundedTokens):
     def __init__(self, x: Tensor, tokens: RoundedRows, weights: RoundedRows, looks: Looks | None = None) -> None:
         super().__init__(x, looks)
         self.tokens, self.weights = tokens, weights
-
-    @property
-    def changes(self) -> Tensor:
-        """float32 [B, d]: what rounding changed of x."""
-        return self._tokens - self.tokens.values.float()
 
     def of_tokens(self, at: slice | Tensor) -> RoundedOperands:
         """The same of some of the tokens."""
