@@ -29,6 +29,7 @@ def compute_candidates_kernel(
     keys,
     seen,
     count,
+    computed,
     B,
     F,
     cap,
@@ -46,6 +47,7 @@ def compute_candidates_kernel(
     if n_seen > cap:
         if first == 0:
             tl.store(count, n_seen)
+            tl.store(computed, n_seen)
         return
     if first >= n_seen:
         return
@@ -73,9 +75,8 @@ def compute_candidates_kernel(
         m_hit = m_a & (b_a > 0) & (b_a >= b_least)  # [BE]
     tl.store(values + o_e, tl.where(m_hit, b_a, 0.0), mask=m_e)
     tl.store(keys + o_e, B.to(tl.int64) * F, mask=m_e & ~m_hit)
-    n_hits = tl.sum(m_hit.to(tl.int32))
-    if n_hits > 0:
-        tl.atomic_add(count, n_hits.to(tl.int64), sem="relaxed")
+    tl.atomic_add(count, tl.sum(m_hit.to(tl.int64)), sem="relaxed")
+    tl.atomic_add(computed, tl.sum(m_a.to(tl.int64)), sem="relaxed")
 
 
 def compute_candidates_(
@@ -88,14 +89,15 @@ def compute_candidates_(
     values: torch.Tensor,
     keys: torch.Tensor,
     seen: torch.Tensor,
-) -> torch.Tensor:
-    """How many of the `seen` entries listed first (int64 [1]) reach their floor, int64 [1]; `seen` where that is > cap.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many of the `seen` entries listed first (int64 [1]) reach their floor, and how many were computed.
 
-    The others get value 0 and key B * F, those that reach it their activation: relu(x_i . W_j + b_j) * scale_j > 0 and
-    >= floors, fp32 [B], one for each token, or with `strict` (x_i . W_j + b_j) * scale_j > floors, fp32 [F], one for
-    each feature. Without `strict` a value in the list is an upper bound, and an entry that is below its floor by it is
-    not computed. values fp32 [cap] and keys int64 [cap] stay as they are where more than cap were seen. x [B, d] and
-    W [F, d] may be of two dtypes; sums are fp32. Equivalent to `a = x @ W.T + b` and so on there; no gradient.
+    Both are int64 [1], and equal to `seen` where that is beyond cap: the list stays as it is then. Else those that reach
+    it get their activation as value, the others value 0 and key B * F. It is reached by relu(x_i . W_j + b_j) * scale_j
+    that is > 0 and >= floors, fp32 [B], one for each token, or with `strict` by (x_i . W_j + b_j) * scale_j > floors,
+    fp32 [F], one for each feature. Without `strict` a value in the list is an upper bound, and an entry that is below
+    its floor by it is not computed. values are fp32 [cap], keys int64 [cap], token * F + feature. x [B, d] and W [F, d]
+    may be of two dtypes; sums are fp32. Equivalent to `(x @ W.T + b).relu() * scale` at these places; no gradient.
     """
     check_matrix("x", x)
     check_weights(W)
@@ -107,18 +109,18 @@ def compute_candidates_(
     check_vector("values", values, torch.float32)
     check_vector("keys", keys, torch.int64, cap)
     check_vector("seen", seen, torch.int64, 1)
-    count = torch.zeros(1, dtype=torch.int64, device=x.device)
     if B == 0 or F == 0 or cap == 0:
-        return count.copy_(seen)
+        return seen.clone(), seen.clone()
+    count, computed = torch.zeros(2, 1, dtype=torch.int64, device=x.device)
     x = contiguous_rows(x)
     launch(
         compute_candidates_kernel,
         entry_dots_config(architecture(x.device), W.dtype),
         lambda meta: (triton.cdiv(cap, meta["BE"]),),
-        (x, W, b, scale, floors, values, keys, seen, count, B, F, cap, x.stride(0), W.stride(0)),
+        (x, W, b, scale, floors, values, keys, seen, count, computed, B, F, cap, x.stride(0), W.stride(0)),
         D=D,
         HAS_BIAS=b is not None,
         HAS_SCALE=scale is not None,
         STRICT=strict,
     )
-    return count
+    return count, computed

@@ -23,9 +23,7 @@ NOT_FINITE = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def list_undecided_kernel(
-    low, high, of_low, of_high, known, statistics, columns, count, F, room, BLOCK: tl.constexpr
-):
+def list_undecided_kernel(low, high, of_low, of_high, known, statistics, columns, count, F, room, BLOCK: tl.constexpr):
     o_f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_f = o_f < F  # [BLOCK]
     least, _ = picked(of_low, PASSES - 1)

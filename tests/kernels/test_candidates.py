@@ -52,12 +52,13 @@ def test_optional_arguments(has_bias, has_scale, strict, dtype, device):
     values, keys, seen = candidates(90, 83, device)
     given = keys[:83].clone()
     floors = floors_of(strict, device)
-    count = compute_candidates_(x, W, b, scale, floors, strict, values, keys, seen)
+    count, computed = compute_candidates_(x, W, b, scale, floors, strict, values, keys, seen)
     B, F = len(x), len(W)
     a = activations(x, W, b, scale, strict)
     reach = a > floors if strict else (a > 0) & (a >= floors[:, None])
     kept = reach.flatten()[given]
     assert 0 < int(count) == int(kept.sum()) < 83
+    assert computed.tolist() == [83]
     assert torch.equal(values[:83], torch.where(kept, a.flatten()[given], 0.0))
     assert torch.equal(keys[:83], torch.where(kept, given, B * F))
     assert values[83:].isnan().all()
@@ -72,9 +73,9 @@ def test_a_full_list_and_one_that_overflowed(cap, device):
     for more in (0, 1, 2**33):
         values, keys, seen = candidates(cap, cap, device)
         given, seen = keys.clone(), seen + more
-        count = compute_candidates_(x, W, b, scale, floors, False, values, keys, seen)
+        count, computed = compute_candidates_(x, W, b, scale, floors, False, values, keys, seen)
         if more:
-            assert count.tolist() == [cap + more]
+            assert count.tolist() == computed.tolist() == [cap + more]
             assert torch.equal(keys, given)
             assert values.isnan().all()
         else:
@@ -88,11 +89,12 @@ def test_what_its_bound_keeps_below_a_risen_floor_is_not_computed(device):
     values, keys, seen = candidates(40, 40, device)
     given = keys.clone()
     values[:] = torch.where(torch.arange(40, device=device) % 3 == 0, -1.0, NAN)
-    count = compute_candidates_(x, W, b, scale, torch.zeros(len(x), device=device), False, values, keys, seen)
+    count, computed = compute_candidates_(x, W, b, scale, torch.zeros(len(x), device=device), False, values, keys, seen)
     a = activations(x, W, b, scale, False).flatten()[given]
     kept = (a > 0) & (torch.arange(40, device=device) % 3 != 0)
     assert torch.equal(values, torch.where(kept, a, 0.0))
     assert count.tolist() == [int(kept.sum())]
+    assert computed.tolist() == [26]
 
 
 def test_what_is_not_a_number_reaches_no_floor(device):
@@ -135,7 +137,8 @@ def test_the_same_bits_wherever_an_entry_stands(device):
 def test_nothing_to_compute(device):
     x, W, b, scale = operands(device)
     values, keys, seen = candidates(0, 3, device)
-    assert compute_candidates_(x, W, b, scale, floors_of(False, device), False, values, keys, seen).tolist() == [3]
+    counts = compute_candidates_(x, W, b, scale, floors_of(False, device), False, values, keys, seen)
+    assert [count.tolist() for count in counts] == [[3], [3]]
 
 
 @pytest.mark.parametrize(

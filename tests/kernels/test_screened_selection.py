@@ -117,23 +117,14 @@ def truth(x, W, b):
 @pytest.mark.parametrize("select", ["batch", "token"])
 def test_the_usual_case_computes_a_few_entries_alone(select, members, repairs, monkeypatch):
     """Nothing is done again, and what is kept is computed in full precision."""
-    computed = []
-    compute = screen_entries.compute_candidates_
-
-    def computing(x, W, b, scale, floors, strict, values, keys, seen):
-        least = floors[(keys // len(W)).clamp(max=len(x) - 1)]
-        live = (torch.arange(len(keys), device=keys.device) < seen) & (values >= least)
-        computed.append(int(live.sum()))
-        return compute(x, W, b, scale, floors, strict, values, keys, seen)
-
-    monkeypatch.setattr(screen_entries, "compute_candidates_", computing)
     hints, rule = ThresholdHints(), Rule(4, select)
     members = None if members is None else torch.tensor(members, device=DEVICE)
     monkeypatch.setattr("sampled_sae.impl.triton.layer.BLOCK_FEATURES", 0)
     monkeypatch.setattr(stream, "SLACK", 200)
     for seed in range(3):
         x, W, b = drawn(seed=seed)
-        codes = on_cpu(implementation("triton").select(triton_encoder(x, W, b), members, rule, hints))
+        encoder = triton_encoder(x, W, b)
+        codes = on_cpu(implementation("triton").select(encoder, members, rule, hints))
         values, tokens, features = codes.entries()
         a = truth(x, W, b)
         if members is not None:
@@ -142,8 +133,8 @@ def test_the_usual_case_computes_a_few_entries_alone(select, members, repairs, m
         best = a.flatten().topk(4 * 48).values if select == "batch" else a.topk(4).values.sort(0).values.flatten()
         torch.testing.assert_close(values.double().sort().values, best.sort().values, rtol=1e-6, atol=1e-6)
     assert not any(repairs)
-    assert len(computed) == 3
-    assert 4 * 48 <= computed[-1] < 1.7 * 4 * 48
+    open_share, kept_share = encoder.operands.screen.looks.shares()["entries"], 4 / (400 if members is None else 133)
+    assert kept_share <= open_share < 1.7 * kept_share
 
 
 def test_a_list_without_room_is_seen_on_the_device(repairs, monkeypatch):

@@ -83,18 +83,23 @@ def select(encoder: Encoder, members: Tensor | None, rule: Rule, hints: Threshol
     """What a batch keeps inside the pool `members`, int64 [P], or everywhere for None."""
     if members is not None and len(members) <= BLOCK_FEATURES:
         return block_codes(encoder, members, rule)
-    x, W, b, scale, *_ = encoder.operands
-    screen = tensors_of(encoder.operands.screen)
-    if rule.select == "token":
-        *found, _ = select_entries(x, W, b, scale, members, int(rule.k), True, None, screen)
-        return padded_codes(encoder, Entries(*found), members)
     hints = hints if hints is not None else ThresholdHints()
-    budget = rule.budget(encoder.operands.n_tokens)
     hint = hints.of(rule, members)
-    hint = hint if isinstance(hint, Tensor) else None
-    *found, hint = select_entries(x, W, b, scale, members, budget, False, hint, screen)
-    hints.keep(rule, members, hint)
-    return padded_codes(encoder, Entries(*found), members)
+    found, hint = found_by(encoder.operands.among(members), rule, hint if isinstance(hint, Tensor) else None)
+    if rule.select == "batch":
+        hints.keep(rule, members, hint)
+    return padded_codes(encoder, found, members)
+
+
+def found_by(operands: Operands, rule: Rule, hint: Tensor | None) -> tuple[Entries, Tensor]:
+    """The entries that a rule keeps, padded, and the next batch's hint."""
+    x, W, b, scale, members, screen, _ = operands
+    by_token = rule.select == "token"
+    budget = int(rule.k) if by_token else rule.budget(operands.n_tokens)
+    *found, hint, opened = select_entries(x, W, b, scale, members, budget, by_token, hint, tensors_of(screen))
+    if screen is not None:
+        screen.looks.see_entries(operands.n_tokens * operands.n_candidates, opened)
+    return Entries(*found), hint
 
 
 def column_statistics(operands: Operands, score: str) -> Tensor:
@@ -112,11 +117,7 @@ def use_block(pool: int, k: float, n_features: int) -> bool:
 
 def search(operands: Operands, rule: Rule, hint: float | None) -> Entries:
     """As the torch form's, in a list of fixed length with padding at its end; tokens and features int32."""
-    x, W, b, scale, members, *_ = operands
-    by_token = rule.select == "token"
-    budget = int(rule.k) if by_token else rule.budget(operands.n_tokens)
-    *found, _ = select_entries(x, W, b, scale, members, budget, by_token, None, tensors_of(operands.screen))
-    return Entries(*found)
+    return found_by(operands, rule, None)[0]
 
 
 def take_kept(found: Entries, kept: Tensor, n_tokens: int, n_features: int) -> Entries:

@@ -49,7 +49,9 @@ def hits_reaching(operands: Operands, floors: Tensor, cap: int, strict: bool) ->
         if strict:
             some = floors[chunk.at if members is None else chunk.features]
         append_above_(chunk.z, chunk.b, chunk.scale, chunk.features, operands.n_features, floors, *hits, some, spread)
-    return hits._replace(found=compute_candidates_(x, W, b, scale, floors, strict, *hits))
+    found, computed = compute_candidates_(x, W, b, scale, floors, strict, *hits)
+    rounded_of(operands).looks.see_entries(operands.n_tokens * operands.n_candidates, computed)
+    return hits._replace(found=found)
 
 
 def room_for_tokens(operands: Operands, k: int) -> int:
@@ -72,7 +74,8 @@ def best_of_tokens(operands: Operands, k: int, cap: int) -> tuple[Tensor, Tensor
         merge_rows_(least, members, chunk.z, chunk.features, chunk.b, chunk.scale, spread)
         floors = least.amin(1)
         append_above_(chunk.z, chunk.b, chunk.scale, chunk.features, n_features, floors, *hits, spread=spread)
-    compute_candidates_(x, W, b, scale, floors, False, *hits)
+    _, computed = compute_candidates_(x, W, b, scale, floors, False, *hits)
+    rounded_of(operands).looks.see_entries(n_tokens * operands.n_candidates, computed)
     values, keys = in_order(hits.values, hits.keys, (n_tokens, n_features))
     every_token = torch.arange(n_tokens + 1, device=x.device)
     keep_listed_(values, torch.searchsorted(keys, every_token * n_features), k)

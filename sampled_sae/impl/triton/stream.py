@@ -75,6 +75,7 @@ def stream_token(operands: Operands, k: int) -> tuple[Tensor, Tensor, Tensor]:
         cap = room_for_tokens(operands, k) + SLACK
         if 0 < cap < n_tokens * operands.n_candidates:
             return compact_largest(*best_of_tokens(operands, k, cap), n_tokens * k, n_tokens, n_features)
+        all_open(operands)
     values, features = no_best(operands, k)
     for chunk in encoder_chunks(operands):
         merge_rows_(values, features, chunk.z, chunk.features, chunk.b, chunk.scale)
@@ -142,11 +143,19 @@ def hits_above(operands: Operands, tau: Tensor, cap: int, floors: Tensor | None 
     if operands.screen is not None and cap < operands.n_tokens * operands.n_candidates:
         strict = floors is not None
         return hits_reaching(operands, floors if strict else tau.repeat(operands.n_tokens), cap, strict)
+    all_open(operands)
     hits = no_hits(operands, cap)
     for chunk in encoder_chunks(operands):
         some = None if floors is None else floors[chunk.at if operands.members is None else chunk.features]
         append_above_(chunk.z, chunk.b, chunk.scale, chunk.features, n_features, tau, *hits, some)
     return hits
+
+
+def all_open(operands: Operands) -> None:
+    """Notes that what a screen could have ruled out is computed all the same: there is room for every entry."""
+    if operands.screen is not None:
+        size = operands.n_tokens * operands.n_candidates
+        operands.screen.looks.see_entries(size, size)
 
 
 def sampled_threshold(operands: Operands, n: int) -> Tensor:
