@@ -210,12 +210,12 @@ def test_no_step_waits_for_the_device(rule, dead_after, monkeypatch):
     assert ("settle_columns" in mode.seen) == (rule["l"] is not None or dead_after == 10)
 
 
-@pytest.mark.parametrize("rule", RULES[:3], ids=str)
+@pytest.mark.parametrize("rule", [*RULES[:3], {"l": 3.0, "score": "entropy"}], ids=str)
 def test_a_training_step_compiles_whole(rule):
     saes = [make("bf16", **rule) for _ in range(2)]
     torch._dynamo.reset()
     compiled = torch.compile(saes[1], fullgraph=True, backend="aot_eager")
-    for seed in range(3):
+    for seed in range(4):
         x = tokens(12, 12, dtype=torch.float32, seed=seed).to(DEVICE)
         expected, found = saes[0](x), compiled(x)
         torch.testing.assert_close(found.loss, expected.loss)
