@@ -81,13 +81,13 @@ def test_the_same_pool_of_many_problems(case, k, l, scored):
 @pytest.mark.parametrize(("share", "holds"), [(1.0, True), (0.9, False)])
 @pytest.mark.parametrize("score", ["l2", "uniform"])
 def test_the_bound_is_needed(score, share, holds, monkeypatch):
-    """A weight as far from what is seen of it as rounding may move it: 1, where the bias is -1 too for the signs."""
+    """A weight as far from the 1 that is seen of it as rounding may move it; with a bias that it just exceeds."""
     for module in (bounds_kernel, firing_kernel):
         monkeypatch.setattr(module, "MARGIN", share * module.MARGIN.value)
     x, W, b = torch.tensor([[1.0, 0.0]]), torch.zeros(64, 2), torch.zeros(64)
     W[5, 0] = 1 + 2.0**-8 - 2.0**-20
     if score == "uniform":
-        b[5] = -1
+        b[5] = 2.0**-19 - float(W[5, 0])
     _, high, *_ = TRITON.column_bounds(both(x, W, b, None)[1], score)
     assert (float(high[5]) >= (1 if score == "uniform" else float(W[5, 0]) ** 2)) == holds
 
