@@ -17,6 +17,7 @@ DEPTH = tl.constexpr(520.0)
 UNIT = tl.constexpr(2.0**-24)
 # of a square that is written
 SQUARE = tl.constexpr(2.0**-20)
+TINY = tl.constexpr(2.0**-126)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -57,7 +58,7 @@ def column_bounds_kernel(
     b_l = tl.maximum(b_s - b_d, 0.0)  # [BLOCK]
     b_h = b_s + b_d  # [BLOCK]
     tl.store(low + o_f, b_l * b_l * (1 - SQUARE), mask=m_f)
-    tl.store(high + o_f, b_h * b_h * (1 + SQUARE) + 2.0**-126, mask=m_f)
+    tl.store(high + o_f, b_h * b_h * (1 + SQUARE) + TINY, mask=m_f)
 
 
 def column_bounds(

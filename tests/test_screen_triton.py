@@ -81,13 +81,13 @@ def test_the_same_pool_of_many_problems(case, k, l, scored):
 @pytest.mark.parametrize(("share", "holds"), [(1.0, True), (0.9, False)])
 @pytest.mark.parametrize("score", ["l2", "uniform"])
 def test_the_bound_is_needed(score, share, holds, monkeypatch):
-    """A weight as far from what is seen of it as rounding may move it: 1, where the bias is -1 too for the signs."""
+    """A weight as far from the 1 that is seen of it as rounding may move it; with a bias that it just exceeds."""
     for module in (bounds_kernel, firing_kernel):
         monkeypatch.setattr(module, "MARGIN", share * module.MARGIN.value)
     x, W, b = torch.tensor([[1.0, 0.0]]), torch.zeros(64, 2), torch.zeros(64)
     W[5, 0] = 1 + 2.0**-8 - 2.0**-20
     if score == "uniform":
-        b[5] = -1
+        b[5] = 2.0**-19 - float(W[5, 0])
     _, high, *_ = TRITON.column_bounds(both(x, W, b, None)[1], score)
     assert (float(high[5]) >= (1 if score == "uniform" else float(W[5, 0]) ** 2)) == holds
 
@@ -210,12 +210,12 @@ def test_no_step_waits_for_the_device(rule, dead_after, monkeypatch):
     assert ("settle_columns" in mode.seen) == (rule["l"] is not None or dead_after == 10)
 
 
-@pytest.mark.parametrize("rule", RULES[:3], ids=str)
+@pytest.mark.parametrize("rule", [*RULES[:3], {"l": 3.0, "score": "entropy"}], ids=str)
 def test_a_training_step_compiles_whole(rule):
     saes = [make("bf16", **rule) for _ in range(2)]
     torch._dynamo.reset()
     compiled = torch.compile(saes[1], fullgraph=True, backend="aot_eager")
-    for seed in range(3):
+    for seed in range(4):
         x = tokens(12, 12, dtype=torch.float32, seed=seed).to(DEVICE)
         expected, found = saes[0](x), compiled(x)
         torch.testing.assert_close(found.loss, expected.loss)

@@ -81,7 +81,9 @@ class KeptPool:
             self.rest = max(0, self.rest - 1)
             operands = operands.in_full()
         pool = find_pool(parts, operands, rule, generator)
-        if operands.screen is not None and pool is not None and isinstance(pool.scores, Tensor):
+        # entropy is never screened
+        bounded = operands.screen is not None and rule.score != "entropy"
+        if bounded and pool is not None and isinstance(pool.scores, Tensor):
             self.rest = REST
         return pool
 

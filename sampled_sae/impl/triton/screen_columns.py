@@ -91,7 +91,7 @@ def seen_columns(
         sure, possible = firing_bounds(x, x_norms, x_errors, W, W_norms, W_errors, b).clamp_(max=1)
         return sure, possible.clone()
     sums = column_statistics(x, W, b, score, scale)[0]
-    of_x, of_changes = stretches(RoundedRows(x, x_norms, x_errors), full_x - x.float())
+    of_x, of_changes = stretches(RoundedRows(x, x_norms, x_errors), full_x - x)
     return bounds_kernel.column_bounds(sums, W_norms, W_errors, b, scale, of_x, of_changes, *x.shape)
 
 
