@@ -58,6 +58,16 @@ def activation(b_z, b, scale, o_f, m_f, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.co
 
 
 @triton.jit
+def before_relu(b_z, b, scale, o_f, m_f, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr):
+    """(z + b) * scale, as `activation` without its relu."""
+    if HAS_BIAS:
+        b_z += tl.load(b + o_f, mask=m_f, other=0.0).to(tl.float32)  # as z
+    if HAS_SCALE:
+        b_z *= tl.load(scale + o_f, mask=m_f, other=0.0).to(tl.float32)  # as z
+    return b_z
+
+
+@triton.jit
 def spread_of(norms, errors, of_norms, of_errors, of_bias, o_t, m_t, o_f, m_f):
     """How far what is seen of z + b may be from it: for tokens o_t and features o_f, in shapes that broadcast."""
     b_s = tl.load(norms + o_t, mask=m_t, other=0.0) * tl.load(of_norms + o_f, mask=m_f, other=0.0)

@@ -11,9 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sampled_sae.kernels.activation import activation
+from sampled_sae.kernels.activation import activation, before_relu
 from sampled_sae.kernels.arguments import check_features, check_matrix, check_vector, check_weights, contiguous_rows
-from sampled_sae.kernels.chunk_filter import before_relu
 from sampled_sae.kernels.configs import architecture, entry_dots_config, launch
 from sampled_sae.kernels.gather_decode import dots_of_rows
 

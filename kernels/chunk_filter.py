@@ -15,20 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from sampled_sae.kernels.activation import activation, spread_of
+from sampled_sae.kernels.activation import activation, before_relu, spread_of
 from sampled_sae.kernels.arguments import Spread, check_products, check_spread, check_vector, spread_arguments
 from sampled_sae.kernels.configs import SCALAR, architecture, chunk_filter_config, launch
 from sampled_sae.kernels.radix import PASSES, find_cut, picked
-
-
-@triton.jit
-def before_relu(b_z, b, scale, o_f, m_f, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr):
-    """(z + b) * scale, as `activation` without its relu."""
-    if HAS_BIAS:
-        b_z += tl.load(b + o_f, mask=m_f, other=0.0).to(tl.float32)  # as z
-    if HAS_SCALE:
-        b_z *= tl.load(scale + o_f, mask=m_f, other=0.0).to(tl.float32)  # as z
-    return b_z
 
 
 @triton.jit

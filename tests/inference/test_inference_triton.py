@@ -66,3 +66,4 @@ def test_the_same_entries_through_a_screen(rule, monkeypatch):
         monkeypatch.setattr(stream, "ABOVE_PER_TOKEN", room)
         for a, b in zip(ours.encode_sparse(x).entries(), wanted.entries()):
             assert torch.equal(a, b)
+        assert torch.equal(ours.encode(x), wanted.to_dense())

@@ -39,6 +39,27 @@ def test_the_product_of_a_chunk(shape, listed_features, dtype, device):
     assert (z[B * C :] == -7).all()
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("has_scale", [True, False])
+@pytest.mark.parametrize("has_floors", [True, False])
+def test_optional_arguments(has_floors, has_scale, has_bias, device):
+    """Written into a part of longer rows."""
+    B, d, C = 45, 20, 30
+    x, W = whole(B, d, torch.float32, device, 0), whole(C, d, torch.float32, device, 1)
+    vectors = torch.arange(C, device=device)
+    b = vectors % 5 - 2.0 if has_bias else None
+    scale = vectors % 3 + 1.0 if has_scale else None
+    floors = 2.0 * (vectors % 7) if has_floors else None
+    out = torch.full((B, C + 9), -7.0, device=device)
+    product_if_(flag(1, device), x, W, 0, out[:, 4:-5], b, scale, floors)
+    expected = (x @ W.t() + (b if has_bias else 0)) * (scale if has_scale else 1)
+    if has_floors:
+        expected *= expected > floors
+    assert torch.equal(out[:, 4:-5], expected)
+    assert (out[:, :4] == -7).all()
+    assert (out[:, -5:] == -7).all()
+
+
 def test_what_is_not_needed_is_not_written(device):
     z = torch.full((45, 75), -7.0, device=device)
     product_if_(flag(0, device), torch.ones(45, 8, device=device), torch.ones(75, 8, device=device), 0, z)
@@ -69,8 +90,10 @@ def test_empty(shape, device):
         ({"features": torch.arange(4)}, r"features must be contiguous torch.int64 \[5\]"),
         ({"features": 5}, "features from 5 on: W has 9, 5 are asked for"),
         ({"features": -1}, "features from -1 on"),
-        ({"z": torch.ones(5, 4).t()}, "z must be contiguous"),
-        ({"z": torch.ones(3, 5)}, r"z must be contiguous fp32 \[4, C\]"),
+        ({"z": torch.ones(5, 4).t()}, "contiguous rows"),
+        ({"z": torch.ones(3, 5)}, r"a row for each of 4 tokens, got \[3, 5\]"),
+        ({"b": torch.ones(9)}, "b must be"),
+        ({"floors": torch.ones(9)}, r"floors must be contiguous torch.float32 \[5\]"),
     ],
 )
 def test_wrong_arguments(change, message):

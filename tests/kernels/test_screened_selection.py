@@ -89,6 +89,8 @@ def check(case, k):
         threshold = torch.as_tensor(threshold, device=DEVICE)
         off, seen = (on_cpu(triton.above_threshold(e, threshold)) for e in pair)
         assert_same_pairs(case, off, seen, threshold=tau)
+        dense = triton.dense_above_threshold(pair[1], threshold).cpu()
+        torch.testing.assert_close(dense, seen.to_dense(), rtol=1e-5, atol=1e-5 * float(dense.amax()))
 
 
 @quick

@@ -27,7 +27,7 @@ from .reconstruction import squared_errors
 from .scores import column_scores
 from .screen import rounded_operands, tensors_of
 from .screen_columns import column_bounds
-from .stream import dense_products, stream_above
+from .stream import dense_from_list, dense_products, stream_above
 
 __all__ = [
     "above_threshold",
@@ -157,6 +157,10 @@ def dense_above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None
 
 
 def fill_above(operands: Operands, threshold: Tensor, gate: Gate | None) -> Tensor:
+    """Through a screen, but for a gate."""
+    if operands.screen is not None and gate is None:
+        floors = floor_of(threshold, None, torch.float32).expand(operands.n_features).contiguous()
+        return dense_from_list(operands, floors)
     return keep_above_(dense_products(operands), threshold, gate)
 
 

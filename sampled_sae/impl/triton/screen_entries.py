@@ -54,6 +54,17 @@ def hits_reaching(operands: Operands, floors: Tensor, cap: int, strict: bool) ->
     return hits._replace(found=found)
 
 
+def dense_above(operands: Operands, floors: Tensor, cap: int) -> Tensor:
+    """(x W^T + b) * scale where that is > floors fp32 [F], and 0 elsewhere: fp32 [B, F]."""
+    x, W, b, scale, *_ = operands
+    hits = hits_reaching(operands, floors, cap, True)
+    # unused places write to the one behind the last
+    out = x.new_zeros(operands.n_tokens * operands.n_features + 1).scatter_(0, hits.keys, hits.values)
+    out = out[:-1].view(operands.n_tokens, operands.n_features)
+    product_if_((hits.found > cap).long(), x, W, 0, out, b, scale, floors)
+    return out
+
+
 def room_for_tokens(operands: Operands, k: int) -> int:
     """Places for the candidates of all tokens: the k best of the first of M chunks, k / 2 of the second, and so on."""
     n_chunks = -(-operands.n_candidates // max(chunk_width(operands.n_tokens), 1))

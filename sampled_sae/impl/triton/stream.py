@@ -23,7 +23,7 @@ from ...kernels.merge_rows import merge_rows_
 from ..encoder import Operands
 from .hits import Hits, in_order, no_hits
 from .products import encoder_chunks
-from .screen_entries import best_of_tokens, hits_reaching, no_best, room_for_tokens, rounded_of
+from .screen_entries import best_of_tokens, dense_above, hits_reaching, no_best, room_for_tokens, rounded_of
 
 CAPACITY = 2
 # room for the error of a threshold that comes from few entries
@@ -122,6 +122,14 @@ def in_whole_rows(operands: Operands, least: Tensor, floors: Tensor | None) -> E
         tokens, features = ((z > 0) & (z >= least) if floors is None else z > floors).nonzero(as_tuple=True)
         parts.append(Entries(z[tokens, features], tokens + start, features))
     return Entries(*(torch.cat(column) for column in zip(*parts)))
+
+
+def dense_from_list(operands: Operands, floors: Tensor) -> Tensor:
+    """(x W^T + b) * scale where that is > floors fp32 [F] >= 0, and 0 elsewhere, through a screen: fp32 [B, F].
+
+    In full where the list has no room for what the screen leaves open; waits for nothing.
+    """
+    return dense_above(operands, floors, ABOVE_PER_TOKEN * operands.n_tokens)
 
 
 def dense_products(operands: Operands) -> Tensor:
