@@ -91,8 +91,8 @@ def compute_candidates_(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How many of the `seen` entries listed first (int64 [1]) reach their floor, and how many were computed.
 
-    Both are int64 [1], and equal to `seen` where that is beyond cap: the list stays as it is then. Else those that reach
-    it get their activation as value, the others value 0 and key B * F. It is reached by relu(x_i . W_j + b_j) * scale_j
+    Both are int64 [1], and equal to `seen` where that is beyond cap: the list stays as it is then. Else those that
+    reach it get their activation as value, the others value 0 and key B * F. It is reached by relu(x_i . W_j + b_j) * scale_j
     that is > 0 and >= floors, fp32 [B], one for each token, or with `strict` by (x_i . W_j + b_j) * scale_j > floors,
     fp32 [F], one for each feature. Without `strict` a value in the list is an upper bound, and an entry that is below
     its floor by it is not computed. values are fp32 [cap], keys int64 [cap], token * F + feature. x [B, d] and W [F, d]
@@ -110,7 +110,7 @@ def compute_candidates_(
     check_vector("seen", seen, torch.int64, 1)
     if B == 0 or F == 0 or cap == 0:
         return seen.clone(), seen.clone()
-    count, computed = torch.zeros(2, 1, dtype=torch.int64, device=x.device)
+    count, computed = (torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(2))
     x = contiguous_rows(x)
     launch(
         compute_candidates_kernel,

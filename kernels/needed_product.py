@@ -1,7 +1,8 @@
 """The product of a chunk of features in fp32, where a flag on the device says that it is needed.
 
-Or what of (z + b) * scale lies above a floor for each feature, and 0 in the place of all else. 2BCd FLOPs, or a launch whose programs leave at once: what a cheaper look at a batch has left open is computed in full
-without a word from the host. Programs are as many as the GPU holds and walk over the tiles.
+Or what of (z + b) * scale lies above a floor for each feature, and 0 in the place of all else. 2BCd FLOPs, or a launch
+whose programs leave at once: what a cheaper look at a batch has left open is computed in full without a word from the
+host. Programs are as many as the GPU holds and walk over the tiles.
 """
 
 import torch

@@ -89,8 +89,8 @@ def check(case, k):
         threshold = torch.as_tensor(threshold, device=DEVICE)
         off, seen = (on_cpu(triton.above_threshold(e, threshold)) for e in pair)
         assert_same_pairs(case, off, seen, threshold=tau)
-        dense = triton.dense_above_threshold(pair[1], threshold).cpu()
-        torch.testing.assert_close(dense, seen.to_dense(), rtol=1e-5, atol=1e-5 * float(dense.amax()))
+        dense = SparseCodes.from_dense(triton.dense_above_threshold(pair[1], threshold).cpu())
+        assert_same_pairs(case, off, dense, threshold=tau)
 
 
 @quick
@@ -106,7 +106,7 @@ def test_the_same_pairs_of_many_problems(case, k):
     check(case, k)
 
 
-def drawn(B=48, d=12, F=400, seed=0):
+def drawn(B=16, d=12, F=300, seed=0):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(B, d, generator=g), torch.randn(F, d, generator=g), 0.1 * torch.randn(F, generator=g)
 
@@ -115,14 +115,14 @@ def truth(x, W, b):
     return torch.relu(x.double() @ W.double().t() + b.double())
 
 
-@pytest.mark.parametrize("members", [None, range(3, 400, 3)], ids=["all", "pool"])
+@pytest.mark.parametrize("members", [None, range(3, 300, 3)], ids=["all", "pool"])
 @pytest.mark.parametrize("select", ["batch", "token"])
 def test_the_usual_case_computes_a_few_entries_alone(select, members, repairs, monkeypatch):
     """Nothing is done again, and what is kept is computed in full precision."""
     hints, rule = ThresholdHints(), Rule(4, select)
     members = None if members is None else torch.tensor(members, device=DEVICE)
     monkeypatch.setattr("sampled_sae.impl.triton.layer.BLOCK_FEATURES", 0)
-    monkeypatch.setattr(stream, "SLACK", 200)
+    monkeypatch.setattr(stream, "SLACK", 100)
     for seed in range(3):
         x, W, b = drawn(seed=seed)
         encoder = triton_encoder(x, W, b)
@@ -132,10 +132,10 @@ def test_the_usual_case_computes_a_few_entries_alone(select, members, repairs, m
         if members is not None:
             a = torch.zeros_like(a).index_copy_(1, members.cpu(), a[:, members.cpu()])
         torch.testing.assert_close(values.double(), a[tokens, features], rtol=1e-6, atol=1e-6)
-        best = a.flatten().topk(4 * 48).values if select == "batch" else a.topk(4).values.sort(0).values.flatten()
+        best = a.flatten().topk(4 * 16).values if select == "batch" else a.topk(4).values.sort(0).values.flatten()
         torch.testing.assert_close(values.double().sort().values, best.sort().values, rtol=1e-6, atol=1e-6)
     assert not any(repairs)
-    open_share, kept_share = encoder.operands.screen.looks.shares()["entries"], 4 / (400 if members is None else 133)
+    open_share, kept_share = encoder.operands.screen.looks.shares()["entries"], 4 / (300 if members is None else 99)
     assert kept_share <= open_share < 1.7 * kept_share
 
 
