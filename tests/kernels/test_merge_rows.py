@@ -3,7 +3,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from selection_inputs import drawn_spread, masked, products, spread_of
+from kernel_makers import drawn_spread, masked, products, spread_of
 
 from sampled_sae.kernels.arguments import Spread
 from sampled_sae.kernels.merge_rows import MAX_CHUNK, MAX_K, merge_rows_

@@ -3,7 +3,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from selection_inputs import masked, products
+from kernel_makers import masked, products
 
 from sampled_sae.kernels import configs
 from sampled_sae.kernels.token_topk import keep_listed_, keep_rows_
