@@ -200,9 +200,7 @@ def find_cut(values: torch.Tensor, n: int, b: torch.Tensor | None = None, scale:
     values [N] are >= 0; values [B, P] are a raw product, which is first changed in place to relu(values + b) * scale.
     """
     cut, N = find_digits(values, n, b, scale), values.numel()
-    launch(
-        count_cut_kernel, cut.config, cut.programs(N), (values, cut.histograms, cut.counts, N), TILES=cut.TILES
-    )
+    launch(count_cut_kernel, cut.config, cut.programs(N), (values, cut.histograms, cut.counts, N), TILES=cut.TILES)
     return cut
 
 

@@ -235,7 +235,11 @@ CASES: dict[str, dict[str, Case]] = {
     "rounded_rows": several(
         rounded_rows.rounded_rows,
         rounded_rows.round_rows_kernel,
-        {"rows of 768": (new(F, 768),), "rows of 768, scaled": (new(768, 768), new(1)), "rows of 4096": (new(F, 4096),)},
+        {
+            "rows of 768": (new(F, 768),),
+            "rows of 768, scaled": (new(768, 768), new(1)),
+            "rows of 4096": (new(F, 4096),),
+        },
     ),
     "row_adam": {
         "dense d=768": adam(768, "dense", float32, float32, False),
