@@ -3,8 +3,8 @@
 A column is among the `size` largest where its lower bound exceeds the (size + 1)-th largest upper one, and is not where
 its upper bound lies below the size-th largest lower one. The others are listed, with room for ROOM of all, and their
 sums over the tokens computed from operands in full: tile by tile, by as many programs as the GPU holds, which ask the
-device how many there are. Where there is no room for them, or a bound is not finite, every column is computed by the same
-launch. Nothing waits for the host. FLOPs: 2BdU for U columns. The sums are the bits that column_scores.py makes.
+device how many there are. Where there is no room for them, or a bound is not finite, every column is computed by the
+same launch. Nothing waits for the host. FLOPs: 2BdU for U columns. The sums are the bits that column_scores.py makes.
 """
 
 import torch
