@@ -1,4 +1,4 @@
-"""Between what and what the squared norms of the columns of a = relu(x W^T + b) * scale lie, from those seen in bfloat16.
+"""Between what and what the squared norms of columns of a = relu(x W^T + b) * scale lie, from those seen in bfloat16.
 
 The norm of a column moves by no more than the norm of its error, ||x^||_2 ||dw_j|| + ||dx||_2 ||w_j|| and what sums are
 rounded by. Bytes: a few numbers a feature.

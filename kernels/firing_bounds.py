@@ -1,7 +1,8 @@
 """How many activations of each column are surely above zero, and how many may be, seen in bfloat16.
 
-With x^ = x + dx and w^ = w + dw an entry is off by no more than ||x^_i|| ||dw_j|| + ||dx_i|| ||w_j|| and what its sums are
-rounded by, which each tile of the product adds and subtracts before it counts. FLOPs: 2BdF. Bytes: as column_scores.py.
+With x^ = x + dx and w^ = w + dw an entry is off by no more than ||x^_i|| ||dw_j|| + ||dx_i|| ||w_j|| and what its sums
+are rounded by, which each tile of the product adds and subtracts before it counts. FLOPs: 2BdF. Bytes: as
+column_scores.py.
 """
 
 import torch
@@ -73,8 +74,8 @@ def firing_bounds(
     W_errors: torch.Tensor,
     b: torch.Tensor | None,
 ) -> torch.Tensor:
-    """fp32 [2, F]: entries of x W^T + b that are above zero before x [B, d] and W [F, d] were rounded, for each feature at
-    least and at most; the arguments beside b are what `rounded_rows` gave."""
+    """fp32 [2, F]: how many entries of x W^T + b were above zero before x [B, d] and W [F, d] were rounded, of each
+    feature at least and at most; the arguments beside b are what `rounded_rows` gave."""
     check_encoder(x, W, b, None)
     (B, D), F = x.shape, W.shape[0]
     for name, vector, length in (("x_norms", x_norms, B), ("x_errors", x_errors, B)):

@@ -1,7 +1,7 @@
 """Rows rounded to bfloat16, their norms, and the norms of what rounding changed, in one pass.
 
-Bytes: a row read in fp32 and written in bf16, 6 an element; a few FLOPs, so bound by memory. Norms are bounds from above:
-sums of squares are rounded themselves, and a square below 2^-126 may be lost.
+Bytes: a row read in fp32 and written in bf16, 6 an element; a few FLOPs, so bound by memory. Norms are bounds from
+above: sums of squares are rounded themselves, and a square below 2^-126 may be lost.
 """
 
 import torch
@@ -58,10 +58,10 @@ def round_rows_kernel(
 def rounded_rows(
     rows: torch.Tensor, factor: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """fp32 [N, d] in bf16, contiguous, and two bounds from above, fp32 [N]; `factor` fp32 [1] multiplies the rows first.
+    """fp32 [N, d] in bf16, contiguous, and two bounds from above, fp32 [N]; `factor` fp32 [1] multiplies rows first.
 
-    Equivalent to `low = rows.bfloat16(); return low, rows.norm(dim=1), (rows - low).norm(dim=1)`, whose norms the bounds
-    exceed by about a hundredth. Where a row holds NaN or inf, or its square leaves fp32, a bound is not finite.
+    Equivalent to `low = rows.bfloat16(); return low, rows.norm(dim=1), (rows - low).norm(dim=1)`, whose norms the
+    bounds exceed by about a hundredth. Where a row holds NaN or inf, or its square leaves fp32, a bound is not finite.
     """
     if rows.ndim != 2 or rows.dtype != torch.float32 or not rows_are_contiguous(rows):
         raise ValueError(f"rows must be fp32 [N, d] with contiguous rows, got {rows.dtype} {list(rows.shape)}")

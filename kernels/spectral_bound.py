@@ -1,14 +1,14 @@
 """A number that the largest singular value of a matrix is proven not to exceed, kept on the device.
 
-For G = X^T X / t, with t no less than the trace, sigma^2 = t |G|, and |G|^4 = |G^4| <= ||G^4||_F: four times the root of a
-number that is easily computed, and seldom half as much again as what it bounds. G and its squares are bfloat16 products
-of matrices that `rounded_rows` has rounded, so that in spectral norms
+For G = X^T X / t, with t no less than the trace, sigma^2 = t |G|, and |G|^4 = |G^4| <= ||G^4||_F, whose fourth root is
+seldom twice what it bounds. G and its squares are bfloat16 products of matrices that `rounded_rows` has rounded, so
+that in spectral norms
 
     |G| <= |V_1| + e_1 + g,    |V_1|^2 <= |V_2| + e_2 + h_1,    |V_2|^2 <= ||V_2 V_2^T||_F + h_2
 
-where V_1 is G rounded and V_2 is V_1 V_1^T rounded, e what each rounding changed, and g, h what sums are rounded by: sums
-of n terms move no entry by more than n SUMS times the norms of its two factors, and the matrix of these has the spectral
-norm of n SUMS times the sum of their squares. Bytes: three norms of each row read, once.
+where V_1 is G rounded and V_2 is V_1 V_1^T rounded, e what each rounding changed, and g, h what sums are rounded by:
+sums of n terms move no entry by more than n SUMS times the norms of its two factors, and the matrix of these has the
+spectral norm of n SUMS times the sum of their squares. Bytes: three norms of each row read, once.
 """
 
 import torch
@@ -97,7 +97,7 @@ def spectral_bound(
 
     Args:
         trace: `trace_bound` of the rows of X.
-        norms_1, errors_1: fp32 [D], what `rounded_rows` gave for X^T X / trace, of sums of n terms, or for X X^T / trace.
+        norms_1, errors_1: fp32 [D], what `rounded_rows` gave for X^T X / trace or X X^T / trace, sums of n terms.
         norms_2, errors_2: fp32 [D], the same for the product of its values with their transpose.
         norms_3: fp32 [D], of the rows of the product of the second values with their transpose.
         left: fp32 [L], norms of the rows of what is added to X before its largest singular value is bounded.

@@ -1,10 +1,10 @@
 """The columns whose bounds leave open whether they are among the largest, listed and computed in full on the device.
 
-A column is among the `size` largest where its lower bound exceeds the (size + 1)-th largest upper one, and is not where its
-upper bound lies below the size-th largest lower one. The others are listed, with room for ROOM of them, and their sums over
-the tokens computed from operands in full: tile by tile, by as many programs as the GPU holds, which ask the device how
-many there are. Where there is no room for them, or a bound is not finite, every column is computed by the same launch.
-Nothing waits for the host. FLOPs: 2BdU for U columns. The sums are the bits that column_scores.py makes.
+A column is among the `size` largest where its lower bound exceeds the (size + 1)-th largest upper one, and is not where
+its upper bound lies below the size-th largest lower one. The others are listed, with room for ROOM of all, and their
+sums over the tokens computed from operands in full: tile by tile, by as many programs as the GPU holds, which ask the
+device how many there are. Where there is no room for them, or a bound is not finite, every column is computed by the
+same launch. Nothing waits for the host. FLOPs: 2BdU for U columns. The sums are the bits that column_scores.py makes.
 """
 
 import torch
@@ -46,9 +46,9 @@ def list_undecided_kernel(low, high, of_low, of_high, known, statistics, columns
 
 @triton.jit
 def columns_to_compute(count, F, room):
-    """How many columns are computed, and whether these are all."""
+    """How many columns are computed, and how many of these are listed: all, or none where every column is computed."""
     n = tl.load(count)
-    return tl.minimum(tl.where(n > room, F, n), F).to(tl.int32), n > room
+    return tl.where(n > room, F, n).to(tl.int32), tl.where(n > room, 0, n).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -74,7 +74,7 @@ def undecided_partials_kernel(
     BD: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    n, every = columns_to_compute(count, F, room)
+    n, n_listed = columns_to_compute(count, F, room)
     T = tl.cdiv(B, BN)
     n_tiles = tl.cdiv(n, BM) * T
     i = tl.program_id(0)
@@ -84,8 +84,7 @@ def undecided_partials_kernel(
         o_t = i_t * BN + tl.arange(0, BN)  # [BN]
         m_c = o_c < n  # [BM]
         b_c = tl.minimum(o_c, n - 1)  # [BM]
-        b_f = tl.load(columns + b_c, mask=(b_c < room) & (every == 0), other=0)  # [BM]
-        b_f = tl.where(every, b_c, b_f)  # [BM]
+        b_f = tl.where(b_c < n_listed, tl.load(columns + b_c, mask=b_c < n_listed, other=0), b_c)  # [BM]
         b_a = product_tile(x, W, tl.minimum(o_t, B - 1), b_f, stride_x, stride_W, D, BM, BN, BD)  # [BM, BN]
         b_a = activation(b_a, b, scale, b_f[:, None], m_c[:, None], HAS_BIAS, HAS_SCALE)  # [BM, BN]
         b_a = tl.where((o_t < B)[None, :], b_a, 0.0)  # [BM, BN]
@@ -107,15 +106,14 @@ def settle_kernel(
     BT: tl.constexpr,
     BF: tl.constexpr,
 ):
-    n, every = columns_to_compute(count, F, room)
+    n, n_listed = columns_to_compute(count, F, room)
     first = tl.program_id(0) * BF
     if first == 0:
         tl.store(opened, n.to(tl.int64))
     if first < n:
         o_c = first + tl.arange(0, BF)  # [BF]
         m_c = o_c < n  # [BF]
-        b_f = tl.load(columns + o_c, mask=m_c & (o_c < room) & (every == 0), other=0)  # [BF]
-        b_f = tl.where(every, o_c, b_f)  # [BF]
+        b_f = tl.where(o_c < n_listed, tl.load(columns + o_c, mask=o_c < n_listed, other=0), o_c)  # [BF]
         b_s = folded_tile(partials, tl.program_id(1).to(tl.int64), T, F, o_c, m_c, CEIL_T, BT, BF)  # [BF]
         tl.store(statistics + b_f, b_s, mask=m_c)
 

@@ -92,10 +92,10 @@ def test_columns_ranked_by_something_else(device):
     """Weights turn the order around; what is known stands for columns that are not open."""
     x, W, b, scale = inputs((20, 6, 96), device)
     exact = column_statistics(x, W, b, "l2", scale)[0]
-    low, high = around(exact, 1e-3)
+    low, high = around(exact, 0.1)
     weights = 1 / exact.square().clamp(min=1e-3)
     found, opened = settled_statistics(x, W, b, scale, "l2", low, low * weights, high * weights, 10)
-    assert 0 < int(opened) < 12
+    assert 0 < int(opened) <= 12
     assert torch.equal(largest(found * weights, 10), largest(exact * weights, 10))
 
 

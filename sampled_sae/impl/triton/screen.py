@@ -62,7 +62,7 @@ class RoundedOperands(RoundedTokens):
 
 
 def rounded_operands(x: Tensor, W: Tensor, screen: str) -> RoundedOperands | None:
-    """x [B, d] and W [F, d] in bfloat16 where `screen` asks for it and they are multiplied in IEEE float32; else None."""
+    """x [B, d] and W [F, d] in bfloat16 where `screen` asks for it and products are IEEE float32; else None."""
     if screen == "off" or x.dtype != torch.float32 or W.dtype != torch.float32 or not ieee_products():
         return None
     enough = x.is_cuda and not INTERPRETED.value and x.shape[0] * W.shape[0] >= FEWEST_ACTIVATIONS

@@ -24,8 +24,8 @@ from .spectral import stretches
 
 
 class BoundsOnDevice(NamedTuple):
-    """low, high: float32 [F], of each column's sum over the tokens. operands: in full. looks: where it is counted how many
-    columns are computed again."""
+    """low, high: float32 [F], of each column's sum over the tokens. operands: in full. looks: where it is counted how
+    many columns are computed again."""
 
     low: Tensor
     high: Tensor
@@ -48,7 +48,7 @@ class BoundsOnDevice(NamedTuple):
         return ranked(scores.clamp(max=torch.finfo(torch.float32).max), dead)
 
     def settled(self, low: Tensor, high: Tensor, size: int) -> Tensor:
-        """[F]: scores whose `size` largest are those of the columns, which are ranked by what `low` and `high` bound."""
+        """[F]: scores whose `size` largest are those of the columns, ranked by what `low` and `high` bound."""
         x, W, b, scale, *_ = self.operands
         statistics, opened = settle_columns(x, W, b, scale, self.score, self.low, low, high, size)
         self.looks.see_columns(self.operands.n_features, opened)
@@ -83,7 +83,7 @@ def seen_columns(
     scale: Tensor | None,
     score: str,
 ) -> tuple[Tensor, Tensor]:
-    """(least, greatest) sum over the tokens of each column, float32 [F]; the second is not finite where nothing is known.
+    """(least, greatest) sum over the tokens of each column, float32 [F]; the second is not finite where all is open.
 
     x, W and what goes with them are RoundedRows; `full_x` is x before it was rounded.
     """
