@@ -92,12 +92,11 @@ def compute_candidates_(
     """How many of the `seen` entries listed first (int64 [1]) reach their floor, and how many were computed.
 
     Both are int64 [1], and equal to `seen` where that is beyond cap: the list stays as it is then. Else those that
-    reach it get their activation as value, the others value 0 and key B * F. It is reached by
-    relu(x_i . W_j + b_j) * scale_j that is > 0 and >= floors, fp32 [B], one for each token, or with `strict` by
-    (x_i . W_j + b_j) * scale_j > floors, fp32 [F], one for each feature. Without `strict` a value in the list is an upper
-    bound, and an entry that is below its floor by it is not computed. values are fp32 [cap], keys int64 [cap], token * F
-    + feature. x [B, d] and W [F, d] may be of two dtypes; sums are fp32. Equivalent to
-    `(x @ W.T + b).relu() * scale` at these places; no gradient.
+    reach it get their activation as value, the others value 0 and key B * F. By token it is reached by
+    a = relu(x_i . W_j + b_j) * scale_j that is > 0 and >= floors, fp32 [B]; with `strict`, by feature, by
+    a = (x_i . W_j + b_j) * scale_j > floors, fp32 [F]. Without `strict` a value in the list is an upper bound, and an
+    entry that is below its floor by it is not computed. values are fp32 [cap], keys int64 [cap], token * F + feature.
+    x [B, d] and W [F, d] may be of two dtypes; sums are fp32. Equivalent to `a` at these places; no gradient.
     """
     check_matrix("x", x)
     check_weights(W)
