@@ -1,4 +1,4 @@
-"""Selection and decode entry by entry, for large pools and for whole dictionaries, as operators.
+"""Codes and decode entry by entry, for large pools and for whole dictionaries, as operators.
 
 Lists of kept entries are sorted by token, then feature, and have as many places as the budget; padding stands at the
 end, with value 0, token B and feature F. Arguments named `*_receiver` are read for their shape alone: they receive the
@@ -16,14 +16,12 @@ from torch import Tensor
 from ...codes import Entries, PaddedEntries, SparseCodes
 from ...kernels.gather_decode import entry_dots, gather_sum
 from ...kernels.segment_sum import feature_order, segment_sum
-from ..encoder import Encoder, Operands
+from ..encoder import Encoder
 from ..levels import level_of
 from ..row_gradients import RowSource
 from .double_backward import no_second_derivative
 from .pool import top_pool
 from .products import lowered, raised
-from .screen import of_tensors
-from .stream import stream_batch, stream_token
 
 
 def padded_codes(encoder: Encoder, found: Entries, members: Tensor | None) -> SparseCodes:
@@ -91,41 +89,6 @@ def narrow(entries: Entries) -> Entries:
 def receiver(rows: RowSource, name: str, W: Tensor, features: Tensor) -> Tensor:
     """Where an operator sends its gradient: W itself, or rows of it."""
     return rows.receiver(name, W, features, W.dtype) if rows.keep else W
-
-
-@torch.library.custom_op("sampled_sae::select_entries", mutates_args=())
-def select_entries(
-    x: Tensor,
-    W: Tensor,
-    b: Tensor,
-    scale: Tensor | None,
-    members: Tensor | None,
-    budget: int,
-    per_token: bool,
-    hint: Tensor | None,
-    screen: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The kept entries of relu(x W^T + b) * scale: (values, tokens, features, the next batch's hint fp32 [1], opened).
-
-    `budget` entries of the batch, or of each token; sorted by token, then feature. screen: `tensors_of` one, or none;
-    opened, int64 [1], is how many entries it left open.
-    """
-    operands = Operands(x, W, b, scale, members, of_tensors(x, screen))
-    if per_token:
-        found = (*stream_token(operands, budget), x.new_zeros(1, dtype=torch.float32))
-    else:
-        found = stream_batch(operands, budget, hint)
-    opened = 0 if operands.screen is None else operands.screen.looks.open_entries
-    return (*found, opened if isinstance(opened, Tensor) else x.new_full((1,), opened, dtype=torch.int64))
-
-
-@select_entries.register_fake
-def _(x: Tensor, W: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    budget, per_token = rest[-4:-2]
-    n = x.shape[0] * budget if per_token else budget
-    values = x.new_empty(n, dtype=torch.float32)
-    tokens, features = (x.new_empty(n, dtype=torch.int32) for _ in range(2))
-    return values, tokens, features, x.new_empty(1, dtype=torch.float32), x.new_empty(1, dtype=torch.int64)
 
 
 @torch.library.custom_op("sampled_sae::entry_values", mutates_args=())

@@ -21,12 +21,13 @@ from ..row_gradients import RowSource
 from ..torch.dense_above import DenseAbove
 from . import block, entries, scores
 from .block import BLOCK_FEATURES, block_codes
-from .entries import narrow, padded_codes, select_entries
+from .entries import narrow, padded_codes
 from .pool import candidate_pool
 from .reconstruction import squared_errors
 from .scores import column_scores
 from .screen import rounded_operands, tensors_of
 from .screen_columns import column_bounds
+from .search import select_entries
 from .stream import dense_from_list, dense_products, stream_above
 
 __all__ = [
