@@ -67,7 +67,8 @@ def chunk_width(n_tokens: int) -> int:
 def encoder_chunks(operands: Operands) -> Iterator[ProductChunk]:
     """The product of x with the rows of W chunk by chunk; with those of the candidates, where there are some."""
     for chunk in unwritten_chunks(operands):
-        rows = operands.W[chunk.at] if operands.members is None else operands.W.index_select(0, chunk.features)
+        at, W = chunk.features, operands.W
+        rows = W[chunk.at] if isinstance(at, int) else W.index_select(0, at)
         product(operands.x, rows.t(), out=chunk.z)
         yield chunk
 
