@@ -61,6 +61,14 @@ ROUNDED_ROWS = {
     "gfx942": triton.Config({"BR": 4, "BD": 512}, num_warps=4, num_stages=1),
     "interpreter": triton.Config({"BR": 4, "BD": 16}),
 }
+# Products with a bound on each entry, which takes more registers than the entry: small tiles.
+FIRING = {
+    "nvidia": tile(64, 64, 64, 4, 3),
+    "gfx942": tile(64, 64, 64, 4, 2),
+    "interpreter": tile(16, 32, 16, 4, 1),
+}
+# columns in fp32 where no scores are fused with whose bits they would have to agree
+UNDECIDED = {"nvidia": tile(128, 64, 16, 8, 3), "gfx942": tile(64, 64, 32, 4, 2)}
 # bounds, a number a feature or a token
 SPECTRAL = triton.Config({"BLOCK": 1024}, num_warps=4)
 # (architecture, operand bits) -> the largest d for which scores are fused into the product, where not SMALL_D
@@ -162,6 +170,17 @@ def column_scores_config(arch: str, dtype: torch.dtype, d: int) -> triton.Config
     """For x and W of this dtype and d."""
     small, large = COLUMN_SCORES[arch, 8 * dtype.itemsize]
     return small if d <= SMALL_D else large
+
+
+def firing_config(arch: str) -> triton.Config:
+    """For operands in bf16."""
+    return FIRING[family(arch)]
+
+
+def undecided_config(arch: str, d: int) -> triton.Config:
+    """For operands in fp32 of this d: where scores are fused with the product, in their tiles."""
+    fused = d <= largest_fused_d(arch, torch.float32)
+    return column_scores_config(arch, torch.float32, d) if fused else UNDECIDED[family(arch)]
 
 
 def family(arch: str) -> str:

@@ -12,7 +12,7 @@ import triton.language as tl
 from sampled_sae.kernels.activation import product_tile, tile_of_block
 from sampled_sae.kernels.arguments import check_encoder, check_vector, contiguous_rows
 from sampled_sae.kernels.column_scores import fold_partials
-from sampled_sae.kernels.configs import architecture, column_scores_config, launch
+from sampled_sae.kernels.configs import architecture, firing_config, launch
 from sampled_sae.kernels.rounded_rows import LEAST, MARGIN, SUMS
 
 
@@ -76,6 +76,8 @@ def firing_bounds(
 ) -> torch.Tensor:
     """fp32 [2, F]: how many entries of x W^T + b were above zero before x [B, d] and W [F, d] were rounded, of each
     feature at least and at most; the arguments beside b are what `rounded_rows` gave."""
+    if x.dtype != torch.bfloat16:
+        raise ValueError(f"x must be bf16, got {x.dtype}")
     check_encoder(x, W, b, None)
     (B, D), F = x.shape, W.shape[0]
     for name, vector, length in (("x_norms", x_norms, B), ("x_errors", x_errors, B)):
@@ -85,7 +87,7 @@ def firing_bounds(
     if B == 0 or F == 0:
         return torch.zeros(2, F, dtype=torch.float32, device=x.device)
     x = contiguous_rows(x)
-    config = column_scores_config(architecture(x.device), x.dtype, D)
+    config = firing_config(architecture(x.device))
     T = triton.cdiv(B, config.kwargs["BN"])
     partials = torch.empty(2 * T * F, dtype=torch.float32, device=x.device)
     launch(

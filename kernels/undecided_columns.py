@@ -14,7 +14,7 @@ import triton.language as tl
 from sampled_sae.kernels.activation import activation, product_tile, tile_of_block
 from sampled_sae.kernels.arguments import check_encoder, check_vector, contiguous_rows
 from sampled_sae.kernels.column_scores import folded_tile, sum_of_tokens
-from sampled_sae.kernels.configs import FOLD, SPECTRAL, architecture, column_scores_config, launch, resident_programs
+from sampled_sae.kernels.configs import FOLD, SPECTRAL, architecture, launch, resident_programs, undecided_config
 from sampled_sae.kernels.radix import PASSES, find_digits, picked, sort_bits
 
 # of all columns, the share for which there is room
@@ -135,7 +135,7 @@ def settled_statistics(
     among the largest, and `known` for the rest; where too many are open, those of `column_statistics` for all.
 
     Args:
-        x, W, b, scale: x [B, d] and W [F, d] in full, B >= 1.
+        x, W, b, scale: x [B, d] and W [F, d] in full, fp32, B >= 1.
         score: "l2", "l2_squared" or "uniform".
         known: fp32 [F], lower bounds of the statistics.
         low, high: fp32 [F] >= 0, bounds of what the columns are ranked by, which rises with their statistics.
@@ -143,6 +143,8 @@ def settled_statistics(
     """
     if score not in ("l2", "l2_squared", "uniform"):
         raise ValueError(f"score must be l2, l2_squared or uniform, got {score!r}")
+    if x.dtype != torch.float32:
+        raise ValueError(f"x must be fp32, got {x.dtype}")
     check_encoder(x, W, b, scale)
     (B, D), F = x.shape, W.shape[0]
     for name, vector in (("known", known), ("low", low), ("high", high)):
@@ -160,7 +162,7 @@ def settled_statistics(
         lambda meta: (triton.cdiv(F, meta["BLOCK"]),),
         (low, high, of_low.histograms, of_high.histograms, known, statistics, columns, count, F, room),
     )
-    config = column_scores_config(architecture(x.device), x.dtype, D)
+    config = undecided_config(architecture(x.device), D)
     T = triton.cdiv(B, config.kwargs["BN"])
     partials = torch.empty(T * F, dtype=torch.float32, device=x.device)
     tiles = triton.cdiv(F, config.kwargs["BM"]) * T

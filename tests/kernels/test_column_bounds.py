@@ -137,6 +137,8 @@ def test_wrong_arguments():
         column_bounds(vector, vector, vector, None, None, pair, vector, 3, 4)
     with pytest.raises(ValueError, match="scale must be"):
         column_bounds(vector, vector, vector, None, pair, pair, pair, 3, 4)
+    with pytest.raises(ValueError, match="x must be bf16"):
+        firing_bounds(low.float(), vector, vector, low.float(), vector, vector, None)
     with pytest.raises(ValueError, match=r"W_norms must be .*\[5\]"):
         firing_bounds(low, vector, vector, low, pair, vector, None)
     with pytest.raises(ValueError, match=r"x_errors must be .*\[5\]"):

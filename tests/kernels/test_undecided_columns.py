@@ -117,6 +117,7 @@ def test_undecided_columns_of_strided_memory(layout, device):
         ({"size": 0}, "size must be from 1 to 4"),
         ({"size": 5}, "size must be from 1 to 4"),
         ({"x": torch.ones(0, 7)}, "x have a token"),
+        ({"x": torch.ones(3, 7).bfloat16()}, "x must be fp32"),
         ({"low": torch.ones(4)}, r"low must be .*\[5\]"),
         ({"high": torch.ones(5).double()}, "high must be"),
         ({"known": torch.ones(5, 1)}, "known must be"),

@@ -25,7 +25,8 @@ def stretch(rows: RoundedRows, left: Tensor | None = None) -> Tensor:
     trace = kernel.trace_bound(rows.norms, rows.errors)
     n_tokens, d = X.shape
     G = product(X.t(), X) if n_tokens > d else product(X, X.t())
-    V, *first = rounded_rows(G, trace[1:])
-    V, *second = rounded_rows(product(V, V.t()))
-    _, third, _ = rounded_rows(product(V, V.t()))
-    return kernel.spectral_bound(trace, *first, *second, third, max(n_tokens, d), left)
+    V, norms_1, errors_1 = rounded_rows(G, trace[1:])
+    V, norms_2, errors_2 = rounded_rows(product(V, V.t()))
+    _, norms_3, _ = rounded_rows(product(V, V.t()))
+    n = max(n_tokens, d)
+    return kernel.spectral_bound(trace, norms_1, errors_1, norms_2, errors_2, norms_3, n, left)
