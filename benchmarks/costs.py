@@ -39,6 +39,8 @@ ISSUED = 4
 FITS_L2 = 32 << 20
 # of the library's rate, what the fused score kernel multiplies at
 FUSED = 0.8
+# of the columns, what a screen leaves open: as measured on a CPU where l is small (issue 16)
+UNDECIDED = 1 / 100
 # passes of a radix sort, each of which reads and writes keys and places
 SORT_PASSES = 4
 # microseconds that the shortest launch takes on the device, and that any takes on the host
@@ -90,6 +92,9 @@ def adam_bytes(a: dict[str, Any], c: dict[str, Any]) -> int:
 BYTES: dict[str, Callable[[dict[str, Any], dict[str, Any]], int]] = {
     "refill_kernel": lambda a, c: 0,
     "row_adam_kernel": adam_bytes,
+    "undecided_partials_kernel": lambda a, c: size(a["x"]) + round(UNDECIDED * size(a["W"], a["partials"])),
+    "settle_kernel": lambda a, c: round(UNDECIDED * size(a["partials"])),
+    "compute_candidates_kernel": lambda a, c: 2 * size(a["values"], a["keys"]) + size(a["left"]),
     "entry_dots_kernel": lambda a, c: size(a["left"], a["tokens"], a["features"]),
     "rests_kernel": lambda a, c: size(a["partials"]),
     "segments_kernel": lambda a, c: size(a["weights"], a["partials"], a["out"]),
@@ -97,8 +102,15 @@ BYTES: dict[str, Callable[[dict[str, Any], dict[str, Any]], int]] = {
     "keep_rows_kernel": lambda a, c: 2 * size(a["z"]) + size(a["copy"]),
     "keep_long_rows_kernel": lambda a, c: 4 * size(a["z"]) + size(a["copy"]),
 }
+# launches that multiply, and the share of 2BdF
+MULTIPLIED = {"column_partials_kernel": 1.0, "undecided_partials_kernel": UNDECIDED}
 # and of which matrix it gathers a row for each entry of which list
-GATHERED = {"entry_dots_kernel": ("W", "tokens"), "segments_kernel": ("source", "weights")}
+GATHERED = {
+    "entry_dots_kernel": ("W", "tokens"),
+    "segments_kernel": ("source", "weights"),
+    # a full list; those left open are fewer
+    "compute_candidates_kernel": ("W", "values"),
+}
 # kernels whose programs all read one stripe of the gathered matrix, BD columns, before the next
 STRIPED = ("segments_kernel",)
 # kernels that read the product that cuBLAS has just written, and little else
@@ -121,7 +133,7 @@ def work_of_launch(kernel: Any, config: triton.Config, grid: Any, args: tuple[An
         again = len(source) * source.itemsize * (c["BD"] if name in STRIPED else source.shape[1])
         moved, cached = (moved + size(source), gathered) if again <= FITS_L2 else (moved + gathered, 0)
     programs = math.prod(grid(c) if callable(grid) else grid)
-    flops = 2 * a["B"] * a["F"] * c["D"] if name == "column_partials_kernel" else 0
+    flops = round(MULTIPLIED[name] * 2 * a["B"] * a["F"] * c["D"]) if name in MULTIPLIED else 0
     dtype = str(a["W"].dtype).removeprefix("torch.") if flops else "float32"
     times = programs * config.num_warps * TRIPS.get(name, lambda c: 1)(c)
     return Work(name, moved, cached, flops, dtype, lambda arch: times * instructions(arch).get(CODE.get(name, ""), 0))

@@ -32,7 +32,7 @@ from benchmarks.record import markdown
 from benchmarks.replaced import replaced
 from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig
 from sampled_sae.impl import interface
-from sampled_sae.impl.triton import block, layer, products, scores
+from sampled_sae.impl.triton import block, layer, products, scores, spectral
 from sampled_sae.support.late_values import LateScalars, squares_finite
 
 FILE = RESULTS / "predicted.json"
@@ -121,7 +121,7 @@ def traced(d: int, l: float | None, dtype: str, arch: str) -> dict[str, list[Wor
         return made
 
     with ExitStack() as stack:
-        for owner in (products, block):
+        for owner in (products, block, spectral):
             stack.enter_context(patch.object(owner, "product", product))
         stack.enter_context(patch.object(layer, "product_dtype", lambda x: getattr(torch, dtype)))
         stack.enter_context(patch.object(scores, "architecture", lambda device: arch))
@@ -129,7 +129,8 @@ def traced(d: int, l: float | None, dtype: str, arch: str) -> dict[str, list[Wor
         stack.enter_context(patch.object(LateScalars, "arrived", lambda self, wait=False: iter(())))
         known = {"architecture": lambda device: arch, "resident_programs": lambda device: 2 * 132}
         stack.enter_context(replaced(launch=launch, **known))
-        config = SampledSAEConfig(d, F, K, l, impl="triton", row_grads=True, aux_coefficient=0.0)
+        # as "auto" on a GPU: float32 products of a step are looked through in bfloat16 first
+        config = SampledSAEConfig(d, F, K, l, impl="triton", row_grads=True, aux_coefficient=0.0, screen="bf16")
         with patch.object(torch, "randn", lambda *shape, **options: torch.empty(*shape, device="meta")):
             sae = SampledSAE(config, device="meta")
         stack.enter_context(patch.object(sae.memory.inputs, "check", squares_finite))

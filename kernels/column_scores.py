@@ -18,6 +18,15 @@ STATISTICS = {"l2": 1, "l2_squared": 1, "entropy": 2, "uniform": 1}
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
+@triton.jit
+def sum_of_tokens(b_a, SCORE: tl.constexpr):
+    """Of a tile [BM, BN], [BM]: what adds up to the score, entropy's aside."""
+    if SCORE == "uniform":
+        return tl.sum((b_a > 0).to(tl.float32), axis=1)
+    else:
+        return tl.sum(b_a * b_a, axis=1)
+
+
 @triton.jit(do_not_specialize=["B"])
 def column_partials_kernel(
     x,
@@ -54,24 +63,28 @@ def column_partials_kernel(
         tl.store(p_s, tl.sum(b_a, axis=1), mask=m_f)
         b_s = tl.sum(times_log2(b_a, FAST_LOG), axis=1) * LN_2  # [BM]
         tl.store(p_s + T.to(tl.int64) * F, b_s, mask=m_f)
-    elif SCORE == "uniform":
-        tl.store(p_s, tl.sum((b_a > 0).to(tl.float32), axis=1), mask=m_f)
     else:
-        tl.store(p_s, tl.sum(b_a * b_a, axis=1), mask=m_f)
+        tl.store(p_s, sum_of_tokens(b_a, SCORE), mask=m_f)
+
+
+@triton.jit
+def folded_tile(partials, i_s, T, F, o_f, m_f, CEIL_T: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr):
+    """The partials [S, T, F] of statistic i_s and the features o_f, summed over T in a fixed order: [BF]."""
+    o_t = tl.arange(0, BT)  # [BT]
+    b_s = tl.zeros([BT, BF], dtype=tl.float32)  # [BT, BF]
+    for i in range(0, CEIL_T, BT):
+        p_s = partials + (i_s * T + i + o_t)[:, None] * F + o_f[None, :]  # [BT, BF]
+        b_s += tl.load(p_s, mask=(o_t < T - i)[:, None] & m_f[None, :], other=0.0)  # [BT, BF]
+    return tl.sum(b_s, axis=0)
 
 
 @triton.jit(do_not_specialize=["T"])
 def fold_partials_kernel(partials, statistics, T, F, CEIL_T: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr):
     i_s = tl.program_id(1).to(tl.int64)
     o_f = tl.program_id(0) * BF + tl.arange(0, BF)  # [BF]
-    o_t = tl.arange(0, BT)  # [BT]
     m_f = o_f < F  # [BF]
-
-    b_s = tl.zeros([BT, BF], dtype=tl.float32)  # [BT, BF]
-    for i in range(0, CEIL_T, BT):
-        p_s = partials + (i_s * T + i + o_t)[:, None] * F + o_f[None, :]  # [BT, BF]
-        b_s += tl.load(p_s, mask=(o_t < T - i)[:, None] & m_f[None, :], other=0.0)  # [BT, BF]
-    tl.store(statistics + i_s * F + o_f, tl.sum(b_s, axis=0), mask=m_f)
+    b_s = folded_tile(partials, i_s, T, F, o_f, m_f, CEIL_T, BT, BF)  # [BF]
+    tl.store(statistics + i_s * F + o_f, b_s, mask=m_f)
 
 
 def fold_partials(partials: torch.Tensor, S: int, T: int, F: int) -> torch.Tensor:

@@ -55,6 +55,22 @@ ERRORS_BACKWARD = {
     "gfx942": triton.Config({"BT": 8, "BD": 256, "STEPS": 16}, num_warps=4, num_stages=1),
     "interpreter": triton.Config({"BT": 4, "BD": 16, "STEPS": 2}),
 }
+# Rows of [N, d] that are rounded, BR at a time, BD by BD
+ROUNDED_ROWS = {
+    "nvidia": triton.Config({"BR": 4, "BD": 256}, num_warps=4, num_stages=1),
+    "gfx942": triton.Config({"BR": 4, "BD": 512}, num_warps=4, num_stages=1),
+    "interpreter": triton.Config({"BR": 4, "BD": 16}),
+}
+# Products with a bound on each entry, which takes more registers than the entry: small tiles.
+FIRING = {
+    "nvidia": tile(64, 64, 64, 4, 3),
+    "gfx942": tile(64, 64, 64, 4, 2),
+    "interpreter": tile(16, 32, 16, 4, 1),
+}
+# columns in fp32 where no scores are fused with whose bits they would have to agree
+UNDECIDED = {"nvidia": tile(128, 64, 16, 8, 3), "gfx942": tile(64, 64, 32, 4, 2)}
+# bounds, a number a feature or a token
+SPECTRAL = triton.Config({"BLOCK": 1024}, num_warps=4)
 # (architecture, operand bits) -> the largest d for which scores are fused into the product, where not SMALL_D
 LARGEST_FUSED_D = {("interpreter", bits): sys.maxsize for bits in (16, 32)}
 # One pass over a product [B, C] in memory, BT tokens x BF features at a time, STEPS times. Most programs of the filter
@@ -117,6 +133,12 @@ LONG_ROWS = {
     "gfx942": triton.Config({"BP": 2048}, num_warps=4),
     "interpreter": triton.Config({"BP": 32}),
 }
+# the entries of a token in a list, BE at a time
+LISTED = {
+    "nvidia": triton.Config({"BE": 128}, num_warps=1),
+    "gfx942": triton.Config({"BE": 128}, num_warps=1),
+    "interpreter": triton.Config({"BE": 16}),
+}
 
 # Adam on whole rows: (longest row, elements a program holds at once, warps), 8 or 16 elements a thread. On NVIDIA 16
 # of them spill about 100 bytes beside a bf16 gradient, copy or moment, which asks for tiles of another layout.
@@ -150,6 +172,17 @@ def column_scores_config(arch: str, dtype: torch.dtype, d: int) -> triton.Config
     return small if d <= SMALL_D else large
 
 
+def firing_config(arch: str) -> triton.Config:
+    """For operands in bf16."""
+    return FIRING[family(arch)]
+
+
+def undecided_config(arch: str, d: int) -> triton.Config:
+    """For operands in fp32 of this d: where scores are fused with the product, in their tiles."""
+    fused = d <= largest_fused_d(arch, torch.float32)
+    return column_scores_config(arch, torch.float32, d) if fused else UNDECIDED[family(arch)]
+
+
 def family(arch: str) -> str:
     """The name under which tables that hold for all of NVIDIA's architectures list `arch`."""
     return "nvidia" if arch.startswith("sm_") else arch
@@ -173,6 +206,11 @@ def errors_config(arch: str) -> triton.Config:
 def errors_backward_config(arch: str) -> triton.Config:
     """For a reconstruction in fp32."""
     return ERRORS_BACKWARD[family(arch)]
+
+
+def rounded_rows_config(arch: str) -> triton.Config:
+    """For rows in fp32."""
+    return ROUNDED_ROWS[family(arch)]
 
 
 def exact_fallback_config(arch: str, dtype: torch.dtype) -> triton.Config:
@@ -223,6 +261,10 @@ def merge_config(length: int) -> triton.Config:
 
 def long_rows_config(arch: str) -> triton.Config:
     return LONG_ROWS[family(arch)]
+
+
+def listed_config(arch: str) -> triton.Config:
+    return LISTED[family(arch)]
 
 
 def row_adam_config(arch: str, d: int) -> triton.Config:

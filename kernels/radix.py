@@ -199,6 +199,13 @@ def find_cut(values: torch.Tensor, n: int, b: torch.Tensor | None = None, scale:
 
     values [N] are >= 0; values [B, P] are a raw product, which is first changed in place to relu(values + b) * scale.
     """
+    cut, N = find_digits(values, n, b, scale), values.numel()
+    launch(count_cut_kernel, cut.config, cut.programs(N), (values, cut.histograms, cut.counts, N), TILES=cut.TILES)
+    return cut
+
+
+def find_digits(values: torch.Tensor, n: int, b: torch.Tensor | None = None, scale: torch.Tensor | None = None) -> Cut:
+    """`find_cut` for the n-th largest itself, `picked` from the histograms; the counts are not yet those of the cut."""
     N = values.numel()
     config = radix_config(architecture(values.device))
     BLOCK, SPANS = config.kwargs["BLOCK"], config.kwargs["SPANS"]
@@ -220,5 +227,4 @@ def find_cut(values: torch.Tensor, n: int, b: torch.Tensor | None = None, scale:
             HAS_SCALE=scale is not None,
             TILES=TILES,
         )
-    launch(count_cut_kernel, config, grid, (values, histograms, counts, N), TILES=TILES)
     return cut

@@ -14,18 +14,27 @@ from torch import Tensor, bfloat16, float16, float32, int32, int64
 
 from sampled_sae.kernels import (
     batch_topk,
+    candidates,
     chunk_filter,
     chunk_scores,
+    column_bounds,
     column_scores,
     configs,
     exact_fallback,
+    firing_bounds,
     gather_decode,
+    merge_rows,
+    needed_product,
     radix,
     reconstruction,
+    rounded_rows,
     row_adam,
     segment_sum,
+    spectral_bound,
     token_topk,
+    undecided_columns,
 )
+from sampled_sae.kernels.arguments import Spread
 
 # tokens, features, features of a chunk and of a pool, kept entries, slots of a list
 B, F, C, P, KEPT, SLOTS = 1001, 32768, 4096, 2001, 32033, 40001
@@ -80,6 +89,17 @@ def adam(d: int, mode: str, grad: torch.dtype, moments: torch.dtype, has_copy: b
     return Case(row_adam.row_adam_kernel, partial(row_adam.row_adam_, *tensors, **how))
 
 
+def fires(d: int) -> tuple[Tensor, ...]:
+    """x, W, each with its norms and errors, and b."""
+    x, W = encoder(bfloat16, d)
+    return x, new(B), new(B), W, new(F), new(F), new(F)
+
+
+def undecided(d: int) -> Callable[[], Any]:
+    arguments = (*encoder(float32, d), *vectors(F), "l2", new(F), new(F), new(F))
+    return partial(undecided_columns.settled_statistics, *arguments, P)
+
+
 def decode(dtype: torch.dtype, d: int) -> Callable[[], Any]:
     return partial(gather_decode.gather_sum, new(KEPT), FEATURES, TOKEN_ENDS, new(F, d, dtype=dtype), new(d))
 
@@ -94,13 +114,18 @@ def kept_rows(kernel: Any, length: int) -> Case:
     return Case(kernel, partial(token_topk.keep_rows_, new(B, length), 32, *vectors(length), copy))
 
 
-def merged_rows(length: int, k: int) -> Case:
+def merged_rows(length: int, k: int, **optional: Any) -> Case:
     arguments = (new(B, k), new(B, k, dtype=int32), new(B, length), length + 1, *vectors(length))
-    return Case(token_topk.merge_rows_kernel, partial(token_topk.merge_rows_, *arguments))
+    return Case(merge_rows.merge_rows_kernel, partial(merge_rows.merge_rows_, *arguments, **optional))
+
+
+def spread(length: int) -> Spread:
+    return Spread(new(B), new(B), new(length), new(length), new(length))
 
 
 TAU, COUNT, MEMBERS = new(1), new(1, dtype=int64), new(P, dtype=int64)
 LIST = (TAU, new(SLOTS), new(SLOTS, dtype=int64), COUNT)
+OF_TOKENS = (new(B), *LIST[1:])
 TOKENS, FEATURES, ORDER = (new(KEPT, dtype=int32) for _ in range(3))
 TOKEN_ENDS, FEATURE_ENDS = new(B + 1, dtype=int32), new(P + 1, dtype=int32)
 BLOCK, CHUNK, ENTRIES = new(B, F), (new(B, C), *vectors(C)), (TOKENS, FEATURES, TOKEN_ENDS)
@@ -129,6 +154,15 @@ CASES: dict[str, dict[str, Case]] = {
             },
         ),
     },
+    "candidates": several(
+        candidates.compute_candidates_,
+        candidates.compute_candidates_kernel,
+        {
+            "fp32 small d": (*encoder(float32, 768), *vectors(F), new(B), False, *LIST[1:]),
+            "fp32 large d, floors": (*encoder(float32, 4096), *vectors(F), new(F), True, *LIST[1:]),
+            "fp32 by bf16": (new(B, 720), new(F, 720, dtype=bfloat16), *vectors(F), new(F), True, *LIST[1:]),
+        },
+    ),
     "chunk_filter": {
         **several(
             chunk_filter.append_above_,
@@ -137,6 +171,8 @@ CASES: dict[str, dict[str, Case]] = {
                 "whole dictionary": (*CHUNK, C + 1, F, *LIST),
                 "pool": (*CHUNK, new(C, dtype=int64), F, *LIST),
                 "floors": (*CHUNK, C + 1, F, *LIST, new(C)),
+                "candidates": (*CHUNK, C + 1, F, *OF_TOKENS, None, spread(C)),
+                "candidates of floors": (*CHUNK, C + 1, F, *LIST, new(C), spread(C)),
             },
         ),
         "first threshold": Case(
@@ -150,6 +186,11 @@ CASES: dict[str, dict[str, Case]] = {
         chunk_scores.chunk_statistics,
         chunk_scores.chunk_partials_kernel,
         {f"partials {score}": (*CHUNK, score) for score in ("entropy", "l2")},
+    ),
+    "column_bounds": several(
+        column_bounds.column_bounds,
+        column_bounds.column_bounds_kernel,
+        {"sums of squares": (*(new(F) for _ in range(5)), new(2), new(2), B, 768)},
     ),
     "column_scores": {
         **several(
@@ -176,6 +217,11 @@ CASES: dict[str, dict[str, Case]] = {
             "fp32 small d, pool": (*encoder(float32, 768), *vectors(F), MEMBERS, KEPT, *LIST),
         },
     ),
+    "firing_bounds": several(
+        firing_bounds.firing_bounds,
+        firing_bounds.firing_partials_kernel,
+        {"small d": fires(768), "large d": fires(4096)},
+    ),
     "gather_decode": several(
         gather_decode.entry_dots,
         gather_decode.entry_dots_kernel,
@@ -184,6 +230,21 @@ CASES: dict[str, dict[str, Case]] = {
             "dots bf16 large d": (*encoder(bfloat16, 4096), *ENTRIES),
             "dots fp32 by bf16": (new(B, 768), new(F, 768, dtype=bfloat16), *ENTRIES),
             "dots fp32 tail of d": (*encoder(float32, 720), *ENTRIES),
+        },
+    ),
+    "merge_rows": {
+        **{f"merge {n} into {k}": merged_rows(n, k) for n, k in ((1024, 32), (4096, 64), (8192, 512))},
+        "at least, 4096 into 64": merged_rows(C, 64, spread=spread(C)),
+        "at least, 8192 into 512": merged_rows(8192, 512, spread=spread(8192)),
+        "where needed": merged_rows(C, 64, needed=COUNT),
+    },
+    "needed_product": several(
+        needed_product.product_if_,
+        needed_product.needed_product_kernel,
+        {
+            "fp32 small d": (COUNT, *encoder(float32, 768), 1001, new(B, C)),
+            "fp32 large d, pool": (COUNT, *encoder(float32, 4096), MEMBERS, new(B, P)),
+            "fp32 above floors": (COUNT, *encoder(float32, 768), 0, BLOCK, *vectors(F), new(F)),
         },
     ),
     "radix": {
@@ -206,6 +267,15 @@ CASES: dict[str, dict[str, Case]] = {
             partial(reconstruction.squared_errors_backward, new(B), new(B, 768), new(B, 768), new(B, 768)),
         ),
     },
+    "rounded_rows": several(
+        rounded_rows.rounded_rows,
+        rounded_rows.round_rows_kernel,
+        {
+            "rows of 768": (new(F, 768),),
+            "rows of 768, scaled": (new(768, 768), new(1)),
+            "rows of 4096": (new(F, 4096),),
+        },
+    ),
     "row_adam": {
         "dense d=768": adam(768, "dense", float32, float32, False),
         "dense d=768 bf16 moments": adam(768, "dense", float32, bfloat16, True),
@@ -219,9 +289,24 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "segment_sum": {f"rests {name}": Case(segment_sum.rests_kernel, call) for name, call in SUMS.items()}
     | {f"segments {name}": Case(segment_sum.segments_kernel, call) for name, call in SUMS.items()},
+    "spectral_bound": {
+        "trace": Case(spectral_bound.trace_kernel, partial(spectral_bound.trace_bound, new(B), new(B))),
+        "bound": Case(
+            spectral_bound.spectral_bound_kernel,
+            partial(spectral_bound.spectral_bound, new(2), *(new(768) for _ in range(5)), B, new(B)),
+        ),
+    },
     "token_topk": {
         **{f"rows of {n}": kept_rows(token_topk.keep_rows_kernel, n) for n in (512, 2048, 4096, 8192)},
         "longer rows": kept_rows(token_topk.keep_long_rows_kernel, 32768),
-        **{f"merge {n} into {k}": merged_rows(n, k) for n, k in ((1024, 32), (4096, 64), (8192, 512))},
+        "of a list": Case(
+            token_topk.keep_listed_kernel, partial(token_topk.keep_listed_, NARROW, new(B + 1, dtype=int64), 33)
+        ),
+    },
+    "undecided_columns": {
+        "list": Case(undecided_columns.list_undecided_kernel, undecided(768)),
+        "fp32 small d": Case(undecided_columns.undecided_partials_kernel, undecided(768)),
+        "fp32 large d": Case(undecided_columns.undecided_partials_kernel, undecided(4096)),
+        "settle": Case(undecided_columns.settle_kernel, undecided(768)),
     },
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,17 @@ class ColumnBounds(NamedTuple):
         """Of some columns, int64 [U], which are counted from 0 then."""
         low, high = self.low[features], self.high[features]
         return ColumnBounds(low, high, lambda at: self.exact(features[at]), self.looks)
+
+
+class DecidedColumns(Protocol):
+    """Bounds from which the device chooses columns and tells the host nothing."""
+
+    @property
+    def low(self) -> Tensor: ...
+
+    def largest(self, size: int, noise: Tensor | None = None) -> Tensor:
+        """The `size` columns, below F, of highest score, or of highest ln(score) + noise [F]: int64 ascending."""
+        ...
 
 
 class SeenColumns(NamedTuple):

@@ -81,7 +81,8 @@ class Operands(NamedTuple):
         """An encoder of those features alone, int64 [P]: their weights are copied."""
         scale = None if self.scale is None else self.scale.index_select(0, features)
         W, b = self.W.index_select(0, features), self.b.index_select(0, features)
-        return Operands(self.x, W, b, scale, screen=self.screen, share=self.share)
+        screen = None if self.screen is None else self.screen.of_features(features)
+        return Operands(self.x, W, b, scale, screen=screen, share=self.share)
 
 
 class Encoder(NamedTuple):

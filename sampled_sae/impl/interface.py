@@ -16,7 +16,7 @@ from ..config import IMPLS
 from ..support.argument_checks import check_choice
 from . import reference_form
 from .adam_step import AdamStep, Moments
-from .column_bounds import ColumnBounds, SeenColumns
+from .column_bounds import ColumnBounds, DecidedColumns, SeenColumns
 from .encoder import Encoder, Operands
 from .hints import Rule
 from .ranking import Ranking
@@ -43,7 +43,7 @@ class Implementation:
 
     encoder: Callable[..., Encoder]
     column_scores: Callable[[Operands, str], Tensor]
-    column_bounds: Callable[[Operands, str], ColumnBounds | None]
+    column_bounds: Callable[[Operands, str], ColumnBounds | DecidedColumns | None]
     candidate_pool: Callable[..., Tensor]
     select: Callable[..., SparseCodes]
     encode_at: Callable[[Encoder, Entries], SparseCodes]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import pool_size
 from ..support.cuda_graphs import capturing
-from .column_bounds import ColumnBounds
+from .column_bounds import ColumnBounds, DecidedColumns
 from .encoder import Operands
 from .ranking import Ranking
 
@@ -37,7 +37,7 @@ class Pool(NamedTuple):
     """members: int64 [P], ascending. scores: [F], from which they were chosen, or bounds that were enough to do so."""
 
     members: Tensor
-    scores: Tensor | ColumnBounds
+    scores: Tensor | ColumnBounds | DecidedColumns
 
 
 class Scoring(Protocol):
@@ -47,7 +47,7 @@ class Scoring(Protocol):
     def column_scores(self) -> Callable[[Operands, str], Tensor]: ...
 
     @property
-    def column_bounds(self) -> Callable[[Operands, str], ColumnBounds | None]: ...
+    def column_bounds(self) -> Callable[[Operands, str], ColumnBounds | DecidedColumns | None]: ...
 
     @property
     def candidate_pool(self) -> Callable[[Tensor, int, str, torch.Generator | None], Tensor]: ...
@@ -81,7 +81,9 @@ class KeptPool:
             self.rest = max(0, self.rest - 1)
             operands = operands.in_full()
         pool = find_pool(parts, operands, rule, generator)
-        if operands.screen is not None and pool is not None and isinstance(pool.scores, Tensor):
+        # entropy is never screened
+        bounded = operands.screen is not None and rule.score != "entropy"
+        if bounded and pool is not None and isinstance(pool.scores, Tensor):
             self.rest = REST
         return pool
 
@@ -130,10 +132,12 @@ def find_pool(
         scores = parts.column_scores(seen, rule.score)
         return Pool(parts.candidate_pool(scores, size, rule.pool, generator), scores)
     # drawn once, for the bounds and for the scores in full
-    noise = 0 if rule.pool == "top" else parts.ranking.noise(bounds.low, generator)
+    noise = None if rule.pool == "top" else parts.ranking.noise(bounds.low, generator)
+    if not isinstance(bounds, ColumnBounds):
+        return Pool(bounds.largest(size, noise), bounds)
 
     def keys(scores: Tensor) -> Tensor:
-        return scores if rule.pool == "top" else scores.double().log() + noise
+        return scores if noise is None else scores.double().log() + noise
 
     members = parts.ranking.within(bounds, size, keys)
     if members is not None:

@@ -22,23 +22,31 @@ TILE = 32
 
 
 class Looks:
-    """What the screen saw of one batch: how many columns and entries, and how many of them it left undecided."""
+    """What the screen saw of one batch: how many columns and entries, and how many of them it left undecided.
+
+    What a device counts stays there, one element of a tensor, until `shares` asks for it.
+    """
 
     def __init__(self) -> None:
-        self.columns = self.open_columns = self.entries = self.open_entries = 0
+        self.columns = self.entries = 0
+        self.open_columns: int | Tensor = 0
+        self.open_entries: int | Tensor = 0
 
-    def see_columns(self, seen: int, undecided: int) -> None:
-        self.columns += seen
-        self.open_columns += undecided
+    def see_columns(self, seen: int, undecided: int | Tensor) -> None:
+        self.columns, self.open_columns = self.columns + seen, added(self.open_columns, undecided)
 
-    def see_entries(self, seen: int, undecided: int) -> None:
-        self.entries += seen
-        self.open_entries += undecided
+    def see_entries(self, seen: int, undecided: int | Tensor) -> None:
+        self.entries, self.open_entries = self.entries + seen, added(self.open_entries, undecided)
 
     def shares(self) -> dict[str, float]:
         """Of the columns and of the entries those that were computed again; none of what it did not see."""
         found = {"columns": (self.open_columns, self.columns), "entries": (self.open_entries, self.entries)}
-        return {name: undecided / seen for name, (undecided, seen) in found.items() if seen}
+        return {name: float(undecided) / seen for name, (undecided, seen) in found.items() if seen}
+
+
+def added(count: int | Tensor, more: int | Tensor) -> int | Tensor:
+    """The sum; nothing is launched for the first one of a device."""
+    return more if isinstance(count, int) and count == 0 else count + more
 
 
 class RoundedTokens:
@@ -103,6 +111,10 @@ class RoundedTokens:
     def of_tokens(self, at: slice | Tensor) -> RoundedTokens:
         """The same of some of the tokens."""
         return RoundedTokens(self._tokens[at], self.looks)
+
+    def of_features(self, features: Tensor) -> RoundedTokens:
+        """The same for some of the features, int64 [P]: tokens are not of any."""
+        return self
 
 
 def width_of(d: int) -> int:

@@ -6,14 +6,12 @@ whose activations are put out by a bias of -inf. One dense product, one selectio
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from ...reference import residual_variance
 from ..dead_features import AuxRule
-from ..encoder import Encoder
+from ..encoder import Encoder, Operands
 from ..hints import Rule
 from ..torch import aux_loss as torch_form
 from ..torch.layer import encoder as torch_encoder
@@ -21,8 +19,17 @@ from .block import block_codes
 from .layer import decode
 from .pool import top_pool
 from .scores import column_scores
+from .screen_columns import BoundsOnDevice, column_bounds, ranked
 
-dead_candidates = functools.partial(torch_form.dead_candidates, score=column_scores)
+
+def dead_candidates(
+    operands: Operands, dead: Tensor, rule: AuxRule, scores: Tensor | BoundsOnDevice | None = None
+) -> Tensor:
+    """As the torch form's."""
+    if isinstance(scores, BoundsOnDevice):
+        size = rule.aux_pool
+        scores = scores.of_dead(dead, size) if size is not None and size < operands.n_features else None
+    return torch_form.dead_candidates(operands, dead, rule, scores, column_scores)
 
 
 def aux_loss(
@@ -31,7 +38,7 @@ def aux_loss(
     W_dec: Tensor,
     dead: Tensor,
     rule: AuxRule,
-    scores: Tensor | None = None,
+    scores: Tensor | BoundsOnDevice | None = None,
     target: Tensor | None = None,
 ) -> Tensor:
     """As the torch form's, which serves for aux_pool=None, where the number of dead features has to be known."""
@@ -39,11 +46,7 @@ def aux_loss(
         return torch_form.aux_loss(torch_encoder(*encoder[:-1], screen="off"), x_hat, W_dec, dead, rule, None, target)
     target = (encoder.x if target is None else target).to(x_hat.dtype).detach()
     residual = target - x_hat.detach()
-    if scores is None:
-        scores = column_scores(encoder.operands, rule.score)
-    # One bit pattern up: a dead feature of score 0 still ranks above every live one.
-    keys = torch.where(dead, (scores.view(torch.int32) + 1).view(torch.float32), 0)
-    members = top_pool(keys, min(rule.aux_pool, encoder.shape[1]))
+    members = dead_pool(encoder.operands, dead, min(rule.aux_pool, encoder.shape[1]), rule.score, scores)
     masked = torch.where(dead, encoder.b, -torch.inf)
     codes = block_codes(encoder.weights_alone(), members, Rule(rule.k_aux, "token"), masked)
     e_hat = decode(codes, W_dec, None, encoder.rows)
@@ -51,3 +54,15 @@ def aux_loss(
     defined = dead.any() & (denominator > 0)
     share = (residual - e_hat).square().sum(-1).mean() / torch.where(defined, denominator, 1)
     return torch.where(defined, share, 0)
+
+
+def dead_pool(
+    operands: Operands, dead: Tensor, size: int, score: str, scores: Tensor | BoundsOnDevice | None
+) -> Tensor:
+    """int64 [size], ascending: the dead features of highest score, and live ones where fewer are dead."""
+    if size == operands.n_features:
+        return torch.arange(size, device=dead.device)
+    if scores is None:
+        bounds = column_bounds(operands, score)
+        scores = column_scores(operands, score) if bounds is None else bounds
+    return top_pool(ranked(scores, dead) if isinstance(scores, Tensor) else scores.of_dead(dead, size), size)

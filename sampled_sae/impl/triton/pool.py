@@ -24,5 +24,9 @@ def candidate_pool(scores: Tensor, size: int, pool: str = "top", generator: torc
     """As the torch form's; `size` is at most F."""
     if pool == "top":
         return top_pool(scores, size)
-    order = torch.sort(gumbel_keys(scores, generator), descending=True, stable=True).indices
-    return order[:size].sort().values
+    return largest_keys(gumbel_keys(scores, generator), size)
+
+
+def largest_keys(keys: Tensor, size: int) -> Tensor:
+    """The `size` highest of keys [F] of any sign, ties to the lower index: int64 [size], ascending."""
+    return torch.sort(keys, descending=True, stable=True).indices[:size].sort().values

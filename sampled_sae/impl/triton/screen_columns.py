@@ -1,0 +1,144 @@
+"""Between what and what the score of each column lies, seen through bfloat16 products, and which are the largest.
+
+The device decides which columns stay open, computes those in full, or all of them where there are too many, and tells
+the host nothing. Scores are bounded as sums over the tokens: squares of norms, or 1 for a column that fires.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...kernels import column_bounds as bounds_kernel
+from ...kernels.firing_bounds import firing_bounds
+from ...kernels.undecided_columns import settled_statistics
+from ..encoder import Operands
+from ..rounded_tokens import Looks
+from ..torch.scores import finish_scores
+from .pool import largest_keys, top_pool
+from .scores import column_statistics
+from .screen import RoundedOperands, RoundedRows
+from .spectral import stretches
+
+
+class BoundsOnDevice(NamedTuple):
+    """low, high: float32 [F], of each column's sum over the tokens. operands: in full. looks: where it is counted how
+    many columns are computed again."""
+
+    low: Tensor
+    high: Tensor
+    operands: Operands
+    score: str
+    looks: Looks
+
+    def largest(self, size: int, noise: Tensor | None = None) -> Tensor:
+        """The `size` columns of highest score, below F, or of highest ln(score) + noise [F]: int64 ascending."""
+        if noise is None:
+            return top_pool(self.settled(self.low, self.high, size), size)
+        # the same order, in numbers that are >= 0; what rounding them changes is left open too
+        weights = (noise * (2 if self.score == "l2" else 1)).exp().float()
+        scores = self.settled(self.low * weights * (1 - 1e-6), self.high * weights * (1 + 1e-6), size)
+        return largest_keys(scores.double().log() + noise, size)
+
+    def of_dead(self, dead: Tensor, size: int) -> Tensor:
+        """float32 [F]: keys whose `size` largest, below F, are dead features of highest score; 0 for others."""
+        scores = self.settled(ranked(self.low, dead), ranked(self.high, dead), size)
+        return ranked(scores.clamp(max=torch.finfo(torch.float32).max), dead)
+
+    def settled(self, low: Tensor, high: Tensor, size: int) -> Tensor:
+        """[F]: scores whose `size` largest are those of the columns, ranked by what `low` and `high` bound."""
+        x, W, b, scale, *_ = self.operands
+        statistics, opened = settle_columns(x, W, b, scale, self.score, self.low, low, high, size)
+        self.looks.see_columns(self.operands.n_features, opened)
+        return finish_scores(statistics, self.score)
+
+
+def ranked(scores: Tensor, dead: Tensor) -> Tensor:
+    """One bit pattern up: a dead feature of score 0 still ranks above every live one, which get 0."""
+    return torch.where(dead, (scores.view(torch.int32) + 1).view(torch.float32), 0)
+
+
+def column_bounds(operands: Operands, score: str) -> BoundsOnDevice | None:
+    """Of every feature; None without a screen and for entropy."""
+    screen = operands.screen
+    if not isinstance(screen, RoundedOperands) or score == "entropy":
+        return None
+    (x, *of_x), (W, *of_W) = screen.tokens, screen.weights
+    low, high = seen_columns(x, *of_x, W, *of_W, operands.x, operands.b, operands.scale, score)
+    return BoundsOnDevice(low, high, operands.in_full(), score, screen.looks)
+
+
+@torch.library.custom_op("sampled_sae::seen_columns", mutates_args=())
+def seen_columns(
+    x: Tensor,
+    x_norms: Tensor,
+    x_errors: Tensor,
+    W: Tensor,
+    W_norms: Tensor,
+    W_errors: Tensor,
+    full_x: Tensor,
+    b: Tensor,
+    scale: Tensor | None,
+    score: str,
+) -> tuple[Tensor, Tensor]:
+    """(least, greatest) sum over the tokens of each column, float32 [F]; the second is not finite where all is open.
+
+    x, W and what goes with them are RoundedRows; `full_x` is x before it was rounded.
+    """
+    if score == "uniform":
+        sure, possible = firing_bounds(x, x_norms, x_errors, W, W_norms, W_errors, b).clamp_(max=1)
+        return sure, possible.clone()
+    sums = column_statistics(x, W, b, score, scale)[0]
+    of_x, of_changes = stretches(RoundedRows(x, x_norms, x_errors), full_x - x)
+    return bounds_kernel.column_bounds(sums, W_norms, W_errors, b, scale, of_x, of_changes, *x.shape)
+
+
+@seen_columns.register_fake
+def _(
+    x: Tensor,
+    x_norms: Tensor,
+    x_errors: Tensor,
+    W: Tensor,
+    W_norms: Tensor,
+    W_errors: Tensor,
+    full_x: Tensor,
+    b: Tensor,
+    scale: Tensor | None,
+    score: str,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(W_norms), torch.empty_like(W_norms)
+
+
+@torch.library.custom_op("sampled_sae::settle_columns", mutates_args=())
+def settle_columns(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    scale: Tensor | None,
+    score: str,
+    known: Tensor,
+    low: Tensor,
+    high: Tensor,
+    size: int,
+) -> tuple[Tensor, Tensor]:
+    """(statistics [1, F] whose `size` largest are right, how many columns were computed, int64 [1]): see
+    `kernels/undecided_columns.py`."""
+    statistics, opened = settled_statistics(x, W, b, scale, score, known, low, high, size)
+    return statistics[None], opened
+
+
+@settle_columns.register_fake
+def _(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    scale: Tensor | None,
+    score: str,
+    known: Tensor,
+    low: Tensor,
+    high: Tensor,
+    size: int,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(known)[None], x.new_empty(1, dtype=torch.int64)
