@@ -25,7 +25,7 @@ from .search import MOST_SCREENED, join
 # elements of tokens that are looked at together: for fewer the weights would be read, and rounded, more often
 TOKEN_ELEMENTS = 1 << 22
 # candidates that are computed in full precision together
-MOST_WAITING = 1 << 13
+MOST_WAITING = 1 << 12
 # a rule that lets more than this share of a batch through gets whole rows
 MOST_LISTED = 1 / 64
 # entries found before that share is looked at

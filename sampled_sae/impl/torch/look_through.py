@@ -16,10 +16,10 @@ from .plain_screen import PlainScreen, is_plain
 from .screen_entries import seen_above
 
 # bytes of a product [T, C]
-LEAST_PRODUCT, MOST_BOUNDED, MOST_PRODUCT = 1 << 19, 1 << 20, 3 << 19
+LEAST_PRODUCT, MOST_BOUNDED, MOST_PRODUCT = 1 << 19, 1 << 21, 1 << 22
 # of the bytes of a float32 [T, F], what the product of a screen and the tokens that were rounded for it share, of a
 # dictionary of at least so many features
-SHARE, FEATURES = 0.02, 1 << 16
+SHARE, FEATURES = 0.03, 1 << 16
 # elements of weights that are raised for a product in full precision, and of those that need not be
 RAISED_ELEMENTS = 1 << 19
 WEIGHT_ELEMENTS = 1 << 22

@@ -17,7 +17,7 @@ from .products import parts_of
 from .screen import MARGIN, UNIT, smallest_normal
 
 # elements of weights that are multiplied at once, which stay in the cache
-WEIGHT_ELEMENTS = 3 << 18
+WEIGHT_ELEMENTS = 1 << 21
 MAGNITUDE_ELEMENTS = 1 << 18
 # up to so many tokens their largest product with a feature alone says whether any of them may be active
 FEW_TOKENS = 256

@@ -22,7 +22,7 @@ from .products import features_of, padded_chunk, parts_of
 from .screen import FeatureRounding, scaled_bias
 
 # elements of rounded weights that are multiplied at once, which stay in the cache
-WEIGHT_ELEMENTS = 1 << 19
+WEIGHT_ELEMENTS = 1 << 21
 
 
 def seen_features(operands: Operands, at: slice | Tensor, floor: Tensor | None = None) -> Tensor | None:
