@@ -94,6 +94,7 @@ BYTES: dict[str, Callable[[dict[str, Any], dict[str, Any]], int]] = {
     "row_adam_kernel": adam_bytes,
     "undecided_partials_kernel": lambda a, c: size(a["x"]) + round(UNDECIDED * size(a["W"], a["partials"])),
     "settle_kernel": lambda a, c: round(UNDECIDED * size(a["partials"])),
+    "compute_candidates_kernel": lambda a, c: 2 * size(a["values"], a["keys"]) + size(a["left"]),
     "entry_dots_kernel": lambda a, c: size(a["left"], a["tokens"], a["features"]),
     "rests_kernel": lambda a, c: size(a["partials"]),
     "segments_kernel": lambda a, c: size(a["weights"], a["partials"], a["out"]),
@@ -104,7 +105,12 @@ BYTES: dict[str, Callable[[dict[str, Any], dict[str, Any]], int]] = {
 # launches that multiply, and the share of 2BdF
 MULTIPLIED = {"column_partials_kernel": 1.0, "undecided_partials_kernel": UNDECIDED}
 # and of which matrix it gathers a row for each entry of which list
-GATHERED = {"entry_dots_kernel": ("W", "tokens"), "segments_kernel": ("source", "weights")}
+GATHERED = {
+    "entry_dots_kernel": ("W", "tokens"),
+    "segments_kernel": ("source", "weights"),
+    # a full list; those left open are fewer
+    "compute_candidates_kernel": ("W", "values"),
+}
 # kernels whose programs all read one stripe of the gathered matrix, BD columns, before the next
 STRIPED = ("segments_kernel",)
 # kernels that read the product that cuBLAS has just written, and little else

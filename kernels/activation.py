@@ -58,6 +58,24 @@ def activation(b_z, b, scale, o_f, m_f, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.co
 
 
 @triton.jit
+def before_relu(b_z, b, scale, o_f, m_f, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr):
+    """(z + b) * scale, as `activation` without its relu."""
+    if HAS_BIAS:
+        b_z += tl.load(b + o_f, mask=m_f, other=0.0).to(tl.float32)  # as z
+    if HAS_SCALE:
+        b_z *= tl.load(scale + o_f, mask=m_f, other=0.0).to(tl.float32)  # as z
+    return b_z
+
+
+@triton.jit
+def spread_of(norms, errors, of_norms, of_errors, of_bias, o_t, m_t, o_f, m_f):
+    """How far what is seen of z + b may be from it: for tokens o_t and features o_f, in shapes that broadcast."""
+    b_s = tl.load(norms + o_t, mask=m_t, other=0.0) * tl.load(of_norms + o_f, mask=m_f, other=0.0)
+    b_s += tl.load(errors + o_t, mask=m_t, other=0.0) * tl.load(of_errors + o_f, mask=m_f, other=0.0)
+    return b_s + tl.load(of_bias + o_f, mask=m_f, other=0.0)
+
+
+@triton.jit
 def times_log2(b_a, FAST_LOG: tl.constexpr):
     """a * log2(a), 0 at 0: the clamp is the smallest normal number, below it the fast log gives -inf."""
     b_z = tl.maximum(b_a, 1.1754943508222875e-38)

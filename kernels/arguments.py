@@ -1,9 +1,25 @@
 """What the kernels ask of their arguments, said once."""
 
+from typing import NamedTuple
+
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 COPIES = (torch.bfloat16, torch.float16)
+
+
+class Spread(NamedTuple):
+    """How far z_ij + b_j may be from z^_ij + b_j, where a product z^ stands for z.
+
+    That is norms_i of_norms_j + errors_i of_errors_j + of_bias_j, and margins are in it.
+    norms, errors: fp32 [B]. of_norms, of_errors, of_bias: fp32 [C].
+    """
+
+    norms: torch.Tensor
+    errors: torch.Tensor
+    of_norms: torch.Tensor
+    of_errors: torch.Tensor
+    of_bias: torch.Tensor
 
 
 def rows_are_contiguous(matrix: torch.Tensor) -> bool:
@@ -71,3 +87,15 @@ def check_block(
     if copy is not None and (copy.shape != z.shape or copy.dtype not in COPIES or not copy.is_contiguous()):
         shape = list(z.shape)
         raise ValueError(f"copy must be contiguous bf16 or fp16 {shape}, got {copy.dtype} {list(copy.shape)}")
+
+
+def check_spread(spread: Spread | None, n_tokens: int, n_features: int) -> None:
+    """Raise unless the vectors of a spread are of this many tokens and features."""
+    if spread is not None:
+        for name, vector in spread._asdict().items():
+            check_vector(f"spread.{name}", vector, torch.float32, n_features if name.startswith("of_") else n_tokens)
+
+
+def spread_arguments(spread: Spread | None) -> tuple[torch.Tensor | None, ...]:
+    """As kernels take them."""
+    return (None,) * len(Spread._fields) if spread is None else tuple(spread)

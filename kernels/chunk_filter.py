@@ -1,6 +1,7 @@
 """Entries of a = relu(z + b) * scale at or above a threshold, appended to a list of fixed capacity.
 
-Or those of (z + b) * scale strictly above a floor for each feature, which may be negative.
+Or those of (z + b) * scale strictly above a floor for each feature, which may be negative. With a spread, by which the
+product may be off, those that may be such entries, a NaN among them, with what they are at most.
 
 Bytes: the product z [B, C] once, 4BC, and 12 for each entry found; a few FLOPs an entry, so bound by memory.
 The threshold is read on the device. A program is one warp and looks at STEPS tiles of BT tokens x BF features; of
@@ -14,20 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from sampled_sae.kernels.activation import activation
-from sampled_sae.kernels.arguments import check_products, check_vector
+from sampled_sae.kernels.activation import activation, before_relu, spread_of
+from sampled_sae.kernels.arguments import Spread, check_products, check_spread, check_vector, spread_arguments
 from sampled_sae.kernels.configs import SCALAR, architecture, chunk_filter_config, launch
 from sampled_sae.kernels.radix import PASSES, find_cut, picked
-
-
-@triton.jit
-def before_relu(b_z, b, scale, o_f, m_f, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr):
-    """(z + b) * scale, as `activation` without its relu."""
-    if HAS_BIAS:
-        b_z += tl.load(b + o_f, mask=m_f, other=0.0).to(tl.float32)  # as z
-    if HAS_SCALE:
-        b_z *= tl.load(scale + o_f, mask=m_f, other=0.0).to(tl.float32)  # as z
-    return b_z
 
 
 @triton.jit
@@ -46,6 +37,11 @@ def append_above_kernel(
     scale,
     features,
     tau,
+    norms,
+    errors,
+    of_norms,
+    of_errors,
+    of_bias,
     values,
     keys,
     count,
@@ -59,6 +55,7 @@ def append_above_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_FEATURES: tl.constexpr,
     HAS_FLOORS: tl.constexpr,
+    HAS_SPREAD: tl.constexpr,
     BT: tl.constexpr,
     BF: tl.constexpr,
     STEPS: tl.constexpr,
@@ -76,17 +73,27 @@ def append_above_kernel(
     o_bit = tl.arange(0, BT)[:, None, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]  # [BT, 1, VECTOR]
     if HAS_FLOORS:
         b_least = tl.load(tau + o_f, mask=m_f, other=0.0)[None, :]  # [1, BF]
-    else:
+    elif not HAS_SPREAD:
         b_least = tl.load(tau)
 
     b_words = tl.zeros([STEPS, LANES], dtype=tl.int32)  # [STEPS, LANES]
     b_n = tl.zeros([STEPS, LANES], dtype=tl.int32)  # [STEPS, LANES]
     for i in range(STEPS):
         o_t = (first_t + i * BT + tl.arange(0, BT)).to(tl.int64)  # [BT]
-        m_z = (o_t < B)[:, None] & m_f[None, :]  # [BT, BF]
+        m_t = o_t < B  # [BT]
+        m_z = m_t[:, None] & m_f[None, :]  # [BT, BF]
         b_z = tl.load(z + o_t[:, None] * stride_z + o_f[None, :], mask=m_z, other=0.0)  # [BT, BF]
+        if HAS_SPREAD:
+            b_z += spread_of(
+                norms, errors, of_norms, of_errors, of_bias, o_t[:, None], m_t[:, None], o_f[None, :], m_f[None, :]
+            )  # [BT, BF]
         b_a = filtered(b_z, b, scale, o_f[None, :], m_f[None, :], HAS_BIAS, HAS_SCALE, HAS_FLOORS)  # [BT, BF]
-        if HAS_FLOORS:
+        if HAS_SPREAD and HAS_FLOORS:
+            m_hit = m_z & ~(b_a <= b_least)  # [BT, BF]
+        elif HAS_SPREAD:
+            b_of_token = tl.load(tau + o_t, mask=m_t, other=0.0)[:, None]  # [BT, 1]
+            m_hit = m_z & ~(b_a <= 0) & ~(b_a < b_of_token)  # [BT, BF]
+        elif HAS_FLOORS:
             m_hit = m_z & (b_a > b_least)  # [BT, BF]
         else:
             m_hit = m_z & (b_a > 0) & (b_a >= b_least)  # [BT, BF]
@@ -111,6 +118,8 @@ def append_above_kernel(
             b_t = (first_t + o_s * BT + b_bit // VECTOR).to(tl.int64)  # [STEPS, LANES]
             b_f = o_l + b_bit % VECTOR  # [STEPS, LANES]
             b_z = tl.load(z + b_t * stride_z + b_f, mask=m_hit, other=0.0)  # [STEPS, LANES]
+            if HAS_SPREAD:
+                b_z += spread_of(norms, errors, of_norms, of_errors, of_bias, b_t, m_hit, b_f, m_hit)  # [STEPS, LANES]
             b_a = filtered(b_z, b, scale, b_f, m_hit, HAS_BIAS, HAS_SCALE, HAS_FLOORS)  # [STEPS, LANES]
             if HAS_FEATURES:
                 b_key = tl.load(features + b_f, mask=m_hit, other=0)  # [STEPS, LANES]
@@ -152,10 +161,13 @@ def append_above_(
     keys: torch.Tensor,
     count: torch.Tensor,
     floors: torch.Tensor | None = None,
+    spread: Spread | None = None,
 ) -> None:
     """Appends the entries > 0 and >= tau of relu(z + b) * scale to values and keys, and their number to count.
 
     With `floors` fp32 [C], one for each column, those of (z + b) * scale that are > floors; tau is not read then.
+    With a `spread` z may be off by it: what is not ruled out is appended, with an upper bound as its value, and tau is
+    fp32 [B], one for each token.
 
     z [B, C] is the product for `features`, int64 [C], or for C features from `features` on. The key of an entry
     is token * n_features + feature. With `at = ((a > 0) & (a >= tau)).nonzero()` equivalent, but for the
@@ -166,7 +178,9 @@ def append_above_(
     has_features = isinstance(features, torch.Tensor)
     if has_features:
         check_vector("features", features, torch.int64, C)
-    check_vector("tau", tau, torch.float32, 1)
+    check_spread(spread, B, C)
+    if spread is None or floors is None:
+        check_vector("tau", tau, torch.float32, 1 if spread is None else B)
     if floors is not None:
         check_vector("floors", floors, torch.float32, C)
     check_vector("values", values, torch.float32)
@@ -185,6 +199,7 @@ def append_above_(
             scale,
             listed,
             tau if floors is None else floors,
+            *spread_arguments(spread),
             values,
             keys,
             count,
@@ -199,6 +214,7 @@ def append_above_(
         HAS_SCALE=scale is not None,
         HAS_FEATURES=has_features,
         HAS_FLOORS=floors is not None,
+        HAS_SPREAD=spread is not None,
     )
 
 

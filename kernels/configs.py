@@ -133,6 +133,12 @@ LONG_ROWS = {
     "gfx942": triton.Config({"BP": 2048}, num_warps=4),
     "interpreter": triton.Config({"BP": 32}),
 }
+# the entries of a token in a list, BE at a time
+LISTED = {
+    "nvidia": triton.Config({"BE": 128}, num_warps=1),
+    "gfx942": triton.Config({"BE": 128}, num_warps=1),
+    "interpreter": triton.Config({"BE": 16}),
+}
 
 # Adam on whole rows: (longest row, elements a program holds at once, warps), 8 or 16 elements a thread. On NVIDIA 16
 # of them spill about 100 bytes beside a bf16 gradient, copy or moment, which asks for tiles of another layout.
@@ -255,6 +261,10 @@ def merge_config(length: int) -> triton.Config:
 
 def long_rows_config(arch: str) -> triton.Config:
     return LONG_ROWS[family(arch)]
+
+
+def listed_config(arch: str) -> triton.Config:
+    return LISTED[family(arch)]
 
 
 def row_adam_config(arch: str, d: int) -> triton.Config:

@@ -15,6 +15,30 @@ from sampled_sae.kernels.configs import architecture, entry_dots_config, launch
 from sampled_sae.kernels.segment_sum import sum_segments
 
 
+@triton.jit
+def dots_of_rows(left, W, b_i, b_j, stride_left, stride_W, D: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr):
+    """left_i . W_j for rows b_i and b_j, int64 [BE], all of which must exist: [BE]."""
+    # what a lane loads at once is summed first: one accumulator for it leaves registers for more warps
+    VECTOR: tl.constexpr = 128 // W.dtype.element_ty.primitive_bitwidth
+    o_d = tl.arange(0, BD)  # [BD]
+    p_left = left + b_i[:, None] * stride_left + o_d[None, :]  # [BE, BD]
+    p_W = W + b_j[:, None] * stride_W + o_d[None, :]  # [BE, BD]
+
+    b_out = tl.zeros([BE, BD // VECTOR], dtype=tl.float32)  # [BE, BD / VECTOR]
+    for i in range(0, D, BD):
+        if D % BD == 0:
+            b_left = tl.load(p_left)  # [BE, BD]
+            b_W = tl.load(p_W)  # [BE, BD]
+        else:
+            b_left = tl.load(p_left, mask=o_d[None, :] < D - i, other=0.0)  # [BE, BD]
+            b_W = tl.load(p_W, mask=o_d[None, :] < D - i, other=0.0)  # [BE, BD]
+        b_t = b_left.to(tl.float32) * b_W.to(tl.float32)  # [BE, BD]
+        b_out += tl.sum(tl.reshape(b_t, [BE, BD // VECTOR, VECTOR]), axis=2)  # [BE, BD / VECTOR]
+        p_left += BD
+        p_W += BD
+    return tl.sum(b_out, axis=1)
+
+
 @triton.jit(do_not_specialize=["B", "n"])
 def entry_dots_kernel(
     left,
@@ -31,30 +55,13 @@ def entry_dots_kernel(
     BE: tl.constexpr,
     BD: tl.constexpr,
 ):
-    # what a lane loads at once is summed first: one accumulator for it leaves registers for more warps
-    VECTOR: tl.constexpr = 128 // W.dtype.element_ty.primitive_bitwidth
     o_e = tl.program_id(0) * BE + tl.arange(0, BE)  # [BE]
-    o_d = tl.arange(0, BD)  # [BD]
     m_e = o_e < tl.load(token_ends + B)  # [BE]
     # unused slots take the first rows, so loads need no mask
     b_i = tl.load(tokens + o_e, mask=m_e, other=0).to(tl.int64)  # [BE]
     b_j = tl.load(features + o_e, mask=m_e, other=0).to(tl.int64)  # [BE]
-    p_left = left + b_i[:, None] * stride_left + o_d[None, :]  # [BE, BD]
-    p_W = W + b_j[:, None] * stride_W + o_d[None, :]  # [BE, BD]
-
-    b_out = tl.zeros([BE, BD // VECTOR], dtype=tl.float32)  # [BE, BD / VECTOR]
-    for i in range(0, D, BD):
-        if D % BD == 0:
-            b_left = tl.load(p_left)  # [BE, BD]
-            b_W = tl.load(p_W)  # [BE, BD]
-        else:
-            b_left = tl.load(p_left, mask=o_d[None, :] < D - i, other=0.0)  # [BE, BD]
-            b_W = tl.load(p_W, mask=o_d[None, :] < D - i, other=0.0)  # [BE, BD]
-        b_t = b_left.to(tl.float32) * b_W.to(tl.float32)  # [BE, BD]
-        b_out += tl.sum(tl.reshape(b_t, [BE, BD // VECTOR, VECTOR]), axis=2)  # [BE, BD / VECTOR]
-        p_left += BD
-        p_W += BD
-    tl.store(out + o_e, tl.where(m_e, tl.sum(b_out, axis=1), 0.0), mask=o_e < n)
+    b_out = dots_of_rows(left, W, b_i, b_j, stride_left, stride_W, D, BE, BD)  # [BE]
+    tl.store(out + o_e, tl.where(m_e, b_out, 0.0), mask=o_e < n)
 
 
 def gather_sum(

@@ -4,8 +4,8 @@ One program a row: 4P bytes read and written (and 2P for a copy). Rows that `row
 registers, and a binary search on the bits counts entries until exactly k are left, or until only equal ones
 are: at most 31 counts, 2P operations each, fewer where the k-th entry stands apart. Ties are ranked only in
 rows that have them. Longer rows are read five times, for four histograms of 8 bits and to write.
-`merge_rows_` keeps the k best of a stream of feature chunks, which is read once: what stands in the row so far
-is the lower bound of the search, and a row with nothing above it leaves at once.
+A list has the entries of each token side by side, few more than k: one program each, which searches the bits of the
+k-th and reads them again from L1.
 """
 
 import torch
@@ -14,12 +14,9 @@ import triton.language as tl
 
 from sampled_sae.kernels.activation import activation
 from sampled_sae.kernels.arguments import check_block, check_vector
-from sampled_sae.kernels.configs import MERGED_ROWS, architecture, launch, long_rows_config, merge_config, rows_config
+from sampled_sae.kernels.configs import architecture, launch, listed_config, long_rows_config, rows_config
 from sampled_sae.kernels.interpreter import rounded
 from sampled_sae.kernels.radix import is_kept, pick_digit, sort_bits
-
-MAX_K = 512
-MAX_CHUNK = MERGED_ROWS[-1][0]
 
 
 @triton.jit
@@ -152,70 +149,41 @@ def keep_long_rows_kernel(
             tl.store(copy + i_t * P + o_p, rounded(b_z, copy.dtype.element_ty), mask=o_p < P)
 
 
-@triton.jit(do_not_specialize=["first"])
-def merge_rows_kernel(
-    best_values,
-    best_features,
-    z,
-    features,
-    b,
-    scale,
-    C,
-    k,
-    first,
-    HAS_FEATURES: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    BK: tl.constexpr,
-    BC: tl.constexpr,
-    BS: tl.constexpr,
-):
-    i_t = tl.program_id(0).to(tl.int64)
-    o_k = tl.arange(0, BK)  # [BK]
-    o_c = tl.arange(0, BC)  # [BC]
-    m_k = o_k < k  # [BK]
-    best_values += i_t * k
-    best_features += i_t * k
-    z += i_t * C
-    b_best = tl.load(best_values + o_k, mask=m_k, other=0.0)  # [BK]
-    b_u = sort_bits(b_best)  # [BK]
-    b_w = sort_bits(activated_row(z, b, scale, o_c, C, HAS_BIAS, HAS_SCALE))  # [BC]
-    # 0 while a slot is unused, else the k-th best so far, to which a newcomer loses ties
-    least = tl.min(tl.where(m_k, b_u, 0x7FFFFFFF))
-    if tl.max(b_w) <= least:
+@triton.jit
+def keep_listed_kernel(values, ends, k, BE: tl.constexpr):
+    i_t = tl.program_id(0)
+    start = tl.load(ends + i_t)
+    n = (tl.load(ends + i_t + 1) - start).to(tl.int32)
+    if n <= k:
         return
-
-    b_f = tl.load(best_features + o_k, mask=m_k, other=0)  # [BK]
-    cut, n_cut, n_above = search_cut(b_u, b_w, k, tl.maximum(least, 1), True)
-    end_stay = k
-    end_enter = C
-    if n_cut > k:
-        ties = k - n_above
-        end_stay = search_end(b_u, o_k, cut, ties, BK)
-        end_enter = search_end(b_w, o_c, cut, ties - tl.sum((b_u == cut).to(tl.int32)), BC)
-    b_stay = is_kept(b_u, o_k, cut, end_stay).to(tl.int32)  # [BK]
-    # entries move to lower slots of their row: all of it must have been read
-    tl.debug_barrier()
-    o_slot = tl.cumsum(b_stay) - 1  # [BK]
-    tl.store(best_values + o_slot, b_best, mask=b_stay > 0)
-    tl.store(best_features + o_slot, b_f, mask=b_stay > 0)
-
-    # newcomers are read again, from cache: a scan and a scatter of a whole chunk would take most registers
-    taken = tl.sum(b_stay)
-    for i in range(0, BC, BS):
-        o_s = i + tl.arange(0, BS)  # [BS]
-        b_a = activated_row(z, b, scale, o_s, C, HAS_BIAS, HAS_SCALE)  # [BS]
-        b_enter = is_kept(sort_bits(b_a), o_s, cut, end_enter).to(tl.int32)  # [BS]
-        n_enter = tl.sum(b_enter)
-        if n_enter > 0:
-            o_new = taken + tl.cumsum(b_enter) - 1  # [BS]
-            if HAS_FEATURES:
-                b_new = tl.load(features + o_s, mask=b_enter > 0, other=0).to(tl.int32)  # [BS]
-            else:
-                b_new = first + o_s  # [BS]
-            tl.store(best_values + o_new, b_a, mask=b_enter > 0)
-            tl.store(best_features + o_new, b_new, mask=b_enter > 0)
-        taken += n_enter
+    values += start
+    # at least k are >= low, fewer are >= high
+    low = tl.full([], 1, tl.int32)
+    high = tl.full([], 0x7F800002, tl.int32)
+    above = 0
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        n_middle = 0
+        i = 0
+        while i < n:
+            o_e = i + tl.arange(0, BE)  # [BE]
+            b_u = sort_bits(tl.load(values + o_e, mask=o_e < n, other=0.0))  # [BE]
+            n_middle += tl.sum((b_u >= middle).to(tl.int32))
+            i += BE
+        enough = n_middle >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+        above = tl.where(enough, above, n_middle)
+    left = k - above
+    i = 0
+    while i < n:
+        o_e = i + tl.arange(0, BE)  # [BE]
+        m_e = o_e < n  # [BE]
+        b_u = sort_bits(tl.load(values + o_e, mask=m_e, other=0.0))  # [BE]
+        m_keep = (b_u > low) | first_equal(b_u, low, left)  # [BE]
+        left -= tl.sum((b_u == low).to(tl.int32))
+        tl.store(values + o_e, 0.0, mask=m_e & ~m_keep)
+        i += BE
 
 
 def keep_rows_(
@@ -248,46 +216,16 @@ def keep_rows_(
         launch(keep_long_rows_kernel, long_rows_config(arch), (B,), (z, b, scale, copy, min(k, P)), P=P, **given)
 
 
-def merge_rows_(
-    best_values: torch.Tensor,
-    best_features: torch.Tensor,
-    z: torch.Tensor,
-    features: int | torch.Tensor,
-    b: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-) -> None:
-    """Merge a chunk of features into the k best so far of each token, in place; repeated, TopK over all features.
+def keep_listed_(values: torch.Tensor, ends: torch.Tensor, k: int) -> None:
+    """Put 0 in the place of all but the k largest of each token's entries in a list, values fp32 [N] > 0; in place.
 
-    best_values [B, k] fp32 and best_features [B, k] int32 are in ascending feature order; unused slots, at the
-    end, hold 0 and 2**31 - 1. z [B, C] is the raw product of the chunk, taken as relu(z + b) * scale. `features`
-    are those of its columns, int64 [C], ascending, or the first of C in a row; all are higher than those merged
-    before. Ties go to the lower feature. Equivalent to the k largest strictly positive of both together.
+    Those of token i stand from ends[i] on, up to ends[i + 1] (int64 [B + 1], ascending). Ties go to what stands first.
+    Equivalent to `keep_rows_` on each token's part of the list.
     """
-    check_block(z, b, scale)
-    B, C = z.shape
-    if best_values.ndim != 2 or best_values.shape[0] != B or best_values.dtype != torch.float32:
-        raise ValueError(f"best_values must be fp32 [{B}, k], got {best_values.dtype} {list(best_values.shape)}")
-    if best_features.shape != best_values.shape or best_features.dtype != torch.int32:
-        shape = list(best_values.shape)
-        raise ValueError(f"best_features must be int32 {shape}, got {best_features.dtype} {list(best_features.shape)}")
-    if not (best_values.is_contiguous() and best_features.is_contiguous()):
-        raise ValueError("best_values and best_features must be contiguous")
-    k = best_values.shape[1]
-    if C > MAX_CHUNK or k > MAX_K:
-        raise ValueError(f"chunks of at most {MAX_CHUNK} features and k of at most {MAX_K}, got {C} and {k}")
-    has_features = isinstance(features, torch.Tensor)
-    if has_features:
-        check_vector("features", features, torch.int64, C)
-    if z.numel() == 0 or k == 0:
-        return
-    listed, first = (features, 0) if has_features else (None, features)
-    launch(
-        merge_rows_kernel,
-        merge_config(C),
-        (B,),
-        (best_values, best_features, z, listed, b, scale, C, k, first),
-        HAS_FEATURES=has_features,
-        HAS_BIAS=b is not None,
-        HAS_SCALE=scale is not None,
-        BK=triton.next_power_of_2(k),
-    )
+    check_vector("values", values, torch.float32)
+    check_vector("ends", ends, torch.int64)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    n_tokens = len(ends) - 1
+    if n_tokens > 0 and len(values) > 0:
+        launch(keep_listed_kernel, listed_config(architecture(values.device)), (n_tokens,), (values, ends, k))

@@ -184,7 +184,8 @@ CHEAP = (
     "(largest_indices and 77) or (compact_largest and 50-4) or (nth_largest and True) or threshold_stays or "
     "(other_rows_stand and decayed) or before_the_first_token or reconstruction_of_strided or "
     "rounded_rows_of_strided or undecided_columns_of_strided or (ties_of_what_is_open and True) or "
-    "(stretches and decaying) or (lie_between and 67 and True-tails) or (fire_between and 67 and True-tails)"
+    "(stretches and decaying) or (lie_between and 67 and True-tails) or (fire_between and 67 and True-tails) or "
+    "(of_a_list and 5-3) or (with_a_spread and (tails or 16-4))"
 )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, bfloat16, float16, float32, int32, int64
 
 from sampled_sae.kernels import (
     batch_topk,
+    candidates,
     chunk_filter,
     chunk_scores,
     column_bounds,
@@ -22,6 +23,8 @@ from sampled_sae.kernels import (
     exact_fallback,
     firing_bounds,
     gather_decode,
+    merge_rows,
+    needed_product,
     radix,
     reconstruction,
     rounded_rows,
@@ -31,6 +34,7 @@ from sampled_sae.kernels import (
     token_topk,
     undecided_columns,
 )
+from sampled_sae.kernels.arguments import Spread
 
 # tokens, features, features of a chunk and of a pool, kept entries, slots of a list
 B, F, C, P, KEPT, SLOTS = 1001, 32768, 4096, 2001, 32033, 40001
@@ -110,13 +114,18 @@ def kept_rows(kernel: Any, length: int) -> Case:
     return Case(kernel, partial(token_topk.keep_rows_, new(B, length), 32, *vectors(length), copy))
 
 
-def merged_rows(length: int, k: int) -> Case:
+def merged_rows(length: int, k: int, **optional: Any) -> Case:
     arguments = (new(B, k), new(B, k, dtype=int32), new(B, length), length + 1, *vectors(length))
-    return Case(token_topk.merge_rows_kernel, partial(token_topk.merge_rows_, *arguments))
+    return Case(merge_rows.merge_rows_kernel, partial(merge_rows.merge_rows_, *arguments, **optional))
+
+
+def spread(length: int) -> Spread:
+    return Spread(new(B), new(B), new(length), new(length), new(length))
 
 
 TAU, COUNT, MEMBERS = new(1), new(1, dtype=int64), new(P, dtype=int64)
 LIST = (TAU, new(SLOTS), new(SLOTS, dtype=int64), COUNT)
+OF_TOKENS = (new(B), *LIST[1:])
 TOKENS, FEATURES, ORDER = (new(KEPT, dtype=int32) for _ in range(3))
 TOKEN_ENDS, FEATURE_ENDS = new(B + 1, dtype=int32), new(P + 1, dtype=int32)
 BLOCK, CHUNK, ENTRIES = new(B, F), (new(B, C), *vectors(C)), (TOKENS, FEATURES, TOKEN_ENDS)
@@ -145,6 +154,15 @@ CASES: dict[str, dict[str, Case]] = {
             },
         ),
     },
+    "candidates": several(
+        candidates.compute_candidates_,
+        candidates.compute_candidates_kernel,
+        {
+            "fp32 small d": (*encoder(float32, 768), *vectors(F), new(B), False, *LIST[1:]),
+            "fp32 large d, floors": (*encoder(float32, 4096), *vectors(F), new(F), True, *LIST[1:]),
+            "fp32 by bf16": (new(B, 720), new(F, 720, dtype=bfloat16), *vectors(F), new(F), True, *LIST[1:]),
+        },
+    ),
     "chunk_filter": {
         **several(
             chunk_filter.append_above_,
@@ -153,6 +171,8 @@ CASES: dict[str, dict[str, Case]] = {
                 "whole dictionary": (*CHUNK, C + 1, F, *LIST),
                 "pool": (*CHUNK, new(C, dtype=int64), F, *LIST),
                 "floors": (*CHUNK, C + 1, F, *LIST, new(C)),
+                "candidates": (*CHUNK, C + 1, F, *OF_TOKENS, None, spread(C)),
+                "candidates of floors": (*CHUNK, C + 1, F, *LIST, new(C), spread(C)),
             },
         ),
         "first threshold": Case(
@@ -212,6 +232,21 @@ CASES: dict[str, dict[str, Case]] = {
             "dots fp32 tail of d": (*encoder(float32, 720), *ENTRIES),
         },
     ),
+    "merge_rows": {
+        **{f"merge {n} into {k}": merged_rows(n, k) for n, k in ((1024, 32), (4096, 64), (8192, 512))},
+        "at least, 4096 into 64": merged_rows(C, 64, spread=spread(C)),
+        "at least, 8192 into 512": merged_rows(8192, 512, spread=spread(8192)),
+        "where needed": merged_rows(C, 64, needed=COUNT),
+    },
+    "needed_product": several(
+        needed_product.product_if_,
+        needed_product.needed_product_kernel,
+        {
+            "fp32 small d": (COUNT, *encoder(float32, 768), 1001, new(B, C)),
+            "fp32 large d, pool": (COUNT, *encoder(float32, 4096), MEMBERS, new(B, P)),
+            "fp32 above floors": (COUNT, *encoder(float32, 768), 0, BLOCK, *vectors(F), new(F)),
+        },
+    ),
     "radix": {
         "activate": Case(radix.count_digits_kernel, CUT, 0),
         "second pass": Case(radix.count_digits_kernel, CUT, 1),
@@ -264,7 +299,9 @@ CASES: dict[str, dict[str, Case]] = {
     "token_topk": {
         **{f"rows of {n}": kept_rows(token_topk.keep_rows_kernel, n) for n in (512, 2048, 4096, 8192)},
         "longer rows": kept_rows(token_topk.keep_long_rows_kernel, 32768),
-        **{f"merge {n} into {k}": merged_rows(n, k) for n, k in ((1024, 32), (4096, 64), (8192, 512))},
+        "of a list": Case(
+            token_topk.keep_listed_kernel, partial(token_topk.keep_listed_, NARROW, new(B + 1, dtype=int64), 33)
+        ),
     },
     "undecided_columns": {
         "list": Case(undecided_columns.list_undecided_kernel, undecided(768)),

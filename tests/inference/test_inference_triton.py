@@ -52,3 +52,18 @@ def test_gradients_reach_activations():
         out.x_hat.square().sum().backward()
         found.append(x.grad)
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_the_same_entries_through_a_screen(rule, monkeypatch):
+    """In lists with room for all of them, and for too few of what a bound leaves open."""
+    monkeypatch.setattr(stream, "SLACK", 0)
+    monkeypatch.setattr(stream, "MOST_LISTED", 0.5)
+    reference, x = make_whole(rule, DEVICE, impl="reference")
+    ours, _ = make_whole(rule, DEVICE, impl="triton", screen="bf16")
+    wanted = reference.encode_sparse(x)
+    for room in (2, 50):
+        monkeypatch.setattr(stream, "ABOVE_PER_TOKEN", room)
+        for a, b in zip(ours.encode_sparse(x).entries(), wanted.entries()):
+            assert torch.equal(a, b)
+        assert torch.equal(ours.encode(x), wanted.to_dense())

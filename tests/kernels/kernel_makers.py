@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sampled_sae.kernels.arguments import Spread
+
 EPS = torch.finfo(torch.float32).eps
 NEEDS_VIRTUAL_MEMORY = pytest.mark.skipif(
     torch.cuda.is_available(), reason="for the interpreter: virtual memory is free there"
@@ -61,3 +63,23 @@ def assert_runs_alone(program):
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def masked(a, k):
+    """The k largest positive entries of each row, by a stable sort: ties to the lower column."""
+    order = a.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    kept = torch.zeros_like(a).scatter_(1, order, 1) * (a > 0)
+    return torch.where(kept > 0, a, 0.0)
+
+
+def drawn_spread(shape, device, seed=3):
+    """Of a chunk [B, C], in eighths, so that what it makes of products in quarters is exact."""
+    make = torch.Generator().manual_seed(seed)
+    lengths = [shape[0]] * 2 + [shape[1]] * 3
+    return Spread(*((torch.randint(0, 3, (n,), generator=make) / 8).to(device) for n in lengths))
+
+
+def spread_of(spread):
+    """[B, C]: how far each entry may be off."""
+    of_tokens = spread.norms[:, None] * spread.of_norms + spread.errors[:, None] * spread.of_errors
+    return of_tokens + spread.of_bias

@@ -1,9 +1,10 @@
 import pytest
 import torch
-from kernel_makers import NEEDS_VIRTUAL_MEMORY, assert_runs_alone
+from kernel_makers import NEEDS_VIRTUAL_MEMORY, assert_runs_alone, drawn_spread, spread_of
 
 pytest.importorskip("triton")
 
+from sampled_sae.kernels.arguments import Spread
 from sampled_sae.kernels.chunk_filter import append_above_, first_threshold, next_threshold
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -82,6 +83,45 @@ def test_floors_are_strict_and_signed(has_vectors, shape, device):
     assert torch.equal(found_values, a[tokens, columns])
     assert torch.equal(found_keys, tokens * 100 + 5 + columns)
     assert (keys[int(count) :] == -7).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("has_vectors", [True, False])
+def test_with_a_spread_what_may_reach_the_floor_of_its_token(has_vectors, shape, device):
+    """A NaN rules out nothing; what is at most 0 is out, whatever the floor."""
+    z, b, scale = chunk(shape, device)
+    spread, tau = drawn_spread(shape, device), (torch.arange(shape[0], device=device) % 7 - 2) / 2
+    b, scale = (b, scale) if has_vectors else (None, None)
+    z[-1, -1] = NAN
+    tau[shape[0] // 2] = NAN
+    values, keys, count = empty_list(z.numel(), device)
+    append_above_(z, b, scale, 5, 100, tau, values, keys, count, spread=spread)
+    most = z + spread_of(spread)
+    most = ((most + b).relu() * scale) if has_vectors else most.relu()
+    tokens, columns = (~(most <= 0) & ~(most < tau[:, None])).nonzero(as_tuple=True)
+    found_values, found_keys = in_order(values, keys, count)
+    torch.testing.assert_close(found_values, most[tokens, columns], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found_keys, tokens * 100 + 5 + columns)
+    assert (keys[int(count) :] == -7).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("has_vectors", [True, False])
+def test_with_a_spread_what_may_be_above_the_floor_of_its_feature(has_vectors, shape, device):
+    z, b, scale = chunk(shape, device)
+    b, scale = (b, scale) if has_vectors else (None, None)
+    spread = drawn_spread(shape, device)
+    floors = ((torch.arange(shape[1]) % 19 - 9) / 4).to(device)
+    floors[1::5], floors[2::5] = INF, -INF
+    z[-1, -1] = NAN
+    values, keys, count = empty_list(z.numel(), device)
+    append_above_(z, b, scale, 5, 100, floors, values, keys, count, floors, spread)
+    most = z + spread_of(spread)
+    most = (most + b) * scale if has_vectors else most
+    tokens, columns = (~(most <= floors)).nonzero(as_tuple=True)
+    found_values, found_keys = in_order(values, keys, count)
+    torch.testing.assert_close(found_values, most[tokens, columns], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found_keys, tokens * 100 + 5 + columns)
 
 
 def test_some_tile_has_hits_and_some_has_none(device):
@@ -178,6 +218,8 @@ def test_empty(shape, device):
         ({"features": torch.ones(5)}, r"features must be contiguous torch.int64 \[5\]"),
         ({"tau": torch.ones(())}, "tau must be"),
         ({"floors": torch.ones(4)}, r"floors must be contiguous torch.float32 \[5\]"),
+        ({"spread": Spread(*[torch.ones(5)] * 5)}, r"spread.norms must be contiguous torch.float32 \[4\]"),
+        ({"spread": Spread(*[torch.ones(4)] * 2, *[torch.ones(5)] * 3)}, r"tau must be contiguous torch.float32 \[4\]"),
         ({"values": torch.ones(3, dtype=torch.float64)}, "values must be"),
         ({"keys": torch.ones(4, dtype=torch.int64)}, r"keys must be contiguous torch.int64 \[3\]"),
         ({"count": torch.zeros(1, dtype=torch.int32)}, "count must be"),

@@ -3,15 +3,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from kernel_makers import products
+from kernel_makers import masked, products
 
 from sampled_sae.kernels import configs
-from sampled_sae.kernels.token_topk import MAX_CHUNK, MAX_K, keep_rows_, merge_rows_
+from sampled_sae.kernels.token_topk import keep_listed_, keep_rows_
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 INF = float("inf")
-UNUSED = 2**31 - 1
 GPU = torch.cuda.is_available()
 # the interpreter holds rows of up to 64 in registers and reads longer ones in tiles of 32
 SHAPES = [
@@ -20,13 +19,6 @@ SHAPES = [
     pytest.param((7, 37), id="tail"),
     pytest.param((4, 10_003 if GPU else 77), id="longer than registers"),
 ]
-
-
-def masked(a, k):
-    """The k largest positive entries of each row, by a stable sort: ties to the lower column."""
-    order = a.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    kept = torch.zeros_like(a).scatter_(1, order, 1) * (a > 0)
-    return torch.where(kept > 0, a, 0.0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -118,95 +110,11 @@ def test_empty_block(shape, device):
     keep_rows_(torch.zeros(shape, device=device), 3)
 
 
-def streamed(z, k, C, b=None, scale=None, features=None):
-    """All columns of z, merged C at a time."""
-    B, F = z.shape
-    values = torch.zeros(B, k, device=z.device)
-    best = torch.full((B, k), UNUSED, dtype=torch.int32, device=z.device)
-    for start in range(0, F, C):
-        chunk = slice(start, start + C)
-        parts = [None if t is None else t[chunk].contiguous() for t in (b, scale)]
-        first = start if features is None else features[chunk]
-        merge_rows_(values, best, z[:, chunk].contiguous(), first, *parts)
-    return values, best
-
-
-def sorted_entries(a, k, features=None):
-    """What a merge of all columns of a must give: the kept ones by feature, then the unused slots."""
-    kept = masked(a, k) > 0
-    features = torch.arange(a.shape[1], device=a.device) if features is None else features
-    named = torch.where(kept, features, UNUSED)
-    best, at = torch.nn.functional.pad(named, (0, k), value=UNUSED).sort(dim=1, stable=True)
-    values = torch.nn.functional.pad(a * kept, (0, k)).gather(1, at)
-    return values[:, :k], best[:, :k].int()
-
-
-@pytest.mark.parametrize("levels", [None, 1, 4])
-@pytest.mark.parametrize("C", [16, 37, 100])
-@pytest.mark.parametrize("k", [1, 5, 32, 120])
-def test_stream_of_chunks_gives_the_largest_of_all(k, C, levels, device):
-    z, b, scale = products((6, 100), device, levels)
-    a = (z + b).relu() * scale
-    for found, expected in zip(streamed(z, k, C, b, scale), sorted_entries(a, k)):
-        assert found.dtype == expected.dtype
-        assert torch.equal(found, expected)
-
-
-def test_chunks_of_every_configuration(device):
-    """One row of each number of warps, written in several parts."""
-    for C in (600, 3000, 8192):
-        z, b, scale = products((2, 8192), device, seed=C)
-        a = (z + b).relu() * scale
-        for found, expected in zip(streamed(z, 64, C, b, scale), sorted_entries(a, 64)):
-            assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("has_scale", [True, False])
-def test_chunks_of_listed_features(has_bias, has_scale, device):
-    z, b, scale = products((6, 40), device)
-    b, scale = b if has_bias else None, scale if has_scale else None
-    a = (z + (0 if b is None else b)).relu() * (1 if scale is None else scale)
-    features = torch.arange(40, device=device) * 3 + 1_000_000
-    found = streamed(z, 5, 16, b, scale, features)
-    for f, e in zip(found, sorted_entries(a, 5, features)):
-        assert torch.equal(f, e)
-
-
-def test_row_with_nothing_better_stays_as_it_is(device):
-    """Equal entries of higher features do not enter; a row beside it does change."""
-    values = torch.tensor([[1.0, 2.0, 1.0], [1.0, 2.0, 1.0], [2.0, 0.0, 0.0]], device=device)
-    features = torch.tensor([[3, 5, 6], [3, 5, 6], [4, UNUSED, UNUSED]], dtype=torch.int32, device=device)
-    z = torch.tensor([[1.0, 0.5, 1.0], [1.0, 1.5, 2.0], [-1.0, 0.5, 0.0]], device=device)
-    merge_rows_(values, features, z, 7)
-    assert values.tolist() == [[1, 2, 1], [2, 1.5, 2], [2, 0.5, 0]]
-    assert features.tolist() == [[3, 5, 6], [5, 8, 9], [4, 8, UNUSED]]
-
-
-def test_ties_among_old_entries_go_to_the_lower_feature(device):
-    values = torch.tensor([[1.0, 1.0, 1.0, 1.0]], device=device)
-    features = torch.tensor([[0, 1, 2, 3]], dtype=torch.int32, device=device)
-    merge_rows_(values, features, torch.tensor([[1.0, 3.0, 1.0]], device=device), 10)
-    assert values.tolist() == [[1, 1, 1, 3]]
-    assert features.tolist() == [[0, 1, 2, 11]]
-
-
-def test_nothing_to_merge(device):
-    values, features = torch.ones(3, 2, device=device), torch.ones(3, 2, dtype=torch.int32, device=device)
-    merge_rows_(values, features, torch.ones(3, 0, device=device), 9)
-    merge_rows_(values[:0], features[:0], torch.ones(0, 4, device=device), 9)
-    merge_rows_(values[:, :0].contiguous(), features[:, :0].contiguous(), torch.ones(3, 4, device=device), 9)
-    assert (values == 1).all()
-    assert (features == 1).all()
-
-
 @pytest.mark.skipif(not GPU, reason="the interpreter never waits for a device")
 def test_host_never_waits(device):
     z, b, scale = products((5, 77), device)
-    values, features = streamed(z, 3, 77)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        merge_rows_(values, features, z, 77, b, scale)
         keep_rows_(z, 6, b, scale)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -235,21 +143,48 @@ def test_wrong_block_arguments(change, message):
         keep_rows_(**({"z": torch.ones(4, 7), "k": 3} | change))
 
 
+def listed(counts, device, levels=None, seed=0):
+    """values [N] > 0, some of them equal, of tokens with so many entries, and where each token's end."""
+    make = torch.Generator().manual_seed(seed)
+    values = torch.rand(sum(counts), generator=make) + 0.1
+    if levels is not None:
+        values = (levels * values).ceil()
+    ends = torch.tensor([0, *counts]).cumsum(0)
+    return values.to(device), ends.to(device)
+
+
+@pytest.mark.parametrize("levels", [None, 1, 3])
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_of_a_list_the_largest_of_each_token_stay(k, levels, device):
+    """Tokens with fewer entries than k, as many and more; with none; with more than a program takes at once."""
+    values, ends = listed([7, 0, 1, 40, 5, 100, 0, 16, 17], device, levels)
+    expected = values.clone()
+    for start, end in zip(ends[:-1].tolist(), ends[1:].tolist()):
+        expected[start:end] = masked(values[None, start:end], k)[0]
+    keep_listed_(values, ends, k)
+    assert torch.equal(values, expected)
+
+
+def test_listed_values_at_the_ends_of_float32_and_what_stands_behind(device):
+    values = torch.tensor([1e-45, 3e38, INF, 2e-45, 1.0, float("nan"), 9.0, 9.0], device=device)
+    keep_listed_(values, torch.tensor([0, 4, 6], device=device), 1)
+    expected = torch.tensor([0.0, 0.0, INF, 0.0, 0.0, float("nan"), 9.0, 9.0], device=device)
+    torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_empty_list(device):
+    keep_listed_(torch.zeros(0, device=device), torch.zeros(4, dtype=torch.int64, device=device), 3)
+    keep_listed_(torch.ones(2, device=device), torch.zeros(1, dtype=torch.int64, device=device), 3)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"z": torch.ones(7, 4).t()}, "z must be"),
-        ({"b": torch.ones(4)}, "b must be"),
-        ({"best_values": torch.ones(3, 2)}, "best_values must be"),
-        ({"best_features": torch.ones(4, 2)}, "best_features must be"),
-        ({"best_values": torch.ones(2, 4).t()}, "must be contiguous"),
-        ({"features": torch.arange(6)}, "features must be"),
-        ({"features": torch.ones(7)}, "features must be"),
-        ({"z": torch.ones(4, MAX_CHUNK + 1)}, "chunks of at most"),
-        ({"best_values": torch.ones(4, MAX_K + 1), "best_features": torch.ones(4, MAX_K + 1).int()}, "k of at most"),
+        ({"values": torch.ones(4).double()}, "values must be"),
+        ({"ends": torch.zeros(3)}, "ends must be"),
+        ({"k": 0}, "k must be at least 1, got 0"),
     ],
 )
-def test_wrong_merge_arguments(change, message):
-    best = {"best_values": torch.ones(4, 2), "best_features": torch.ones(4, 2).int()}
+def test_wrong_list_arguments(change, message):
     with pytest.raises(ValueError, match=message):
-        merge_rows_(**({**best, "z": torch.ones(4, 7), "features": 9} | change))
+        keep_listed_(**({"values": torch.ones(4), "ends": torch.tensor([0, 4]), "k": 1} | change))

@@ -1,4 +1,4 @@
-"""Selection and decode entry by entry, for large pools and for whole dictionaries, as operators.
+"""Codes and decode entry by entry, for large pools and for whole dictionaries, as operators.
 
 Lists of kept entries are sorted by token, then feature, and have as many places as the budget; padding stands at the
 end, with value 0, token B and feature F. Arguments named `*_receiver` are read for their shape alone: they receive the
@@ -16,13 +16,12 @@ from torch import Tensor
 from ...codes import Entries, PaddedEntries, SparseCodes
 from ...kernels.gather_decode import entry_dots, gather_sum
 from ...kernels.segment_sum import feature_order, segment_sum
-from ..encoder import Encoder, Operands
+from ..encoder import Encoder
 from ..levels import level_of
 from ..row_gradients import RowSource
 from .double_backward import no_second_derivative
 from .pool import top_pool
 from .products import lowered, raised
-from .stream import stream_batch, stream_token
 
 
 def padded_codes(encoder: Encoder, found: Entries, members: Tensor | None) -> SparseCodes:
@@ -90,36 +89,6 @@ def narrow(entries: Entries) -> Entries:
 def receiver(rows: RowSource, name: str, W: Tensor, features: Tensor) -> Tensor:
     """Where an operator sends its gradient: W itself, or rows of it."""
     return rows.receiver(name, W, features, W.dtype) if rows.keep else W
-
-
-@torch.library.custom_op("sampled_sae::select_entries", mutates_args=())
-def select_entries(
-    x: Tensor,
-    W: Tensor,
-    b: Tensor,
-    scale: Tensor | None,
-    members: Tensor | None,
-    budget: int,
-    per_token: bool,
-    hint: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The kept entries of relu(x W^T + b) * scale: (values, tokens, features, the next batch's hint fp32 [1]).
-
-    `budget` entries of the batch, or of each token; sorted by token, then feature.
-    """
-    operands = Operands(x, W, b, scale, members)
-    if per_token:
-        return *stream_token(operands, budget), x.new_zeros(1, dtype=torch.float32)
-    return stream_batch(operands, budget, hint)
-
-
-@select_entries.register_fake
-def _(x: Tensor, W: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    budget, per_token, _ = rest[-3:]
-    n = x.shape[0] * budget if per_token else budget
-    values = x.new_empty(n, dtype=torch.float32)
-    tokens, features = (x.new_empty(n, dtype=torch.int32) for _ in range(2))
-    return values, tokens, features, x.new_empty(1, dtype=torch.float32)
 
 
 @torch.library.custom_op("sampled_sae::entry_values", mutates_args=())

@@ -21,13 +21,14 @@ from ..row_gradients import RowSource
 from ..torch.dense_above import DenseAbove
 from . import block, entries, scores
 from .block import BLOCK_FEATURES, block_codes
-from .entries import narrow, padded_codes, select_entries
+from .entries import narrow, padded_codes
 from .pool import candidate_pool
 from .reconstruction import squared_errors
 from .scores import column_scores
-from .screen import rounded_operands
+from .screen import rounded_operands, tensors_of
 from .screen_columns import column_bounds
-from .stream import dense_products, stream_above
+from .search import select_entries
+from .stream import dense_from_list, dense_products, stream_above
 
 __all__ = [
     "above_threshold",
@@ -83,17 +84,23 @@ def select(encoder: Encoder, members: Tensor | None, rule: Rule, hints: Threshol
     """What a batch keeps inside the pool `members`, int64 [P], or everywhere for None."""
     if members is not None and len(members) <= BLOCK_FEATURES:
         return block_codes(encoder, members, rule)
-    x, W, b, scale, *_ = encoder.operands
-    if rule.select == "token":
-        *found, _ = select_entries(x, W, b, scale, members, int(rule.k), True, None)
-        return padded_codes(encoder, Entries(*found), members)
     hints = hints if hints is not None else ThresholdHints()
-    budget = rule.budget(encoder.operands.n_tokens)
     hint = hints.of(rule, members)
-    hint = hint if isinstance(hint, Tensor) else None
-    *found, hint = select_entries(x, W, b, scale, members, budget, False, hint)
-    hints.keep(rule, members, hint)
-    return padded_codes(encoder, Entries(*found), members)
+    found, hint = found_by(encoder.operands.among(members), rule, hint if isinstance(hint, Tensor) else None)
+    if rule.select == "batch":
+        hints.keep(rule, members, hint)
+    return padded_codes(encoder, found, members)
+
+
+def found_by(operands: Operands, rule: Rule, hint: Tensor | None) -> tuple[Entries, Tensor]:
+    """The entries that a rule keeps, padded, and the next batch's hint."""
+    x, W, b, scale, members, screen, _ = operands
+    by_token = rule.select == "token"
+    budget = int(rule.k) if by_token else rule.budget(operands.n_tokens)
+    *found, hint, opened = select_entries(x, W, b, scale, members, budget, by_token, hint, tensors_of(screen))
+    if screen is not None:
+        screen.looks.see_entries(operands.n_tokens * operands.n_candidates, opened)
+    return Entries(*found), hint
 
 
 def column_statistics(operands: Operands, score: str) -> Tensor:
@@ -111,11 +118,7 @@ def use_block(pool: int, k: float, n_features: int) -> bool:
 
 def search(operands: Operands, rule: Rule, hint: float | None) -> Entries:
     """As the torch form's, in a list of fixed length with padding at its end; tokens and features int32."""
-    x, W, b, scale, members, *_ = operands
-    by_token = rule.select == "token"
-    budget = int(rule.k) if by_token else rule.budget(operands.n_tokens)
-    *found, _ = select_entries(x, W, b, scale, members, budget, by_token, None)
-    return Entries(*found)
+    return found_by(operands, rule, None)[0]
 
 
 def take_kept(found: Entries, kept: Tensor, n_tokens: int, n_features: int) -> Entries:
@@ -155,6 +158,10 @@ def dense_above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None
 
 
 def fill_above(operands: Operands, threshold: Tensor, gate: Gate | None) -> Tensor:
+    """Through a screen, but for a gate."""
+    if operands.screen is not None and gate is None:
+        floors = floor_of(threshold, None, torch.float32).expand(operands.n_features).contiguous()
+        return dense_from_list(operands, floors)
     return keep_above_(dense_products(operands), threshold, gate)
 
 

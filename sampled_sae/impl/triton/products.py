@@ -66,18 +66,22 @@ def chunk_width(n_tokens: int) -> int:
 
 def encoder_chunks(operands: Operands) -> Iterator[ProductChunk]:
     """The product of x with the rows of W chunk by chunk; with those of the candidates, where there are some."""
-    x, W, b, scale, members, *_ = operands
+    for chunk in unwritten_chunks(operands):
+        at, W = chunk.features, operands.W
+        rows = W[chunk.at] if isinstance(at, int) else W.index_select(0, at)
+        product(operands.x, rows.t(), out=chunk.z)
+        yield chunk
+
+
+def unwritten_chunks(operands: Operands) -> Iterator[ProductChunk]:
+    """The same with a z that is not yet the product."""
+    x, _, b, scale, members, *_ = operands
     n_tokens, size = operands.n_tokens, operands.n_candidates
     width = min(chunk_width(n_tokens), size)
     buffer = torch.empty(n_tokens * width, dtype=torch.float32, device=x.device)
     for start in range(0, size, max(width, 1)):
         at = slice(start, min(start + width, size))
         z = buffer[: n_tokens * (at.stop - start)].view(n_tokens, at.stop - start)
-        if members is None:
-            product(x, W[at].t(), out=z)
-            yield ProductChunk(at, start, z, b[at], None if scale is None else scale[at])
-        else:
-            features = members[at]
-            part = operands.in_full().of_features(features)
-            product(x, part.W.t(), out=z)
-            yield ProductChunk(at, features, z, part.b, part.scale)
+        features: Tensor | int = start if members is None else members[at]
+        here = at if members is None else features
+        yield ProductChunk(at, features, z, b[here], None if scale is None else scale[here])

@@ -7,6 +7,7 @@ With x^ = x + dx and w^ = w + dw, and the product summed in float32 by tensor co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +69,16 @@ def rounded_operands(x: Tensor, W: Tensor, screen: str) -> RoundedOperands | Non
     if x.shape[0] == 0 or not (screen == "bf16" or enough):
         return None
     return RoundedOperands(x, RoundedRows(*round_rows(x)), RoundedRows(*round_rows(W)))
+
+
+def tensors_of(screen: RoundedTokens | None) -> list[Tensor]:
+    """As an operator takes them; none without a screen."""
+    return [*screen.tokens, *screen.weights] if isinstance(screen, RoundedOperands) else []
+
+
+def of_tensors(x: Tensor, tensors: Sequence[Tensor]) -> RoundedOperands | None:
+    """The inverse of `tensors_of`, for the tokens x."""
+    return RoundedOperands(x, RoundedRows(*tensors[:3]), RoundedRows(*tensors[3:])) if tensors else None
 
 
 @torch.compiler.assume_constant_result

@@ -11,7 +11,6 @@ are ordered by key, token * F + feature, before anything depends on their order.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +19,11 @@ from ...codes import Entries
 from ...kernels.batch_topk import compact_largest
 from ...kernels.chunk_filter import append_above_, first_threshold, next_threshold
 from ...kernels.exact_fallback import refill_exactly_
-from ...kernels.token_topk import merge_rows_
+from ...kernels.merge_rows import merge_rows_
 from ..encoder import Operands
+from .hits import Hits, in_order, no_hits
 from .products import encoder_chunks
+from .screen_entries import best_of_tokens, dense_above, hits_reaching, no_best, room_for_tokens, rounded_of
 
 CAPACITY = 2
 # room for the error of a threshold that comes from few entries
@@ -37,17 +38,6 @@ ABOVE_PER_TOKEN = 128
 # a threshold that lets more than this share through gets whole rows, of so many activations at once
 MOST_LISTED = 1 / 16
 ROW_ELEMENTS = 1 << 26
-
-
-class Hits(NamedTuple):
-    """Entries that a filter let through, in any order: values fp32 [cap], keys int64 [cap], how many int64 [1].
-
-    Unused places hold value 0 and key B * F; a number above cap says that some are missing.
-    """
-
-    values: Tensor
-    keys: Tensor
-    found: Tensor
 
 
 def stream_batch(operands: Operands, n: int, hint: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -81,8 +71,12 @@ def stream_batch(operands: Operands, n: int, hint: Tensor | None = None) -> tupl
 def stream_token(operands: Operands, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The k largest strictly positive entries of each token, ties to the lower feature; [B * k], as `stream_batch`."""
     n_tokens, n_features = operands.n_tokens, operands.n_features
-    values = operands.x.new_zeros(n_tokens, k, dtype=torch.float32)
-    features = torch.full((n_tokens, k), 2**31 - 1, dtype=torch.int32, device=values.device)
+    if operands.screen is not None:
+        cap = room_for_tokens(operands, k) + SLACK
+        if 0 < cap < n_tokens * operands.n_candidates:
+            return compact_largest(*best_of_tokens(operands, k, cap), n_tokens * k, n_tokens, n_features)
+        all_open(operands)
+    values, features = no_best(operands, k)
     for chunk in encoder_chunks(operands):
         merge_rows_(values, features, chunk.z, chunk.features, chunk.b, chunk.scale)
     tokens = torch.arange(n_tokens, device=values.device)
@@ -110,7 +104,11 @@ def stream_above(operands: Operands, tau: Tensor | float, floors: Tensor | None 
         return in_whole_rows(operands, least, floors)
     if found > cap:
         hits = hits_above(operands, least, found, floors)
-    values, keys = in_order(hits.values[:found], hits.keys[:found], (n_tokens, n_features))
+        found = int(hits.found)
+    # a screen leaves unused places between the others
+    listed = found if operands.screen is None else len(hits.keys)
+    values, keys = in_order(hits.values[:listed], hits.keys[:listed], (n_tokens, n_features))
+    values, keys = values[:found], keys[:found]
     tokens = keys // max(n_features, 1)
     return Entries(values, tokens, keys - tokens * n_features)
 
@@ -126,6 +124,14 @@ def in_whole_rows(operands: Operands, least: Tensor, floors: Tensor | None) -> E
     return Entries(*(torch.cat(column) for column in zip(*parts)))
 
 
+def dense_from_list(operands: Operands, floors: Tensor) -> Tensor:
+    """(x W^T + b) * scale where that is > floors fp32 [F] >= 0, and 0 elsewhere, through a screen: fp32 [B, F].
+
+    In full where the list has no room for what the screen leaves open; waits for nothing.
+    """
+    return dense_above(operands, floors, ABOVE_PER_TOKEN * operands.n_tokens)
+
+
 def dense_products(operands: Operands) -> Tensor:
     """(x W^T + b) * scale, fp32 [B, F], chunk by chunk."""
     out = operands.x.new_empty(operands.n_tokens, operands.n_features, dtype=torch.float32)
@@ -137,20 +143,34 @@ def dense_products(operands: Operands) -> Tensor:
 
 
 def hits_above(operands: Operands, tau: Tensor, cap: int, floors: Tensor | None = None) -> Hits:
-    """Entries > 0 and >= tau; with floors [F] those of (x W^T + b) * scale > floors."""
+    """Entries > 0 and >= tau; with floors [F] those of (x W^T + b) * scale > floors.
+
+    Through a screen, where there is not room for all entries anyway: more candidates than `cap` count as so many found.
+    """
     n_features = operands.n_features
-    values = operands.x.new_zeros(cap, dtype=torch.float32)
-    keys = torch.full((cap,), operands.n_tokens * n_features, dtype=torch.int64, device=values.device)
-    count = operands.x.new_zeros(1, dtype=torch.int64)
+    if operands.screen is not None and cap < operands.n_tokens * operands.n_candidates:
+        strict = floors is not None
+        return hits_reaching(operands, floors if strict else tau.repeat(operands.n_tokens), cap, strict)
+    all_open(operands)
+    hits = no_hits(operands, cap)
     for chunk in encoder_chunks(operands):
         some = None if floors is None else floors[chunk.at if operands.members is None else chunk.features]
-        append_above_(chunk.z, chunk.b, chunk.scale, chunk.features, n_features, tau, values, keys, count, some)
-    return Hits(values, keys, count)
+        append_above_(chunk.z, chunk.b, chunk.scale, chunk.features, n_features, tau, *hits, some)
+    return hits
+
+
+def all_open(operands: Operands) -> None:
+    """Notes that what a screen could have ruled out is computed all the same: there is room for every entry."""
+    if operands.screen is not None:
+        size = operands.n_tokens * operands.n_candidates
+        operands.screen.looks.see_entries(size, size)
 
 
 def sampled_threshold(operands: Operands, n: int) -> Tensor:
     """A threshold that about MARGIN * n entries of the batch reach, judged by every s-th token: fp32 [1]."""
     x, W, b, scale, members, *_ = operands
+    if operands.screen is not None:  # a guess
+        x, W = rounded_of(operands).tokens.values, rounded_of(operands).weights.values
     n_tokens, size = operands.n_tokens, operands.n_candidates
     step = max(1, min(SAMPLE_STEP, n_tokens // FEWEST_TOKENS), n_tokens * size // SAMPLE_ELEMENTS)
     some = x[::step]
@@ -166,9 +186,3 @@ def sampled_threshold(operands: Operands, n: int) -> Tensor:
     if members is not None:
         b, scale = b.index_select(0, members), None if scale is None else scale.index_select(0, members)
     return first_threshold(z, b, scale, max(1, round(rank)))
-
-
-def in_order(values: Tensor, keys: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Sorted by key, all of which are at most B * F: 32 bits, where they suffice, take half the passes."""
-    keys, order = torch.sort(keys.int() if shape[0] * shape[1] < 2**31 else keys)
-    return values.index_select(0, order), keys.long()

@@ -1,0 +1,139 @@
+"""Which entries may reach a floor, seen through bfloat16 products, and their activations in full precision.
+
+docs/method.md, "Screening": with z^ the bfloat16 product in fp32 and s_ij how far it may be off, no activation lies
+above (z^ + s + b) * scale or below (z^ - s + b) * scale. What the first rules out is never computed. A value that is
+not a number rules out nothing, so that operands out of range end in the full search, not in another result.
+
+For the k best of each token one walk over the chunks takes both looks: what a chunk's activations are at least raises
+what the k-th best of its token is at least, and what may reach that is listed. Nothing is guessed, and none can be
+missing. Where the list has no room for all of them, the search without a screen is done, decided on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ...kernels.arguments import Spread
+from ...kernels.candidates import compute_candidates_
+from ...kernels.chunk_filter import append_above_
+from ...kernels.merge_rows import merge_rows_
+from ...kernels.needed_product import product_if_
+from ...kernels.token_topk import keep_listed_
+from ..encoder import Operands
+from .hits import Hits, in_order, no_hits
+from .products import ProductChunk, chunk_width, encoder_chunks, unwritten_chunks
+from .screen import SUMS, RoundedOperands
+
+# places of a token's list, times k and what k best of a stream in any order take
+ROOM = 2
+# roundings of a sum, a bias and a bound, beyond those of the d terms
+MORE_TERMS = 8
+OF_BIAS = 2.0**-20
+SMALLEST_NORMAL = 2.0**-126
+
+
+def hits_reaching(operands: Operands, floors: Tensor, cap: int, strict: bool) -> Hits:
+    """Entries > 0 and >= floors fp32 [B], of their token, or with `strict` > floors fp32 [F], of their feature.
+
+    Unused places stand between the others. More candidates than `cap` count as so many found, and the list is void.
+    """
+    x, W, b, scale, members, *_ = operands
+    hits = no_hits(operands, cap)
+    for chunk, spread in seen_chunks(operands):
+        some = None
+        if strict:
+            some = floors[chunk.at if members is None else chunk.features]
+        append_above_(chunk.z, chunk.b, chunk.scale, chunk.features, operands.n_features, floors, *hits, some, spread)
+    found, computed = compute_candidates_(x, W, b, scale, floors, strict, *hits)
+    rounded_of(operands).looks.see_entries(operands.n_tokens * operands.n_candidates, computed)
+    return hits._replace(found=found)
+
+
+def dense_above(operands: Operands, floors: Tensor, cap: int) -> Tensor:
+    """(x W^T + b) * scale where that is > floors fp32 [F], and 0 elsewhere: fp32 [B, F]."""
+    x, W, b, scale, *_ = operands
+    hits = hits_reaching(operands, floors, cap, True)
+    # unused places write to the one behind the last
+    out = x.new_zeros(operands.n_tokens * operands.n_features + 1).scatter_(0, hits.keys, hits.values)
+    out = out[:-1].view(operands.n_tokens, operands.n_features)
+    product_if_((hits.found > cap).long(), x, W, 0, out, b, scale, floors)
+    return out
+
+
+def room_for_tokens(operands: Operands, k: int) -> int:
+    """Places for the candidates of all tokens: the k best of the first of M chunks, k / 2 of the second, and so on."""
+    n_chunks = -(-operands.n_candidates // max(chunk_width(operands.n_tokens), 1))
+    return operands.n_tokens * math.ceil(ROOM * (1 + math.log(max(n_chunks, 1))) * k)
+
+
+def best_of_tokens(operands: Operands, k: int, cap: int) -> tuple[Tensor, Tensor]:
+    """The k largest strictly positive entries of each token, ties to the lower feature, in a list of `cap` >= B * k.
+
+    values fp32 [cap] and keys int64 [cap], by key but for unused places, whose value is 0.
+    """
+    x, W, b, scale, *_ = operands
+    n_tokens, n_features = operands.n_tokens, operands.n_features
+    least, members = no_best(operands, k)
+    floors = least.new_zeros(n_tokens)
+    hits = no_hits(operands, cap)
+    for chunk, spread in seen_chunks(operands):
+        merge_rows_(least, members, chunk.z, chunk.features, chunk.b, chunk.scale, spread)
+        floors = least.amin(1)
+        append_above_(chunk.z, chunk.b, chunk.scale, chunk.features, n_features, floors, *hits, spread=spread)
+    _, computed = compute_candidates_(x, W, b, scale, floors, False, *hits)
+    rounded_of(operands).looks.see_entries(n_tokens * operands.n_candidates, computed)
+    values, keys = in_order(hits.values, hits.keys, (n_tokens, n_features))
+    every_token = torch.arange(n_tokens + 1, device=x.device)
+    keep_listed_(values, torch.searchsorted(keys, every_token * n_features), k)
+
+    needed = (hits.found > cap) | floors.isnan().any()
+    best, features = best_if(needed.long(), operands, k)
+    n_places, more = n_tokens * k, cap - n_tokens * k
+    full_keys = (every_token[:n_tokens, None] * n_features + features).view(n_places)
+    values = torch.where(needed, pad(best.view(n_places), (0, more)), values)
+    keys = torch.where(needed, pad(full_keys, (0, more), value=n_tokens * n_features), keys)
+    return values, keys
+
+
+def no_best(operands: Operands, k: int) -> tuple[Tensor, Tensor]:
+    """Values [B, k] and features [B, k] as `merge_rows_` begins with them."""
+    values = operands.x.new_zeros(operands.n_tokens, k, dtype=torch.float32)
+    return values, torch.full((operands.n_tokens, k), 2**31 - 1, dtype=torch.int32, device=values.device)
+
+
+def best_if(needed: Tensor, operands: Operands, k: int) -> tuple[Tensor, Tensor]:
+    """The same without a screen, values and features [B, k], where `needed`, int64 [1], is not 0; else none."""
+    values, features = no_best(operands, k)
+    for chunk in unwritten_chunks(operands):
+        product_if_(needed, operands.x, operands.W, chunk.features, chunk.z)
+        merge_rows_(values, features, chunk.z, chunk.features, chunk.b, chunk.scale, needed=needed)
+    return values, features
+
+
+def seen_chunks(operands: Operands) -> Iterator[tuple[ProductChunk, Spread]]:
+    """Chunks of the bfloat16 product, and how far each may be off."""
+    screen = rounded_of(operands)
+    spread = spread_of(operands)
+    seen = operands._replace(x=screen.tokens.values, W=screen.weights.values, screen=None)
+    for chunk in encoder_chunks(seen):
+        at = chunk.at if operands.members is None else chunk.features
+        yield chunk, Spread(*spread[:2], *(of_feature[at] for of_feature in spread[2:]))
+
+
+def spread_of(operands: Operands) -> Spread:
+    """Of x W^T + b: that of products of rounded operands, and of the roundings that float32 adds to both."""
+    screen, n_terms = rounded_of(operands), operands.x.shape[1] + MORE_TERMS
+    tokens, weights = screen.tokens, screen.weights
+    of_norms = weights.errors + SUMS * n_terms * weights.rounded_norms
+    of_bias = OF_BIAS * operands.b.abs() + SMALLEST_NORMAL * n_terms
+    return Spread(tokens.rounded_norms, tokens.errors, of_norms, weights.norms, of_bias)
+
+
+def rounded_of(operands: Operands) -> RoundedOperands:
+    assert isinstance(operands.screen, RoundedOperands)
+    return operands.screen
