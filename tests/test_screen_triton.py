@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sampled_sae import RowAdam
+from sampled_sae.impl.dead_features import AuxRule
 from sampled_sae.impl.interface import implementation
 from sampled_sae.impl.pool import PoolRule, find_pool
 from sampled_sae.impl.triton.screen import rounded_operands
@@ -136,6 +137,18 @@ def test_entropy_and_a_part_of_the_tokens():
     for rule in (PoolRule(3, 2, "entropy"), PoolRule(3, 2, score_tokens=0.3)):
         off, seen = pools_of(operands, rule)
         assert torch.equal(off.members, seen.members)
+
+
+@pytest.mark.parametrize("aux_pool", [1, 5, 63, 64, None])
+def test_dead_features_of_highest_score(aux_pool):
+    """From the bounds that the pool left behind: the same as from the scores."""
+    g = torch.Generator().manual_seed(0)
+    operands = both(torch.randn(40, 8, generator=g), torch.randn(64, 8, generator=g), torch.zeros(64), None)
+    off, seen = pools_of(operands, PoolRule(2, 2))
+    dead, rule = torch.arange(64, device=DEVICE) % 3 > 0, AuxRule(3, aux_pool, "l2")
+    expected = TRITON.dead_candidates(operands[0], dead, rule, off.scores)
+    assert len(expected) == min(aux_pool or 64, int(dead.sum()))
+    assert torch.equal(TRITON.dead_candidates(operands[1], dead, rule, seen.scores), expected)
 
 
 def test_where_there_is_a_screen():
