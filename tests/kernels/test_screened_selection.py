@@ -276,11 +276,11 @@ def entries_alone(monkeypatch):
 def test_training_takes_the_same_steps(rule):
     saes = {screen: make(screen, row_grads=True, **rule) for screen in ("off", "bf16")}
     optimizers = {screen: RowAdam(sae, lr=1e-2) for screen, sae in saes.items()}
-    for step in range(4):
+    for step in range(3):
         saes["bf16"].load_state_dict(saes["off"].state_dict())
         kept = []
         for screen, sae in saes.items():
-            out = sae(tokens(32, 12, seed=step).float().to(DEVICE))
+            out = sae(tokens(16, 12, seed=step).float().to(DEVICE))
             out.loss.backward()
             optimizers[screen].step()
             optimizers[screen].zero_grad()
@@ -292,7 +292,7 @@ def test_training_takes_the_same_steps(rule):
 @pytest.mark.usefixtures("entries_alone")
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_no_step_waits_for_the_device(rule, monkeypatch):
-    sae, x = make("bf16", **rule), tokens(32, 12).float().to(DEVICE)
+    sae, x = make("bf16", **rule), tokens(16, 12).float().to(DEVICE)
     monkeypatch.setattr(sae.memory.inputs, "check", lambda x: None)
     allow_late_scalars(monkeypatch)
     sae(x).loss.backward()
@@ -310,7 +310,7 @@ def test_a_step_compiles_whole(rule):
     torch._dynamo.reset()
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     for seed in range(2):
-        x = tokens(32, 12, seed=seed).float().to(DEVICE)
+        x = tokens(16, 12, seed=seed).float().to(DEVICE)
         expected, found = sae(x), compiled(x)
         torch.testing.assert_close(found.loss, expected.loss)
         assert torch.equal(*(out.codes.to_dense() != 0 for out in (expected, found)))

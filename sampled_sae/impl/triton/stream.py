@@ -149,8 +149,8 @@ def hits_above(operands: Operands, tau: Tensor, cap: int, floors: Tensor | None 
     """
     n_features = operands.n_features
     if operands.screen is not None and cap < operands.n_tokens * operands.n_candidates:
-        strict = floors is not None
-        return hits_reaching(operands, floors if strict else tau.repeat(operands.n_tokens), cap, strict)
+        by_feature = floors is not None
+        return hits_reaching(operands, tau.repeat(operands.n_tokens) if floors is None else floors, cap, by_feature)
     all_open(operands)
     hits = no_hits(operands, cap)
     for chunk in encoder_chunks(operands):
