@@ -72,6 +72,8 @@ def compute_candidates_kernel(
     else:
         b_a = activation(b_a, b, scale, b_j, m_a, HAS_BIAS, HAS_SCALE)  # [BE]
         m_hit = m_a & (b_a > 0) & (b_a >= b_least)  # [BE]
+    # several threads have read an entry that one of them writes
+    tl.debug_barrier()
     tl.store(values + o_e, tl.where(m_hit, b_a, 0.0), mask=m_e)
     tl.store(keys + o_e, B.to(tl.int64) * F, mask=m_e & ~m_hit)
     tl.atomic_add(count, tl.sum(m_hit.to(tl.int64)), sem="relaxed")
