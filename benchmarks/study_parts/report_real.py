@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.study_parts.rows import Row, Rows
 from benchmarks.study_parts.tables import cell, made_on, markdown
-from benchmarks.study_parts.variants import BATCHES, DEAD, DENSE, REAL, Variant
+from benchmarks.study_parts.variants import BATCH_RULES, DEAD_RULES, DENSE, PARTS, REAL, TIME_RULES, Variant
 
 # heading -> (column of the rows, digits); {mode} is how the SAE selects: a threshold, or by token for TopK
 Columns = dict[str, tuple[str, int]]
@@ -27,13 +27,14 @@ SHARED: Columns = {
 PROBES: Columns = {f"{k}": (f"{{mode}}_probe_{k}", 3) for k in (1, 2, 5, 20)}
 TASKS: Columns = {name: (f"{{mode}}_probe_{name}_5", 3) for name in ("topic", "sentiment", "language", "speech")}
 PAIRS: Columns = {"cosine": ("cosine", 3), "shared": ("shared", 3), "entries": ("shared_entries", 3)}
-ALIVE: Columns = {
-    **QUALITY,
-    "probe of 5": ("{mode}_probe_5", 3),
-    "cosine of encoder and decoder": ("alignment", 3),
-    "γ left": ("gamma_left", 2),
+ALIVE: Columns = {"cosine of encoder and decoder": ("alignment", 3), "γ left": ("gamma_left", 2)}
+PROBED: Columns = {**QUALITY, "probe of 5": ("{mode}_probe_5", 3)}
+# part -> its columns, the rules of which it has variants, what those are called beside them
+PLAIN: dict[str, tuple[Columns, tuple[Variant, ...], str]] = {
+    "batches": ({**PROBED, "features for 90%": SHARED["features for 90%"]}, BATCH_RULES, "{name}-b{batch_size}"),
+    "dead": ({**PROBED, **ALIVE}, DEAD_RULES, "{name}"),
+    "time": (PROBED, TIME_RULES, "{name}"),
 }
-PLAIN = {"batches": (BATCHES, {**QUALITY, "probe of 5": ("{mode}_probe_5", 3)}), "dead": (DEAD, ALIVE)}
 OTHERS = ("pairs", *PLAIN)
 # in the table that shows all at a glance
 GLANCE = ("batchtopk", "topk", "matryoshka", *(f"top-l2-l{l}" for l in (64, 16, 4, 1)))
@@ -55,9 +56,10 @@ def tables(folder: Path) -> dict[Path, str]:
         made[path.with_name(f"{path.stem}_glance.md")] = _glance(rows)
         made[path.with_name(f"{path.stem}_shared.md")] = _shared(rows, pairs)
         made[path.with_name(f"{path.stem}_inference.md")] = _inferences(rows)
-    for part, (variants, columns) in PLAIN.items():
+    for part in PLAIN:
         for path in sorted(folder.glob(f"real_*_{part}.csv")):
-            made[path.with_suffix(".md")] = _plain(Rows(path), variants, columns)
+            rules = path.with_name(f"{path.stem.removesuffix(f'_{part}')}.csv")
+            made[path.with_suffix(".md")] = _part(part, Rows(path), Rows(rules))
     return made
 
 
@@ -112,9 +114,19 @@ def _inferences(rows: Rows) -> str:
     return f"{markdown(['SAE', 'seeds', *columns], lines)}\n{made_on(rows.rows)}\n"
 
 
-def _plain(rows: Rows, variants: dict[str, Variant], columns: Columns) -> str:
-    lines = [_line(name, of, columns) for name, of in rows.of(variants).items()]
-    return f"{markdown(['SAE', 'seeds', *columns], lines)}\n{made_on(rows.rows)}\n"
+def _part(part: str, rows: Rows, rules: Rows) -> str:
+    """Each rule as the study trains it, then what the part has made of it, in ascending order of the batch."""
+    columns, bases, called = PLAIN[part]
+    lines, used = [], list(rows.rows)
+    for base in bases:
+        as_it_is = rules.of([base.name])
+        used += as_it_is.get(base.name, [])
+        found = {called.format(name=name, batch_size=of[0]["batch_size"]): of for name, of in as_it_is.items()}
+        # the name of one rule may begin that of another
+        found |= rows.of(name for name, variant in PARTS[part].items() if variant.of == base.name)
+        of_rule = sorted(found.items(), key=lambda entry: entry[1][0]["batch_size"])
+        lines += [_line(name, of, columns) for name, of in of_rule]
+    return f"{markdown(['SAE', 'seeds', *columns], lines)}\n{made_on(used)}\n"
 
 
 def _line(name: str, of: list[Row], columns: Columns) -> list[str]:
