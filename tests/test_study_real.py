@@ -113,7 +113,7 @@ def test_parts_hold_different_saes():
 @pytest.fixture
 def begun(tmp_path, monkeypatch):
     """A study, and what its trainings begin with: (TrainConfig, config, decoder rows) of `trained(variant, seed)`."""
-    store = write_store(tmp_path / "acts", n=(3000,), n_holdout=300)
+    store = ActivationStore.open(write_store(tmp_path / "acts", n=(3000,), n_holdout=300))
     made = real.RealStudy(store, real.Setup(64, 4, 40_960, 3e-3, None, None, tmp_path), None)
 
     class BegunError(Exception):
