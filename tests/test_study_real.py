@@ -190,6 +190,8 @@ def test_pairs_of_seeds_and_tables(tmp_path):
     fvu = [row["fvu"] for row in rows_of(tmp_path) if row["name"] == "topk"]
     assert f"| topk | 2 | {sum(fvu) / 2:.3f} ±{abs(fvu[0] - fvu[1]) / 2:.3f} |" in quality
     assert "| batchtopk | 2 |" in made[out / "real_made_inference.md"]
+    # nothing was probed
+    assert not [path.name for path, text in made.items() if "probe" in text]
     assert "topk" in made[out / "real_made_shared.md"]
     lines = made[out / "real_made_dead.md"].splitlines()
     assert [line.split("|")[1:3] for line in lines[2:4]] == [[" batchtopk ", " 2 "], [" batchtopk-aligned ", " 1 "]]

@@ -67,7 +67,7 @@ def _quality(rows: Rows) -> str:
     """Reconstruction, use of the dictionary and probes."""
     probes = {f"probe of {name}": column for name, column in PROBES.items()}
     tasks = {f"{name}, 5": column for name, column in TASKS.items()}
-    columns = {**QUALITY, **probes, **tasks}
+    columns = _measured({**QUALITY, **probes, **tasks}, rows)
     lines = []
     for name, of in rows.of(REAL).items():
         if name == DENSE:
@@ -85,6 +85,7 @@ def _glance(rows: Rows) -> str:
     found = rows.of(GLANCE)
     measures = {**QUALITY, **SHARED, "probe of 1, mean of tasks": PROBES["1"], "probe of 5, mean of tasks": PROBES["5"]}
     measures |= {f"probe of 5, {name}": column for name, column in TASKS.items()}
+    measures = _measured(measures, rows)
     columns = [_line(name, of, measures)[2:] for name, of in found.items()]
     lines = [[heading, *cells] for heading, *cells in zip(measures, *columns)]
     return f"{markdown(['', *(_in_words(name) for name in found)], lines)}\n{made_on(rows.rows)}\n"
@@ -98,17 +99,18 @@ def _in_words(name: str) -> str:
 def _shared(rows: Rows, pairs: Rows) -> str:
     """Shared structure, the lottery, and what another seed finds."""
     agreement = {f"seeds: {heading}": column for heading, column in PAIRS.items()}
-    lines = []
+    columns, lines = _measured(SHARED, rows), []
     for name, of in rows.of(name for name in REAL if name != DENSE).items():
         two = [pair for pair in pairs.rows if pair["name"] == name and pair["tokens"] == of[0]["tokens"]]
-        lines.append([*_line(name, of, SHARED), *(cell(two, column, digits) for column, digits in agreement.values())])
-    return f"{markdown(['SAE', 'seeds', *SHARED, *agreement], lines)}\n{made_on(rows.rows)}\n"
+        lines.append([*_line(name, of, columns), *(cell(two, column, digits) for column, digits in agreement.values())])
+    return f"{markdown(['SAE', 'seeds', *columns, *agreement], lines)}\n{made_on(rows.rows)}\n"
 
 
 def _inferences(rows: Rows) -> str:
     """FVU by every inference, and the probe of five features by two; a TopK SAE has one inference."""
     columns: Columns = {f"FVU: {heading}": (f"{mode}_fvu", 3) for mode, heading in MODES.items()}
     columns |= {f"probe of 5: {mode}": (f"{mode}_probe_5", 3) for mode in ("threshold", "batch")}
+    columns = _measured(columns, rows)
     found = rows.of(name for name in REAL if name != DENSE)
     lines = [_line(name, of, columns) for name, of in found.items() if of[0]["threshold_fvu"] is not None]
     return f"{markdown(['SAE', 'seeds', *columns], lines)}\n{made_on(rows.rows)}\n"
@@ -117,6 +119,7 @@ def _inferences(rows: Rows) -> str:
 def _part(part: str, rows: Rows, rules: Rows) -> str:
     """Each rule as the study trains it, then what the part has made of it, in ascending order of the batch."""
     columns, bases, called = PLAIN[part]
+    columns = _measured(columns, rows)
     lines, used = [], list(rows.rows)
     for base in bases:
         as_it_is = rules.of([base.name])
@@ -127,6 +130,16 @@ def _part(part: str, rows: Rows, rules: Rows) -> str:
         of_rule = sorted(found.items(), key=lambda entry: entry[1][0]["batch_size"])
         lines += [_line(name, of, columns) for name, of in of_rule]
     return f"{markdown(['SAE', 'seeds', *columns], lines)}\n{made_on(used)}\n"
+
+
+def _measured(columns: Columns, rows: Rows) -> Columns:
+    """Those that some row has: without labelled texts there are no probes."""
+    there = {name for row in rows.rows for name, value in row.items() if value is not None}
+
+    def is_there(column: str) -> bool:
+        return any(name in there for mode in ("threshold", "token") for name in column.format(mode=mode).split("|"))
+
+    return {heading: column for heading, column in columns.items() if is_there(column[0])}
 
 
 def _line(name: str, of: list[Row], columns: Columns) -> list[str]:

@@ -124,7 +124,9 @@ _DEAD = tuple(
 )
 # more tokens than the faster steps of a pool, or RowAdam's faster modes, have ever bought
 TIME_RULES = (_BATCHTOPK, pooled("top", "l2", 4), pooled("top", "l2", 16))
-_TIME = tuple(replace(variant, name=f"{variant.name}-longer", of=variant.name, longer=2.5) for variant in TIME_RULES[1:])
+_TIME = tuple(
+    replace(variant, name=f"{variant.name}-longer", of=variant.name, longer=2.5) for variant in TIME_RULES[1:]
+)
 SYNTHETIC = {variant.name: variant for variant in _SYNTHETIC}
 # what is told apart on real activations: rules, sizes of a batch, ways to keep features alive, time
 REAL = {variant.name: variant for variant in _REAL}
