@@ -129,7 +129,7 @@ class RealStudy:
         return sae
 
     def token_directions(self, origin: Tensor, seed: int) -> Tensor:
-        """Unit vectors [F, d] from the origin to tokens of the training, drawn by the seed; distinct while they last."""
+        """Unit vectors [F, d] from the origin to training tokens, drawn by the seed, each once while they last."""
         n, draw = len(self.start), torch.Generator().manual_seed(seed)
         drawn = torch.randperm(max(n, self.setup.features), generator=draw)[: self.setup.features] % n
         return torch.nn.functional.normalize(self.start[drawn] * self.store.scale - origin, dim=1)

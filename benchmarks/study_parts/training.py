@@ -25,8 +25,9 @@ def train_ours(
 ) -> SampledSAE:
     """A SampledSAE by RowAdam; `median` [d] is what b_dec starts from. In evaluation mode, not calibrated.
 
-    `rows`, of unit norm [F, d], are what decoder and encoder start from, in place of random ones. `aligned` keeps the inner product of each encoder column and its decoder row at 1 (arXiv 2605.18629): after each
-    step the column moves along the row, which is of unit norm.
+    `rows`, of unit norm [F, d], are what decoder and encoder start from, in place of random ones. `aligned` keeps the
+    inner product of each encoder column and its decoder row at 1 (arXiv 2605.18629): after each step the column moves
+    along the row, which is of unit norm.
     """
     sae = SampledSAE(replace(config, row_grads=True), device=median.device)
     with torch.no_grad():
