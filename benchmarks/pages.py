@@ -24,12 +24,12 @@ import torch
 from benchmarks.measure import ROOT, Row
 from benchmarks.record import Record, Result, markdown, parser
 from sampled_sae import CodesStore
-from sampled_sae.corpus.encode import encode_corpus
-from sampled_sae.corpus.token_places import TokenPlaces, TokenShard
 from sampled_sae.inference.config import InferenceConfig
+from sampled_sae.inference.encode_corpus import encode_corpus
 from sampled_sae.inference.inference_sae import InferenceSAE
 from sampled_sae.pages.choice import FeatureChoice
-from sampled_sae.pages.feature_page import LanguageModel, Settings, feature_page
+from sampled_sae.pages.feature_page import LanguageModel, PageSettings, feature_page
+from sampled_sae.support.token_places import TokenPlaces, TokenShard
 
 N_FEATURES, D, N_ROWS, CONTEXT, VOCABULARY = 16_384, 16, 80, 64, 20_000
 TIMED = """
@@ -70,7 +70,7 @@ def large_page(folder: Path, features: str) -> Path:
     encode_corpus(sae, Texts(), folder / "codes", progress=False)
     model = LanguageModel(lambda ids: [f" word{i}" for i in ids], None)
     overview = {"name": "large", "line": "", "corpus": {}, "settings": {}, "evaluation": {}, "curves": {}}
-    settings = Settings(FeatureChoice.parse(features), contexts=8)
+    settings = PageSettings(FeatureChoice.parse(features), contexts=8)
     html = feature_page(sae, CodesStore.open(folder / "codes"), None, model, settings, overview, progress=False)
     (folder / "look.html").write_text(html, encoding="utf-8")
     return folder / "look.html"

@@ -36,6 +36,8 @@ DEMO, PLOTS = RESULTS / "demo", RESULTS / "plots"
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     **{name: partial(table, name) for name in EXPERIMENTS},
+    "cpu_step_epyc": partial(table, "cpu_step"),
+    "before_after_layout": partial(table, "before_after"),
     "quality": quality.markdown_table,
     "precision": precision.markdown_table,
     "drop_in": drop_in.markdown_table,

@@ -4,8 +4,8 @@ from . import functional as functional
 from .codes import SampledSAEOutput as SampledSAEOutput
 from .codes import SparseCodes as SparseCodes
 from .config import SampledSAEConfig as SampledSAEConfig
-from .corpus.codes_store import CodesStore as CodesStore
 from .formats.published import load_inference as load_inference
+from .inference.codes_store import CodesStore as CodesStore
 from .inference.config import InferenceConfig as InferenceConfig
 from .inference.inference_sae import InferenceSAE as InferenceSAE
 from .optim import RowAdam as RowAdam

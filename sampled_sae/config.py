@@ -38,6 +38,8 @@ CHOICES = {
 # fields that earlier versions did not know, with what they stood for there
 LATER: dict[str, Any] = {"groups": None, "d_out": None, "skip": False, "output_scale": 1.0}
 LATER |= {"inference": "threshold", "inference_pool": None, "layers": 1}
+# the set of an SAE with inference="pool": its buffer's name, as saved
+MEMBERS = "inference_members"
 LEAST = {"d_in": 1, "d_sae": 1, "pool_every": 1, "dead_after": 1, "seed": 0, "layers": 1}
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import SampledSAEConfig
+from .config import MEMBERS, SampledSAEConfig
 from .support.argument_checks import FLOATS
 from .support.atomic_files import read_json, read_tensors, write_atomically, write_json
 from .support.checksums import json_crc32, tensors_crc32
@@ -26,8 +26,6 @@ SINCE = ("calibrated_at",)
 TENSORS = (*WEIGHT_NAMES, "threshold", "threshold_steps", "tokens_since_active", *SINCE)
 # of a transcoder that has it
 SKIP = "W_skip"
-# Of an SAE with inference="pool".
-MEMBERS = "inference_members"
 # What `train` leaves beside an SAE, and what `import` does: model, layer, context and scale of its activations.
 RUN = "run.json"
 ORIGIN = "origin.json"

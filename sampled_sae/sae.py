@@ -13,17 +13,13 @@ from . import functional
 from .codes import SampledSAEOutput, SparseCodes
 from .config import INFERENCES, SHAPE, SampledSAEConfig
 from .impl import inference_rule
-from .impl.encoder import Encoder, Share
-from .impl.given_tokens import flat_encoded, flat_tokens, given_back, leading, tokens_and_goal
-from .impl.hints import Rule
+from .impl.given_tokens import flat_encoded, given_back, leading, tokens_and_goal
 from .impl.inference_rule import Inference
-from .impl.interface import Implementation, resolve_impl
-from .impl.layer_weights import LayerWeights
-from .impl.layout import Leaves
-from .impl.pool import KeptPool, Pool, PoolRule
+from .impl.interface import resolve_impl
+from .impl.layer_parts import LayerParts
+from .impl.pool import KeptPool
 from .impl.row_gradients import RowGradient
 from .impl.row_guard import guard_rows
-from .impl.step_memory import StepMemory
 from .impl.training_step import reconstruct, skipped, training_step
 from .impl.transcoder_start import start_from_targets
 from .pretrained import check_scale_of_state, scale_into_state
@@ -33,7 +29,7 @@ from .support.argument_checks import check_choice, check_positive
 from .support.geometric_median import geometric_median
 
 
-class SampledSAE(Sharing, Splicing, LayerWeights):
+class SampledSAE(Sharing, Splicing, LayerParts):
     """Sparse autoencoder that keeps the B*k largest activations inside a pool of k*l scored features.
 
     Activations x are given as the model makes them, and reconstructions are in their units: the SAE multiplies by
@@ -75,7 +71,6 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
     ) -> None:
         device = torch.get_default_device() if device is None else device
         super().__init__(device, dtype)
-        self.memory = StepMemory()
         self.cfg = cfg
         resolve_impl(cfg.impl, device, dtype)
         self.make_weights(cfg, device, dtype)
@@ -102,11 +97,6 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         inference_rule.follow(self, before, cfg)
         self._cfg = cfg
         self.memory.pool = KeptPool(cfg.pool_every)
-
-    @property
-    def impl_in_use(self) -> str:
-        """The implementation that `cfg.impl` stands for on this device."""
-        return resolve_impl(self.cfg.impl, self.W_enc.device, self.W_enc.dtype)
 
     @property
     def dead(self) -> Tensor:
@@ -156,23 +146,6 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         loss, mse, x_hat = reconstruct(self.cfg, self._parts, tokens, encoder, leaves, codes)
         x_hat = given_back(self.cfg, x_hat, x, scaled)
         return SampledSAEOutput(loss, mse, mse.new_zeros(()), x_hat, self.layout.numbered(codes))
-
-    def _select(self, encoder: Encoder, inference: Inference | None = None) -> SparseCodes:
-        """By `inference`; by that of evaluation mode where None, which warns of a threshold not to be relied on."""
-        found = inference or inference_rule.of_evaluation(self, self.cfg)
-        if found.mode == "token":
-            return self._parts.select(encoder, None, Rule(self.cfg.k, "token"))
-        if found.mode == "batch":
-            return self._select_together(encoder)
-        if inference is None:
-            self._notice.before_use(self)
-        return self._parts.above_threshold(encoder, found.floors)
-
-    def _select_together(self, encoder: Encoder) -> SparseCodes:
-        """What training mode keeps of a batch."""
-        pool = self._find_pool(encoder)
-        members = None if pool is None else pool.members
-        return self._parts.select(encoder, members, Rule(self.cfg.k, self.cfg.select), self.memory.hints)
 
     @torch.compiler.disable
     def encode_sparse(self, x: Tensor, *, scaled: bool = False, inference: Inference | None = None) -> SparseCodes:
@@ -298,30 +271,3 @@ class SampledSAE(Sharing, Splicing, LayerWeights):
         """As in torch; what was remembered of the old weights is dropped."""
         self.memory.forget()
         return super()._apply(fn, recurse)
-
-    def _batch(self, x: Tensor, target: Tensor | None, scaled: bool, leaves: Leaves) -> tuple[Tensor, Encoder]:
-        """What is to be reconstructed [B, d_out], and the encoder of x; those of all processes are one batch."""
-        given, share = self.layout.read(lambda: tokens_and_goal(self, x, target, scaled))
-        return given.goal, self._encoder(given.tokens, leaves, share)
-
-    def _encoder(self, tokens: Tensor, leaves: Leaves, share: Share | None) -> Encoder:
-        """Of tokens [B, d_in] as `flat_tokens` gives them, and of what they are a share."""
-        b_dec = leaves.b_in if self.cfg.apply_b_dec_to_input else None
-        x, weights = self.layout.into_encoder(tokens), (leaves.W_enc, leaves.b_enc, b_dec)
-        screen = self.layout.screen(self.cfg.screen, self.impl_in_use, share)
-        return self._parts.encoder(x, *weights, rows=leaves.rows, screen=screen).of_share(share)
-
-    def _encoder_of(self, x: Tensor, scaled: bool = False, by_batch: bool = False) -> Encoder:
-        """by_batch: the tokens of all processes are one batch; else each of them stands alone."""
-        leaves = self.layout.leaves(self, keep_rows=False)
-        if not by_batch:
-            return self._encoder(flat_tokens(self, x, scaled), leaves, None)
-        (tokens,), share = self.layout.read(lambda: (flat_tokens(self, x, scaled),))
-        return self._encoder(tokens, leaves, share)
-
-    @property
-    def _parts(self) -> Implementation:
-        return self.layout.parts(self.impl_in_use)
-
-    def _find_pool(self, encoder: Encoder) -> Pool | None:
-        return self.memory.pool.find(self._parts, encoder.operands, PoolRule.of(self.cfg), self.generator)

@@ -11,6 +11,18 @@ from sampled_sae import functional as F
 from sampled_sae.support.atomic_files import write_json
 
 D = 12
+# of selection, for `make_sae`: each form and kind of a step
+TOPK = {"l": None, "select": "token"}
+RULES = [
+    {"d_sae": 128, "l": 4.0},
+    {"l": 4.0},
+    {"l": 4.0, "score": "entropy", "pool": "sample"},
+    {"l": 2.0, "select": "token"},
+    {"l": None},
+    TOPK,
+    {"l": None, "apply_b_dec_to_input": False},
+    {"d_sae": 128, "l": 2.0, "apply_b_dec_to_input": False},
+]
 
 
 def problem(B, d, n_features, dtype=torch.float64, seed=0):
@@ -76,6 +88,25 @@ def gradients(sae):
 
 def same_weights(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def state_of(sae):
+    """Copies of its parameters by name."""
+    return {name: p.detach().clone() for name, p in sae.named_parameters()}
+
+
+def contents(folder):
+    """name -> bytes of the files of a folder."""
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def names(folder):
+    return {entry.name for entry in folder.iterdir()}
+
+
+def cut(file, size):
+    """Leaves the first bytes of a file, or with a size below 0 all but the last."""
+    file.write_bytes(file.read_bytes()[:size])
 
 
 def begun_training(sae, how, activations, folder, steps, **options):

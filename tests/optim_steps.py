@@ -1,7 +1,7 @@
 """Steps of RowAdam and of the calls it stands for."""
 
 import torch
-from makers import tokens
+from makers import state_of, tokens
 
 from sampled_sae import reference
 
@@ -9,10 +9,6 @@ from sampled_sae import reference
 RULES = [{"d_sae": 128, "l": 4.0}, {"d_sae": 64, "l": 4.0}, {"l": None}, {"l": None, "select": "token"}]
 # Every second feature dead at the start, so that the auxiliary loss adds parts on other features.
 AUX = {"aux_coefficient": 1 / 32, "dead_after": 50}
-
-
-def state_of(sae):
-    return {name: p.detach().clone() for name, p in sae.named_parameters()}
 
 
 def plain_step(sae, adam, clip):

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from makers import same_weights
+from makers import contents, same_weights
 from safetensors.torch import load_file
 
 from sampled_sae import ActivationStore, SampledSAE, SampledSAEConfig, TrainConfig, Trainer
@@ -30,10 +30,6 @@ def raw(store):
     shards = [load_file(store.folder / shard["file"])["activations"] for shard in store.manifest["shards"]]
     held_out = store.manifest["holdout"]
     return torch.cat(shards), None if held_out is None else load_file(store.folder / held_out["file"])["activations"]
-
-
-def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def test_a_store_holds_the_tokens_in_order_and_the_last_ones_apart(x, tmp_path):

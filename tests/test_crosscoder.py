@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from makers import gradients, make_sae, problem, same_weights, tokens
-from optim_steps import assert_close, plain_step, state_of
+from makers import gradients, make_sae, problem, same_weights, state_of, tokens
+from optim_steps import assert_close, plain_step
 
 from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig, reference
 from sampled_sae.impl.decoder_rows import layer_norms, normalize_, without_growth

@@ -43,9 +43,12 @@ def test_every_room_is_named_and_every_named_room_exists():
 def imported_by(file):
     """The modules of the package that `file` imports when it is loaded, as paths without suffix."""
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if not isinstance(node, ast.ImportFrom) or not node.level:
+        if not isinstance(node, ast.ImportFrom):
             continue
-        base = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+        names = (node.module or "").split(".")
+        if not node.level and names[0] != PACKAGE.name:
+            continue
+        base = (file.parents[node.level - 1] if node.level else ROOT).joinpath(*names)
         for name in node.names:
             inner = base / name.name
             yield inner if inner.is_dir() or inner.with_suffix(".py").is_file() else base
@@ -54,16 +57,32 @@ def imported_by(file):
 def room(path):
     """The file or folder at the root of the package that `path` belongs to."""
     inside = path.relative_to(PACKAGE).parts
-    name = inside[0] if inside else "__init__"
-    return f"sampled_sae/{name}" if (PACKAGE / name).is_dir() else f"sampled_sae/{name.removesuffix('.py')}.py"
+    name = inside[0].removesuffix(".py") if inside else "__init__"
+    return f"sampled_sae/{name}.py" if (PACKAGE / f"{name}.py").is_file() else f"sampled_sae/{name}"
+
+
+def imports_between_rooms():
+    files = [*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")]
+    pairs = {(room(file), room(path)) for file in files for path in imported_by(file)}
+    return {(above, below) for above, below in pairs if above != below}
 
 
 def test_imports_point_down_the_page():
     order = {path: i for i, path in enumerate(tree_of_the_page())}
-    files = [*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")]
-    pairs = {(room(file), room(path)) for file in files for path in imported_by(file)}
-    assert ("sampled_sae/sae.py", "sampled_sae/impl") in pairs
+    pairs = imports_between_rooms()
+    assert {("sampled_sae/sae.py", "sampled_sae/impl"), ("sampled_sae/lm", "sampled_sae/training")} <= pairs
     assert [pair for pair in pairs if order[pair[0]] > order[pair[1]]] == []
+
+
+def test_the_house_is_small_enough_to_draw():
+    """At most 20 folders of modules, on at most 10 levels of imports."""
+    page = tree_of_the_page()
+    inside = [path for path in page if (ROOT / path).is_dir() and path.startswith(PACKAGE.name)]
+    assert len(inside) <= 20
+    pairs, levels = imports_between_rooms(), {}
+    for path in reversed(page):  # those that it imports are below it
+        levels[path] = 1 + max((levels[below] for above, below in pairs if above == path), default=0)
+    assert max(levels.values()) <= 10
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from format_makers import cfg, changed_tensors, put, rule_for, tensors_of, trained, trainer, without_extra
-from makers import make_sae, tokens
+from makers import cut, make_sae, tokens
 from safetensors.torch import load_file, save_file
 
 from sampled_sae import formats
@@ -162,10 +162,6 @@ def test_a_jumprelu_of_saelens_with_the_logarithm_of_its_threshold(tmp_path):
     loaded = formats.load(tmp_path, k=4, say=said.append)
     torch.testing.assert_close(loaded.threshold, threshold[0])
     assert any("this is a training checkpoint" in line for line in said)
-
-
-def cut(file, size):
-    file.write_bytes(file.read_bytes()[:size])
 
 
 def recorded(**values):

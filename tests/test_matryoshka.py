@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from makers import begun_training, gradients, make_sae, problem, same_weights, tokens
-from optim_steps import assert_close, plain_step, state_of
+from makers import begun_training, gradients, make_sae, problem, same_weights, state_of, tokens
+from optim_steps import assert_close, plain_step
 
 from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig, SparseCodes, TrainConfig, Trainer, reference
 from sampled_sae.cli import build_parser

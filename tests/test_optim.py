@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from makers import make_sae, tokens
-from optim_steps import AUX, RULES, assert_close, backward, plain_step, state_of
+from makers import make_sae, state_of, tokens
+from optim_steps import AUX, RULES, assert_close, backward, plain_step
 
 from sampled_sae import RowAdam
 from sampled_sae.impl.row_gradients import RowGradient

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from makers import make_sae
-from optim_steps import AUX, RULES, assert_close, backward, state_of
+from makers import make_sae, state_of
+from optim_steps import AUX, RULES, assert_close, backward
 
 from sampled_sae import RowAdam
 from sampled_sae.impl.torch.row_adam import stochastically_rounded

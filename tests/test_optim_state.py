@@ -5,8 +5,8 @@ import io
 
 import pytest
 import torch
-from makers import make_sae
-from optim_steps import assert_close, backward, state_of
+from makers import make_sae, state_of
+from optim_steps import assert_close, backward
 
 from sampled_sae import RowAdam
 

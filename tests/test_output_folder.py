@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from makers import D, tokens
+from makers import D, names, tokens
 
 from sampled_sae import ActivationStore, SAEGroup, SampledSAEConfig, TrainConfig, Trainer
 from sampled_sae.support import output_folder
@@ -22,10 +22,6 @@ pytestmark = pytest.mark.usefixtures("short_calibration")
 
 SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0)
 TRAIN = TrainConfig(steps=12, batch_size=64, checkpoint_every=6, log_every=2)
-
-
-def names(folder):
-    return {path.name for path in folder.iterdir()}
 
 
 # A process that holds the folder of its argument until its standard input is closed, and says when it does.

@@ -77,7 +77,6 @@ def test_a_switch_is_true_or_false(value):
         SampledSAEConfig(d_in=3, d_sae=4, k=1, row_grads=value)
 
 
-STORE_WIDTH = 12
 CONFIGS = {
     "numpy": {
         "d_in": np.int64(12),

@@ -1,14 +1,12 @@
 """Precision of a training's products: what is taken, what a resumed run compares, and torch's own switches."""
 
 import json
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
-from makers import D, begun_training, gradients, make_sae, same_weights, tokens
+from makers import D, begun_training, same_weights, tokens
 
-from benchmarks.rounded_products import RoundedProducts
 from sampled_sae import RowAdam, SAEGroup, SampledSAE, SampledSAEConfig
 from sampled_sae import functional as F
 from sampled_sae.cli import main
@@ -277,26 +275,3 @@ def test_the_command_says_what_is_wrong(store, tmp_path, capsys):
     assert main(["train", str(store.folder), str(tmp_path / "run"), *options, "--precision", "tf32"]) == 1
     assert "--precision" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(("l", "form"), [(3.0, "block"), (None, "entries")], indirect=["form"])
-def test_the_emulation_is_the_rounding_of_the_triton_form(l, form):
-    """Loss and gradients of a step: what is left beside the rounding's own effect is the order of sums."""
-    pytest.importorskip("triton")
-    x, found = tokens(12, 12, dtype=torch.float32), []
-    for impl, mode in (("torch", nullcontext()), ("torch", RoundedProducts()), ("triton", BF16)):
-        sae = make_sae(torch.float32, impl=impl, l=l, screen="off", aux_coefficient=1.0, dead_after=1)
-        sae.tokens_since_active[:20] = 1
-        with mode:
-            out = sae(x)
-        # autocast is for the forward pass, whose operators remember it
-        with nullcontext() if impl == "triton" else mode:
-            out.loss.backward()
-        found.append({"loss": out.loss.detach(), **gradients(sae)})
-    exact, emulated, triton = found
-    for name, value in emulated.items():
-        if l is None and name == "b_dec":
-            continue  # the Triton form takes its rows from the rounded W
-        effect = (value - exact[name]).norm()
-        assert effect > 0
-        assert (value - triton[name]).norm() < 0.05 * effect, name

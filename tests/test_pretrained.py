@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from makers import make_sae, tokens
+from makers import cut, make_sae, tokens
 from safetensors.torch import load_file, save_file
 
 from sampled_sae import SampledSAE, SampledSAEConfig
@@ -64,10 +64,6 @@ def changed(folder, change):
 
 def weights_changed(folder, change):
     save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
-
-
-def cut(file, size):
-    file.write_bytes(file.read_bytes()[:size])
 
 
 BAD = {

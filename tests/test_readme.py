@@ -1,4 +1,4 @@
-"""The tables of README and docs are what the result files say; the README's Python runs and its commands exist."""
+"""The tables of README and docs are what the result files say; the README's Python runs."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,6 @@ import torch
 
 from benchmarks import report
 from sampled_sae import SampledSAE
-from sampled_sae.cli import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,8 +18,6 @@ TABLES = [
     for page, text in PAGES.items()
     for file, shown in re.findall(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", text, flags=re.DOTALL)
 ]
-SHELL = re.findall(r"```sh\n(.*?)```", README + PAGES["usage.md"] + PAGES["drop-in.md"], flags=re.DOTALL)
-COMMANDS = [line for block in SHELL for line in block.splitlines() if line.startswith("sampled-sae ")]
 
 
 def test_the_readme_fits_its_screen():
@@ -71,16 +68,3 @@ def test_python_of_the_family_trains(block):
     assert all(optimizer.state[p]["step"] == 16 for p in sae.parameters())
     assert torch.isfinite(names["out"].loss)
     assert int(sae.calibrated_at) == 16
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_of_the_pages_parse(command):
-    build_parser().parse_args(command.split("#")[0].split()[1:])
-
-
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"`sampled-sae ([a-z| ]+)", README))))
-def test_commands_named_in_the_text_exist(command):
-    for name in command.split("|"):
-        with pytest.raises(SystemExit) as end:
-            build_parser().parse_args([name.split()[0], "--help"])
-        assert end.value.code == 0

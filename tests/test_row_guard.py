@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from makers import make_sae, tokens
+from makers import make_sae, state_of, tokens
 from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, parametrize
@@ -14,10 +14,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from sampled_sae import RowAdam
 from sampled_sae.impl import row_guard
-
-
-def state_of(sae):
-    return {name: p.detach().clone() for name, p in sae.named_parameters()}
 
 
 def assert_same(a, b):

@@ -11,8 +11,7 @@ from makers import D, write_store
 
 from sampled_sae import ActivationStore, SampledSAEConfig, TrainConfig, Trainer
 from sampled_sae.cli import main
-from sampled_sae.run_logs import KINDS, LogPlace
-from sampled_sae.run_logs.run_log import SteadyLog
+from sampled_sae.run_logs import KINDS, LogPlace, SteadyLog
 from sampled_sae.support.atomic_files import read_json, read_json_lines
 from sampled_sae.support.interruption import Interrupted
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from makers import D, tokens
+from makers import D, contents, tokens
 
 from sampled_sae import ActivationStore, SAEGroup, SampledSAE, SampledSAEConfig, TrainConfig, Trainer, formats
 from sampled_sae.cli import main
@@ -21,10 +21,6 @@ TRAIN = TrainConfig(steps=4, batch_size=64, checkpoint_every=2, log_every=2)
 def store(tmp_path):
     x = tokens(300, D, dtype=torch.float32) + 0.3
     return ActivationStore.write(tmp_path / "store", x, holdout=50, shard_tokens=100, source="made")
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def finished(store, folder):

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from makers import D, tokens
+from makers import D, names, tokens
 
 from sampled_sae import ActivationStore, SampledSAEConfig, TrainConfig, Trainer
 from sampled_sae.cli import main
@@ -18,10 +18,6 @@ pytestmark = pytest.mark.usefixtures("short_calibration")
 
 SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0)
 TRAIN = TrainConfig(steps=12, batch_size=64, checkpoint_every=6, log_every=2)
-
-
-def names(folder):
-    return {path.name for path in folder.iterdir()}
 
 
 def full_disk(monkeypatch, name, after=0):

@@ -142,6 +142,20 @@ def test_what_the_screen_leaves_open_is_computed_in_full(monkeypatch):
 
 
 @pytest.mark.parametrize("select", ["batch", "token"])
+@pytest.mark.parametrize(("k", "looks"), [(20, True), (24, False)])
+def test_what_keeps_more_than_a_look_may_leave_is_not_looked_through(select, k, looks):
+    """A sixteenth of 320 features are 20; more come from the chunks themselves, as without a screen."""
+    g = torch.Generator().manual_seed(0)
+    pair = both(torch.randn(32, 8, generator=g), torch.randn(320, 8, generator=g), torch.zeros(320), None)
+    hints = [ThresholdHints(), ThresholdHints()]
+    for _ in range(2):
+        off, seen = (TORCH.select(e, None, Rule(k, select), h) for e, h in zip(pair, hints))
+        assert torch.equal(off.features, seen.features)
+    assert (pair[1].operands.screen.looks.entries > 0) == looks
+    assert looks or torch.equal(off.values, seen.values)
+
+
+@pytest.mark.parametrize("select", ["batch", "token"])
 def test_what_is_found_does_not_depend_on_what_was_known(select):
     """With a hint other chunks are screened than without; pairs of features tie up to float32's rounding."""
     g = torch.Generator().manual_seed(0)

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from makers import gradients, make_sae, problem, same_weights, tokens
-from optim_steps import assert_close, plain_step, state_of
+from makers import gradients, make_sae, problem, same_weights, state_of, tokens
+from optim_steps import assert_close, plain_step
 
 from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig, reference
 from sampled_sae.integrations.saebench import SAEBenchSAE

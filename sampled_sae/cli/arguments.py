@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..formats.published import LAYOUTS
-from ..support.argument_checks import check_device
+from ..support.argument_checks import LARGEST_INTEGER, check_device
 
 if TYPE_CHECKING:
     from .parser import Parser
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 # (name, what to run, one line of help) to the command's parser
 Command = Callable[[str, Callable[[argparse.Namespace], int | None], str], "Parser"]
 
-# what torch can hold as a whole number
-LARGEST = 2**63 - 1
 DTYPES = ("float32", "bfloat16", "float16")
 # far beyond any machine; with too many the system ends the process
 MOST_THREADS = 1024
@@ -30,7 +28,7 @@ def whole_number(text: str) -> int:
         value = int(text)
     except ValueError:
         raise refusal(text, "must be a whole number") from None
-    if abs(value) > LARGEST:
+    if abs(value) > LARGEST_INTEGER:
         raise refusal(text, "must be a whole number below 2^63")
     return value
 

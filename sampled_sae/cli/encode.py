@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..corpus.codes_files import DTYPES
-from ..corpus.encode import Source, encode_corpus
 from ..formats.published import Published, read_inference
+from ..inference.codes_files import DTYPES
+from ..inference.encode_corpus import TokenSource, encode_corpus
 from ..support.argument_checks import check_device, check_integer
 from ..support.output_folder import check_output_folder
 from ..training.activation_store import ActivationStore
@@ -47,7 +47,7 @@ def encode(args: argparse.Namespace) -> None:
             raise ValueError(f"{name}={getattr(args, name)!r}: not beside {args.activations}, which holds activations")
     dtype = None if args.sae_dtype is None else DTYPES[args.sae_dtype]
     found = read_inference(args.sae, args.at, layout=args.layout, k=args.k, device=device, dtype=dtype)
-    source: Source
+    source: TokenSource
     if args.activations is not None:
         store = ActivationStore.open(args.activations)
         check_same_origin(args.sae, found, store.manifest, args.insist)

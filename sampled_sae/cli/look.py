@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..corpus.codes_files import MANIFEST as CODES_MANIFEST
-from ..corpus.codes_files import is_codes
-from ..corpus.codes_store import CodesStore
-from ..corpus.encode import encode_corpus, sae_crc32
 from ..formats.published import Published, read_inference
+from ..inference.codes_files import MANIFEST as CODES_MANIFEST
+from ..inference.codes_files import is_codes
+from ..inference.codes_store import CodesStore
+from ..inference.encode_corpus import encode_corpus, sae_crc32
 from ..pages.choice import FeatureChoice
-from ..pages.feature_page import LanguageModel, Settings, feature_page, shards_of
+from ..pages.feature_page import LanguageModel, PageSettings, feature_page, shards_of
 from ..pages.html import PAGE, is_page
 from ..pages.run_overview import run_overview
 from ..pages.runs_page import best, is_member, is_runs, read_runs, runs_page
@@ -102,7 +102,7 @@ def _look_at_runs(args: argparse.Namespace, runs: Path) -> None:
 
 
 def _look_at_sae(args: argparse.Namespace, out: Path) -> None:
-    settings = Settings(args.choice, args.seed, args.tokens, args.contexts)
+    settings = PageSettings(args.choice, args.seed, args.tokens, args.contexts)
     found = read_inference(args.sae, args.at, layout=args.layout, k=args.k)
     args.choice.check(found.sae.cfg.d_sae)
     codes, store = _opened(args.activations)

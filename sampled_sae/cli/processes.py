@@ -75,7 +75,7 @@ def join(args: argparse.Namespace, launch: Launch | None) -> AllRanks:
         torch.cuda.set_device(index)
         args.device = f"cuda:{index}"
     ranks = start(launch, cuda, shards, timeout)
-    print(f"{ranks.size} processes over {'NCCL' if cuda else 'gloo'}: {in_words(args.command, ranks)}", flush=True)
+    print(f"{ranks.size} processes over {'NCCL' if cuda else 'gloo'}: {_sharing(args.command, ranks)}", flush=True)
     return ranks
 
 
@@ -89,7 +89,7 @@ def gpu_of(launch: Launch, n_visible: int) -> int:
     raise ValueError(f"device='cuda': {n_visible} GPUs for {launch.local_size} processes here")
 
 
-def in_words(command: str, ranks: AllRanks) -> str:
+def _sharing(command: str, ranks: AllRanks) -> str:
     """How the processes share the work."""
     if command == "harvest":
         return "each harvests other rows"

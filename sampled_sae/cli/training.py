@@ -19,8 +19,7 @@ from ..support.atomic_files import write_json, write_text
 from ..support.output_folder import check_output_folder
 from ..training.activations import Activations
 from ..training.batches import CALIBRATION_TOKENS
-from ..training.closing_line import closing_line
-from ..training.evaluation import part_of
+from ..training.evaluation import closing_line, part_of
 from ..training.sae_group import SAEGroup
 from ..training.same_settings import identity, in_words
 from ..training.sweep import evaluate, run_sweep, variants

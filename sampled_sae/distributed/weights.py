@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from ..pretrained import MEMBERS, SKIP
+from ..config import MEMBERS
+from ..pretrained import SKIP
 from ..support.tensor_file import Piece
 from .mesh import Mesh
 

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import SampledSAEConfig
-from ..pretrained import MEMBERS, SKIP, check_members, tensor_names
+from ..config import MEMBERS, SampledSAEConfig
+from ..pretrained import SKIP, check_members, tensor_names
 from ..support.argument_checks import check_scales
 from ..support.atomic_files import field, write_atomically
 from .origin import Origin

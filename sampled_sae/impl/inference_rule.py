@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import SampledSAEConfig
-from ..pretrained import MEMBERS
+from ..config import MEMBERS, SampledSAEConfig
 from . import threshold
 from .encoder import Encoder
 from .interface import Implementation

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sampled_sae.corpus.token_places import TokenPlaces
 from sampled_sae.lm.dropped import check_drop_tokens, dropped
 from sampled_sae.lm.models import check_rows, name_of, weights_digest
 from sampled_sae.support.all_ranks import AllRanks
 from sampled_sae.support.argument_checks import check_choice, check_flag, check_integer, check_number
 from sampled_sae.support.atomic_files import field
+from sampled_sae.support.token_places import TokenPlaces
 from sampled_sae.training.opening import PAIR, stack_folders
 from sampled_sae.training.store_writer import (
     DTYPES,

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sampled_sae.corpus.token_places import TokenPlaces, TokenShard
 from sampled_sae.lm.dropped import check_drop_tokens, dropped
 from sampled_sae.lm.harvest import residual_batches
 from sampled_sae.lm.models import check_rows, name_of, weights_digest
 from sampled_sae.residual_stream.blocks import check_layer
 from sampled_sae.support.argument_checks import check_flag, check_integer
+from sampled_sae.support.token_places import TokenPlaces, TokenShard
 
 
 class ModelRows:

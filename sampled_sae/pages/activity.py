@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..corpus.codes_store import CodesStore
+from ..inference.codes_store import CodesStore
 
 
 @dataclass(frozen=True)

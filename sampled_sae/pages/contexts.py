@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..corpus.codes_store import CodesStore
+from ..inference.codes_store import CodesStore
 from .activity import Activity
 from .numbers import short
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..corpus.codes_store import CodesStore
+from ..inference.codes_store import CodesStore
 from ..inference.inference_sae import InferenceSAE
 from ..training.activation_store import ActivationStore
 from .activity import Activity
@@ -49,7 +49,7 @@ class LanguageModel:
 
 
 @dataclass(frozen=True)
-class Settings:
+class PageSettings:
     """How much a page holds.
 
     Attributes:
@@ -71,7 +71,7 @@ def feature_page(
     codes: CodesStore,
     store: ActivationStore | None,
     model: LanguageModel | None,
-    settings: Settings,
+    settings: PageSettings,
     overview: dict[str, Any],
     progress: bool = True,
 ) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..codes import SparseCodes
-from ..corpus.codes_store import CodesStore
+from ..inference.codes_store import CodesStore
 from ..inference.decoder_norms import decoder_norms
 from ..inference.inference_sae import InferenceSAE
 from ..training.activation_store import ActivationStore

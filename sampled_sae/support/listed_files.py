@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .argument_checks import check_integer
 from .atomic_files import write_atomically
 from .checksums import damage, file_crc32
+
+# that values are stored in
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class ListedFilesWriter:

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..corpus.token_places import TokenPlaces, TokenShard
 from ..support.argument_checks import check_choice, check_integer
 from ..support.atomic_files import read_rows, read_tensors
 from ..support.listed_files import ListedFiles
 from ..support.remote_files import RemotePath, is_url, place
+from ..support.token_places import TokenPlaces, TokenShard
 from .activations import Activations
 from .remote_tensors import read_remote
 from .store_writer import DTYPES, MANIFEST, check_scale, damage, read_manifest

@@ -67,7 +67,7 @@ class SAEGroup:
         mesh: DeviceMesh | None = None,
     ) -> None:
         opened = opened_stores(stores)
-        check_members(configs, opened)
+        check_configs(configs, opened)
         ranks = ranks_of(mesh)
         self.config = train
         self.folder = Path(folder)
@@ -117,7 +117,7 @@ def opened_stores(stores: Readable | dict[str, Readable]) -> Opened | dict[str, 
     return {name: found[id(store)] for name, store in stores.items()}
 
 
-def check_members(configs: dict[str, SampledSAEConfig], stores: Opened | dict[str, Opened]) -> None:
+def check_configs(configs: dict[str, SampledSAEConfig], stores: Opened | dict[str, Opened]) -> None:
     """ValueError unless the names can be those of folders on any system, and each config fits its store."""
     if not configs:
         raise ValueError(f"configs={configs!r}: must name at least one SampledSAEConfig")

@@ -14,13 +14,12 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..corpus.token_places import TokenPlaces
 from ..support import checksums
 from ..support.atomic_files import field, read_json, read_tensors, write_json
-from ..support.listed_files import ListedFilesWriter
+from ..support.listed_files import DTYPES, ListedFilesWriter
+from ..support.token_places import TokenPlaces
 
 FORMAT = "sampled-sae activations"
 VERSION = 1
@@ -28,7 +27,6 @@ MANIFEST = "manifest.json"
 HOLDOUT = "holdout.safetensors"
 # Sums of the squares of a batch of such values stay below float32's largest number, 3e38.
 LARGEST = 1e15
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def new_manifest(d_in: int, dtype: str, settings: dict[str, Any], **about: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..corpus.token_places import TokenShard
+from ..support.token_places import TokenShard
 from .activation_store import ActivationStore
 from .same_settings import identity
 

@@ -19,12 +19,11 @@ from ..support.argument_checks import check_integer
 from ..support.atomic_files import without_nan, write_json
 from ..support.output_folder import check_output_folder, held_by_first
 from .batches import Feed
-from .closing_line import closing_line
-from .evaluation import evaluate_activations, reconstruct_with
+from .evaluation import closing_line, evaluate_activations, reconstruct_with
 from .fitting import check_fits
 from .opening import Stored, as_activations
 from .precision import settled
-from .sae_group import SAEGroup, check_members
+from .sae_group import SAEGroup, check_configs
 from .same_settings import check_same_settings, completed, identity, in_words, is_same_kind
 from .schedules import check_schedule
 from .sharded_checkpoint import remove_checkpoint
@@ -122,7 +121,7 @@ def run_sweep(
         Interrupted: a signal came; all that was done is saved.
     """
     together, store = check_integer("together", together, 1), as_activations(store)
-    check_members(configs, store)
+    check_configs(configs, store)
     check_output_folder(folder)
     ranks = ranks_of(mesh)
     feed = Feed(store, train.batch_size, train.seed, device, ranks)

@@ -15,11 +15,10 @@ from torch import Tensor
 from ..config import SampledSAEConfig
 from ..distributed import parallelize
 from ..optim import RowAdam
-from ..pretrained import CONFIG, EVALUATION, RUN, WEIGHTS, check_target
+from ..pretrained import check_target
 from ..run_logs import NO_LOG, LogPlace, RunLog
 from ..sae import SampledSAE, SampledSAEOutput
-from ..support.atomic_files import append_text, field, json_line, read_json, write_json, write_text
-from ..support.checksums import file_crc32
+from ..support.atomic_files import append_text, json_line, write_text
 from ..support.late_values import LateScalars
 from ..support.output_folder import check_output_folder
 from ..support.timing import check_memory
@@ -30,7 +29,8 @@ from .graphed_steps import GraphedSteps
 from .initial_weights import begin_with, check_initial
 from .precision import forward_in, settled, step_in
 from .resuming import load, save, saved
-from .same_settings import completed, identity
+from .run_folder import RunFolder
+from .same_settings import identity
 from .schedules import check_schedule, config_at, is_scheduled
 from .sharded_checkpoint import RECORD
 from .train_config import TrainConfig
@@ -118,12 +118,12 @@ class TrainingRun:
         self._log_place: tuple[LogPlace, str] | None = None
         self.graphed: GraphedSteps | None = None
         self._losses, self._aux = LateScalars(), LateScalars()
-        self._seen = self._files()
+        self._written = RunFolder(self.folder, ranks)
         if found is not None:
             load(self, found)
         else:
             with ranks.together():
-                self._check_saved()
+                self._written.check_same(self._about(), self._saved_config())
             batch = feed.batch(0)
             check_variance(batch, train_config.batch_size, feed.store.where)
             if init_from is None and batch.target is not None:
@@ -195,8 +195,7 @@ class TrainingRun:
         """
         if not self._ranks.first:
             return
-        if self._files() != self._seen:
-            raise BlockingIOError(f"{self.folder}: another training has written there meanwhile; start again")
+        self._written.check_unchanged()
         write_text(self.folder / METRICS, "".join(map(json_line, self.metrics)))
         if self._log_place is not None:
             place, member = self._log_place
@@ -218,64 +217,25 @@ class TrainingRun:
         """
         self._check_losses(wait=True)
         save(self)
-        self._seen = self._files()
+        self._written.look()
 
     def finish(self, x: Tensor) -> None:
-        """Calibrates the threshold to L0 = k on x [n, d_in], scaled; writes the SAE and run.json.
-
-        An evaluation.json is removed where it is of another SAE, which this one replaces.
-        """
+        """Calibrates the threshold to L0 = k on x [n, d_in], scaled; writes the SAE and run.json."""
         self.sae.cfg = self._set = self._saved_config()
         self.sae.eval()
         self.sae.calibrate(x, scaled=True)
-        measured = self._weights_sum() if (self.folder / EVALUATION).exists() else None
-        self.sae.save_pretrained(self.folder)
-        self._seen = self._files()
-        run = {
-            "train": asdict(self.config),
-            "activations": self._activations(),
-            "init": self.init,
-            "tokens": self.step * self.config.batch_size,
-        }
-        with self._ranks.together():
-            if self._ranks.first:
-                write_json(self.folder / RUN, run)
-                if measured not in (None, self._weights_sum()):  # of the SAE that was there before
-                    (self.folder / EVALUATION).unlink(missing_ok=True)
-
-    def _weights_sum(self) -> str:
-        """The checksum of the saved weights; empty where there are none."""
-        path = self.folder / WEIGHTS
-        return file_crc32(path) if path.is_file() else ""
-
-    def _files(self) -> list[tuple[int, int] | None]:
-        """Size and time of what one training would take from another."""
-        paths = [self.folder / name for name in (CHECKPOINT, RECORD, WEIGHTS)]
-        found = [path.stat() if path.exists() else None for path in paths]
-        return [None if stat is None else (stat.st_size, stat.st_mtime_ns) for stat in found]
+        self._written.write(self.sae, {**self._about(), "tokens": self.step * self.config.batch_size})
 
     def _saved_config(self) -> SampledSAEConfig:
         """With the row_grads that was asked for: another optimizer that trains the SAE on needs dense gradients."""
         return replace(self.target, row_grads=self.row_grads)
 
-    def _check_saved(self) -> None:
-        """ValueError where the end of this run would replace the SAE of another."""
-        if not (self.folder / CONFIG).exists():
-            return
-        then = read_json(self.folder / RUN) if (self.folder / RUN).exists() else {}
-        made = completed(then.get("train")), then.get("activations"), then.get("init")
-        of_same = made == (asdict(self.config), self._activations(), self.init)
-        saved = field(self.folder / CONFIG, read_json(self.folder / CONFIG), "sae", dict)
-        if not of_same or {**saved, "screen": None} != {**self._saved_config().to_dict(), "screen": None}:
-            raise ValueError(
-                f"{self.folder}: holds an SAE that is not of this training, and no checkpoint; it would be replaced, "
-                "use another folder"
-            )
-
-    def _activations(self) -> dict[str, Any]:
-        """What run.json says of them."""
+    def _about(self) -> dict[str, Any]:
+        """What run.json says of the training, whatever its length."""
         manifest = self.feed.about
-        return {**{k: v for k, v in manifest.items() if k not in ("shards", "settings")}, **identity(manifest)}
+        kept = {name: value for name, value in manifest.items() if name not in ("shards", "settings")}
+        activations = {**kept, **identity(manifest)}
+        return {"train": asdict(self.config), "activations": activations, "init": self.init}
 
     def _measure(self, batch: TrainingBatch, out: SampledSAEOutput) -> dict[str, float]:
         """One line of metrics.jsonl. FVU is that of the batch; no time, so that runs compare bit for bit."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..corpus import codes_files
+from ..inference import codes_files
 from ..pretrained import CONFIG, FORMAT, ORIGIN, RUN, WEIGHTS, load_pretrained
 from ..support import checksums
 from ..support.atomic_files import read_json, read_json_lines

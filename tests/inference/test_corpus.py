@@ -4,17 +4,17 @@ import json
 
 import pytest
 import torch
-from makers import write_store
+from makers import contents, write_store
 from published_makers import D, F, draw, write_saelens
 from safetensors.torch import load_file, save_file
 
 from sampled_sae import ActivationStore, CodesStore, load_inference
 from sampled_sae.cli import main
-from sampled_sae.corpus.codes_files import MANIFEST
-from sampled_sae.corpus.encode import encode_corpus
-from sampled_sae.corpus.token_places import TokenPlaces, TokenShard
 from sampled_sae.formats.portable import silent
+from sampled_sae.inference.codes_files import MANIFEST
+from sampled_sae.inference.encode_corpus import encode_corpus
 from sampled_sae.support.checksums import file_crc32
+from sampled_sae.support.token_places import TokenPlaces, TokenShard
 from sampled_sae.training.stored_activations import StoredActivations
 
 
@@ -106,10 +106,6 @@ def test_a_store_of_activations(sae, tmp_path):
     assert codes.manifest["model"] == "made"
 
 
-def files(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
 def test_it_goes_on_where_it_stopped(sae, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     encode_corpus(sae, Texts(), whole, progress=False)
@@ -118,12 +114,12 @@ def test_it_goes_on_where_it_stopped(sae, tmp_path):
     with pytest.raises(ValueError, match="not finished; run the same encode command again"):
         CodesStore.open(stopped)
     assert encode_corpus(sae, Texts(), stopped, progress=False).tokens == 34
-    assert files(stopped) == files(whole)
+    assert contents(stopped) == contents(whole)
     assert encode_corpus(sae, Texts(), stopped, progress=False).tokens == 0
     damaged = stopped / "codes_00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     assert encode_corpus(sae, Texts(), stopped, progress=False).tokens == 34
-    assert files(stopped) == files(whole)
+    assert contents(stopped) == contents(whole)
 
 
 def test_another_corpus_is_refused(sae, tmp_path):

@@ -5,7 +5,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from selection_inputs import products
+from kernel_makers import products
 
 from sampled_sae.kernels import configs
 from sampled_sae.kernels.batch_topk import compact_largest, keep_largest_, largest_indices

@@ -1,10 +1,6 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from kernel_makers import NEEDS_VIRTUAL_MEMORY, assert_runs_alone
 
 pytest.importorskip("triton")
 
@@ -12,7 +8,6 @@ from sampled_sae.kernels.chunk_filter import append_above_, first_threshold, nex
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-ROOT = Path(__file__).parents[2]
 INF = float("inf")
 NAN = float("nan")
 # [B, C]; the interpreter's tiles are 8 tokens x 32 features
@@ -267,8 +262,6 @@ assert torch.equal(keys[:23].sort().values, torch.arange(1, 24))
 """
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter: virtual memory is free there")
+@NEEDS_VIRTUAL_MEMORY
 def test_offsets_beyond_32_bits():
-    """In a process of its own: an offset that wraps around ends it."""
-    done = subprocess.run([sys.executable, "-c", FAR_ROWS], cwd=ROOT, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert_runs_alone(FAR_ROWS)

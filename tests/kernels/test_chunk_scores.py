@@ -1,10 +1,6 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from kernel_makers import EPS, NEEDS_VIRTUAL_MEMORY, assert_runs_alone, statistics
 
 pytest.importorskip("triton")
 
@@ -14,10 +10,8 @@ from sampled_sae.kernels.chunk_scores import chunk_partials, chunk_statistics, w
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-ROOT = Path(__file__).parents[2]
 SCORES = ["l2", "entropy", "uniform"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EPS = torch.finfo(torch.float32).eps
 # [B, C]; the interpreter's programs sum 2 tiles of 8 tokens x 32 features
 SHAPES = [
     pytest.param((1, 1), id="one of each"),
@@ -37,14 +31,6 @@ def chunk(shape, device, seed=0):
     if shape[1] > 2:
         z[:, 1:3], b[1], b[2] = 0, -1, 0
     return z.to(device), b.to(device), scale.to(device)
-
-
-def statistics(a, score):
-    if score == "entropy":
-        return torch.stack([a.sum(0), torch.xlogy(a, a).sum(0)])
-    if score == "uniform":
-        return (a > 0).sum(0, keepdim=True).to(a.dtype)
-    return a.square().sum(0, keepdim=True)
 
 
 def assert_close_to_float64(found, z, b, scale, score):
@@ -166,11 +152,9 @@ assert torch.equal(chunk_statistics(far, None, None, "l2"), chunk_statistics(far
 """
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter: virtual memory is free there")
+@NEEDS_VIRTUAL_MEMORY
 def test_offsets_beyond_32_bits():
-    """In a process of its own: an offset that wraps around ends it."""
-    done = subprocess.run([sys.executable, "-c", FAR_ROWS], cwd=ROOT, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert_runs_alone(FAR_ROWS)
 
 
 def test_partials_of_another_width_are_refused(device):

@@ -1,10 +1,6 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from kernel_makers import EPS, NEEDS_VIRTUAL_MEMORY, assert_runs_alone, statistics
 
 pytest.importorskip("triton")
 
@@ -15,10 +11,8 @@ from sampled_sae.kernels.column_scores import column_statistics
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-ROOT = Path(__file__).parents[2]
 SCORES = ["l2", "entropy", "uniform"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EPS = torch.finfo(torch.float32).eps
 # [B, d, F]; the interpreter's tiles are 32 tokens x 16 dimensions x 16 features, in groups of 8
 SHAPES = [
     pytest.param((1, 1, 1), id="one of each"),
@@ -40,14 +34,6 @@ def inputs(shape, dtype, device, seed=0):
     if F > 2:
         W[1:3], b[1], b[2] = 0, -1, 0
     return x.to(device, dtype), W.to(device, dtype), b.to(device), scale.to(device)
-
-
-def statistics(a, score):
-    if score == "entropy":
-        return torch.stack([a.sum(0), torch.xlogy(a, a).sum(0)])
-    if score == "uniform":
-        return (a > 0).sum(0, keepdim=True).to(a.dtype)
-    return a.square().sum(0, keepdim=True)
 
 
 def exact(x, W, b, score, scale):
@@ -247,8 +233,6 @@ assert torch.equal(column_statistics(near, far, None, "l2"), expected)
 """
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter: virtual memory is free there")
+@NEEDS_VIRTUAL_MEMORY
 def test_offsets_beyond_32_bits():
-    """In a process of its own: an offset that wraps around ends it."""
-    done = subprocess.run([sys.executable, "-c", FAR_ROWS], cwd=ROOT, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert_runs_alone(FAR_ROWS)

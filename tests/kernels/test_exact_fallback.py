@@ -1,10 +1,6 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from kernel_makers import NEEDS_VIRTUAL_MEMORY, assert_runs_alone, integers
 
 pytest.importorskip("triton")
 
@@ -13,7 +9,6 @@ from sampled_sae.kernels.exact_fallback import refill_exactly_
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAN = float("nan")
 # [B, d, F]; the interpreter's 3 programs walk over tiles of 32 features x 32 tokens x 16 dimensions
@@ -24,15 +19,6 @@ SHAPES = [
     pytest.param((1, 5, 300), id="one token"),
     pytest.param((300, 5, 1), id="one feature"),
 ]
-
-
-def integers(shape, dtype, device, seed=0):
-    """x, W, b, scale in small whole numbers: activations are exact, and ties abound."""
-    B, d, F = shape
-    make = torch.Generator().manual_seed(seed)
-    x, W, b = (torch.randint(-2, 3, s, generator=make) for s in ((B, d), (F, d), (F,)))
-    scale = torch.randint(1, 3, (F,), generator=make)
-    return x.to(device, dtype), W.to(device, dtype), b.float().to(device), scale.float().to(device)
 
 
 def activations(x, W, b=None, scale=None, members=None):
@@ -250,8 +236,6 @@ for x, W in ((far, near), (near, far)):
 """
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter: virtual memory is free there")
+@NEEDS_VIRTUAL_MEMORY
 def test_offsets_beyond_32_bits():
-    """In a process of its own: an offset that wraps around ends it."""
-    done = subprocess.run([sys.executable, "-c", FAR_ROWS], cwd=ROOT, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert_runs_alone(FAR_ROWS)

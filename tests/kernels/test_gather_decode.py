@@ -1,11 +1,8 @@
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
+from kernel_makers import NEEDS_VIRTUAL_MEMORY, assert_runs_alone, assert_within_rounding, matrix
 
 pytest.importorskip("triton")
 
@@ -13,9 +10,7 @@ from sampled_sae.kernels.gather_decode import entry_dots, gather_sum
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EPS = torch.finfo(torch.float32).eps
 # [B, d, F]; the interpreter takes 16 of d, sums 4 entries at once and 16 in a piece, and has 8 dots in a program;
 # a GPU's blocks are 16 times as large, and there so are d and F
 SHAPES = [
@@ -51,24 +46,12 @@ def entries(B, F, device, unused=5, seed=0):
     return tuple(t.to(device) for t in (values, tokens, features, token_ends))
 
 
-def matrix(rows, d, dtype, device, seed=1):
-    return torch.randn(rows, d, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-
-
 def dense(values, tokens, features, token_ends, F):
     """The entries in a float64 [B, F]."""
     n = int(token_ends[-1])
     full = torch.zeros(len(token_ends) - 1, F, dtype=torch.float64, device=values.device)
     full[tokens[:n].long(), features[:n].long()] = values[:n].double()
     return full
-
-
-def assert_within_rounding(found, expected, magnitude):
-    """fp32 rounding: 4 EPS of the sum of the magnitudes of the terms."""
-    assert found.dtype == torch.float32
-    assert found.shape == expected.shape
-    excess = (found.double() - expected).abs() - 4 * EPS * magnitude
-    assert (excess <= 0).all(), f"error beyond fp32 rounding by {excess.max():.3g}"
 
 
 def check_sum(given, W, bias):
@@ -291,8 +274,6 @@ assert torch.equal(entry_dots(near, far, tokens, features, ends), expected)
 """
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter: virtual memory is free there")
+@NEEDS_VIRTUAL_MEMORY
 def test_offsets_beyond_32_bits():
-    """In a process of its own: an offset that wraps around ends it."""
-    done = subprocess.run([sys.executable, "-c", FAR_ROWS], cwd=ROOT, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert_runs_alone(FAR_ROWS)

@@ -1,12 +1,8 @@
 """The row-Adam kernel: strides, copies, bits that repeat, empty and wrong arguments, offsets beyond 32 bits."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from kernel_makers import NEEDS_VIRTUAL_MEMORY, assert_runs_alone
 
 pytest.importorskip("triton")
 
@@ -15,8 +11,6 @@ from row_adam_steps import DECODER, MODES, RULE, gradients, ours, start
 from sampled_sae.kernels.row_adam import row_adam_
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -150,8 +144,6 @@ assert (moments[0][F - 1] > 0.09).all()
 """
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter: virtual memory is free there")
+@NEEDS_VIRTUAL_MEMORY
 def test_offsets_beyond_32_bits():
-    """In a process of its own: an offset that wraps around ends it."""
-    done = subprocess.run([sys.executable, "-c", FAR_ROWS], cwd=ROOT, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert_runs_alone(FAR_ROWS)

@@ -1,11 +1,8 @@
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
+from kernel_makers import NEEDS_VIRTUAL_MEMORY, assert_runs_alone, assert_within_rounding, matrix
 
 pytest.importorskip("triton")
 
@@ -13,9 +10,7 @@ from sampled_sae.kernels.segment_sum import feature_order, segment_sum
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EPS = torch.finfo(torch.float32).eps
 # entries of each segment; the interpreter sums 4 at once, divides the list after every 16, and adds 4 pieces at once;
 # a GPU divides it after every 256, and there segments and d are 16 times as long
 LENGTHS = [
@@ -44,18 +39,6 @@ def segments(lengths, device, unused=5, seed=0):
     order = torch.cat((place, torch.arange(n, n + unused))).int()
     ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     return tuple(t.to(device) for t in (weights, tokens, order, ends))
-
-
-def matrix(rows, d, dtype, device, seed=1):
-    return torch.randn(rows, d, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-
-
-def assert_within_rounding(found, expected, magnitude):
-    """fp32 rounding: 4 EPS of the sum of the magnitudes of the terms."""
-    assert found.dtype == torch.float32
-    assert found.shape == expected.shape
-    excess = (found.double() - expected).abs() - 4 * EPS * magnitude
-    assert (excess <= 0).all(), f"error beyond fp32 rounding by {excess.max():.3g}"
 
 
 def check(given, source, rows=None, n_rows_out=None, with_sums=True):
@@ -264,8 +247,6 @@ assert torch.equal(found, segment_sum(weights, tokens, order, ends, near, None, 
 """
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter: virtual memory is free there")
+@NEEDS_VIRTUAL_MEMORY
 def test_offsets_beyond_32_bits():
-    """In a process of its own: an offset that wraps around ends it."""
-    done = subprocess.run([sys.executable, "-c", FAR_ROWS], cwd=ROOT, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert_runs_alone(FAR_ROWS)

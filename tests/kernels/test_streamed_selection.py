@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_makers import integers
 
 pytest.importorskip("triton")
 
@@ -38,15 +39,6 @@ def repairs(monkeypatch):
 
     monkeypatch.setattr(stream, "refill_exactly_", recording)
     return seen
-
-
-def integers(shape, dtype, device, seed=0):
-    """x, W, b, scale in small whole numbers: activations are exact, and ties abound."""
-    B, d, F = shape
-    make = torch.Generator().manual_seed(seed)
-    x, W, b = (torch.randint(-2, 3, s, generator=make) for s in ((B, d), (F, d), (F,)))
-    scale = torch.randint(1, 3, (F,), generator=make)
-    return x.to(device, dtype), W.to(device, dtype), b.float().to(device), scale.float().to(device)
 
 
 def zeros(W):

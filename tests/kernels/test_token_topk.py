@@ -3,7 +3,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from selection_inputs import products
+from kernel_makers import products
 
 from sampled_sae.kernels import configs
 from sampled_sae.kernels.token_topk import MAX_CHUNK, MAX_K, keep_rows_, merge_rows_

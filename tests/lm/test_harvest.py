@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from makers import contents
 from safetensors.torch import load_file
 from tiny_models import CONTEXT, VOCABULARY, D, llama
 
@@ -24,10 +25,6 @@ def run_harvest(model, rows, folder, **changes):
         "progress": False,
     }
     return harvest(model, rows, 1, folder, **{**settings, **changes})
-
-
-def contents(folder):
-    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
 def test_harvest_holds_the_activations(model, rows, tmp_path):

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as nnf
 
 from sampled_sae import ActivationStore, CodesStore, load_inference
-from sampled_sae.corpus.encode import encode_corpus
 from sampled_sae.formats.portable import silent
+from sampled_sae.inference.encode_corpus import encode_corpus
 from sampled_sae.lm import load_model
 from sampled_sae.lm.logit_lens import final_norm, logit_lens
 from sampled_sae.lm.token_texts import token_texts

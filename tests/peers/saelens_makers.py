@@ -37,6 +37,10 @@ OURS = {
     "matryoshka": saelens.SampledMatryoshkaBatchTopKTrainingSAEConfig,
     "matryoshka_aux": saelens.SampledMatryoshkaBatchTopKTrainingSAEConfig,
 }
+SAMPLED = {"k": 3, "l": 4.0, "aux_pool": 50}
+ALL = {name: (config, KINDS[name][2]) for name, config in OURS.items()}
+ALL["sampled"] = (saelens.SampledTrainingSAEConfig, SAMPLED)
+ALL["sampled_token"] = (saelens.SampledTrainingSAEConfig, {**SAMPLED, "l": None, "select": "token"})
 
 
 @torch.no_grad()

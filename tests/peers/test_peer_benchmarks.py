@@ -23,7 +23,6 @@ from sampled_sae.bench import activations
 from sampled_sae.training.activation_store import ActivationStore
 
 ROOT = Path(__file__).parents[2]
-WORKLOAD = Workload("test", 48, 20, 160, 3)
 SETUP = Setup(48, 20, 160, 3, lr=1e-3, warm_up=2)
 COMPILED = "torch.compile BatchTopK"  # in a process of its own: some of the libraries' imports break the compiler
 NAMES = [name for name in CANDIDATES if name != COMPILED and installed(CANDIDATES[name])]

@@ -8,20 +8,12 @@ import textwrap
 
 import pytest
 import torch
-from datasets import Dataset
-from sae_lens import SAE, LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
-from saelens_makers import KINDS, OURS, B, D, F, batches, pair, step_input, tokens, trainer, uneven
-from transformer_lens import HookedTransformer, HookedTransformerConfig
+from saelens_makers import ALL, KINDS, B, D, F, batches, pair, step_input, tokens, trainer, uneven
 
 from sampled_sae.integrations import saelens
-
-SAMPLED = {"k": 3, "l": 4.0, "aux_pool": 50}
-ALL = {name: (config, KINDS[name][2]) for name, config in OURS.items()}
-ALL["sampled"] = (saelens.SampledTrainingSAEConfig, SAMPLED)
-ALL["sampled_token"] = (saelens.SampledTrainingSAEConfig, {**SAMPLED, "l": None, "select": "token"})
 
 
 def make(kind, **changes):
@@ -217,77 +209,6 @@ def test_accelerated_files_are_saelens_own(kind, tmp_path):
             assert (tmp_path / "ours" / name / file).read_bytes() == (tmp_path / "theirs" / name / file).read_bytes()
     again = TrainingSAE.load_from_disk(tmp_path / "ours" / "training")
     assert type(again) is KINDS[kind][0]
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    cfg = HookedTransformerConfig(
-        n_layers=1, d_model=D, n_ctx=16, d_head=8, n_heads=3, d_mlp=32, d_vocab=50, act_fn="gelu", seed=0, device="cpu"
-    )
-    return HookedTransformer(cfg)
-
-
-@pytest.fixture(scope="module")
-def dataset():
-    g = torch.Generator().manual_seed(0)
-    return Dataset.from_dict({"tokens": torch.randint(0, 50, (400, 16), generator=g).tolist()})
-
-
-def runner_config(sae, folder, **changes):
-    settings = {
-        "sae": sae,
-        "model_name": "made",
-        "dataset_path": "made",
-        "hook_name": "blocks.0.hook_resid_pre",
-        "is_dataset_tokenized": True,
-        "streaming": False,
-        "context_size": 16,
-        "prepend_bos": False,
-        "training_tokens": 1280,
-        "train_batch_size_tokens": 64,
-        "store_batch_size_prompts": 4,
-        "n_batches_in_buffer": 4,
-        "lr": 1e-3,
-        "logger": LoggingConfig(log_to_wandb=False),
-        "checkpoint_path": str(folder / "checkpoints"),
-        "output_path": str(folder / "output"),
-        "dead_feature_window": 5,
-        **changes,
-    }
-    return LanguageModelSAERunnerConfig(**settings)
-
-
-@pytest.mark.parametrize("kind", ALL)
-def test_language_model_runner(kind, model, dataset, tmp_path):
-    config, settings = ALL[kind]
-    cfg = runner_config(config(d_in=D, d_sae=F, **copy.deepcopy(settings)), tmp_path, n_checkpoints=1)
-    runner = LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=dataset)
-    assert isinstance(runner.sae, SAE_TRAINING_CLASS_REGISTRY[config.architecture()][0])
-    before = runner.sae.W_dec.detach().clone()
-    sae = runner.run()
-    assert not torch.equal(sae.W_dec, before)
-    saved = SAE.load_from_disk(tmp_path / "output")
-    assert saved.cfg.architecture() == ("topk" if kind == "topk" else "jumprelu")
-    checkpoint = next((tmp_path / "checkpoints").glob("*/*/sae_weights.safetensors")).parent
-    assert type(TrainingSAE.load_from_disk(checkpoint)) is type(sae)
-
-
-def test_runner_logs_and_evaluates(model, dataset, tmp_path, monkeypatch):
-    logged = []
-    monkeypatch.setattr("wandb.init", lambda **settings: None)
-    monkeypatch.setattr("wandb.finish", lambda: None)
-    monkeypatch.setattr("wandb.log", lambda values, step: logged.append(values))
-    monkeypatch.setattr(LoggingConfig, "log", lambda *args, **settings: None)
-    logger = LoggingConfig(wandb_log_frequency=2, eval_every_n_wandb_logs=3)
-    config, settings = ALL["sampled"]
-    cfg = runner_config(config(d_in=D, d_sae=F, **settings), tmp_path, logger=logger, n_eval_batches=1)
-    cfg.feature_sampling_window = 5
-    runner = LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=dataset)
-    runner.run()
-    names = {name for values in logged for name in values}
-    assert {"losses/mse_loss", "metrics/topk_threshold", "metrics/l0", "sparsity/below_1e-5"} <= names
-    assert any(name.startswith("model_performance_preservation") for name in names)
 
 
 def test_command_line_knows_the_architectures():

@@ -31,7 +31,7 @@ from .reading import Place, Reading, in_one_line
 __all__ = ["LAYOUTS", "WRITTEN", "Published", "Reading", "detect", "load_inference", "read_inference", "save_inference"]
 
 
-class Layout(NamedTuple):
+class Reader(NamedTuple):
     """files: names that a folder of this layout has."""
 
     files: tuple[str, ...]
@@ -40,13 +40,13 @@ class Layout(NamedTuple):
 
 LAYOUTS = MappingProxyType(
     {
-        saelens.NAME: Layout(saelens.FILES, saelens.read),
-        dictionary_learning.NAME: Layout(dictionary_learning.FILES, dictionary_learning.read),
-        sparsify.NAME: Layout(sparsify.FILES, sparsify.read),
-        gemma_scope.NAME: Layout(gemma_scope.FILES, gemma_scope.read),
-        gemma_scope.SECOND: Layout(gemma_scope.FILES_OF_SECOND, gemma_scope.read_second),
-        ours.NAME: Layout((pretrained.CONFIG, pretrained.WEIGHTS), ours.read),
-        qwen_scope.NAME: Layout((), qwen_scope.read),
+        saelens.NAME: Reader(saelens.FILES, saelens.read),
+        dictionary_learning.NAME: Reader(dictionary_learning.FILES, dictionary_learning.read),
+        sparsify.NAME: Reader(sparsify.FILES, sparsify.read),
+        gemma_scope.NAME: Reader(gemma_scope.FILES, gemma_scope.read),
+        gemma_scope.SECOND: Reader(gemma_scope.FILES_OF_SECOND, gemma_scope.read_second),
+        ours.NAME: Reader((pretrained.CONFIG, pretrained.WEIGHTS), ours.read),
+        qwen_scope.NAME: Reader((), qwen_scope.read),
     }
 )
 WRITTEN = (saelens.NAME, sparsify.NAME, gemma_scope.NAME)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import pretrained
-from ...config import SampledSAEConfig
+from ...config import MEMBERS, SampledSAEConfig
 from ...impl.inference_rule import NO_SET
 from ...impl.threshold import NEVER_SET, OF_ANOTHER_SET, RUNNING_MEAN, VOID
 from ...support.atomic_files import field, read_json
@@ -39,7 +39,7 @@ def read(place: Place, say: Say) -> Reading:
             )
         _check_threshold(place.path, tensors, say)
         if config.inference == "pool":
-            threshold = torch.where(tensors[pretrained.MEMBERS], threshold, torch.inf)
+            threshold = torch.where(tensors[MEMBERS], threshold, torch.inf)
     names = (*pretrained.WEIGHT_NAMES, pretrained.SKIP)
     weights: dict[str, Any] = {name: tensors[name] for name in names if name in tensors}
     sae = PortableSAE(
@@ -65,7 +65,7 @@ def _check_threshold(folder: Path, tensors: dict[str, Tensor], say: Say) -> None
     steps = int(tensors["threshold_steps"])
     if steps == 0 and float(tensors["threshold"]) <= 0:
         raise ValueError(f"{folder / pretrained.WEIGHTS}: {NEVER_SET}, and save it again")
-    if pretrained.MEMBERS in tensors and not bool(tensors[pretrained.MEMBERS].any()):
+    if MEMBERS in tensors and not bool(tensors[MEMBERS].any()):
         raise ValueError(f"{folder / pretrained.WEIGHTS}: {NO_SET}, and save it again")
     calibrated_at = int(tensors.get("calibrated_at", steps))
     if calibrated_at != steps:

@@ -16,8 +16,9 @@ from ...codes import SparseCodes
 from ...formats.dictionary_learning import as_linear, groups_of, read_state
 from ...impl.levels import LevelErrors
 from ...support.argument_checks import check_integer, check_number, describe
-from .dictionaries import BatchTopKSAE, Names, SampledDictionary, held_k
+from .dictionaries import BatchTopKSAE, SampledDictionary
 from .linear_view import write
+from .peer_files import Names, held_k
 from .row_trainer import RowTrainer
 from .step import StepInputs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from dictionary_learning.trainers import top_k
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from ...codes import SparseCodes
-from ...impl.dead_features import AuxRule, IdleTokens
+from ...impl.dead_features import IdleTokens
 from ...impl.hints import Rule
 from ...impl.interface import implementation
 from ...impl.pool import Pool, PoolRule, find_pool
@@ -21,18 +21,10 @@ from ...impl.row_guard import guard_rows
 from ...optim import RowAdam
 from ...support.argument_checks import check_activations, check_device, check_integer, check_number
 from ..replaced import has_other_methods, methods_of
+from .dead_feature_loss import share_of_variance, unexplained
 from .dictionaries import SampledDictionary
-from .step import StepInputs, project_decoder_rows, unexplained
+from .step import LossLog, StepInputs, project_decoder_rows
 from .threshold import average_threshold, mean_smallest_of_tokens
-
-
-class LossLog(NamedTuple):
-    """What dictionary_learning's logging asks of a batch."""
-
-    x: Tensor
-    x_hat: Tensor
-    f: Tensor
-    losses: dict[str, float]
 
 
 class RowTrainer(SAETrainer):
@@ -107,7 +99,7 @@ class RowTrainer(SAETrainer):
             raise ValueError(f"layer={layer!r}, lm_name={lm_name!r}: both must be given")
         if dict_class not in (None, self.dictionary, self.dictionary.peer):
             raise ValueError(f"dict_class={dict_class!r}: must be {self.dictionary.__name__}")
-        check_schedule(steps, warmup_steps, decay_start)
+        check_lr_schedule(steps, warmup_steps, decay_start)
         auxk_alpha = check_number("auxk_alpha", auxk_alpha, 0, None)
         threshold_beta = check_number("threshold_beta", threshold_beta, 0, 1)
         self.layer = layer
@@ -274,17 +266,11 @@ class RowTrainer(SAETrainer):
         self.pre_norm_auxk_loss = -1
         if self.auxk_alpha == 0 or dead is None:
             return residual.new_zeros(())
-        sae = self.ae.sae
-        rule = AuxRule(self.top_k_aux, sae.cfg.aux_pool, sae.cfg.score)
-        scores = None if inputs.pool is None else inputs.pool.scores
-        members = inputs.parts.dead_candidates(inputs.encoder.operands, dead, rule, scores)
-        if len(members) == 0:
+        missed = unexplained(self.ae.sae, inputs, residual, dead, self.top_k_aux)
+        if missed is None:
             return residual.new_zeros(())
-        hints = None if inputs.logging else self._memory.hints
-        missed = unexplained(sae, inputs, members, residual, self.top_k_aux, hints)
         self.pre_norm_auxk_loss = missed.detach()
-        variance = (residual - residual.mean(0)).square().sum(-1).mean()
-        return torch.where(variance > 0, missed / torch.where(variance > 0, variance, 1), 0)
+        return share_of_variance(missed, residual)
 
     @torch.no_grad()
     def _dead_after(self, codes: SparseCodes, logging: bool) -> Tensor | None:
@@ -303,7 +289,7 @@ class RowTrainer(SAETrainer):
         average_threshold(self.ae.sae, smallest, self.threshold_beta)
 
 
-def check_schedule(steps: int, warmup_steps: int, decay_start: int | None) -> None:
+def check_lr_schedule(steps: int, warmup_steps: int, decay_start: int | None) -> None:
     if warmup_steps >= steps:
         raise ValueError(f"warmup_steps={warmup_steps!r}: must be below steps={steps}")
     if decay_start is not None and not warmup_steps < decay_start < steps:

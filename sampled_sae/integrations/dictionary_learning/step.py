@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ...impl.encoder import Encoder
-from ...impl.hints import Rule, ThresholdHints
 from ...impl.interface import Implementation
 from ...impl.pool import Pool
 from ...sae import SampledSAE
@@ -26,17 +25,13 @@ class StepInputs(NamedTuple):
     logging: bool
 
 
-def unexplained(
-    sae: SampledSAE, inputs: StepInputs, members: Tensor, residual: Tensor, k_aux: int, hints: ThresholdHints | None
-) -> Tensor:
-    """Mean squared error of the residual [B, d] from the k_aux largest activations a token among `members`, 0-dim.
+class LossLog(NamedTuple):
+    """What dictionary_learning's logging asks of a batch."""
 
-    As in dictionary_learning, and other than in `SampledSAE`, b_dec receives its gradient too.
-    """
-    rule = Rule(max(1, min(k_aux, len(members))), "token")
-    codes = inputs.parts.select(inputs.encoder, members, rule, hints)
-    e_hat = inputs.parts.decode(codes, sae.W_dec, None, inputs.encoder.rows)
-    return (residual - e_hat).square().sum(-1).mean()
+    x: Tensor
+    x_hat: Tensor
+    f: Tensor
+    losses: dict[str, float]
 
 
 @torch.no_grad()

@@ -21,13 +21,12 @@ from torch import Tensor
 from ..codes import Entries
 from ..support.atomic_files import field, read_json, write_json
 from ..support.checksums import damage
-from ..support.listed_files import ListedFilesWriter
-from .token_places import TokenPlaces
+from ..support.listed_files import DTYPES, ListedFilesWriter
+from ..support.token_places import TokenPlaces
 
 FORMAT = "sampled-sae codes"
 VERSION = 1
 MANIFEST = "manifest.json"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class CodesOfShard(NamedTuple):

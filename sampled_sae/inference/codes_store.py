@@ -14,8 +14,8 @@ from torch import Tensor
 from ..codes import SparseCodes
 from ..support.argument_checks import check_integer
 from ..support.listed_files import ListedFiles
+from ..support.token_places import TokenPlaces
 from .codes_files import MANIFEST, CodesOfShard, read_manifest
-from .token_places import TokenPlaces
 
 
 class Context(NamedTuple):

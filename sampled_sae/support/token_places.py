@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..support.checksums import tensors_crc32
+from .checksums import tensors_crc32
 
 
 class TokenPlaces(NamedTuple):

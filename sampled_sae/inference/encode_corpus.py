@@ -12,15 +12,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..codes import Entries
-from ..inference.inference_sae import InferenceSAE
 from ..support.argument_checks import check_choice, check_integer
 from ..support.checksums import tensors_crc32
 from ..support.output_folder import check_output_folder, is_leftover, locked
+from ..support.token_places import TokenShard
 from .codes_files import DTYPES, MANIFEST, CodesWriter, new_manifest, read_manifest
-from .token_places import TokenShard
+from .inference_sae import InferenceSAE
 
 
-class Source(Protocol):
+class TokenSource(Protocol):
     """Activations of a corpus, in shards.
 
     Attributes:
@@ -55,7 +55,7 @@ class Encoded(NamedTuple):
 
 def encode_corpus(
     sae: InferenceSAE,
-    source: Source,
+    source: TokenSource,
     folder: str | Path,
     *,
     sae_name: str = "",
@@ -92,7 +92,9 @@ def encode_corpus(
         return _write_files(writer, sae, source, batch_size, progress)
 
 
-def _write_files(writer: CodesWriter, sae: InferenceSAE, source: Source, batch_size: int, progress: bool) -> Encoded:
+def _write_files(
+    writer: CodesWriter, sae: InferenceSAE, source: TokenSource, batch_size: int, progress: bool
+) -> Encoded:
     start, in_sae, done = time.perf_counter(), 0.0, 0
     writer.write_manifest()
     with tqdm(unit="token", unit_scale=True, desc="encode", disable=not progress) as bar:
