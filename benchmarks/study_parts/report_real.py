@@ -43,8 +43,10 @@ MODES = {"threshold": "threshold", "pool": "pool, of a batch's size", "batch": "
 
 
 def of_rules(folder: Path) -> list[Path]:
-    """The files of rows that tell rules apart, one a model."""
-    return [path for path in sorted(folder.glob("real_*.csv")) if path.stem.rsplit("_", 1)[-1] not in OTHERS]
+    """The files of rows that tell rules apart, one a model; not one that only has what parts are read beside."""
+    beside = {variant.name for _, rules, _ in PLAIN.values() for variant in rules}
+    paths = [path for path in sorted(folder.glob("real_*.csv")) if path.stem.rsplit("_", 1)[-1] not in OTHERS]
+    return [path for path in paths if any(row["name"] not in beside for row in Rows(path).rows)]
 
 
 def tables(folder: Path) -> dict[Path, str]:
