@@ -5,6 +5,7 @@
     .venv/peers/bin/python -m benchmarks.study synthetic --only top-l2-l4 --seeds 1 --again    one row once more
     python -m benchmarks.study real ACTIVATIONS --name smollm2_15 --model smollm2-135m --texts FOLDER
     python -m benchmarks.study pairs --name smollm2_15             agreement between the seeds that are kept
+    python -m benchmarks.study spelling --model smollm2-135m       whether the model knows the first letters of words
     python -m benchmarks.study report                              tables and plots of the rows that are there
 
 Rows are written to benchmarks/results/study/ as soon as a run is done, tables (.md) and plots beside them;
@@ -92,6 +93,21 @@ def pairs(args: argparse.Namespace) -> None:
                 )
 
 
+def spelling(args: argparse.Namespace) -> None:
+    from benchmarks.study_parts.spelling import frequent_words
+    from benchmarks.study_parts.spelling import spelling as measure
+    from sampled_sae.lm import load_model, load_texts
+
+    torch.set_num_threads(args.threads)
+    rows, words = Rows(args.out / "spelling.csv"), frequent_words(load_texts("wiki-en"))
+    model, tokenizer = load_model(args.model)
+    for seed in args.seeds:
+        row = {"name": args.model, **measure(model, tokenizer, words, seed, args.words)}
+        command = f"python -m benchmarks.study spelling --model {args.model} --words {args.words} --seeds {seed}"
+        rows.put({**row, **this_machine(args.device), "command": command})
+        print(f"{args.model} seed {seed}: {row['right']:.3f} right, {row['by_chance']:.3f} by chance", flush=True)
+
+
 def make_rows(
     args: argparse.Namespace,
     rows: Rows,
@@ -118,7 +134,7 @@ def make_rows(
     # one process may train while another measures, and each file of rows has one that writes it
     with locked(args.folder / rows.path.stem / (args.stage or "measure"), "benchmarks.study"):
         study = open_study()
-        on = {name: value for name, value in machine(args.device, ("sae-lens",)).items() if name in MADE_ON}
+        on = this_machine(args.device)
         for name, seed in wanted:
             if time.perf_counter() > end:
                 print(f"{args.within:g} s are over; the same command goes on from here")
@@ -131,6 +147,10 @@ def make_rows(
                 row = {**made, **on, "command": commands[name, seed]}
                 rows.put(row)
                 print(f"{shown(row)}\n  {row['command']}", flush=True)
+
+
+def this_machine(device: str) -> Row:
+    return {name: value for name, value in machine(device, ("sae-lens",)).items() if name in MADE_ON}
 
 
 def shown(row: Row) -> str:
@@ -160,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("activations", type=Path, help="folder that `sampled-sae harvest` wrote")
     p.add_argument("--name", required=True, help="of the rows' file")
     p.add_argument(
-        "--part", choices=tuple(PARTS), default="rules", help="what differs: rules, batch sizes, dead features"
+        "--part", choices=tuple(PARTS), default="rules", help="what differs: rules, batch sizes, dead features, time"
     )
     p.add_argument("--model", default=None, help="for loss recovered and probes; neither when absent")
     p.add_argument(
@@ -180,6 +200,12 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--folder", type=Path, default=KEPT, help="where runs are kept")
     p.set_defaults(run=pairs)
+    p = parts.add_parser("spelling", help="whether a language model names the first letter of a word")
+    p.add_argument("--model", required=True, help="as for `sampled-sae harvest`")
+    p.add_argument("--words", type=int, default=200, help="that it is asked")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the words and the examples")
+    p.add_argument("--threads", type=int, default=2)
+    p.set_defaults(run=spelling, device="cpu")
     p = parts.add_parser("report", help="tables and plots of the rows that are there")
     p.set_defaults(run=report)
     for p in parts.choices.values():

@@ -9,13 +9,14 @@ from makers import D, write_store
 from safetensors.torch import save_file
 
 from benchmarks import study
-from benchmarks.study_parts import report_real
+from benchmarks.study_parts import real, report_real
 from benchmarks.study_parts.probing import area_under_roc, logistic
 from benchmarks.study_parts.rows import Rows
 from benchmarks.study_parts.sharing import shared, topics_jaccard
 from benchmarks.study_parts.training import train_ours
-from benchmarks.study_parts.variants import BATCHES, DEAD, DENSE, REAL
+from benchmarks.study_parts.variants import BATCHES, DEAD, DENSE, PARTS, REAL, TIME
 from sampled_sae import SampledSAE, SampledSAEConfig, TrainConfig
+from sampled_sae.training.activation_store import ActivationStore
 
 MADE_AT = ("cpu_seconds", "date")
 
@@ -103,8 +104,70 @@ def test_every_rule_is_there_once():
 
 
 def test_parts_hold_different_saes():
-    names = [name for part in (REAL, BATCHES, DEAD) for name in part]
+    names = [name for part in PARTS.values() for name in part]
     assert len(set(names)) == len(names)
+    for part, variants in PARTS.items():
+        assert all((variant.of in REAL) == (part != "rules") for variant in variants.values())
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """A study, and what its trainings begin with: (TrainConfig, config, decoder rows) of `trained(variant, seed)`."""
+    store = ActivationStore.open(write_store(tmp_path / "acts", n=(3000,), n_holdout=300))
+    made = real.RealStudy(store, real.Setup(64, 4, 40_960, 3e-3, None, None, tmp_path), None)
+
+    class BegunError(Exception):
+        pass
+
+    def train_ours(config, train, batches, begin, aligned, rows):
+        raise BegunError(config, train, begin, rows)
+
+    monkeypatch.setattr(real, "train_ours", train_ours)
+
+    def begin(variant, seed=0):
+        with pytest.raises(BegunError) as stopped:
+            made.trained(variant, seed)
+        return stopped.value.args
+
+    return made, begin
+
+
+def test_what_a_variant_changes_of_a_training(begun):
+    _, begin = begun
+    plain, train, _, rows = begin(REAL["top-l2-l4"])
+    assert (train.steps, train.batch_size, train.lr, train.adam, rows) == (40, 1024, 3e-3, "dense", None)
+    longer, more, _, _ = begin(TIME["top-l2-l4-longer"])
+    assert (longer, more.steps) == (plain, 100)
+    _, small, _, _ = begin(BATCHES["top-l2-l4-b256"])
+    assert (small.steps, small.batch_size, small.lr) == (160, 256, 1.5e-3)
+    assert begin(DEAD["batchtopk-decayed"])[1].adam == "decayed"
+    assert plain.dead_after == 2048
+    assert begin(DEAD["batchtopk-soon"])[0].dead_after == 5 * 1024
+
+
+def test_decoders_that_begin_at_tokens(begun):
+    study_of, begin = begun
+    _, _, origin, rows = begin(DEAD["batchtopk-tokens"], 1)
+    assert rows.shape == (64, D)
+    towards = torch.nn.functional.normalize(study_of.start * study_of.store.scale - origin, dim=1)
+    nearest = (rows @ towards.T).max(1)
+    assert torch.allclose(nearest.values, torch.ones(64), atol=1e-5)
+    assert len(nearest.indices.unique()) == 64
+    assert not torch.equal(rows, begin(DEAD["batchtopk-tokens"], 2)[3])
+
+
+def test_training_from_given_rows_by_a_mode_of_adam():
+    config = SampledSAEConfig(D, 32, 4, l=2)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 64, D, generator=generator)
+    given = torch.nn.functional.normalize(torch.randn(32, D, generator=generator), dim=1)
+    still = train_ours(config, TrainConfig(6, 64, lr=0), x, torch.zeros(D), rows=given)
+    assert torch.allclose(still.W_dec, given, atol=1e-6)
+    assert torch.allclose(still.W_enc.T, given, atol=1e-6)
+    modes = [
+        train_ours(config, TrainConfig(6, 64, lr=1e-2, adam=mode), x, torch.zeros(D)) for mode in ("dense", "decayed")
+    ]
+    assert not torch.equal(modes[0].W_dec, modes[1].W_dec)
 
 
 def test_pairs_of_seeds_and_tables(tmp_path):
@@ -127,8 +190,29 @@ def test_pairs_of_seeds_and_tables(tmp_path):
     fvu = [row["fvu"] for row in rows_of(tmp_path) if row["name"] == "topk"]
     assert f"| topk | 2 | {sum(fvu) / 2:.3f} ±{abs(fvu[0] - fvu[1]) / 2:.3f} |" in quality
     assert "| batchtopk | 2 |" in made[out / "real_made_inference.md"]
+    # nothing was probed
+    assert not [path.name for path, text in made.items() if "probe" in text]
     assert "topk" in made[out / "real_made_shared.md"]
-    assert made[out / "real_made_dead.md"].count("batchtopk-aligned") == 1
+    lines = made[out / "real_made_dead.md"].splitlines()
+    assert [line.split("|")[1:3] for line in lines[2:4]] == [[" batchtopk ", " 2 "], [" batchtopk-aligned ", " 1 "]]
+
+
+def test_a_table_of_batches_has_each_rule_by_size(tmp_path):
+    def put(part, *names):
+        rows = Rows(tmp_path / f"real_made{part}.csv")
+        for name in names:
+            variant = {**REAL, **BATCHES}[name]
+            rows.put({"name": name, "seed": 0, "tokens": 5, "batch_size": variant.batch_size, "threshold_fvu": 0.5})
+
+    put("", "top-l2-l16", "batchtopk", "top-l2-l4")
+    put("_batches", "batchtopk-b4096", "top-l2-l16-b256", "batchtopk-b256")
+    # there are no other rules to tell apart
+    [(path, text)] = report_real.tables(tmp_path).items()
+    assert path.name == "real_made_batches.md"
+    lines = text.splitlines()
+    shown = [line.split("|")[1].strip() for line in lines if line.startswith("| ") and "---" not in line]
+    ours = [f"batchtopk-b{size}" for size in (256, 1024, 4096)]
+    assert shown == ["SAE", *ours, "top-l2-l4-b1024", "top-l2-l16-b256", "top-l2-l16-b1024"]
 
 
 def test_aligned_training_keeps_the_inner_product():

@@ -67,15 +67,18 @@ def tradeoff(rows: Rows) -> Figure:
 
 
 def real_tradeoff(rows: Rows) -> Figure:
-    """Against FVU what probes tell and what a batch shares; by a threshold, a marker a seed. SAEs that explain nothing,
-    or less, are left out."""
-    figure, axes = axes_of(3, width=4.6, height=4.2)
+    """Against FVU what probes tell, where there are any, and what a batch shares; by a threshold, a marker a seed.
+
+    SAEs that explain nothing, or less, are left out.
+    """
     found = rows.of(name for name in REAL if "entropy" not in name and "uniform" not in name)
     shown = {
         "threshold_probe_topic_5": "topics by five features, area under ROC",
         "threshold_probe_speech_5": "parts of speech by five features, area under ROC",
         "threshold_first_share": "explained by the first 4k features of a batch",
     }
+    shown = {measure: label for measure, label in shown.items() if spread(rows.rows, measure) is not None}
+    figure, axes = axes_of(len(shown), width=4.6, height=4.2)
     for axis, (measure, label) in zip(axes, shown.items(), strict=True):
         for name, of in found.items():
             fvu = spread(of, "threshold_fvu")

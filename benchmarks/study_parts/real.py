@@ -86,7 +86,8 @@ class RealStudy:
 
     def config(self, variant: Variant, seed: int) -> SampledSAEConfig:
         s = self.setup
-        dead_after = max(BATCH, s.tokens // 20)
+        soon = variant.dead_batches
+        dead_after = max(BATCH, s.tokens // 20) if soon is None else soon * variant.batch_size
         scale = self.store.scale
         rule = variant.rule_of(s.features)
         return SampledSAEConfig(
@@ -108,21 +109,30 @@ class RealStudy:
         if self.stage == "train" or not (folder / COST).exists():
             return None
         sae = SampledSAE.from_pretrained(folder)
-        about |= {"batch_size": variant.batch_size, **{name: getattr(sae.cfg, name) for name in RULE}}
+        about |= {"batch_size": variant.batch_size, "longer": variant.longer}
+        about |= {name: getattr(sae.cfg, name) for name in RULE}
         return {**about, **read_json(folder / COST), **self.measured(sae.eval(), folder), "tokens": self.setup.tokens}
 
     def trained(self, variant: Variant, seed: int) -> SampledSAE:
         size = variant.batch_size
         # Adam's noise grows with the root of the batch
         lr = self.setup.lr * (size / BATCH) ** 0.5
-        train = TrainConfig(self.setup.tokens // size, size, lr=lr, seed=seed)
+        steps = round(self.setup.tokens * variant.longer) // size
+        train = TrainConfig(steps, size, lr=lr, adam=variant.adam, seed=seed)
         scaled = self.start[:4096] * self.store.scale
         begin = geometric_median(scaled) if variant.start == "median" else scaled.mean(0)
         if variant.start == "zero":
             begin = torch.zeros_like(begin)
-        sae = train_ours(self.config(variant, seed), train, self.batches(train), begin, variant.aligned)
+        rows = self.token_directions(begin, seed) if variant.rows == "tokens" else None
+        sae = train_ours(self.config(variant, seed), train, self.batches(train), begin, variant.aligned, rows)
         sae.calibrate(self.start)
         return sae
+
+    def token_directions(self, origin: Tensor, seed: int) -> Tensor:
+        """Unit vectors [F, d] from the origin to training tokens, drawn by the seed, each once while they last."""
+        n, draw = len(self.start), torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(max(n, self.setup.features), generator=draw)[: self.setup.features] % n
+        return torch.nn.functional.normalize(self.start[drawn] * self.store.scale - origin, dim=1)
 
     def batches(self, train: TrainConfig) -> Iterator[Tensor]:
         stream = ShuffledStream(self.store, train.batch_size, train.seed)

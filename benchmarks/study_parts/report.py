@@ -13,7 +13,7 @@ from sampled_sae.support.atomic_files import write_text
 # heading -> column of the rows, the part behind an inference
 DECODER = {"MCC": "mcc", "uniqueness": "uniqueness"}
 CODES = {"F1": "f1", "precision": "precision", "recall": "recall", "found": "found", "R2": "r2", "L0": "l0"}
-CODES |= {"dead": "dead", "absorbed": "absorbed"}
+CODES |= {"dead": "dead", "absorbed": "absorbed", "of parents": "parents"}
 INFERENCES = {
     "threshold": "threshold",
     "pool": "pool, of a batch's size",
@@ -25,7 +25,8 @@ INFERENCES = {
 def tables(folder: Path = FOLDER) -> dict[Path, str]:
     """file.md -> its text, for each file of rows."""
     known = {path.with_suffix(".md"): table(Rows(path)) for path in sorted(folder.glob("synthetic_*.csv"))}
-    return {**known, **report_real.tables(folder)}
+    spelt = {path.with_suffix(".md"): spelling_table(Rows(path)) for path in folder.glob("spelling.csv")}
+    return {**known, **report_real.tables(folder), **spelt}
 
 
 def table(rows: Rows) -> str:
@@ -36,6 +37,14 @@ def table(rows: Rows) -> str:
     by = ["SAE", *(f"{heading}: F1 / R2" for heading in INFERENCES.values()), "best size"]
     others = [[name, *_pairs(of)] for name, of in found.items() if of[0]["threshold_f1"] is not None]
     return f"{markdown(head, lines)}\n{markdown(by, others)}\n{made_on(rows.rows)}\n"
+
+
+def spelling_table(rows: Rows) -> str:
+    """The share of words whose first letter a model names, a model a line."""
+    found = rows.of(dict.fromkeys(row["name"] for row in rows.rows))
+    lines = [[name, str(len(of)), cell(of, "right", 3), cell(of, "by_chance", 3)] for name, of in found.items()]
+    head = ["model", "seeds", "first letters named", "by the most frequent letter"]
+    return f"{markdown(head, lines)}\n{made_on(rows.rows)}\n"
 
 
 def write_report(folder: Path = FOLDER) -> list[Path]:
@@ -65,4 +74,4 @@ def _pairs(rows: list[Row]) -> list[str]:
 
 
 def _cell(rows: list[Row], column: str) -> str:
-    return cell(rows, column, 0 if column.endswith(("dead", "found")) else 2 if column.endswith("l0") else 3)
+    return cell(rows, column, 0 if column.endswith(("dead", "found", "parents")) else 2 if column.endswith("l0") else 3)

@@ -16,17 +16,26 @@ Batches = Iterable[Tensor]
 
 
 def train_ours(
-    config: SampledSAEConfig, train: TrainConfig, batches: Batches, median: Tensor, aligned: bool = False
+    config: SampledSAEConfig,
+    train: TrainConfig,
+    batches: Batches,
+    median: Tensor,
+    aligned: bool = False,
+    rows: Tensor | None = None,
 ) -> SampledSAE:
     """A SampledSAE by RowAdam; `median` [d] is what b_dec starts from. In evaluation mode, not calibrated.
 
-    `aligned` keeps the inner product of each encoder column and its decoder row at 1 (arXiv 2605.18629): after each
-    step the column moves along the row, which is of unit norm.
+    `rows`, of unit norm [F, d], are what decoder and encoder start from, in place of random ones. `aligned` keeps the
+    inner product of each encoder column and its decoder row at 1 (arXiv 2605.18629): after each step the column moves
+    along the row, which is of unit norm.
     """
     sae = SampledSAE(replace(config, row_grads=True), device=median.device)
     with torch.no_grad():
         sae.b_dec.copy_(median)
-    optimizer = RowAdam(sae, lr=train.lr, clip=train.clip)
+        if rows is not None:
+            sae.W_dec.copy_(rows)
+            sae.W_enc.copy_(rows.T)
+    optimizer = RowAdam(sae, lr=train.lr, clip=train.clip, mode=train.adam)
 
     def step(x: Tensor) -> None:
         optimizer.zero_grad()
@@ -34,8 +43,8 @@ def train_ours(
         optimizer.step()
         if aligned:
             with torch.no_grad():
-                rows = sae.W_dec
-                sae.W_enc += ((1 - (sae.W_enc.T * rows).sum(1, keepdim=True)) * rows).T
+                W_dec = sae.W_dec
+                sae.W_enc += ((1 - (sae.W_enc.T * W_dec).sum(1, keepdim=True)) * W_dec).T
 
     _go(step, optimizer, train, batches)
     optimizer.zero_grad()

@@ -15,19 +15,27 @@ class Variant:
     """One SAE of the study.
 
     Attributes:
-        name: of its rows and its folders.
+        name: of its rows and its folders. of: of the rule that it is a variant of, where it is of another name.
         rule: fields of its SampledSAEConfig: l, score, pool, select.
         nested: whether it is a Matryoshka SAE, of a sixteenth, a quarter and all of its features.
-        batch_size: tokens a step. start: what b_dec begins as, the "median" of tokens, their "mean" or "zero".
+        batch_size: tokens a step. longer: on how many times the tokens of the others it is trained.
+        start: what b_dec begins as, the "median" of tokens, their "mean" or "zero".
+        rows: what decoder rows, and encoder columns with them, begin as: "random" directions, or those of "tokens".
         aligned: whether the inner product of encoder and decoder is kept at 1.
+        adam: RowAdam's mode. dead_batches: how many batches without it make a feature dead; None for the study's.
     """
 
     name: str
     rule: dict[str, Any] = field(default_factory=dict)
     nested: bool = False
+    of: str | None = None
     batch_size: int = 1024
+    longer: float = 1
     start: str = "median"
+    rows: str = "random"
     aligned: bool = False
+    adam: str = "dense"
+    dead_batches: int | None = None
 
     def rule_of(self, features: int) -> dict[str, Any]:
         """`rule` for an SAE of so many features, with the groups of a Matryoshka SAE."""
@@ -89,28 +97,40 @@ _REAL = (
     *(pooled("top", "entropy", l) for l in (1, 2)),
     *(pooled("sample", score, l) for l in (1, 2) for score in ("l2_squared", "uniform", "entropy")),
 )
-_SIZES = (256, 4096, 8192, 512, 2048)
+# the rules beside which a part's own are read
+BATCH_RULES = (_BATCHTOPK, pooled("top", "l2", 4), pooled("top", "l2", 16), pooled("sample", "l2", 64))
+DEAD_RULES = (_BATCHTOPK, pooled("top", "l2", 16))
 _BATCH = tuple(
-    replace(variant, name=f"{variant.name}-b{size}", batch_size=size)
-    for size in _SIZES
-    for variant in (_BATCHTOPK, pooled("top", "l2", 4), pooled("top", "l2", 16), pooled("sample", "l2", 64))
+    replace(variant, name=f"{variant.name}-b{size}", of=variant.name, batch_size=size)
+    for size in (256, 4096, 8192, 512, 2048)
+    for variant in BATCH_RULES
 )
 _DEAD = tuple(
-    replace(variant, name=f"{variant.name}-{name}", rule={**variant.rule, **rule}, **other)
+    replace(variant, name=f"{variant.name}-{name}", of=variant.name, rule={**variant.rule, **rule}, **other)
     for name, rule, other in (
         ("aligned", {}, {"aligned": True}),
+        ("no-aux", {"aux_coefficient": 0.0}, {}),
+        ("decayed", {}, {"adam": "decayed"}),
+        ("tokens", {}, {"rows": "tokens"}),
+        ("aligned-no-aux", {"aux_coefficient": 0.0}, {"aligned": True}),
+        ("soon", {}, {"dead_batches": 5}),
+        ("uncentred", {"apply_b_dec_to_input": False}, {}),
+        ("aux-8x", {"aux_coefficient": 0.25}, {}),
         ("mean", {}, {"start": "mean"}),
         ("zero", {}, {"start": "zero"}),
-        ("uncentred", {"apply_b_dec_to_input": False}, {}),
-        ("no-aux", {"aux_coefficient": 0.0}, {}),
         ("aux-all", {"aux_pool": None}, {}),
-        ("aux-8x", {"aux_coefficient": 0.25}, {}),
     )
-    for variant in (_BATCHTOPK, pooled("top", "l2", 16))
+    for variant in DEAD_RULES
+)
+# more tokens than the faster steps of a pool, or RowAdam's faster modes, have ever bought
+TIME_RULES = (_BATCHTOPK, pooled("top", "l2", 4), pooled("top", "l2", 16))
+_TIME = tuple(
+    replace(variant, name=f"{variant.name}-longer", of=variant.name, longer=2.5) for variant in TIME_RULES[1:]
 )
 SYNTHETIC = {variant.name: variant for variant in _SYNTHETIC}
-# what is told apart on real activations: rules, sizes of a batch, ways to keep features alive
+# what is told apart on real activations: rules, sizes of a batch, ways to keep features alive, time
 REAL = {variant.name: variant for variant in _REAL}
 BATCHES = {variant.name: variant for variant in _BATCH}
 DEAD = {variant.name: variant for variant in _DEAD}
-PARTS = {"rules": REAL, "batches": BATCHES, "dead": DEAD}
+TIME = {variant.name: variant for variant in _TIME}
+PARTS = {"rules": REAL, "batches": BATCHES, "dead": DEAD, "time": TIME}
