@@ -6,9 +6,12 @@ import shutil
 
 import pytest
 import torch
+from torch import distributed as dist
 from word_models import save_word_llama
 
 from sampled_sae.cli import build_parser, main
+from sampled_sae.cli.closing import tried
+from sampled_sae.support.all_ranks import RankError
 
 transformers = pytest.importorskip("transformers")
 
@@ -97,6 +100,42 @@ def test_another_model_in_its_place_is_no_reason_to_fail_a_run_that_is_done(harv
     assert "FVU 0." in said.out.splitlines()[-1]
     assert "loss recovered not measured" in said.out.splitlines()[-1]
     assert main([*command, "--splice-rows", "2"]) == 1
+
+
+NO_MEMORY = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 bytes"),
+]
+
+
+def failing(error):
+    def fails(*_, **__):
+        raise error
+
+    return fails
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_model_too_large_is_no_reason_to_fail_a_run_that_is_done(harvested, tmp_path, capsys, monkeypatch, error):
+    monkeypatch.setattr("sampled_sae.cli.identity.loaded_model", failing(error))
+    command = ["train", str(harvested), str(tmp_path / "sae"), *TRAINING]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert f"No loss recovered: not enough memory ({str(error) or 'no more was given'})" in said.err
+    assert "loss recovered not measured" in said.out.splitlines()[-1]
+    assert main([*command, "--splice-rows", "2"]) == 1
+
+
+def test_what_is_no_lack_of_memory_stays_an_error():
+    for error in (RuntimeError("shapes do not fit"), KeyError()):
+        with pytest.raises(type(error)):
+            tried(failing(error), asked=False)
+    # among several ranks
+    for error in (*NO_MEMORY, dist.DistError("out of memory"), RankError("rank 1: not enough memory")):
+        with pytest.raises(type(error)):
+            tried(failing(error), asked=False, alone=False)
+    assert tried(failing(ValueError("no such model")), asked=False, alone=False) == (None, "no such model")
 
 
 def test_sweep_writes_table_report_and_plots(tiny, harvested, tmp_path, capsys):

@@ -3,7 +3,9 @@
 import errno
 import resource
 import shutil
+import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +55,16 @@ def test_a_training_goes_on_with_blocks_elsewhere(tmp_path, folder):
 def test_no_memory_is_asked_for(folder, monkeypatch):
     monkeypatch.setattr(block_space, "check_memory", lambda *_: pytest.fail("no block is in memory"))
     stream(folder, buffer_tokens=10**6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps")
+def test_a_mapped_block_does_not_count_as_memory(folder):
+    space = block_space.OnDisk(folder, D)
+    space.add(X)
+    found = space.whole()
+    assert torch.equal(found, X)
+    maps = [line.split()[1] for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    assert maps == ["rw-s"], "shared with the file; what may be written to and is private is promised memory"
 
 
 def test_a_disk_that_is_full_is_said(folder, tmp_path, monkeypatch):

@@ -85,6 +85,24 @@ def refusal(text: str, allowed: str) -> argparse.ArgumentTypeError:
     return argparse.ArgumentTypeError(f"{shown!r}: {allowed}")
 
 
+def added_since(p: argparse.ArgumentParser, before: list[argparse.Action]) -> dict[str, Any]:
+    """Of the options added to those `before`: where a value is kept -> what argparse gives where it is absent."""
+    return {action.dest: _absent(action) for action in p._actions if action not in before}
+
+
+def _absent(action: argparse.Action) -> Any:
+    """A default in words goes through its type."""
+    found = action.default
+    return action.type(found) if isinstance(found, str) and callable(action.type) else found
+
+
+def check_not_given(args: argparse.Namespace, absent: dict[str, Any], why: str) -> None:
+    """ValueError with the value and `why` it is of no use, where one of these options was given."""
+    for name, default in absent.items():
+        if getattr(args, name) != default:
+            raise ValueError(f"{name}={getattr(args, name)!r}: {why}")
+
+
 def model_arguments(p: argparse.ArgumentParser, default: str | None = "smollm2-135m", absent: str = "") -> None:
     """`absent` says in the help what is taken where there is no default."""
     p.add_argument(
@@ -98,8 +116,8 @@ def model_arguments(p: argparse.ArgumentParser, default: str | None = "smollm2-1
     p.add_argument(
         "--model-device",
         default=None,
-        help="cpu, cuda or cuda:N; auto, balanced or sequential spread the model over the devices there are. When "
-        "absent that of --device where the model feeds an SAE, else cpu",
+        help="cpu, cuda or cuda:N, of several processes cuda gives each its own; auto, balanced or sequential spread "
+        "the model over the devices there are. When absent that of --device where the model feeds an SAE, else cpu",
     )
 
 

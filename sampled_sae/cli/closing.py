@@ -17,6 +17,7 @@ from ..training.activation_stream import StreamedActivations
 from ..training.activations import Activations
 from ..training.layer_spread import LayerSpread, layer_names, plot_layers
 from ..training.sweep import Splice, SpliceSource, evaluate
+from .errors import is_no_memory, sentence
 from .identity import splice_source
 
 Found = TypeVar("Found")
@@ -39,7 +40,7 @@ def closing_splice(args: argparse.Namespace, store: Activations) -> SpliceSource
                 store.holdout()  # says that there is none
             return None
         if asked or _is_at_hand(store.manifest.get("model"), store):
-            source, why = _tried(lambda: splice_source(about, store), asked)
+            source, why = tried(lambda: splice_source(about, store), asked)
         else:
             source, why = None, ""
     return of_all(source, why, ranks)
@@ -81,21 +82,25 @@ def _loaded(source: SpliceSource | None, args: argparse.Namespace) -> Splice | N
         return None
     asked, ranks = args.splice_rows is not None, args.ranks
     with ranks.together():
-        found, why = _tried(source.model, asked)
+        found, why = tried(source.model, asked)
     if (model := of_all(found, why, ranks)) is None:
         return None
-    measure, why = _tried(lambda: source.measure(model), asked)
+    measure, why = tried(lambda: source.measure(model), asked, ranks.size == 1)
     return of_all(measure, why, ranks)
 
 
-def _tried(make: Callable[[], Found], asked: bool) -> tuple[Found | None, str]:
-    """What is made, or why it cannot be; what the user has `asked` for fails."""
+def tried(make: Callable[[], Found], asked: bool, alone: bool = True) -> tuple[Found | None, str]:
+    """What is made, or why it cannot be, missing memory too; what the user has `asked` for fails.
+
+    alone: nothing is exchanged with other ranks meanwhile. They would wait for one without memory, which ends all.
+    """
     try:
         return make(), ""
-    except (ValueError, OSError, ImportError) as error:
-        if asked:
+    except Exception as error:
+        known = isinstance(error, (ValueError, OSError, ImportError)) or (alone and is_no_memory(error))
+        if asked or not known:
             raise
-        return None, str(error)
+        return None, sentence(error, {})
 
 
 def of_all(found: Found | None, why: str, ranks: AllRanks) -> Found | None:

@@ -13,7 +13,14 @@ from ..support.argument_checks import check_device, check_integer
 from ..support.output_folder import check_output_folder
 from ..training.activation_store import ActivationStore
 from ..training.stored_activations import StoredActivations
-from .arguments import Command, loaded_model, model_arguments, published_arguments
+from .arguments import (
+    Command,
+    added_since,
+    check_not_given,
+    loaded_model,
+    model_arguments,
+    published_arguments,
+)
 from .identity import block, check_same_origin
 from .texts import Texts, text_arguments
 
@@ -31,9 +38,11 @@ def add(command: Command) -> None:
     p.add_argument("--batch-size", type=int, default=4096, help="tokens at a time")
     p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     p.add_argument("--insist", action="store_true", help="take another model or layer than the SAE's files name")
+    before = list(p._actions)
     model_arguments(p, None, "the one that the SAE's files name when absent: ")
     p.add_argument("--layer", type=int, default=None, help="block whose output is read; that of the SAE when absent")
     text_arguments(p, None)
+    p.set_defaults(with_texts=added_since(p, before))
 
 
 def encode(args: argparse.Namespace) -> None:
@@ -44,9 +53,8 @@ def encode(args: argparse.Namespace) -> None:
     device = check_device(args.device)
     if args.activations is None and args.texts is None:
         raise ValueError("either a folder of activations or --texts must be given")
-    for name in ("texts", "model", "layer") if args.activations is not None else ():
-        if getattr(args, name) is not None:
-            raise ValueError(f"{name}={getattr(args, name)!r}: not beside {args.activations}, which holds activations")
+    if args.activations is not None:
+        check_not_given(args, args.with_texts, f"not beside {args.activations}, which holds activations")
     dtype = None if args.sae_dtype is None else DTYPES[args.sae_dtype]
     found = read_inference(args.sae, args.at, layout=args.layout, k=args.k, device=device, dtype=dtype)
     source: TokenSource

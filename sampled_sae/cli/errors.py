@@ -30,9 +30,7 @@ def sentence(error: BaseException, options: Mapping[str, str]) -> str:
     said = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         return said or "interrupted"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and NO_MEMORY.search(said)
-    ):
+    if is_no_memory(error):
         return f"not enough memory ({in_options(said, options) or 'no more was given'}){smaller(options)}"
     if isinstance(error, OverflowError) or (isinstance(error, RuntimeError) and TOO_LARGE.search(said)):
         return f"a number is too large ({said}){smaller(options)}"
@@ -44,6 +42,13 @@ def sentence(error: BaseException, options: Mapping[str, str]) -> str:
         f"unexpected error, {type(error).__name__}: {said}; run again with --debug, and report what it says to the "
         "project"
     )
+
+
+def is_no_memory(error: BaseException) -> bool:
+    """Whether memory was missing, that of a GPU too."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
 
 
 def smaller(options: Mapping[str, str]) -> str:

@@ -69,24 +69,26 @@ def join(args: argparse.Namespace, launch: Launch | None) -> AllRanks:
         return ALONE
     if args.command not in SPREAD:
         raise ValueError(f"{args.command} is for one process; start it without torchrun or srun")
+    # of the SAE: what --model-device places, language models, exchange no tensors
     cuda = getattr(args, "device", "cpu") == "cuda"
-    if cuda:
-        index = gpu_of(launch, torch.cuda.device_count())
-        torch.cuda.set_device(index)
-        args.device = f"cuda:{index}"
+    for name in ("device", "model_device"):
+        if getattr(args, name, None) == "cuda":
+            index = gpu_of(launch, torch.cuda.device_count(), name)
+            torch.cuda.set_device(index)
+            setattr(args, name, f"cuda:{index}")
     ranks = start(launch, cuda, shards, timeout)
     print(f"{ranks.size} processes over {'NCCL' if cuda else 'gloo'}: {_sharing(args.command, ranks)}", flush=True)
     return ranks
 
 
-def gpu_of(launch: Launch, n_visible: int) -> int:
-    """Which of the GPUs that this process sees is its own."""
+def gpu_of(launch: Launch, n_visible: int, argument: str = "device") -> int:
+    """Which of the GPUs that this process sees is its own; ValueError, which names the argument, where it has none."""
     if launch.local_size <= n_visible:
         return launch.local_rank
     # SLURM's --gpus-per-task shows each process its own alone
     if n_visible == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
         return 0
-    raise ValueError(f"device='cuda': {n_visible} GPUs for {launch.local_size} processes here")
+    raise ValueError(f"{argument}='cuda': {n_visible} GPUs for {launch.local_size} processes here")
 
 
 def _sharing(command: str, ranks: AllRanks) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from ..support.argument_checks import check_device, check_integer
 from ..support.atomic_files import write_json
 from ..support.output_folder import check_output_folder
 from ..training.activation_stream import BUFFER_TOKENS, ActivationStream, StreamedActivations
-from ..training.sweep import evaluate
-from .arguments import listed, loaded_model, model_arguments, whole_number
+from ..training.sweep import Splice, evaluate
+from .arguments import added_since, check_not_given, listed, loaded_model, model_arguments, whole_number
+from .closing import of_all, tried
 from .identity import SPLICE_ROWS
 from .parser import Parser
 from .places import pair_of, place_arguments
@@ -24,7 +24,7 @@ from .texts import Texts, source_arguments
 def stream_arguments(p: Parser) -> None:
     """`--model` and what goes with it, which takes the place of the argument `activations`."""
     p.replaces("--model", "activations")
-    before = {action.dest for action in p._actions}
+    before = list(p._actions)
     model_arguments(p, None, "runs over --texts in the place of stored activations, none of which are kept: ")
     p.add_argument(
         "--layer", type=listed(whole_number), default=None, help="with --model, the block, from 0, whose output is "
@@ -42,21 +42,12 @@ def stream_arguments(p: Parser) -> None:
         "--buffer-on-disk", type=Path, default=None, metavar="FOLDER", help="with --model, where these activations lie "
         "meanwhile, in files without names; in memory when absent"
     )  # fmt: skip
-    added = [action for action in p._actions if action.dest not in before]
-    p.set_defaults(with_model={action.dest: _absent(action) for action in added})
-
-
-def _absent(action: argparse.Action) -> Any:
-    """What argparse gives where an option is absent: a default in words goes through its type."""
-    found = action.default
-    return action.type(found) if isinstance(found, str) and callable(action.type) else found
+    p.set_defaults(with_model=added_since(p, before))
 
 
 def check_no_model(args: argparse.Namespace) -> None:
     """ValueError where an option goes with `--model`, which is not given."""
-    for name, default in args.with_model.items():
-        if getattr(args, name) != default:
-            raise ValueError(f"{name}={getattr(args, name)!r}: goes with --model, without stored activations")
+    check_not_given(args, args.with_model, "goes with --model, without stored activations")
 
 
 def open_stream(args: argparse.Namespace) -> dict[str, StreamedActivations]:
@@ -78,6 +69,7 @@ def open_stream(args: argparse.Namespace) -> dict[str, StreamedActivations]:
         raise ValueError(f"points={' '.join(args.points)}: name both places, without --layer and --mlp")
     if args.mlp and len(args.layer) > 1:
         raise ValueError(f"layer={args.layer}: --mlp is of one block; train the transcoders one by one")
+    check_integer("holdout_rows", args.holdout_rows, 0)
     if not 0 <= (args.splice_rows or 0) <= args.holdout_rows:
         raise ValueError(f"splice_rows={args.splice_rows}: must be from 0 to {args.holdout_rows}, the --holdout-rows")
     if args.beside is not None and (args.points is not None or args.mlp or len(args.layer) > 1):
@@ -133,14 +125,12 @@ def evaluate_streamed(
     with ranks.together():
         held_out, rows = part.holdout()
     count = min(SPLICE_ROWS, len(rows)) if args.splice_rows is None else args.splice_rows
-    splice = None
-    if count:
-        try:
-            splice = part.source.splice(part.indices, rows[:count], part.layers > 1, ranks.mesh).evaluate
-        except ValueError as error:  # an encoder, which predicts no next token
-            if args.splice_rows is not None:
-                raise
-            print(f"No loss recovered: {error}", file=sys.stderr)
+
+    def measure() -> Splice:  # of an encoder, which predicts no next token, there is none
+        made: Splice = part.source.splice(part.indices, rows[:count], part.layers > 1, ranks.mesh).evaluate
+        return made
+
+    splice = of_all(*tried(measure, args.splice_rows is not None, ranks.size == 1), ranks) if count else None
     result = evaluate(sae, held_out, args.batch_size, splice)
     with ranks.together():
         if ranks.first:

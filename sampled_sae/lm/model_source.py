@@ -117,9 +117,8 @@ class ModelSource:
             return self._read()
 
     def _read(self) -> list[Tensor]:
-        rows = self._next_rows()
-        found = self._run(rows)
-        place = self._place
+        rows, place = self._next_rows(), self._place
+        found = self._run(rows, self._holdout_rows + place["row"])
         if place["max_norms"] is None:
             place["max_norms"] = [self._max_norm(rows, x) for x in found]
         stay = self._staying(rows, found)
@@ -148,10 +147,10 @@ class ModelSource:
         check_rows(self._model, rows)
         if len(first):
             check_rows(self._model, first)
-            self._place["max_norms"] = [self._max_norm(first, x) for x in self._run(first)]
+            self._place["max_norms"] = [self._max_norm(first, x) for x in self._run(first, len(rows))]
         kept: list[list[Tensor]] = [[] for _ in self._layers]
-        for batch in rows.split(self._batch_size):
-            found = self._run(batch)
+        for i, batch in enumerate(rows.split(self._batch_size)):
+            found = self._run(batch, i * self._batch_size, ", held out,")
             if self._place["max_norms"] is None:  # there is nothing to train on
                 self._place["max_norms"] = [self._max_norm(batch, x) for x in found]
             for part, x in zip(kept, self._staying(batch, found)):
@@ -204,8 +203,11 @@ class ModelSource:
         check_rows(self._model, rows)
         return rows
 
-    def _run(self, rows: Tensor) -> list[Tensor]:
-        """The residual streams [b, T, d] in float32, each on the device of its block."""
+    def _run(self, rows: Tensor, first: int = 0, what: str = "") -> list[Tensor]:
+        """The residual streams [b, T, d] in float32, each on the device of its block.
+
+        first, what: for errors, the number of the first row in the texts, or in this share of them; what the rows are.
+        """
         given = rows.to(device_of(self._model))
         blocks = [layer for layer in self._layers if isinstance(layer, int)]
         if len(blocks) == len(self._layers):
@@ -216,7 +218,7 @@ class ModelSource:
             with torch.inference_mode(), capture_points(self._model, self._points) as found:
                 self._model(input_ids=given, use_cache=False)
         for layer, x in zip(self._layers, found):
-            check_finite_rows(x, f"of {_in_words(layer)}", self._place["row"], self._source)
+            check_finite_rows(x, f"of {_in_words(layer)}{what}", first, self._source)
         return [x.float() for x in found]
 
     def _staying(self, rows: Tensor, found: list[Tensor]) -> list[Tensor]:

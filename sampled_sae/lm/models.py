@@ -14,6 +14,7 @@ from sampled_sae.lm.bundled import BUNDLED_MODELS, bundled_folder, is_installed
 from sampled_sae.lm.foreign_errors import named
 from sampled_sae.residual_stream.blocks import text_config, transformer_blocks
 from sampled_sae.support.argument_checks import check_device
+from sampled_sae.support.atomic_files import field, read_json
 
 
 def _transformers() -> Any:
@@ -97,12 +98,28 @@ def is_at_hand(name: str) -> bool:
         return is_installed(name)
     if Path(name).is_dir():
         return True
+    try:
+        return _in_hub_cache(name, "config.json") is not None and _has_weights_in_hub_cache(name)
+    except ValueError:  # no name of a repository, or a damaged list of the weights' parts
+        return False
+
+
+def _in_hub_cache(name: str, file: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    try:
-        return isinstance(try_to_load_from_cache(name, "config.json"), str)
-    except ValueError:  # no name of a repository
-        return False
+    found = try_to_load_from_cache(name, file)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _has_weights_in_hub_cache(name: str) -> bool:
+    """In one file, or every part of them. An interrupted download, or one of the configuration alone, leaves less."""
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        if _in_hub_cache(name, file) is not None:
+            return True
+        if (index := _in_hub_cache(name, f"{file}.index.json")) is not None:
+            parts = field(index, read_json(index), "weight_map", dict).values()
+            return all(_in_hub_cache(name, str(part)) is not None for part in parts)
+    return False
 
 
 def predicts_next_token(model: Any) -> bool:

@@ -72,10 +72,11 @@ class RemotePath:
         return PurePosixPath(self._path).suffix
 
     def exists(self) -> bool:
-        return bool(self._files.exists(self._path))
+        return self._info() is not None
 
     def is_file(self) -> bool:
-        return bool(self._files.isfile(self._path))
+        found = self._info()
+        return found is not None and found["type"] == "file"
 
     def is_dir(self) -> bool:
         return bool(self._files.isdir(self._path))
@@ -95,11 +96,17 @@ class RemotePath:
     def write_bytes(self, data: bytes) -> None:
         """Makes or replaces the file. It is there at once on stores of objects; elsewhere readers may see a part.
 
+        Folders above it are made where the other side asks for them.
+
         Raises:
-            OSError: what the other side says, no folder of that name, or a kind of URL that is read alone.
+            OSError: what the other side says, or a kind of URL that is read alone.
         """
         try:
-            self._files.pipe_file(self._path, data)
+            try:
+                self._files.pipe_file(self._path, data)
+            except FileNotFoundError:  # stores of objects have no folders
+                self._files.makedirs(str(PurePosixPath(self._path).parent), exist_ok=True)
+                self._files.pipe_file(self._path, data)
         except NotImplementedError:
             raise OSError(f"{self}: URLs of this kind can be read and not written to") from None
         except OSError as error:
@@ -116,6 +123,20 @@ class RemotePath:
 
     def resolve(self) -> RemotePath:
         return self
+
+    def _info(self) -> dict[str, Any] | None:
+        """What the other side says of it; None where nothing is there.
+
+        Raises:
+            OSError: it says neither, a lost connection for one, where fsspec's own `exists` and `isfile` would say no.
+        """
+        try:
+            found: dict[str, Any] = self._files.info(self._path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except Exception as error:  # some kinds have errors of their own
+            raise OSError(f"{self}: cannot be looked up ({error})") from error
+        return found
 
 
 AnyPath = Union[Path, RemotePath]  # noqa: UP007  (evaluated at import)

@@ -63,8 +63,8 @@ class OnDisk:
             file.flush()
             if not self._size:
                 return torch.empty(0, self._width)
-            # a private map: torch wants one that it may write to
-            found = mmap.mmap(file.fileno(), self._size, access=mmap.ACCESS_COPY)
+            # torch wants a map that it may write to; the system counts a private one as memory, this one not
+            found = mmap.mmap(file.fileno(), self._size, access=mmap.ACCESS_WRITE)
         return torch.frombuffer(found, dtype=torch.float32).view(-1, self._width)
 
 

@@ -1,8 +1,13 @@
 """Which process this is, by the environment of torchrun and of SLURM."""
 
-import pytest
+from argparse import Namespace
+from types import SimpleNamespace
 
-from sampled_sae.cli.processes import gpu_of
+import pytest
+import torch
+
+from sampled_sae.cli import processes
+from sampled_sae.cli.processes import gpu_of, join
 from sampled_sae.support.launch import Launch, first_host, launched
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -103,3 +108,36 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
         gpu_of(second, n_visible=1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # as SLURM's --gpus-per-task=1 does for each process
     assert gpu_of(second, n_visible=1) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "devices", "backend"),
+    [
+        ({"command": "harvest", "model_device": "cuda"}, {"model_device": "cuda:1"}, "gloo"),
+        ({"command": "train", "device": "cuda", "model_device": None}, {"device": "cuda:1"}, "NCCL"),
+        (
+            {"command": "train", "device": "cuda", "model_device": "cuda"},
+            {"device": "cuda:1", "model_device": "cuda:1"},
+            "NCCL",
+        ),
+        ({"command": "evaluate", "model_device": "balanced"}, {"model_device": "balanced"}, "gloo"),
+    ],
+)
+def test_a_model_too_gets_the_gpu_of_its_process(given, devices, backend, monkeypatch, capsys):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    ranks = SimpleNamespace(size=4, data=(3, 4), feature=(0, 1))
+    monkeypatch.setattr(processes, "start", lambda *_: ranks)
+    args = Namespace(**given)
+    assert join(args, Launch(3, 4, 1, 2)) is ranks
+    assert vars(args) == {**given, **devices}
+    assert set(chosen) == ({1} if "cuda:1" in devices.values() else set())
+    assert f"4 processes over {backend}: " in capsys.readouterr().out
+
+
+def test_a_process_without_a_gpu_for_its_model_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(ValueError, match="model_device='cuda': 0 GPUs for 2 processes here"):
+        join(Namespace(command="harvest", model_device="cuda"), Launch(3, 4, 1, 2))

@@ -109,6 +109,28 @@ def test_what_does_not_belong_together(root, acts, tmp_path, capsys):
     assert "names no layer; give --layer" in failure(capsys, "encode", out, "--sae", unnamed, *more)
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--texts x.txt",
+        "--model x",
+        "--layer 1",
+        "--tokens 100",
+        "--context 128",
+        "--seed 1",
+        "--drop-tokens none",
+        "--model-dtype bfloat16",
+        "--model-device cpu",
+        "--cache x",
+    ],
+)
+def test_options_of_texts_do_not_go_with_activations(option, tmp_path, capsys):
+    name = option.split()[0]
+    said = failure(capsys, "encode", tmp_path, tmp_path / "out", "--sae", tmp_path / "sae", *option.split())
+    assert said.startswith(f"sampled-sae encode: {name} ")
+    assert said.endswith(f": not beside {tmp_path}, which holds activations\n")
+
+
 def test_a_store_of_an_earlier_version_has_no_places(root, acts, tmp_path, capsys):
     manifest = json.loads((acts / "manifest.json").read_text())
     entry = manifest["shards"][0]

@@ -5,13 +5,14 @@ import json
 import fsspec
 import pytest
 import torch
+from fsspec import AbstractFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from tiny_models import CONTEXT, VOCABULARY, llama
 
 from sampled_sae import ActivationStore
 from sampled_sae.cli import main
 from sampled_sae.lm import harvest, harvest_beside, harvest_mlp
-from sampled_sae.support.remote_files import output_place
+from sampled_sae.support.remote_files import RemotePath, output_place
 
 HOW = {"batch_size": 2, "rows_per_shard": 3, "holdout_rows": 2, "source": "random", "progress": False}
 ROWS = torch.randint(0, VOCABULARY, (11, CONTEXT), generator=torch.Generator().manual_seed(1))
@@ -89,6 +90,32 @@ def test_a_harvest_that_was_stopped_goes_on(model, remote, monkeypatch):
     handle.remove()
     assert at(f"{remote}/acts") == at(f"{remote}/whole")
     assert len(passes) == 5, "of two shards of three rows and the two held out; the first is there"
+
+
+def test_a_lost_connection_is_no_empty_folder(model, remote, monkeypatch):
+    harvest(model, ROWS, 1, f"{remote}/acts", **HOW)
+    before = at(f"{remote}/acts")
+
+    def cut(*_, **__):
+        raise ConnectionError("the line is cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "info", cut)
+        # as the file systems of stores of objects have them, which take every error for an answer
+        patch.setattr(MemoryFileSystem, "exists", AbstractFileSystem.exists)
+        patch.setattr(MemoryFileSystem, "isfile", AbstractFileSystem.isfile)
+        with pytest.raises(
+            OSError, match=r"memory://data/acts/manifest\.json: cannot be looked up \(the line is cut\)"
+        ):
+            harvest(model, ROWS, 1, f"{remote}/acts", **HOW)
+        with pytest.raises(OSError, match="memory://data/acts/x: cannot be looked up"):
+            (RemotePath(f"{remote}/acts") / "x").is_file()
+    assert at(f"{remote}/acts") == before
+
+
+def test_folders_above_a_file_are_made(tmp_path):
+    RemotePath(f"file://{tmp_path}/a/b/file").write_bytes(b"text")
+    assert (tmp_path / "a" / "b" / "file").read_bytes() == b"text"
 
 
 def test_a_shard_of_another_size_is_written_again(model, remote):

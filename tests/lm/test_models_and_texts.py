@@ -8,6 +8,7 @@ import torch
 from tiny_models import CONTEXT, LAYERS, VOCABULARY, transformers
 
 from sampled_sae.lm import bundled, capture, load_model, load_texts, replace, token_rows, transformer_blocks
+from sampled_sae.lm.models import is_at_hand
 
 
 class FakeTokenizer:
@@ -92,6 +93,30 @@ def test_load_model_from_a_folder(small_llama, rows, tmp_path, monkeypatch):
     assert torch.equal(model(input_ids=rows).logits, small_llama(input_ids=rows).logits)
     with pytest.raises(ValueError, match="dtype='int8'"):
         load_model(str(tmp_path), dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["config.json"], False),
+        (["model.safetensors"], False),
+        (["config.json", "model.safetensors"], True),
+        (["config.json", "pytorch_model.bin"], True),
+        (["config.json", "model.safetensors.index.json", "a.safetensors"], False),
+        (["config.json", "model.safetensors.index.json", "a.safetensors", "b.safetensors"], True),
+    ],
+)
+def test_a_model_of_the_hub_is_at_hand_with_its_weights_alone(files, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    kept = tmp_path / "models--owner--name"
+    (kept / "snapshots" / "1").mkdir(parents=True)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("1")
+    parts = json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors", "z": "b.safetensors"}})
+    for file in files:
+        (kept / "snapshots" / "1" / file).write_text(parts if "index" in file else "")
+    assert is_at_hand("owner/name") == expected
+    assert not is_at_hand("no name of a repository")
 
 
 def test_missing_packages_say_what_to_install(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from tiny_models import D
 
 from sampled_sae import SampledSAE
 from sampled_sae.cli import main
+from sampled_sae.lm import ModelSource
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,7 @@ def test_the_command_trains_several_layers_and_one_is_evaluated(causal, texts, t
         (lambda c: [*c, "--texts", "nowhere.txt"], "--texts 'nowhere.txt'"),
         (lambda c: [*c, "--model-device", "nowhere"], "--model-device 'nowhere': must be 'cpu', 'cuda' or"),
         (lambda c: [*c, "--layer", "1,2", "--lanes", "1"], "--lanes 1: is for one SAE"),
+        (lambda c: [*c, "--holdout-rows", "-1"], "--holdout-rows -1: must be an integer"),
         (lambda c: [*c, "--skip"], "--skip True: is of a transcoder"),
     ],
 )
@@ -90,6 +92,19 @@ def test_the_command_says_what_is_wrong(causal, texts, tmp_path, capsys, change,
     assert main([*change(command(causal, texts, tmp_path / "run", "1", "--steps", "3")), "--quiet"]) == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_splice_without_memory_is_no_reason_to_fail_a_run_that_is_done(causal, texts, tmp_path, capsys, monkeypatch):
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ModelSource, "splice", fails)
+    words = command(causal, texts, tmp_path / "run", "1", "--steps", "3", "--holdout-rows", "10")
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert "No loss recovered: not enough memory (CUDA out of memory)" in said.err
+    assert "loss recovered not measured" in said.out.splitlines()[-1]
+    assert main([*words, "--splice-rows", "2"]) == 1
 
 
 def test_options_of_a_model_need_one(tmp_path, capsys):
