@@ -99,8 +99,8 @@ def _absent(action: argparse.Action) -> Any:
 def check_not_given(args: argparse.Namespace, absent: dict[str, Any], why: str) -> None:
     """ValueError with the value and `why` it is of no use, where one of these options was given."""
     for name, default in absent.items():
-        if getattr(args, name) != default:
-            raise ValueError(f"{name}={getattr(args, name)!r}: {why}")
+        if (value := getattr(args, name)) != default:
+            raise ValueError(f"{name}={str(value) if isinstance(value, Path) else repr(value)}: {why}")
 
 
 def model_arguments(p: argparse.ArgumentParser, default: str | None = "smollm2-135m", absent: str = "") -> None:

@@ -128,6 +128,7 @@ def test_options_of_texts_do_not_go_with_activations(option, tmp_path, capsys):
     name = option.split()[0]
     said = failure(capsys, "encode", tmp_path, tmp_path / "out", "--sae", tmp_path / "sae", *option.split())
     assert said.startswith(f"sampled-sae encode: {name} ")
+    assert "Path" not in said
     assert said.endswith(f": not beside {tmp_path}, which holds activations\n")
 
 
