@@ -84,7 +84,7 @@ def test_the_command_trains_several_layers_and_one_is_evaluated(causal, texts, t
         (lambda c: [*c, "--texts", "nowhere.txt"], "--texts 'nowhere.txt'"),
         (lambda c: [*c, "--model-device", "nowhere"], "--model-device 'nowhere': must be 'cpu', 'cuda' or"),
         (lambda c: [*c, "--layer", "1,2", "--lanes", "1"], "--lanes 1: is for one SAE"),
-        (lambda c: [*c, "--holdout-rows", "-1"], "--holdout-rows -1: must be an integer"),
+        (lambda c: [*c, "--holdout-rows", "-1"], "--holdout-rows -1: must be a whole number >= 0"),
         (lambda c: [*c, "--skip"], "--skip True: is of a transcoder"),
     ],
 )
