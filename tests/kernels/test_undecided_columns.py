@@ -94,9 +94,9 @@ def test_columns_ranked_by_something_else(device):
     exact = column_statistics(x, W, b, "l2", scale)[0]
     low, high = around(exact, 0.1)
     weights = 1 / exact.square().clamp(min=1e-3)
-    found, opened = settled_statistics(x, W, b, scale, "l2", low, low * weights, high * weights, 10)
-    assert 0 < int(opened) <= 12
-    assert torch.equal(largest(found * weights, 10), largest(exact * weights, 10))
+    found, opened = settled_statistics(x, W, b, scale, "l2", low, low * weights, high * weights, 40)
+    assert 0 < int(opened) == int(open_columns(low * weights, high * weights, 40).sum()) <= 12
+    assert torch.equal(largest(found * weights, 40), largest(exact * weights, 40))
 
 
 @pytest.mark.parametrize("layout", ["x", "W"])

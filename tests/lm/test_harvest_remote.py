@@ -157,10 +157,10 @@ def test_the_commands_train_and_evaluate_from_there(causal, texts, remote, tmp_p
     command = ["harvest", url, "--model", causal, "--texts", texts, "--context", 16, "--holdout-rows", 4, *place]
     assert main([str(part) for part in command]) == 0
     assert f"into {url}" in capsys.readouterr().out
-    splice = ["--model", str(causal), *([] if "--beside" in place else ["--splice-rows", "2"])]
     assert main(["train", url, str(run), *of_sae, *TRAINING]) == 0
-    assert main(["evaluate", str(run), url, *splice, "--quiet"]) == 0
+    assert main(["evaluate", str(run), url, "--model", str(causal), "--splice-rows", "2", "--quiet"]) == 0
     found = json.loads((run / "evaluation.json").read_text())
-    assert ("ce_spliced" in found) == ("--beside" not in place)
+    assert ("ce_spliced_layers" in found) == ("--beside" in place)
+    assert "ce_spliced" in found
     assert main([*map(str, command), "--context", "12"]) == 1
     assert "was harvested with --context 16, this call has --context 12" in capsys.readouterr().err
