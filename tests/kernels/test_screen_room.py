@@ -95,7 +95,7 @@ def test_tokens_of_zeros_leave_nothing_open(way, candidates):
 
 @pytest.mark.parametrize("value", [1e-30, 1e-44])
 def test_tokens_near_zero_are_no_tokens_of_zeros(value):
-    x, W, b = drawn()
+    x, W, b = drawn(B=4)
     x[:] = 0
     x[:, 0] = value
     W[:, 0] = 1.0
