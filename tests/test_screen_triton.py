@@ -16,6 +16,7 @@ from sampled_sae import RowAdam
 from sampled_sae.impl.dead_features import AuxRule
 from sampled_sae.impl.interface import implementation
 from sampled_sae.impl.pool import PoolRule, find_pool
+from sampled_sae.impl.triton import screen
 from sampled_sae.impl.triton.screen import rounded_operands
 from sampled_sae.kernels import column_bounds as bounds_kernel
 from sampled_sae.kernels import firing_bounds as firing_kernel
@@ -161,6 +162,16 @@ def test_where_there_is_a_screen():
     assert rounded_operands(x, W, "off") is None
     with float32_products("tf32", torch.device("cuda")):
         assert rounded_operands(x, W, "bf16") is None
+
+
+SIZES = [(256, 4096, True), (255, 5000, False), (256, 4095, False)]
+
+
+@pytest.mark.parametrize(("n_tokens", "n_features", "enough"), SIZES)
+def test_auto_asks_for_tokens_and_for_activations(n_tokens, n_features, enough, monkeypatch):
+    monkeypatch.setattr(screen, "fast_bfloat16", lambda x: True)
+    x, W = (torch.ones(n, 2, device=DEVICE) for n in (n_tokens, n_features))
+    assert (rounded_operands(x, W, "auto") is not None) == enough
 
 
 def test_operands_of_some_tokens_and_features_keep_their_screen():

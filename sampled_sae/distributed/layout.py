@@ -14,8 +14,9 @@ from ..impl.encoder import Share
 from ..impl.hints import ThresholdHints
 from ..impl.interface import Implementation
 from ..impl.layout import Given, Layer, Layout, Leaves
+from ..impl.rounded_tokens import large_enough
 from ..impl.row_gradients import RowSource
-from ..impl.torch.screen import fast_bfloat16, large_enough, sums_in_float32
+from ..impl.torch.screen import fast_bfloat16, sums_in_float32
 from ..impl.wrapper_guard import wrapper_of
 from ..support.tensor_file import Piece
 from .gradients import SpreadRows, SumGradients

@@ -77,6 +77,10 @@ class Operands(NamedTuple):
         """The same without a screen."""
         return self._replace(screen=None)
 
+    def screened_for(self, n_kept: int, most: float) -> Operands:
+        """Without a screen where even one that is always right would let more than the share `most` through."""
+        return self if n_kept <= most * self.n_tokens * self.n_candidates else self.in_full()
+
     def of_features(self, features: Tensor) -> Operands:
         """An encoder of those features alone, int64 [P]: their weights are copied."""
         scale = None if self.scale is None else self.scale.index_select(0, features)

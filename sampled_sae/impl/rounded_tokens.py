@@ -9,6 +9,10 @@ from torch import Tensor
 
 from ..support.reused_memory import scratch
 
+# activations in a batch below which a product costs too little to be screened
+FEWEST_ACTIVATIONS = 1 << 20
+# tokens below which weights cost more to round than the product does (benchmarks/results/inference.md)
+FEWEST_TOKENS = 256
 # products and squares of what is larger may leave the range of float32
 LARGEST = 1e15
 # elements of tokens whose norms are taken at once
@@ -115,6 +119,11 @@ class RoundedTokens:
     def of_features(self, features: Tensor) -> RoundedTokens:
         """The same for some of the features, int64 [P]: tokens are not of any."""
         return self
+
+
+def large_enough(n_tokens: int, n_features: int, unrounded: bool = False) -> bool:
+    """Whether a product of this size is worth a screen; `unrounded`: its weights need no rounding."""
+    return (unrounded or n_tokens >= FEWEST_TOKENS) and n_tokens * n_features >= FEWEST_ACTIVATIONS
 
 
 def width_of(d: int) -> int:

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from sampled_sae.impl import rounded_tokens
 from sampled_sae.impl.torch import screen
 from sampled_sae.inference.config import InferenceConfig
 from sampled_sae.inference.inference_sae import InferenceSAE
@@ -42,7 +43,7 @@ def test_a_small_part_of_the_activations(dtype, d, most, monkeypatch):
 def test_tokens_and_weights_of_16_bits_are_not_raised_as_a_whole(screened, monkeypatch):
     """And give what the same tokens in float32 give."""
     monkeypatch.setattr(screen, "fast_bfloat16", lambda: screened)
-    monkeypatch.setattr(screen, "FEWEST_ACTIVATIONS", 0)
+    monkeypatch.setattr(rounded_tokens, "FEWEST_ACTIVATIONS", 0)
     sae = sae_of(2048, 64, torch.bfloat16, 3.0)
     x = torch.randn(300, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     given = []

@@ -59,6 +59,7 @@ def test_the_same_entries_through_a_screen(rule, monkeypatch):
     """In lists with room for all of them, and for too few of what a bound leaves open."""
     monkeypatch.setattr(stream, "SLACK", 0)
     monkeypatch.setattr(stream, "MOST_LISTED", 0.5)
+    monkeypatch.setattr(stream, "MOST_SCREENED", 1)
     reference, x = make_whole(rule, DEVICE, impl="reference")
     ours, _ = make_whole(rule, DEVICE, impl="triton", screen="bf16")
     wanted = reference.encode_sparse(x)

@@ -24,3 +24,23 @@ def poisoned(monkeypatch):
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
     monkeypatch.setattr(torch, "empty", poison)
+
+
+@pytest.fixture
+def repairs(monkeypatch):
+    """Whether each screened selection of a batch, of tokens, or of a matrix had to be done again in full."""
+    from sampled_sae.impl.triton import screen_entries, stream
+
+    seen, refill, product_if_ = [], stream.refill_exactly_, screen_entries.product_if_
+
+    def refilling(x, W, b, scale, members, n, tau, values, keys, count):
+        seen.append(bool(count > len(values)) or bool((count < n) & ~(tau <= 0)))
+        refill(x, W, b, scale, members, n, tau, values, keys, count)
+
+    def multiplying(needed, *rest):
+        seen.append(bool(needed))
+        product_if_(needed, *rest)
+
+    monkeypatch.setattr(stream, "refill_exactly_", refilling)
+    monkeypatch.setattr(screen_entries, "product_if_", multiplying)
+    return seen

@@ -12,19 +12,17 @@ from hypothesis import strategies as st
 from makers import make_sae, tokens
 from no_host_sync import NoHostSync, allow_late_scalars
 from screened import activations, assert_same_pairs, encoders
+from screened_encoders import DEVICE, TRITON, both, drawn, on_cpu, triton_encoder
 
 from sampled_sae import RowAdam
 from sampled_sae.codes import SparseCodes
 from sampled_sae.impl.encoder import Operands
 from sampled_sae.impl.hints import Rule, ThresholdHints
-from sampled_sae.impl.interface import implementation
 from sampled_sae.impl.triton import products, screen_entries, stream
 from sampled_sae.impl.triton.screen import tensors_of
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TRITON = implementation("triton")
 INF = float("inf")
 quick = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
 long = settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
@@ -32,48 +30,14 @@ long = settings(max_examples=300, deadline=None, derandomize=True, suppress_heal
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Several chunks on a GPU too, lists without room to spare, and no pool that is handled as a block."""
+    """Several chunks on a GPU too, lists without room to spare, and a look however much is kept."""
     monkeypatch.setattr(products, "NARROWEST", 64)
     monkeypatch.setattr(products, "WIDEST", 64)
     monkeypatch.setattr(stream, "SLACK", 0)
     monkeypatch.setattr(stream, "FEWEST_TOKENS", 8)
     monkeypatch.setattr(stream, "ABOVE_PER_TOKEN", 20)
-
-
-@pytest.fixture
-def repairs(monkeypatch):
-    """Whether each selection of a batch, or of tokens, had to be done again in full."""
-    seen = []
-    refill, product_if_ = stream.refill_exactly_, screen_entries.product_if_
-
-    def refilling(x, W, b, scale, members, n, tau, values, keys, count):
-        seen.append(bool(count > len(values)) or bool((count < n) & ~(tau <= 0)))
-        refill(x, W, b, scale, members, n, tau, values, keys, count)
-
-    def multiplying(needed, *rest):
-        seen.append(bool(needed))
-        product_if_(needed, *rest)
-
-    monkeypatch.setattr(stream, "refill_exactly_", refilling)
-    monkeypatch.setattr(screen_entries, "product_if_", multiplying)
-    return seen
-
-
-def triton_encoder(x, W, b, scale=None, screen="bf16"):
-    x, W, b = x.to(DEVICE), W.to(DEVICE), b.to(DEVICE)
-    scale = None if scale is None else scale.to(DEVICE)
-    made = TRITON.encoder(x, W, b, None, scale, screen=screen)
-    assert (made.operands.screen is None) == (screen == "off")
-    return made
-
-
-def both(*case):
-    """The encoder without and with a screen."""
-    return [triton_encoder(*case, screen=name) for name in ("off", "bf16")]
-
-
-def on_cpu(codes):
-    return SparseCodes(*(t.detach().cpu() for t in codes.entries()), codes.shape)
+    monkeypatch.setattr(stream, "SCREENED_CAPACITY", 2)
+    monkeypatch.setattr(stream, "MOST_SCREENED", 1)
 
 
 def check_rule(case, pair, k, select):
@@ -119,11 +83,6 @@ def test_the_same_pairs(case, k, what):
 @given(encoders(), st.integers(1, 8), WAYS)
 def test_the_same_pairs_of_many_problems(case, k, what):
     check(case, k, what)
-
-
-def drawn(B=16, d=12, F=300, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(B, d, generator=g), torch.randn(F, d, generator=g), 0.1 * torch.randn(F, generator=g)
 
 
 def truth(x, W, b):

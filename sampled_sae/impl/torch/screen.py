@@ -21,7 +21,7 @@ from torch import Tensor
 from ...support.argument_checks import HALF
 from ...support.reused_memory import scratch
 from ..encoder import Operands
-from ..rounded_tokens import COLUMNS, LOST, RoundedTokens, rounded_up, row_norms, width_of
+from ..rounded_tokens import COLUMNS, LOST, RoundedTokens, large_enough, rounded_up, row_norms, width_of
 from .products import raised
 
 # what rounding to bfloat16 moves a number by, at most, with the roundings of float32 that come on top
@@ -32,10 +32,6 @@ MARGIN = 1.01
 BEYOND = 1e38
 # elements of weights that are rounded at once
 PIECE_ELEMENTS = 1 << 17
-# activations in a batch below which a product costs too little to be screened
-FEWEST_ACTIVATIONS = 1 << 20
-# tokens below which weights cost more to round than the product does (benchmarks/results/inference.md)
-FEWEST_TOKENS = 256
 # "auto" of a search above thresholds, which rounds no weights that are in bfloat16 (plain_screen.py)
 FOR_THRESHOLDS = "auto for thresholds"
 
@@ -55,11 +51,6 @@ def rounded(x: Tensor, W: Tensor, screen: str) -> RoundedTokens | None:
 def looked_through_as_given(x: Tensor, W: Tensor, screen: str) -> bool:
     """Whether a search above thresholds takes tokens of 16 bits as they are: its weights are of the same."""
     return screen == FOR_THRESHOLDS and x.dtype == W.dtype == torch.bfloat16 and x.device.type == "cpu"
-
-
-def large_enough(n_tokens: int, n_features: int, unrounded: bool = False) -> bool:
-    """Whether a product of this size is worth a screen; `unrounded`: its weights need no rounding."""
-    return (unrounded or n_tokens >= FEWEST_TOKENS) and n_tokens * n_features >= FEWEST_ACTIVATIONS
 
 
 @functools.cache

@@ -116,12 +116,6 @@ class Search(ABC):
         return z if scale is None else z.mul_(scale.index_select(0, features))
 
 
-def worth_a_screen(operands: Operands, n_kept: int) -> Operands:
-    """Without their screen where even one that is always right would let too much through to keep so many."""
-    n_seen = operands.n_tokens * operands.n_candidates
-    return operands if n_kept <= MOST_SCREENED * n_seen else operands.in_full()
-
-
 def filter_chunk(a: Tensor, token: int, base: int, floor: Tensor) -> Entries:
     """Entries >= floor ([1] or [B], of a's dtype) of a chunk [B, C], sorted by token, then column.
 

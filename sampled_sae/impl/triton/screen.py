@@ -16,11 +16,11 @@ from torch import Tensor
 from ...kernels import rounded_rows as kernel
 from ...kernels.interpreter import INTERPRETED
 from ...support.float32_products import tf32_allowed
-from ..rounded_tokens import Looks, RoundedTokens
+from ..rounded_tokens import Looks, RoundedTokens, large_enough
 
 SUMS = float(kernel.SUMS.value)
-# activations in a batch below which a product costs too little to be screened
-FEWEST_ACTIVATIONS = 1 << 20
+# no norm or error of a row of d numbers is said to be less than d times this
+LEAST_NORM = float(kernel.LEAST.value)
 
 
 class RoundedRows(NamedTuple):
@@ -65,10 +65,14 @@ def rounded_operands(x: Tensor, W: Tensor, screen: str) -> RoundedOperands | Non
     """x [B, d] and W [F, d] in bfloat16 where `screen` asks for it and products are IEEE float32; else None."""
     if screen == "off" or x.dtype != torch.float32 or W.dtype != torch.float32 or not ieee_products():
         return None
-    enough = x.is_cuda and not INTERPRETED.value and x.shape[0] * W.shape[0] >= FEWEST_ACTIVATIONS
-    if x.shape[0] == 0 or not (screen == "bf16" or enough):
+    if x.shape[0] == 0 or not (screen == "bf16" or (large_enough(len(x), len(W)) and fast_bfloat16(x))):
         return None
     return RoundedOperands(x, RoundedRows(*round_rows(x)), RoundedRows(*round_rows(W)))
+
+
+def fast_bfloat16(x: Tensor) -> bool:
+    """Whether the device of x multiplies bfloat16 faster than float32."""
+    return x.is_cuda and not INTERPRETED.value
 
 
 def tensors_of(screen: RoundedTokens | None) -> list[Tensor]:

@@ -27,10 +27,11 @@ from ...kernels.token_topk import keep_listed_
 from ..encoder import Operands
 from .hits import Hits, in_order, no_hits
 from .products import ProductChunk, chunk_width, encoder_chunks, unwritten_chunks
-from .screen import SUMS, RoundedOperands
+from .screen import LEAST_NORM, SUMS, RoundedOperands
 
-# places of a token's list, times k and what k best of a stream in any order take
-ROOM = 2
+# places of a token's list, times k and what k best of a stream in any order take; more than MODERATE_D numbers a token
+# ask for more, since the bound beside the spread of the activations grows with the root of d
+ROOM, ROOM_OF_MORE, MODERATE_D = 2, 5, 1024
 # roundings of a sum, a bias and a bound, beyond those of the d terms
 MORE_TERMS = 8
 OF_BIAS = 2.0**-20
@@ -68,7 +69,8 @@ def dense_above(operands: Operands, floors: Tensor, cap: int) -> Tensor:
 def room_for_tokens(operands: Operands, k: int) -> int:
     """Places for the candidates of all tokens: the k best of the first of M chunks, k / 2 of the second, and so on."""
     n_chunks = -(-operands.n_candidates // max(chunk_width(operands.n_tokens), 1))
-    return operands.n_tokens * math.ceil(ROOM * (1 + math.log(max(n_chunks, 1))) * k)
+    room = ROOM if operands.x.shape[1] <= MODERATE_D else ROOM_OF_MORE
+    return operands.n_tokens * math.ceil(room * (1 + math.log(max(n_chunks, 1))) * k)
 
 
 def best_of_tokens(operands: Operands, k: int, cap: int) -> tuple[Tensor, Tensor]:
@@ -78,13 +80,7 @@ def best_of_tokens(operands: Operands, k: int, cap: int) -> tuple[Tensor, Tensor
     """
     x, W, b, scale, *_ = operands
     n_tokens, n_features = operands.n_tokens, operands.n_features
-    least, members = no_best(operands, k)
-    floors = least.new_zeros(n_tokens)
-    hits = no_hits(operands, cap)
-    for chunk, spread in seen_chunks(operands):
-        merge_rows_(least, members, chunk.z, chunk.features, chunk.b, chunk.scale, spread)
-        floors = least.amin(1)
-        append_above_(chunk.z, chunk.b, chunk.scale, chunk.features, n_features, floors, *hits, spread=spread)
+    floors, hits = candidates_of_tokens(operands, k, cap)
     _, computed = compute_candidates_(x, W, b, scale, floors, False, *hits)
     rounded_of(operands).looks.see_entries(n_tokens * operands.n_candidates, computed)
     values, keys = in_order(hits.values, hits.keys, (n_tokens, n_features))
@@ -98,6 +94,20 @@ def best_of_tokens(operands: Operands, k: int, cap: int) -> tuple[Tensor, Tensor
     values = torch.where(needed, pad(best.view(n_places), (0, more)), values)
     keys = torch.where(needed, pad(full_keys, (0, more), value=n_tokens * n_features), keys)
     return values, keys
+
+
+def candidates_of_tokens(operands: Operands, k: int, cap: int) -> tuple[Tensor, Hits]:
+    """What the k best of each token are at least, fp32 [B], and what may reach that, with upper bounds as values.
+
+    No chunk outlives this: a full search that is needed after all takes memory for its own.
+    """
+    least, members = no_best(operands, k)
+    floors, hits = least.new_zeros(operands.n_tokens), no_hits(operands, cap)
+    for chunk, spread in seen_chunks(operands):
+        merge_rows_(least, members, chunk.z, chunk.features, chunk.b, chunk.scale, spread)
+        floors = least.amin(1)
+        append_above_(chunk.z, chunk.b, chunk.scale, chunk.features, operands.n_features, floors, *hits, spread=spread)
+    return floors, hits
 
 
 def no_best(operands: Operands, k: int) -> tuple[Tensor, Tensor]:
@@ -126,12 +136,20 @@ def seen_chunks(operands: Operands) -> Iterator[tuple[ProductChunk, Spread]]:
 
 
 def spread_of(operands: Operands) -> Spread:
-    """Of x W^T + b: that of products of rounded operands, and of the roundings that float32 adds to both."""
-    screen, n_terms = rounded_of(operands), operands.x.shape[1] + MORE_TERMS
-    tokens, weights = screen.tokens, screen.weights
-    of_norms = weights.errors + SUMS * n_terms * weights.rounded_norms
-    of_bias = OF_BIAS * operands.b.abs() + SMALLEST_NORMAL * n_terms
-    return Spread(tokens.rounded_norms, tokens.errors, of_norms, weights.norms, of_bias)
+    """Of x W^T + b: that of products of rounded operands, and of the roundings that float32 adds to both.
+
+    A token of zeros has that of b alone, and a bias of -inf, that of a pruned feature, has none.
+    """
+    screen, d = rounded_of(operands), operands.x.shape[1]
+    tokens, weights, n_terms = screen.tokens, screen.weights, d + MORE_TERMS
+    # a term that leaves the range of float32 is small beside the least norm of a token that is not zeros
+    of_least = SMALLEST_NORMAL * n_terms / (LEAST_NORM * d)
+    of_norms = weights.errors + SUMS * n_terms * weights.rounded_norms + of_least
+    some = operands.x.any(1)
+    norms, errors = (torch.where(some, part, 0.0) for part in (tokens.rounded_norms, tokens.errors))
+    size = operands.b.abs()
+    of_bias = OF_BIAS * torch.where(size.isinf(), 0.0, size)
+    return Spread(norms, errors, of_norms, weights.norms, of_bias)
 
 
 def rounded_of(operands: Operands) -> RoundedOperands:

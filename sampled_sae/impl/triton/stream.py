@@ -1,11 +1,12 @@
 """Exact selection over many features without [B, F] and without a host synchronisation.
 
 Chunks of the encoder product pass a filter by a guessed threshold tau, whose hits go to a list with room for
-CAPACITY times the budget. A tau that lets too many or too few through is seen by their count, on the device, and
-the selection is then done again exactly (kernels/exact_fallback.py): the guess costs time, never exactness. What is
-found again comes from another product than cuBLAS's, in IEEE whatever TF32's switch says: values differ in their last
-bits, or by TF32's rounding, and so may what is kept of the entries that lie so close to the cut. Lists
-are ordered by key, token * F + feature, before anything depends on their order.
+CAPACITY times the budget; behind a screen for more, since that lets through what it cannot tell. A tau that lets too
+many or too few through is seen by their count, on the device, and the selection is then done again exactly
+(kernels/exact_fallback.py): the guess costs time, never exactness. What is found again comes from another product than
+cuBLAS's, in IEEE whatever TF32's switch says: values differ in their last bits, or by TF32's rounding, and so may what
+is kept of the entries that lie so close to the cut. Lists are ordered by key, token * F + feature, before anything
+depends on their order.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ from .products import encoder_chunks
 from .screen_entries import best_of_tokens, dense_above, hits_reaching, no_best, room_for_tokens, rounded_of
 
 CAPACITY = 2
+# The same behind a screen, which leaves about 1.9 budgets of candidates open at d = 768, and 3.3 at d = 4096. A list
+# that overflows costs several products in full, in every step; room costs a little memory.
+SCREENED_CAPACITY = 6
+# of the candidates, how many may be kept; beyond it, entries computed one by one cost more than a product of all
+MOST_SCREENED = 1 / 50
 # room for the error of a threshold that comes from few entries
 SLACK = 4096
 # of the budget, what a first threshold is to let through
@@ -35,6 +41,8 @@ SAMPLE_STEP = 16
 FEWEST_TOKENS = 64
 # of a threshold chosen by the caller: guessed entries a token
 ABOVE_PER_TOKEN = 128
+# of a dense result through a screen: entries for each place in its list, where that gives more places
+ENTRIES_A_PLACE = 64
 # a threshold that lets more than this share through gets whole rows, of so many activations at once
 MOST_LISTED = 1 / 16
 ROW_ELEMENTS = 1 << 26
@@ -50,13 +58,15 @@ def stream_batch(operands: Operands, n: int, hint: Tensor | None = None) -> tupl
         values fp32, tokens int32 and features int32, each [n], sorted by token, then feature; padding at the
         end holds 0, B and F. The next batch's hint, fp32 [1]; 0 where the budget was not filled.
     """
+    operands = worth_a_screen(operands, n)
     x, W, b, scale, members, *_ = operands
     shape = operands.n_tokens, operands.n_features
     size = operands.n_tokens * operands.n_candidates
     if n == 0 or size == 0:
         nothing = x.new_zeros(0, dtype=torch.float32)
         return *compact_largest(nothing, nothing.long(), n, *shape), x.new_zeros(1, dtype=torch.float32)
-    cap = min(CAPACITY * n + SLACK, size)
+    capacity = CAPACITY if operands.screen is None else SCREENED_CAPACITY
+    cap = min(capacity * n + SLACK, size)
     if cap == size:
         tau = x.new_zeros(1, dtype=torch.float32)
     else:
@@ -71,6 +81,7 @@ def stream_batch(operands: Operands, n: int, hint: Tensor | None = None) -> tupl
 def stream_token(operands: Operands, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The k largest strictly positive entries of each token, ties to the lower feature; [B * k], as `stream_batch`."""
     n_tokens, n_features = operands.n_tokens, operands.n_features
+    operands = worth_a_screen(operands, n_tokens * k)
     if operands.screen is not None:
         cap = room_for_tokens(operands, k) + SLACK
         if 0 < cap < n_tokens * operands.n_candidates:
@@ -129,7 +140,8 @@ def dense_from_list(operands: Operands, floors: Tensor) -> Tensor:
 
     In full where the list has no room for what the screen leaves open; waits for nothing.
     """
-    return dense_above(operands, floors, ABOVE_PER_TOKEN * operands.n_tokens)
+    a_token = max(ABOVE_PER_TOKEN, operands.n_features // ENTRIES_A_PLACE)
+    return dense_above(operands, floors, a_token * operands.n_tokens)
 
 
 def dense_products(operands: Operands) -> Tensor:
@@ -157,6 +169,14 @@ def hits_above(operands: Operands, tau: Tensor, cap: int, floors: Tensor | None 
         some = None if floors is None else floors[chunk.at if operands.members is None else chunk.features]
         append_above_(chunk.z, chunk.b, chunk.scale, chunk.features, n_features, tau, *hits, some)
     return hits
+
+
+def worth_a_screen(operands: Operands, n_kept: int) -> Operands:
+    """Without a screen, and all of it noted as open, where too much is kept for one."""
+    some = operands.screened_for(n_kept, MOST_SCREENED)
+    if some.screen is None:
+        all_open(operands)
+    return some
 
 
 def all_open(operands: Operands) -> None:
