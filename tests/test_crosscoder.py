@@ -189,6 +189,12 @@ def test_the_gradient_keeps_the_sum_of_the_norms():
     assert torch.isfinite(without_growth(step, W, L)).all()
 
 
+def test_no_rows_of_a_decoder():
+    nothing = torch.ones(0, 6)
+    assert layer_norms(nothing, 3).shape == (0, 3)
+    assert normalize_(nothing, 3).shape == without_growth(nothing, nothing, 3).shape == (0, 6)
+
+
 @pytest.mark.parametrize("mode", ["dense", "lazy", "decayed"])
 @pytest.mark.parametrize("row_grads", [True, False])
 @pytest.mark.parametrize("impl", ["torch", "triton"])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from sparsify import SparseCoder, SparseCoderConfig
 from torch import Tensor
 
+# through the module that keeps it from taking Triton on a CPU before it is imported
 from benchmarks.peers import sparsify
 from benchmarks.peers.candidate import Setup, TranscoderWeights
 
@@ -16,9 +16,9 @@ class Library(sparsify.Library):
     def __init__(self, setup: Setup, first: tuple[Tensor, Tensor], optimizer: str = "signum") -> None:
         self.setup = setup
         x, target = first
-        shape = SparseCoderConfig(num_latents=setup.F, k=setup.k, transcode=True, skip_connection=True)
+        shape = sparsify.SparseCoderConfig(num_latents=setup.F, k=setup.k, transcode=True, skip_connection=True)
         torch.manual_seed(setup.seed)
-        self.sae = SparseCoder(x.shape[1], shape, device=setup.device)
+        self.sae = sparsify.SparseCoder(x.shape[1], shape, device=setup.device)
         self.sae.b_dec.data = target.mean(0)
         self.begin(optimizer)
 

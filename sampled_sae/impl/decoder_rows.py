@@ -14,7 +14,7 @@ TINY = 1e-12
 
 def layer_norms(W: Tensor, layers: int) -> Tensor:
     """[F, layers]; equivalent to `W.view(F, layers, -1).norm(dim=2)`."""
-    return torch.linalg.vector_norm(W.reshape(len(W), layers, -1), dim=2)
+    return torch.linalg.vector_norm(_by_layer(W, layers), dim=2)
 
 
 def normalize_(W: Tensor, layers: int) -> Tensor:
@@ -27,5 +27,10 @@ def without_growth(grad: Tensor, W: Tensor, layers: int) -> Tensor:
 
     With u the rows of W, each layer's of unit norm, `grad - (grad * u).sum(1, keepdim=True) / layers * u`.
     """
-    unit = torch.nn.functional.normalize(W.reshape(len(W), layers, -1), dim=2, eps=TINY).view(W.shape)
+    unit = torch.nn.functional.normalize(_by_layer(W, layers), dim=2, eps=TINY).view(W.shape)
     return grad - (grad * unit).sum(1, keepdim=True) / layers * unit
+
+
+def _by_layer(W: Tensor, layers: int) -> Tensor:
+    """[F, layers, d], of no rows too."""
+    return W.reshape(len(W), layers, W.shape[1] // layers)
