@@ -183,6 +183,11 @@ def undecided_config(arch: str, d: int) -> triton.Config:
     return column_scores_config(arch, torch.float32, d) if fused else UNDECIDED[family(arch)]
 
 
+def needed_product_config(arch: str, dtype: torch.dtype) -> triton.Config:
+    """For x and W of this dtype: for every d the tiles of a large one, since small tiles in a loop spill."""
+    return COLUMN_SCORES[arch, 8 * dtype.itemsize][1]
+
+
 def family(arch: str) -> str:
     """The name under which tables that hold for all of NVIDIA's architectures list `arch`."""
     return "nvidia" if arch.startswith("sm_") else arch

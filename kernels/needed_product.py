@@ -11,7 +11,7 @@ import triton.language as tl
 
 from sampled_sae.kernels.activation import before_relu, product_tile, tile_of_block
 from sampled_sae.kernels.arguments import check_encoder, check_products, check_vector, contiguous_rows
-from sampled_sae.kernels.configs import architecture, column_scores_config, launch, resident_programs
+from sampled_sae.kernels.configs import architecture, launch, needed_product_config, resident_programs
 
 
 @triton.jit(do_not_specialize=["B", "C", "first"])
@@ -96,7 +96,7 @@ def product_if_(
     if z.numel() == 0:
         return
     x = contiguous_rows(x)
-    config = column_scores_config(architecture(x.device), x.dtype, D)
+    config = needed_product_config(architecture(x.device), x.dtype)
     tiles = triton.cdiv(C, config.kwargs["BM"]) * triton.cdiv(B, config.kwargs["BN"])
     listed, first = (features, 0) if has_features else (None, features)
     launch(
