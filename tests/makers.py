@@ -6,11 +6,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sampled_sae import SampledSAE, SampledSAEConfig, Trainer, reference, testing
+from sampled_sae import SampledSAE, SampledSAEConfig, TrainConfig, Trainer, reference, testing
 from sampled_sae import functional as F
 from sampled_sae.support.atomic_files import write_json
 
 D = 12
+# a training of two checkpoints, in seconds
+SMALL_SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0, dead_after=300, aux_pool=16)
+SMALL_TRAIN = TrainConfig(steps=12, batch_size=64, checkpoint_every=6, log_every=2, lr=3e-3)
 # of selection, for `make_sae`: each form and kind of a step
 TOPK = {"l": None, "select": "token"}
 RULES = [

@@ -47,6 +47,7 @@ def on_the_bound(x, W, b, g):
     return (1 + 2.0**-8 - 2.0**-20) * torch.ones_like(x), (1 + 2.0**-8 - 2.0**-20) * W.sign(), b
 
 
+SCORED = [("l2", "top"), ("l2_squared", "top"), ("uniform", "top"), ("l2", "sample"), ("l2_squared", "sample")]
 KINDS = [on_the_bound, None, low_rank, huge_token, huge_feature, heavy_tails, twins, tiny, no_signal]
 
 
@@ -112,3 +113,14 @@ def assert_same_pool(case, off, seen):
         exact = activations(*case[:4]).norm(dim=0)
         cut = exact[off].min()
         assert all(abs(exact[j] - cut) <= 1e-5 * cut + rounding(case)[:, j].norm() for j in differ)
+
+
+def assert_same_members(case, rule, off, seen):
+    """Of two pools by one rule, the second through a screen."""
+    if rule.score == "uniform":
+        assert torch.equal(off, seen)
+    elif rule.pool == "top":
+        assert_same_pool(case, off, seen)
+    else:
+        # keys that tie to float32's rounding
+        assert len(set(off.tolist()) ^ set(seen.tolist())) <= 2

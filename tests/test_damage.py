@@ -5,18 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from makers import SMALL_SAE as SAE
+from makers import SMALL_TRAIN as TRAIN
 from makers import D, tokens, write_store
 from safetensors.torch import load_file, save_file
 
-from sampled_sae import ActivationStore, SAEGroup, SampledSAE, SampledSAEConfig, TrainConfig, Trainer
+from sampled_sae import ActivationStore, SAEGroup, SampledSAE, Trainer
 from sampled_sae.cli import main
 from sampled_sae.support.atomic_files import read_json, write_json
 from sampled_sae.training.checkpoint import CHECKPOINT, FIELDS, read_checkpoint, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("short_calibration")
-
-SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0, dead_after=300, aux_pool=16)
-TRAIN = TrainConfig(steps=12, batch_size=64, checkpoint_every=6, log_every=2, lr=3e-3)
 
 
 @pytest.fixture

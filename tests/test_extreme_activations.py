@@ -4,25 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from makers import SMALL_SAE as SAE
+from makers import SMALL_TRAIN as TRAIN
 from makers import D, tokens
 
-from sampled_sae import ActivationStore, SampledSAEConfig, TrainConfig, Trainer
+from sampled_sae import ActivationStore, Trainer
 from sampled_sae.training import training_run
 
 pytestmark = pytest.mark.usefixtures("short_calibration")
-
-SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0, dead_after=300, aux_pool=16)
-TRAIN = TrainConfig(steps=12, batch_size=64, checkpoint_every=6, log_every=2, lr=3e-3)
 
 
 @pytest.fixture
 def x():
     return tokens(500, D, dtype=torch.float32) + 0.3
-
-
-@pytest.fixture
-def store(x, tmp_path):
-    return ActivationStore.write(tmp_path / "store", x, holdout=100, shard_tokens=150, source="made")
 
 
 one = torch.linspace(-1, 1, D)

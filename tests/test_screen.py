@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from makers import make_sae, tokens
-from screened import TORCH, assert_same_pairs, assert_same_pool, both, encoders
+from screened import SCORED, TORCH, assert_same_members, assert_same_pairs, both, encoders
 
 from sampled_sae import RowAdam
 from sampled_sae.impl.column_bounds import largest_columns
@@ -14,7 +14,6 @@ from sampled_sae.impl.hints import Rule, ThresholdHints
 from sampled_sae.impl.pool import REST, PoolRule, find_pool
 from sampled_sae.impl.torch import screen, screen_columns, screen_entries, search, stream
 
-SCORED = [("l2", "top"), ("l2_squared", "top"), ("uniform", "top"), ("l2", "sample"), ("l2_squared", "sample")]
 quick = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 long = settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
@@ -40,14 +39,7 @@ def check(case, k, l):
         pools = [find_pool(TORCH, e.operands, rule, torch.Generator().manual_seed(3)) for e in (off, seen)]
         if pools[0] is None:
             continue
-        members = [found.members for found in pools]
-        if score == "uniform":
-            assert torch.equal(*members)
-        elif pool == "top":
-            assert_same_pool(case, *members)
-        else:
-            # keys that tie to float32's rounding
-            assert len(set(members[0].tolist()) ^ set(members[1].tolist())) <= 2
+        assert_same_members(case, rule, *(found.members for found in pools))
 
 
 @quick

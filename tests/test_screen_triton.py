@@ -6,17 +6,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from makers import make_sae, tokens
 from no_host_sync import NoHostSync, allow_late_scalars
-from screened import activations, assert_same_pool, encoders
+from screened import SCORED, activations, assert_same_members, encoders
 
 pytest.importorskip("triton")
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sampled_sae import RowAdam
-from sampled_sae.impl.dead_features import AuxRule
 from sampled_sae.impl.interface import implementation
 from sampled_sae.impl.pool import PoolRule, find_pool
 from sampled_sae.impl.triton import screen
+from sampled_sae.impl.triton.aux_loss import dead_pool
 from sampled_sae.impl.triton.screen import rounded_operands
 from sampled_sae.kernels import column_bounds as bounds_kernel
 from sampled_sae.kernels import firing_bounds as firing_kernel
@@ -26,7 +26,6 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = implementation("triton")
-SCORED = [("l2", "top"), ("l2_squared", "top"), ("uniform", "top"), ("l2", "sample"), ("l2_squared", "sample")]
 quick = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 long = settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
@@ -53,17 +52,10 @@ def assert_bounds(case, seen, score):
 def check(case, k, l, scored):
     operands, (score, pool) = both(*case[:4]), scored
     assert_bounds(case, TRITON.column_bounds(operands[1], score), score)
-    found = pools_of(operands, PoolRule(k, l, score, pool))
-    if found[0] is None:
-        return
-    members = [pool.members.cpu() for pool in found]
-    if score == "uniform":
-        assert torch.equal(*members)
-    elif pool == "top":
-        assert_same_pool(case, *members)
-    else:
-        # keys that tie to float32's rounding
-        assert len(set(members[0].tolist()) ^ set(members[1].tolist())) <= 2
+    rule = PoolRule(k, l, score, pool)
+    found = pools_of(operands, rule)
+    if found[0] is not None:
+        assert_same_members(case, rule, *(pool.members.cpu() for pool in found))
 
 
 @quick
@@ -140,16 +132,17 @@ def test_entropy_and_a_part_of_the_tokens():
         assert torch.equal(off.members, seen.members)
 
 
-@pytest.mark.parametrize("aux_pool", [1, 5, 63, 64, None])
+@pytest.mark.parametrize("aux_pool", [1, 5, 63, 64])
 def test_dead_features_of_highest_score(aux_pool):
     """From the bounds that the pool left behind: the same as from the scores."""
     g = torch.Generator().manual_seed(0)
     operands = both(torch.randn(40, 8, generator=g), torch.randn(64, 8, generator=g), torch.zeros(64), None)
     off, seen = pools_of(operands, PoolRule(2, 2))
-    dead, rule = torch.arange(64, device=DEVICE) % 3 > 0, AuxRule(3, aux_pool, "l2")
-    expected = TRITON.dead_candidates(operands[0], dead, rule, off.scores)
-    assert len(expected) == min(aux_pool or 64, int(dead.sum()))
-    assert torch.equal(TRITON.dead_candidates(operands[1], dead, rule, seen.scores), expected)
+    dead = torch.arange(64, device=DEVICE) % 3 > 0
+    expected = dead_pool(operands[0], dead, aux_pool, "l2", off.scores)
+    assert len(expected) == aux_pool
+    assert int(dead[expected].sum()) == min(aux_pool, int(dead.sum()))
+    assert torch.equal(dead_pool(operands[1], dead, aux_pool, "l2", seen.scores), expected)
 
 
 def test_where_there_is_a_screen():

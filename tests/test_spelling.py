@@ -52,7 +52,8 @@ def test_a_model_that_knows_and_one_that_does_not(answer, right):
 def test_one_letter_for_all_is_right_by_chance():
     pieces = Pieces()
     rows = [spelling(model_that(pieces, lambda last: "A"), pieces, WORDS, seed, asked=30) for seed in range(8)]
-    assert 0 < max(row["right"] for row in rows) <= max(row["by_chance"] for row in rows)
+    assert all(row["right"] <= row["by_chance"] for row in rows)
+    assert max(row["right"] for row in rows) > 0
     assert len({row["right"] for row in rows}) > 1
 
 

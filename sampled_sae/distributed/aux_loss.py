@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..impl.column_bounds import ColumnBounds
-from ..impl.dead_features import AuxRule
+from ..impl.dead_features import AuxRule, ranked
 from ..impl.encoder import Encoder, Operands
 from ..impl.hints import Rule
 from .mesh import Mesh
@@ -85,8 +85,7 @@ def dead_candidates(
 def largest_dead(parts: SpreadParts, scores: Tensor, dead: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """int64, ascending: as many features here, or all, as there may be dead ones among the `size` of highest score of
     all processes; and bool [F], which features are."""
-    # one bit pattern up: a dead feature of score 0 still ranks above every live one
-    keys = torch.where(dead, (scores.view(torch.int32) + 1).view(torch.float32), 0)
+    keys = ranked(scores, dead)
     if parts.mesh.feature.size == 1:
         return parts.candidate_pool(keys, min(size, len(dead))), dead
     members, taken = parts.ranking.candidates(keys, min(size, parts.weights.n_features))

@@ -24,6 +24,11 @@ class AuxRule(NamedTuple):
     score: str = "l2"
 
 
+def ranked(scores: Tensor, dead: Tensor) -> Tensor:
+    """One bit pattern up: a dead feature of score 0 still ranks above every live one, which get 0."""
+    return torch.where(dead, (scores.view(torch.int32) + 1).view(torch.float32), 0)
+
+
 class IdleTokens:
     """Moves the counts, int64 [F], and knows whether their greatest has reached a limit.
 

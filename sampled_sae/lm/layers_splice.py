@@ -92,7 +92,7 @@ class LayersSplice:
         if self.spliced_tokens == 0:
             raise ValueError(f"no token would be replaced: all are dropped, or exceed max_norms={max_norms}")
         mean = (torch.stack([x.double().sum(0) for _, x in self._kept]).sum(0) / self.spliced_tokens).float()
-        zero, all_mean = ([fill(x) for _, x in self._kept] for fill in (torch.zeros_like, mean.expand_as))
+        zero, all_mean = ([fill.expand_as(x) for _, x in self._kept] for fill in (torch.zeros_like(mean), mean))
         self.ce_clean = self._cross_entropy(zero, [])
         self.ce_zero, self.ce_zero_layers = self._together_and_alone(zero)
         self.ce_mean, self.ce_mean_layers = self._together_and_alone(all_mean)
@@ -149,7 +149,7 @@ class LayersSplice:
             )
         made = [checked_reconstruction(reconstruct(x), x.shape) for _, x in self._kept]
         ce, alone = self._together_and_alone(made)
-        found = figures(self, ce, self._rows) | {"ce_spliced_layers": alone}
+        found = figures(self, ce, self._rows[:, 1:].numel()) | {"ce_spliced_layers": alone}
         for name, ablated in (("zero", self.ce_zero_layers), ("mean", self.ce_mean_layers)):
             of_each = [recovered(gone, spliced, self.ce_clean) for gone, spliced in zip(ablated, alone)]
             found |= {f"ce_{name}_layers": ablated, f"loss_recovered_{name}_layers": of_each}

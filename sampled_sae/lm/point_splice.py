@@ -133,7 +133,7 @@ class PointSplice:
         if isinstance(reconstruct, Reconstruction) and reconstruct.kind != needed:
             raise ValueError(f"reconstruct: from {self._read} to {self._target} goes {needed}")
         ce = self._cross_entropy(lambda x: checked_reconstruction(reconstruct(x), (len(x), self._width)))
-        return figures(self, ce, self._rows)
+        return figures(self, ce, self._rows[:, 1:].numel())
 
     @torch.no_grad()
     def _cross_entropy(self, fn: Transcode | None) -> float:

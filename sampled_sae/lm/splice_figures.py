@@ -33,8 +33,8 @@ def check_one_place(manifest: dict[str, Any]) -> None:
         raise ValueError(f"manifest is of {len(beside)} layers side by side: LayersSplice is for it")
 
 
-def figures(measured: Measured, ce: float, rows: Tensor | int) -> dict[str, Any]:
-    """What `evaluate` of a splice returns: `ce` is the spliced model's, of token rows [N, T] or so many predictions."""
+def figures(measured: Measured, ce: float, predicted: int) -> dict[str, Any]:
+    """What `evaluate` of a splice returns: `ce` is the spliced model's, over so many predicted tokens."""
     clean, zero, mean = measured.ce_clean, measured.ce_zero, measured.ce_mean
     return {
         "ce_clean": clean,
@@ -43,7 +43,7 @@ def figures(measured: Measured, ce: float, rows: Tensor | int) -> dict[str, Any]
         "ce_mean": mean,
         "loss_recovered_zero": recovered(zero, ce, clean),
         "loss_recovered_mean": recovered(mean, ce, clean),
-        "predicted_tokens": rows if isinstance(rows, int) else rows[:, 1:].numel(),
+        "predicted_tokens": predicted,
         "spliced_tokens": measured.spliced_tokens,
     }
 

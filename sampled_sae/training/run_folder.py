@@ -53,7 +53,7 @@ class RunFolder:
 
     def write(self, sae: SampledSAE, run: dict[str, Any]) -> None:
         """The SAE and run.json. An evaluation.json of another SAE, which this one replaces, is removed."""
-        measured = self._weights_sum() if (self.path / EVALUATION).exists() else None
+        measured = self._weights_sum() if self._ranks.first and (self.path / EVALUATION).exists() else None
         sae.save_pretrained(self.path)
         self.look()
         with self._ranks.together():

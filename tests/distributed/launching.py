@@ -11,13 +11,12 @@ import time
 from dataclasses import dataclass
 
 import torch
+from workers import PATIENCE
 
 # of train and sweep; --quiet is the last one
 COMMON = ["--features", "96", "--k", "3", "--steps", "8", "--batch-size", "64", "--checkpoint-every", "3"]
 COMMON += ["--log-every", "2", "--rank-timeout", "120", "--quiet"]
 OPTIONS = ["--l", "4", *COMMON]
-# against a process that hangs, no measure of speed
-PATIENCE = 180
 
 
 @dataclass

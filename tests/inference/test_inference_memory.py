@@ -1,6 +1,8 @@
 """What a search above thresholds holds beside the weights, and in which dtype."""
 
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -24,19 +26,30 @@ def sae_of(n_features, d, dtype, above):
     return InferenceSAE(InferenceConfig(d, n_features, "jumprelu", impl="torch"), tensors)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(("d", "most"), [(768, 0.06), (2304, 0.15)])
-def test_a_small_part_of_the_activations(dtype, d, most, monkeypatch):
-    monkeypatch.setattr(screen, "fast_bfloat16", lambda: True)
+def peaks(d, dtype):
+    """Of a search through 65,536 features and of 32 chosen ones, in units of a float32 [B, F]; and how many fire."""
+    screen.fast_bfloat16 = lambda: True
     sae = sae_of(1 << 16, d, dtype, 3.4)
     x = torch.randn(1024, d, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = []
     with torch.no_grad():
         for call in (lambda: sae.encode_sparse(x), lambda: sae.encode(x, features=CHOSEN)):
             call()  # what a first call of a product keeps
             forget_scratch()
-            assert peak_memory(call) <= most * 4 * 1024 * (1 << 16)
-        assert 10 < sae.encode_sparse(x).l0() < 40
+            found.append(peak_memory(call) / (4 * 1024 * (1 << 16)))
+        return *found, sae.encode_sparse(x).l0()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("d", "most"), [(768, 0.04), (2304, 0.11)])
+def test_a_small_part_of_the_activations(dtype, d, most):
+    """In a process of its own: what other tests have left in the heap moves the peak."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        search, chosen, l0 = pool.submit(peaks, d, dtype).result()
+    assert search <= most
+    assert chosen <= 0.03
+    assert 10 < l0 < 40
 
 
 @pytest.mark.parametrize("screened", [True, False], ids=["screened", "full"])

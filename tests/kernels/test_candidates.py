@@ -1,5 +1,6 @@
 import pytest
 import torch
+from kernel_makers import integers
 
 pytest.importorskip("triton")
 
@@ -15,10 +16,8 @@ SHAPE = (13, 37, 50)
 
 def operands(device, dtype=torch.float32):
     """x, W, b, scale in small whole numbers: activations are exact."""
-    B, d, F = SHAPE
-    make = torch.Generator().manual_seed(0)
-    x, W, b = (torch.randint(-2, 3, s, generator=make).float().to(device) for s in ((B, d), (F, d), (F,)))
-    return x, W.to(dtype), b, torch.randint(1, 3, (F,), generator=make).float().to(device)
+    x, W, b, scale = integers(SHAPE, torch.float32, device)
+    return x, W.to(dtype), b, scale
 
 
 def candidates(cap, seen, device):

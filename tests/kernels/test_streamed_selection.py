@@ -27,20 +27,6 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(stream, "FEWEST_TOKENS", 8)
 
 
-@pytest.fixture
-def repairs(monkeypatch):
-    """Whether each selection had to be done again."""
-    seen = []
-    refill = stream.refill_exactly_
-
-    def recording(x, W, b, scale, members, n, tau, values, keys, count):
-        seen.append(bool(count > len(values)) or bool((count < n) & ~(tau <= 0)))
-        refill(x, W, b, scale, members, n, tau, values, keys, count)
-
-    monkeypatch.setattr(stream, "refill_exactly_", recording)
-    return seen
-
-
 def zeros(W):
     return torch.zeros(len(W), device=W.device)
 

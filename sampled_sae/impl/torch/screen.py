@@ -99,8 +99,9 @@ class FeatureRounding(NamedTuple):
                 change = scratch(like, *exact.shape).copy_(inner)
                 torch.linalg.vector_norm(torch.sub(exact, change, out=change), dim=1, out=errors[piece])
         norms += LOST * d**0.5
-        errors += LOST * d**0.5
-        if not measured:
+        if measured:
+            errors += LOST * d**0.5
+        else:
             unit = 0.0 if scale is None and rows.dtype == torch.bfloat16 else UNIT
             errors = unit * norms + smallest_normal() * d**0.5
         return cls(low, norms, errors)

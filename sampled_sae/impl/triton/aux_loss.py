@@ -6,11 +6,13 @@ whose activations are put out by a bias of -inf. One dense product, one selectio
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ...reference import residual_variance
-from ..dead_features import AuxRule
+from ..dead_features import AuxRule, ranked
 from ..encoder import Encoder, Operands
 from ..hints import Rule
 from ..torch import aux_loss as torch_form
@@ -19,17 +21,9 @@ from .block import block_codes
 from .layer import decode
 from .pool import top_pool
 from .scores import column_scores
-from .screen_columns import BoundsOnDevice, column_bounds, ranked
+from .screen_columns import BoundsOnDevice, column_bounds
 
-
-def dead_candidates(
-    operands: Operands, dead: Tensor, rule: AuxRule, scores: Tensor | BoundsOnDevice | None = None
-) -> Tensor:
-    """As the torch form's."""
-    if isinstance(scores, BoundsOnDevice):
-        size = rule.aux_pool
-        scores = scores.of_dead(dead, size) if size is not None and size < operands.n_features else None
-    return torch_form.dead_candidates(operands, dead, rule, scores, column_scores)
+dead_candidates = functools.partial(torch_form.dead_candidates, score=column_scores)
 
 
 def aux_loss(

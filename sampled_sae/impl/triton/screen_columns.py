@@ -14,6 +14,7 @@ from torch import Tensor
 from ...kernels import column_bounds as bounds_kernel
 from ...kernels.firing_bounds import firing_bounds
 from ...kernels.undecided_columns import settled_statistics
+from ..dead_features import ranked
 from ..encoder import Operands
 from ..rounded_tokens import Looks
 from ..torch.scores import finish_scores
@@ -53,11 +54,6 @@ class BoundsOnDevice(NamedTuple):
         statistics, opened = settle_columns(x, W, b, scale, self.score, self.low, low, high, size)
         self.looks.see_columns(self.operands.n_features, opened)
         return finish_scores(statistics, self.score)
-
-
-def ranked(scores: Tensor, dead: Tensor) -> Tensor:
-    """One bit pattern up: a dead feature of score 0 still ranks above every live one, which get 0."""
-    return torch.where(dead, (scores.view(torch.int32) + 1).view(torch.float32), 0)
 
 
 def column_bounds(operands: Operands, score: str) -> BoundsOnDevice | None:

@@ -81,8 +81,10 @@ function switchTheme() {
   stored("sampled-sae-theme", theme);
 }
 
-/** `keys`: key -> what to do. A key that goes into a field, or that comes with Ctrl or Alt, is left alone. */
-/** Keys of a page to what they do, beside t and ?; explained: [key, words] of each for the dialog. */
+/**
+ * own: key -> what to do, beside t and ?; explained: [key, words] of each for the dialog.
+ * A key that goes into a field, or that comes with Ctrl or Alt, is left alone.
+ */
 function listen(explained, own) {
   const keys = { "?": () => byId("help").showModal(), t: switchTheme, ...own };
   byId("help").querySelector("h2").after(pairs([...explained, ["t", "light or dark"], ["?", "these keys"]]));
