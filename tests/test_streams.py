@@ -214,7 +214,7 @@ def test_more_steps_read_on_where_the_finished_run_ended(tmp_path):
         (lambda: iter([X[:64].long()]), TypeError, "x, chunk 0: dtype=torch.int64"),
         (lambda: iter([X[:64], X[:64] * torch.nan]), ValueError, "chunk 1: nan at token 0, dimension 0"),
         (lambda: iter(["text"]), TypeError, "x, chunk 0: str: must be a torch.Tensor"),
-        (lambda: iter([(X[:64], X[:64])]), TypeError, "x, chunk 0: tuple: must be a torch.Tensor"),
+        (lambda: iter([(X[:64], X[:64])]), ValueError, r"a stream of 2 parts; give one of them, stream.pair\(\)"),
         (lambda: iter([X[:64].view(32, 2, D)]), ValueError, r"layers side by side give StackedActivations\(x.unbind"),
         (lambda: iter([X[:700] * 0]), ValueError, "the first 700 activations have a mean square of 0"),
         (lambda: {"x": X}, TypeError, "store=dict: must be"),
@@ -250,7 +250,7 @@ def test_a_list_begins_anew_at_its_end_and_a_place_must_be_plain(tmp_path):
 
 
 def test_what_streams_do_not_serve_is_refused(tmp_path):
-    with pytest.raises(TypeError, match="store=ActivationStream: must be an ActivationStore"):
+    with pytest.raises(ValueError, match="an iterator, which holds out nothing"):
         run_sweep({"one": SAE}, TRAIN, stream_of(chunks()), tmp_path)
     with pytest.raises(ValueError, match="lanes=2: the iterator is read by the process that it was given to"):
         Trainer(SAE, TRAIN, chunks(), tmp_path, lanes=2)

@@ -13,6 +13,8 @@ from .places import pair_of, place_arguments
 from .processes import add_rank_options
 from .texts import Texts, text_arguments
 
+HOLDOUT_ROWS = 32
+
 
 def add(command: Command) -> None:
     p = command("harvest", harvest, "Run a language model over texts and store a layer's activations in shards.")
@@ -29,7 +31,7 @@ def add(command: Command) -> None:
         help="other blocks, whose output is stored beside that of --layer: activations for a crosscoder",
     )
     text_arguments(p, "wiki-en")
-    p.add_argument("--holdout-rows", type=int, default=32, help="rows kept for evaluation, never trained on")
+    p.add_argument("--holdout-rows", type=int, default=HOLDOUT_ROWS, help="rows kept for evaluation, never trained on")
     p.add_argument("--batch-size", type=int, default=8, help="rows a forward pass")
     p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the shards")
     add_rank_options(p, shards=False)

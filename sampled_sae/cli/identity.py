@@ -122,7 +122,7 @@ def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource 
         raise ValueError(f"{store.where}: does not name the language model it was harvested from; give its --model")
     if not args.insist and not harvested["weights_sha256"]:
         check_model({"model": name}, harvested, store.where)
-    if not _has_loss(name, args, count):
+    if not has_loss(name, args, count):
         return None
 
     def load() -> Any:
@@ -163,7 +163,7 @@ def _of_several_models(store: Activations) -> str | None:
     return None
 
 
-def _has_loss(name: str, args: argparse.Namespace, count: int) -> bool:
+def has_loss(name: str, args: argparse.Namespace, count: int) -> bool:
     """Whether the model predicts a next token, so that a splice has a loss; says so where it has none."""
     from ..lm.models import is_causal_model
 

@@ -1,4 +1,4 @@
-"""`sampled-sae train --model`: a language model over texts in the place of stored activations."""
+"""`train --model` and `sweep --layer`: a language model over texts in the place of stored activations."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from ..support.argument_checks import check_device, check_integer
 from ..support.atomic_files import write_json
 from ..support.output_folder import check_output_folder
 from ..training.activation_stream import BUFFER_TOKENS, ActivationStream, StreamedActivations
-from ..training.sweep import Splice, evaluate
+from ..training.sweep import Splice, SpliceSource, evaluate
 from .arguments import added_since, check_not_given, listed, loaded_model, model_arguments, whole_number
 from .closing import of_all, tried
-from .identity import SPLICE_ROWS
+from .harvest import HOLDOUT_ROWS
+from .identity import SPLICE_ROWS, has_loss
 from .parser import Parser
 from .places import pair_of, place_arguments
 from .texts import Texts, source_arguments
@@ -26,13 +27,30 @@ def stream_arguments(p: Parser) -> None:
     p.replaces("--model", "activations")
     before = list(p._actions)
     model_arguments(p, None, "runs over --texts in the place of stored activations, none of which are kept: ")
+    _texts_and_places(p, 0)
+    p.set_defaults(with_model=added_since(p, before))
+
+
+def sweep_stream_arguments(p: Parser) -> None:
+    """The same of a command whose `--model` may also be the one that was harvested: the place in it, or the texts,
+    take that of the argument `activations`."""
+    for option in ("--layer", "--points", "--mlp", "--texts"):
+        p.replaces(option, "activations")
+    before = list(p._actions)
+    _texts_and_places(p, HOLDOUT_ROWS)
+    p.set_defaults(with_model=added_since(p, before))
+
+
+def _texts_and_places(p: Parser, holdout_rows: int) -> None:
     p.add_argument(
         "--layer", type=listed(whole_number), default=None, help="with --model, the block, from 0, whose output is "
         "trained on; several, comma-separated, give an SAE each, in OUT/layer_N, from one pass of the model"
     )  # fmt: skip
     place_arguments(p, "with --model, ")
     source_arguments(p, "wiki-en")
-    p.add_argument("--holdout-rows", type=int, default=0, help="with --model, the first rows, never trained on")
+    p.add_argument(
+        "--holdout-rows", type=int, default=holdout_rows, help="with --model, the first rows, never trained on"
+    )
     p.add_argument("--model-batch-size", type=int, default=8, help="with --model, rows a forward pass")
     p.add_argument(
         "--buffer-tokens", type=int, default=BUFFER_TOKENS, help="with --model, activations of so many tokens are held "
@@ -42,7 +60,6 @@ def stream_arguments(p: Parser) -> None:
         "--buffer-on-disk", type=Path, default=None, metavar="FOLDER", help="with --model, where these activations lie "
         "meanwhile, in files without names; in memory when absent"
     )  # fmt: skip
-    p.set_defaults(with_model=added_since(p, before))
 
 
 def check_no_model(args: argparse.Namespace) -> None:
@@ -57,6 +74,8 @@ def open_stream(args: argparse.Namespace) -> dict[str, StreamedActivations]:
     """
     from ..lm import ModelSource
 
+    if args.model is None:
+        raise ValueError("model=None: must be given with --layer, --points or --texts: whose activations are read")
     if args.holdout is not None:
         raise ValueError(f"holdout={args.holdout}: is for a file of activations; --holdout-rows is for texts")
     if args.targets is not None:
@@ -106,6 +125,40 @@ def open_stream(args: argparse.Namespace) -> dict[str, StreamedActivations]:
         return {"": stream.beside()}
     parts = stream.parts
     return {"" if len(layers) == 1 else f"layer_{layer}": part for layer, part in zip(layers, parts)}
+
+
+def open_swept_stream(args: argparse.Namespace) -> StreamedActivations:
+    """What all SAEs of a sweep read.
+
+    Raises:
+        ValueError: as `open_stream`; several layers that are not beside each other, nothing held out.
+    """
+    if len(args.layer or ()) > 1:
+        raise ValueError(f"layer={args.layer}: a sweep is of one, or of a crosscoder's with --beside; sweep each alone")
+    if args.insist:
+        raise ValueError("insist=True: is of stored activations; --model is the one whose activations are read here")
+    if check_integer("holdout_rows", args.holdout_rows, 0) == 0:
+        raise ValueError("holdout_rows=0: a sweep is evaluated on the rows that are held out; must be at least 1")
+    (part,) = open_stream(args).values()
+    return part
+
+
+def swept_splice(args: argparse.Namespace, part: StreamedActivations) -> SpliceSource | None:
+    """The model at work as that in which a sweep's reconstructions are measured; None for no splicing.
+
+    Raises:
+        ValueError: --splice-rows in a model that predicts no next token.
+    """
+    count = min(SPLICE_ROWS, args.holdout_rows) if args.splice_rows is None else args.splice_rows
+    if count == 0 or not has_loss(args.model, args, count):
+        return None
+
+    def measure(source: Any) -> Splice:
+        rows = part.holdout()[1][:count]
+        made: Splice = source.splice(part.indices, rows, part.layers > 1, args.ranks.mesh).evaluate
+        return made
+
+    return SpliceSource({"model": args.model, "rows": count}, lambda: part.source, measure)
 
 
 def _beside(args: argparse.Namespace) -> list[int]:

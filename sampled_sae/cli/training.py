@@ -20,7 +20,7 @@ from ..support.output_folder import check_output_folder
 from ..training.activations import Activations
 from ..training.evaluation import closing_line, part_of
 from ..training.feed import CALIBRATION_TOKENS
-from ..training.sae_group import SAEGroup
+from ..training.sae_group import Opened, SAEGroup
 from ..training.same_settings import identity, in_words
 from ..training.sweep import evaluate, run_sweep, variants
 from ..training.sweep_plots import plot_sweep
@@ -34,7 +34,15 @@ from .closing import closing_splice, draw_layers, evaluate_at_end
 from .identity import SPLICE_ROWS, check_same_activations, splice_source
 from .logs import log_place
 from .processes import add_rank_options
-from .streaming import check_no_model, evaluate_streamed, open_stream, stream_arguments
+from .streaming import (
+    check_no_model,
+    evaluate_streamed,
+    open_stream,
+    open_swept_stream,
+    stream_arguments,
+    sweep_stream_arguments,
+    swept_splice,
+)
 from .training_options import sae_arguments, sae_config, train_arguments, train_config
 
 
@@ -82,6 +90,7 @@ def add(command: Command) -> None:
     p.add_argument("--together", type=int, default=4, help="SAEs trained side by side, on the same batches")
     train_arguments(p)
     _splice_arguments(p)
+    sweep_stream_arguments(p)
 
 
 def _splice_arguments(p: argparse.ArgumentParser) -> None:
@@ -100,8 +109,7 @@ def train(args: argparse.Namespace) -> None:
     if args.model is not None:
         return _train_on_model(args)
     with args.ranks.together():
-        check_no_model(args)
-        store, initial = open_activations(args), initial_sae(args)
+        store, initial = _open_stored(args), initial_sae(args)
         config = sae_config(args, store, seed=args.seed, **rule_of(args, initial))
         how, log = train_config(args), log_place(args)
     source = closing_splice(args, store)
@@ -113,6 +121,11 @@ def train(args: argparse.Namespace) -> None:
         trainer.log.result(result)
     draw_layers(sae, args.out, store, args.ranks)
     print(f"done: threshold {float(sae.threshold):.4g}, {closing_line(result, args.out)}")
+
+
+def _open_stored(args: argparse.Namespace) -> Activations:
+    check_no_model(args)
+    return open_activations(args)
 
 
 def _train_on_model(args: argparse.Namespace) -> None:
@@ -179,15 +192,13 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 def sweep(args: argparse.Namespace) -> None:
     with args.ranks.together():
-        store = open_activations(args)
+        store = open_swept_stream(args) if args.activations is None else _open_stored(args)
         base = sae_config(args, store, d_sae=args.features, k=args.k)
         configs = variants(base, args.ls, args.scores, args.seeds, not args.no_topk)
         how, log = train_config(args), log_place(args)
-        splice = splice_source(args, store)
-    print(
-        f"Trains {len(configs)} SAEs on {args.activations}, writes to {args.out}: {', '.join(configs)}",
-        flush=True,
-    )
+        splice = splice_source(args, store) if isinstance(store, Activations) else swept_splice(args, store)
+    name = args.activations or store.where
+    print(f"Trains {len(configs)} SAEs on {name}, writes to {args.out}: {', '.join(configs)}", flush=True)
     with_plots = importlib.util.find_spec("matplotlib") is not None
     if not with_plots:
         print('No plots without matplotlib: pip install "sampled-sae[plot]"', flush=True)
@@ -209,7 +220,7 @@ def sweep(args: argparse.Namespace) -> None:
             _write_report(rows, args, store, with_plots)
 
 
-def _write_report(rows: list[dict[str, Any]], args: argparse.Namespace, store: Activations, with_plots: bool) -> None:
+def _write_report(rows: list[dict[str, Any]], args: argparse.Namespace, store: Opened, with_plots: bool) -> None:
     plots = plot_sweep(rows, args.out) if with_plots else []
     report, page = args.out / "report.md", args.out / PAGE
     write_text(page, runs_page(args.out.name, read_runs(args.out), args.out))
@@ -219,14 +230,15 @@ def _write_report(rows: list[dict[str, Any]], args: argparse.Namespace, store: A
         print(path)
 
 
-def _report(rows: list[dict[str, Any]], args: argparse.Namespace, store: Activations, plots: list[Path]) -> str:
+def _report(rows: list[dict[str, Any]], args: argparse.Namespace, store: Opened, plots: list[Path]) -> str:
     about = store.manifest
     what = in_words(identity({**about, "settings": {}})) if "model" in about else "activations"
     where = about.get("source") or Path(store.where).name
+    read = f"{sum(store.tokens)} distinct training tokens" if isinstance(store, Activations) else "a stream"
     heading = (
         f"# Sampled-SAE on {what}, {where}\n\n"
         f"d_in={store.d_in}, d_sae={args.features}, k={args.k:g}; {args.steps} steps of {args.batch_size} tokens from "
-        f"{sum(store.tokens)} distinct training tokens; evaluated on {rows[0]['tokens']} held-out tokens with the "
+        f"{read}; evaluated on {rows[0]['tokens']} held-out tokens with the "
         f"threshold calibrated to L0 = k on training activations, so all rows are at equal L0.\n\n"
     )
     command = f"\nWritten by `sampled-sae {' '.join(map(str, sys.argv[1:]))}`.\n"

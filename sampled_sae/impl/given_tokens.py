@@ -86,8 +86,11 @@ def goal_of(layer: TakesTokens, x: Tensor, tokens: Tensor, target: Tensor | None
         return tokens
     if target is None:
         raise ValueError(f"target=None: a transcoder (d_out={c.d_out}) needs what it is to reconstruct, sae(x, target)")
-    if not isinstance(target, Tensor) or target.shape != (*x.shape[:-1], c.width_out):
-        raise ValueError(f"target={describe(target)}: must be a tensor of shape {[*x.shape[:-1], c.width_out]}")
+    must = f"target={describe(target)}: must be a tensor of shape {[*x.shape[:-1], c.width_out]}"
+    if not isinstance(target, Tensor):
+        raise TypeError(must)
+    if target.shape != (*x.shape[:-1], c.width_out):
+        raise ValueError(must)
     return flat_goal(layer, target, scaled)
 
 

@@ -109,10 +109,13 @@ def check_number(name: str, value: Any, least: float, most: float | None) -> flo
 
 def check_positive(name: str, value: Any, most: float | None = None) -> float:
     """As `check_number`, without 0."""
+    allowed = "a finite number > 0" if most is None else f"a number in (0, {most}]"
     number = plain_number(value)
-    if number == 0:
-        raise ValueError(f"{name}={value!r}: must be " + ("> 0" if most is None else f"in (0, {most}]"))
-    return check_number(name, value, 0, most)
+    if number is None:
+        raise TypeError(f"{name}={value!r}: must be {allowed}")
+    if not math.isfinite(number) or number <= 0 or (most is not None and number > most):
+        raise ValueError(f"{name}={value!r}: must be {allowed}")
+    return number
 
 
 def check_scales(name: str, value: Any, layers: int) -> float | tuple[float, ...]:
@@ -193,7 +196,11 @@ def check_same(**tensors: Tensor) -> None:
 
 
 def describe(value: Any) -> str:
-    return f"tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    """A value in a message: what may hold many numbers by its kind and shape."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        kind = "tensor" if isinstance(value, Tensor) else "array"
+        return f"{kind} {tuple(value.shape)}"
+    return repr(value) if value is None or isinstance(value, (str, Real)) else type(value).__name__
 
 
 def check_field_names(values: dict[str, Any], config: type, required: set[str]) -> None:

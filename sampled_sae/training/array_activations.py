@@ -6,6 +6,7 @@ import os
 import zipfile
 from collections.abc import Hashable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -158,6 +159,9 @@ def _pt(path: Path, name: str | None) -> Any:
     try:
         # what torch wrote before its version 1.6 is no zip file and cannot be mapped
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except UnpicklingError as error:
+        unsafe = "truncated or not a file of tensors alone; nothing else is loaded, for it could run code"
+        raise ValueError(f"{path}: {unsafe}") from error
     except Exception as error:  # torch has many, some of them pages long
         said = str(error).strip().split("\n")[0]
         raise ValueError(f"{path}: truncated or not a file of tensors ({type(error).__name__}: {said})") from error

@@ -61,7 +61,8 @@ def check_chunk(name: str, chunk: Any) -> None:
     if not floating:
         raise TypeError(f"{name}: dtype={chunk.dtype}: must be float16, bfloat16, float32 or float64")
     if chunk.ndim != 2 or chunk.shape[1] == 0:
-        layers = "; of layers side by side give StackedActivations(x.unbind(1))" if chunk.ndim == 3 else ""
+        beside = "; of layers side by side give StackedActivations(x.unbind(1)), of an iterator chunks x.unbind(1)"
+        layers = beside if chunk.ndim == 3 else ""
         raise ValueError(f"{name}: shape={tuple(chunk.shape)}: must be [tokens, d] with d >= 1{layers}")
 
 

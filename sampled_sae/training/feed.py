@@ -102,6 +102,11 @@ class Feed:
         return {**self.store.manifest, "scale": list(self.scale) if isinstance(self.scale, tuple) else self.scale}
 
     @property
+    def data(self) -> Any:
+        """What tells the activations from others of the same place: the shards, or the settings of a stream."""
+        return self.store.manifest["settings" if self.is_streamed else "shards"]
+
+    @property
     def is_streamed(self) -> bool:
         """Whether it reads a stream, whose place a checkpoint holds."""
         return isinstance(self.stream, StreamedBatches)

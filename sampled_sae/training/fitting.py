@@ -31,12 +31,13 @@ def check_width(sae_config: SampledSAEConfig, store: Activations | StreamedActiv
 def check_fits(sae_config: SampledSAEConfig, feed: Feed) -> None:
     """ValueError where an SAE cannot be trained on these activations, or not in their units."""
     check_width(sae_config, feed.store)
-    if sae_config.input_scale not in (1, feed.scale):
+    # the scale of a stream is known once its first block is read
+    if sae_config.input_scale != 1 and sae_config.input_scale != feed.scale:
         raise ValueError(
             f"input_scale={sae_config.input_scale!r}: the training multiplies the activations in {feed.store.where} by "
             f"{feed.scale}; leave it at 1 to have it set"
         )
-    if sae_config.output_scale not in (1, feed.output_scale):
+    if sae_config.output_scale != 1 and sae_config.output_scale != feed.output_scale:
         raise ValueError(
             f"output_scale={sae_config.output_scale!r}: the training multiplies the targets in {feed.store.where} by "
             f"{feed.output_scale}; leave it at 1 to have it set"

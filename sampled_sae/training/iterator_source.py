@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..support.atomic_files import field
 from ..support.checksums import tensors_crc32
-from .chunks import as_tensor, check_all_finite, check_chunk, only
+from .chunks import as_tensor, check_all_finite, check_chunk
 from .store_writer import as_stored
 
 _PLAIN = (bool, int, float, str, bytes, Tensor, type(None))
@@ -24,23 +24,26 @@ class IteratorSource:
     - With `state_dict` and `load_state_dict` (a StatefulDataLoader) it is asked for its place, and set to it.
     - Without them a training that goes on reads as many chunks again as were read before, and compares the last one's
       checksum: something that gives others, or an iterator that has been read from, is an error.
+    - A chunk that is a list or tuple has a part of the stream in each place, of the same tokens: what a transcoder
+      reads and its targets, or the layers of a crosscoder.
 
     Args:
-        chunks: of float16, bfloat16, float32 or float64, tensors on any device or numpy arrays, or lists of one of
-            them, as a DataLoader of a TensorDataset gives them.
+        chunks: of float16, bfloat16, float32 or float64, tensors on any device or numpy arrays, or lists of them, as a
+            DataLoader of a TensorDataset gives them.
         source: where they come from, as recorded; also their name in errors.
 
     Raises:
         TypeError, ValueError: no iterable, no chunk in it, a first one of another shape or dtype.
     """
 
-    def __init__(self, chunks: Iterable[Tensor | np.ndarray], source: str = "") -> None:
+    def __init__(self, chunks: Iterable[Any], source: str = "") -> None:
         if isinstance(chunks, (str, bytes, dict)) or not isinstance(chunks, Iterable):
             raise TypeError(f"x={type(chunks).__name__}: must give activations [n, d] when iterated over")
         self._chunks, self._source = chunks, str(source)
         self._saves = all(callable(getattr(chunks, name, None)) for name in ("state_dict", "load_state_dict"))
         self._again = iter(chunks) is not chunks
-        self._pending: Tensor | None = None  # read for its width, and given by the next `read`
+        self.widths: list[int] = []
+        self._pending: list[Tensor] | None = None  # read for its widths, and given by the next `read`
         self._count = self._tokens = 0  # chunks and tokens since the beginning, or since it began anew
         self._last: str | None = None
         self._begin()
@@ -50,20 +53,17 @@ class IteratorSource:
             raise ValueError("x: holds no activations; at least one chunk [n, d] is needed")
 
     @property
-    def widths(self) -> list[int]:
-        return [self._width]
-
-    @property
     def about(self) -> list[dict[str, Any]]:
-        return [{"source": self._source, "settings": {}}]
+        return [{"source": self._source, "settings": {}} for _ in self.widths]
 
     def read(self) -> list[Tensor] | None:
-        x = self._next()
-        if x is None:
+        parts = self._next()
+        if parts is None:
             return None
-        self._count, self._last = self._count + 1, tensors_crc32({"chunk": x})
-        self._tokens += len(x)
-        return [x]
+        named = {"chunk": parts[0]} | {f"chunk, part {i}": x for i, x in enumerate(parts) if i}
+        self._count, self._last = self._count + 1, tensors_crc32(named)
+        self._tokens += len(parts[0])
+        return parts
 
     def state_dict(self) -> dict[str, Any]:
         inner = self._place() if self._pending is None else self._inner
@@ -103,10 +103,10 @@ class IteratorSource:
         """What the iterator itself says of its place."""
         return _plain(self._chunks.state_dict()) if self._saves else None  # type: ignore[attr-defined]
 
-    def _next(self) -> Tensor | None:
+    def _next(self) -> list[Tensor] | None:
         if self._pending is not None:
-            x, self._pending = self._pending, None
-            return x
+            parts, self._pending = self._pending, None
+            return parts
         chunk = next(self._iterator, None)
         if chunk is None and self._again and self._tokens:
             self._begin(self._epoch + 1)
@@ -117,16 +117,27 @@ class IteratorSource:
     def _name(self) -> str:
         return self._source or "the iterator"
 
-    def _checked(self, chunk: Any) -> Tensor:
-        name, chunk = f"x, chunk {self._count}", only(chunk)
-        check_chunk(name, chunk)
-        width = getattr(self, "_width", chunk.shape[1])
-        if chunk.shape[1] != width:
-            raise ValueError(f"{name}: shape={tuple(chunk.shape)}: must be [n, {width}], as wide as the first chunk")
-        self._width: int = width
-        x = as_tensor(chunk)
-        check_all_finite(name, x)
-        return as_stored(x, "float32")
+    def _checked(self, chunk: Any) -> list[Tensor]:
+        """The parts of a chunk, float32 [n, d] each."""
+        chunk_name = f"x, chunk {self._count}"
+        parts = list(chunk) if isinstance(chunk, (list, tuple)) else [chunk]
+        expected = len(self.widths) or max(1, len(parts))
+        if len(parts) != expected:
+            raise ValueError(f"{chunk_name}: {len(parts)} parts: must be {expected}, as in the first chunk")
+        found: list[Tensor] = []
+        for i, part in enumerate(parts):
+            name = f"{chunk_name}, part {i}" if expected > 1 else chunk_name
+            check_chunk(name, part)
+            width = self.widths[i] if self.widths else part.shape[1]
+            if part.shape[1] != width:
+                raise ValueError(f"{name}: shape={tuple(part.shape)}: must be [n, {width}], as wide as the first chunk")
+            if len(part) != len(parts[0]):
+                raise ValueError(f"{name}: {len(part)} tokens: must be those of part 0, which has {len(parts[0])}")
+            x = as_tensor(part)
+            check_all_finite(name, x)
+            found.append(as_stored(x, "float32"))
+        self.widths = self.widths or [x.shape[1] for x in found]
+        return found
 
 
 def _plain(state: Any) -> Any:

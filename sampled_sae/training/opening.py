@@ -44,7 +44,8 @@ def as_activations(x: Any, holdout: int | None = None) -> Activations:
     if isinstance(x, (str, Path)) and is_array_file(x) and not place(x).is_dir():
         return open_array(x, holdout or 0)
     if holdout is not None:
-        raise ValueError(f"holdout={holdout}: is for a tensor or a file of one; {x} has settled what it holds out")
+        name = x.where if isinstance(x, Activations) else x if isinstance(x, (str, Path)) else type(x).__name__
+        raise ValueError(f"holdout={holdout}: is for a tensor or a file of one; {name} has settled what it holds out")
     if isinstance(x, Activations):
         return x
     if isinstance(x, (str, Path)):
@@ -80,14 +81,17 @@ def as_readable(x: Any) -> Activations | StreamedActivations:
     """
     if isinstance(x, ActivationStream):
         if len(x.parts) > 1:
-            raise ValueError(f"store: a stream of {len(x.parts)} parts; give one of its parts, or SAEGroup all of them")
+            raise ValueError(
+                f"store: a stream of {len(x.parts)} parts; give one of them, stream.pair() for a transcoder, "
+                "stream.beside() for a crosscoder, or SAEGroup all of them"
+            )
         return x.parts[0]
     if isinstance(x, StreamedActivations):
         return x
     stored = isinstance(x, (Activations, Tensor, np.ndarray, str, Path))
     if stored or not isinstance(x, Iterable) or isinstance(x, (bytes, dict, torch.nn.Module)):
         return as_activations(x)
-    return ActivationStream(IteratorSource(x)).parts[0]
+    return as_readable(ActivationStream(IteratorSource(x)))
 
 
 def stack_part(i: int) -> str:

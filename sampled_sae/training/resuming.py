@@ -53,7 +53,7 @@ def settings(run: Resumable) -> dict[str, Any]:
         "activations": {name: manifest.get(name) for name in ("model", "layer", "source", "scale")},
         "sae": run.target.settings(),
         "train": asdict(run.config),
-        "data": manifest["settings"] if run.feed.is_streamed else manifest["shards"],
+        "data": run.feed.data,
         "init": run.init,
     }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..support import checksums
@@ -102,12 +103,13 @@ def installed_version(package: str) -> str:
 
 
 def as_stored(x: Tensor, dtype: str) -> Tensor:
-    """A copy of x on the CPU, in the dtype of the shards.
+    """A copy of x on the CPU, in the dtype of the shards, its rows one behind the other.
 
     Raises:
         ValueError: values of x that this dtype cannot hold, or whose squares no sum in float32 can.
     """
-    stored = x.detach().to("cpu", DTYPES[dtype], copy=True)
+    # sums go by the order in memory, and the scale with them
+    stored = x.detach().to("cpu", DTYPES[dtype], copy=True, memory_format=torch.contiguous_format)
     if len(x) == 0:
         return stored
     largest = float(x.detach().abs().max())

@@ -21,7 +21,7 @@ from ..support.output_folder import check_output_folder, held_by_first
 from .evaluation import closing_line, evaluate_activations, reconstruct_with
 from .feed import Feed
 from .fitting import check_fits
-from .opening import Stored, as_activations
+from .opening import Readable, as_readable
 from .precision import settled
 from .sae_group import SAEGroup, check_configs
 from .same_settings import check_same_settings, completed, identity, in_words, is_same_kind
@@ -89,7 +89,7 @@ def variants(
 def run_sweep(
     configs: dict[str, SampledSAEConfig],
     train: TrainConfig,
-    store: Stored,
+    store: Readable,
     folder: Path,
     splice: Splice | SpliceSource | None = None,
     progress: bool = True,
@@ -102,7 +102,8 @@ def run_sweep(
     """Trains and evaluates each config in `folder`/name, then writes the table. What is evaluated is not redone.
 
     Trains `together` configs at a time as one SAEGroup, on `device`; the results do not depend on how many. All
-    see the tokens in the order of `train.seed`; a config's own seed is that of its initial weights alone.
+    see the tokens in the order of `train.seed`; a config's own seed is that of its initial weights alone. A stream is
+    read again from its beginning for each group: with `together` of all configs in one pass.
 
     Writes `results.csv`, `results.md` and `sweep.json`, and in each run's folder the trainer's files,
     `evaluation.json` and `result.json`: the evaluation with the settings it was made with, from which the sweep goes
@@ -110,7 +111,7 @@ def run_sweep(
 
     Args:
         configs: name -> config.
-        store: activations as `Trainer` takes them, with a held-out part.
+        store: activations as `Trainer` takes them, with a held-out part, as a stream of a `ModelSource` may have too.
         splice: measures a reconstruction in the language model, such as `SpliceEvaluator.evaluate`, or loads what does.
         log: as in Trainer, a run for each SAE.
         mesh: as in Trainer; each SAE is trained and evaluated by all its processes, and the first one writes.
@@ -120,16 +121,16 @@ def run_sweep(
         A dict for each config, in their order.
 
     Raises:
-        ValueError: a store without held-out part, results of other settings, model or activations in `folder`, what
+        ValueError: activations without held-out part, results of other settings, model or activations in `folder`, what
             SAEGroup raises; all but a training's own troubles before anything is loaded or computed.
         BlockingIOError: another process trains there.
         Interrupted: a signal came; all that was done is saved.
     """
-    together, store = check_integer("together", together, 1), as_activations(store)
+    together, store = check_integer("together", together, 1), as_readable(store)
     check_configs(configs, store)
     check_output_folder(folder)
     ranks = ranks_of(mesh)
-    feed = Feed(store, train.batch_size, train.seed, device, ranks)
+    feed = Feed(store, train.batch_size, train.seed, device, ranks, steps=train.steps)
     # of a SpliceSource, or of the SpliceEvaluator that a bound method belongs to
     about = getattr(getattr(splice, "__self__", splice), "about", {})
     if about.get("weights_sha256") and not is_same_kind(about, harvested := identity(store.manifest)):
@@ -140,7 +141,7 @@ def run_sweep(
     common = {
         "activations": identity(store.manifest),
         "splice": None if splice is None else about,
-        "data": store.manifest["shards"],
+        "data": feed.data,
     }
     for name, config in configs.items():
         try:
