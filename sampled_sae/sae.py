@@ -82,7 +82,8 @@ class SampledSAE(Sharing, Splicing, LayerParts):
 
     @property
     def cfg(self) -> SampledSAEConfig:
-        """Another one for the same weights takes effect with the next step, which looks for a new pool."""
+        """Another one for the same weights takes effect with the next step, which looks for a new pool. Another seed
+        begins the draws of `pool="sample"` anew."""
         return self._cfg
 
     @cfg.setter
@@ -95,6 +96,8 @@ class SampledSAE(Sharing, Splicing, LayerParts):
             given, have = (", ".join(f"{name}={getattr(c, name)}" for name in differ) for c in (cfg, before))
             raise ValueError(f"cfg: {given}: the weights are of {have}; make another SampledSAE")
         inference_rule.follow(self, before, cfg)
+        if before is not None and cfg.seed != before.seed:
+            self.generator.manual_seed(cfg.seed)
         self._cfg = cfg
         self.memory.pool = KeptPool(cfg.pool_every)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import formats
 from ..config import INFERENCES, POOLS, SELECTS
+from ..formats import circuit_tracer
 from ..pretrained import FORMAT
 from ..sae import SampledSAE
 from ..support.argument_checks import SCORES
@@ -104,6 +105,8 @@ def initial_sae(args: argparse.Namespace) -> SampledSAE | None:
     found = formats.detect(args.init_from)
     if found is None:
         known = ", ".join(formats.FORMATS)
+        of_set = "; `sampled-sae import` takes one out of circuit-tracer's files"
+        known += of_set if (args.init_from / circuit_tracer.CONFIG).is_file() else ""
         raise ValueError(f"init_from={args.init_from}: holds no SAE of this package, nor one of {known}")
     if found == FORMAT:
         return SampledSAE.from_pretrained(args.init_from)

@@ -109,12 +109,14 @@ def check_number(name: str, value: Any, least: float, most: float | None) -> flo
 
 def check_positive(name: str, value: Any, most: float | None = None) -> float:
     """As `check_number`, without 0."""
-    allowed = "a finite number > 0" if most is None else f"a number in (0, {most}]"
+    allowed = "> 0" if most is None else f"in (0, {most}]"
     number = plain_number(value)
-    if number is None:
-        raise TypeError(f"{name}={value!r}: must be {allowed}")
-    if not math.isfinite(number) or number <= 0 or (most is not None and number > most):
+    if number == 0:
         raise ValueError(f"{name}={value!r}: must be {allowed}")
+    if number is None:
+        raise TypeError(f"{name}={value!r}: must be a finite number {allowed}")
+    if not math.isfinite(number) or number < 0 or (most is not None and number > most):
+        raise ValueError(f"{name}={value!r}: must be a finite number {allowed}")
     return number
 
 

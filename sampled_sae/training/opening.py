@@ -66,6 +66,14 @@ def as_activations(x: Any, holdout: int | None = None) -> Activations:
     )
 
 
+def as_part(name: str, x: Any, holdout: int | None = None) -> Activations:
+    """As `as_activations`, of what stands beside others; its errors begin with the `name` that it has among them."""
+    try:
+        return as_activations(x, holdout)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
 def is_pair(folder: str | AnyPath) -> bool:
     """Whether a folder, or a URL of one, has the two stores of a pair in it, as `harvest_pair` writes them."""
     at = place(folder)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .activations import Activations
-from .opening import as_activations
+from .opening import as_activations, as_part
 from .same_settings import identity
 from .same_tokens import check_same_tokens
 
@@ -31,10 +31,7 @@ class PairedActivations(Activations):
 
     def __init__(self, x: Any, target: Any, holdout: int | None = None) -> None:
         self.x = as_activations(x, holdout)
-        try:
-            self.target = as_activations(target, holdout)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"target: {error}") from error
+        self.target = as_part("target", target, holdout)
         for name, part in (("x", self.x), ("target", self.target)):
             if part.d_out is not None:
                 raise ValueError(f"{name}: is a pair of activations already")

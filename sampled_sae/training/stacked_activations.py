@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .activations import Activations
-from .opening import as_activations
+from .opening import as_part
 from .same_settings import side_by_side
 from .same_tokens import check_same_tokens
 
@@ -35,7 +35,7 @@ class StackedActivations(Activations):
             raise TypeError(f"layers={type(layers).__name__}: must be a sequence of activations, one a layer")
         if len(layers) < 2:
             raise ValueError(f"layers: {len(layers)} given; must be at least 2, of the same tokens")
-        self.parts = [as_activations(layer, holdout) for layer in layers]
+        self.parts = [as_part(f"layers[{i}]", layer, holdout) for i, layer in enumerate(layers)]
         first, *others = self.parts
         for i, part in enumerate(self.parts):
             if part.d_out is not None or part.layers > 1:

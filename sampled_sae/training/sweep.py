@@ -157,7 +157,8 @@ def run_sweep(
     results = ranks.share(results)
     for name in results:
         say(f"{place[name]}: already evaluated")
-    held_out, _ = store.holdout()
+    with ranks.together():
+        held_out, _ = store.holdout()
 
     def train_and_evaluate(names: list[str], measure: Splice | None) -> None:
         """One group; its memory is free when this returns, before the next is made."""
