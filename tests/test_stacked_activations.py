@@ -86,7 +86,10 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
         ([a, b[:500]], ValueError, r"layers\[1\]=.*must have the tokens of.*500 in 1 shards and 600 in 1 shards"),
         ([PairedActivations(a, b), c], ValueError, r"layers\[0\]=.*is a pair or a stack"),
         ([StackedActivations([a, b]), c], ValueError, r"layers\[0\]=.*is a pair or a stack"),
-        ([a, 5], TypeError, "store=int"),
+        ([a, 5], TypeError, r"layers\[1\]: store=int"),
+        ([a, b, c * torch.nan], ValueError, r"layers\[2\]: x: nan at token 0"),
+        ([a, b, a.clone()], ValueError, r"layers\[2\]=.*: is there twice"),
+        ([a, a.double().numpy()], ValueError, r"layers\[1\]=.*: is there twice"),
     ):
         with pytest.raises(error, match=said):
             StackedActivations(given)

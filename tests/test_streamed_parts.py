@@ -10,6 +10,7 @@ from sampled_sae import SampledSAEConfig, TrainConfig, Trainer
 from sampled_sae.training.activation_stream import ActivationStream
 from sampled_sae.training.feed import Feed
 from sampled_sae.training.iterator_source import IteratorSource
+from sampled_sae.training.sae_group import SAEGroup
 
 X = torch.randn(700, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.relu(X @ torch.randn(6, 4, generator=torch.Generator().manual_seed(1))) + 1
@@ -75,3 +76,25 @@ def test_a_training_learns_and_resumes(config, stream, tmp_path):
 def test_parts_that_do_not_fit_are_named(given, error, said):
     with pytest.raises(error, match=said):
         ActivationStream(IteratorSource(iter(given)), 128).blocks.get(0, 128)
+
+
+@pytest.mark.parametrize(("first", "second"), [(9, 0), (9, 3), (3, 9)])
+def test_members_that_were_killed_at_different_steps_go_on_together(first, second, tmp_path):
+    """Of one stream, whose blocks they share: one that is ahead waits for the other."""
+
+    def group(folder):
+        stream = ActivationStream(IteratorSource(list(zip(X.split(20), Y.split(20)))), 128)
+        stores = {"pair": stream.pair(), "one": stream.parts[0]}
+        return SAEGroup({"pair": PAIR, "one": replace(STACK, layers=1)}, TRAIN, stores, tmp_path / folder)
+
+    whole = group("whole").run(progress=False)
+    for name, steps in (("pair", first), ("one", second)):
+        begun = group("killed").members[name]
+        for t in range(steps):
+            begun.train_on(begun.feed.batch(t))
+        if steps:
+            begun.save()
+    again = group("killed")
+    assert [member.step for member in again.members.values()] == [first, second]
+    for name, sae in again.run(progress=False).items():
+        assert same_weights(sae, whole[name])

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from sampled_sae.lm.dropped import END_OF_TEXT
-from sampled_sae.lm.text_files import Document, chat_of
+from sampled_sae.lm.pieces import Piece, numbered_pieces
+from sampled_sae.lm.text_files import Document
 from sampled_sae.support.argument_checks import check_integer
 
-PIECE = 1 << 16  # characters that are tokenized at a time: tokenizers take long for very long texts
 _BATCH = 256  # pieces, and
 _BATCH_CHARACTERS = 1 << 20  # characters, that are read before the first of them is needed
 
@@ -56,6 +56,8 @@ def token_rows(texts: Iterable[Document], tokenizer: Any, context: int, limit: i
 
 class RowReader:
     """The rows of `token_rows`, as many at a time as are asked for, from a place in the documents that can be saved.
+
+    A place knows a checksum of what was read before it. Documents that have changed by then are a ValueError.
 
     Args:
         texts: opens the documents at their beginning; called when the first row is asked for.
@@ -98,7 +100,7 @@ class RowReader:
 
     def restart(self) -> None:
         """To the first document."""
-        self.load_state_dict({"pieces": 0, "ids": []})
+        self.load_state_dict({"pieces": 0, "crc32": 0, "ids": []})
 
     def take(self, n: int | None) -> Tensor:
         """The next n rows, int64 [<= n, context], fewer where the documents end; all that are left for None."""
@@ -118,29 +120,43 @@ class RowReader:
 
     def state_dict(self) -> dict[str, Any]:
         """The place behind the rows taken so far: pieces of documents that were read, and ids in no row yet."""
-        return {"pieces": self._pieces, "ids": list(self._ids), **({"dealt": self._dealt} if self._of > 1 else {})}
+        dealt = {"dealt": self._dealt} if self._of > 1 else {}
+        return {"pieces": self._pieces, "crc32": self._crc32, "ids": list(self._ids), **dealt}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """To a place of the same documents, which are read again up to it, but not tokenized."""
         self._pieces, self._ids = int(state["pieces"]), list(state["ids"])
+        self._crc32: int | None = state.get("crc32")  # None: of an earlier version
         self._dealt = bool(state.get("dealt", False))
-        self._reading: Iterator[tuple[int, bool, list[int]]] | None = None
+        self._reading: Iterator[tuple[Piece, list[int]]] | None = None
 
     def _read_piece(self) -> bool:
         """One more piece of a document; False behind the last."""
         if self._reading is None:
-            pieces = islice(enumerate(_pieces(self._texts(), self._tokenizer)), self._pieces, None)
-            self._reading = _encoded((one for one in pieces if self._is_own(one[0])), self._tokenizer)
+            pieces = numbered_pieces(self._texts(), self._tokenizer)
+            self._check_before(islice(pieces, self._pieces))
+            self._reading = _encoded((one for one in pieces if self._is_own(one.number)), self._tokenizer)
         # some may have been tokenized before the pieces were dealt
-        found = next((one for one in self._reading if self._is_own(one[0])), None)
+        found = next((one for one in self._reading if self._is_own(one[0].number)), None)
         if found is None:
             return False
-        number, begins, ids = found
-        if (begins or self._dealt) and (self._ids or self._frame.start is None):
+        piece, ids = found
+        if (piece.begins or self._dealt) and (self._ids or self._frame.start is None):
             self._ids.append(self._frame.between)
         self._ids += ids
-        self._pieces = number + 1
+        self._pieces, self._crc32 = piece.number + 1, piece.crc32
         return True
+
+    def _check_before(self, pieces: Iterable[Piece]) -> None:
+        """ValueError unless these are the pieces that were read before."""
+        number, crc32 = 0, 0
+        for piece in pieces:
+            number, crc32 = piece.number + 1, piece.crc32
+        if (number, crc32) != (self._pieces, crc32 if self._crc32 is None else self._crc32):
+            raise ValueError(
+                "texts: are not those that were read before, in their first "
+                f"{self._pieces} pieces; a training goes on with the same alone"
+            )
 
     def _is_own(self, number: int) -> bool:
         """Whether a piece of the documents is read."""
@@ -173,13 +189,13 @@ def _frame(tokenizer: Any) -> _Frame:
     )
 
 
-def _encoded(pieces: Iterable[tuple[int, tuple[bool, str]]], tokenizer: Any) -> Iterator[tuple[int, bool, list[int]]]:
-    """(number of a piece of a document, whether that begins here, ids)."""
-    some: list[tuple[int, tuple[bool, str]]] = []
+def _encoded(pieces: Iterable[Piece], tokenizer: Any) -> Iterator[tuple[Piece, list[int]]]:
+    """Each with its ids."""
+    some: list[Piece] = []
     characters = 0
-    for number, (begins, piece) in pieces:
-        some.append((number, (begins, piece)))
-        characters += len(piece)
+    for piece in pieces:
+        some.append(piece)
+        characters += len(piece.text)
         if len(some) == _BATCH or characters >= _BATCH_CHARACTERS:
             yield from _ids(some, tokenizer)
             some, characters = [], 0
@@ -187,94 +203,7 @@ def _encoded(pieces: Iterable[tuple[int, tuple[bool, str]]], tokenizer: Any) -> 
         yield from _ids(some, tokenizer)
 
 
-def _ids(some: list[tuple[int, tuple[bool, str]]], tokenizer: Any) -> Iterator[tuple[int, bool, list[int]]]:
+def _ids(some: list[Piece], tokenizer: Any) -> Iterator[tuple[Piece, list[int]]]:
     # verbose=False: long documents are cut here, no need to warn about the model's own limit
-    ids = tokenizer([piece for _, (_, piece) in some], add_special_tokens=False, verbose=False)["input_ids"]
-    for (number, (begins, _)), found in zip(some, ids):
-        yield number, begins, found
-
-
-def _pieces(texts: Iterable[Document], tokenizer: Any) -> Iterator[tuple[bool, str]]:
-    keeps_space: bool | None = None
-    for text in texts:
-        if isinstance(text, (list, dict, bytes)) or not isinstance(text, Iterable):
-            text = _chat_text(text, tokenizer)
-        if isinstance(text, str):
-            text = _without_halves(text)
-        if isinstance(text, str) and len(text) <= PIECE:
-            yield True, text
-            continue
-        if keeps_space is None:
-            keeps_space = _keeps_space(tokenizer)
-        begins = True
-        for piece in _cut([text] if isinstance(text, str) else text, keeps_space):
-            yield begins, piece
-            begins = False
-
-
-def _without_halves(text: str) -> str:
-    """U+FFFD for half of a surrogate pair, as a text that was cut in JSON ends with, and which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _cut(parts: Iterable[str], keeps_space: bool) -> Iterator[str]:
-    """The text of the parts in pieces of at most PIECE characters; none is empty."""
-    held = ""
-    for part in parts:
-        held += part
-        start = 0
-        while len(held) - start > PIECE:
-            end = _cut_point(held, start)
-            yield held[start:end]
-            start = end + (held[end] == " " and not keeps_space)
-        held = held[start:]
-    if held.strip():
-        yield held.rstrip()
-
-
-def _cut_point(text: str, start: int) -> int:
-    """Before the last lone space in the second half of the piece, else behind a line's end, else at its end."""
-    least, most = start + PIECE // 2, start + PIECE
-    at = text.rfind(" ", least, most)
-    for _ in range(64):
-        if at < 0:
-            break
-        if not text[at - 1].isspace() and not text[at + 1].isspace():
-            return at
-        at = text.rfind(" ", least, at)
-    line_end = text.rfind("\n", least, most)
-    return most if line_end < 0 else line_end + 1
-
-
-def _keeps_space(tokenizer: Any) -> bool:
-    """Whether the space at a cut belongs to the piece behind it, or is what the tokenizer puts before a text itself."""
-    texts = ["one two", "one", " two", "two"]
-    whole, left, spaced, bare = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return left + spaced == whole or left + bare != whole
-
-
-def _chat_text(document: Any, tokenizer: Any) -> str:
-    chat = chat_of(document)
-    if chat is None:
-        raise TypeError(
-            f"texts: {str(document)[:200]!r} must be a string, a chat (a list of role and content) or an iterator of "
-            "a text's pieces"
-        )
-    if not getattr(tokenizer, "chat_template", None):
-        return "\n\n".join(filter(None, (_content(message["content"]) for message in chat)))
-    try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except Exception as error:  # a template raises what it likes
-        raise ValueError(f"the tokenizer's chat template refuses {str(chat)[:200]}: {error}") from error
-    return text.removeprefix(tokenizer.bos_token or "")  # a bos between documents is put in with the others
-
-
-def _content(content: Any) -> str:
-    """A message's text: itself, or its parts of text."""
-    if isinstance(content, list):
-        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
-    return content or ""
+    ids = tokenizer([piece.text for piece in some], add_special_tokens=False, verbose=False)["input_ids"]
+    yield from zip(some, ids)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import transformers
 
+from sampled_sae.lm import pieces as pieces_module
 from sampled_sae.lm import rows as rows_module
 from sampled_sae.lm import token_rows
 
@@ -82,7 +83,7 @@ def test_cuts_leave_the_tokens_as_they_are(monkeypatch, make, in_parts):
     tokenizer = make()
     text = long_text(5000)
     want = token_rows([text, "a fox", text[:1000]], tokenizer, 16)
-    monkeypatch.setattr(rows_module, "PIECE", 256)
+    monkeypatch.setattr(pieces_module, "PIECE", 256)
     sizes = []
     real = type(tokenizer).__call__
     monkeypatch.setattr(
@@ -95,9 +96,9 @@ def test_cuts_leave_the_tokens_as_they_are(monkeypatch, make, in_parts):
 
 @pytest.mark.parametrize("text", ["x" * 1000, "fox\n" * 300, "a" + " " * 900 + "b", " \n" * 20 + "fox"])
 def test_texts_without_single_spaces_are_cut_somewhere(monkeypatch, text):
-    monkeypatch.setattr(rows_module, "PIECE", 50)
+    monkeypatch.setattr(pieces_module, "PIECE", 50)
     tokenizer = gpt_like()
-    pieces = [piece for _, piece in rows_module._pieces([text], tokenizer)]
+    pieces = [piece for _, piece in pieces_module._pieces([text], tokenizer)]
     assert "".join(pieces) == text.rstrip()
     assert all(0 < len(piece) <= 50 for piece in pieces)
 

@@ -8,6 +8,7 @@ from small_texts import Numbers, numbered_texts
 from tiny_models import llama
 
 from sampled_sae.lm import ModelSource, RowReader, token_rows
+from sampled_sae.lm import pieces as pieces_module
 from sampled_sae.lm import rows as rows_module
 
 CONTEXT, HELD_OUT = 8, 4
@@ -77,7 +78,7 @@ def test_what_other_shares_read_is_not_tokenized():
 
 
 def test_a_long_text_is_dealt_in_pieces(monkeypatch):
-    monkeypatch.setattr(rows_module, "PIECE", 50)
+    monkeypatch.setattr(pieces_module, "PIECE", 50)
     text = " ".join(str(10 + i % 50) for i in range(200))
     found = [share(which, 2, lambda: [text], 0).take(None).flatten().tolist() for which in range(2)]
     for ids in found:
