@@ -213,6 +213,7 @@ def test_more_steps_read_on_where_the_finished_run_ended(tmp_path):
         (lambda: iter([X[:64], X[:64, :5]]), ValueError, r"chunk 1: shape=\(64, 5\): must be \[n, 12\]"),
         (lambda: iter([X[:64].long()]), TypeError, "x, chunk 0: dtype=torch.int64"),
         (lambda: iter([X[:64], X[:64] * torch.nan]), ValueError, "chunk 1: nan at token 0, dimension 0"),
+        (lambda: [X[:64], None, X[64:]], TypeError, "x, chunk 1: NoneType: must be a torch.Tensor"),
         (lambda: iter(["text"]), TypeError, "x, chunk 0: str: must be a torch.Tensor"),
         (lambda: iter([(X[:64], X[:64])]), ValueError, r"a stream of 2 parts; give one of them, stream.pair\(\)"),
         (lambda: iter([X[:64].view(32, 2, D)]), ValueError, r"layers side by side give StackedActivations\(x.unbind"),

@@ -208,6 +208,7 @@ def test_saved_and_loaded(tmp_path):
         ({"d_out": 7, "apply_b_dec_to_input": True}, "b_dec is of its output; d_out=7"),
         ({"output_scale": 2.0}, "output_scale=2.0: must be 1 for an SAE"),
         ({"d_out": 7, "output_scale": 0}, "output_scale=0: must be > 0"),
+        ({"d_out": 7, "output_scale": -1}, "output_scale=-1: must be a finite number > 0"),
     ],
     ids=str,
 )
@@ -233,7 +234,8 @@ def test_defaults_of_a_config():
         (lambda y: None, r"target=None: a transcoder \(d_out=7\) needs"),
         (lambda y: y[:4], r"target=tensor \(4, 7\): must be a tensor of shape \[5, 7\]"),
         (lambda y: y[:, :6], r"target=tensor \(5, 6\)"),
-        (lambda y: y.tolist(), "target="),
+        (lambda y: y.tolist(), r"target=list: must be a tensor of shape \[5, 7\]"),
+        (lambda y: y.numpy(), r"target=array \(5, 7\): must be a tensor of shape"),
         (lambda y: y.float(), "mixed dtypes: target"),
         (lambda y: y.masked_fill(y > 0, torch.nan), "target: .* values are NaN or inf"),
         (lambda y: y.masked_fill(y > 0, torch.inf), "target: .* values are NaN or inf"),

@@ -14,6 +14,7 @@ from ..support.checksums import tensors_crc32
 from .chunks import as_tensor, check_all_finite, check_chunk
 from .store_writer import as_stored
 
+_END = object()
 _PLAIN = (bool, int, float, str, bytes, Tensor, type(None))
 
 
@@ -107,11 +108,11 @@ class IteratorSource:
         if self._pending is not None:
             parts, self._pending = self._pending, None
             return parts
-        chunk = next(self._iterator, None)
-        if chunk is None and self._again and self._tokens:
+        chunk = next(self._iterator, _END)
+        if chunk is _END and self._again and self._tokens:
             self._begin(self._epoch + 1)
-            chunk = next(self._iterator, None)
-        return None if chunk is None else self._checked(chunk)
+            chunk = next(self._iterator, _END)
+        return None if chunk is _END else self._checked(chunk)
 
     @property
     def _name(self) -> str:

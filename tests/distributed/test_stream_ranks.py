@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from cases import mesh_of, whole
-from launching import OPTIONS, Mishap, files, launch
+from launching import COMMON, OPTIONS, Mishap, files, launch
 from makers import tokens
 from safetensors.torch import load_file
 from small_texts import Numbers, numbered_texts
@@ -134,6 +134,22 @@ def test_every_layout_and_kind_trains_what_one_process_does(words, tmp_path, siz
     alone = [part for part in more if part not in ("--feature-shards", "2")]
     assert main(command(words, tmp_path / "one", *alone, "--lanes", str(size), layer=layer)) == 0
     assert_same_run(tmp_path / "run", tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mishap", [None, Mishap(1, BATCH, "killed", call=12)], ids=str)
+def test_a_sweep_trains_what_train_does(words, two, tmp_path, mishap):
+    places = ["--model", words / "model", "--texts", words / "texts.jsonl", "--layer", "1", "--context", "8"]
+    how = ["--buffer-tokens", "128", "--model-batch-size", "2", "--holdout-rows", "9", "--splice-rows", "5"]
+    grid = ["--ls", "4,none", "--scores", "l2", "--no-topk", "--together", "1"]
+    argv = [str(part) for part in ["sweep", tmp_path / "sweep", *places, *how, *grid, *COMMON]]
+    if mishap is not None:
+        assert 0 not in launch(tmp_path, 2, argv, mishap)[0]
+    codes, outputs = launch(tmp_path, 2, argv)
+    assert codes == [0, 0], outputs
+    member, run = tmp_path / "sweep" / "l4_l2", two[0]
+    assert (member / "sae.safetensors").read_bytes() == (run / "sae.safetensors").read_bytes()
+    assert json.loads((member / "evaluation.json").read_text()) == json.loads((run / "evaluation.json").read_text())
 
 
 @pytest.mark.slow
