@@ -95,6 +95,8 @@ class StackedActivations(Activations):
 
 
 def _same(one: Activations, other: Activations) -> bool:
-    """Whether two are of one place, or hold the same numbers, by the checksums of their shards."""
+    """Whether two are of one place, or hold the same numbers, by the checksums of their shards, and no model says that
+    they are of two, whose first layers may be the same."""
     marks, others = ([shard.get("crc32") for shard in each.manifest["shards"]] for each in (one, other))
-    return one.place == other.place or (None not in marks and marks == others)
+    named = any(each.manifest.get("model") for each in (one, other))
+    return one.place == other.place or (not named and None not in marks and marks == others)
