@@ -27,7 +27,7 @@ def stream_arguments(p: Parser) -> None:
     p.replaces("--model", "activations")
     before = list(p._actions)
     model_arguments(p, None, "runs over --texts in the place of stored activations, none of which are kept: ")
-    _texts_and_places(p, 0)
+    _texts_and_places(p, 0, "; several, comma-separated, give an SAE each, in OUT/layer_N, from one pass of the model")
     p.set_defaults(with_model=added_since(p, before))
 
 
@@ -37,14 +37,15 @@ def sweep_stream_arguments(p: Parser) -> None:
     for option in ("--layer", "--points", "--mlp", "--texts"):
         p.replaces(option, "activations")
     before = list(p._actions)
-    _texts_and_places(p, HOLDOUT_ROWS)
+    _texts_and_places(p, HOLDOUT_ROWS, ", in the place of stored activations")
     p.set_defaults(with_model=added_since(p, before))
 
 
-def _texts_and_places(p: Parser, holdout_rows: int) -> None:
+def _texts_and_places(p: Parser, holdout_rows: int, layers: str) -> None:
+    """layers: what else the help says of --layer."""
     p.add_argument(
         "--layer", type=listed(whole_number), default=None, help="with --model, the block, from 0, whose output is "
-        "trained on; several, comma-separated, give an SAE each, in OUT/layer_N, from one pass of the model"
+        f"trained on{layers}"
     )  # fmt: skip
     place_arguments(p, "with --model, ")
     source_arguments(p, "wiki-en")
