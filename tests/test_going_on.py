@@ -1,5 +1,6 @@
 """Trainings that begin with the weights of an SAE there is, and finished ones that take more steps."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from makers import D, begun_training, make_sae, same_weights, tokens
 
 from sampled_sae import SampledSAE, SampledSAEConfig, TrainConfig, Trainer, formats
 from sampled_sae.cli import main
+from sampled_sae.formats.circuit_tracer import export_transcoder
 from sampled_sae.training.training_run import METRICS
 
 TRAIN = TrainConfig(steps=8, batch_size=32, checkpoint_every=4, log_every=2, lr=3e-3)
@@ -89,6 +91,30 @@ def test_the_command_takes_a_folder_of_ours_or_a_peers(tmp_path, peer, capsys):
         torch.testing.assert_close(getattr(found, name), ours, rtol=1e-5, atol=1e-6)
     assert main([*command, "--batch-size", "64", "--features", "96"]) == 1
     assert "--features 96: init_from has 48" in capsys.readouterr().err.replace("d_sae=", "--features ")
+
+
+def test_the_command_says_where_an_sae_is_of_another_kind(tmp_path, capsys):
+    for name, x in (("x", X), ("y", X.flip(0)), ("narrow", X[:, :5])):
+        torch.save(x, tmp_path / f"{name}.pt")
+    kinds = {"sae": {}, "transcoder": {"d_out": D, "skip": True}, "crosscoder": {"layers": 2}}
+    for kind, changes in kinds.items():
+        SampledSAE(SampledSAEConfig(d_in=D, d_sae=48, k=3, **changes)).save_pretrained(tmp_path / kind)
+    y = str(tmp_path / "y.pt")
+    for kind, x, more, said in (
+        ("sae", "x", ["--targets", y], f"has d_out=None, and .* {D}; --targets makes a transcoder"),
+        ("sae", "x", ["--beside", y], "has layers=1, and .* 2; --beside makes a crosscoder"),
+        ("transcoder", "x", [], f"has d_out={D}, and .* None"),
+        ("transcoder", "x", ["--beside", y], f"has d_out={D}, and .* None"),
+        ("crosscoder", "x", ["--targets", y], f"has d_out=None, and .* {D}"),
+        ("crosscoder", "x", [], "has layers=2, and .* 1"),
+        ("sae", "narrow", [], f"has d_in={D}, and .* 5"),
+    ):
+        places = [str(tmp_path / f"{x}.pt"), str(tmp_path / "run"), *more]
+        assert main(["train", *places, "--init-from", str(tmp_path / kind), "--steps", "1"]) == 1
+        assert re.search(f"--init-from {tmp_path / kind}: {said}", capsys.readouterr().err)
+    export_transcoder(SampledSAE.from_pretrained(tmp_path / "transcoder"), tmp_path / "set", 0, model_name="m")
+    assert main(["train", y, str(tmp_path / "run"), "--init-from", str(tmp_path / "set"), "--steps", "1"]) == 1
+    assert "`sampled-sae import` takes one out of circuit-tracer's files" in capsys.readouterr().err
 
 
 def test_a_finished_run_takes_more_steps(tmp_path):

@@ -15,6 +15,7 @@ from ..support.argument_checks import SCORES
 from ..training.activations import Activations
 from ..training.opening import as_activations
 from ..training.paired_activations import PairedActivations
+from ..training.sae_group import Opened
 from ..training.stacked_activations import StackedActivations
 from .arguments import pool_multiplier
 
@@ -111,6 +112,15 @@ def initial_sae(args: argparse.Namespace) -> SampledSAE | None:
     if found == FORMAT:
         return SampledSAE.from_pretrained(args.init_from)
     return formats.load(args.init_from, k=getattr(args, "k", None), rescale_features=True)
+
+
+def check_same_kind(args: argparse.Namespace, initial: SampledSAE | None, store: Opened) -> None:
+    """ValueError where the SAE to begin with reads or reconstructs something else than the activations have."""
+    kinds = (("d_in", ""), ("d_out", "; --targets makes a transcoder"), ("layers", "; --beside makes a crosscoder"))
+    for name, makes in kinds:
+        if initial is not None and getattr(initial.cfg, name) != getattr(store, name):
+            have, found = getattr(initial.cfg, name), getattr(store, name)
+            raise ValueError(f"init_from={args.init_from}: has {name}={have}, and {store.where} {found}{makes}")
 
 
 def rule_of(args: argparse.Namespace, initial: SampledSAE | None) -> dict[str, Any]:

@@ -29,7 +29,14 @@ from ..training.trainer import Trainer
 from ..training.training_loop import closed_logs, train_to_end
 from ..training.training_run import TrainingRun
 from .arguments import Command, listed, model_arguments, pool_multiplier, seed
-from .beginning import activations_arguments, initial_sae, open_activations, rule_arguments, rule_of
+from .beginning import (
+    activations_arguments,
+    check_same_kind,
+    initial_sae,
+    open_activations,
+    rule_arguments,
+    rule_of,
+)
 from .closing import closing_splice, draw_layers, evaluate_at_end
 from .identity import SPLICE_ROWS, check_same_activations, splice_source
 from .logs import log_place
@@ -110,6 +117,7 @@ def train(args: argparse.Namespace) -> None:
         return _train_on_model(args)
     with args.ranks.together():
         store, initial = _open_stored(args), initial_sae(args)
+        check_same_kind(args, initial, store)
         config = sae_config(args, store, seed=args.seed, **rule_of(args, initial))
         how, log = train_config(args), log_place(args)
     source = closing_splice(args, store)
@@ -134,6 +142,8 @@ def _train_on_model(args: argparse.Namespace) -> None:
     with args.ranks.together():
         initial, how, log = initial_sae(args), train_config(args), log_place(args)
         parts = open_stream(args)
+        for part in parts.values():
+            check_same_kind(args, initial, part)
         rule = {"seed": args.seed, **rule_of(args, initial)}
         configs = {name: sae_config(args, part, **rule) for name, part in parts.items()}
     if len(parts) == 1:
