@@ -91,6 +91,7 @@ def test_scales_of_transcoders_and_crosscoders(kind, changes):
     sae = make_sae(**BEFORE, **kind)
     given = [tokens(20, 12), *([tokens(20, 7, seed=5)] if "d_out" in kind else [])]
     new = SampledSAE(replace(sae.cfg, **changes), dtype=torch.float64)
-    new.load_state_dict({**sae.state_dict(), "input_scale": new.state_dict()["input_scale"]})
+    scales = {name: scale for name, scale in new.state_dict().items() if name.endswith("_scale")}
+    new.load_state_dict({**sae.state_dict(), **scales})
     sae.cfg = new.cfg
     torch.testing.assert_close(sae(*given).loss, new(*given).loss)
