@@ -197,7 +197,7 @@ def test_rule_of_sampled_topk(field, value, error, words):
         (torch.ones(4), 2, "bottom", ValueError, "pool='bottom': must be one of 'top', 'sample'"),
         (torch.ones(2, 2), 2, "top", ValueError, "scores=tensor (2, 2): must be a tensor of shape [F]"),
         (torch.ones(0), 2, "top", ValueError, "scores=tensor (0,): must be a tensor of shape [F]"),
-        ([1.0], 2, "top", ValueError, "scores=[1.0]: must be a tensor of shape [F]"),
+        ([1.0], 2, "top", ValueError, "scores=list: must be a tensor of shape [F]"),
         (torch.tensor([1.0, -1.0]), 1, "top", ValueError, "scores: every value must be a number >= 0"),
         (torch.tensor([1.0, math.nan]), 1, "sample", ValueError, "scores: every value must be a number >= 0"),
     ],

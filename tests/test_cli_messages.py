@@ -67,6 +67,8 @@ def test_a_word_that_is_none_names_its_option(name, action, places, capsys):  # 
     line = full(name, places())
     if action.dest == "model" and name == "train":
         line = [name, *line[2:], "--layer=0", f"--texts={places() / 'texts.jsonl'}"]  # in the place of the activations
+    elif action.dest == "texts" and name == "sweep":
+        line = [name, *line[2:], "--layer=0", "--model=smollm2-135m"]
     elif action.dest == "model" and name not in ("harvest", "encode", "look"):
         line += ["--splice-rows=1", "--insist"]
     _, err = failing([*line, f"{option}=nonsense"], capsys)
