@@ -43,8 +43,16 @@ def short_calibration(monkeypatch):
 @pytest.fixture
 def store(tmp_path):
     """A small store of activations, as harvest writes them."""
-    from makers import write_store
+    from makers import harvested
 
-    from sampled_sae import ActivationStore
+    return harvested(tmp_path / "activations")
 
-    return ActivationStore.open(write_store(tmp_path / "activations"))
+
+@pytest.fixture
+def remote():
+    """A URL of an empty folder in memory."""
+    fsspec = pytest.importorskip("fsspec")
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    yield "memory://data"
+    files.store.clear()
