@@ -223,11 +223,13 @@ def run_on_iterators(argv):
         Trainer(SAE, TRAIN, ActivationStream(IteratorSource(Placed(x)), 128), folder, mesh=mesh).run(progress=False)
     except (ValueError, RuntimeError) as error:
         print(f"{type(error).__name__}: {error}")
+    return 0
 
 
 @pytest.mark.parametrize(("length", "steps"), [(20, 1), (100, 5)], ids=["at once", "later"])
 def test_an_iterator_that_ends_early_ends_all_ranks(tmp_path, length, steps):
-    _, (first, second) = launch(tmp_path, 2, [tmp_path / "run", 900, length], target=run_on_iterators)
+    codes, (first, second) = launch(tmp_path, 2, [tmp_path / "run", 900, length], target=run_on_iterators)
+    assert codes == [0, 0], (first, second)
     said = f"steps=10: the iterator has ended, with tokens for {steps} steps of batch_size=32"
     assert second == f"ValueError: {said}\n"
     assert first == f"RankError: rank 1: {said}\n"
