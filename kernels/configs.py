@@ -59,7 +59,7 @@ ERRORS_BACKWARD = {
 ROUNDED_ROWS = {
     "nvidia": triton.Config({"BR": 4, "BD": 256}, num_warps=4, num_stages=1),
     "gfx942": triton.Config({"BR": 4, "BD": 512}, num_warps=4, num_stages=1),
-    "interpreter": triton.Config({"BR": 4, "BD": 16}),
+    "interpreter": triton.Config({"BR": 16, "BD": 16}),
 }
 # Products with a bound on each entry, which takes more registers than the entry: small tiles.
 FIRING = {

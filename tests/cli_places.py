@@ -117,16 +117,33 @@ def places(pristine, tmp_path, monkeypatch):
     copied = {}
 
     def fresh():
-        if not copied or state_of(root) != copied:
-            shutil.rmtree(root, ignore_errors=True)
+        if not copied:
             shutil.copytree(pristine, root)
-            copied.clear()
-            copied.update(state_of(root))
+        elif state_of(root) != copied:
+            restore(root, pristine, copied)
+        else:
+            return root
+        copied.clear()
+        copied.update(state_of(root))
         return root
 
     monkeypatch.chdir(tmp_path)
     with limited_memory():
         yield fresh
+
+
+def restore(root, pristine, copied):
+    """Makes of `root` a copy of `pristine` again, as `copied` says that it was: what has changed alone is written."""
+    now = state_of(root)
+    for path in sorted(now, reverse=True):
+        if path not in copied or path.is_dir() != (pristine / path.relative_to(root)).is_dir():
+            path.rmdir() if path.is_dir() else path.unlink()
+    for path in sorted(copied):
+        source = pristine / path.relative_to(root)
+        if source.is_dir():
+            path.mkdir(exist_ok=True)
+        elif now.get(path) != copied[path]:
+            shutil.copy2(source, path)
 
 
 @contextmanager

@@ -13,6 +13,12 @@ if not torch.cuda.is_available():
         make_quick()
 # The tensors here are small: a second thread costs more than it gives, several times so on a busy machine.
 torch.set_num_threads(1)
+# a minute and more each: begun first, so that at the end no process waits for one of them
+LONGEST = ("many_problems", "what_the_compiler_makes", "test_rehearsal", "every_step_of_a_training", "bundled_model")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not any(name in item.name for name in LONGEST))
 
 
 @pytest.fixture
@@ -43,8 +49,16 @@ def short_calibration(monkeypatch):
 @pytest.fixture
 def store(tmp_path):
     """A small store of activations, as harvest writes them."""
-    from makers import write_store
+    from makers import harvested
 
-    from sampled_sae import ActivationStore
+    return harvested(tmp_path / "activations")
 
-    return ActivationStore.open(write_store(tmp_path / "activations"))
+
+@pytest.fixture
+def remote():
+    """A URL of an empty folder in memory."""
+    fsspec = pytest.importorskip("fsspec")
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    yield "memory://data"
+    files.store.clear()

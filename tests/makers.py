@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sampled_sae import SampledSAE, SampledSAEConfig, TrainConfig, Trainer, reference, testing
+from sampled_sae import ActivationStore, SampledSAE, SampledSAEConfig, TrainConfig, Trainer, reference, testing
 from sampled_sae import functional as F
 from sampled_sae.support.atomic_files import write_json
 
@@ -157,3 +157,8 @@ def write_store(folder, n=(200, 130, 170), n_holdout=150, d=D, seed=5, **changes
     }
     write_json(folder / "manifest.json", manifest)
     return folder
+
+
+def harvested(folder, **changes):
+    """The `ActivationStore` of `write_store`: layer 0 of the model "made", unless changed."""
+    return ActivationStore.open(write_store(folder, **changes))

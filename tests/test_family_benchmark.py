@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.family import check_same, described, lines, markdown_table
+from benchmarks.family import check_same, described, lines, main, markdown_table
 from sampled_sae import ActivationStore
 from sampled_sae.training.opening import as_activations
 
@@ -31,15 +31,17 @@ def activations(tmp_path_factory):
     return {"matryoshka": root / "one", "transcoder": root / "pair", "crosscoder": root / "stack"}
 
 
+def command(folder, *arguments):
+    words = ["benchmarks/family.py", "--out", str(folder / "out.json"), "--weights", str(folder / "w")]
+    return [*words, "--model", "none", *SMALL, *map(str, arguments)]
+
+
 def run(folder, *arguments):
-    words = [sys.executable, "benchmarks/family.py", "--out", str(folder / "out.json"), "--weights", str(folder / "w")]
-    return subprocess.run(
-        [*words, "--model", "none", *SMALL, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, *command(folder, *arguments)], cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.slow
-def test_family_in_two_calls(activations, tmp_path):
+def test_family_in_two_calls(activations, tmp_path, monkeypatch, capsys):
     """The first has all that is timed; the second trains other seeds and evaluates."""
     kinds = ("matryoshka", "crosscoder")
     given = [word for kind in kinds for word in (f"--{kind}", activations[kind])]
@@ -64,10 +66,14 @@ def test_family_in_two_calls(activations, tmp_path):
     assert not list((tmp_path / "w").iterdir())
     table = (tmp_path / "out.md").read_text()
     assert all(f"**{kind.capitalize()}**" in table for kind in kinds)
-    shown = run(tmp_path, "--matryoshka", activations["crosscoder"] / "beside_1")
-    assert shown.returncode == 2
-    assert "has results of" in shown.stderr
-    assert run(tmp_path, *given, "--k", 4).returncode == 2
+    for more, said in (
+        (("--matryoshka", activations["crosscoder"] / "beside_1"), "has results of"),
+        ((*given, "--k", 4), r"k was 3, is 4"),
+    ):
+        monkeypatch.setattr(sys, "argv", command(tmp_path, *more))
+        with pytest.raises(SystemExit):
+            main()
+        assert said in capsys.readouterr().err
 
 
 def test_results_are_not_mixed(activations, tmp_path):

@@ -21,15 +21,6 @@ X = 2 * tokens(300, D, dtype=torch.float32, seed=3) + 1
 
 
 @pytest.fixture
-def remote():
-    """A URL of an empty folder in memory."""
-    files = fsspec.filesystem("memory")
-    files.store.clear()
-    yield "memory://data"
-    files.store.clear()
-
-
-@pytest.fixture
 def local(tmp_path):
     ActivationStore.write(tmp_path / "acts", X, holdout=40, shard_tokens=100)
     return tmp_path / "acts"

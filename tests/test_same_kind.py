@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from makers import D, make_sae, tokens, write_store
+from makers import D, harvested, make_sae, tokens
 
 from sampled_sae import ActivationStore, SampledSAEConfig, TrainConfig, Trainer
 from sampled_sae.cli import main
@@ -21,11 +21,6 @@ pytestmark = pytest.mark.usefixtures("short_calibration")
 SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0)
 TRAIN = TrainConfig(steps=6, batch_size=64, checkpoint_every=6, log_every=2)
 OPTIONS = ["--features", "96", "--k", "3", "--steps", "6", "--batch-size", "64", "--quiet"]
-
-
-def harvested(folder, **changes):
-    """A store of layer 0 of the model "made", unless changed."""
-    return ActivationStore.open(write_store(folder, **changes))
 
 
 def written(folder, **given):

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from makers import D, write_store
+from makers import D, harvested
 
-from sampled_sae import ActivationStore, SampledSAEConfig, TrainConfig
+from sampled_sae import SampledSAEConfig, TrainConfig
 from sampled_sae.cli import main
 from sampled_sae.support.atomic_files import read_json, write_json
 from sampled_sae.training.sweep import EVALUATION, RESULT, SpliceSource, run_sweep
@@ -15,11 +15,6 @@ pytestmark = pytest.mark.usefixtures("short_calibration")
 SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0)
 TRAIN = TrainConfig(steps=6, batch_size=64, checkpoint_every=6, log_every=2)
 OPTIONS = ["--features", "96", "--k", "3", "--steps", "6", "--batch-size", "64", "--quiet"]
-
-
-def harvested(folder, **changes):
-    """A store of layer 0 of the model "made", unless changed."""
-    return ActivationStore.open(write_store(folder, **changes))
 
 
 WEIGHTS = {"weights_sha256": "ab" * 32}

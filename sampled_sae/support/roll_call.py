@@ -72,13 +72,13 @@ class RollCall:
         others = [rank for rank in range(self.size) if rank != self.rank]
         for rank in others:
             self._store.set(_key("bell", rank), _ALARM)
-        _wait_for(self._store, [_key("answer", rank) for rank in others])
+        _wait_for(self._store, [_key("answer", rank) for rank in others], ANSWER_SECONDS)
         answers = {rank: self._store.get(key) for rank in others if self._store.check([key := _key("answer", rank)])}
         silent = [rank for rank in others if rank not in answers]
         behind = [rank for rank, answer in answers.items() if answer == _UNAWARE]
         with suppress(RuntimeError):
             self._store.set(_VERDICT, json.dumps([silent, behind]))
-            _wait_for(self._store, [_key("read", rank) for rank in answers])
+            _wait_for(self._store, [_key("read", rank) for rank in answers], ANSWER_SECONDS)
             self._store.set(_OVER, b"")
         return Alarm(self.rank, reason, tuple(silent), tuple(behind), ours=True)
 
@@ -99,11 +99,11 @@ class RollCall:
                 self._alarm = Alarm(rank, reason, tuple(silent), tuple(behind))
                 store.set(_key("read", self.rank), b"")
                 if self.rank == 0:  # it may serve the store
-                    _wait_for(store, [_OVER])
+                    _wait_for(store, [_OVER], ANSWER_SECONDS)
         self._heard.set()
 
 
-def _wait_for(store: Any, keys: list[str], seconds: float = ANSWER_SECONDS) -> None:
+def _wait_for(store: Any, keys: list[str], seconds: float) -> None:
     """Until all are there, for a while. A wait of the store's own says on the standard error when it ends."""
     for _ in range(round(seconds / _LOOK_SECONDS)):
         if store.check(keys):

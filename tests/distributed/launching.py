@@ -1,7 +1,6 @@
 """Commands as torchrun starts them: processes of their own, their output, and what may befall one of them."""
 
 import importlib
-import multiprocessing
 import os
 import resource
 import signal
@@ -10,13 +9,18 @@ import sys
 import time
 from dataclasses import dataclass
 
-import torch
+from forked import be_quick, forked
 from workers import PATIENCE
+
+from sampled_sae.support import roll_call
 
 # of train and sweep; --quiet is the last one
 COMMON = ["--features", "96", "--k", "3", "--steps", "8", "--batch-size", "64", "--checkpoint-every", "3"]
 COMMON += ["--log-every", "2", "--rank-timeout", "120", "--quiet"]
 OPTIONS = ["--l", "4", *COMMON]
+
+# mishaps after which a rank says nothing; of two, the other one need not wait for what it says
+DUMB, SIZES = ("killed", "stopped"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 @dataclass
@@ -91,11 +95,13 @@ def do(rank, target, argv, environment, log, mishap, most_bytes):
     for stream in (1, 2):
         os.dup2(out, stream)
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
-    torch.set_num_threads(1)
+    be_quick()
     if most_bytes is not None:
         sys.dont_write_bytecode = True  # Python 3.11 keeps the part of a .pyc file that there was room for
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    if mishap is not None and mishap.what in DUMB and "2" in (os.environ.get(name) for name in SIZES):
+        roll_call.ANSWER_SECONDS = 0.2
     if mishap is not None and mishap.rank in (None, rank):
         mishap.arm()
     status = target(argv)
@@ -109,17 +115,18 @@ def free_port():
         return found.getsockname()[1]
 
 
-def launch(folder, size, argv, mishap=None, full=None, waits_for=None, target=command_line, slurm=False):
-    """(exit statuses, outputs) of `size` processes that run one command, or another function of its arguments.
+def launch(*what, waits_for=None, **more):
+    """(exit statuses, outputs) of `size` processes that run one command: `begin` and `ended`."""
+    return ended(begin(*what, **more), waits_for)
 
-    folder: for their logs. full: the rank whose disk has room for files of 3000 bytes. waits_for: ranks whose end is
-    waited for; the others are killed then. slurm: started as by srun, not as by torchrun.
 
-    Raises:
-        TimeoutError: some had not ended in time; says what all have written.
+def begin(folder, size, argv, mishap=None, full=None, target=command_line, slurm=False):
+    """`size` processes that run one command, or another function of its arguments, and their logs.
+
+    folder: for the logs. full: the rank whose disk has room for files of 3000 bytes. slurm: started as by srun, not as
+    by torchrun.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.tensor", "sampled_sae.distributed", "sampled_sae.cli"])
+    context = forked()
     world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
     if slurm:
         world = {"SLURM_STEP_NUM_TASKS": str(size), "SLURM_STEP_TASKS_PER_NODE": str(size), "SLURM_NODEID": "0"}
@@ -135,6 +142,18 @@ def launch(folder, size, argv, mishap=None, full=None, waits_for=None, target=co
     ]
     for process in processes:
         process.start()
+    return processes, logs
+
+
+def ended(begun, waits_for=None):
+    """(exit statuses, outputs) of processes begun.
+
+    waits_for: ranks whose end is waited for; the others are killed then.
+
+    Raises:
+        TimeoutError: some had not ended in time; says what all have written.
+    """
+    processes, logs = begun
     end, hang = time.monotonic() + PATIENCE, []
     for rank, process in enumerate(processes):
         if waits_for is None or rank in waits_for:

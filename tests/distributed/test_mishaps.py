@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from launching import OPTIONS, Mishap, do, files, free_port, launch
+from launching import OPTIONS, Mishap, begin, do, ended, files, free_port, launch
 from makers import write_store
 from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -101,21 +101,18 @@ def test_of_three_ranks_the_killed_one_is_named_once(store, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rank_that_stands_still_is_given_up(store, tmp_path):
-    mishap = Mishap(1, "sampled_sae.optim:RowAdam.step", "stopped", call=2)
-    argv = ["train", store, tmp_path / "run", *OPTIONS, "--rank-timeout", "20"]
-    codes, outputs = launch(tmp_path, 2, argv, mishap, waits_for=[0])
-    assert codes == [1, -9]
-    assert outputs[0] == f"sampled-sae train: {GONE.format(1)}\n"
-
-
-@pytest.mark.slow
-def test_a_rank_that_is_late_is_named(store, tmp_path):
-    mishap = Mishap(1, "sampled_sae.optim:RowAdam.step", "late", call=2)
-    argv = ["train", store, tmp_path / "run", *OPTIONS, "--rank-timeout", "20"]
-    codes, outputs = launch(tmp_path, 2, argv, mishap, waits_for=[0])
-    assert codes == [1, -9]
-    assert outputs[0].startswith("sampled-sae train: rank 1 is late: took no part in an exchange in time (")
+def test_a_rank_that_stands_still_is_given_up_and_one_that_is_late_is_named(store, tmp_path):
+    """Side by side, since each is waited for."""
+    begun = {}
+    for what in ("stopped", "late"):
+        (folder := tmp_path / what).mkdir()
+        argv = ["train", store, folder / "run", *OPTIONS, "--rank-timeout", "20"]
+        begun[what] = begin(folder, 2, argv, Mishap(1, "sampled_sae.optim:RowAdam.step", what, call=2))
+    found = {what: ended(launched, waits_for=[0]) for what, launched in begun.items()}
+    assert [codes for codes, _ in found.values()] == [[1, -9], [1, -9]]
+    assert found["stopped"][1][0] == f"sampled-sae train: {GONE.format(1)}\n"
+    late = "sampled-sae train: rank 1 is late: took no part in an exchange in time ("
+    assert found["late"][1][0].startswith(late)
 
 
 @pytest.mark.slow

@@ -2,10 +2,12 @@
 
 import json
 import random
+from datetime import timedelta
 from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import mesh_of, whole
 from launching import COMMON, OPTIONS, Mishap, files, launch
 from makers import tokens
@@ -14,6 +16,7 @@ from small_texts import Numbers, numbered_texts
 from test_commands import assert_close, weights
 from tiny_harvest import CONTEXT, VOCABULARY, D, Tiny
 from word_models import save_word_llama
+from workers import PATIENCE
 
 from sampled_sae import SampledSAEConfig, TrainConfig, Trainer
 from sampled_sae.cli import main
@@ -222,24 +225,30 @@ def train_on_iterators(folder, seeds, stop, shape):
     return {name: whole(tensor).clone() for name, tensor in trainer.sae.state_dict().items()}
 
 
-def run_on_iterators(folder, lengths):
-    """What a training says, each process of which has an iterator of so many tokens."""
+def run_on_iterators(argv):
+    """Prints what a training says, each process of which has an iterator of its own; argv: a folder, tokens for each.
+
+    In processes that end: one that lives on keeps its part of the exchange that the other one is in.
+    """
+    folder, *lengths = argv
+    dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE))
     mesh = mesh_of((2, 1))
     rank = ranks_of(mesh).rank
-    x = tokens(lengths[rank], D, dtype=torch.float32, seed=rank)
+    x = tokens(int(lengths[rank]), D, dtype=torch.float32, seed=rank)
     try:
         Trainer(SAE, TRAIN, ActivationStream(IteratorSource(Placed(x)), 128), folder, mesh=mesh).run(progress=False)
     except (ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+        print(f"{type(error).__name__}: {error}")
+    return 0
 
 
 @pytest.mark.parametrize(("length", "steps"), [(20, 1), (100, 5)], ids=["at once", "later"])
-def test_an_iterator_that_ends_early_ends_all_ranks(workers, tmp_path, length, steps):
-    first, second = workers.run(2, run_on_iterators, tmp_path, (900, length))
+def test_an_iterator_that_ends_early_ends_all_ranks(tmp_path, length, steps):
+    codes, (first, second) = launch(tmp_path, 2, [tmp_path / "run", 900, length], target=run_on_iterators)
+    assert codes == [0, 0], (first, second)
     said = f"steps=10: the iterator has ended, with tokens for {steps} steps of batch_size=32"
-    assert second == f"ValueError: {said}"
-    assert first == f"RankError: rank 1: {said}"
+    assert second == f"ValueError: {said}\n"
+    assert first == f"RankError: rank 1: {said}\n"
 
 
 def test_each_process_is_given_an_iterator_of_its_own(workers, tmp_path):

@@ -1,15 +1,14 @@
 """Processes that are started once and compute many cases, each in a gloo process group of its own."""
 
 import gc
-import multiprocessing
 import os
 import shutil
 import tempfile
 import traceback
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
+from forked import be_quick, forked
 
 # against a test that hangs, no measure of speed
 PATIENCE = 300
@@ -34,7 +33,8 @@ def forget_meshes():
 
 def serve(connection, rank):
     """Calls what the connection asks for: (function, arguments, number of processes, store)."""
-    torch.set_num_threads(1)
+    be_quick()
+    gc.freeze()  # what is collected after each call is what the calls have made
     while (task := connection.recv()) is not None:
         function, arguments, size, store = task
         try:
@@ -56,8 +56,7 @@ class Workers:
 
     def __init__(self):
         os.environ["OMP_NUM_THREADS"] = "1"
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["torch", "torch.distributed.tensor", "sampled_sae.distributed"])
+        self.context = forked()
         self.folder = tempfile.mkdtemp()
         self.calls = 0
         self.workers = []

@@ -1,12 +1,10 @@
 """Inputs, expected values and ways to run that the tests of several kernels share."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from forked import be_quick, forked
 
 from sampled_sae.kernels.arguments import Spread
 
@@ -58,11 +56,18 @@ def assert_within_rounding(found, expected, magnitude):
     assert (excess <= 0).all(), f"error beyond fp32 rounding by {excess.max():.3g}"
 
 
-def assert_runs_alone(program):
+def run_program(program, log):
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    be_quick()
+    exec(program, {})
+
+
+def assert_runs_alone(program, folder):
     """In a process of its own: an offset that wraps around ends it."""
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    process = forked().Process(target=run_program, args=(program, folder / "log"))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, (folder / "log").read_text()[-2000:]
 
 
 def masked(a, k):

@@ -153,8 +153,8 @@ assert torch.equal(chunk_statistics(far, None, None, "l2"), chunk_statistics(far
 
 
 @NEEDS_VIRTUAL_MEMORY
-def test_offsets_beyond_32_bits():
-    assert_runs_alone(FAR_ROWS)
+def test_offsets_beyond_32_bits(tmp_path):
+    assert_runs_alone(FAR_ROWS, tmp_path)
 
 
 def test_partials_of_another_width_are_refused(device):

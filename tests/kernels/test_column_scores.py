@@ -234,5 +234,5 @@ assert torch.equal(column_statistics(near, far, None, "l2"), expected)
 
 
 @NEEDS_VIRTUAL_MEMORY
-def test_offsets_beyond_32_bits():
-    assert_runs_alone(FAR_ROWS)
+def test_offsets_beyond_32_bits(tmp_path):
+    assert_runs_alone(FAR_ROWS, tmp_path)

@@ -275,5 +275,5 @@ assert torch.equal(entry_dots(near, far, tokens, features, ends), expected)
 
 
 @NEEDS_VIRTUAL_MEMORY
-def test_offsets_beyond_32_bits():
-    assert_runs_alone(FAR_ROWS)
+def test_offsets_beyond_32_bits(tmp_path):
+    assert_runs_alone(FAR_ROWS, tmp_path)

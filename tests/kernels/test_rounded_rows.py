@@ -7,10 +7,10 @@ from sampled_sae.kernels.rounded_rows import rounded_rows
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-# [N, d]; the interpreter takes 4 rows and 16 of d at once
+# [N, d]; the interpreter takes 16 rows and 16 of d at once
 SHAPES = [
     pytest.param((1, 1), id="one of each"),
-    pytest.param((8, 16), id="one tile"),
+    pytest.param((16, 16), id="one tile"),
     pytest.param((19, 37), id="tails"),
     pytest.param((5, 48), id="tiles of d"),
 ]

@@ -145,5 +145,5 @@ assert (moments[0][F - 1] > 0.09).all()
 
 
 @NEEDS_VIRTUAL_MEMORY
-def test_offsets_beyond_32_bits():
-    assert_runs_alone(FAR_ROWS)
+def test_offsets_beyond_32_bits(tmp_path):
+    assert_runs_alone(FAR_ROWS, tmp_path)

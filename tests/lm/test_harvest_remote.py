@@ -18,15 +18,6 @@ HOW = {"batch_size": 2, "rows_per_shard": 3, "holdout_rows": 2, "source": "rando
 ROWS = torch.randint(0, VOCABULARY, (11, CONTEXT), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture
-def remote():
-    """A URL of an empty folder in memory."""
-    files = fsspec.filesystem("memory")
-    files.store.clear()
-    yield "memory://data"
-    files.store.clear()
-
-
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
