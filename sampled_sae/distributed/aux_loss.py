@@ -42,8 +42,7 @@ def aux_loss(
         # as many as there may be, so that nothing waits for their number: others are put out by their bias
         scores = scores if isinstance(scores, Tensor) else parts.column_scores(operands.in_full(), rule.score)
         members, dead = largest_dead(parts, scores, dead, rule.aux_pool)
-        out = [torch.where(dead, b, -torch.inf) for b in (alone.b, alone.operands.b)]
-        alone = alone._replace(b=out[0], operands=alone.operands._replace(b=out[1]))
+        alone = alone.among(dead)
         defined = defined & mesh.feature.max_(dead.any().to(torch.uint8), "dead features").bool()
     codes = parts.select(alone, members, Rule(k_aux, "token"))
     e_hat = parts.decode(codes, W_dec, None, encoder.rows)

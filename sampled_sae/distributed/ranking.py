@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 from ..impl.column_bounds import MOST_UNDECIDED, ColumnBounds, largest_columns
+from ..impl.encoder import Operands
 from ..impl.pool_sampling import gumbel_noise
 from ..impl.ranking import Ranking
 from .mesh import Mesh
 from .weights import Weights
+
+# Multiplications of B tokens and P features of width d, at most, for which all P places of a pool are computed on every
+# process: about five such products in a step, a millisecond of a GPU. So long its queue stays empty at least where the
+# host waits to learn how many of the features are here.
+MOST_ROOM = 1 << 35
 
 
 class SpreadRanking(Ranking):
@@ -26,7 +32,7 @@ class SpreadRanking(Ranking):
         return noise[self.weights.first : self.weights.first + self.weights.n_local]
 
     def largest(self, keys: Tensor, size: int, most_local: int | None = None) -> Tensor:
-        """Ties go to the lower process. That they may be any number here is the one thing a device is waited for.
+        """Ties go to the lower process. That they may be any number here is what a device is waited for.
 
         most_local: how many keys any process of the dimension `feature` holds at most; that of all features where None.
         """
@@ -34,6 +40,13 @@ class SpreadRanking(Ranking):
             return super().largest(keys, size)
         mine, taken = self.candidates(keys, size, most_local)
         return mine[taken.nonzero().squeeze(1)]
+
+    def has_room(self, operands: Operands, size: int) -> bool:
+        """The same on all processes."""
+        if self.waits or self.mesh.feature.size == 1:
+            return False
+        n_tokens = -(-operands.whole_shape[0] // self.mesh.data.size)
+        return n_tokens * size * operands.x.shape[1] <= MOST_ROOM
 
     def candidates(self, keys: Tensor, size: int, most_local: int | None = None) -> tuple[Tensor, Tensor]:
         """int64, ascending: the `size` largest of the keys here, or all; and which of them are among those of all."""

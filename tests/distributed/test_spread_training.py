@@ -10,8 +10,8 @@ from no_host_sync import NoHostSync, allow_late_scalars
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sampled_sae import RowAdam
+from sampled_sae.distributed import ranking
 from sampled_sae.distributed.gradients import Pending
-from sampled_sae.distributed.ranking import SpreadRanking
 
 BASE = {"aux_coefficient": 0.1, "dead_after": 20, "aux_pool": 7, "impl": "torch"}
 COUNTS = {1: [[13], [9], [5]], 2: [[7, 6], [0, 9], [5, 0]], 3: [[4, 0, 9], [2, 3, 4], [0, 0, 5]]}
@@ -113,6 +113,29 @@ def test_the_triton_form(workers, shape, rule, kind):
     compare(alone, ranks, counts, 1e-4, 1e-3)
 
 
+def with_room_and_without(shape, settings, counts, kind):
+    """Steps whose pools have all places on each process, and steps that wait for how many are needed."""
+    with pytest.MonkeyPatch.context() as patch:
+        room = train_on_mesh(shape, settings, counts, 2, kind)
+        patch.setattr(ranking, "MOST_ROOM", 0)
+        return room, train_on_mesh(shape, settings, counts, 2, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lazy", "dense"])
+def test_places_that_a_pool_leaves_free_change_nothing(workers, kind):
+    """Neither pools, pairs, gradients and moments, nor which rows an optimizer moves."""
+    counts = [[3, 2], [0, 4]]
+    settings = {**BASE, "impl": "triton", "dtype": torch.float32, "dead_after": 4, "row_grads": True, "pool_every": 2}
+    results = workers.run(4, with_room_and_without, (2, 2), settings, counts, kind)
+    rooms, exact = zip(*results)
+    compare({"lines": [], "state": exact[0]["state"]}, rooms, counts, 1e-5)
+    for room, other in results:
+        for line, of_other in zip(room["lines"], other["lines"]):
+            for name, value in line.items():
+                close(value, of_other[name], name, 1e-5)
+
+
 def accumulate(sae, parts, rank):
     """Gradients of two batches together, of x too, through a loss that is not the SAE's own."""
     total, x_gradients = 0, []
@@ -167,8 +190,7 @@ def test_a_step_leaves_nothing_behind(workers, row_grads):
 
 
 def steps_without_waiting(shape, settings):
-    """Fails at an operation that waits for a device, but for one: how many features of a pool are on this process.
-    Hosts tell each other their numbers."""
+    """Fails at an operation that waits for a device. Hosts tell each other their numbers."""
     sae, rank = spread(shape, settings)
     sae.memory.inputs.check = lambda x: None
     optimizer = RowAdam(sae)
@@ -179,15 +201,9 @@ def steps_without_waiting(shape, settings):
         with _disable_current_modes():
             return exchange(*what)
 
-    def here(ranking, keys, size):
-        mine, taken = ranking.candidates(keys, size)
-        with _disable_current_modes():
-            return mine[taken.nonzero().squeeze(1)]
-
     sae.layout.mesh.exchange = between_hosts
     with pytest.MonkeyPatch.context() as patch:
         allow_late_scalars(patch)
-        patch.setattr(SpreadRanking, "largest", here)
         for step, of_step in enumerate(parts):
             with NoHostSync() if step else nullcontext():
                 out = sae(of_step[rank])
