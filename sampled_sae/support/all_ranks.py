@@ -16,13 +16,15 @@ import torch.distributed as dist
 
 from .launch import Launch
 from .meeting import meet
-from .roll_call import Alarm, RollCall
+from .roll_call import Alarm, RollCall, in_time
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 DIMENSIONS = ("data", "feature")
 TIMEOUT = 600.0
+# that a rank which has failed waits for the others to come and hear of it; one may be at a download that stands still
+SOON = 10.0
 # how gloo, NCCL and the store say that another process does not answer
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out", re.IGNORECASE)
 
@@ -140,7 +142,7 @@ class AllRanks:
             error = caught
         if self.size == 1:
             return
-        said = self.gather(None if error is None else (type(error).__name__, str(error)))
+        said = self.gather(None) if error is None else self._told(error)
         failed = [rank for rank in range(self.size) if said[rank] is not None]
         if not failed:
             return
@@ -150,6 +152,14 @@ class AllRanks:
             raise error
         self.agree(other := RankError(f"rank {failed[0]}: {said[failed[0]][1]}"), None)
         raise other from error
+
+    def _told(self, error: Exception) -> list[Any]:
+        """`gather`, where this rank has failed; raises the error, of which `accounted` tells the others, where one of
+        them is not there in SOON seconds. Should it come later, it hears of it all the same."""
+        said = type(error).__name__, str(error)
+        if not (found := in_time(lambda: self.gather(said), SOON)):
+            raise error
+        return found[0]
 
     def agree(self, error: BaseException, line: str | None) -> None:
         """Notes that all ranks know of an error; `line` is what precedes it where it is said, None where it is not."""

@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 # for a thread to answer, on a machine that is busy with other things
 ANSWER_SECONDS = 5.0
 _LOOK_SECONDS = 0.1
 _ALARM, _VERDICT, _OVER, _UNAWARE = "alarm", "verdict", "over", b"unaware"
 _FOREVER = timedelta(days=3650)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,20 @@ class RollCall:
                 if self.rank == 0:  # it may serve the store
                     _wait_for(store, [_OVER])
         self._heard.set()
+
+
+def in_time(exchange: Callable[[], T], seconds: float) -> list[T]:
+    """What an exchange with other ranks returns, alone in a list; empty where it fails, or takes longer. It goes on."""
+    found: list[T] = []
+
+    def run() -> None:
+        with suppress(RuntimeError):  # another rank has ended
+            found.append(exchange())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found
 
 
 def _wait_for(store: Any, keys: list[str], seconds: float = ANSWER_SECONDS) -> None:
