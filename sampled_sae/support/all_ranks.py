@@ -17,6 +17,7 @@ import torch.distributed as dist
 from .launch import Launch
 from .meeting import meet
 from .roll_call import Alarm, RollCall, in_time
+from .timing import machine
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -93,6 +94,10 @@ class AllRanks:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self._control)
         return found
+
+    def on_this_machine(self, value: Any) -> list[Any]:
+        """The values of the ranks that share its memory."""
+        return [of_rank for place, of_rank in self.gather((machine(), value)) if place == machine()]
 
     def total(self, number: float) -> float:
         """The sum of a number of each rank."""
