@@ -80,11 +80,11 @@ class SpreadRanking(Ranking):
             return largest_columns(bounds, size, keys) if bool(fine) else None
         most_local = self.weights.most_local if most_local is None else most_local
         low, high = (keys(t).clamp_min(torch.finfo(torch.float32).min) for t in (bounds.low, bounds.high))
-        cuts = self._cuts(low, high, fine, size, most_local)
-        if cuts is None:
+        least, greatest, fine = self.cuts(low, high, size, fine, most_local)
+        if not bool(fine):
             return None
-        sure = low > cuts[1]
-        undecided = (~sure & ~(high < cuts[0])).nonzero().squeeze(1)
+        sure = low > greatest
+        undecided = (~sure & ~(high < least)).nonzero().squeeze(1)
         unknown = undecided[(bounds.low < bounds.high)[undecided]]
         counts = torch.stack([sure.sum(), *(torch.tensor(len(t)) for t in (undecided, unknown, low))])
         of_ranks = self.mesh.feature.gather(counts, "pool")
@@ -97,16 +97,18 @@ class SpreadRanking(Ranking):
         sure[undecided[taken]] = True
         return sure.nonzero().squeeze(1)
 
-    def _cuts(self, low: Tensor, high: Tensor, fine: Tensor, size: int, most: int) -> tuple[Tensor, Tensor] | None:
-        """Of all processes the size-th largest of `low` and the one behind the size-th of `high`; None where not all
-        are fine. most: columns that a process holds at most."""
-        n = min(size + 1, most)
+    def cuts(
+        self, low: Tensor, high: Tensor, size: int, fine: Tensor | bool = True, most: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all processes the size-th largest of `low`, the one behind that of `high`, and whether all are fine.
+
+        There have to be more columns than `size`. most: columns that a process holds at most.
+        """
+        n = min(size + 1, self.weights.most_local if most is None else most)
         shown = low.new_full((2, n + 1), -torch.inf)
-        shown[:, n] = fine.to(low.dtype)
+        shown[:, n] = torch.as_tensor(fine, device=low.device).to(low.dtype)
         for row, t in zip(shown, (low, high)):
             row[: min(n, len(t))] = t.topk(min(n, len(t))).values
         of_ranks = self.mesh.feature.gather(shown, "pool")
-        if not bool((of_ranks[:, 0, n] == 1).all()):
-            return None
         lows, highs = (of_ranks[:, i, :n].flatten().topk(size + 1).values for i in range(2))
-        return lows[size - 1], highs[size]
+        return lows[size - 1], highs[size], (of_ranks[:, 0, n] == 1).all()

@@ -70,7 +70,7 @@ class OnDisk:
 
 
 class Room:
-    """Makes the spaces of blocks of so many tokens, and says whether there is room for those that a stream holds at once.
+    """Makes the spaces of blocks of so many tokens, and says whether there is room for those held at once.
 
     Args:
         tokens: of a block.

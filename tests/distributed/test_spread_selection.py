@@ -30,6 +30,12 @@ def test_a_screen_changes_none_of_them(workers, shape, number):
     assert_same_entries(workers, shape, random_cases(number, shape[0], torch.float32, "bf16"), 1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 1), (1, 3), (2, 2)], ids=str)
+def test_nor_does_that_of_the_triton_form(workers, shape):
+    assert_same_entries(workers, shape, random_cases(9, shape[0], torch.float32, "bf16", "triton"), 1e-5)
+
+
 def assert_same_entries(workers, shape, cases, tolerance):
     results = workers.run(shape[0] * shape[1], encode_on_mesh, shape, cases)
     for i, (expected, (settings, counts, _)) in enumerate(zip(encode_alone(cases), cases)):

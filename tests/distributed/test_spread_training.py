@@ -85,19 +85,22 @@ def test_every_optimizer_on_every_mesh(workers, shape, kind, rule):
     compare(train_alone(settings, counts, 5, kind), ranks, counts)
 
 
+# the pools and pairs of one process without a screen
+SCREENED = {"screen": "bf16"}
 TRITON = [
-    ((2, 1), {}, "dense"),
-    ((2, 1), {"l": None}, "dense"),
-    ((1, 2), {"select": "token"}, "dense"),
+    ((2, 1), SCREENED, "dense"),
+    ((2, 1), {"l": None, **SCREENED}, "dense"),
+    ((1, 2), {"select": "token", **SCREENED}, "dense"),
     ((1, 2), {"l": None, "groups": (10, 50, 96)}, "dense"),
     ((1, 2), {"groups": (10, 50, 96)}, "dense"),
-    ((2, 1), {"score": "l2_squared", "pool": "sample"}, "lazy"),
-    ((2, 1), {"score": "uniform", "score_tokens": 0.5, "select": "token"}, "decayed"),
+    ((2, 1), {"score": "l2_squared", "pool": "sample", **SCREENED}, "lazy"),
+    ((2, 1), {"score": "uniform", "score_tokens": 0.5, "select": "token", **SCREENED}, "decayed"),
     ((2, 1), {"l": None, "select": "token"}, "decayed bfloat16"),
     ((1, 2), {"score": "entropy", "pool": "sample", "pool_every": 2}, "dense bfloat16"),
-    ((1, 2), {"aux_pool": None, "score_tokens": 0.5}, "lazy"),
+    ((1, 2), {"aux_pool": None, "score_tokens": 0.5, **SCREENED}, "lazy"),
     ((2, 1), {"aux_pool": None, "score": "entropy", "row_grads": False}, "adam"),
     ((2, 2), {"score": "l2_squared", "pool_every": 2}, "decayed"),
+    ((2, 2), {"pool": "sample", **SCREENED}, "dense"),
     ((2, 2), {"l": None, "row_grads": False}, "sgd"),
 ]
 
@@ -108,7 +111,7 @@ def test_the_triton_form(workers, shape, rule, kind):
     settings = {**BASE, "impl": "triton", "dtype": torch.float32, "dead_after": 4, "row_grads": True, **rule}
     counts = [[3, 2], [0, 4]] if shape[0] == 2 else [[5], [4]]
     ranks = workers.run(shape[0] * shape[1], train_on_mesh, shape, settings, counts, 2, kind)
-    alone = train_alone(settings, counts, 2, kind)
+    alone = train_alone({**settings, "screen": "off"}, counts, 2, kind)
     assert any(line["aux"] > 0 for line in alone["lines"])
     compare(alone, ranks, counts, 1e-4, 1e-3)
 
@@ -217,12 +220,12 @@ def steps_without_waiting(shape, settings):
 @pytest.mark.parametrize(
     ("shape", "rule"),
     [
-        ((2, 1), {"select": "batch"}),
+        ((2, 1), {"select": "batch", **SCREENED}),
         ((2, 1), {"select": "token", "pool": "sample", "score_tokens": 0.5}),
-        ((1, 2), {"select": "batch"}),
+        ((1, 2), {"select": "batch", **SCREENED}),
         ((1, 2), {"select": "token"}),
-        ((1, 2), {"select": "batch", "l": None}),
-        ((1, 2), {"select": "token", "l": None}),
+        ((1, 2), {"select": "batch", "l": None, **SCREENED}),
+        ((1, 2), {"select": "token", "l": None, **SCREENED}),
         ((2, 2), {"pool": "sample", "score": "entropy", "score_tokens": 0.5}),
     ],
     ids=str,
