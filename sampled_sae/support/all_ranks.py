@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from .launch import Launch
 from .meeting import meet
-from .roll_call import Alarm, RollCall, in_time
+from .roll_call import RollCall, in_time, verdict
 from .timing import machine
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ class AllRanks:
             shared = isinstance(error, (KeyboardInterrupt, FloatingPointError))
             self.agree(error, "" if shared else f"rank {self.rank}: ")
             return error
-        found = RankError(f"rank {alarm.rank}: {alarm.reason}" if alarm.reason is not None else _verdict(alarm, error))
+        found = RankError(f"rank {alarm.rank}: {alarm.reason}" if alarm.reason is not None else verdict(alarm, error))
         self.agree(found, "" if alarm.ours else None)
         return found
 
@@ -276,18 +276,6 @@ def _lost_contact(error: BaseException) -> bool:
     if isinstance(error, (dist.DistError, KeyboardInterrupt)):
         return True
     return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
-
-
-def _verdict(alarm: Alarm, error: BaseException) -> str:
-    if alarm.silent:
-        return f"{_named(alarm.silent)} no longer there: ended by the system, or its machine lost or standing still"
-    if alarm.behind:
-        return f"{_named(alarm.behind)} late: took no part in an exchange in time ({' '.join(str(error).split())})"
-    return f"rank {alarm.rank}: lost contact, but all ranks are there ({' '.join(str(error).split())})"
-
-
-def _named(ranks: tuple[int, ...]) -> str:
-    return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"
 
 
 @contextmanager

@@ -42,6 +42,19 @@ class Alarm:
     ours: bool = False
 
 
+def verdict(alarm: Alarm, error: BaseException) -> str:
+    """What is said of a lost contact, which `error` has shown."""
+    if alarm.silent:
+        return f"{_named(alarm.silent)} no longer there: ended by the system, or its machine lost or standing still"
+    if alarm.behind:
+        return f"{_named(alarm.behind)} late: took no part in an exchange in time ({' '.join(str(error).split())})"
+    return f"rank {alarm.rank}: lost contact, but all ranks are there ({' '.join(str(error).split())})"
+
+
+def _named(ranks: tuple[int, ...]) -> str:
+    return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"
+
+
 class RollCall:
     """The alarm of one rank of `size`; `store` is a `torch.distributed.Store` that all of them share."""
 
