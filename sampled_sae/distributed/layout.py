@@ -132,7 +132,7 @@ class MeshLayout(Layout):
             return screen
         fast, exact = self._fast, self._exact
         if impl == "triton":
-            fast, few = self.device_mesh.device_type == "cuda", self.mesh.data.size <= MOST_PARTS
+            fast, few = self.mesh.device_mesh.device_type == "cuda", self.mesh.data.size <= MOST_PARTS
             exact = self._ieee and few and self.weights.least_local > 1
         n_tokens = -(-share.n_tokens // self.mesh.data.size)
         wanted = screen == "bf16" or (fast and large_enough(n_tokens, self.weights.most_local))

@@ -154,8 +154,8 @@ def find_pool(
     # drawn once, for the bounds and for the scores in full
     noise = None if rule.pool == "top" else parts.ranking.noise(bounds.low, generator)
     if not isinstance(bounds, ColumnBounds):
-        members, taken = bounds.largest(size, noise)
-        return Pool(members, bounds, taken)
+        chosen, of_these = bounds.largest(size, noise)
+        return Pool(chosen, bounds, of_these)
     found = parts.ranking.within(bounds, size, lambda scores: keys_of(scores, noise))
     if found is not None:
         return Pool(found, bounds)

@@ -207,13 +207,14 @@ def steps_without_waiting(shape, settings):
     sae.layout.mesh.exchange = between_hosts
     with pytest.MonkeyPatch.context() as patch:
         allow_late_scalars(patch)
+        waiting = NoHostSync()
         for step, of_step in enumerate(parts):
-            with NoHostSync() if step else nullcontext():
+            with waiting if step else nullcontext():
                 out = sae(of_step[rank])
                 out.loss.backward()
                 optimizer.step()
             optimizer.zero_grad()
-    return float(out.aux)
+    return float(out.aux), waiting.seen
 
 
 @pytest.mark.slow
@@ -233,4 +234,7 @@ def steps_without_waiting(shape, settings):
 def test_no_step_waits_for_the_device(workers, shape, rule):
     """But for the union of touched rows over `data` without a pool."""
     settings = {**BASE, "impl": "triton", "dtype": torch.float32, "dead_after": 8, "row_grads": True, **rule}
-    assert all(aux > 0 for aux in workers.run(shape[0] * shape[1], steps_without_waiting, shape, settings))
+    for aux, seen in workers.run(shape[0] * shape[1], steps_without_waiting, shape, settings):
+        assert aux > 0
+        # of a pool, and of dead features
+        assert ("settle_columns" in seen) == ("screen" in rule)

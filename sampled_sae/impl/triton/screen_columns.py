@@ -83,20 +83,22 @@ def seen_columns(operands: Operands, score: str) -> SeenColumns | None:
     screen = operands.screen
     if not isinstance(screen, RoundedOperands) or score == "entropy":
         return None
-    (x, *of_x), (W, *of_W) = screen.tokens, screen.weights
-    b, scale, (n_features, d) = operands.b, operands.scale, W.shape
+    tokens, weights, b, scale = screen.tokens, screen.weights, operands.b, operands.scale
+    x, W = tokens.values, weights.values
+    n_features, d = W.shape
     if score == "uniform":
-        return SeenColumns(firing_bounds(x, *of_x, W, *of_W, b), at_most_one)
+        return SeenColumns(firing_bounds(*tokens, *weights, b), at_most_one)
     sums = operands.x.new_zeros(n_features + 4)
     if len(x):
         sums[:n_features] = column_statistics(x, W, b, score, scale)[0]
-        of_tokens = torch.cat(stretches(RoundedRows(x, *of_x), operands.x - x))
+        of_tokens = torch.cat(stretches(tokens, operands.x - x))
         sums[n_features:] = (of_tokens * OF_ROOTS).square()
 
     def bounds(sums: Tensor) -> tuple[Tensor, Tensor]:
         of_x, of_changes = (sums[n_features:].sqrt() * OF_ROOTS).split(2)
         # each part is added with one more rounding, which counts as 1,024 tokens there
         n_tokens = operands.whole_shape[0] + 1024 * MOST_PARTS
+        of_W = weights.norms, weights.errors
         return bounds_kernel.column_bounds(sums[:n_features], *of_W, b, scale, of_x, of_changes, n_tokens, d)
 
     return SeenColumns(sums, bounds)
