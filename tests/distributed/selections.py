@@ -6,7 +6,7 @@ from cases import batches, mesh_of, start
 from sampled_sae.distributed import parallelize
 
 
-def random_cases(number, data, dtype=torch.float64, screen="off", impl="torch"):
+def random_cases(number, data, dtype=torch.float64, screen="off"):
     """(settings, tokens of each process, whether all values are whole numbers, so that they tie)."""
     generator = torch.Generator().manual_seed(11)
 
@@ -24,7 +24,7 @@ def random_cases(number, data, dtype=torch.float64, screen="off", impl="torch"):
             "pool": one_of(["top", "sample"]),
             "score_tokens": one_of([1.0, 0.4]),
             "select": select,
-            "impl": impl,
+            "impl": "torch",
             "dtype": dtype,
             "screen": screen,
             "seed": i,
