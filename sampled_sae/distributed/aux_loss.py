@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Union
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,11 @@ from ..impl.column_bounds import ColumnBounds
 from ..impl.dead_features import AuxRule, ranked
 from ..impl.encoder import Encoder, Operands
 from ..impl.hints import Rule
+from .bounds_on_device import SpreadBounds
 from .mesh import Mesh
 from .parts import SpreadParts
+
+Bounds = Union[ColumnBounds, SpreadBounds]  # noqa: UP007  (evaluated at import)
 
 
 def aux_loss(
@@ -20,7 +25,7 @@ def aux_loss(
     W_dec: Tensor,
     dead: Tensor,
     rule: AuxRule,
-    scores: Tensor | ColumnBounds | None = None,
+    scores: Tensor | Bounds | None = None,
     target: Tensor | None = None,
 ) -> Tensor:
     """As that of one process: impl/torch/aux_loss.py.
@@ -40,10 +45,9 @@ def aux_loss(
         k_aux = min(k_aux, n_members)
     else:
         # as many as there may be, so that nothing waits for their number: others are put out by their bias
-        scores = scores if isinstance(scores, Tensor) else parts.column_scores(operands.in_full(), rule.score)
-        members, dead = largest_dead(parts, scores, dead, rule.aux_pool)
-        out = [torch.where(dead, b, -torch.inf) for b in (alone.b, alone.operands.b)]
-        alone = alone._replace(b=out[0], operands=alone.operands._replace(b=out[1]))
+        keys = dead_keys(parts, operands, dead, rule, scores)
+        members, dead = largest_dead(parts, keys, dead, rule.aux_pool)
+        alone = alone.among(dead)
         defined = defined & mesh.feature.max_(dead.any().to(torch.uint8), "dead features").bool()
     codes = parts.select(alone, members, Rule(k_aux, "token"))
     e_hat = parts.decode(codes, W_dec, None, encoder.rows)
@@ -61,7 +65,7 @@ def residual_variance(residual: Tensor, x: Tensor, n_tokens: int, mesh: Mesh) ->
 
 
 def dead_candidates(
-    parts: SpreadParts, operands: Operands, dead: Tensor, rule: AuxRule, scores: Tensor | ColumnBounds | None
+    parts: SpreadParts, operands: Operands, dead: Tensor, rule: AuxRule, scores: Tensor | Bounds | None
 ) -> Tensor:
     """int64, ascending: of the dead features here those that take part."""
     members = dead.nonzero().squeeze(1)
@@ -75,17 +79,28 @@ def dead_candidates(
         if found is not None:
             return members[found]
         of_members = scores.exact(members)
-    elif scores is None:
-        of_members = parts.column_scores(operands.of_features(members), rule.score)
-    else:
+    elif isinstance(scores, Tensor):
         of_members = scores[members]
+    else:
+        of_members = parts.column_scores(operands.of_features(members), rule.score)
     return members[parts.ranking.largest(of_members, rule.aux_pool, int(counts.max()))]
 
 
-def largest_dead(parts: SpreadParts, scores: Tensor, dead: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """int64, ascending: as many features here, or all, as there may be dead ones among the `size` of highest score of
-    all processes; and bool [F], which features are."""
-    keys = ranked(scores, dead)
+def dead_keys(
+    parts: SpreadParts, operands: Operands, dead: Tensor, rule: AuxRule, scores: Tensor | Bounds | None
+) -> Tensor:
+    """float32 [F]: of the features here, of which the largest of all processes are the dead ones of highest score."""
+    scores = parts.column_bounds(operands, rule.score) if scores is None else scores
+    if isinstance(scores, SpreadBounds) and rule.aux_pool is not None and rule.aux_pool < parts.weights.n_features:
+        return scores.of_dead(dead, rule.aux_pool)
+    if not isinstance(scores, Tensor):
+        scores = parts.column_scores(operands.in_full(), rule.score)
+    return ranked(scores, dead)
+
+
+def largest_dead(parts: SpreadParts, keys: Tensor, dead: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """int64, ascending: as many features here, or all, as there may be dead ones among the `size` of highest key of all
+    processes; and bool [F], which features are."""
     if parts.mesh.feature.size == 1:
         return parts.candidate_pool(keys, min(size, len(dead))), dead
     members, taken = parts.ranking.candidates(keys, min(size, parts.weights.n_features))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..codes import SparseCodes
+from ..impl.column_bounds import MOST_PARTS
 from ..impl.encoder import Share
 from ..impl.hints import ThresholdHints
 from ..impl.interface import Implementation
@@ -18,6 +19,7 @@ from ..impl.rounded_tokens import large_enough
 from ..impl.row_gradients import RowSource
 from ..impl.torch.screen import fast_bfloat16, sums_in_float32
 from ..impl.wrapper_guard import wrapper_of
+from ..support.float32_products import tf32_allowed
 from ..support.tensor_file import Piece
 from .gradients import SpreadRows, SumGradients
 from .implementation import spread_parts
@@ -40,6 +42,7 @@ class MeshLayout(Layout):
         self.size = mesh.size
         self.device_mesh = mesh.device_mesh
         self.batches = 0
+        self._ieee = True
         self._fast, self._exact = self._of_all(fast_bfloat16()), self._of_all(sums_in_float32())
         # a process without tokens has none: with those that every process must have alike they would be mixed up
         self.own_hints = own_hints = ThresholdHints()
@@ -80,10 +83,13 @@ class MeshLayout(Layout):
         fault: Exception | None = None
         try:
             given = read()
-            number = len(given[0])
+            # with a bit for how this process multiplies float32
+            number = 2 * len(given[0]) + int(tf32_allowed())
         except Exception as error:
             fault, number = error, REFUSED
         numbers = self.mesh.exchange(number, together)
+        self._ieee = all(n % 2 == 0 for of_rank in numbers for n in of_rank)
+        numbers = [[n // 2 for n in of_rank] for of_rank in numbers]
         where = f"in batch {self.batches} of sampled_sae.distributed"
         if isinstance(fault, (TypeError, ValueError)):
             raise type(fault)(f"rank {self.mesh.rank}, {where}: {fault}") from fault
@@ -124,9 +130,13 @@ class MeshLayout(Layout):
         """ "auto" and "bf16" become what is right for all processes, since scores are bounded together."""
         if share is None or screen == "off":
             return screen
+        fast, exact = self._fast, self._exact
+        if impl == "triton":
+            fast, few = self.mesh.device_mesh.device_type == "cuda", self.mesh.data.size <= MOST_PARTS
+            exact = self._ieee and few and self.weights.least_local > 1
         n_tokens = -(-share.n_tokens // self.mesh.data.size)
-        wanted = screen == "bf16" or (self._fast and large_enough(n_tokens, self.weights.most_local))
-        return "bf16" if wanted and self._exact and impl == "torch" else "off"
+        wanted = screen == "bf16" or (fast and large_enough(n_tokens, self.weights.most_local))
+        return "bf16" if wanted and exact else "off"
 
     def guard(self, layer: Layer) -> None:
         if (wrapper := wrapper_of(layer)) is not None:

@@ -22,7 +22,7 @@ def parallelize(sae: SampledSAE, mesh: DeviceMesh) -> SampledSAE:
       `data`, where tokens are split, and split by features over `feature`, where all processes are given the same
       tokens. Their values are those of the first process that holds them. Make optimizers afterwards.
     - After `backward()` gradients are those of all tokens: rows with `cfg.row_grads`, else dense, for any optimizer.
-    - With `impl="torch"` all processes screen a batch, or none; `cfg.screen="auto"` goes by the mean of their tokens.
+    - All processes screen a batch, or none; `cfg.screen="auto"` goes by the mean of their tokens.
     - All processes have to make the same calls in the same order.
 
     Args:

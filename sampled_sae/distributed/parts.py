@@ -17,6 +17,7 @@ from ..impl.hints import Rule, ThresholdHints
 from ..impl.interface import Implementation
 from ..impl.row_gradients import RowSource
 from ..impl.torch.scores import finish_scores
+from .bounds_on_device import SpreadBounds
 from .gradients import SpreadRows
 from .mesh import Mesh
 from .ranking import SpreadRanking
@@ -42,13 +43,15 @@ class SpreadParts:
         statistics = self.local.column_statistics(operands, score)
         return finish_scores(self.mesh.data.sum_(statistics, "column statistics"), score)
 
-    def column_bounds(self, operands: Operands, score: str) -> ColumnBounds | None:
+    def column_bounds(self, operands: Operands, score: str) -> ColumnBounds | SpreadBounds | None:
         """Of the features here, over the tokens of all; not finite where some process knows nothing."""
         seen = None if self.local.seen_columns is None else self.local.seen_columns(operands, score)
         if seen is None or operands.screen is None:
             return None
         low, high = seen.bounds(self.mesh.data.sum_(seen.sums, "column statistics"))
         full = operands.in_full()
+        if not self.waits:
+            return SpreadBounds(low, high, full, score, operands.screen.looks, self.ranking, self.mesh)
         return ColumnBounds(
             low, high, lambda at: self.column_scores(full.of_features(at), score), operands.screen.looks
         )

@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 from ..impl.column_bounds import MOST_UNDECIDED, ColumnBounds, largest_columns
+from ..impl.encoder import Operands
 from ..impl.pool_sampling import gumbel_noise
 from ..impl.ranking import Ranking
 from .mesh import Mesh
 from .weights import Weights
+
+# Multiplications of B tokens and P features of width d, at most, for which all P places of a pool are computed on every
+# process: about five such products in a step, a millisecond of a GPU. So long its queue stays empty at least where the
+# host waits to learn how many of the features are here.
+MOST_ROOM = 1 << 35
 
 
 class SpreadRanking(Ranking):
@@ -26,7 +32,7 @@ class SpreadRanking(Ranking):
         return noise[self.weights.first : self.weights.first + self.weights.n_local]
 
     def largest(self, keys: Tensor, size: int, most_local: int | None = None) -> Tensor:
-        """Ties go to the lower process. That they may be any number here is the one thing a device is waited for.
+        """Ties go to the lower process. That they may be any number here is what a device is waited for.
 
         most_local: how many keys any process of the dimension `feature` holds at most; that of all features where None.
         """
@@ -34,6 +40,13 @@ class SpreadRanking(Ranking):
             return super().largest(keys, size)
         mine, taken = self.candidates(keys, size, most_local)
         return mine[taken.nonzero().squeeze(1)]
+
+    def has_room(self, operands: Operands, size: int) -> bool:
+        """The same on all processes."""
+        if self.waits or self.mesh.feature.size == 1:
+            return False
+        n_tokens = -(-operands.whole_shape[0] // self.mesh.data.size)
+        return n_tokens * size * operands.x.shape[1] <= MOST_ROOM
 
     def candidates(self, keys: Tensor, size: int, most_local: int | None = None) -> tuple[Tensor, Tensor]:
         """int64, ascending: the `size` largest of the keys here, or all; and which of them are among those of all."""
@@ -67,11 +80,11 @@ class SpreadRanking(Ranking):
             return largest_columns(bounds, size, keys) if bool(fine) else None
         most_local = self.weights.most_local if most_local is None else most_local
         low, high = (keys(t).clamp_min(torch.finfo(torch.float32).min) for t in (bounds.low, bounds.high))
-        cuts = self._cuts(low, high, fine, size, most_local)
-        if cuts is None:
+        least, greatest, fine = self.cuts(low, high, size, fine, most_local)
+        if not bool(fine):
             return None
-        sure = low > cuts[1]
-        undecided = (~sure & ~(high < cuts[0])).nonzero().squeeze(1)
+        sure = low > greatest
+        undecided = (~sure & ~(high < least)).nonzero().squeeze(1)
         unknown = undecided[(bounds.low < bounds.high)[undecided]]
         counts = torch.stack([sure.sum(), *(torch.tensor(len(t)) for t in (undecided, unknown, low))])
         of_ranks = self.mesh.feature.gather(counts, "pool")
@@ -84,16 +97,18 @@ class SpreadRanking(Ranking):
         sure[undecided[taken]] = True
         return sure.nonzero().squeeze(1)
 
-    def _cuts(self, low: Tensor, high: Tensor, fine: Tensor, size: int, most: int) -> tuple[Tensor, Tensor] | None:
-        """Of all processes the size-th largest of `low` and the one behind the size-th of `high`; None where not all
-        are fine. most: columns that a process holds at most."""
-        n = min(size + 1, most)
+    def cuts(
+        self, low: Tensor, high: Tensor, size: int, fine: Tensor | bool = True, most: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all processes the size-th largest of `low`, the one behind that of `high`, and whether all are fine.
+
+        There have to be more columns than `size`. most: columns that a process holds at most.
+        """
+        n = min(size + 1, self.weights.most_local if most is None else most)
         shown = low.new_full((2, n + 1), -torch.inf)
-        shown[:, n] = fine.to(low.dtype)
+        shown[:, n] = torch.as_tensor(fine, device=low.device).to(low.dtype)
         for row, t in zip(shown, (low, high)):
             row[: min(n, len(t))] = t.topk(min(n, len(t))).values
         of_ranks = self.mesh.feature.gather(shown, "pool")
-        if not bool((of_ranks[:, 0, n] == 1).all()):
-            return None
         lows, highs = (of_ranks[:, i, :n].flatten().topk(size + 1).values for i in range(2))
-        return lows[size - 1], highs[size]
+        return lows[size - 1], highs[size], (of_ranks[:, 0, n] == 1).all()

@@ -23,7 +23,7 @@ class Weights:
 
     Attributes:
         n_features: F of all processes. first, n_local: the features here are first .. first + n_local - 1.
-        most_local: how many any process has at most. shapes: of whole tensors by name.
+        most_local, least_local: how many any process has at most and at least. shapes: of whole tensors by name.
     """
 
     def __init__(self, d_in: int, n_features: int, d_out: int, mesh: Mesh) -> None:
@@ -36,6 +36,7 @@ class Weights:
                 f"d_sae={n_features}: cannot be split over {mesh.feature.size} processes of the dimension 'feature' in "
                 f"ranges of {self.most_local}; use fewer, or more features"
             )
+        self.least_local = self._range(mesh.feature.size - 1)[1]
         self.first, self.n_local = self._range(mesh.feature.rank)
         self.shapes = {
             "W_enc": torch.Size((d_in, n_features)),

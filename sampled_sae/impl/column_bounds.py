@@ -13,6 +13,8 @@ from .rounded_tokens import Looks
 
 # more undecided columns than this share of all cost more than they save
 MOST_UNDECIDED = 1 / 4
+# processes whose sums over the tokens are added up, at most, where bounds have to know how often that rounds
+MOST_PARTS = 1024
 
 
 class ColumnBounds(NamedTuple):
@@ -38,8 +40,9 @@ class DecidedColumns(Protocol):
     @property
     def low(self) -> Tensor: ...
 
-    def largest(self, size: int, noise: Tensor | None = None) -> Tensor:
-        """The `size` columns, below F, of highest score, or of highest ln(score) + noise [F]: int64 ascending."""
+    def largest(self, size: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The `size` columns, below F, of highest score, or of highest ln(score) + noise [F]: int64 ascending; and
+        which of them are meant where more are named, bool, or None for all."""
         ...
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .rounded_tokens import RoundedTokens
@@ -112,6 +113,11 @@ class Encoder(NamedTuple):
     def of_share(self, share: Share | None) -> Encoder:
         """The same, of a part of a batch."""
         return self if share is None else self._replace(operands=self.operands._replace(share=share))
+
+    def among(self, some: Tensor) -> Encoder:
+        """The same, where features outside `some`, bool [F], are never active: their bias is -inf."""
+        b, full = (torch.where(some, t, -torch.inf) for t in (self.b, self.operands.b))
+        return self._replace(b=b, operands=self.operands._replace(b=full))
 
     def weights_alone(self) -> Encoder:
         """An encoder of the same centred input whose gradient reaches W and b alone; no scale."""

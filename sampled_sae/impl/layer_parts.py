@@ -76,5 +76,7 @@ class LayerParts(LayerWeights):
     def _select_together(self, encoder: Encoder) -> SparseCodes:
         """What training mode keeps of a batch."""
         pool = self._find_pool(encoder)
-        members = None if pool is None else pool.members
-        return self._parts.select(encoder, members, Rule(self.cfg.k, self.cfg.select), self.memory.hints)
+        rule = Rule(self.cfg.k, self.cfg.select)
+        if pool is None:
+            return self._parts.select(encoder, None, rule, self.memory.hints)
+        return self._parts.select(pool.of(encoder), pool.members, rule, self.memory.hints)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import pool_size
 from ..support.cuda_graphs import capturing
 from .column_bounds import ColumnBounds, DecidedColumns
-from .encoder import Operands
+from .encoder import Encoder, Operands
 from .ranking import Ranking
 
 # batches without a screen after one that it did not help
@@ -34,10 +34,22 @@ class PoolRule(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """members: int64 [P], ascending. scores: [F], from which they were chosen, or bounds that were enough to do so."""
+    """members: int64 [P], ascending. scores: [F], from which they were chosen, or bounds that were enough to do so.
+
+    taken: bool [P], which of the members belong to the pool; None for all. Others fill its room, where features are
+    spread over processes and none may wait for how many of a pool it has.
+    """
 
     members: Tensor
     scores: Tensor | ColumnBounds | DecidedColumns
+    taken: Tensor | None = None
+
+    def of(self, encoder: Encoder) -> Encoder:
+        """The encoder, for a selection among the members: those that only fill room are never active."""
+        if self.taken is None:
+            return encoder
+        some = torch.zeros(encoder.shape[1], dtype=torch.bool, device=self.taken.device)
+        return encoder.among(some.index_copy_(0, self.members, self.taken))
 
 
 class Scoring(Protocol):
@@ -104,7 +116,9 @@ class KeptPool:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs: tensors and numbers; empty where nothing is kept."""
-        kept = {} if self._pool is None else {**self._pool._asdict(), "uses": self._uses}
+        pool = {} if self._pool is None else self._pool._asdict()
+        kept = {name: value for name, value in pool.items() if value is not None}
+        kept |= {"uses": self._uses} if kept else {}
         return {**kept, "rest": self.rest} if self.rest else kept
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | str) -> None:
@@ -112,7 +126,9 @@ class KeptPool:
         self.reset()
         self.rest = state.get("rest", 0)
         if "members" in state:
-            self._pool = Pool(state["members"].to(device), state["scores"].to(device))
+            taken = state.get("taken")
+            taken = None if taken is None else taken.to(device)
+            self._pool = Pool(state["members"].to(device), state["scores"].to(device), taken)
             self._uses = state["uses"]
 
 
@@ -130,20 +146,26 @@ def find_pool(
     bounds = parts.column_bounds(seen, rule.score)
     if bounds is None:
         scores = parts.column_scores(seen, rule.score)
-        return Pool(parts.candidate_pool(scores, size, rule.pool, generator), scores)
+        if not parts.ranking.has_room(operands, size):
+            return Pool(parts.candidate_pool(scores, size, rule.pool, generator), scores)
+        keys = keys_of(scores, None if rule.pool == "top" else parts.ranking.noise(scores, generator))
+        members, taken = parts.ranking.candidates(keys, size)
+        return Pool(members, scores, taken)
     # drawn once, for the bounds and for the scores in full
     noise = None if rule.pool == "top" else parts.ranking.noise(bounds.low, generator)
     if not isinstance(bounds, ColumnBounds):
-        return Pool(bounds.largest(size, noise), bounds)
-
-    def keys(scores: Tensor) -> Tensor:
-        return scores if noise is None else scores.double().log() + noise
-
-    members = parts.ranking.within(bounds, size, keys)
-    if members is not None:
-        return Pool(members, bounds)
+        chosen, of_these = bounds.largest(size, noise)
+        return Pool(chosen, bounds, of_these)
+    found = parts.ranking.within(bounds, size, lambda scores: keys_of(scores, noise))
+    if found is not None:
+        return Pool(found, bounds)
     scores = parts.column_scores(seen.in_full(), rule.score)
-    return Pool(parts.ranking.largest(keys(scores), size), scores)
+    return Pool(parts.ranking.largest(keys_of(scores, noise), size), scores)
+
+
+def keys_of(scores: Tensor, noise: Tensor | None) -> Tensor:
+    """[F], whose largest are the pool: the scores, or with noise [F] the keys of a draw."""
+    return scores if noise is None else scores.double().log() + noise
 
 
 def share_of(operands: Operands, share: float) -> Tensor:

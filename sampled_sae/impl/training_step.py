@@ -50,7 +50,7 @@ def training_step(
     """
     c, memory = layer.cfg, layer.memory
     members = None if pool is None else pool.members
-    codes = parts.select(encoder, members, Rule(c.k, c.select), memory.hints)
+    codes = parts.select(encoder if pool is None else pool.of(encoder), members, Rule(c.k, c.select), memory.hints)
     loss, mse, x_hat = reconstruct(c, parts, tokens, encoder, leaves, codes)
     aux = mse.new_zeros(())
     counts = layer.layout.local(layer.tokens_since_active)

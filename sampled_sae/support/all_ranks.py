@@ -15,13 +15,16 @@ import torch.distributed as dist
 
 from .launch import Launch
 from .meeting import meet
-from .roll_call import Alarm, RollCall
+from .roll_call import RollCall, in_time, verdict
+from .timing import machine
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 DIMENSIONS = ("data", "feature")
 TIMEOUT = 600.0
+# that a rank which has failed waits for the others to come and hear of it; one may be at a download that stands still
+SOON = 10.0
 # how gloo, NCCL and the store say that another process does not answer
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out", re.IGNORECASE)
 
@@ -91,6 +94,10 @@ class AllRanks:
         dist.all_gather_object(found, value, group=self._control)
         return found
 
+    def on_this_machine(self, value: Any) -> list[Any]:
+        """The values of the ranks that share its memory."""
+        return [of_rank for place, of_rank in self.gather((machine(), value)) if place == machine()]
+
     def total(self, number: float) -> float:
         """The sum of a number of each rank."""
         return number if self.size == 1 else float(sum(self.gather(number)))
@@ -139,7 +146,7 @@ class AllRanks:
             error = caught
         if self.size == 1:
             return
-        said = self.gather(None if error is None else (type(error).__name__, str(error)))
+        said = self.gather(None) if error is None else self._told(error)
         failed = [rank for rank in range(self.size) if said[rank] is not None]
         if not failed:
             return
@@ -149,6 +156,14 @@ class AllRanks:
             raise error
         self.agree(other := RankError(f"rank {failed[0]}: {said[failed[0]][1]}"), None)
         raise other from error
+
+    def _told(self, error: Exception) -> list[Any]:
+        """`gather`, where this rank has failed; raises the error, of which `accounted` tells the others, where one of
+        them is not there in SOON seconds. Should it come later, it hears of it all the same."""
+        said = type(error).__name__, str(error)
+        if not (found := in_time(lambda: self.gather(said), SOON)):
+            raise error
+        return found[0]
 
     def agree(self, error: BaseException, line: str | None) -> None:
         """Notes that all ranks know of an error; `line` is what precedes it where it is said, None where it is not."""
@@ -196,13 +211,13 @@ class AllRanks:
             shared = isinstance(error, (KeyboardInterrupt, FloatingPointError))
             self.agree(error, "" if shared else f"rank {self.rank}: ")
             return error
-        found = RankError(f"rank {alarm.rank}: {alarm.reason}" if alarm.reason is not None else _verdict(alarm, error))
+        found = RankError(f"rank {alarm.rank}: {alarm.reason}" if alarm.reason is not None else verdict(alarm, error))
         self.agree(found, "" if alarm.ours else None)
         return found
 
 
 ALONE = AllRanks()
-_made: dict[tuple[DeviceMesh, dist.ProcessGroup], AllRanks] = {}
+_made: dict[tuple[DeviceMesh, dist.ProcessGroup | None], AllRanks] = {}
 
 
 def own_part(batch: torch.Tensor, ranks: AllRanks) -> torch.Tensor:
@@ -261,18 +276,6 @@ def _lost_contact(error: BaseException) -> bool:
     if isinstance(error, (dist.DistError, KeyboardInterrupt)):
         return True
     return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
-
-
-def _verdict(alarm: Alarm, error: BaseException) -> str:
-    if alarm.silent:
-        return f"{_named(alarm.silent)} no longer there: ended by the system, or its machine lost or standing still"
-    if alarm.behind:
-        return f"{_named(alarm.behind)} late: took no part in an exchange in time ({' '.join(str(error).split())})"
-    return f"rank {alarm.rank}: lost contact, but all ranks are there ({' '.join(str(error).split())})"
-
-
-def _named(ranks: tuple[int, ...]) -> str:
-    return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"
 
 
 @contextmanager

@@ -72,10 +72,11 @@ class RemotePath:
         return PurePosixPath(self._path).suffix
 
     def exists(self) -> bool:
-        return self._info() is not None
+        """By what is there now: another process may have written it since this one has last looked."""
+        return self._info(anew=True) is not None
 
     def is_file(self) -> bool:
-        found = self._info()
+        found = self._info() or self._info(anew=True)
         return found is not None and found["type"] == "file"
 
     def is_dir(self) -> bool:
@@ -124,13 +125,17 @@ class RemotePath:
     def resolve(self) -> RemotePath:
         return self
 
-    def _info(self) -> dict[str, Any] | None:
+    def _info(self, anew: bool = False) -> dict[str, Any] | None:
         """What the other side says of it; None where nothing is there.
+
+        anew: without the listings that some kinds keep for as long as a process lives.
 
         Raises:
             OSError: it says neither, a lost connection for one, where fsspec's own `exists` and `isfile` would say no.
         """
         try:
+            if anew:
+                self._files.invalidate_cache(self._path)
             found: dict[str, Any] = self._files.info(self._path)
         except (FileNotFoundError, NotADirectoryError):
             return None

@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 # for a thread to answer, on a machine that is busy with other things
 ANSWER_SECONDS = 5.0
 _LOOK_SECONDS = 0.1
 _ALARM, _VERDICT, _OVER, _UNAWARE = "alarm", "verdict", "over", b"unaware"
 _FOREVER = timedelta(days=3650)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,19 @@ class Alarm:
     silent: tuple[int, ...] = ()
     behind: tuple[int, ...] = ()
     ours: bool = False
+
+
+def verdict(alarm: Alarm, error: BaseException) -> str:
+    """What is said of a lost contact, which `error` has shown."""
+    if alarm.silent:
+        return f"{_named(alarm.silent)} no longer there: ended by the system, or its machine lost or standing still"
+    if alarm.behind:
+        return f"{_named(alarm.behind)} late: took no part in an exchange in time ({' '.join(str(error).split())})"
+    return f"rank {alarm.rank}: lost contact, but all ranks are there ({' '.join(str(error).split())})"
+
+
+def _named(ranks: tuple[int, ...]) -> str:
+    return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"
 
 
 class RollCall:
@@ -101,6 +116,20 @@ class RollCall:
                 if self.rank == 0:  # it may serve the store
                     _wait_for(store, [_OVER], ANSWER_SECONDS)
         self._heard.set()
+
+
+def in_time(exchange: Callable[[], T], seconds: float) -> list[T]:
+    """What an exchange with other ranks returns, alone in a list; empty where it fails, or takes longer. It goes on."""
+    found: list[T] = []
+
+    def run() -> None:
+        with suppress(RuntimeError):  # another rank has ended
+            found.append(exchange())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found
 
 
 def _wait_for(store: Any, keys: list[str], seconds: float) -> None:

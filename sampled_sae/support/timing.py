@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -186,6 +187,14 @@ def check_memory(what: str, needed: float, device: torch.device | str = "cpu") -
     free = free_memory(device)
     if needed > free:
         raise MemoryError(f"{what}: about {needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free")
+
+
+def machine() -> str:
+    """Which machine it is whose memory this is: containers on one have the same."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
 
 
 def free_memory(device: torch.device | str = "cpu") -> float:

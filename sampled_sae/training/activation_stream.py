@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..support.argument_checks import check_integer
@@ -37,9 +38,11 @@ class ActivationStream:
 
     Attributes:
         parts: what each SAE reads of it: one of an iterator, one a layer of a model.
+        room: for its blocks.
 
     Raises:
-        MemoryError: two blocks, and one while it is put together, are more than there is memory.
+        MemoryError: two blocks, and one while it is put together, are more than there is memory. Several processes ask
+            when they begin to train, for what those of one machine hold together.
         ValueError: no such folder, or no room for two blocks on its disk.
     """
 
@@ -47,8 +50,10 @@ class ActivationStream:
         self, source: Described, buffer_tokens: int = BUFFER_TOKENS, buffer_on_disk: str | Path | None = None
     ) -> None:
         self.buffer_tokens = check_integer("buffer_tokens", buffer_tokens, 1)
-        self._room = Room(self.buffer_tokens, source.widths, buffer_on_disk)
-        self.blocks = Blocks(source, self._room)
+        self.room = Room(self.buffer_tokens, source.widths, buffer_on_disk)
+        if not (dist.is_initialized() and dist.get_world_size() > 1):
+            self.room.check()
+        self.blocks = Blocks(source, self.room)
         self._lanes: dict[tuple[int, int], Blocks] = {}
         self.parts = [StreamedActivations(self, i, about) for i, about in enumerate(source.about)]
 
@@ -71,7 +76,7 @@ class ActivationStream:
         if of == 1 or not self.divides:
             return self.blocks
         if (which, of) not in self._lanes:
-            self._lanes[which, of] = Blocks(self.blocks.source.lane(which, of), self._room)  # type: ignore[attr-defined]
+            self._lanes[which, of] = Blocks(self.blocks.source.lane(which, of), self.room)  # type: ignore[attr-defined]
         return self._lanes[which, of]
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import tempfile
 from pathlib import Path
@@ -69,7 +70,7 @@ class OnDisk:
 
 
 class Room:
-    """Makes the spaces of blocks of so many tokens.
+    """Makes the spaces of blocks of so many tokens, and says whether there is room for those held at once.
 
     Args:
         tokens: of a block.
@@ -77,17 +78,28 @@ class Room:
         folder: that of their files; None for memory.
 
     Raises:
-        MemoryError, ValueError: there is no room for the blocks that a stream holds at once; no such folder.
+        ValueError: no such folder.
     """
 
     def __init__(self, tokens: int, widths: list[int], folder: str | Path | None = None) -> None:
-        self._folder, size = None if folder is None else Path(folder), 4 * tokens * sum(widths)
-        if self._folder is None:
-            check_memory(f"buffer_tokens={tokens}", _IN_MEMORY * size)
-        elif not self._folder.is_dir():
+        self._folder = None if folder is None else Path(folder)
+        self._tokens, self._size, self._checked = tokens, 4 * tokens * sum(widths), False
+        if self._folder is not None and not self._folder.is_dir():
             raise ValueError(f"buffer_on_disk={folder}: must be a folder that is there")
+
+    def check(self, part: float = 1.0) -> None:
+        """Of the blocks those that lie on this machine, `part` of them; asked once, before the first is there.
+
+        Raises:
+            MemoryError, ValueError: there is no room for them in memory, or on the disk of the folder.
+        """
+        if self._checked:
+            return
+        if self._folder is None:
+            check_memory(f"buffer_tokens={self._tokens}", part * _IN_MEMORY * self._size)
         else:
-            check_output_folder(self._folder, _ON_DISK * size)
+            check_output_folder(self._folder, math.ceil(part * _ON_DISK * self._size))
+        self._checked = True
 
     def part(self, width: int) -> Space:
         return InMemory(width) if self._folder is None else OnDisk(self._folder, width)

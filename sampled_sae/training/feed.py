@@ -107,6 +107,16 @@ class Feed:
         return self.store.manifest["settings" if self.is_streamed else "shards"]
 
     @property
+    def held(self) -> float:
+        """Of the blocks of a stream, the part that this process holds; 0 where there are none."""
+        return self.stream.held if isinstance(self.stream, StreamedBatches) else 0.0
+
+    def check_room(self, part: float) -> None:
+        """Raises MemoryError or ValueError where this machine has no room for such a part of the blocks."""
+        if isinstance(self.stream, StreamedBatches):
+            self.stream.check_room(part)
+
+    @property
     def is_streamed(self) -> bool:
         """Whether it reads a stream, whose place a checkpoint holds."""
         return isinstance(self.stream, StreamedBatches)

@@ -187,7 +187,8 @@ def _spread_whole(run: Resumable, state: dict[str, Any]) -> None:
     pool = state["pool"]
     if "members" in pool:
         mask = torch.zeros(run.sae.cfg.d_sae, dtype=torch.bool)
-        whole |= {"pool.members": mask.index_fill_(0, pool["members"], True), "pool.scores": pool["scores"]}
+        mask.index_fill_(0, pool["members"], True)
+        whole |= {"pool.members": mask, "pool.taken": mask, "pool.scores": pool["scores"]}
     own = _tensors(run, kept=pool)
     for name, tensor in own.items():
         part = whole[name].to(tensor.device)
@@ -198,7 +199,7 @@ def _spread_whole(run: Resumable, state: dict[str, Any]) -> None:
 
 
 def _tensors(run: Resumable, kept: dict[str, Any] | None = None) -> dict[str, Tensor]:
-    """By name all that a run goes on from, or is to read: of a pool that is kept, its members are a mask.
+    """By name all that a run goes on from, or is to read: of a pool that is kept, members and those taken are masks.
 
     kept: what a checkpoint says of its pool; that of the run itself where None.
     """
@@ -210,11 +211,13 @@ def _tensors(run: Resumable, kept: dict[str, Any] | None = None) -> dict[str, Te
     layout, local = run.sae.layout, run.sae.layout.local(run.sae.b_enc)
     pool = run.sae.memory.pool.state_dict() if kept is None else {}
     if "uses" in (pool if kept is None else kept):
-        mask = torch.zeros(len(local), dtype=torch.bool, device=local.device)
+        masks = torch.zeros(2, len(local), dtype=torch.bool, device=local.device)
         if kept is None:
-            mask[pool["members"]] = True
-        scores = pool.get("scores", torch.zeros_like(local))
-        found |= {"pool.members": layout.like(mask, "b_enc"), "pool.scores": layout.like(scores, "b_enc")}
+            members = pool["members"]
+            masks[0, members] = True
+            masks[1, members] = pool.get("taken", masks[0, members])
+        columns = dict(zip(("members", "taken"), masks), scores=pool.get("scores", torch.zeros_like(local)))
+        found |= {f"pool.{name}": layout.like(column, "b_enc") for name, column in columns.items()}
     return found
 
 
@@ -246,4 +249,6 @@ def _take_over(run: Resumable, tensors: dict[str, Tensor], pool: dict[str, Any])
         local = run.sae.layout.local
         members = local(tensors["pool.members"]).nonzero().squeeze(1)
         kept |= {"members": members, "scores": local(tensors["pool.scores"])}
+        taken = local(tensors.get("pool.taken", tensors["pool.members"]))[members]  # earlier versions: all of them
+        kept |= {} if taken.all() else {"taken": taken}
     run.sae.memory.pool.load_state_dict(kept, run.feed.device)

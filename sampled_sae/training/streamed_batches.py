@@ -75,6 +75,15 @@ class StreamedBatches:
         self._scales: list[float] | None = None  # of x, and of a pair of its targets
 
     @property
+    def held(self) -> float:
+        """Of the blocks of all lanes, which have the tokens of the buffer, the part that this process holds."""
+        return len(self._own) / self.lanes
+
+    def check_room(self, part: float) -> None:
+        """Whether there is room for the part of the blocks that the processes of this machine hold; `Room.check`."""
+        self._part.stream.room.check(part)
+
+    @property
     def scale(self) -> float | tuple[float, ...]:
         """Activations times this have mean ||x||^2 = d_in, by the first block; one number a layer of several."""
         return tuple(self.scales) if self._part.layers > 1 else self.scales[0]

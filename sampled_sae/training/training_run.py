@@ -83,8 +83,12 @@ class TrainingRun:
         self.init = None if init_from is None else check_initial(init_from, sae_config)
         self._ranks = ranks = feed.ranks
         needed = checkpoint_bytes(sae_config, train_config)
+        here = ranks.on_this_machine(feed.held)
         with ranks.together():
-            check_memory(f"d_sae={sae_config.d_sae}", needed // ranks.feature[1], feed.device)
+            feed.check_room(sum(here))
+            # each process has a GPU of its own, if any
+            together = 1 if feed.device.type == "cuda" else len(here)
+            check_memory(f"d_sae={sae_config.d_sae}", together * needed // ranks.feature[1], feed.device)
             # A checkpoint is written beside the one before it.
             begun = any((self.folder / name).exists() for name in (CHECKPOINT, RECORD))
             check_output_folder(self.folder, needed if begun else 2 * needed)

@@ -30,6 +30,43 @@ def test_a_screen_changes_none_of_them(workers, shape, number):
     assert_same_entries(workers, shape, random_cases(number, shape[0], torch.float32, "bf16"), 1e-5)
 
 
+def pools(sae, data, rank):
+    """Which of all features are candidates in each batch."""
+    n = sae.cfg.d_sae // 2 * 2
+    with torch.no_grad():  # columns that bfloat16 cannot tell from their neighbours
+        for weights in (sae.W_enc, sae.b_enc):
+            of_feature = sae.layout.local(weights)
+            of_feature[..., 1:n:2] = of_feature[..., : n - 1 : 2] * 1.0001
+    found = []
+    for of_step in data:
+        pool = sae._find_pool(sae._encoder_of(torch.cat(of_step) if rank is None else of_step[rank], by_batch=True))
+        found.append(pool.members if pool.taken is None else pool.members[pool.taken])
+    return found
+
+
+def pools_on_mesh(shape, rules, data):
+    saes = [spread(shape, rule) for rule in rules]
+    first = saes[0][0].layout.weights.first
+    return [[members + first for members in pools(sae, data, rank)] for sae, rank in saes]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2)], ids=str)
+def test_nor_does_that_of_the_triton_form(workers, shape):
+    """An odd number of candidates takes one of two columns that are all but the same."""
+    common = {"k": 5, "l": 1.0, "impl": "triton", "dtype": torch.float32, "screen": "bf16", "d_sae": 24}
+    drawn = {"score": "l2_squared", "pool": "sample"}
+    each = [{}, {}, drawn, drawn, {"score": "uniform"}]
+    rules = [{**common, "seed": seed, **rule} for seed, rule in enumerate(each)]
+    data = batches([[9, 5], [6, 0]], 2, dtype=torch.float32)
+    ranks = workers.run(shape[0] * shape[1], pools_on_mesh, shape, rules, data)
+    for i, rule in enumerate(rules):
+        for step, expected in enumerate(pools(start({**rule, "screen": "off"}), data, None)):
+            of_features = ranks[: shape[1]]  # of one set of tokens
+            assert torch.equal(torch.cat([found[i][step] for found in of_features]), expected), (rule, step)
+            assert all(torch.equal(found[i][step], ranks[j % shape[1]][i][step]) for j, found in enumerate(ranks))
+
+
 def assert_same_entries(workers, shape, cases, tolerance):
     results = workers.run(shape[0] * shape[1], encode_on_mesh, shape, cases)
     for i, (expected, (settings, counts, _)) in enumerate(zip(encode_alone(cases), cases)):

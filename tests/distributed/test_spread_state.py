@@ -1,5 +1,7 @@
 """States of an SAE over a mesh: saved, loaded whole, and through torch.distributed.checkpoint at another layout."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -138,6 +140,26 @@ def test_a_mesh_of_one_process_leaves_the_sae_as_it_is(workers):
     assert same
     assert loss == alone["lines"][-1]["loss"]
     assert all(torch.equal(found[name], t) for name, t in alone["state"].items())
+
+
+def kept_pool(taken):
+    """A pool that is kept, and what is left of it behind a checkpoint's tensors."""
+    sae, _ = spread((1, 2), SETTINGS)
+    run = SimpleNamespace(sae=sae, optimizer=optimizer_of(sae, "dense"), feed=SimpleNamespace(device="cpu"))
+    members, here = torch.tensor([1, 4, 7]), sae.layout.mesh.rank
+    state = {"members": members, "scores": torch.rand(48, dtype=torch.float64), "uses": 2}
+    state |= {"taken": torch.tensor(taken[here])} if taken[here] else {}
+    sae.memory.pool.load_state_dict(state, "cpu")
+    tensors = resuming._tensors(run)
+    sae.memory.pool.reset()
+    resuming._take_over(run, tensors, {"uses": 2})
+    return state, sae.memory.pool.state_dict()
+
+
+def test_a_kept_pool_with_free_places_is_saved_with_them(workers):
+    for before, after in workers.run(2, kept_pool, ([True, False, True], None)):
+        assert before.keys() == after.keys()
+        assert all(torch.equal(torch.as_tensor(after[name]), torch.as_tensor(t)) for name, t in before.items())
 
 
 def hints_of(sae):

@@ -10,8 +10,8 @@ from no_host_sync import NoHostSync, allow_late_scalars
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sampled_sae import RowAdam
+from sampled_sae.distributed import ranking
 from sampled_sae.distributed.gradients import Pending
-from sampled_sae.distributed.ranking import SpreadRanking
 
 BASE = {"aux_coefficient": 0.1, "dead_after": 20, "aux_pool": 7, "impl": "torch"}
 COUNTS = {1: [[13], [9], [5]], 2: [[7, 6], [0, 9], [5, 0]], 3: [[4, 0, 9], [2, 3, 4], [0, 0, 5]]}
@@ -85,19 +85,22 @@ def test_every_optimizer_on_every_mesh(workers, shape, kind, rule):
     compare(train_alone(settings, counts, 5, kind), ranks, counts)
 
 
+# the pools and pairs of one process without a screen
+SCREENED = {"screen": "bf16"}
 TRITON = [
-    ((2, 1), {}, "dense"),
-    ((2, 1), {"l": None}, "dense"),
-    ((1, 2), {"select": "token"}, "dense"),
+    ((2, 1), SCREENED, "dense"),
+    ((2, 1), {"l": None, **SCREENED}, "dense"),
+    ((1, 2), {"select": "token", **SCREENED}, "dense"),
     ((1, 2), {"l": None, "groups": (10, 50, 96)}, "dense"),
     ((1, 2), {"groups": (10, 50, 96)}, "dense"),
-    ((2, 1), {"score": "l2_squared", "pool": "sample"}, "lazy"),
-    ((2, 1), {"score": "uniform", "score_tokens": 0.5, "select": "token"}, "decayed"),
+    ((2, 1), {"score": "l2_squared", "pool": "sample", **SCREENED}, "lazy"),
+    ((2, 1), {"score": "uniform", "score_tokens": 0.5, "select": "token", **SCREENED}, "decayed"),
     ((2, 1), {"l": None, "select": "token"}, "decayed bfloat16"),
     ((1, 2), {"score": "entropy", "pool": "sample", "pool_every": 2}, "dense bfloat16"),
-    ((1, 2), {"aux_pool": None, "score_tokens": 0.5}, "lazy"),
+    ((1, 2), {"aux_pool": None, "score_tokens": 0.5, **SCREENED}, "lazy"),
     ((2, 1), {"aux_pool": None, "score": "entropy", "row_grads": False}, "adam"),
     ((2, 2), {"score": "l2_squared", "pool_every": 2}, "decayed"),
+    ((2, 2), {"pool": "sample", **SCREENED}, "dense"),
     ((2, 2), {"l": None, "row_grads": False}, "sgd"),
 ]
 
@@ -108,9 +111,32 @@ def test_the_triton_form(workers, shape, rule, kind):
     settings = {**BASE, "impl": "triton", "dtype": torch.float32, "dead_after": 4, "row_grads": True, **rule}
     counts = [[3, 2], [0, 4]] if shape[0] == 2 else [[5], [4]]
     ranks = workers.run(shape[0] * shape[1], train_on_mesh, shape, settings, counts, 2, kind)
-    alone = train_alone(settings, counts, 2, kind)
+    alone = train_alone({**settings, "screen": "off"}, counts, 2, kind)
     assert any(line["aux"] > 0 for line in alone["lines"])
     compare(alone, ranks, counts, 1e-4, 1e-3)
+
+
+def with_room_and_without(shape, settings, counts, kind):
+    """Steps whose pools have all places on each process, and steps that wait for how many are needed."""
+    with pytest.MonkeyPatch.context() as patch:
+        room = train_on_mesh(shape, settings, counts, 2, kind)
+        patch.setattr(ranking, "MOST_ROOM", 0)
+        return room, train_on_mesh(shape, settings, counts, 2, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lazy", "dense"])
+def test_places_that_a_pool_leaves_free_change_nothing(workers, kind):
+    """Neither pools, pairs, gradients and moments, nor which rows an optimizer moves."""
+    counts = [[3, 2], [0, 4]]
+    settings = {**BASE, "impl": "triton", "dtype": torch.float32, "dead_after": 4, "row_grads": True, "pool_every": 2}
+    results = workers.run(4, with_room_and_without, (2, 2), settings, counts, kind)
+    rooms, exact = zip(*results)
+    compare({"lines": [], "state": exact[0]["state"]}, rooms, counts, 1e-5)
+    for room, other in results:
+        for line, of_other in zip(room["lines"], other["lines"]):
+            for name, value in line.items():
+                close(value, of_other[name], name, 1e-5)
 
 
 def accumulate(sae, parts, rank):
@@ -167,8 +193,7 @@ def test_a_step_leaves_nothing_behind(workers, row_grads):
 
 
 def steps_without_waiting(shape, settings):
-    """Fails at an operation that waits for a device, but for one: how many features of a pool are on this process.
-    Hosts tell each other their numbers."""
+    """Fails at an operation that waits for a device. Hosts tell each other their numbers."""
     sae, rank = spread(shape, settings)
     sae.memory.inputs.check = lambda x: None
     optimizer = RowAdam(sae)
@@ -179,34 +204,29 @@ def steps_without_waiting(shape, settings):
         with _disable_current_modes():
             return exchange(*what)
 
-    def here(ranking, keys, size):
-        mine, taken = ranking.candidates(keys, size)
-        with _disable_current_modes():
-            return mine[taken.nonzero().squeeze(1)]
-
     sae.layout.mesh.exchange = between_hosts
     with pytest.MonkeyPatch.context() as patch:
         allow_late_scalars(patch)
-        patch.setattr(SpreadRanking, "largest", here)
+        waiting = NoHostSync()
         for step, of_step in enumerate(parts):
-            with NoHostSync() if step else nullcontext():
+            with waiting if step else nullcontext():
                 out = sae(of_step[rank])
                 out.loss.backward()
                 optimizer.step()
             optimizer.zero_grad()
-    return float(out.aux)
+    return float(out.aux), waiting.seen
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "rule"),
     [
-        ((2, 1), {"select": "batch"}),
+        ((2, 1), {"select": "batch", **SCREENED}),
         ((2, 1), {"select": "token", "pool": "sample", "score_tokens": 0.5}),
-        ((1, 2), {"select": "batch"}),
+        ((1, 2), {"select": "batch", **SCREENED}),
         ((1, 2), {"select": "token"}),
-        ((1, 2), {"select": "batch", "l": None}),
-        ((1, 2), {"select": "token", "l": None}),
+        ((1, 2), {"select": "batch", "l": None, **SCREENED}),
+        ((1, 2), {"select": "token", "l": None, **SCREENED}),
         ((2, 2), {"pool": "sample", "score": "entropy", "score_tokens": 0.5}),
     ],
     ids=str,
@@ -214,4 +234,7 @@ def steps_without_waiting(shape, settings):
 def test_no_step_waits_for_the_device(workers, shape, rule):
     """But for the union of touched rows over `data` without a pool."""
     settings = {**BASE, "impl": "triton", "dtype": torch.float32, "dead_after": 8, "row_grads": True, **rule}
-    assert all(aux > 0 for aux in workers.run(shape[0] * shape[1], steps_without_waiting, shape, settings))
+    for aux, seen in workers.run(shape[0] * shape[1], steps_without_waiting, shape, settings):
+        assert aux > 0
+        # of a pool, and of dead features
+        assert ("settle_columns" in seen) == ("screen" in rule)

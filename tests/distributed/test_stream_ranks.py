@@ -21,7 +21,9 @@ from workers import PATIENCE
 from sampled_sae import SampledSAEConfig, TrainConfig, Trainer
 from sampled_sae.cli import main
 from sampled_sae.lm import ModelSource, RowReader
+from sampled_sae.support import all_ranks
 from sampled_sae.support.all_ranks import ALONE, ranks_of
+from sampled_sae.training import block_space, training_run
 from sampled_sae.training.activation_stream import ActivationStream
 from sampled_sae.training.iterator_source import IteratorSource
 from sampled_sae.training.streamed_batches import StreamedBatches
@@ -261,3 +263,22 @@ def test_each_process_is_given_an_iterator_of_its_own(workers, tmp_path):
     assert all("gives ranks 0 and 1 the same activations; each process needs a share" in line for line in said), said
     with pytest.raises(ValueError, match=r"lanes=2: .* is read by the process that it was given to, here are 1"):
         Trainer(SAE, TRAIN, ActivationStream(IteratorSource(tokens(90, D).split(5)), 128), tmp_path / "run")
+
+
+def memory_asked_for(folder, machines):
+    """Bytes that must be free where a training begins, for the blocks of its stream and for its weights."""
+    mesh, asked = mesh_of((2, 1)), []
+    rank = ranks_of(mesh).rank
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(all_ranks, "machine", lambda: machines[rank])
+        for module in (block_space, training_run):
+            patch.setattr(module, "check_memory", lambda what, needed, *_: asked.append(needed))
+        x = tokens(900, D, dtype=torch.float32, seed=rank)
+        Trainer(SAE, TRAIN, ActivationStream(IteratorSource(Placed(x)), 128), folder, mesh=mesh)
+    return asked
+
+
+def test_memory_is_asked_for_what_the_processes_of_a_machine_hold(workers, tmp_path):
+    blocks, weights = 3 * 4 * 128 * D, 2 * D * 48 * 12
+    assert workers.run(2, memory_asked_for, tmp_path / "a", "xx") == [[blocks, 2 * weights]] * 2
+    assert workers.run(2, memory_asked_for, tmp_path / "b", "xy") == [[blocks / 2, weights]] * 2

@@ -104,6 +104,24 @@ def test_a_lost_connection_is_no_empty_folder(model, remote, monkeypatch):
     assert at(f"{remote}/acts") == before
 
 
+def test_what_another_process_writes_is_seen(remote, monkeypatch):
+    """Also where a kind of URL keeps the listings of its folders, as that of the hub does."""
+    listed, info, files = {}, MemoryFileSystem.info, fsspec.filesystem("memory")
+
+    def from_listing(self, path, **options):
+        if path not in listed.setdefault(self._parent(path), [*self.store]):
+            raise FileNotFoundError(path)
+        return info(self, path, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "info", from_listing)
+    monkeypatch.setattr(MemoryFileSystem, "invalidate_cache", lambda self, path=None: listed.clear())
+    manifest, shard = (RemotePath(f"{remote}/acts/{name}") for name in ("manifest.json", "shard"))
+    for path, look in ((manifest, manifest.exists), (shard, shard.is_file)):
+        assert not look()
+        files.pipe_file(f"/data/acts/{path.name}", b"text")
+        assert look()
+
+
 def test_folders_above_a_file_are_made(tmp_path):
     RemotePath(f"file://{tmp_path}/a/b/file").write_bytes(b"text")
     assert (tmp_path / "a" / "b" / "file").read_bytes() == b"text"

@@ -26,7 +26,7 @@ from .pool import candidate_pool
 from .reconstruction import squared_errors
 from .scores import column_scores
 from .screen import rounded_operands, tensors_of
-from .screen_columns import column_bounds
+from .screen_columns import column_bounds, seen_columns
 from .search import select_entries
 from .stream import dense_from_list, dense_products, stream_above
 
@@ -42,6 +42,7 @@ __all__ = [
     "encode_at",
     "encoder",
     "search",
+    "seen_columns",
     "select",
     "squared_errors",
     "take_kept",
@@ -159,7 +160,7 @@ def dense_above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None
 
 def fill_above(operands: Operands, threshold: Tensor, gate: Gate | None) -> Tensor:
     """Through a screen, but for a gate."""
-    if operands.screen is not None and gate is None:
+    if operands.screen is not None and gate is None and operands.n_tokens:
         floors = floor_of(threshold, None, torch.float32).expand(operands.n_features).contiguous()
         return dense_from_list(operands, floors)
     return keep_above_(dense_products(operands), threshold, gate)

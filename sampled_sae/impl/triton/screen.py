@@ -65,7 +65,8 @@ def rounded_operands(x: Tensor, W: Tensor, screen: str) -> RoundedOperands | Non
     """x [B, d] and W [F, d] in bfloat16 where `screen` asks for it and products are IEEE float32; else None."""
     if screen == "off" or x.dtype != torch.float32 or W.dtype != torch.float32 or not ieee_products():
         return None
-    if x.shape[0] == 0 or not (screen == "bf16" or (large_enough(len(x), len(W)) and fast_bfloat16(x))):
+    # of no tokens too where it is asked for: what is known of W has to be so on all processes
+    if not (screen == "bf16" or (large_enough(len(x), len(W)) and fast_bfloat16(x))):
         return None
     return RoundedOperands(x, RoundedRows(*round_rows(x)), RoundedRows(*round_rows(W)))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...kernels import column_bounds as bounds_kernel
 from ...kernels.firing_bounds import firing_bounds
 from ...kernels.undecided_columns import settled_statistics
+from ..column_bounds import MOST_PARTS, SeenColumns
 from ..dead_features import ranked
 from ..encoder import Operands
 from ..rounded_tokens import Looks
@@ -22,6 +23,9 @@ from .pool import largest_keys, top_pool
 from .scores import column_statistics
 from .screen import RoundedOperands, RoundedRows
 from .spectral import stretches
+
+# what squares and roots of a few float32 numbers are rounded by, and more
+OF_ROOTS = 1 + 2.0**-20
 
 
 class BoundsOnDevice(NamedTuple):
@@ -34,14 +38,12 @@ class BoundsOnDevice(NamedTuple):
     score: str
     looks: Looks
 
-    def largest(self, size: int, noise: Tensor | None = None) -> Tensor:
+    def largest(self, size: int, noise: Tensor | None = None) -> tuple[Tensor, None]:
         """The `size` columns of highest score, below F, or of highest ln(score) + noise [F]: int64 ascending."""
         if noise is None:
-            return top_pool(self.settled(self.low, self.high, size), size)
-        # the same order, in numbers that are >= 0; what rounding them changes is left open too
-        weights = (noise * (2 if self.score == "l2" else 1)).exp().float()
-        scores = self.settled(self.low * weights * (1 - 1e-6), self.high * weights * (1 + 1e-6), size)
-        return largest_keys(scores.double().log() + noise, size)
+            return top_pool(self.settled(self.low, self.high, size), size), None
+        scores = self.settled(*drawn(self.low, self.high, noise, self.score), size)
+        return largest_keys(scores.double().log() + noise, size), None
 
     def of_dead(self, dead: Tensor, size: int) -> Tensor:
         """float32 [F]: keys whose `size` largest, below F, are dead features of highest score; 0 for others."""
@@ -56,18 +58,60 @@ class BoundsOnDevice(NamedTuple):
         return finish_scores(statistics, self.score)
 
 
+def drawn(low: Tensor, high: Tensor, noise: Tensor, score: str) -> tuple[Tensor, Tensor]:
+    """Bounds in the order of ln(score) + noise, as numbers >= 0; what rounding them changes is left open too."""
+    weights = (noise * (2 if score == "l2" else 1)).exp().float()
+    return low * weights * (1 - 1e-6), high * weights * (1 + 1e-6)
+
+
 def column_bounds(operands: Operands, score: str) -> BoundsOnDevice | None:
     """Of every feature; None without a screen and for entropy."""
     screen = operands.screen
     if not isinstance(screen, RoundedOperands) or score == "entropy":
         return None
     (x, *of_x), (W, *of_W) = screen.tokens, screen.weights
-    low, high = seen_columns(x, *of_x, W, *of_W, operands.x, operands.b, operands.scale, score)
+    low, high = bounds_at_once(x, *of_x, W, *of_W, operands.x, operands.b, operands.scale, score)
     return BoundsOnDevice(low, high, operands.in_full(), score, screen.looks)
 
 
+def seen_columns(operands: Operands, score: str) -> SeenColumns | None:
+    """The sums over the tokens of each column, of which these may be a part; None without a screen and for entropy.
+
+    Behind those of squares stand four numbers of the tokens, the squares of what `stretches` gives: those of parts add
+    up to no less than that of all.
+    """
+    screen = operands.screen
+    if not isinstance(screen, RoundedOperands) or score == "entropy":
+        return None
+    tokens, weights, b, scale = screen.tokens, screen.weights, operands.b, operands.scale
+    x, W = tokens.values, weights.values
+    n_features, d = W.shape
+    if score == "uniform":
+        return SeenColumns(firing_bounds(*tokens, *weights, b), at_most_one)
+    sums = operands.x.new_zeros(n_features + 4)
+    if len(x):
+        sums[:n_features] = column_statistics(x, W, b, score, scale)[0]
+        of_tokens = torch.cat(stretches(tokens, operands.x - x))
+        sums[n_features:] = (of_tokens * OF_ROOTS).square()
+
+    def bounds(sums: Tensor) -> tuple[Tensor, Tensor]:
+        of_x, of_changes = (sums[n_features:].sqrt() * OF_ROOTS).split(2)
+        # each part is added with one more rounding, which counts as 1,024 tokens there
+        n_tokens = operands.whole_shape[0] + 1024 * MOST_PARTS
+        of_W = weights.norms, weights.errors
+        return bounds_kernel.column_bounds(sums[:n_features], *of_W, b, scale, of_x, of_changes, n_tokens, d)
+
+    return SeenColumns(sums, bounds)
+
+
+def at_most_one(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Of how many tokens a feature fires on at least, and at most, whether it does: [2, F]."""
+    low, high = sums.clamp(max=1)
+    return low, high
+
+
 @torch.library.custom_op("sampled_sae::seen_columns", mutates_args=())
-def seen_columns(
+def bounds_at_once(
     x: Tensor,
     x_norms: Tensor,
     x_errors: Tensor,
@@ -91,7 +135,7 @@ def seen_columns(
     return bounds_kernel.column_bounds(sums, W_norms, W_errors, b, scale, of_x, of_changes, *x.shape)
 
 
-@seen_columns.register_fake
+@bounds_at_once.register_fake
 def _(
     x: Tensor,
     x_norms: Tensor,
