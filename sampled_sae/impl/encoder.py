@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rounded_tokens import Prepare, RoundedTokens
+from .rounded_tokens import Prepare, RoundedTokens, prepare_into
 from .row_gradients import RowSource
 
 
@@ -83,7 +83,10 @@ class Operands(NamedTuple):
 
     def raised(self) -> Operands:
         """The same with all tokens as they are multiplied."""
-        return self if self.is_exact else self._replace(x=self.exact(slice(None)), prepare=None)
+        if self.is_exact:
+            return self
+        room = self.x.new_empty(self.x.shape, dtype=self.b.dtype)
+        return self._replace(x=prepare_into(room, self.x, self.prepare), prepare=None)
 
     def in_full(self) -> Operands:
         """The same without a screen."""

@@ -19,7 +19,7 @@ FEWEST_TOKENS = 256
 # products and squares of what is larger may leave the range of float32
 LARGEST = 1e15
 # elements of tokens that are prepared, or whose norms are taken, at once
-PIECE_ELEMENTS = 1 << 16
+PIECE_ELEMENTS = 1 << 15
 # what the norm of one number may lose whose square is below 2^-126
 LOST = 2.0**-62
 # of both operands behind their d: what the bound and the bias ask for
@@ -69,32 +69,19 @@ class RoundedTokens:
         self._tokens, self._prepare = tokens, prepare
         self.looks = Looks() if looks is None else looks
 
-    def _pieces(self) -> Iterator[tuple[slice, Tensor]]:
-        """(some tokens, prepared), a few at a time: there is no other copy of all of them."""
-        n_tokens, d = self._tokens.shape
-        step = max(1, PIECE_ELEMENTS // d)
-        for start in range(0, n_tokens, step):
-            at = slice(start, min(start + step, n_tokens))
-            rows = self._tokens[at]
-            yield at, rows if self._prepare is None else self._prepare(rows)
-
     @cached_property
     def x(self) -> Tensor:
         if self._prepare is None:
             return self._tokens.bfloat16()
-        return self._rounded_into(self._tokens.new_empty(self._tokens.shape, dtype=torch.bfloat16))
-
-    def _rounded_into(self, out: Tensor) -> Tensor:
-        for at, rows in self._pieces():
-            out[at] = rows
-        return out
+        low = self._tokens.new_empty(self._tokens.shape, dtype=torch.bfloat16)
+        return prepare_into(low, self._tokens, self._prepare)
 
     @cached_property
     def _sizes(self) -> tuple[Tensor, Tensor]:
         """Norms and errors; for them a few rows are rounded at a time, and not kept."""
         n_tokens, d = self._tokens.shape
         norms, errors = sizes = self._tokens.new_empty(2, n_tokens, dtype=torch.float32)
-        for at, rows in self._pieces():
+        for at, rows in prepared(self._tokens, self._prepare):
             low = scratch(norms, *rows.shape).copy_(rows.bfloat16())
             torch.linalg.vector_norm(low, dim=1, out=norms[at])
             torch.linalg.vector_norm(torch.sub(rows, low, out=low), dim=1, out=errors[at])
@@ -114,7 +101,7 @@ class RoundedTokens:
         # from the tokens themselves: a search by columns needs no other copy
         n_tokens, d = self._tokens.shape
         columns = self._tokens.new_empty(n_tokens, width_of(d), dtype=torch.bfloat16)
-        self._rounded_into(columns[:, :d])
+        prepare_into(columns[:, :d], self._tokens, self._prepare)
         columns[:, d:-COLUMNS], columns[:, -COLUMNS:] = 0, 1
         columns[:, -COLUMNS], columns[:, 1 - COLUMNS] = rounded_up(self.norms), rounded_up(self.errors)
         return columns
@@ -136,6 +123,22 @@ class RoundedTokens:
     def of_features(self, features: Tensor) -> RoundedTokens:
         """The same for some of the features, int64 [P]: tokens are not of any."""
         return self
+
+
+def prepared(tokens: Tensor, prepare: Prepare | None) -> Iterator[tuple[slice, Tensor]]:
+    """(some tokens, prepared), a few at a time."""
+    n_tokens, d = tokens.shape
+    step = max(1, PIECE_ELEMENTS // d)
+    for start in range(0, n_tokens, step):
+        at = slice(start, min(start + step, n_tokens))
+        yield at, tokens[at] if prepare is None else prepare(tokens[at])
+
+
+def prepare_into(out: Tensor, tokens: Tensor, prepare: Prepare | None) -> Tensor:
+    """All tokens, prepared, in the dtype of `out` [B, d]; nothing else holds all of them."""
+    for at, rows in prepared(tokens, prepare):
+        out[at] = rows
+    return out
 
 
 def large_enough(n_tokens: int, n_features: int, unrounded: bool = False) -> bool:

@@ -19,7 +19,7 @@ from ..support.late_values import FiniteInputs
 from .config import InferenceConfig
 from .decoder_norms import decoder_norms, inverse_norms
 from .encoding import TokensToEncode, active_codes, active_dense, tokens_to_encode
-from .features import check_features, codes_of_features, dense_columns
+from .features import check_dense_codes, check_features, codes_of_features, dense_columns
 from .products import product
 from .tensors import WEIGHTS, prepared
 from .token_norms import NormedTokens, norm_tokens
@@ -138,10 +138,7 @@ class InferenceSAE(Splicing, nn.Module):
             x_hat = self._decode_sparse(codes if chosen is None else codes_of_features(codes, chosen))
         else:
             width = self.cfg.d_sae if chosen is None else len(chosen)
-            if not isinstance(codes, Tensor):
-                raise TypeError(f"codes={type(codes).__name__}: must be SparseCodes or a torch.Tensor")
-            if codes.shape[-1:] != (width,):
-                raise ValueError(f"codes={describe(codes)}: the last dimension must be {width}")
+            check_dense_codes(codes, width)
             dtype, leading = codes.dtype, codes.shape[:-1]
             x_hat = self._decode_dense(codes.reshape(-1, width), chosen)
         x_hat = self._in_units(x_hat, self._norm_of(x, len(x_hat)))
@@ -193,7 +190,8 @@ class InferenceSAE(Splicing, nn.Module):
 
     def _tokens(self, x: Tensor) -> tuple[Tensor, NormedTokens]:
         """[B, d_in] of x times `cfg.input_scale` in the dtype to compute in; and that normed, without b_dec."""
-        return self._prepared(x.reshape(-1, self.cfg.d_in), self._checked(x))
+        dtype = self._checked(x)
+        return self._prepared(x.reshape(-1, self.cfg.d_in), dtype)
 
     def _prepared(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, NormedTokens]:
         given = x.to(dtype)

@@ -129,6 +129,16 @@ def test_the_bound_lets_little_through(monkeypatch):
     assert codes.count() <= sum(looked) < 1.4 * codes.count()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_norms_of_weights_are_summed_in_float32(dtype):
+    rows = torch.cat((torch.ones(1, 4096), torch.full((1, 4096), 3e-7), torch.zeros(1, 4096))).to(dtype)
+    norms = torch.empty(3)
+    screen.norms_into(norms, rows)
+    exact = rows.double().norm(dim=1)
+    assert (screen.MARGIN * norms >= exact).all()
+    assert (norms <= screen.MARGIN * exact + 1e-16).all()
+
+
 def test_a_screen_out_of_range_rests():
     x, W, b = torch.ones(3, 4), torch.eye(4).repeat(16, 1), torch.zeros(64)
     W[7, 1] = 1e30

@@ -2,8 +2,9 @@
 
 A chunk [B, C] is filtered in cache (column_filter.py). With a screen it is a bfloat16 product (plain_screen.py where
 both operands hold no more, bounded_screen.py for all others), and what that cannot rule out is computed again, one by
-one. Tokens that have to be prepared are prepared a few at a time, never all of a batch. Where a rule lets so much through that lists of entries cost more than the product, whole rows of activations are
-computed for a few tokens at a time: the same memory, whatever the share.
+one. Tokens that have to be prepared are prepared a few at a time, never all of a batch. Where a rule lets so much
+through that lists of entries cost more than the product, whole rows of activations are computed for a few tokens at a
+time: the same memory, whatever the share.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ TOKEN_ELEMENTS = 1 << 22
 # the same where they are prepared for a product in full precision, at least: else a part of what a search may hold
 PREPARED_ELEMENTS, OF_PREPARED = 1 << 18, 0.5
 # elements of tokens that are prepared at once for single entries
-PIECE_ELEMENTS = 1 << 16
+PIECE_ELEMENTS = 1 << 15
 # candidates that wait for the end of a search, when its rounded tokens have gone, and that are then computed together
 MOST_WAITING = 1 << 17
 MOST_SETTLED = 1 << 14
@@ -213,7 +214,7 @@ def products_at(block: Operands, ends: Tensor, features: Tensor) -> Tensor:
     if block.is_exact:
         return sampled_product(block.x, block.W, ends, features)
     step = max(1, PIECE_ELEMENTS // block.x.shape[1])
-    bounds, parts = ends[::step].tolist() + [len(features)], []
+    bounds, parts = [*ends[::step].tolist(), len(features)], []
     for first, (start, stop) in enumerate(itertools.pairwise(bounds)):
         if start < stop:
             at = slice(first * step, min((first + 1) * step, block.n_tokens))

@@ -1,6 +1,7 @@
 """Which activations may lie above the floor of their feature, by a bound for each entry that is part of the product.
 
-With x^ and w^ the operands in bfloat16, x_i . w_j reaches the least l_j that an activation above its floor needs only where
+With x^ and w^ the operands in bfloat16, x_i . w_j reaches the least l_j that an activation above its floor needs only
+where
 
     x^_i . w^_j + ||x^_i|| e_j + ||dx_i|| ||w_j|| - l_j >= 0,   e_j = ||dw_j|| + the rounding of sums,
 
@@ -19,7 +20,7 @@ from ..rounded_tokens import COLUMNS, LARGEST, LOST, width_of
 from .column_filter import places_reaching
 from .floors import least_products
 from .products import part_width, parts_of
-from .screen import MARGIN, UNIT, in_two_pieces, offset_errors, sums_of
+from .screen import MARGIN, UNIT, in_two_pieces, norms_into, offset_errors, sums_of
 
 # elements of weights that are rounded and multiplied at once, and features at most, for few tokens twice as many: they
 # stay in the cache, and two threads share products of these shapes
@@ -51,19 +52,19 @@ class BoundedScreen:
     def places(self, span: slice) -> tuple[Tensor, Tensor] | None:
         """int64 [n]: (token, feature) of those of a span that may lie above their floor; None out of range."""
         block, d, n_features = self.block, self.block.x.shape[1], span.stop - span.start
-        z, norms = scratch(self.tokens, n_features, block.n_tokens), block.b.new_empty(n_features)
+        z, norms = scratch(self.tokens, block.n_tokens, n_features), block.b.new_empty(n_features)
         for at, columns in parts_of(span, self.part):
             rows, norm = block.W[at], norms[columns]
             low = self._room(len(rows))
             low[:, :d] = rows
-            torch.linalg.vector_norm(rows, dim=1, dtype=norm.dtype, out=norm)
-            norm += LOST * d**0.5
+            norms_into(norm, rows)
             low[:, -COLUMNS:-2] = norm[:, None] * self.factors
             low[:, -2:] = self._offsets_of(at)
-            torch.mm(low, self.tokens.t(), out=z[columns])
+            # the second operand is packed anew each time: that is the smaller one
+            torch.mm(self.tokens, low.t(), out=z[:, columns])
         if not (self.in_range and float(norms.amax()) < LARGEST):
             return None
-        features, tokens = places_reaching(z, z.new_zeros(1))
+        tokens, features = places_reaching(z, z.new_zeros(1))
         return tokens, features.add_(span.start)
 
     def _offsets_of(self, at: slice) -> Tensor:

@@ -21,7 +21,7 @@ LEAST_PRODUCT, MOST_SEEN, MOST_PRODUCT = 1 << 19, 3 << 20, 1 << 21
 # least so many features
 SHARE, FEATURES = 0.03, 1 << 16
 # of that share, what the product of a screen gets beside the tokens rounded for it
-OF_PRODUCT = 3 / 8
+OF_PRODUCT = 1 / 4
 # elements of weights that are raised for a product in full precision, and of those that need not be
 RAISED_ELEMENTS = 1 << 19
 WEIGHT_ELEMENTS = 1 << 22

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ...support.reused_memory import scratch
 from ..encoder import Operands
-from ..rounded_tokens import LARGEST, LOST
+from ..rounded_tokens import LARGEST
 from .column_filter import places_reaching, rows_reaching
 from .floors import least_products
 from .products import part_width, parts_of
-from .screen import MARGIN, UNIT, smallest_normal
+from .screen import MARGIN, UNIT, norms_into, smallest_normal
 
 # elements of weights that are multiplied at once, which stay in the cache, and features at most: two threads share
 # products of these shapes, and narrower ones where tokens are fewer
@@ -74,8 +74,7 @@ class PlainScreen:
             else:
                 torch.mm(self.x, W.t(), out=z[:, columns])
             # read again while they are in the cache
-            torch.linalg.vector_norm(W, dim=1, dtype=norms.dtype, out=norms[columns])
-        norms += LOST * d**0.5
+            norms_into(norms[columns], W)
         if not float(norms.amax()) < LARGEST:
             return None
         common = in_bfloat16(least - norms * self.common)

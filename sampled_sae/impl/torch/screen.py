@@ -164,6 +164,17 @@ def smallest_normal() -> float:
     return float(torch.finfo(torch.bfloat16).tiny)
 
 
+def norms_into(out: Tensor, rows: Tensor) -> None:
+    """Norms of rows of weights, float32 [C]; times MARGIN none is too small."""
+    if rows.dtype == torch.float16:  # norms may be too small for it
+        step = max(1, PIECE_ELEMENTS // rows.shape[1])
+        for some, norms in zip(rows.split(step), out.split(step)):
+            torch.linalg.vector_norm(some, dim=1, dtype=out.dtype, out=norms)
+    else:
+        out.copy_(torch.linalg.vector_norm(rows, dim=1))
+    out += LOST * rows.shape[1] ** 0.5
+
+
 def scaled_bias(operands: Operands, at: slice | Tensor) -> Tensor:
     """[C], of some features."""
     return operands.b[at] if operands.scale is None else operands.b[at] * operands.scale[at]
