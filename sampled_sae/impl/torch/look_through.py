@@ -20,8 +20,8 @@ LEAST_PRODUCT, MOST_SEEN, MOST_PRODUCT = 1 << 19, 3 << 20, 1 << 21
 # of the bytes of a float32 [T, F], what a search may hold of tokens, weights and their product, of a dictionary of at
 # least so many features
 SHARE, FEATURES = 0.03, 1 << 16
-# of that share, what the product of a screen gets beside the tokens rounded for it
-OF_PRODUCT = 1 / 4
+# of that share, what the product of a screen gets beside the tokens rounded for it, and where none are
+OF_PRODUCT, OF_PRODUCT_ALONE = 1 / 4, 1 / 3
 # elements of weights that are raised for a product in full precision, and of those that need not be
 RAISED_ELEMENTS = 1 << 19
 WEIGHT_ELEMENTS = 1 << 22
@@ -76,7 +76,8 @@ class LookThrough:
             elements = WEIGHT_ELEMENTS if self.block.W.dtype == b.dtype else RAISED_ELEMENTS
             return max(64, min(MOST_PRODUCT // (b.element_size() * n_tokens), elements // d) // 64 * 64)
         is_held = self.screen == "plain" and self.block.prepare is None and self.block.x.dtype == torch.bfloat16
-        room = OF_PRODUCT * (room_of(n_tokens, self.block.n_features) - (0 if is_held else 2 * n_tokens * d))
+        room = room_of(n_tokens, self.block.n_features)
+        room = OF_PRODUCT_ALONE * room if is_held else OF_PRODUCT * (room - 2 * n_tokens * d)
         part = self._look.part
         return max(1, int(min(max(room, LEAST_PRODUCT), MOST_SEEN)) // (2 * n_tokens * part)) * part
 
