@@ -16,7 +16,7 @@ from .bounded_screen import BoundedScreen
 from .plain_screen import PlainScreen, is_plain
 
 # bytes of a product [T, C], of a screen and in full precision
-LEAST_PRODUCT, MOST_SEEN, MOST_PRODUCT = 1 << 19, 3 << 20, 1 << 21
+LEAST_PRODUCT, MOST_SEEN, MOST_PRODUCT = 1 << 19, 1 << 21, 1 << 21
 # of the bytes of a float32 [T, F], what a search may hold of tokens, weights and their product, of a dictionary of at
 # least so many features
 SHARE, FEATURES = 0.03, 1 << 16
