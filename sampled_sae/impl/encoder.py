@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rounded_tokens import RoundedTokens
+from .rounded_tokens import Prepare, RoundedTokens, prepare_into
 from .row_gradients import RowSource
 
 
@@ -28,10 +28,10 @@ class Share(NamedTuple):
 class Operands(NamedTuple):
     """What scores and searches multiply: no gradient, in the dtype of the products, that of b, centred.
 
-    x: [B, d], of 16 bits where a search above thresholds looks through it as it is. W: [F, d], of any dtype. b: [F].
-    scale: [F] or None. members: int64 [P], ascending, the features that a search looks at; None for all. screen: x in
-    bfloat16 where scores and searches look through such products first. share: for a batch that is spread over
-    processes; None for a whole one.
+    x: [B, d], as given where a search above thresholds takes it so: `exact` has what is multiplied. W: [F, d], of any
+    dtype. b: [F]. scale: [F] or None. members: int64 [P], ascending, the features that a search looks at; None for all.
+    screen: x in bfloat16 where scores and searches look through such products first. share: for a batch that is spread
+    over processes; None for a whole one. prepare: of tokens as given; None where their dtype alone has to change.
     """
 
     x: Tensor
@@ -41,6 +41,7 @@ class Operands(NamedTuple):
     members: Tensor | None = None
     screen: RoundedTokens | None = None
     share: Share | None = None
+    prepare: Prepare | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -70,9 +71,22 @@ class Operands(NamedTuple):
         screen = None if self.screen is None else self.screen.of_tokens(at)
         return self._replace(x=self.x[at], screen=screen)
 
+    def exact(self, at: slice | Tensor) -> Tensor:
+        """Some of the tokens as they are multiplied, [n, d] in the dtype of the products."""
+        rows = self.x[at]
+        return rows.to(self.b.dtype) if self.prepare is None else self.prepare(rows)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether x is what is multiplied."""
+        return self.prepare is None and self.x.dtype == self.b.dtype
+
     def raised(self) -> Operands:
-        """The same with tokens of the dtype of the products."""
-        return self if self.x.dtype == self.b.dtype else self._replace(x=self.x.to(self.b.dtype))
+        """The same with all tokens as they are multiplied."""
+        if self.is_exact:
+            return self
+        room = self.x.new_empty(self.x.shape, dtype=self.b.dtype)
+        return self._replace(x=prepare_into(room, self.x, self.prepare), prepare=None)
 
     def in_full(self) -> Operands:
         """The same without a screen."""
@@ -87,7 +101,14 @@ class Operands(NamedTuple):
         scale = None if self.scale is None else self.scale.index_select(0, features)
         W, b = self.W.index_select(0, features), self.b.index_select(0, features)
         screen = None if self.screen is None else self.screen.of_features(features)
-        return Operands(self.x, W, b, scale, screen=screen, share=self.share)
+        return Operands(self.x, W, b, scale, screen=screen, share=self.share, prepare=self.prepare)
+
+
+class LateTokens(NamedTuple):
+    """Tokens that are prepared where they are needed. dtype: that of the products. prepare: as in `Operands`."""
+
+    dtype: torch.dtype
+    prepare: Prepare | None
 
 
 class Encoder(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import torch
@@ -9,14 +10,16 @@ from torch import Tensor
 
 from ..support.reused_memory import scratch
 
+# tokens [n, d], any of a batch, to what is multiplied: each by itself, in the dtype of the products
+Prepare = Callable[[Tensor], Tensor]
 # activations in a batch below which a product costs too little to be screened
 FEWEST_ACTIVATIONS = 1 << 20
 # tokens below which weights cost more to round than the product does (benchmarks/results/inference.md)
 FEWEST_TOKENS = 256
 # products and squares of what is larger may leave the range of float32
 LARGEST = 1e15
-# elements of tokens whose norms are taken at once
-NORMED_ELEMENTS = 1 << 15
+# elements of tokens that are prepared, or whose norms are taken, at once
+PIECE_ELEMENTS = 1 << 15
 # what the norm of one number may lose whose square is below 2^-126
 LOST = 2.0**-62
 # of both operands behind their d: what the bound and the bias ask for
@@ -54,7 +57,7 @@ def added(count: int | Tensor, more: int | Tensor) -> int | Tensor:
 
 
 class RoundedTokens:
-    """Tokens [B, d], float32 or bfloat16, in bfloat16; rounded when that is first asked for.
+    """Tokens [B, d], prepared where they have to be, in bfloat16; rounded when that is first asked for.
 
     Attributes:
         x: bfloat16 [B, d]. norms: float32 [B], of its rows. errors: float32 [B], norms of what the rounding changed.
@@ -62,23 +65,23 @@ class RoundedTokens:
         looks: what was seen so far.
     """
 
-    def __init__(self, tokens: Tensor, looks: Looks | None = None) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: Tensor, looks: Looks | None = None, prepare: Prepare | None = None) -> None:
+        self._tokens, self._prepare = tokens, prepare
         self.looks = Looks() if looks is None else looks
 
     @cached_property
     def x(self) -> Tensor:
-        return self._tokens.bfloat16()
+        if self._prepare is None:
+            return self._tokens.bfloat16()
+        low = self._tokens.new_empty(self._tokens.shape, dtype=torch.bfloat16)
+        return prepare_into(low, self._tokens, self._prepare)
 
     @cached_property
     def _sizes(self) -> tuple[Tensor, Tensor]:
         """Norms and errors; for them a few rows are rounded at a time, and not kept."""
         n_tokens, d = self._tokens.shape
         norms, errors = sizes = self._tokens.new_empty(2, n_tokens, dtype=torch.float32)
-        step = max(1, NORMED_ELEMENTS // d)
-        for start in range(0, n_tokens, step):
-            at = slice(start, min(start + step, n_tokens))
-            rows = self._tokens[at]
+        for at, rows in prepared(self._tokens, self._prepare):
             low = scratch(norms, *rows.shape).copy_(rows.bfloat16())
             torch.linalg.vector_norm(low, dim=1, out=norms[at])
             torch.linalg.vector_norm(torch.sub(rows, low, out=low), dim=1, out=errors[at])
@@ -98,7 +101,8 @@ class RoundedTokens:
         # from the tokens themselves: a search by columns needs no other copy
         n_tokens, d = self._tokens.shape
         columns = self._tokens.new_empty(n_tokens, width_of(d), dtype=torch.bfloat16)
-        columns[:, :d], columns[:, d:-COLUMNS], columns[:, -COLUMNS:] = self._tokens, 0, 1
+        prepare_into(columns[:, :d], self._tokens, self._prepare)
+        columns[:, d:-COLUMNS], columns[:, -COLUMNS:] = 0, 1
         columns[:, -COLUMNS], columns[:, 1 - COLUMNS] = rounded_up(self.norms), rounded_up(self.errors)
         return columns
 
@@ -114,11 +118,27 @@ class RoundedTokens:
 
     def of_tokens(self, at: slice | Tensor) -> RoundedTokens:
         """The same of some of the tokens."""
-        return RoundedTokens(self._tokens[at], self.looks)
+        return RoundedTokens(self._tokens[at], self.looks, self._prepare)
 
     def of_features(self, features: Tensor) -> RoundedTokens:
         """The same for some of the features, int64 [P]: tokens are not of any."""
         return self
+
+
+def prepared(tokens: Tensor, prepare: Prepare | None) -> Iterator[tuple[slice, Tensor]]:
+    """(some tokens, prepared), a few at a time."""
+    n_tokens, d = tokens.shape
+    step = max(1, PIECE_ELEMENTS // d)
+    for start in range(0, n_tokens, step):
+        at = slice(start, min(start + step, n_tokens))
+        yield at, tokens[at] if prepare is None else prepare(tokens[at])
+
+
+def prepare_into(out: Tensor, tokens: Tensor, prepare: Prepare | None) -> Tensor:
+    """All tokens, prepared, in the dtype of `out` [B, d]; nothing else holds all of them."""
+    for at, rows in prepared(tokens, prepare):
+        out[at] = rows
+    return out
 
 
 def large_enough(n_tokens: int, n_features: int, unrounded: bool = False) -> bool:

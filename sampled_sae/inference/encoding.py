@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..codes import SparseCodes
-from ..impl.encoder import Encoder
+from ..impl.encoder import Encoder, LateTokens
 from ..impl.gate import Gate
 from ..impl.hints import Rule, ThresholdHints
 from ..impl.interface import Implementation
@@ -34,29 +34,32 @@ def tokens_to_encode(
     x: Tensor,
     scale: Tensor | None,
     features: Tensor | None = None,
+    late: LateTokens | None = None,
 ) -> TokensToEncode:
     """Of x [B, d_in], normed and centred.
 
     Args:
         scale: [F] or [P], the norms of the decoder rows where activations are multiplied by them.
         features: int64 [P], whose rows alone are read; None for all.
+        late: how x is normed and centred where that has not been done; for a search of the PyTorch form.
     """
 
     def rows(t: Tensor) -> Tensor:
         return t if features is None else t.index_select(0, features)
 
     W = rows(tensors["W_enc"].t())
-    screen = FOR_THRESHOLDS if cfg.screen == "auto" and cfg.rule != "topk" else cfg.screen
+    how: dict[str, Any] = {} if late is None else {"late": late}
+    how["screen"] = FOR_THRESHOLDS if cfg.screen == "auto" and cfg.rule != "topk" else cfg.screen
     if cfg.rule == "gated":
         gain, shift = rows(tensors["r_mag"]).exp(), rows(tensors["b_mag"])
         if scale is not None:
             gain, shift = gain * scale, shift * scale
         b_gate = rows(tensors["b_gate"])
-        encoder = parts.encoder(x, W, torch.zeros_like(b_gate), screen=screen)
+        encoder = parts.encoder(x, W, torch.zeros_like(b_gate), **how)
         return TokensToEncode(encoder, b_gate.new_zeros(()), Gate(b_gate, gain, shift))
     b = rows(tensors["b_enc"])
     threshold = tensors.get("threshold", b.new_zeros(()))
-    encoder = parts.encoder(x, W, b, scale=scale, screen=screen)
+    encoder = parts.encoder(x, W, b, scale=scale, **how)
     return TokensToEncode(encoder, rows(threshold) if threshold.dim() else threshold, None)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..codes import SparseCodes
-from ..support.argument_checks import describe
+from ..support.argument_checks import FLOATS, describe
 
 
 def check_features(features: Sequence[int] | Tensor, n_features: int, device: torch.device) -> Tensor:
@@ -20,7 +20,7 @@ def check_features(features: Sequence[int] | Tensor, n_features: int, device: to
     allowed = f"must be distinct whole numbers from 0 to {n_features - 1}, at least one"
     try:
         chosen = torch.as_tensor(features)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise TypeError(f"features={features!r}: {allowed}") from None
     if chosen.dim() != 1 or len(chosen) == 0:
         raise ValueError(f"features={describe(chosen)}: {allowed}")
@@ -33,6 +33,21 @@ def check_features(features: Sequence[int] | Tensor, n_features: int, device: to
     if len(chosen.unique()) != len(chosen):
         raise ValueError(f"features: one of them stands twice; {allowed}")
     return chosen.to(device)
+
+
+def check_dense_codes(codes: Tensor, width: int) -> None:
+    """Dense codes [..., width] of a float dtype.
+
+    Raises:
+        ValueError, TypeError: naming what is wrong with them.
+    """
+    if not isinstance(codes, Tensor):
+        raise TypeError(f"codes={type(codes).__name__}: must be SparseCodes or a torch.Tensor")
+    if codes.dtype not in FLOATS or codes.layout != torch.strided:
+        allowed = ", ".join(map(str, FLOATS))
+        raise TypeError(f"codes: {codes.layout} of {codes.dtype}: must be SparseCodes or dense, of {allowed}")
+    if codes.shape[-1:] != (width,):
+        raise ValueError(f"codes={describe(codes)}: the last dimension must be {width}")
 
 
 def codes_of_features(codes: SparseCodes, features: Tensor) -> SparseCodes:

@@ -10,25 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from ..codes import SparseCodes
+from ..impl.encoder import LateTokens
 from ..impl.hints import ThresholdHints
 from ..impl.interface import Implementation, implementation, resolve_impl
 from ..residual_stream.splicing import Splicing
 from ..support.argument_checks import HALF, check_activations, describe
-from ..support.even_slices import even_slices
 from ..support.late_values import FiniteInputs
-from .blocks import join_codes, join_rows
 from .config import InferenceConfig
 from .decoder_norms import decoder_norms, inverse_norms
 from .encoding import TokensToEncode, active_codes, active_dense, tokens_to_encode
-from .features import check_features, codes_of_features, dense_columns
+from .features import check_dense_codes, check_features, codes_of_features, dense_columns
 from .products import product
 from .tensors import WEIGHTS, prepared
 from .token_norms import NormedTokens, norm_tokens
 
 # dense codes with a smaller share of active entries are decoded entry by entry
 FEW_ACTIVE = 1 / 32
-# elements of activations that are copied at once for a search, in float32
-COPIED = 1 << 22
 
 
 @dataclass
@@ -92,7 +89,7 @@ class InferenceSAE(Splicing, nn.Module):
     def forward(self, x: Tensor) -> InferenceOutput:
         """x [..., d_in] to its active features and the reconstruction, skip included."""
         given, tokens = self._tokens(x)
-        codes = self._codes(x, tokens, self._scale())
+        codes = self._codes(x, tokens.x, None, self._scale())
         x_hat = self._in_units(self._decode_sparse(codes), tokens)
         if self.cfg.skip:
             x_hat = x_hat + product(given, self.W_skip) / self._factor_out
@@ -101,8 +98,7 @@ class InferenceSAE(Splicing, nn.Module):
     @torch.compiler.disable
     def encode_sparse(self, x: Tensor) -> SparseCodes:
         """The active features of x [..., d_in], [B, d_sae]; values of at least float32, with gradient to x."""
-        scale = self._scale()
-        return join_codes([self._codes(part, self._tokens(part, True)[1], scale) for part in self._in_blocks(x)])
+        return self._codes(x, *self._to_encode(x), self._scale())
 
     @torch.compiler.disable
     def encode(self, x: Tensor, features: Sequence[int] | Tensor | None = None) -> Tensor:
@@ -115,8 +111,7 @@ class InferenceSAE(Splicing, nn.Module):
         """
         chosen = self._chosen(features)
         scale = self._scale(chosen if self.cfg.k is None else None)
-        blocks = [x] if chosen is None else self._in_blocks(x)
-        a = join_rows([self._dense(part, chosen, scale).to(x.dtype) for part in blocks])
+        a = self._dense(x, chosen, scale).to(x.dtype)
         return a.view(*x.shape[:-1], a.shape[1])
 
     @torch.compiler.disable
@@ -143,10 +138,7 @@ class InferenceSAE(Splicing, nn.Module):
             x_hat = self._decode_sparse(codes if chosen is None else codes_of_features(codes, chosen))
         else:
             width = self.cfg.d_sae if chosen is None else len(chosen)
-            if not isinstance(codes, Tensor):
-                raise TypeError(f"codes={type(codes).__name__}: must be SparseCodes or a torch.Tensor")
-            if codes.shape[-1:] != (width,):
-                raise ValueError(f"codes={describe(codes)}: the last dimension must be {width}")
+            check_dense_codes(codes, width)
             dtype, leading = codes.dtype, codes.shape[:-1]
             x_hat = self._decode_dense(codes.reshape(-1, width), chosen)
         x_hat = self._in_units(x_hat, self._norm_of(x, len(x_hat)))
@@ -186,24 +178,40 @@ class InferenceSAE(Splicing, nn.Module):
     def _forget(self) -> None:
         self._hints = ThresholdHints()
 
-    def _tokens(self, x: Tensor, for_search: bool = False) -> tuple[Tensor, NormedTokens]:
-        """[B, d_in] of x times `cfg.input_scale` in the dtype to compute in; and that normed, without b_dec."""
+    def _checked(self, x: Tensor) -> torch.dtype:
+        """The dtype to compute in, of tokens that are what they should be."""
         check_activations(x, self.cfg.d_in)
         if x.device != self.W_enc.device:
             raise ValueError(f"x.device={x.device}: the weights are on {self.W_enc.device}; both must share one device")
         if any(t.requires_grad for t in self.buffers()):
             raise ValueError("a weight requires a gradient: an InferenceSAE gives gradients to activations alone")
         self._inputs.check(x)
-        dtype = torch.promote_types(torch.promote_types(x.dtype, self.W_enc.dtype), torch.float32)
-        if for_search and self._is_searched(x) and self._as_given(x):
-            dtype = x.dtype  # raised where it is needed
-        given = x.reshape(-1, self.cfg.d_in).to(dtype)
+        return torch.promote_types(torch.promote_types(x.dtype, self.W_enc.dtype), torch.float32)
+
+    def _tokens(self, x: Tensor) -> tuple[Tensor, NormedTokens]:
+        """[B, d_in] of x times `cfg.input_scale` in the dtype to compute in; and that normed, without b_dec."""
+        dtype = self._checked(x)
+        return self._prepared(x.reshape(-1, self.cfg.d_in), dtype)
+
+    def _prepared(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, NormedTokens]:
+        given = x.to(dtype)
         if self.cfg.input_scale != 1:
             given = given * self.cfg.input_scale
         tokens = norm_tokens(given, self.cfg.normalize)
         if self.cfg.apply_b_dec_to_input:
             tokens = tokens._replace(x=tokens.x - self.b_dec.to(dtype))
         return given, tokens
+
+    def _to_encode(self, x: Tensor) -> tuple[Tensor, LateTokens | None]:
+        """Tokens [B, d_in], normed and without b_dec; or as given, and how to make that of them, where nothing but a
+        search above thresholds reads them, which needs a few at a time."""
+        c, dtype = self.cfg, self._checked(x)
+        flat = x.reshape(-1, c.d_in)
+        if not self._is_searched(x):
+            return self._prepared(flat, dtype)[1].x, None
+        changed = c.apply_b_dec_to_input or c.normalize != "none" or c.input_scale != 1
+        prepare = (lambda rows: self._prepared(rows, dtype)[1].x) if changed else None
+        return flat, LateTokens(dtype, prepare)
 
     def _norm_of(self, x: Tensor | None, n_tokens: int) -> NormedTokens | None:
         """How a reconstruction of n tokens gets back to the units of x."""
@@ -235,50 +243,35 @@ class InferenceSAE(Splicing, nn.Module):
         """The implementation for activations or codes of that dtype."""
         return resolve_impl(self.cfg.impl, self.W_enc.device, torch.promote_types(dtype, self.W_enc.dtype))
 
-    def _in_blocks(self, x: Tensor) -> list[Tensor]:
-        """x, or its tokens some after others where whole copies of it would be made for nothing but a search."""
-        check_activations(x, self.cfg.d_in)
-        if not self._is_searched(x):
-            return [x]
-        flat, most = x.reshape(-1, self.cfg.d_in), 2 * COPIED if self._as_given(x) else COPIED
-        return [flat[at] for at in even_slices(len(flat), self.cfg.d_in, most)]
-
     def _is_searched(self, x: Tensor) -> bool:
         """Whether nothing but a search above thresholds reads x, some tokens after others."""
         wants_grad = torch.is_grad_enabled() and x.requires_grad
         return not wants_grad and self.cfg.k is None and self._form_for(x.dtype) == "torch"
-
-    def _as_given(self, x: Tensor) -> bool:
-        """Whether a search takes x as it is: in the dtype to compute in, or in that of weights of 16 bits."""
-        c, W = self.cfg, self.W_enc
-        changed = c.apply_b_dec_to_input or c.normalize != "none" or c.input_scale != 1
-        narrow = c.screen == "auto" and x.dtype == W.dtype == torch.bfloat16
-        return not changed and (narrow or x.dtype == torch.promote_types(W.dtype, torch.float32))
 
     def _scale(self, features: Tensor | None = None) -> Tensor | None:
         """What activations are multiplied by: [F], or [P] of the features."""
         return decoder_norms(self.W_dec, features) if self.cfg.scale_by_decoder_norm else None
 
     def _ready(
-        self, x: Tensor, tokens: NormedTokens, scale: Tensor | None, features: Tensor | None = None
+        self, x: Tensor, given: Tensor, late: LateTokens | None, scale: Tensor | None, features: Tensor | None = None
     ) -> tuple[Implementation, TokensToEncode]:
-        name, given = self._form_for(x.dtype), tokens.x
+        name = self._form_for(x.dtype)
         if name == "triton":
             # its products are of what 16-bit activations and weights are rounded to
             given = given.to(torch.promote_types(x.dtype, self.W_enc.dtype))
         tensors, parts = dict(self.named_buffers()), implementation(name)
-        return parts, tokens_to_encode(parts, self.cfg, tensors, given, scale, features)
+        return parts, tokens_to_encode(parts, self.cfg, tensors, given, scale, features, late)
 
-    def _codes(self, x: Tensor, tokens: NormedTokens, scale: Tensor | None) -> SparseCodes:
-        parts, ready = self._ready(x, tokens, scale)
+    def _codes(self, x: Tensor, given: Tensor, late: LateTokens | None, scale: Tensor | None) -> SparseCodes:
+        parts, ready = self._ready(x, given, late, scale)
         return active_codes(parts, self.cfg.k, ready, self._hints)
 
     def _dense(self, x: Tensor, features: Tensor | None, scale: Tensor | None) -> Tensor:
         """Activations [B, F], or [B, P] of the features."""
-        tokens = self._tokens(x, True)[1]
+        given, late = self._to_encode(x)
         if self.cfg.k is not None and features is not None:
-            return dense_columns(self._codes(x, tokens, scale), features)
-        parts, ready = self._ready(x, tokens, scale, features)
+            return dense_columns(self._codes(x, given, late, scale), features)
+        parts, ready = self._ready(x, given, late, scale, features)
         return active_dense(parts, self.cfg.k, ready, self._hints)
 
     def _decode_sparse(self, codes: SparseCodes) -> Tensor:

@@ -7,13 +7,13 @@ from sampled_sae.codes import SparseCodes
 from sampled_sae.impl.interface import implementation
 from sampled_sae.impl.torch import (
     above,
+    bounded_screen,
     column_filter,
     dense_above,
     look_through,
     plain_screen,
     products,
     screen,
-    screen_entries,
 )
 from sampled_sae.inference.config import InferenceConfig
 from sampled_sae.inference.encoding import tokens_to_encode
@@ -38,11 +38,13 @@ def block_tokens(request, monkeypatch):
     """Tokens that are taken at a time: all of a small batch, or a few."""
     monkeypatch.setattr("sampled_sae.support.even_slices.FEWEST_ROWS", request.param)
     monkeypatch.setattr(above, "TOKEN_ELEMENTS", 1)
-    for bound in ("LEAST_PRODUCT", "MOST_BOUNDED", "MOST_PRODUCT"):
+    for bound in ("LEAST_PRODUCT", "MOST_SEEN", "MOST_PRODUCT"):
         monkeypatch.setattr(look_through, bound, 1 << 14)
     monkeypatch.setattr(products, "CHUNK_ELEMENTS", 1 << 13)
-    for part in (plain_screen, screen_entries):
+    monkeypatch.setattr(products, "FEWEST_TOGETHER", 64)
+    for part in (plain_screen, bounded_screen):
         monkeypatch.setattr(part, "WEIGHT_ELEMENTS", 1)
+    monkeypatch.setattr(plain_screen, "MORE_WEIGHT_ELEMENTS", 1)
 
 
 def encoders(screened, dtype=torch.float32, scaled=False):
@@ -127,11 +129,21 @@ def test_the_bound_lets_little_through(monkeypatch):
     assert codes.count() <= sum(looked) < 1.4 * codes.count()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_norms_of_weights_are_summed_in_float32(dtype):
+    rows = torch.cat((torch.ones(1, 4096), torch.full((1, 4096), 3e-7), torch.zeros(1, 4096))).to(dtype)
+    norms = torch.empty(3)
+    screen.norms_into(norms, rows)
+    exact = rows.double().norm(dim=1)
+    assert (screen.MARGIN * norms >= exact).all()
+    assert (norms <= screen.MARGIN * exact + 1e-16).all()
+
+
 def test_a_screen_out_of_range_rests():
     x, W, b = torch.ones(3, 4), torch.eye(4).repeat(16, 1), torch.zeros(64)
     W[7, 1] = 1e30
     operands = TORCH.encoder(x, W, b, screen="bf16").operands
-    assert screen_entries.seen_features(operands, slice(0, 64), torch.zeros(1)) is None
+    assert bounded_screen.BoundedScreen(operands, torch.zeros(1)).places(slice(0, 64)) is None
     codes = TORCH.above_threshold(TORCH.encoder(x, W, b, screen="bf16"), torch.full((64,), 1e29))
     assert codes.features.tolist() == [7, 7, 7]
 
@@ -158,13 +170,14 @@ def test_places_that_reach_their_floor(kind, n_tokens, dtype):
     seen = a if kind == "one" else a[:, :43]
     expected = torch.zeros_like(a, dtype=torch.bool)
     expected[:, : seen.shape[1]] = ~(seen < floor)
-    assert torch.equal(column_filter.places_reaching(a, floor).sort().values, expected.flatten().nonzero().squeeze(1))
+    ways = [column_filter.places_reaching(a, floor)]
     if kind != "one":
-        found = torch.zeros_like(seen, dtype=torch.bool)
-        rows, columns = column_filter.rows_reaching(seen.t().contiguous(), floor)
-        found[columns, rows] = True
+        ways.append(column_filter.rows_reaching(seen.t().contiguous(), floor)[::-1])
+    for rows, columns in ways:
+        found = torch.zeros_like(a, dtype=torch.bool)
+        found[rows, columns] = True
         assert len(rows) == int(found.sum())
-        assert torch.equal(found, expected[:, : seen.shape[1]])
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("few", [0, 256], ids=["by token", "by feature"])
@@ -186,7 +199,7 @@ def test_bfloat16_weights_and_tokens_are_looked_through_as_they_are(huge, scaled
     threshold = a.sort(0, descending=True).values[1].float().clamp_min(0)
     looked, settled = [], above.FloorSearch._settled
     monkeypatch.setattr(above.FloorSearch, "_settled", lambda *args: looked.append(len(args[2])) or settled(*args))
-    monkeypatch.setattr(look_through, "seen_above", None)
+    monkeypatch.setattr(look_through, "BoundedScreen", None)
     encoder = TORCH.encoder(x, W, b, scale=scale, screen="bf16")
     assert plain_screen.is_plain(encoder.operands)
     codes = TORCH.above_threshold(encoder, threshold)
@@ -208,7 +221,7 @@ def test_other_tokens_need_the_other_screen():
     ):
         assert plain_screen.is_plain(TORCH.encoder(tokens, weights, b, screen="bf16").operands) == plain
     operands = TORCH.encoder(x.bfloat16().float(), (W * 1e16).bfloat16(), b, screen="bf16").operands
-    assert plain_screen.PlainScreen(operands).places(slice(0, 300), torch.zeros(1)) is None
+    assert plain_screen.PlainScreen(operands, torch.zeros(1)).places(slice(0, 300)) is None
 
 
 def test_a_screen_that_leaves_too_much_open_is_dropped(monkeypatch):

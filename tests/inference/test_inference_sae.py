@@ -118,7 +118,7 @@ class Largest(TorchDispatchMode):
 def test_no_copy_of_the_weights_and_no_matrix_of_activations(screened, rule, monkeypatch):
     monkeypatch.setattr("sampled_sae.impl.torch.products.CHUNK_ELEMENTS", 1 << 14)
     monkeypatch.setattr("sampled_sae.impl.torch.look_through.LEAST_PRODUCT", 1 << 14)
-    monkeypatch.setattr("sampled_sae.impl.torch.look_through.MOST_BOUNDED", 1 << 14)
+    monkeypatch.setattr("sampled_sae.impl.torch.look_through.MOST_SEEN", 1 << 14)
     monkeypatch.setattr("sampled_sae.impl.torch.look_through.MOST_PRODUCT", 1 << 14)
     monkeypatch.setattr("sampled_sae.impl.torch.products.GATHERED_ELEMENTS", 1 << 13)
     monkeypatch.setattr("sampled_sae.inference.decoder_norms.CHUNK_ELEMENTS", 1 << 13)
@@ -245,6 +245,11 @@ def test_tensors_that_are_refused(change, message):
         (lambda s, x: s.decode(s.encode_sparse(x)), "x=None: normalize='layer_norm' is undone"),
         (lambda s, x: s.decode(s.encode_sparse(x), x=x[:2]), "has 2 tokens, the codes have 23"),
         (lambda s, x: s.decode(s.encode(x), [3], x=x), "codes=tensor (23, 96): the last dimension must be 1"),
+        (lambda s, x: s.encode(x, torch.ones(F, dtype=torch.bool)), "features.dtype=torch.bool: must be distinct"),
+        (lambda s, x: s.encode(x, [2**70]), "must be distinct whole numbers from 0 to 95"),
+        (lambda s, x: s.encode_sparse(x[:0]), "x.shape=(0, 12): the batch is empty"),
+        (lambda s, x: s.decode(s.encode(x).long(), x=x), "codes: torch.strided of torch.int64: must be"),
+        (lambda s, x: s.decode(s.encode(x).to_sparse(), x=x), "codes: torch.sparse_coo of torch.float64: must be"),
         (lambda s, x: s.decode([1], x=x), "codes=list: must be SparseCodes or a torch.Tensor"),
         (lambda s, x: s.decode(SparseCodes.from_dense(x), x=x), "codes.shape=(23, 12): must be [B, 96]"),
         (lambda s, x: s.W_enc.requires_grad_() is s(x), "gives gradients to activations alone"),
@@ -258,18 +263,28 @@ def test_uses_that_are_refused(use, message):
 
 
 @pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+@pytest.mark.parametrize("screen", ["off", "bf16"])
 @pytest.mark.parametrize("rule", RULES)
-def test_blocks_of_tokens_change_nothing(rule, normalize, monkeypatch):
-    options = {"normalize": normalize, "apply_b_dec_to_input": True, "scale_by_decoder_norm": True}
-    sae, x = make(rule, 41, **options)
+def test_tokens_are_prepared_a_few_at_a_time(rule, screen, normalize, monkeypatch):
+    """Where nothing but a search reads them; and that changes nothing."""
+    options = {"normalize": normalize, "apply_b_dec_to_input": True, "scale_by_decoder_norm": True, "screen": screen}
+    sae, x = make(rule, 41, torch.float32, **options)
     whole = sae.encode_sparse(x), sae.encode(x, [5, 2])
-    monkeypatch.setattr("sampled_sae.inference.inference_sae.COPIED", 7 * D)
+    for name in ("rounded_tokens.PIECE_ELEMENTS", "torch.above.PIECE_ELEMENTS", "torch.above.PREPARED_ELEMENTS"):
+        monkeypatch.setattr(f"sampled_sae.impl.{name}", 7 * D)
+    monkeypatch.setattr("sampled_sae.impl.torch.above.OF_PREPARED", 0)
+    monkeypatch.setattr("sampled_sae.impl.torch.above.ROW_TOKEN_ELEMENTS", 7 * D)
+    monkeypatch.setattr("sampled_sae.impl.torch.above.FEWEST_TOKENS", 7)
     monkeypatch.setattr("sampled_sae.support.even_slices.FEWEST_ROWS", 7)
     seen = []
-    tokens = type(sae)._tokens
-    monkeypatch.setattr(type(sae), "_tokens", lambda sae, x, *args: seen.append(len(x)) or tokens(sae, x, *args))
+    prepared = type(sae)._prepared
+    monkeypatch.setattr(type(sae), "_prepared", lambda sae, x, *args: seen.append(len(x)) or prepared(sae, x, *args))
     codes = sae.encode_sparse(x)
-    assert seen == ([41] if rule == "topk" else [6, 7, 7, 7, 7, 7])
+    if rule == "topk":
+        assert seen == [41]
+    else:
+        assert max(seen) == 7
+        assert sum(seen) >= 41
     assert codes.shape == (41, F)
     assert torch.equal(codes.tokens, whole[0].tokens)
     assert torch.equal(codes.features, whole[0].features)

@@ -1,13 +1,15 @@
 """Every activation above the floor of its feature, without [B, F]: chunks of the encoder product through a filter.
 
 A chunk [B, C] is filtered in cache (column_filter.py). With a screen it is a bfloat16 product (plain_screen.py where
-both operands hold no more, screen_entries.py for all others), and what that cannot rule out is computed again, one by
-one. Where a rule lets so much through that lists of entries cost more than the product, whole rows of activations are
-computed for a few tokens at a time: the same memory, whatever the share.
+both operands hold no more, bounded_screen.py for all others), and what that cannot rule out is computed again, one by
+one. Tokens that have to be prepared are prepared a few at a time, never all of a batch. Where a rule lets so much
+through that lists of entries cost more than the product, whole rows of activations are computed for a few tokens at a
+time: the same memory, whatever the share.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -18,14 +20,19 @@ from ...support.even_slices import even_slices
 from ...support.reused_memory import scratch
 from ..encoder import Operands
 from .column_filter import places_reaching
-from .look_through import LookThrough
+from .look_through import LookThrough, room_of
 from .products import activations_at, candidate_spans, ends_of_tokens, sampled_product
 from .search import MOST_SCREENED, join
 
 # elements of tokens that are looked at together: for fewer the weights would be read, and rounded, more often
 TOKEN_ELEMENTS = 1 << 22
-# candidates that are computed in full precision together
-MOST_WAITING = 1 << 12
+# the same where they are prepared for a product in full precision, at least: else a part of what a search may hold
+PREPARED_ELEMENTS, OF_PREPARED = 1 << 18, 0.5
+# elements of tokens that are prepared at once for single entries
+PIECE_ELEMENTS = 1 << 15
+# candidates that wait for the end of a search, when its rounded tokens have gone, and that are then computed together
+MOST_WAITING = 1 << 17
+MOST_SETTLED = 1 << 14
 # a rule that lets more than this share of a batch through gets whole rows
 MOST_LISTED = 1 / 64
 # entries found before that share is looked at
@@ -38,18 +45,19 @@ FEWEST_TOKENS = 32
 
 def entries_above(operands: Operands, floor: Tensor) -> Entries:
     """Every entry of (x W^T + b) * scale strictly above the floor, [1] or [F], sorted by token, then feature."""
-    search, found = FloorSearch(floor), []
-    for at, block in blocks_of_tokens(operands):
-        entries = search.among(block)
-        entries.tokens.add_(at.start)
-        found.append(entries)
+    search = FloorSearch(floor)
+    found = [moved(search.among(block), at.start) for at, block in blocks_of_tokens(operands)]
     # no token: of a process whose part of a batch is empty
     return join(found) if found else Found(operands).entries()
 
 
 def blocks_of_tokens(operands: Operands) -> Iterator[tuple[slice, Operands]]:
     """(some tokens, their operands), in blocks of about the same size."""
-    for at in even_slices(operands.n_tokens, operands.x.shape[1], TOKEN_ELEMENTS):
+    n_tokens, most = operands.n_tokens, TOKEN_ELEMENTS
+    if operands.screen is None and not operands.is_exact:
+        room = OF_PREPARED * room_of(n_tokens, operands.n_features) / operands.b.element_size()
+        most = min(most, max(PREPARED_ELEMENTS, int(room)))
+    for at in even_slices(n_tokens, operands.x.shape[1], most):
         yield at, operands.of_tokens(at)
 
 
@@ -98,12 +106,14 @@ class FloorSearch:
 
     def listed(self, block: Operands) -> Entries | None:
         """The same chunk by chunk; None where there are too many."""
-        look, found, start = LookThrough(block, self.screens), Found(block), 0
+        look, found, start = LookThrough(block, self.floor, self.screens), Found(block), 0
         waiting: list[Tensor] = []
         n_waiting = 0
         while start < block.n_features:
             span = slice(start, min(start + look.width(), block.n_features))
             seen = self._screened(look, span)
+            if seen is None and block.screen is not None and not block.is_exact:
+                return self._in_smaller_blocks(block)
             if seen is None:
                 found.add(*self._in_full(look.full, span))
             else:
@@ -111,35 +121,51 @@ class FloorSearch:
                 n_waiting += len(seen)
             start = span.stop
             if n_waiting >= MOST_WAITING:
-                found.add(*self._settled(block, torch.cat(waiting)))
-                waiting, n_waiting = [], 0
+                self._settle(block, waiting, found)
+                n_waiting = 0
             if found.count + n_waiting > max(FEWEST_LISTED, MOST_LISTED * block.n_tokens * start):
                 self.listing = False
                 return None
         look.let_go()
-        if waiting:
-            found.add(*self._settled(block, torch.cat(waiting)))
+        self._settle(block, waiting, found)
         return found.entries()
+
+    def _in_smaller_blocks(self, block: Operands) -> Entries | None:
+        """Without a screen: so many tokens are not prepared together."""
+        found = []
+        for at, part in blocks_of_tokens(block.in_full()):
+            entries = self.listed(part)
+            if entries is None:
+                return None
+            found.append(moved(entries, at.start))
+        return join(found)
 
     def _screened(self, look: LookThrough, span: slice) -> Tensor | None:
         """Places that a screen leaves open; None where there is no screen that leaves few enough."""
-        width = span.stop - span.start
-        n_seen = look.block.n_tokens * width
+        n_seen = look.block.n_tokens * (span.stop - span.start)
         while look.screen is not None:
-            seen = look.through(span, self._finite(span))
+            seen = look.through(span)
             if seen is not None:
-                look.count(n_seen, len(seen))
-                if len(seen) <= MOST_SCREENED * n_seen:
-                    return in_block(seen, span, width, look.block.n_features)
+                tokens, features = seen
+                look.count(n_seen, len(tokens))
+                if len(tokens) <= MOST_SCREENED * n_seen:
+                    return narrow(in_block(tokens, features, look.block.n_features), look.block)
             look.drop()
         return None
 
+    def _settle(self, block: Operands, waiting: list[Tensor], found: Found) -> None:
+        """All candidates in full precision: those above their floor are found."""
+        if waiting:
+            places = torch.cat(waiting).sort().values
+            waiting.clear()
+            for some in places.split(MOST_SETTLED):
+                found.add(*self._settled(block, some.long()))
+
     def _settled(self, block: Operands, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Candidates in full precision: (values, places) of those above their floor."""
-        places = places.sort().values
+        """Candidates, sorted, in full precision: (values, places) of those above their floor."""
         tokens = places // block.n_features
-        features = places - tokens * block.n_features
-        values = sampled_product(block.x, block.W, ends_of_tokens(tokens, block.n_tokens), features)
+        features, ends = places - tokens * block.n_features, ends_of_tokens(tokens, block.n_tokens)
+        values = products_at(block, ends, features)
         values += block.b.index_select(0, features)
         if block.scale is not None:
             values *= block.scale.index_select(0, features)
@@ -149,12 +175,9 @@ class FloorSearch:
         """The same of a chunk from a product in full precision."""
         floor = self._finite(span)
         a = activations_at(block, span)
-        at = places_reaching(a, torch.nextafter(floor, torch.full_like(floor, torch.inf)))
-        return self._above(
-            a.flatten().index_select(0, at),
-            in_block(at, span, a.shape[1], block.n_features),
-            at % a.shape[1] + span.start,
-        )
+        tokens, columns = places_reaching(a, torch.nextafter(floor, torch.full_like(floor, torch.inf)))
+        features = columns + span.start
+        return self._above(a[tokens, columns], in_block(tokens, features, block.n_features), features)
 
     def _above(self, values: Tensor, places: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         floor = self.floor if len(self.floor) == 1 else self.floor.index_select(0, features)
@@ -170,9 +193,34 @@ class FloorSearch:
         return floor.clamp(max=torch.finfo(floor.dtype).max)
 
 
-def in_block(places: Tensor, span: slice, width: int, n_features: int) -> Tensor:
-    """Places in a flat [T, F] of those in a flat chunk [T, width] of the features of `span`."""
-    return (places // width).mul_(n_features - width).add_(places).add_(span.start)
+def moved(entries: Entries, first: int) -> Entries:
+    """Those of a block of tokens that begins with token `first`."""
+    entries.tokens.add_(first)
+    return entries
+
+
+def in_block(tokens: Tensor, features: Tensor, n_features: int) -> Tensor:
+    """Places in a flat [T, F]."""
+    return tokens.mul_(n_features).add_(features)
+
+
+def narrow(places: Tensor, block: Operands) -> Tensor:
+    """Places of candidates, which wait in as few bytes as hold them."""
+    return places.int() if block.n_tokens * block.n_features < 1 << 31 else places
+
+
+def products_at(block: Operands, ends: Tensor, features: Tensor) -> Tensor:
+    """`sampled_product` of a block's tokens and weights; tokens that have to be prepared are, a few at a time."""
+    if block.is_exact:
+        return sampled_product(block.x, block.W, ends, features)
+    step = max(1, PIECE_ELEMENTS // block.x.shape[1])
+    bounds, parts = [*ends[::step].tolist(), len(features)], []
+    for first, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        if start < stop:
+            at = slice(first * step, min((first + 1) * step, block.n_tokens))
+            own = ends[at.start : at.stop + 1] - start
+            parts.append(sampled_product(block.exact(at), block.W, own, features[start:stop]))
+    return torch.cat(parts) if parts else block.b.new_zeros(0)
 
 
 def in_whole_rows(block: Operands, floor: Tensor) -> Entries:

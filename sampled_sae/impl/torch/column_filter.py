@@ -1,6 +1,6 @@
-"""Where a chunk of activations reaches the floor of its feature: first in groups of tokens, then inside those few.
+"""Where a chunk of activations reaches its floor: first in groups of rows, then inside those few.
 
-The largest of a group of tokens is taken for features side by side in memory, which is the fastest pass there is. In
+The largest of a group of rows is taken for columns side by side in memory, which is the fastest pass there is. In
 bfloat16 it is taken of the bits as whole numbers: those of floats above 0 sort as their values do, and those of
 floats below 0 are negative.
 """
@@ -13,29 +13,26 @@ from torch import Tensor
 GROUP = 16
 
 
-def places_reaching(a: Tensor, floor: Tensor) -> Tensor:
-    """int64 [n], in any order: where a.flatten() is not below its floor; NaN is not.
+def places_reaching(a: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 [n], in any order: (row, column) where a [R, C], contiguous, is not below its floor; NaN is not.
 
-    a: [T, C], contiguous, of fewer than 2^31 elements. floor: [1], or [C'] for the first C' <= C columns, which alone
-    are looked at.
+    floor: [1], or [C'] for the first C' <= C columns, which alone are looked at.
     """
-    n_tokens, stride = a.shape
-    width = len(floor) if len(floor) > 1 else stride
-    found = []
-    whole = n_tokens // GROUP * GROUP
-    for start, stop, size in ((0, whole, GROUP), (whole, n_tokens, n_tokens - whole)):
+    width = len(floor) if len(floor) > 1 else a.shape[1]
+    whole, found = len(a) // GROUP * GROUP, []
+    for start, stop, size in ((0, whole, GROUP), (whole, len(a), len(a) - whole)):
         if start == stop:
             continue
-        top, least = sortable(a[start:stop, :width].view(-1, size, width), floor)
-        hits = (top.amax(1) < least).logical_not_().flatten().nonzero().squeeze(1).int()
-        group = hits // width
-        columns = hits - group * width
-        first = (group * size + start) * stride + columns
-        inside = first[:, None] + torch.arange(0, size * stride, stride, dtype=torch.int32)
-        values = a.flatten().index_select(0, inside.flatten()).view(-1, size)
-        below = values < (floor.index_select(0, columns)[:, None] if len(floor) > 1 else floor)
-        found.append(inside[below.logical_not_()])
-    return torch.cat(found).long()
+        groups = a[start:stop, :width].view(-1, size, width)
+        top, least = sortable(groups, floor)
+        group, columns = (top.amax(1) < least).logical_not_().nonzero(as_tuple=True)
+        inside = groups[group, :, columns]
+        below = inside < (floor.index_select(0, columns)[:, None] if len(floor) > 1 else floor)
+        at, row = below.logical_not_().nonzero(as_tuple=True)
+        rows = group.index_select(0, at).mul_(size).add_(row).add_(start)
+        found.append((rows, columns.index_select(0, at)))
+    rows, columns = (torch.cat(part) if len(found) > 1 else part[0] for part in zip(*found))
+    return rows, columns
 
 
 def rows_reaching(a: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:

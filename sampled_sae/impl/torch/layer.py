@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...codes import Entries, SparseCodes
-from ..encoder import Encoder, Operands
+from ...support.argument_checks import HALF
+from ..encoder import Encoder, LateTokens, Operands
 from ..gate import Gate, floor_of, magnitudes
 from ..hints import Rule, ThresholdHints
 from ..row_gradients import RowSource
@@ -23,7 +24,7 @@ from .levels import decode_block_levels, decode_entry_levels
 from .pool import candidate_pool
 from .products import without_autocast
 from .scores import column_scores, column_statistics
-from .screen import looked_through_as_given, rounded
+from .screen import rounded
 from .screen_columns import column_bounds, seen_columns
 from .search import take
 from .stream import (
@@ -62,16 +63,19 @@ def encoder(
     scale: Tensor | None = None,
     rows: RowSource | None = None,
     screen: str = "auto",
+    late: LateTokens | None = None,
 ) -> Encoder:
-    """What this step computes with: float32 for 16-bit inputs, W in its own dtype until a chunk of it is needed."""
-    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    centred = x.detach()
-    if b_dec is not None:
-        centred = centred.to(dtype) - b_dec.detach().to(dtype)
-    elif not looked_through_as_given(centred, W, screen):
-        centred = centred.to(dtype)
+    """What this step computes with: float32 for 16-bit inputs, W in its own dtype until a chunk of it is needed.
+
+    late: for a search above thresholds alone, which then takes x as it is and prepares the tokens that it needs.
+    """
+    dtype, prepare = (torch.float32 if x.dtype in HALF else x.dtype, None) if late is None else late
+    given = x.detach()
+    if late is None:
+        given = given.to(dtype) if b_dec is None else given.to(dtype) - b_dec.detach().to(dtype)
     scales = None if scale is None else scale.detach().to(dtype)
-    operands = Operands(centred, W.detach(), b.detach().to(dtype), scales, screen=rounded(centred, W, screen))
+    seen = rounded(given, W, screen, dtype, prepare)
+    operands = Operands(given, W.detach(), b.detach().to(dtype), scales, screen=seen, prepare=prepare)
     return Encoder(x, W, b, b_dec, scale, rows if rows is not None else RowSource(), operands)
 
 

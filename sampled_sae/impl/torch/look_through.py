@@ -8,28 +8,35 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from ..encoder import Operands
-from .column_filter import places_reaching
+from .bounded_screen import BoundedScreen
 from .plain_screen import PlainScreen, is_plain
-from .screen_entries import seen_above
 
-# bytes of a product [T, C]
-LEAST_PRODUCT, MOST_BOUNDED, MOST_PRODUCT = 1 << 19, 1 << 21, 1 << 22
-# of the bytes of a float32 [T, F], what the product of a screen and the tokens that were rounded for it share, of a
-# dictionary of at least so many features
+# bytes of a product [T, C], of a screen and in full precision
+LEAST_PRODUCT, MOST_SEEN, MOST_PRODUCT = 1 << 19, 1 << 21, 1 << 21
+# of the bytes of a float32 [T, F], what a search may hold of tokens, weights and their product, of a dictionary of at
+# least so many features
 SHARE, FEATURES = 0.03, 1 << 16
+# of that share, what the product of a screen gets beside the tokens rounded for it, and where none are
+OF_PRODUCT, OF_PRODUCT_ALONE = 1 / 4, 1 / 3
 # elements of weights that are raised for a product in full precision, and of those that need not be
 RAISED_ELEMENTS = 1 << 19
 WEIGHT_ELEMENTS = 1 << 22
 
 
+def room_of(n_tokens: int, n_features: int) -> float:
+    """Bytes that a search through [T, F] may hold."""
+    return SHARE * 4 * n_tokens * max(n_features, FEATURES)
+
+
 class LookThrough:
     """A block of tokens and the first screen of the search's that suits it, until that is dropped."""
 
-    def __init__(self, block: Operands, screens: list[str]) -> None:
-        self.block, self.screens = block, screens
+    def __init__(self, block: Operands, floor: Tensor, screens: list[str]) -> None:
+        self.block, self.floor, self.screens = block, floor, screens
         usable = block.screen is not None and block.screen.in_range
         self._left = [name for name in screens if usable and (name != "plain" or is_plain(block))]
 
@@ -43,15 +50,17 @@ class LookThrough:
         return self.block.raised()
 
     @cached_property
-    def plain(self) -> PlainScreen:
-        return PlainScreen(self.block)
+    def _look(self) -> PlainScreen | BoundedScreen:
+        return (PlainScreen if self.screen == "plain" else BoundedScreen)(self.block, self.floor)
 
     def drop(self) -> None:
         """The screen in use, for this block and those that come."""
         self.screens.remove(self._left.pop(0))
+        self.let_go()
 
     def let_go(self) -> None:
         """Of what was made of the tokens to look at them."""
+        self.__dict__.pop("_look", None)
         if self.block.screen is not None:
             self.block.screen.let_go()
 
@@ -63,19 +72,15 @@ class LookThrough:
     def width(self) -> int:
         """Features a chunk."""
         n_tokens, d, b = self.block.n_tokens, self.block.x.shape[1], self.block.b
-        if self.screen is not None:
-            room, most = SHARE * 4 * n_tokens * max(self.block.n_features, FEATURES), MOST_PRODUCT
-            if self.screen == "bounded":  # tokens and weights are held rounded too
-                room, most = room - 2 * n_tokens * d, MOST_BOUNDED
-            width = int(min(max(room, LEAST_PRODUCT), most)) // (2 * n_tokens)
-        else:
+        if self.screen is None:
             elements = WEIGHT_ELEMENTS if self.block.W.dtype == b.dtype else RAISED_ELEMENTS
-            width = min(MOST_PRODUCT // (b.element_size() * n_tokens), elements // d)
-        return max(64, width // 64 * 64)
+            return max(64, min(MOST_PRODUCT // (b.element_size() * n_tokens), elements // d) // 64 * 64)
+        is_held = self.screen == "plain" and self.block.prepare is None and self.block.x.dtype == torch.bfloat16
+        room = room_of(n_tokens, self.block.n_features)
+        room = OF_PRODUCT_ALONE * room if is_held else OF_PRODUCT * (room - 2 * n_tokens * d)
+        part = self._look.part
+        return max(1, int(min(max(room, LEAST_PRODUCT), MOST_SEEN)) // (2 * n_tokens * part)) * part
 
-    def through(self, span: slice, floor: Tensor) -> Tensor | None:
-        """int64 [n]: where a chunk [T, C], flat, may lie above its floor, [1] or [C]; None out of range."""
-        if self.screen == "plain":
-            return self.plain.places(span, floor)
-        seen = seen_above(self.block, span, floor)
-        return None if seen is None else places_reaching(seen, seen.new_zeros(1))
+    def through(self, span: slice) -> tuple[Tensor, Tensor] | None:
+        """int64 [n]: (token, feature) of those of a span that may lie above their floor; None out of range."""
+        return self._look.places(span)

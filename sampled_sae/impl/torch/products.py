@@ -29,6 +29,8 @@ RAISED_AT_ONCE = 1 << 17
 GATHERED_ELEMENTS = 1 << 19
 # A chunk of a search is a multiple of so many features wide, so that its maxima can be taken in blocks.
 BLOCK_FEATURES = 32
+# features that are multiplied at once, at least: two threads share narrower products badly
+FEWEST_TOGETHER = 192
 # Said once a process by torch for every CSR tensor; the operations used here are covered by our tests.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
@@ -107,9 +109,13 @@ def candidate_spans(operands: Operands, first: int | None = None) -> Iterator[sl
         start, width = start + width, min(2 * width, largest)
 
 
-def parts_of(span: slice, d: int, elements: int) -> Iterator[tuple[slice, slice]]:
-    """(some features of a span, their columns in its chunk): weights [C, d] of about so many elements at a time."""
-    width = -(-elements // d // 64) * 64
+def part_width(d: int, elements: int, most: int) -> int:
+    """Features whose weights [C, d] are about so many elements, but not fewer than make a fast product, nor more."""
+    return max(FEWEST_TOGETHER, min(most, -(-elements // d // 64) * 64))
+
+
+def parts_of(span: slice, width: int) -> Iterator[tuple[slice, slice]]:
+    """(some features of a span, their columns in its chunk): so many at a time."""
     for start in range(span.start, span.stop, width):
         stop = min(start + width, span.stop)
         yield slice(start, stop), slice(start - span.start, stop - span.start)
@@ -144,7 +150,9 @@ def sampled_product(left: Tensor, W: Tensor, token_ends: Tensor, features: Tenso
 
     In the dtype of `left`, in float32 where that has 16 bits.
     """
-    if W.dtype != left.dtype or left.dtype in HALF:
+    if left.dtype in HALF:
+        left = left.float()
+    if W.dtype != left.dtype:
         return gathered_product(left, W, token_ends, features)
     pattern = torch.sparse_csr_tensor(
         token_ends, features, left.new_zeros(len(features)), (len(left), len(W)), check_invariants=False
@@ -153,14 +161,11 @@ def sampled_product(left: Tensor, W: Tensor, token_ends: Tensor, features: Tenso
 
 
 def gathered_product(left: Tensor, W: Tensor, token_ends: Tensor, features: Tensor) -> Tensor:
-    """`sampled_product` with weights of another dtype, or both of 16 bits: what is needed of them is raised."""
-    out = left.new_empty(len(features), dtype=torch.promote_types(left.dtype, torch.float32))
-    tokens = torch.repeat_interleave(token_ends.diff(), output_size=len(features))
-    for at in gathered_slices(W, features):
-        some, counts = tokens[at].unique_consecutive(return_counts=True)
-        ends = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-        every = torch.arange(len(features[at]), device=features.device)
-        out[at] = sampled_product(raised_rows(left, some, out), raised_rows(W, features[at], out), ends, every)
+    """`sampled_product` with weights of another dtype: what is needed of them is raised."""
+    out = left.new_empty(len(features))
+    for at, rows in gathered_rows(left, W, features):
+        ends = (token_ends - at.start).clamp_(0, len(rows))
+        out[at] = sampled_product(left, rows, ends, torch.arange(len(rows), device=rows.device))
     return out
 
 

@@ -21,7 +21,16 @@ from torch import Tensor
 from ...support.argument_checks import HALF
 from ...support.reused_memory import scratch
 from ..encoder import Operands
-from ..rounded_tokens import COLUMNS, LOST, RoundedTokens, large_enough, rounded_up, row_norms, width_of
+from ..rounded_tokens import (
+    COLUMNS,
+    LOST,
+    Prepare,
+    RoundedTokens,
+    large_enough,
+    rounded_up,
+    row_norms,
+    width_of,
+)
 from .products import raised
 
 # what rounding to bfloat16 moves a number by, at most, with the roundings of float32 that come on top
@@ -36,21 +45,16 @@ PIECE_ELEMENTS = 1 << 17
 FOR_THRESHOLDS = "auto for thresholds"
 
 
-def rounded(x: Tensor, W: Tensor, screen: str) -> RoundedTokens | None:
-    """x [B, d] in bfloat16 where `screen` asks for it and the operands allow it; else None."""
-    if screen == "off" or W.dtype not in (torch.float32, *HALF) or x.device.type != "cpu":
-        return None
-    if x.dtype != torch.float32 and not looked_through_as_given(x, W, screen):
+def rounded(
+    x: Tensor, W: Tensor, screen: str, dtype: torch.dtype = torch.float32, prepare: Prepare | None = None
+) -> RoundedTokens | None:
+    """x [B, d], `prepare`d to `dtype`, in bfloat16 where `screen` asks for it and the operands allow it; else None."""
+    if screen == "off" or W.dtype not in (torch.float32, *HALF) or x.device.type != "cpu" or dtype != torch.float32:
         return None
     unrounded = screen == FOR_THRESHOLDS and W.dtype == torch.bfloat16
     if screen != "bf16" and not (large_enough(len(x), len(W), unrounded) and fast_bfloat16()):
         return None
-    return RoundedTokens(x) if sums_in_float32() else None
-
-
-def looked_through_as_given(x: Tensor, W: Tensor, screen: str) -> bool:
-    """Whether a search above thresholds takes tokens of 16 bits as they are: its weights are of the same."""
-    return screen == FOR_THRESHOLDS and x.dtype == W.dtype == torch.bfloat16 and x.device.type == "cpu"
+    return RoundedTokens(x, prepare=prepare) if sums_in_float32() else None
 
 
 @functools.cache
@@ -88,16 +92,17 @@ class FeatureRounding(NamedTuple):
         norms, errors = like.new_empty(2, n_features)
         # some rows after others, which are in the cache for all that is done to them
         step = max(1, PIECE_ELEMENTS // d)
-        for start in range(0, n_features, step):
-            piece = slice(start, min(start + step, n_features))
-            exact = raised(rows[piece], like)
+        pieces = zip(rows.split(step), low[:, :d].split(step), norms.split(step), errors.split(step))
+        for i, (exact, inner, norm, error) in enumerate(pieces):
+            exact = raised(exact, like)
             if scale is not None:
-                exact = torch.mul(exact, scale[piece, None], out=scratch(like, *exact.shape))
-            inner = low[piece, :d].copy_(exact)
-            torch.linalg.vector_norm(exact, dim=1, out=norms[piece])
+                factor = scale[i * step : i * step + len(exact), None]
+                exact = torch.mul(exact, factor, out=scratch(like, *exact.shape))
+            inner.copy_(exact)
+            torch.linalg.vector_norm(exact, dim=1, out=norm)
             if measured:
                 change = scratch(like, *exact.shape).copy_(inner)
-                torch.linalg.vector_norm(torch.sub(exact, change, out=change), dim=1, out=errors[piece])
+                torch.linalg.vector_norm(torch.sub(exact, change, out=change), dim=1, out=error)
         norms += LOST * d**0.5
         if measured:
             errors += LOST * d**0.5
@@ -112,8 +117,7 @@ class FeatureRounding(NamedTuple):
 
     @property
     def sums(self) -> float:
-        """What rounding moves sums of d + 4 terms by, and those of one activation in float32, each in any order."""
-        return 4 * (self.W.shape[1] + 4) * 2.0**-24
+        return sums_of(self.W.shape[1])
 
     @property
     def entry_errors(self) -> Tensor:
@@ -122,17 +126,14 @@ class FeatureRounding(NamedTuple):
 
     def offset_errors(self, sizes: Tensor) -> Tensor:
         """[C]: the same for what is added to an activation, of these sizes, in two pieces."""
-        return (self.sums + 2.0**-15) * sizes + smallest_normal() * (self.W.shape[1] + 4)
+        return offset_errors(sizes, self.W.shape[1])
 
     def plus(self, offset: Tensor, of_norms: Tensor | float = 0, of_errors: Tensor | float = 0) -> Tensor:
         """W, whose product with the tokens is then z^ + offset [C] + ||x^|| of_norms + ||dx|| of_errors."""
         d = self.W.shape[1] - COLUMNS
         self.W[:, d] = of_norms
         self.W[:, d + 1] = of_errors
-        # what the two pieces leave is below 2^-15 of the number
-        left = offset.clamp(-BEYOND, BEYOND)
-        self.W[:, d + 2] = left
-        self.W[:, d + 3] = left - self.W[:, d + 2]
+        self.W[:, d + 2 :] = in_two_pieces(offset)
         return self.W
 
     def bounding(self, offset: Tensor, sizes: Tensor, side: int) -> Tensor:
@@ -141,9 +142,37 @@ class FeatureRounding(NamedTuple):
         return self.plus(offset + side * self.offset_errors(sizes), side * of_norms, side * of_errors)
 
 
+def sums_of(width: int) -> float:
+    """What rounding moves sums of that many terms by, and those of one activation in float32, each in any order."""
+    return 4 * (width + 4) * 2.0**-24
+
+
+def offset_errors(sizes: Tensor, width: int) -> Tensor:
+    """What an activation moves by, at most, for what is added to it, of these sizes, in two pieces."""
+    return (sums_of(width) + 2.0**-15) * sizes + smallest_normal() * (width + 4)
+
+
+def in_two_pieces(offset: Tensor) -> Tensor:
+    """bfloat16 [C, 2] whose sums are offset [C], but for less than 2^-15 of it."""
+    left = offset.clamp(-BEYOND, BEYOND)
+    high = left.bfloat16()
+    return torch.stack((high, (left - high).bfloat16()), 1)
+
+
 def smallest_normal() -> float:
     """bfloat16 instructions take smaller numbers as zero."""
     return float(torch.finfo(torch.bfloat16).tiny)
+
+
+def norms_into(out: Tensor, rows: Tensor) -> None:
+    """Norms of rows of weights, float32 [C]; times MARGIN none is too small."""
+    if rows.dtype == torch.float16:  # norms may be too small for it
+        step = max(1, PIECE_ELEMENTS // rows.shape[1])
+        for some, norms in zip(rows.split(step), out.split(step)):
+            torch.linalg.vector_norm(some, dim=1, dtype=out.dtype, out=norms)
+    else:
+        out.copy_(torch.linalg.vector_norm(rows, dim=1))
+    out += LOST * rows.shape[1] ** 0.5
 
 
 def scaled_bias(operands: Operands, at: slice | Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def select(encoder: Encoder, members: Tensor | None, rule: Rule, hints: Threshol
 
 def found_by(operands: Operands, rule: Rule, hint: Tensor | None) -> tuple[Entries, Tensor]:
     """The entries that a rule keeps, padded, and the next batch's hint."""
-    x, W, b, scale, members, screen, _ = operands
+    x, W, b, scale, members, screen, *_ = operands
     by_token = rule.select == "token"
     budget = int(rule.k) if by_token else rule.budget(operands.n_tokens)
     *found, hint, opened = select_entries(x, W, b, scale, members, budget, by_token, hint, tensors_of(screen))
