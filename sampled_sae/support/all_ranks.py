@@ -202,7 +202,7 @@ class AllRanks:
 
 
 ALONE = AllRanks()
-_made: dict[tuple[DeviceMesh, dist.ProcessGroup], AllRanks] = {}
+_made: dict[tuple[DeviceMesh, dist.ProcessGroup | None], AllRanks] = {}
 
 
 def own_part(batch: torch.Tensor, ranks: AllRanks) -> torch.Tensor:
