@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..codes import Entries
-from ..support.atomic_files import field, read_json, write_json
+from ..support.atomic_files import field, read_json, read_json_of, write_json
 from ..support.listed_files import DTYPES, ListedFilesWriter
 from ..support.token_places import TokenPlaces
 
@@ -75,9 +75,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ValueError: none, a foreign one, or one with a field of another type; naming the file and the field.
     """
     path = folder / MANIFEST
-    manifest = read_json(path)
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise ValueError(f"{path}: format={manifest.get('format')!r}: must be {FORMAT!r}, version {VERSION}")
+    manifest = read_json_of(path, FORMAT, VERSION)
     field(path, manifest, "complete", bool)
     field(path, manifest, "d_sae", int, 1)
     field(path, manifest, "settings", dict)

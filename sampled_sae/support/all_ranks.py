@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import signal
 import threading
@@ -203,6 +202,7 @@ class AllRanks:
 
 
 ALONE = AllRanks()
+_made: dict[tuple[DeviceMesh, dist.ProcessGroup], AllRanks] = {}
 
 
 def own_part(batch: torch.Tensor, ranks: AllRanks) -> torch.Tensor:
@@ -216,13 +216,19 @@ def ranks_of(mesh: DeviceMesh | None) -> AllRanks:
         return ALONE
     if not dist.is_initialized():
         raise ValueError(f"mesh={mesh}: its process group has ended")
-    return _made(mesh, dist.group.WORLD)
+    forget_ended()
+    # meshes of another start of the process group are other meshes, and equal
+    key = (mesh, dist.group.WORLD)
+    if key not in _made:
+        _made[key] = AllRanks(mesh)
+    return _made[key]
 
 
-@functools.cache
-def _made(mesh: DeviceMesh, world: dist.ProcessGroup) -> AllRanks:
-    """Meshes of another start of the process group are other meshes, and equal."""
-    return AllRanks(mesh)
+def forget_ended() -> None:
+    """Ends the alarms of meshes whose process group has ended, and lets go of the threads of their groups."""
+    world = dist.group.WORLD if dist.is_initialized() else None
+    for key in [key for key in _made if key[1] is not world]:
+        _made.pop(key)._roll.close()
 
 
 def start(launch: Launch, cuda: bool, feature_shards: int, timeout: float = TIMEOUT) -> AllRanks:

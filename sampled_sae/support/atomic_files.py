@@ -140,6 +140,20 @@ def read_json(path: AnyPath) -> dict[str, Any]:
         raise ValueError(f"{path}: no such file") from None
 
 
+def read_json_of(path: AnyPath, format: str, version: int | None = None) -> dict[str, Any]:
+    """A JSON object whose fields `format` and, where it is asked for, `version` are these.
+
+    Raises:
+        ValueError: naming the file, when it is missing, unreadable, not an object or foreign.
+    """
+    found = read_json(path)
+    wanted = {"format": format} if version is None else {"format": format, "version": version}
+    if any(found.get(name) != value for name, value in wanted.items()):
+        has, must = (", ".join(f"{name}={of.get(name)!r}" for name in wanted) for of in (found, wanted))
+        raise ValueError(f"{path}: {has}: must be {must}")
+    return found
+
+
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place for errors, JSON object) for each line.
 

@@ -83,8 +83,9 @@ class RollCall:
         return Alarm(self.rank, reason, tuple(silent), tuple(behind), ours=True)
 
     def close(self) -> None:
-        """Ends the thread."""
-        self._store.set(_key("bell", self.rank), "close")
+        """Ends the thread, which ends by itself where the store is gone."""
+        with suppress(RuntimeError):
+            self._store.set(_key("bell", self.rank), "close")
         self._thread.join()
 
     def _listen(self, store: Any) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..support.all_ranks import AllRanks
-from ..support.atomic_files import errors_named, field, read_json, write_json
+from ..support.atomic_files import errors_named, field, read_json_of, write_json
 from ..support.checksums import file_crc32
 from .checkpoint import CHECKPOINT
 
@@ -78,9 +78,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         ValueError: naming the file: damaged, foreign, or without one of its fields.
     """
     path = folder / RECORD
-    record = read_json(path)
-    if record.get("format") != FORMAT:
-        raise ValueError(f"{path}: format={record.get('format')!r}: must be {FORMAT!r}")
+    record = read_json_of(path, FORMAT)
     for name, kind in FIELDS.items():
         field(path, record, name, kind)
     return record

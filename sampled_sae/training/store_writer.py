@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ..support import checksums
-from ..support.atomic_files import field, read_json, read_tensors, write_json
+from ..support.atomic_files import field, read_json_of, read_tensors, write_json
 from ..support.listed_files import DTYPES, ListedFilesWriter
 from ..support.remote_files import AnyPath
 from ..support.token_places import TokenPlaces
@@ -54,9 +54,7 @@ def read_manifest(folder: AnyPath) -> dict[str, Any]:
         ValueError: none, a foreign one, or one with a field of another type; naming the file and the field.
     """
     path = folder / MANIFEST
-    manifest = read_json(path)
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise ValueError(f"{path}: format={manifest.get('format')!r}: must be {FORMAT!r}, version {VERSION}")
+    manifest = read_json_of(path, FORMAT, VERSION)
     complete = field(path, manifest, "complete", bool)
     field(path, manifest, "d_in", int, 1)
     field(path, manifest, "settings", dict)

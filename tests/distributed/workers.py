@@ -1,5 +1,6 @@
 """Processes that are started once and compute many cases, each in a gloo process group of its own."""
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -12,6 +13,23 @@ import torch.distributed as dist
 
 # against a test that hangs, no measure of speed
 PATIENCE = 300
+
+
+def forget_meshes():
+    """Caches hold every mesh they have seen, a mesh its groups, and a group threads that look around."""
+    # in the processes alone: pytest itself need not know them to collect
+    from torch.distributed.tensor import _redistribute
+    from torch.distributed.tensor._collective_utils import MeshTopoInfo
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    from sampled_sae.support.all_ranks import forget_ended
+
+    forget_ended()
+    _clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+    _redistribute.clear_redistribute_planner_cache()
+    MeshTopoInfo.build_from_mesh.cache_clear()
+    gc.collect()
 
 
 def serve(connection, rank):
@@ -29,6 +47,7 @@ def serve(connection, rank):
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            forget_meshes()
         connection.send(result)
 
 
