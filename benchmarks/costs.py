@@ -99,7 +99,9 @@ BYTES: dict[str, Callable[[dict[str, Any], dict[str, Any]], int]] = {
     "settle_kernel": lambda a, c: round(UNDECIDED * size(a["partials"])),
     "compute_candidates_kernel": lambda a, c: 2 * size(a["values"], a["keys"]) + size(a["left"]),
     # of which each stripe reads the entries anew
-    "entry_dots_kernel": lambda a, c: size(a["left"], a["out"]) + c["D"] // c["WIDTH"] * size(a["tokens"], a["features"]),
+    "entry_dots_kernel": lambda a, c: (
+        size(a["left"], a["out"]) + math.ceil(c["D"] / c["WIDTH"]) * size(a["tokens"], a["features"])
+    ),
     "rests_kernel": lambda a, c: size(a["partials"]),
     "segments_kernel": lambda a, c: size(a["weights"], a["partials"], a["out"]),
     "write_pool_kernel": lambda a, c: 2 * size(a["z"]) + size(a["copy"]),

@@ -3,8 +3,8 @@
 Each entry reads its row of W once, d * itemsize bytes, for 2d FLOPs: bound by memory. The sums (decode, gradient of
 x) are those of `segment_sum.py` over the entries of each token. The dots (gradient of the values) go by entries,
 not tokens, so every program has the same work; the token's row, which neighbours share, comes from L1. Each warp
-has its own entries: a row is read in whole lines, and its sum never leaves the warp. Where W is larger than L2 a program has
-a stripe of d, which all of them read before the next, and the sums of the stripes are added in a fixed order.
+has its own entries: a row is read in whole lines, and its sum never leaves the warp. Where W is larger than L2 a
+program has a stripe of d, which all of them read before the next, and sums of stripes are added in a fixed order.
 """
 
 import torch

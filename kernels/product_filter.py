@@ -1,9 +1,9 @@
 """Entries of a = relu(x @ W.T + b) * scale at or above a threshold, appended to a list; no product is written.
 
-Or those of (x @ W.T + b) * scale strictly above a floor for each feature. FLOPs: 2BPd. Bytes, at the least: the operands,
-(B + P)d values, and 12 for each entry found. Each tile keeps a bit for each of its entries, in a word for those that a
-lane of a matrix unit holds of a row; where any is set, the hits of all words take their slots by one atomic and a prefix
-sum, and each word gives up one hit a round, which it picks from the registers. Words with two hits are rare.
+Or those of (x @ W.T + b) * scale strictly above a floor for each feature. FLOPs: 2BPd. Bytes, at the least: the
+operands, (B + P)d values, and 12 for each entry found. Each tile keeps a bit for each of its entries, in a word for
+those that a lane of a matrix unit holds of a row. The hits of all words take their slots by one atomic and a prefix
+sum, and each word gives up one hit a round, which it picks from the registers: words with two hits are rare.
 Tiles, values and their rounding are those of exact_fallback.py: what a repair finds has the same bits.
 """
 

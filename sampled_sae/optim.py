@@ -222,7 +222,7 @@ class RowAdam(Optimizer):
         version, left = self._left
         if not capturing():
             now, left = (t.contiguous().view(torch.int16) for t in (self.sae.layout.local(b_dec), left))
-            self._edits.put(0, (now != left).any())  # by their bits: NaN, another thing and not this one's, equals itself
+            self._edits.put(0, (now != left).any())  # by bits: NaN, another thing and not this one's, equals itself
         edits = [edited for _, edited in self._edits.arrived()]
         return version != b_dec._version or any(edits)
 

@@ -84,7 +84,7 @@ class KnownNorm(NamedTuple):
 
 
 def note_norm(receiver: Tensor, gradient: Tensor, norm: Tensor) -> None:
-    """What the norm is of the gradient that a RowGradient's `rows` is about to receive; other tensors are left alone."""
+    """What the norm is of the gradient that a RowGradient's `rows` is about to receive; no other tensor is told."""
     if hasattr(receiver, "known_norm") and type(gradient) is Tensor:  # and not a compiler's
         # its memory, not itself: autograd copies a gradient that somebody else holds
         receiver.known_norm = KnownNorm(norm, gradient.untyped_storage(), gradient._version)

@@ -52,8 +52,9 @@ def assert_appended(found, z, mask, before=0):
     ordered, order = keys[before:end].sort()
     assert torch.equal(ordered, expected)
     assert torch.equal(values[before:end][order], z.flatten()[expected])
-    assert values[:before].isnan().all() and values[end:].isnan().all()
-    assert (keys[:before] == -7).all() and (keys[end:] == -7).all()
+    for start, stop in ((0, before), (end, len(keys))):
+        assert values[start:stop].isnan().all()
+        assert (keys[start:stop] == -7).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
