@@ -167,18 +167,6 @@ def test_auto_asks_for_tokens_and_for_activations(n_tokens, n_features, enough, 
     assert (rounded_operands(x, W, "auto") is not None) == enough
 
 
-def test_operands_are_rounded_once_and_only_when_asked_for(monkeypatch):
-    rounded, round_rows = [], screen.round_rows
-    monkeypatch.setattr(screen, "round_rows", lambda rows: rounded.append(len(rows)) or round_rows(rows))
-    operands = rounded_operands(torch.ones(6, 4, device=DEVICE), torch.ones(9, 4, device=DEVICE), "bf16")
-    some = operands.of_tokens(slice(2, 4)).of_features(torch.tensor([1, 3], device=DEVICE))
-    assert rounded == []
-    assert len(some.weights.values) == 2
-    assert rounded == [9]
-    assert [len(part.values) for part in (some.tokens, operands.tokens, operands.weights)] == [2, 6, 9]
-    assert rounded == [9, 6]
-
-
 def test_operands_of_some_tokens_and_features_keep_their_screen():
     x, W, b = torch.randn(6, 4), torch.randn(9, 4), torch.zeros(9)
     operands = both(x, W, b, None)[1]

@@ -7,8 +7,7 @@ With x^ = x + dx and w^ = w + dw, and the product summed in float32 by tensor co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,38 +42,23 @@ class RoundedRows(NamedTuple):
 
 
 class RoundedOperands(RoundedTokens):
-    """Tokens x [B, d] and weights W [F, d], float32, rounded when that is first asked for; nothing here asks the device
-    for a value.
+    """Tokens x [B, d] and weights W [F, d], float32, rounded; nothing here asks the device for a value.
 
     Attributes:
-        tokens, weights: RoundedRows of x and of W. looks: as in RoundedTokens; what it counts is on the device.
+        tokens, weights: of x and of W. looks: as in RoundedTokens; what it counts is on the device.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        tokens: Callable[[], RoundedRows],
-        weights: Callable[[], RoundedRows],
-        looks: Looks | None = None,
-    ) -> None:
+    def __init__(self, x: Tensor, tokens: RoundedRows, weights: RoundedRows, looks: Looks | None = None) -> None:
         super().__init__(x, looks)
-        self._make_tokens, self._make_weights = tokens, weights
-
-    @cached_property
-    def tokens(self) -> RoundedRows:
-        return self._make_tokens()
-
-    @cached_property
-    def weights(self) -> RoundedRows:
-        return self._make_weights()
+        self.tokens, self.weights = tokens, weights
 
     def of_tokens(self, at: slice | Tensor) -> RoundedOperands:
         """The same of some of the tokens."""
-        return RoundedOperands(self._tokens[at], lambda: self.tokens.of(at), lambda: self.weights, self.looks)
+        return RoundedOperands(self._tokens[at], self.tokens.of(at), self.weights, self.looks)
 
     def of_features(self, features: Tensor) -> RoundedOperands:
         """The same of some of the features, int64 [P]."""
-        return RoundedOperands(self._tokens, lambda: self.tokens, lambda: self.weights.of(features), self.looks)
+        return RoundedOperands(self._tokens, self.tokens, self.weights.of(features), self.looks)
 
 
 def rounded_operands(x: Tensor, W: Tensor, screen: str) -> RoundedOperands | None:
@@ -83,7 +67,7 @@ def rounded_operands(x: Tensor, W: Tensor, screen: str) -> RoundedOperands | Non
         return None
     if x.shape[0] == 0 or not (screen == "bf16" or (large_enough(len(x), len(W)) and fast_bfloat16(x))):
         return None
-    return RoundedOperands(x, lambda: RoundedRows(*round_rows(x)), lambda: RoundedRows(*round_rows(W)))
+    return RoundedOperands(x, RoundedRows(*round_rows(x)), RoundedRows(*round_rows(W)))
 
 
 def fast_bfloat16(x: Tensor) -> bool:
@@ -98,9 +82,7 @@ def tensors_of(screen: RoundedTokens | None) -> list[Tensor]:
 
 def of_tensors(x: Tensor, tensors: Sequence[Tensor]) -> RoundedOperands | None:
     """The inverse of `tensors_of`, for the tokens x."""
-    if not tensors:
-        return None
-    return RoundedOperands(x, lambda: RoundedRows(*tensors[:3]), lambda: RoundedRows(*tensors[3:]))
+    return RoundedOperands(x, RoundedRows(*tensors[:3]), RoundedRows(*tensors[3:])) if tensors else None
 
 
 @torch.compiler.assume_constant_result
