@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.compiled.table import TABLES
+from sampled_sae.kernels.configs import FITS_L2
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,10 @@ DEVICES = {
 }
 # a multiprocessor issues so many instructions of warps a cycle
 ISSUED = 4
-# bytes that come from L2 when they are read again: of rows that are gathered, of a chunk that was written just before
-FITS_L2 = 32 << 20
-# of the library's rate, what the fused score kernel multiplies at
-FUSED = 0.8
-# of the columns, what a screen leaves open: as measured on a CPU where l is small (issue 16)
-UNDECIDED = 1 / 100
+# of the library's rate, what kernels multiply at that make something else of the product in place of writing it
+FUSED, FUSED_KERNELS = 0.8, ("column_partials_kernel", "append_products_kernel")
+# of the columns, what a screen leaves open: benchmarks/results/cpu_step.md has 4.9% for l=4 at this F, and more below
+UNDECIDED = 1 / 20
 # passes of a radix sort, each of which reads and writes keys and places
 SORT_PASSES = 4
 # microseconds that the shortest launch takes on the device, and that any takes on the host
@@ -48,6 +47,8 @@ SHORTEST_US, HOST_US = 2.0, 12.0
 # kernel -> its row in the tables of compiled code, for kernels that are not bound by a loop of unknown length
 CODE = {
     "append_above_kernel": "chunk_filter: whole dictionary",
+    # of d = 768, the only width here for which it runs
+    "append_products_kernel": "product_filter: bf16 small d",
     "chunk_partials_kernel": "chunk_scores: partials l2",
     "row_adam_kernel": "row_adam: dense d=4096",
 }
@@ -70,7 +71,7 @@ class Work:
     instructions: Callable[[str], int] = lambda arch: 0
 
     def seconds(self, on: Device) -> float:
-        rate = on.tflops[self.dtype] * (FUSED if self.name == "column_partials_kernel" else 1)
+        rate = on.tflops[self.dtype] * (FUSED if self.name in FUSED_KERNELS else 1)
         issued = self.instructions(on.arch) / (ISSUED * on.multiprocessors * on.ghz * 1e9)
         moved = self.bytes / (on.tbs * 1e12) + self.cached / (on.l2_tbs * 1e12)
         return max(moved, self.flops / (rate * 1e12), issued, SHORTEST_US * 1e-6)
@@ -91,11 +92,16 @@ def adam_bytes(a: dict[str, Any], c: dict[str, Any]) -> int:
 # what a launch moves: of the others each argument once
 BYTES: dict[str, Callable[[dict[str, Any], dict[str, Any]], int]] = {
     "refill_kernel": lambda a, c: 0,
+    # half of the list is filled, or somewhat more
+    "append_products_kernel": lambda a, c: size(a["x"], a["W"], a["b"]) + size(a["values"], a["keys"]),
     "row_adam_kernel": adam_bytes,
     "undecided_partials_kernel": lambda a, c: size(a["x"]) + round(UNDECIDED * size(a["W"], a["partials"])),
     "settle_kernel": lambda a, c: round(UNDECIDED * size(a["partials"])),
     "compute_candidates_kernel": lambda a, c: 2 * size(a["values"], a["keys"]) + size(a["left"]),
-    "entry_dots_kernel": lambda a, c: size(a["left"], a["tokens"], a["features"]),
+    # of which each stripe reads the entries anew
+    "entry_dots_kernel": lambda a, c: (
+        size(a["left"], a["out"]) + math.ceil(c["D"] / c["WIDTH"]) * size(a["tokens"], a["features"])
+    ),
     "rests_kernel": lambda a, c: size(a["partials"]),
     "segments_kernel": lambda a, c: size(a["weights"], a["partials"], a["out"]),
     "write_pool_kernel": lambda a, c: 2 * size(a["z"]) + size(a["copy"]),
@@ -103,7 +109,7 @@ BYTES: dict[str, Callable[[dict[str, Any], dict[str, Any]], int]] = {
     "keep_long_rows_kernel": lambda a, c: 4 * size(a["z"]) + size(a["copy"]),
 }
 # launches that multiply, and the share of 2BdF
-MULTIPLIED = {"column_partials_kernel": 1.0, "undecided_partials_kernel": UNDECIDED}
+MULTIPLIED = {"column_partials_kernel": 1.0, "append_products_kernel": 1.0, "undecided_partials_kernel": UNDECIDED}
 # and of which matrix it gathers a row for each entry of which list
 GATHERED = {
     "entry_dots_kernel": ("W", "tokens"),
@@ -111,8 +117,8 @@ GATHERED = {
     # a full list; those left open are fewer
     "compute_candidates_kernel": ("W", "values"),
 }
-# kernels whose programs all read one stripe of the gathered matrix, BD columns, before the next
-STRIPED = ("segments_kernel",)
+# kernels whose programs all read one stripe of the gathered matrix before the next, and its columns
+STRIPED = {"segments_kernel": "BD", "entry_dots_kernel": "WIDTH"}
 # kernels that read the product that cuBLAS has just written, and little else
 AFTER_PRODUCT = ("append_above_kernel", "chunk_partials_kernel")
 
@@ -130,7 +136,7 @@ def work_of_launch(kernel: Any, config: triton.Config, grid: Any, args: tuple[An
     if name in GATHERED:
         source, entries = (a[argument] for argument in GATHERED[name])
         gathered = len(entries) * source.shape[1] * source.itemsize
-        again = len(source) * source.itemsize * (c["BD"] if name in STRIPED else source.shape[1])
+        again = len(source) * source.itemsize * (c[STRIPED[name]] if name in STRIPED else source.shape[1])
         moved, cached = (moved + size(source), gathered) if again <= FITS_L2 else (moved + gathered, 0)
     programs = math.prod(grid(c) if callable(grid) else grid)
     flops = round(MULTIPLIED[name] * 2 * a["B"] * a["F"] * c["D"]) if name in MULTIPLIED else 0

@@ -32,7 +32,7 @@ from benchmarks.record import markdown
 from benchmarks.replaced import replaced
 from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig
 from sampled_sae.impl import interface
-from sampled_sae.impl.triton import block, layer, products, scores, spectral
+from sampled_sae.impl.triton import block, layer, products, scores, spectral, stream
 from sampled_sae.support.late_values import LateScalars, squares_finite
 
 FILE = RESULTS / "predicted.json"
@@ -124,7 +124,8 @@ def traced(d: int, l: float | None, dtype: str, arch: str) -> dict[str, list[Wor
         for owner in (products, block, spectral):
             stack.enter_context(patch.object(owner, "product", product))
         stack.enter_context(patch.object(layer, "product_dtype", lambda x: getattr(torch, dtype)))
-        stack.enter_context(patch.object(scores, "architecture", lambda device: arch))
+        for owner in (scores, stream):
+            stack.enter_context(patch.object(owner, "architecture", lambda device: arch))
         stack.enter_context(patch.object(interface, "interpreted", lambda: True))
         stack.enter_context(patch.object(LateScalars, "arrived", lambda self, wait=False: iter(())))
         known = {"architecture": lambda device: arch, "resident_programs": lambda device: 2 * 132}

@@ -38,6 +38,13 @@ def check_vector(name: str, vector: torch.Tensor, dtype: torch.dtype, length: in
         raise ValueError(f"{name} must be contiguous {dtype} {shape}, got {vector.dtype} {list(vector.shape)}")
 
 
+def check_list(values: torch.Tensor, keys: torch.Tensor, count: torch.Tensor) -> None:
+    """Raise unless these are such as entries are appended to."""
+    check_vector("values", values, torch.float32)
+    check_vector("keys", keys, torch.int64, len(values))
+    check_vector("count", count, torch.int64, 1)
+
+
 def check_matrix(name: str, matrix: torch.Tensor) -> None:
     """Raise unless `matrix` is one, of a supported dtype."""
     if matrix.ndim != 2 or matrix.dtype not in FLOATS:

@@ -65,7 +65,7 @@ def compute_candidates_kernel(
     # entries that are out take the first rows, so loads need no mask
     b_i = tl.where(m_a, b_i, 0)  # [BE]
     b_j = tl.where(m_a, b_j, 0)  # [BE]
-    b_a = dots_of_rows(left, W, b_i, b_j, stride_left, stride_W, D, BE, BD)  # [BE]
+    b_a = dots_of_rows(left, W, b_i, b_j, stride_left, stride_W, 0, D, D, BE, BD)  # [BE]
     if STRICT:
         b_a = before_relu(b_a, b, scale, b_j, m_a, HAS_BIAS, HAS_SCALE)  # [BE]
         m_hit = m_a & (b_a > b_least)  # [BE]

@@ -16,7 +16,14 @@ import triton
 import triton.language as tl
 
 from sampled_sae.kernels.activation import activation, before_relu, spread_of
-from sampled_sae.kernels.arguments import Spread, check_products, check_spread, check_vector, spread_arguments
+from sampled_sae.kernels.arguments import (
+    Spread,
+    check_list,
+    check_products,
+    check_spread,
+    check_vector,
+    spread_arguments,
+)
 from sampled_sae.kernels.configs import SCALAR, architecture, chunk_filter_config, launch
 from sampled_sae.kernels.radix import PASSES, find_cut, picked
 
@@ -28,6 +35,15 @@ def filtered(b_z, b, scale, o_f, m_f, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.cons
         return before_relu(b_z, b, scale, o_f, m_f, HAS_BIAS, HAS_SCALE)
     else:
         return activation(b_z, b, scale, o_f, m_f, HAS_BIAS, HAS_SCALE)
+
+
+@triton.jit
+def lowest_bit(b_w):
+    """(The lowest bit of an int32 alone, its number): 0 has 0 and 0."""
+    b_low = b_w & (0 - b_w)
+    # its number is its exponent as a float
+    b_bit = b_low.to(tl.uint32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True)
+    return b_low, tl.maximum((b_bit >> 23) - 127, 0)
 
 
 @triton.jit(do_not_specialize=["B", "first", "cap"])
@@ -111,10 +127,7 @@ def append_above_kernel(
         o_l = first_f + tl.arange(0, LANES)[None, :] * VECTOR  # [1, LANES]
         while n_hits > 0:
             m_hit = b_words != 0  # [STEPS, LANES]
-            # the lowest bit, whose number is its exponent as a float
-            b_low = b_words & (0 - b_words)  # [STEPS, LANES]
-            b_bit = b_low.to(tl.uint32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True)
-            b_bit = tl.maximum((b_bit >> 23) - 127, 0)  # [STEPS, LANES]
+            b_low, b_bit = lowest_bit(b_words)  # [STEPS, LANES]
             b_t = (first_t + o_s * BT + b_bit // VECTOR).to(tl.int64)  # [STEPS, LANES]
             b_f = o_l + b_bit % VECTOR  # [STEPS, LANES]
             b_z = tl.load(z + b_t * stride_z + b_f, mask=m_hit, other=0.0)  # [STEPS, LANES]
@@ -183,9 +196,7 @@ def append_above_(
         check_vector("tau", tau, torch.float32, 1 if spread is None else B)
     if floors is not None:
         check_vector("floors", floors, torch.float32, C)
-    check_vector("values", values, torch.float32)
-    check_vector("keys", keys, torch.int64, len(values))
-    check_vector("count", count, torch.int64, 1)
+    check_list(values, keys, count)
     if B == 0 or C == 0:
         return
     listed, first = (features, 0) if has_features else (None, features)

@@ -55,10 +55,13 @@ def column_bounds_kernel(
     b_d += b_s * ((tokens / 1024 + DEPTH) * UNIT)
     # squares of what is smaller are lost
     b_d = (b_d + root * LEAST) * MARGIN
-    b_l = tl.maximum(b_s - b_d, 0.0)  # [BLOCK]
+    b_l = tl.where(b_s > b_d, b_s - b_d, 0.0)  # [BLOCK]
     b_h = b_s + b_d  # [BLOCK]
+    b_h = b_h * b_h * (1 + SQUARE) + TINY
+    # not NaN, whose bits on a GPU have no successor: they are told apart by one more
+    b_h = tl.where(b_h >= 0, b_h, float("inf"))  # [BLOCK]
     tl.store(low + o_f, b_l * b_l * (1 - SQUARE), mask=m_f)
-    tl.store(high + o_f, b_h * b_h * (1 + SQUARE) + TINY, mask=m_f)
+    tl.store(high + o_f, b_h, mask=m_f)
 
 
 def column_bounds(
@@ -72,8 +75,8 @@ def column_bounds(
     n_tokens: int,
     d: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(least, greatest) sum of squares of each column of activations, fp32 [F] each; the second is not finite where
-    nothing is known.
+    """(least, greatest) sum of squares of each column of activations, fp32 [F] each; 0 and infinity where nothing is
+    known.
 
     Args:
         sums: fp32 [F], the sums of squares that `column_statistics` found for the rounded operands.

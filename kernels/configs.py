@@ -12,6 +12,8 @@ import triton
 from sampled_sae.kernels.interpreter import INTERPRETED
 
 SMALL_D = 1024
+# bytes that stay in L2 when they are read again: of the GPUs here it has 40 MB or more
+FITS_L2 = 32 << 20
 
 
 def tile(BM: int, BN: int, BD: int, num_warps: int, num_stages: int) -> triton.Config:
@@ -104,14 +106,14 @@ ENTRY_DOTS = {
     ("interpreter", 16): triton.Config({"BE": 8, "BD": 16}),
     ("interpreter", 32): triton.Config({"BE": 8, "BD": 16}),
 }
-# Tiles as for the column scores; BS features at a time are then searched, which also needs registers.
-EXACT_FALLBACK = {
-    ("nvidia", 16): sliced(tile(128, 128, 64, 8, 3), 16),
-    ("nvidia", 32): sliced(tile(128, 64, 16, 8, 3), 32),
-    ("gfx942", 16): sliced(tile(128, 128, 32, 8, 2), 8),
-    ("gfx942", 32): sliced(tile(64, 64, 32, 4, 2), 8),
-    ("interpreter", 16): sliced(tile(32, 32, 16, 4, 1), 16),
-    ("interpreter", 32): sliced(tile(32, 32, 16, 4, 1), 16),
+# A search in the tiles of a product, and its repair in the same ones, where registers are for BS features at a time.
+SEARCH = {
+    ("nvidia", 16): (tile(128, 128, 64, 8, 3), 16),
+    ("nvidia", 32): (tile(128, 64, 16, 8, 3), 32),
+    ("gfx942", 16): (tile(128, 128, 32, 8, 2), 8),
+    ("gfx942", 32): (tile(64, 64, 32, 4, 2), 8),
+    ("interpreter", 16): (tile(32, 32, 16, 4, 1), 16),
+    ("interpreter", 32): (tile(32, 32, 16, 4, 1), 16),
 }
 # Flat selection by radix: tiles of BLOCK entries, at most SPANS programs, each with consecutive tiles.
 RADIX = {
@@ -218,9 +220,14 @@ def rounded_rows_config(arch: str) -> triton.Config:
     return ROUNDED_ROWS[family(arch)]
 
 
-def exact_fallback_config(arch: str, dtype: torch.dtype) -> triton.Config:
+def product_filter_config(arch: str, dtype: torch.dtype) -> triton.Config:
     """For x and W of this dtype."""
-    return EXACT_FALLBACK[family(arch), 8 * dtype.itemsize]
+    return SEARCH[family(arch), 8 * dtype.itemsize][0]
+
+
+def exact_fallback_config(arch: str, dtype: torch.dtype) -> triton.Config:
+    """For x and W of this dtype: the tiles of `product_filter_config`."""
+    return sliced(*SEARCH[family(arch), 8 * dtype.itemsize])
 
 
 def resident_programs(device: torch.device) -> int:
@@ -231,7 +238,7 @@ def resident_programs(device: torch.device) -> int:
 
 
 def largest_fused_d(arch: str, dtype: torch.dtype) -> int:
-    """Up to which d the product and the column statistics are one kernel."""
+    """Up to which d the product and what is made of it, column statistics or a list of entries, are one kernel."""
     return LARGEST_FUSED_D.get((arch, 8 * dtype.itemsize), SMALL_D)
 
 

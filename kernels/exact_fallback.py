@@ -6,9 +6,9 @@ equal it than are left to find, passes over the digits of token and feature go o
 counts in a histogram of its own, from which every program of the next one picks: no pass waits for the host, and a
 pass with nothing to do leaves at once, as all do where the filter was right. Programs are as many as the GPU holds
 and walk over the tiles, which makes such a pass cheap.
-The values are those of this product, which sums in another order than the library's that the filter looked at, and in
-IEEE where that may take TF32: a repair changes their last bits (or TF32's rounding), and which of the entries are kept
-that lie closer than this to the cut.
+The values are those of this product. product_filter.py multiplies in the same tiles: after it a repair changes no bit.
+cuBLAS sums in another order, and in fp32 may take TF32: a repair then changes the last bits of values (or TF32's
+rounding), and which of the entries are kept that lie closer than this to the cut.
 """
 
 import torch
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from sampled_sae.kernels.activation import activation, product_tile, tile_of_block
-from sampled_sae.kernels.arguments import check_encoder, check_vector, contiguous_rows
+from sampled_sae.kernels.arguments import check_encoder, check_list, check_vector, contiguous_rows
 from sampled_sae.kernels.configs import architecture, exact_fallback_config, launch, resident_programs
 from sampled_sae.kernels.radix import pick_digit
 
@@ -226,9 +226,7 @@ def refill_exactly_(
     if members is not None:
         check_vector("members", members, torch.int64)
     check_vector("tau", tau, torch.float32, 1)
-    check_vector("values", values, torch.float32)
-    check_vector("keys", keys, torch.int64, len(values))
-    check_vector("count", count, torch.int64, 1)
+    check_list(values, keys, count)
     if not 0 < n <= len(values):
         raise ValueError(f"n must be at least 1 and fit the {len(values)} slots, got {n}")
     P = F if members is None else len(members)

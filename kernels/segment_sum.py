@@ -59,7 +59,6 @@ def rests_kernel(
     indices,
     order,
     ends,
-    ends_before,
     source,
     partials,
     partial_sums,
@@ -75,8 +74,14 @@ def rests_kernel(
     i_p = tl.program_id(0)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
     first = i_p * PIECE
-    # a piece that ends before the first segment starts holds the rest of none
-    i_r = tl.maximum(tl.load(ends_before + i_p) - 1, 0)
+    # the last segment that starts no later than the piece, or the first one
+    i_r = tl.full([], 0, tl.int32)
+    after = R + 1
+    while after - i_r > 1:
+        middle = (i_r + after) // 2
+        is_before = tl.load(ends + middle) <= first
+        i_r = tl.where(is_before, middle, i_r)
+        after = tl.where(is_before, after, middle)
     start = tl.load(ends + i_r)
     # in the unused slots at the end there is no segment: i_r is R
     end = tl.load(ends + tl.minimum(i_r + 1, R))
@@ -104,12 +109,14 @@ def segments_kernel(
     rows,
     out,
     sums,
+    norms,
     stride_source,
     D: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     HAS_SUMS: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
     BE: tl.constexpr,
     BD: tl.constexpr,
     PIECE: tl.constexpr,
@@ -134,6 +141,10 @@ def segments_kernel(
         i_p += BE
     if HAS_BIAS:
         b_out += tl.load(bias + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
+    if HAS_NORMS:
+        # past the end of a row it is 0
+        p_n = norms + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + i_r
+        tl.store(p_n, tl.sqrt(tl.sum(b_out * b_out, axis=0)))
     if HAS_ROWS:
         i_r = tl.load(rows + i_r)
     tl.store(out + i_r * D + o_d, b_out, mask=m_d)
@@ -151,14 +162,18 @@ def sum_segments(
     rows: torch.Tensor | None,
     out: torch.Tensor,
     sums: torch.Tensor | None,
+    norm: torch.Tensor | None = None,
 ) -> None:
-    """Write sum of weights_i * source[indices_i] (+ bias) over each segment to `out`, that of weights_i to `sums`.
+    """Write sum of weights_i * source[indices_i] (+ bias) over each segment to `out`, that of weights_i to `sums`, and
+    the norm of all of `out` to `norm`, without another pass over it.
 
     Segment r has the entries from ends[r] to ends[r + 1], counted in `order` if there is one, and is written to row
     rows[r], else r. The arguments are not checked.
     """
     n, R, D = len(weights), len(ends) - 1, out.shape[1]
     if R == 0 or D == 0:
+        if norm is not None:
+            norm.zero_()
         return
     source = contiguous_rows(source)
     config = segment_sum_config(architecture(source.device), source.dtype)
@@ -167,28 +182,32 @@ def sum_segments(
     partials = torch.empty(pieces * D, dtype=torch.float32, device=source.device)
     partial_sums = torch.empty(pieces, dtype=torch.float32, device=source.device)
     if pieces > 1:
-        firsts = torch.arange(0, n, PIECE, dtype=torch.int32, device=source.device)
-        ends_before = torch.searchsorted(ends, firsts, right=True, out_int32=True)
         launch(
             rests_kernel,
             config,
             lambda meta: (pieces, triton.cdiv(D, meta["BD"])),
-            (weights, indices, order, ends, ends_before, source, partials, partial_sums, R, source.stride(0)),
+            (weights, indices, order, ends, source, partials, partial_sums, R, source.stride(0)),
             D=D,
             HAS_ORDER=order is not None,
             HAS_SUMS=sums is not None,
         )
+    stripes, norms = triton.cdiv(D, config.kwargs["BD"]), None
+    if norm is not None:
+        norms = torch.empty(R * stripes, dtype=torch.float32, device=source.device)
     launch(
         segments_kernel,
         config,
-        lambda meta: (R, triton.cdiv(D, meta["BD"])),
-        (weights, indices, order, ends, source, bias, partials, partial_sums, rows, out, sums, source.stride(0)),
+        (R, stripes),
+        (weights, indices, order, ends, source, bias, partials, partial_sums, rows, out, sums, norms, source.stride(0)),
         D=D,
         HAS_ORDER=order is not None,
         HAS_BIAS=bias is not None,
         HAS_ROWS=rows is not None,
         HAS_SUMS=sums is not None,
+        HAS_NORMS=norms is not None,
     )
+    if norms is not None:
+        torch.linalg.vector_norm(norms, out=norm)
 
 
 def feature_order(features: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,13 +233,15 @@ def segment_sum(
     rows: torch.Tensor | None,
     n_rows_out: int,
     with_sums: bool = False,
+    norm: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Sums over each segment's entries of weights_i * source[tokens_i], fp32 [n_rows_out, d], and of weights_i.
 
     Segment r has the entries order[ends[r]] to order[ends[r + 1]] (int32 [n] and [R + 1], of `feature_order`) of
     weights, fp32 [n], and tokens, int32 [n]. Its sum goes to row rows[r], int64 [R], each once, or to row r where
     rows are not given; other rows are zero. The sums of weights, fp32 [n_rows_out], come with `with_sums`, else
-    None. No gradient. Equivalent to `stack([weights[i] @ source[tokens[i]] for i in segments])`.
+    None. `norm`, fp32 0-dim, receives that of the first result. No gradient. Equivalent to
+    `stack([weights[i] @ source[tokens[i]] for i in segments])`.
     """
     check_vector("weights", weights, torch.float32)
     check_vector("tokens", tokens, torch.int32, len(weights))
@@ -235,5 +256,5 @@ def segment_sum(
     make = torch.empty if rows is None else torch.zeros
     out = make(n_rows_out, D, dtype=torch.float32, device=source.device)
     sums = make(n_rows_out, dtype=torch.float32, device=source.device) if with_sums else None
-    sum_segments(weights, tokens, order, ends, source, None, rows, out, sums)
+    sum_segments(weights, tokens, order, ends, source, None, rows, out, sums, norm)
     return out, sums

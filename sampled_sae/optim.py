@@ -126,11 +126,12 @@ class RowAdam(Optimizer):
                 loss = closure()
         self._check_gradients()
         grads = self._collect()
-        factor = self._clip_factor({name: grad.values() for name, grad in grads.items() if grad})
-        for i, group in enumerate(self.param_groups):
-            grad = grads[group["name"]]
-            if grad:
-                self._update(i, group, grad, factor)
+        factor = self._clip_factor({name: grad.norm() for name, grad in grads.items() if grad})
+        moved = [(i, group, grads[group["name"]]) for i, group in enumerate(self.param_groups) if grads[group["name"]]]
+        if moved:
+            torch._foreach_add_([self._begun(group, grad.weight)["step"] for _, group, grad in moved], 1)
+        for i, group, grad in moved:
+            self._update(i, group, grad, factor)
         return loss
 
     def allocate(self) -> None:
@@ -220,8 +221,8 @@ class RowAdam(Optimizer):
             return False
         version, left = self._left
         if not capturing():
-            now = self.sae.layout.local(b_dec)
-            self._edits.put(0, ((now != left) & (left == left)).any())  # NaN is another thing, and not this one's
+            now, left = (t.contiguous().view(torch.int16) for t in (self.sae.layout.local(b_dec), left))
+            self._edits.put(0, (now != left).any())  # by bits: NaN, another thing and not this one's, equals itself
         edits = [edited for _, edited in self._edits.arrived()]
         return version != b_dec._version or any(edits)
 
@@ -233,16 +234,15 @@ class RowAdam(Optimizer):
             grads[name] = ParameterGradient(name, local(parameter.detach()), dense)
         for part in self.sae.row_grads:
             if part.rows.grad is not None:
-                grads[part.name].parts.append((part.features, part.rows.grad))
+                grads[part.name].add(part)
         for grad in grads.values():
             grad.merge(self._parts.union)
         return grads
 
-    def _clip_factor(self, tensors: dict[str, Tensor]) -> Tensor | None:
-        """What the gradients are multiplied by, so that their global norm is at most `clip`: 0-dim, or None for 1."""
-        if not tensors:
+    def _clip_factor(self, norms: dict[str, Tensor]) -> Tensor | None:
+        """What gradients of such norms are multiplied by, so that the global one is at most `clip`: None for 1."""
+        if not norms:
             return None
-        norms = {name: torch.linalg.vector_norm(t) for name, t in tensors.items()}
         exact = {name: norm.to(torch.promote_types(norm.dtype, torch.float32)) for name, norm in norms.items()}
         self.grad_norm = self._parts.totals.norm(exact)
         return None if self.clip is None else (self.clip / (self.grad_norm + 1e-6)).clamp(max=1.0)
@@ -273,8 +273,7 @@ class RowAdam(Optimizer):
 
     def _update(self, index: int, group: dict[str, Any], grad: ParameterGradient, factor: Tensor | None) -> None:
         weight, layout = grad.weight, self.sae.layout
-        state, mode = self._begun(group, weight), self._mode_of(grad.name)
-        state["step"] += 1
+        state, mode = self.state[group["params"][0]], self._mode_of(grad.name)
         step = AdamStep(
             number=state["step"],
             factor=factor,

@@ -140,7 +140,8 @@ class SampledSAE(Sharing, Splicing, LayerParts):
         loss, mse, aux, x_hat, codes = training_step(self, self._parts, tokens, encoder, leaves, pool)
         self.row_grads += leaves.rows.gradients
         x_hat = given_back(self.cfg, x_hat, x, scaled)
-        return SampledSAEOutput(loss + c.aux_coefficient * aux, mse, aux, x_hat, self.layout.numbered(codes))
+        loss = torch.add(loss, aux, alpha=c.aux_coefficient)
+        return SampledSAEOutput(loss, mse, aux, x_hat, self.layout.numbered(codes))
 
     def _evaluate(self, x: Tensor, target: Tensor | None, scaled: bool) -> SampledSAEOutput:
         leaves = self.layout.leaves(self, keep_rows=False)

@@ -185,7 +185,8 @@ CHEAP = (
     "(other_rows_stand and decayed) or before_the_first_token or reconstruction_of_strided or "
     "rounded_rows_of_strided or undecided_columns_of_strided or (ties_of_what_is_open and True) or "
     "(stretches and decaying) or (lie_between and 67 and True-tails) or (fire_between and 67 and True-tails) or "
-    "(of_a_list and 5-3) or (with_a_spread and (tails or 16-4))"
+    "(of_a_list and 5-3) or (with_a_spread and (tails or 16-4)) or (products_above and 3.0 and tails) or "
+    "(more_than_fits and 1000) or (stripes_of_d and tails and bfloat16)"
 )
 
 

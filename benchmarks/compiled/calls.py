@@ -90,7 +90,7 @@ def decode(dtype: torch.dtype, d: int) -> Callable[[], Any]:
 
 def gradient(dtype: torch.dtype, d: int) -> Callable[[], Any]:
     lists = (new(KEPT), TOKENS, ORDER, FEATURE_ENDS, new(B, d, dtype=dtype), new(P, dtype=int64))
-    return partial(segment_sum.segment_sum, *lists, F, with_sums=True)
+    return partial(segment_sum.segment_sum, *lists, F, with_sums=True, norm=new())
 
 
 def kept_rows(kernel: Any, length: int) -> Case:

@@ -52,6 +52,7 @@ from sampled_sae.kernels import (
     firing_bounds,
     gather_decode,
     needed_product,
+    product_filter,
     radix,
     reconstruction,
     rounded_rows,
@@ -169,6 +170,15 @@ CASES: dict[str, dict[str, Case]] = {
             "fp32 small d": (COUNT, *encoder(float32, 768), 1001, new(B, C)),
             "fp32 large d, pool": (COUNT, *encoder(float32, 4096), MEMBERS, new(B, P)),
             "fp32 above floors": (COUNT, *encoder(float32, 768), 0, BLOCK, *vectors(F), new(F)),
+        },
+    ),
+    "product_filter": several(
+        product_filter.append_products_above_,
+        product_filter.append_products_kernel,
+        {
+            "bf16 small d": (*encoder(bfloat16, 768), new(F), None, None, *LIST),
+            "bf16 pool": (*encoder(bfloat16, 768), *vectors(F), MEMBERS, *LIST),
+            "fp16 floors, tail of d": (*encoder(float16, 500), *vectors(F), None, *LIST, new(F)),
         },
     ),
     "radix": {

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .row_gradients import RowGradient, norm_of
+
 Union = Callable[[list[Tensor], int], Tensor]
 
 
@@ -55,10 +57,23 @@ class ParameterGradient:
         self.name = name
         self.weight = rows_first(name, weight)
         self.parts: list[tuple[Tensor, Tensor]] = []
+        self._receivers: list[Tensor] = []
         self.dense = None if dense is None else rows_first(name, dense).contiguous()
 
     def __bool__(self) -> bool:
         return bool(self.parts) or self.dense is not None
+
+    def add(self, part: RowGradient) -> None:
+        """One more part."""
+        assert part.rows.grad is not None
+        self.parts.append((part.features, part.rows.grad))
+        self._receivers.append(part.rows)
+
+    def norm(self) -> Tensor:
+        """Of `values`, 0-dim."""
+        if self.dense is None and len(self._receivers) == 1:
+            return norm_of(self._receivers[0])
+        return torch.linalg.vector_norm(self.values())
 
     def values(self) -> Tensor:
         """What holds gradient values, after `merge`."""

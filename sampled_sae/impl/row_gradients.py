@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +75,30 @@ class RowGradient:
     rows: Tensor
 
 
+class KnownNorm(NamedTuple):
+    """norm: 0-dim, of the gradient in this memory while that has this version."""
+
+    norm: Tensor
+    storage: torch.UntypedStorage
+    version: int
+
+
+def note_norm(receiver: Tensor, gradient: Tensor, norm: Tensor) -> None:
+    """What the norm is of the gradient that a RowGradient's `rows` is about to receive; no other tensor is told."""
+    if hasattr(receiver, "known_norm") and type(gradient) is Tensor:  # and not a compiler's
+        # its memory, not itself: autograd copies a gradient that somebody else holds
+        receiver.known_norm = KnownNorm(norm, gradient.untyped_storage(), gradient._version)
+
+
+def norm_of(receiver: Tensor) -> Tensor:
+    """Of its gradient, 0-dim; without a pass over it where it is known and nothing has changed the gradient since."""
+    grad, known = receiver.grad, getattr(receiver, "known_norm", None)
+    assert grad is not None
+    if known is not None and grad.untyped_storage()._cdata == known.storage._cdata and grad._version == known.version:
+        return known.norm
+    return torch.linalg.vector_norm(grad)
+
+
 class RowSource:
     """Hands out rows of a parameter to compute with, and decides where their gradients go.
 
@@ -106,5 +130,7 @@ class RowSource:
     def _leaf(self, name: str, W: Tensor, features: Tensor, rows: Tensor) -> Tensor:
         if W.requires_grad and torch.is_grad_enabled():
             rows.requires_grad_()
+            if not torch.compiler.is_compiling():
+                rows.known_norm = None  # type: ignore[attr-defined]
             self.gradients.append(RowGradient(name, features, rows))
         return rows

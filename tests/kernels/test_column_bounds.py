@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from sampled_sae.impl.dead_features import ranked
 from sampled_sae.impl.triton.screen import RoundedRows
 from sampled_sae.impl.triton.spectral import stretch, stretches
 from sampled_sae.kernels.column_bounds import column_bounds
@@ -104,6 +105,21 @@ def test_entries_fire_between_their_bounds(shape, optional_arguments, kind, devi
     assert (exact <= possible).all()
     assert (sure >= (z > off).sum(0)).all()
     assert (possible <= (z > -off).sum(0)).all()
+
+
+def test_a_column_of_which_nothing_is_known_is_bounded_by_infinity(device):
+    """Never by NaN: that of a GPU has all bits but the sign, and one more would be -0.0."""
+    sums, norms, errors = (drawn(6, 1, device=device)[:, 0].square() for _ in range(3))
+    sums[0], norms[1], errors[2], norms[3] = torch.nan, torch.nan, torch.inf, 3e38
+    b = torch.zeros(6, device=device)
+    b[4] = torch.nan
+    pair = torch.ones(2, device=device)
+    low, high = column_bounds(sums, norms, errors, b, torch.ones_like(b), pair, pair, 3, 4)
+    assert high.isposinf().tolist() == [True] * 5 + [False]
+    assert low[:5].tolist() == [0] * 5
+    assert not high.isnan().any()
+    assert ranked(high, torch.ones(6, dtype=torch.bool, device=device)).argsort(stable=True)[0] == 5
+    assert 0 <= low[5] < high[5]
 
 
 def test_an_entry_of_which_nothing_is_known_may_fire(device):

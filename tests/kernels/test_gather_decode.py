@@ -6,6 +6,7 @@ from kernel_makers import NEEDS_VIRTUAL_MEMORY, assert_runs_alone, assert_within
 
 pytest.importorskip("triton")
 
+from sampled_sae.kernels import gather_decode
 from sampled_sae.kernels.gather_decode import entry_dots, gather_sum
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -69,6 +70,16 @@ def check_dots(given, left, W):
     unused = (0, len(tokens) - n)
     expected, magnitude = (torch.nn.functional.pad(t.sum(1), unused) for t in (terms, terms.abs()))
     assert_within_rounding(entry_dots(left, W, tokens, features, token_ends), expected, magnitude)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dots_by_stripes_of_d(shape, dtype, device, monkeypatch):
+    """As where W is larger than L2: of one stripe, of several, and with a tail."""
+    monkeypatch.setattr(gather_decode, "FITS_L2", 0)
+    B, d, F = scaled(shape, device)
+    given = entries(B, F, device)
+    check_dots(given, matrix(B, d, dtype, device), matrix(F, d, dtype, device, seed=2))
 
 
 @pytest.mark.parametrize("skipped", [1, 16, 37])
@@ -261,6 +272,7 @@ def test_wrong_arguments_of_dots(change, message):
 
 FAR_ROWS = """
 import torch
+from sampled_sae.kernels import gather_decode
 from sampled_sae.kernels.gather_decode import entry_dots, gather_sum
 far = torch.empty_strided((3, 8), (2**30 + 16, 1), dtype=torch.float16)  # untouched pages cost nothing
 far.copy_(torch.arange(24).reshape(3, 8))

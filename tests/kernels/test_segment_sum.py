@@ -45,7 +45,9 @@ def check(given, source, rows=None, n_rows_out=None, with_sums=True):
     """Against float64, and zero where no segment is written."""
     weights, tokens, order, ends = given
     n_rows_out = len(ends) - 1 if n_rows_out is None else n_rows_out
-    found, sums = segment_sum(*given, source, rows, n_rows_out, with_sums)
+    norm = torch.full((), float("nan"), device=source.device)
+    found, sums = segment_sum(*given, source, rows, n_rows_out, with_sums, norm)
+    torch.testing.assert_close(norm, torch.linalg.vector_norm(found))
     terms = torch.zeros(2, n_rows_out, source.shape[1] + 1, dtype=torch.float64, device=source.device)
     with_ones = torch.nn.functional.pad(source.double(), (0, 1), value=1.0)
     for r, (start, end) in enumerate(pairwise(ends.tolist())):

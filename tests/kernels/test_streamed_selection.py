@@ -89,11 +89,27 @@ def test_budgets_that_are_not_filled(n, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("has_scale", [True, False])
-def test_dtypes_with_and_without_a_scale(has_scale, dtype, device):
+@pytest.mark.parametrize("fused", [True, False], ids=["in tiles", "in chunks"])
+def test_dtypes_with_and_without_a_scale(fused, has_scale, dtype, device, monkeypatch):
+    monkeypatch.setattr(stream, "largest_fused_d", lambda *_: 5 if fused else 4)
     x, W, b, scale = integers((20, 5, 140), dtype, device)
     b, scale = (b, scale) if has_scale else (zeros(W), None)
     a = activations(x, W, b, scale)
     assert_batch(stream.stream_batch(Operands(x, W, b, scale, None), 300), a, 300)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("members", [None, range(3, 140, 3)], ids=["all", "pool"])
+def test_a_wrong_hint_changes_no_bit_of_16_bit_products(members, dtype, device, repairs):
+    make = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(n, 70, generator=make).to(device, dtype) for n in (40, 140))
+    members = None if members is None else torch.tensor(members, device=device)
+    operands = Operands(x, W, torch.randn(140, generator=make).to(device), None, members)
+    *expected, hint = stream.stream_batch(operands, 300, stream.stream_batch(operands, 300)[-1])
+    repairs.pop(0)
+    for wrong in (0.01 * hint, 10 * hint):
+        assert_same(stream.stream_batch(operands, 300, wrong)[:3], expected)
+    assert repairs == [False, True, True]
 
 
 def all_tokens_equal(x, W, b):

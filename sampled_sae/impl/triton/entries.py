@@ -7,6 +7,7 @@ gradient, of all F rows or of those of the features in `rows`.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from ...kernels.gather_decode import entry_dots, gather_sum
 from ...kernels.segment_sum import feature_order, segment_sum
 from ..encoder import Encoder
 from ..levels import level_of
-from ..row_gradients import RowSource
+from ..row_gradients import RowSource, note_norm
 from .double_backward import no_second_derivative
 from .pool import top_pool
 from .products import lowered, raised
@@ -136,8 +137,8 @@ def entry_values_backward(
     want_x: bool,
     want_b_dec: bool,
     want_W: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, d b_dec, d W_receiver, d b_receiver) in fp32; what is not wanted is empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, d b_dec, d W_receiver, d b_receiver, norm of d W_receiver) in fp32; what is not wanted is empty."""
     grad = grad.contiguous()
     if scale is not None:
         grad = grad * scale.index_select(0, features.long().clamp(max=len(scale) - 1))
@@ -145,15 +146,16 @@ def entry_values_backward(
     dx = gather_sum(grad, features, token_ends, W, None) if want_x else empty
     source = centred if want_W else centred[:, :1]
     place = rows if n_receiver == W.shape[0] and n_receiver != len(rows) else None
-    d_W, d_b = segment_sum(grad, tokens, order, row_ends, source, place, n_receiver, with_sums=True)
+    norm = grad.new_empty(())
+    d_W, d_b = segment_sum(grad, tokens, order, row_ends, source, place, n_receiver, with_sums=True, norm=norm)
     assert d_b is not None
     some_rows = rows if n_receiver != W.shape[0] else None
     db_dec = -weighted_row_sum(d_b, W, some_rows) if want_b_dec else empty.clone()
-    return dx, db_dec, d_W if want_W else empty.clone(), d_b
+    return dx, db_dec, d_W if want_W else empty.clone(), d_b, norm
 
 
 @entry_values_backward.register_fake
-def _(grad: Tensor, centred: Tensor, W: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(grad: Tensor, centred: Tensor, W: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n_receiver, want_x, want_b_dec, want_W = rest[-4:]
     d = W.shape[1]
     return (
@@ -161,13 +163,14 @@ def _(grad: Tensor, centred: Tensor, W: Tensor, *rest: Any) -> tuple[Tensor, Ten
         grad.new_empty(d if want_b_dec else 0),
         grad.new_empty((n_receiver, d) if want_W else 0),
         grad.new_empty(n_receiver),
+        grad.new_empty(()),
     )
 
 
 def weighted_row_sum(weights: Tensor, W: Tensor, rows: Tensor | None) -> Tensor:
     """sum_r weights_r W_(rows_r), fp32 [d]: one long segment, summed in balanced pieces."""
     every = torch.arange(len(weights), dtype=torch.int32, device=W.device)
-    ends = torch.stack((every.new_zeros(()), every.new_full((), len(weights))))
+    ends = torch.arange(2, dtype=torch.int32, device=W.device) * len(weights)
     places = every if rows is None else rows.int()
     return segment_sum(weights, places, every, ends, W, None, 1)[0][0]
 
@@ -175,14 +178,16 @@ def weighted_row_sum(weights: Tensor, W: Tensor, rows: Tensor | None) -> Tensor:
 def _entry_values_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, b_dec, W_receiver, b_receiver, _, *saved = inputs
     ctx.save_for_backward(*saved)
-    ctx.n_receiver = W_receiver.shape[0]
+    ctx.receiver, ctx.n_receiver = weakref.ref(W_receiver), W_receiver.shape[0]
     ctx.dtypes = x.dtype, None if b_dec is None else b_dec.dtype, W_receiver.dtype, b_receiver.dtype
 
 
 def _entry_values_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     want_x, want_b_dec, want_W, want_b = ctx.needs_input_grad[:4]
     x_dtype, b_dec_dtype, W_dtype, b_dtype = ctx.dtypes
-    dx, db_dec, d_W, d_b = entry_values_backward(grad, *ctx.saved_tensors, ctx.n_receiver, want_x, want_b_dec, want_W)
+    wanted = ctx.n_receiver, want_x, want_b_dec, want_W
+    dx, db_dec, d_W, d_b, norm = entry_values_backward(grad, *ctx.saved_tensors, *wanted)
+    tell_norm(ctx.receiver, d_W, norm)
     return (
         dx.to(x_dtype) if want_x else None,
         db_dec.to(b_dec_dtype) if want_b_dec else None,
@@ -190,6 +195,13 @@ def _entry_values_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_b.to(b_dtype) if want_b else None,
         *(None,) * 10,
     )
+
+
+def tell_norm(receiver: weakref.ref[Tensor], gradient: Tensor, norm: Tensor) -> None:
+    """To the tensor that receives the gradient, where that is still there."""
+    tensor = receiver()
+    if tensor is not None:
+        note_norm(tensor, gradient, norm)
 
 
 @torch.library.custom_op("sampled_sae::decode_entries", mutates_args=())
@@ -230,37 +242,41 @@ def decode_entries_backward(
     n_receiver: int,
     want_values: bool,
     want_W: bool,
-) -> tuple[Tensor, Tensor]:
-    """(d values, d W_receiver) in fp32; what is not wanted is empty."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d values, d W_receiver, its norm) in fp32; what is not wanted is empty."""
     low, factor = lowered(grad.contiguous(), W.dtype)
     empty = grad.new_empty(0)
     d_values = raised(entry_dots(low, W, tokens, features, token_ends), factor) if want_values else empty
+    norm = grad.new_empty(())
     if not want_W:
-        return d_values, empty.clone()
+        return d_values, empty.clone(), norm
     place = rows if n_receiver == W.shape[0] and n_receiver != len(rows) else None
-    return d_values, raised(segment_sum(values, tokens, order, row_ends, low, place, n_receiver)[0], factor)
+    d_W, _ = segment_sum(values, tokens, order, row_ends, low, place, n_receiver, norm=norm)
+    return d_values, raised(d_W, factor), raised(norm, factor)
 
 
 @decode_entries_backward.register_fake
-def _(grad: Tensor, values: Tensor, W: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, values: Tensor, W: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     n_receiver, want_values, want_W = rest[-3:]
     return (
         torch.empty_like(values) if want_values else grad.new_empty(0),
         grad.new_empty((n_receiver, W.shape[1]) if want_W else 0),
+        grad.new_empty(()),
     )
 
 
 def _decode_entries_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     values, W_receiver, b_dec, *saved = inputs
     ctx.save_for_backward(values, *saved)
-    ctx.n_receiver = W_receiver.shape[0]
+    ctx.receiver, ctx.n_receiver = weakref.ref(W_receiver), W_receiver.shape[0]
     ctx.dtypes = W_receiver.dtype, None if b_dec is None else b_dec.dtype
 
 
 def _decode_entries_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     want_values, want_W, want_b_dec = ctx.needs_input_grad[:3]
     W_dtype, b_dec_dtype = ctx.dtypes
-    d_values, d_W = decode_entries_backward(grad, *ctx.saved_tensors, ctx.n_receiver, want_values, want_W)
+    d_values, d_W, norm = decode_entries_backward(grad, *ctx.saved_tensors, ctx.n_receiver, want_values, want_W)
+    tell_norm(ctx.receiver, d_W, norm)
     return (
         d_values if want_values else None,
         d_W.to(W_dtype) if want_W else None,

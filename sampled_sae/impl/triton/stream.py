@@ -1,12 +1,13 @@
 """Exact selection over many features without [B, F] and without a host synchronisation.
 
-Chunks of the encoder product pass a filter by a guessed threshold tau, whose hits go to a list with room for
-CAPACITY times the budget; behind a screen for more, since that lets through what it cannot tell. A tau that lets too
-many or too few through is seen by their count, on the device, and the selection is then done again exactly
-(kernels/exact_fallback.py): the guess costs time, never exactness. What is found again comes from another product than
-cuBLAS's, in IEEE whatever TF32's switch says: values differ in their last bits, or by TF32's rounding, and so may what
-is kept of the entries that lie so close to the cut. Lists are ordered by key, token * F + feature, before anything
-depends on their order.
+The encoder product passes a filter by a guessed threshold tau, whose hits go to a list with room for CAPACITY times the
+budget; behind a screen for more, since that lets through what it cannot tell. A tau that lets too many or too few
+through is seen by their count, on the device, and the selection is then done again exactly (kernels/exact_fallback.py):
+the guess costs time, never exactness. Product and filter are one kernel for operands of 16 bits up to some d, whose
+tiles the repair multiplies too: it finds the same bits. Otherwise chunks of cuBLAS's product are filtered, and what is
+found again comes from another product, in IEEE whatever TF32's switch says: values differ in their last bits, or by
+TF32's rounding, and so may what is kept of the entries that lie so close to the cut. Lists are ordered by key,
+token * F + feature, before anything depends on their order.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from torch import Tensor
 from ...codes import Entries
 from ...kernels.batch_topk import compact_largest
 from ...kernels.chunk_filter import append_above_, first_threshold, next_threshold
+from ...kernels.configs import architecture, largest_fused_d
 from ...kernels.exact_fallback import refill_exactly_
 from ...kernels.merge_rows import merge_rows_
+from ...kernels.product_filter import append_products_above_
 from ..encoder import Operands
 from .hits import Hits, in_order, no_hits
 from .products import encoder_chunks
@@ -165,10 +168,22 @@ def hits_above(operands: Operands, tau: Tensor, cap: int, floors: Tensor | None 
         return hits_reaching(operands, tau.repeat(operands.n_tokens) if floors is None else floors, cap, by_feature)
     all_open(operands)
     hits = no_hits(operands, cap)
+    if in_tiles(operands):
+        x, W, b, scale, members, *_ = operands
+        append_products_above_(x, W, b, scale, members, tau, *hits, floors)
+        return hits
     for chunk in encoder_chunks(operands):
         some = None if floors is None else floors[chunk.at if operands.members is None else chunk.features]
         append_above_(chunk.z, chunk.b, chunk.scale, chunk.features, n_features, tau, *hits, some)
     return hits
+
+
+def in_tiles(operands: Operands) -> bool:
+    """Whether product and filter are one kernel, which saves writing and reading [B, F] and multiplies slower than
+    cuBLAS."""
+    x, W = operands.x, operands.W
+    same = x.dtype == W.dtype and x.dtype.itemsize == 2
+    return same and x.shape[1] <= largest_fused_d(architecture(x.device), x.dtype)
 
 
 def worth_a_screen(operands: Operands, n_kept: int) -> Operands:
