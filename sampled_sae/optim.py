@@ -55,6 +55,7 @@ class RowAdam(Optimizer):
 
     The projection takes decoder rows to be of unit norm, as `normalize_decoder()` makes them. With `cfg.row_grads`
     call `zero_grad()` after `step()` or before the forward pass: between forward and backward it would drop the rows.
+    Their norms come with them, and clipping knows of no change by `grad.data` or an exchange of torch.distributed.
 
     Raises:
         TypeError: an `sae` that is none, or whose parameters something else than `parallelize` has spread (FSDP).

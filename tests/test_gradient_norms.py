@@ -44,6 +44,14 @@ def test_the_norm_comes_with_the_gradient(dtype, monkeypatch):
     assert sizes == []
 
 
+def test_no_gradient_is_kept_that_was_rounded_for_weights_of_16_bits():
+    sae = make_sae(torch.bfloat16, device=DEVICE, impl="triton", l=None, row_grads=True, aux_coefficient=0.0)
+    sae(tokens(32, 12, dtype=torch.bfloat16).to(DEVICE)).loss.backward()
+    for part in sae.row_grads:
+        assert part.rows.known_norm is None
+        torch.testing.assert_close(norm_of(part.rows), torch.linalg.vector_norm(part.rows.grad))
+
+
 def scaled_in_place(leaf):
     leaf.grad.mul_(3)
 

@@ -61,7 +61,8 @@ class SpreadBounds(NamedTuple):
         x, W, b, scale, *_ = self.operands
         least, greatest, _ = self.ranking.cuts(torch.where(low.isnan(), 0, low), high, size)
         sure = low > greatest
-        undecided = ~sure & ~(high < least)
+        # NaN compares with nothing: a column whose bounds are none is open
+        undecided = ~sure & ~(high < least) & ~(low >= high)
         computed = undecided | (undecided.sum() > room_for(len(W)))
         sums = torch.zeros_like(self.low)
         if len(x):

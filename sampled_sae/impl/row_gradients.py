@@ -84,14 +84,19 @@ class KnownNorm(NamedTuple):
 
 
 def note_norm(receiver: Tensor, gradient: Tensor, norm: Tensor) -> None:
-    """What the norm is of the gradient that a RowGradient's `rows` is about to receive; no other tensor is told."""
-    if hasattr(receiver, "known_norm") and type(gradient) is Tensor:  # and not a compiler's
+    """What the norm is of the gradient that a RowGradient's `rows` is about to receive; no other tensor is told, nor
+    one of another dtype, whose gradient is a copy that is rounded."""
+    plain = type(gradient) is Tensor and gradient.dtype == receiver.dtype  # and not a compiler's
+    if plain and hasattr(receiver, "known_norm"):
         # its memory, not itself: autograd copies a gradient that somebody else holds
         receiver.known_norm = KnownNorm(norm, gradient.untyped_storage(), gradient._version)
 
 
 def norm_of(receiver: Tensor) -> Tensor:
-    """Of its gradient, 0-dim; without a pass over it where it is known and nothing has changed the gradient since."""
+    """Of its gradient, 0-dim; without a pass over it where it is known and the gradient is of the same version.
+
+    `grad.data` and exchanges of torch.distributed change a gradient and not its version: `RowAdam` says so.
+    """
     grad, known = receiver.grad, getattr(receiver, "known_norm", None)
     assert grad is not None
     if known is not None and grad.untyped_storage()._cdata == known.storage._cdata and grad._version == known.version:

@@ -188,7 +188,9 @@ def _spread_whole(run: Resumable, state: dict[str, Any]) -> None:
     if "members" in pool:
         mask = torch.zeros(run.sae.cfg.d_sae, dtype=torch.bool)
         mask.index_fill_(0, pool["members"], True)
-        whole |= {"pool.members": mask, "pool.taken": mask, "pool.scores": pool["scores"]}
+        taken = mask.clone()
+        taken[pool["members"]] = pool.get("taken", taken[pool["members"]])
+        whole |= {"pool.members": mask, "pool.taken": taken, "pool.scores": pool["scores"]}
     own = _tensors(run, kept=pool)
     for name, tensor in own.items():
         part = whole[name].to(tensor.device)

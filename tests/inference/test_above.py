@@ -38,6 +38,7 @@ def block_tokens(request, monkeypatch):
     """Tokens that are taken at a time: all of a small batch, or a few."""
     monkeypatch.setattr("sampled_sae.support.even_slices.FEWEST_ROWS", request.param)
     monkeypatch.setattr(above, "TOKEN_ELEMENTS", 1)
+    monkeypatch.setattr(above, "FEWEST_SEEN", 0)
     for bound in ("LEAST_PRODUCT", "MOST_SEEN", "MOST_PRODUCT"):
         monkeypatch.setattr(look_through, bound, 1 << 14)
     monkeypatch.setattr(products, "CHUNK_ELEMENTS", 1 << 13)
@@ -252,3 +253,11 @@ def test_auto_rounds_no_weights_for_few_tokens(n_tokens, dtype, rule, screened, 
     tensors = {"W_enc": torch.zeros(1 << 15, 4, dtype=dtype).t(), "b_enc": torch.zeros(1 << 15)}
     tokens = tokens_to_encode(TORCH, cfg, tensors, torch.ones(n_tokens, 4), None)
     assert (tokens.encoder.operands.screen is not None) == screened
+
+
+def test_a_few_features_that_are_all_active_leave_the_screen_to_others():
+    t = whole_numbers(40, 5, 8)
+    operands = TORCH.encoder(t["x"], t["W_enc"].t().contiguous(), t["b_enc"] + 1000, screen="bf16").operands
+    search = above.FloorSearch(torch.zeros(1))
+    assert len(search.among(operands).values) == 40 * 8
+    assert search.screens == ["plain", "bounded"]

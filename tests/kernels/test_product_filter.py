@@ -91,9 +91,7 @@ def test_floors_of_features_may_be_negative(members, device):
 @pytest.mark.parametrize("tau", [NAN, INF, -INF, 1e-45])
 def test_thresholds_at_the_edge_of_numbers(tau, device):
     x, W, b, scale = integers((45, 19, 133), torch.bfloat16, device)
-    z = products(x, W, b, scale)
-    z[3, 4], b[4] = INF, 0
-    x[3], W[4] = 0, 0
+    x[3], W[4], b[4] = 0, 0, 0
     x[3, 0], W[4, 0] = 3e38, 3e38
     z = products(x, W, b, scale)
     assert z[3, 4] == INF
@@ -223,5 +221,5 @@ for x, W in ((far, near), (near, far)):
 
 
 @NEEDS_VIRTUAL_MEMORY
-def test_offsets_beyond_32_bits():
-    assert_runs_alone(FAR_ROWS)
+def test_offsets_beyond_32_bits(tmp_path):
+    assert_runs_alone(FAR_ROWS, tmp_path)

@@ -2,9 +2,9 @@
 
 A chunk [B, C] is filtered in cache (column_filter.py). With a screen it is a bfloat16 product (plain_screen.py where
 both operands hold no more, bounded_screen.py for all others), and what that cannot rule out is computed again, one by
-one. Tokens that have to be prepared are prepared a few at a time, never all of a batch. Where a rule lets so much
-through that lists of entries cost more than the product, whole rows of activations are computed for a few tokens at a
-time: the same memory, whatever the share.
+one. Tokens that have to be prepared are prepared a few at a time, for a product in full precision as many as its room
+allows. Where a rule lets so much through that lists of entries cost more than the product, whole rows of activations
+are computed for a few tokens at a time: the same memory, whatever the share.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ...codes import Entries
 from ...support.even_slices import even_slices
 from ...support.reused_memory import scratch
 from ..encoder import Operands
+from ..rounded_tokens import PIECE_ELEMENTS
 from .column_filter import places_reaching
 from .look_through import LookThrough, room_of
 from .products import activations_at, candidate_spans, ends_of_tokens, sampled_product
@@ -28,15 +29,14 @@ from .search import MOST_SCREENED, join
 TOKEN_ELEMENTS = 1 << 22
 # the same where they are prepared for a product in full precision, at least: else a part of what a search may hold
 PREPARED_ELEMENTS, OF_PREPARED = 1 << 18, 0.5
-# elements of tokens that are prepared at once for single entries
-PIECE_ELEMENTS = 1 << 15
-# candidates that wait for the end of a search, when its rounded tokens have gone, and that are then computed together
+# candidates that wait, at most, for the end of a search, when its rounded tokens have gone; and computed together
 MOST_WAITING = 1 << 17
 MOST_SETTLED = 1 << 14
 # a rule that lets more than this share of a batch through gets whole rows
 MOST_LISTED = 1 / 64
-# entries found before that share is looked at
+# entries found before that share is looked at, and activations seen before a screen's
 FEWEST_LISTED = 1 << 16
+FEWEST_SEEN = 1 << 20
 # activations in whole rows at once, elements of their tokens, and tokens at least: fewer would make a slow product
 ROW_ELEMENTS = 1 << 22
 ROW_TOKEN_ELEMENTS = 1 << 19
@@ -120,10 +120,11 @@ class FloorSearch:
                 waiting.append(seen)
                 n_waiting += len(seen)
             start = span.stop
-            if n_waiting >= MOST_WAITING:
+            most = max(FEWEST_LISTED, MOST_LISTED * block.n_tokens * start)
+            if n_waiting >= MOST_WAITING or found.count + n_waiting > most:
                 self._settle(block, waiting, found)
                 n_waiting = 0
-            if found.count + n_waiting > max(FEWEST_LISTED, MOST_LISTED * block.n_tokens * start):
+            if found.count > most:
                 self.listing = False
                 return None
         look.let_go()
@@ -148,7 +149,7 @@ class FloorSearch:
             if seen is not None:
                 tokens, features = seen
                 look.count(n_seen, len(tokens))
-                if len(tokens) <= MOST_SCREENED * n_seen:
+                if len(tokens) <= MOST_SCREENED * max(n_seen, FEWEST_SEEN):
                     return narrow(in_block(tokens, features, look.block.n_features), look.block)
             look.drop()
         return None

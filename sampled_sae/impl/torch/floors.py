@@ -11,7 +11,7 @@ from .screen import BEYOND, smallest_normal
 
 def least_products(operands: Operands, floor: Tensor, at: slice) -> tuple[Tensor, Tensor]:
     """Of some features, [C] each: what x . w of an activation above the floor, [1] or [F], is at least, and of what
-    size the numbers are that this is made of.
+    size the numbers are that this is made of. Scales are not negative, nor are floors but without bias and scale.
 
     Neither is infinite: no product in range is as large as BEYOND.
     """

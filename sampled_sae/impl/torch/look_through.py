@@ -37,7 +37,7 @@ class LookThrough:
 
     def __init__(self, block: Operands, floor: Tensor, screens: list[str]) -> None:
         self.block, self.floor, self.screens = block, floor, screens
-        usable = block.screen is not None and block.screen.in_range
+        usable = bool(screens) and block.screen is not None and block.screen.in_range
         self._left = [name for name in screens if usable and (name != "plain" or is_plain(block))]
 
     @property

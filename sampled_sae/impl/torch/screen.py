@@ -6,7 +6,8 @@ to bfloat16 in turn. Before that last rounding
     |z^_ij - z_ij| <= ||x^_i|| ||dw_j|| + ||dx_i|| ||w_j|| + 2 d 2^-24 ||x^_i|| ||w^_j||
 
 whose last term is the rounding of the sums, taken twice for safety. The scale of an activation is part of w and of the
-bias here. A few further columns of both operands carry the bias and the bound, so that one product gives all of it:
+bias for scores; a threshold is divided by it (floors.py). A few further columns of both operands carry the bias and the
+bound, so that one product gives all of it:
 [x^, ||x^||, ||dx||, 1, 1] times [w^, e, g, h, l], where h + l is a number for each feature in two pieces.
 """
 
