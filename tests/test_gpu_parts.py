@@ -94,9 +94,9 @@ def test_driver_version(tmp_path, monkeypatch):
 
 
 def test_configurations_are_put_in_use_and_back():
-    inputs = Inputs(REHEARSAL[0], "cpu", torch.float32, "triton")
     for choice, names in tuning.CHOICES.items():
-        operation = (OPERATIONS | SCORE_FORMS)[names[0]](inputs)
+        dtype = torch.bfloat16 if choice == "product_filter_config" else torch.float32
+        operation = (OPERATIONS | SCORE_FORMS)[names[0]](Inputs(REHEARSAL[0], "cpu", dtype, "triton"))
         found = tuning.candidates_of(choice, operation)
         assert len(found) > 1, choice
         real = getattr(configs, choice)

@@ -28,11 +28,13 @@ from sampled_sae.kernels import configs
 from sampled_sae.support.atomic_files import write_json, write_text
 from sampled_sae.support.timing import interleaved, spread
 
-# what chooses a configuration, and the operations that show how good it is; the most expensive first
+# what chooses a configuration, and the operations that show how good it is, where they ask for it (the filter of a
+# search is in its product, or behind it where d is large); the most expensive first
 CHOICES = {
     "column_scores_config": ("fused l2", "fused entropy"),
     "FOLD": ("fused entropy",),
     "chunk_scores_config": ("chunked entropy",),
+    "product_filter_config": ("select l=None",),
     "chunk_filter_config": ("select l=None",),
     "segment_sum_config": ("decode l=None", "backward l=None"),
     "entry_dots_config": ("backward l=None",),
