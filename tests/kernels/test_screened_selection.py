@@ -212,7 +212,11 @@ def test_nothing_of_an_empty_batch():
     x, W, b = drawn()
     operands = Operands(x[:0].to(DEVICE), W.to(DEVICE), b.to(DEVICE))
     assert len(stream.stream_above(operands, 0.0).values) == 0
-    assert TRITON.encoder(x[:0], W, b, screen="bf16").operands.screen is None
+    # of a process whose part is empty, and which screens as the others do
+    encoder = TRITON.encoder(x[:0].to(DEVICE), W.to(DEVICE), b.to(DEVICE), screen="bf16")
+    assert encoder.operands.screen is not None
+    for select in ("batch", "token"):
+        assert all(len(part) == 0 for part in TRITON.select(encoder, None, Rule(5, select)).entries())
 
 
 RULES = [{"l": None}, {"l": None, "select": "token"}, {"l": 8.0}]
