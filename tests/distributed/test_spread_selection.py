@@ -44,6 +44,30 @@ def pools(sae, data, rank):
     return found
 
 
+def opened_on_mesh(shape, rule, x):
+    """The share of columns that a screen opens to find a pool."""
+    sae, rank = spread(shape, rule)
+    encoder = sae._encoder_of(x[rank], by_batch=True)
+    sae._find_pool(encoder)
+    return encoder.operands.screen.looks.shares()["columns"]
+
+
+@pytest.mark.slow
+def test_columns_whose_score_is_known_are_not_opened(workers):
+    """Features that surely fire have one score, which ties with that of the last candidate."""
+    rule = {
+        "k": 2,
+        "l": 1.0,
+        "impl": "triton",
+        "dtype": torch.float32,
+        "screen": "bf16",
+        "d_sae": 24,
+        "score": "uniform",
+    }
+    x = batches([[64, 64]], 2, dtype=torch.float32)[0]
+    assert max(workers.run(2, opened_on_mesh, (2, 1), rule, x)) < 0.5
+
+
 def pools_on_mesh(shape, rules, data):
     saes = [spread(shape, rule) for rule in rules]
     first = saes[0][0].layout.weights.first
