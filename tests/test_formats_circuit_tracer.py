@@ -86,6 +86,7 @@ def test_files_of_others(tmp_path):
     [
         (lambda: make_sae(torch.float32), "d_out=None: circuit_tracer reads transcoders"),
         (lambda: make_sae(torch.float32, d_out=7), "d_out=7: circuit_tracer reads transcoders with d_out = d_in=12"),
+        (lambda: transcoder(groups=(40, 96)), r"groups=\(40, 96\): circuit_tracer has no place"),
         (lambda: transcoder(inference="batch"), "depends on the whole batch"),
         (lambda: transcoder(d_sae=80), r"W_enc is \(96, 12\), that of layer 1 \(80, 12\)"),
         (lambda: transcoder(skip=True), r"W_skip is None, that of layer 1 \(12, 12\)"),

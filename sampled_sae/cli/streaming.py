@@ -155,11 +155,16 @@ def swept_splice(args: argparse.Namespace, part: StreamedActivations) -> SpliceS
         return None
 
     def measure(source: Any) -> Splice:
-        rows = part.holdout()[1][:count]
-        made: Splice = source.splice(part.indices, rows, part.layers > 1, args.ranks.mesh).evaluate
-        return made
+        return _spliced(part, count, args)
 
     return SpliceSource({"model": args.model, "rows": count}, lambda: part.source, measure)
+
+
+def _spliced(part: StreamedActivations, count: int, args: argparse.Namespace) -> Splice:
+    """What measures reconstructions in the first `count` rows held out, in the model that the stream runs."""
+    rows = part.holdout()[1][:count]
+    made: Splice = part.source.splice(part.indices, rows, part.layers > 1, args.ranks.mesh).evaluate
+    return made
 
 
 def _beside(args: argparse.Namespace) -> list[int]:
@@ -181,8 +186,7 @@ def evaluate_streamed(
     count = min(SPLICE_ROWS, len(rows)) if args.splice_rows is None else args.splice_rows
 
     def measure() -> Splice:  # of an encoder, which predicts no next token, there is none
-        made: Splice = part.source.splice(part.indices, rows[:count], part.layers > 1, ranks.mesh).evaluate
-        return made
+        return _spliced(part, count, args)
 
     splice = of_all(*tried(measure, args.splice_rows is not None, ranks.size == 1), ranks) if count else None
     result = evaluate(sae, held_out, args.batch_size, splice)

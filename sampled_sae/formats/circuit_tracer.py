@@ -73,14 +73,19 @@ def export_transcoder(
         say: called with a line for each convention that was changed.
 
     Raises:
-        ValueError: an SAE, another d_out, `inference="batch"`, a fraction k of the rule "topk", NaN or inf, a folder
-            whose other layers are of another model, size or rule. Nothing is written then.
+        ValueError: an SAE, another d_out, `groups`, `inference="batch"`, a fraction k of the rule "topk", NaN or inf, a
+            folder whose other layers are of another model, size or rule. Nothing is written then.
     """
     folder, layer, cfg = Path(folder), check_integer("layer", layer, 0), sae.cfg
     if rule is not None:
         check_choice("rule", rule, RULES)
     if not cfg.is_transcoder or cfg.d_out != cfg.d_in:
         raise ValueError(f"d_out={cfg.d_out}: {NAME} reads transcoders with d_out = d_in={cfg.d_in}, and no SAEs")
+    if cfg.groups is not None:
+        raise ValueError(
+            f"groups={cfg.groups}: {NAME} has no place for them, all features reconstruct together there; "
+            "sae.cfg = dataclasses.replace(sae.cfg, groups=None) exports the transcoder without them"
+        )
     if rule is None and cfg.inference == "batch" and not cfg.is_topk:
         raise ValueError("cfg.inference='batch' depends on the whole batch, which no file says; give rule='threshold'")
     chosen = rule or ("topk" if cfg.is_topk else "threshold")
@@ -91,8 +96,6 @@ def export_transcoder(
         say(found)
     if cfg.input_scale != 1 or cfg.output_scale != 1:
         say(f"scales {cfg.input_scale!r} and {cfg.output_scale!r} are folded into the weights")
-    if cfg.groups is not None:
-        say(f"groups={cfg.groups}: {NAME} has no place for them; all features reconstruct together there")
     about: dict[str, Any] = {"model_name": model_name, "model_kind": KIND}
     about |= {"feature_input_hook": input_hook, "feature_output_hook": output_hook}
     if chosen == "topk":

@@ -96,7 +96,8 @@ class AllRanks:
 
     def on_this_machine(self, value: Any) -> list[Any]:
         """The values of the ranks that share its memory."""
-        return [of_rank for place, of_rank in self.gather((machine(), value)) if place == machine()]
+        here = machine()
+        return [of_rank for place, of_rank in self.gather((here, value)) if place == here]
 
     def total(self, number: float) -> float:
         """The sum of a number of each rank."""
