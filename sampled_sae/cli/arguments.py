@@ -116,8 +116,9 @@ def model_arguments(p: argparse.ArgumentParser, default: str | None = "smollm2-1
     p.add_argument(
         "--model-device",
         default=None,
-        help="cpu, cuda or cuda:N, of several processes cuda gives each its own; auto, balanced, "
-        "balanced_low_0 or sequential spread the model over the devices there are. When absent that of --device where the model feeds an SAE, else cpu",
+        help="cpu, cuda or cuda:N, of several processes cuda gives each its own; auto, balanced, balanced_low_0 or "
+        "sequential spread the model over the devices there are. When absent that of --device where the model feeds an "
+        "SAE, else cpu",
     )
 
 

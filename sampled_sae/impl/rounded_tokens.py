@@ -136,6 +136,8 @@ def prepared(tokens: Tensor, prepare: Prepare | None) -> Iterator[tuple[slice, T
 
 def prepare_into(out: Tensor, tokens: Tensor, prepare: Prepare | None) -> Tensor:
     """All tokens, prepared, in the dtype of `out` [B, d]; nothing else holds all of them."""
+    if prepare is None:
+        return out.copy_(tokens)
     for at, rows in prepared(tokens, prepare):
         out[at] = rows
     return out

@@ -15,7 +15,7 @@ from ..rounded_tokens import LARGEST
 from .column_filter import places_reaching, rows_reaching
 from .floors import least_products
 from .products import part_width, parts_of
-from .screen import MARGIN, UNIT, norms_into, smallest_normal
+from .screen import MARGIN, UNIT, norms_into, smallest_normal, sums_of
 
 # elements of weights that are multiplied at once, which stay in the cache, and features at most: two threads share
 # products of these shapes, and narrower ones where tokens are fewer
@@ -55,7 +55,7 @@ class PlainScreen:
         else:
             self.part = part_width(d, WEIGHT_ELEMENTS, MOST_TOGETHER if block.n_tokens >= MANY_TOKENS else 0)
         # sums of d terms, and those of one activation in float32, each in any order
-        self.sums = 4 * (d + 8) * 2.0**-24
+        self.sums = sums_of(d + 4)
         self.slack = MARGIN**2 * (screen.errors + self.sums * screen.norms)
         self.common = min(MOST_LARGER * float(self.slack.median()), float(self.slack.amax()))
         self.larger = (self.slack > self.common).nonzero().squeeze(1)

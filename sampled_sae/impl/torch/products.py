@@ -183,21 +183,15 @@ def gathered_sums(weights: Tensor, W: Tensor, token_ends: Tensor, features: Tens
 
 def gathered_rows(like: Tensor, W: Tensor, features: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(some entries, the rows of W of their features in the dtype of `like`), some after others."""
-    for at in gathered_slices(W, features):
+    step = max(1, GATHERED_ELEMENTS // W.shape[1])
+    for start in range(0, len(features), step):
+        at = slice(start, min(start + step, len(features)))
         yield at, raised_rows(W, features[at], like)
 
 
-def gathered_slices(W: Tensor, features: Tensor) -> Iterator[slice]:
-    step = max(1, GATHERED_ELEMENTS // W.shape[1])
-    for start in range(0, len(features), step):
-        yield slice(start, min(start + step, len(features)))
-
-
 def raised_rows(source: Tensor, at: Tensor, like: Tensor) -> Tensor:
-    """`source.index_select(0, at)` in the dtype of `like`, in memory that serves again."""
+    """`source.index_select(0, at)` in the dtype of `like`, another one, in memory that serves again."""
     rows = scratch(like, len(at), source.shape[1])
-    if source.dtype == like.dtype:
-        return torch.index_select(source, 0, at, out=rows)
     # few at a time, which are in the cache when they are raised
     step = max(1, RAISED_AT_ONCE // source.shape[1])
     for few, raised_few in zip(at.split(step), rows.split(step)):

@@ -117,13 +117,9 @@ class FeatureRounding(NamedTuple):
         return 2 * d * 2.0**-24 * (self.norms + self.errors) + smallest_normal() * d
 
     @property
-    def sums(self) -> float:
-        return sums_of(self.W.shape[1])
-
-    @property
     def entry_errors(self) -> Tensor:
         """[C]: what an activation moves by, at most, for ||x^_i|| = 1 and dx_i = 0."""
-        return MARGIN * (self.errors + self.sums * (self.norms + self.errors))
+        return MARGIN * (self.errors + sums_of(self.W.shape[1]) * (self.norms + self.errors))
 
     def offset_errors(self, sizes: Tensor) -> Tensor:
         """[C]: the same for what is added to an activation, of these sizes, in two pieces."""
@@ -190,4 +186,4 @@ def rounding_slack(operands: Operands, at: slice | Tensor) -> Tensor:
         scale = operands.scale[at]
         norms, bias = norms * scale, bias * scale
     sizes = (seen.norms + seen.errors) * norms.amax() + bias.amax()
-    return MARGIN * 4 * (operands.x.shape[1] + 4) * 2.0**-24 * sizes + smallest_normal()
+    return MARGIN * sums_of(operands.x.shape[1]) * sizes + smallest_normal()
