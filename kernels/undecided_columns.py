@@ -118,11 +118,6 @@ def settle_kernel(
         tl.store(statistics + b_f, b_s, mask=m_c)
 
 
-def room_for(n_features: int) -> int:
-    """How many columns may be open before all of them are computed."""
-    return max(1, int(ROOM * n_features))
-
-
 def settled_statistics(
     x: torch.Tensor,
     W: torch.Tensor,
@@ -156,7 +151,7 @@ def settled_statistics(
         check_vector(name, vector, torch.float32, F)
     if not 0 < size < F or B == 0:
         raise ValueError(f"size must be from 1 to {F - 1} and x have a token, got {size} and {B}")
-    x, room = contiguous_rows(x), room_for(F)
+    x, room = contiguous_rows(x), max(1, int(ROOM * F))
     of_low, of_high = find_digits(low, size), find_digits(high, size + 1)
     statistics = torch.empty(F, dtype=torch.float32, device=x.device)
     columns = torch.empty(room, dtype=torch.int32, device=x.device)

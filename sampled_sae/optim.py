@@ -128,7 +128,7 @@ class RowAdam(Optimizer):
         self._check_gradients()
         grads = self._collect()
         factor = self._clip_factor({name: grad.norm() for name, grad in grads.items() if grad})
-        moved = [(i, group, grads[group["name"]]) for i, group in enumerate(self.param_groups) if grads[group["name"]]]
+        moved = [(i, group, grad) for i, group in enumerate(self.param_groups) if (grad := grads[group["name"]])]
         if moved:
             torch._foreach_add_([self._begun(group, grad.weight)["step"] for _, group, grad in moved], 1)
         for i, group, grad in moved:

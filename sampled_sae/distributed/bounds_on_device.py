@@ -52,25 +52,22 @@ class SpreadBounds(NamedTuple):
         """[F]: scores, of which the `size` largest of all processes are right; the columns are ranked by what `low` and
         `high` bound.
 
-        What is left open is computed in full from the tokens here, where there is room for it, or else all columns, and
-        added up over `data`: as many numbers as there are features, so that nobody waits for how many are open.
+        What is left open is computed in full from the tokens here and added up over `data`: as many numbers as there
+        are features, so that nobody waits for how many are open.
         """
         from ..impl.triton.screen_columns import settle_columns
-        from ..kernels.undecided_columns import room_for
 
         x, W, b, scale, *_ = self.operands
         least, greatest, _ = self.ranking.cuts(torch.where(low.isnan(), 0, low), high, size)
         sure = low > greatest
         # NaN compares with nothing: a column whose bounds are none is open
         undecided = ~sure & ~(high < least) & ~(low >= high)
-        computed = undecided | (undecided.sum() > room_for(len(W)))
         sums = torch.zeros_like(self.low)
         if len(x):
-            nothing = torch.zeros_like(sums)
             # by these bounds the columns that are open here are so to the kernel, which knows of no other process
-            found, opened = settle_columns(x, W, b, scale, self.score, nothing, nothing, undecided.float(), 1)
+            found, opened = settle_columns(x, W, b, scale, self.score, sums, sums, undecided.float(), 1)
             self.looks.see_columns(len(W), opened)
-            sums = torch.where(computed, found[0], 0)
+            sums = torch.where(undecided, found[0], 0)
         sums = self.mesh.data.sum_(sums, "column statistics")
         known = torch.where(sure, torch.inf, self.low)
-        return finish_scores(torch.where(computed, sums, known)[None], self.score)
+        return finish_scores(torch.where(undecided, sums, known)[None], self.score)

@@ -106,7 +106,7 @@ class SpreadRanking(Ranking):
         """
         n = min(size + 1, self.weights.most_local if most is None else most)
         shown = low.new_full((2, n + 1), -torch.inf)
-        shown[:, n] = torch.as_tensor(fine, device=low.device).to(low.dtype)
+        shown[:, n] = fine
         for row, t in zip(shown, (low, high)):
             row[: min(n, len(t))] = t.topk(min(n, len(t))).values
         of_ranks = self.mesh.feature.gather(shown, "pool")

@@ -62,6 +62,23 @@ def run_program(program, log):
     exec(program, {})
 
 
+# the beginning of such programs
+FAR = """
+import torch
+far = torch.empty_strided((3, 8), (2**30 + 16, 1), dtype=torch.float16)  # untouched pages cost nothing
+far.copy_(torch.arange(24).reshape(3, 8))
+near = far.clone(memory_format=torch.contiguous_format)
+"""
+# [B, d, F] of searches and their repair; the interpreter's tiles are 32 features x 32 tokens x 16 dimensions
+SEARCH_SHAPES = [
+    pytest.param((1, 1, 1), id="one of each"),
+    pytest.param((32, 16, 32), id="one tile"),
+    pytest.param((45, 19, 133), id="tails"),
+    pytest.param((1, 5, 300), id="one token"),
+    pytest.param((300, 5, 1), id="one feature"),
+]
+
+
 def assert_runs_alone(program, folder):
     """In a process of its own: an offset that wraps around ends it."""
     process = forked().Process(target=run_program, args=(program, folder / "log"))

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_makers import EPS, NEEDS_VIRTUAL_MEMORY, assert_runs_alone, statistics
+from kernel_makers import EPS, FAR, NEEDS_VIRTUAL_MEMORY, assert_runs_alone, statistics
 
 pytest.importorskip("triton")
 
@@ -222,11 +222,7 @@ def test_architecture_says_what_it_needs(monkeypatch):
 
 
 FAR_ROWS = """
-import torch
 from sampled_sae.kernels.column_scores import column_statistics
-far = torch.empty_strided((3, 8), (2**30 + 16, 1), dtype=torch.float16)  # untouched pages cost nothing
-far.copy_(torch.arange(24).reshape(3, 8))
-near = far.clone(memory_format=torch.contiguous_format)
 expected = column_statistics(near, near, None, "l2")
 assert torch.equal(column_statistics(far, near, None, "l2"), expected)
 assert torch.equal(column_statistics(near, far, None, "l2"), expected)
@@ -235,4 +231,4 @@ assert torch.equal(column_statistics(near, far, None, "l2"), expected)
 
 @NEEDS_VIRTUAL_MEMORY
 def test_offsets_beyond_32_bits(tmp_path):
-    assert_runs_alone(FAR_ROWS, tmp_path)
+    assert_runs_alone(FAR + FAR_ROWS, tmp_path)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_makers import NEEDS_VIRTUAL_MEMORY, assert_runs_alone, integers
+from kernel_makers import FAR, NEEDS_VIRTUAL_MEMORY, SEARCH_SHAPES, assert_runs_alone, integers
 
 pytest.importorskip("triton")
 
@@ -11,14 +11,6 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAN = float("nan")
-# [B, d, F]; the interpreter's 3 programs walk over tiles of 32 features x 32 tokens x 16 dimensions
-SHAPES = [
-    pytest.param((1, 1, 1), id="one of each"),
-    pytest.param((32, 16, 32), id="one tile"),
-    pytest.param((45, 19, 133), id="tails"),
-    pytest.param((1, 5, 300), id="one token"),
-    pytest.param((300, 5, 1), id="one feature"),
-]
 
 
 def activations(x, W, b=None, scale=None, members=None):
@@ -57,7 +49,7 @@ def assert_refilled(found, a, n):
     assert (keys[len(expected) :] == a.numel()).all()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SEARCH_SHAPES)
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 1.0])
 def test_finds_the_largest(share, shape, device):
     x, W, b, scale = integers(shape, torch.float32, device)
@@ -224,11 +216,7 @@ def test_wrong_arguments(change, message):
 
 
 FAR_ROWS = """
-import torch
 from sampled_sae.kernels.exact_fallback import refill_exactly_
-far = torch.empty_strided((3, 8), (2**30 + 16, 1), dtype=torch.float16)  # untouched pages cost nothing
-far.copy_(torch.arange(24).reshape(3, 8))
-near = far.clone(memory_format=torch.contiguous_format)
 for x, W in ((far, near), (near, far)):
     values, keys, count = torch.zeros(4), torch.zeros(4, dtype=torch.int64), torch.full((1,), 5)
     refill_exactly_(x, W, None, None, None, 4, torch.zeros(1), values, keys, count)
@@ -238,4 +226,4 @@ for x, W in ((far, near), (near, far)):
 
 @NEEDS_VIRTUAL_MEMORY
 def test_offsets_beyond_32_bits(tmp_path):
-    assert_runs_alone(FAR_ROWS, tmp_path)
+    assert_runs_alone(FAR + FAR_ROWS, tmp_path)

@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from kernel_makers import NEEDS_VIRTUAL_MEMORY, assert_runs_alone, assert_within_rounding, matrix
+from kernel_makers import FAR, NEEDS_VIRTUAL_MEMORY, assert_runs_alone, assert_within_rounding, matrix
 
 pytest.importorskip("triton")
 
@@ -271,12 +271,7 @@ def test_wrong_arguments_of_dots(change, message):
 
 
 FAR_ROWS = """
-import torch
-from sampled_sae.kernels import gather_decode
 from sampled_sae.kernels.gather_decode import entry_dots, gather_sum
-far = torch.empty_strided((3, 8), (2**30 + 16, 1), dtype=torch.float16)  # untouched pages cost nothing
-far.copy_(torch.arange(24).reshape(3, 8))
-near = far.clone(memory_format=torch.contiguous_format)
 tokens, features = torch.tensor([0, 0, 1, 2], dtype=torch.int32), torch.tensor([0, 2, 1, 2], dtype=torch.int32)
 ends, weights = torch.tensor([0, 2, 3, 4], dtype=torch.int32), torch.arange(1.0, 5.0)
 assert torch.equal(gather_sum(weights, features, ends, far), gather_sum(weights, features, ends, near))
@@ -288,4 +283,4 @@ assert torch.equal(entry_dots(near, far, tokens, features, ends), expected)
 
 @NEEDS_VIRTUAL_MEMORY
 def test_offsets_beyond_32_bits(tmp_path):
-    assert_runs_alone(FAR_ROWS, tmp_path)
+    assert_runs_alone(FAR + FAR_ROWS, tmp_path)

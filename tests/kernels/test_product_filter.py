@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_makers import NEEDS_VIRTUAL_MEMORY, assert_runs_alone, integers
+from kernel_makers import FAR, NEEDS_VIRTUAL_MEMORY, SEARCH_SHAPES, assert_runs_alone, integers
 
 pytest.importorskip("triton")
 
@@ -13,14 +13,6 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = [torch.bfloat16, torch.float16]
 INF = float("inf")
 NAN = float("nan")
-# [B, d, F]; the interpreter's tiles are 32 features x 32 tokens x 16 dimensions
-SHAPES = [
-    pytest.param((1, 1, 1), id="one of each"),
-    pytest.param((32, 16, 32), id="one tile"),
-    pytest.param((45, 19, 133), id="tails"),
-    pytest.param((1, 5, 300), id="one token"),
-    pytest.param((300, 5, 1), id="one feature"),
-]
 
 
 def products(x, W, b, scale):
@@ -57,7 +49,7 @@ def assert_appended(found, z, mask, before=0):
         assert (keys[start:stop] == -7).all()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SEARCH_SHAPES)
 @pytest.mark.parametrize("tau", [-1.0, 0.0, 3.0, 6.0, 1000.0])
 def test_products_above_a_threshold(tau, shape, device):
     x, W, b, scale = integers(shape, torch.bfloat16, device)
@@ -208,11 +200,7 @@ def test_wrong_arguments(change, message):
 
 
 FAR_ROWS = """
-import torch
 from sampled_sae.kernels.product_filter import append_products_above_
-far = torch.empty_strided((3, 8), (2**30 + 16, 1), dtype=torch.float16)  # untouched pages cost nothing
-far.copy_(torch.arange(24).reshape(3, 8))
-near = far.clone(memory_format=torch.contiguous_format)
 for x, W in ((far, near), (near, far)):
     values, keys, count = torch.zeros(9), torch.zeros(9, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     append_products_above_(x, W, None, None, None, torch.full((1,), 900.0), values, keys, count)
@@ -222,4 +210,4 @@ for x, W in ((far, near), (near, far)):
 
 @NEEDS_VIRTUAL_MEMORY
 def test_offsets_beyond_32_bits(tmp_path):
-    assert_runs_alone(FAR_ROWS, tmp_path)
+    assert_runs_alone(FAR + FAR_ROWS, tmp_path)

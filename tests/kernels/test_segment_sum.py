@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from kernel_makers import NEEDS_VIRTUAL_MEMORY, assert_runs_alone, assert_within_rounding, matrix
+from kernel_makers import FAR, NEEDS_VIRTUAL_MEMORY, assert_runs_alone, assert_within_rounding, matrix
 
 pytest.importorskip("triton")
 
@@ -236,11 +236,7 @@ def test_wrong_arguments_of_feature_order(features, rows):
 
 
 FAR_ROWS = """
-import torch
 from sampled_sae.kernels.segment_sum import segment_sum
-far = torch.empty_strided((3, 8), (2**30 + 16, 1), dtype=torch.float16)  # untouched pages cost nothing
-far.copy_(torch.arange(24).reshape(3, 8))
-near = far.clone(memory_format=torch.contiguous_format)
 tokens, order = (torch.tensor(at, dtype=torch.int32).repeat(10) for at in ([2, 0, 1, 2], [0] * 4))
 order += torch.arange(40, dtype=torch.int32)
 ends, weights = torch.tensor([0, 2, 40], dtype=torch.int32), torch.arange(40.0)
@@ -251,4 +247,4 @@ assert torch.equal(found, segment_sum(weights, tokens, order, ends, near, None, 
 
 @NEEDS_VIRTUAL_MEMORY
 def test_offsets_beyond_32_bits(tmp_path):
-    assert_runs_alone(FAR_ROWS, tmp_path)
+    assert_runs_alone(FAR + FAR_ROWS, tmp_path)

@@ -147,7 +147,8 @@ def entry_values_backward(
     source = centred if want_W else centred[:, :1]
     place = rows if n_receiver == W.shape[0] and n_receiver != len(rows) else None
     norm = grad.new_empty(())
-    d_W, d_b = segment_sum(grad, tokens, order, row_ends, source, place, n_receiver, with_sums=True, norm=norm)
+    of_W = norm if want_W else None
+    d_W, d_b = segment_sum(grad, tokens, order, row_ends, source, place, n_receiver, with_sums=True, norm=of_W)
     assert d_b is not None
     some_rows = rows if n_receiver != W.shape[0] else None
     db_dec = -weighted_row_sum(d_b, W, some_rows) if want_b_dec else empty.clone()
