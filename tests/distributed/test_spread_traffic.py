@@ -9,23 +9,27 @@ from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig
 from sampled_sae.distributed import parallelize
 
 
-def bytes_of_a_step(shape, n_features, d, k, l, screen="off"):
+def bytes_of_a_step(shape, n_features, d, k, l, screen="off", impl="torch", n_tokens=2, score="l2"):
     """By purpose: (collectives, bytes) of the second step."""
-    sae = SampledSAE(SampledSAEConfig(d, n_features, k, l, impl="torch", row_grads=True, screen=screen))
-    sae, generator = parallelize(sae, mesh_of(shape)), torch.Generator().manual_seed(1)
+    config = SampledSAEConfig(d, n_features, k, l, score=score, impl=impl, row_grads=True, screen=screen)
+    sae, generator = parallelize(SampledSAE(config), mesh_of(shape)), torch.Generator().manual_seed(1)
     traffic = sae.layout.mesh.traffic
     for _ in range(2):
         sae.zero_grad()
         traffic.clear()
-        sae(torch.randn(2 if screen == "off" else 64, d, generator=generator)).loss.backward()
+        sae(torch.randn(n_tokens, d, generator=generator)).loss.backward()
     return {purpose: (sent.calls, sent.size) for (_, purpose), sent in traffic.sent.items()}
 
 
-def expected_bytes(n_features, d, P):
-    """Of the data dimension with a pool: statistics, radix counts, ties, rows of the pool, and single numbers."""
+def expected_bytes(n_features, d, P, screen="off"):
+    """Of the data dimension with a pool: statistics, radix counts, ties, rows of the pool, and single numbers.
+
+    With a screen, in the Triton form: bounds in 16 bits with four numbers of the tokens, and the sums that are open.
+    """
+    bounds = 0 if screen == "off" else 2 * (n_features + 4)
     return {
         "batch sizes": (1, 16),
-        "column statistics": (1, 4 * n_features),
+        "column statistics": (1 + bool(bounds), bounds + 4 * n_features),
         "radix counts": (3, 3 * 2048 * 8),
         "ties": (1, 16),
         "loss": (1, 4),
@@ -41,37 +45,49 @@ def test_with_a_pool_bytes_do_not_grow_with_the_dictionary(workers, n_features, 
         assert found == expected_bytes(n_features, d, 128)
 
 
+@pytest.mark.parametrize(("n_features", "d"), [(256, 24), (1024, 8)], ids=str)
+def test_a_screen_of_the_triton_form_has_places_for_all_columns(workers, n_features, d):
+    """So that their number does not depend on how many are open."""
+    pytest.importorskip("triton")
+    for found in workers.run(2, bytes_of_a_step, (2, 1), n_features, d, 2, 4.0, "bf16", "triton", 8):
+        assert found == expected_bytes(n_features, d, 8, "bf16")
+
+
 def test_the_bytes_at_full_size():
-    """By the formula that the test above holds in both sizes."""
+    """By the formula that the tests above hold in both sizes."""
 
-    def total(n_features, d):
-        return sum(size for _, size in expected_bytes(n_features, d, 128).values())
+    def total(n_features, d, screen):
+        return sum(size for _, size in expected_bytes(n_features, d, 128, screen).values())
 
-    assert total(65536, 768) <= 1.3e6
-    assert total(1 << 20, 768) - total(65536, 768) == 4 * ((1 << 20) - 65536)
+    for screen, of_feature in (("off", 4), ("bf16", 6)):
+        assert total(65536, 768, screen) <= 1.3e6
+        assert total(1 << 20, 768, screen) - total(65536, 768, screen) == of_feature * ((1 << 20) - 65536)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("screen", ["off", "bf16"])
 def test_the_bytes_at_full_size_are_counted(workers, screen):
-    for found in workers.run(2, bytes_of_a_step, (2, 1), 65536, 768, 32, 4.0, screen):
+    n_tokens = 2 if screen == "off" else 64
+    for found in workers.run(2, bytes_of_a_step, (2, 1), 65536, 768, 32, 4.0, screen, "torch", n_tokens):
         assert sum(size for _, size in found.values()) <= 1.3e6
 
 
-def test_a_screen_sends_what_it_leaves_open(workers):
-    """The squares of the columns' norms as they are seen, four numbers, and some columns again."""
+@pytest.mark.parametrize(("score", "of_feature", "more"), [("l2", 2, 4), ("uniform", 1, 0)])
+def test_a_screen_sends_what_it_leaves_open(workers, score, of_feature, more):
+    """The squares of the columns' norms as they are seen and four numbers, or flags; and some columns again."""
     n_features, d = 8192, 24
-    for found in workers.run(2, bytes_of_a_step, (2, 1), n_features, d, 32, 4.0, "bf16"):
+    for found in workers.run(2, bytes_of_a_step, (2, 1), n_features, d, 32, 4.0, "bf16", "torch", 64, score):
         calls, size = found.pop("column statistics")
         assert calls == 2
-        assert 4 * (n_features + 4) < size < 1.2 * 4 * n_features
+        bounds = of_feature * (n_features + more)
+        assert bounds <= size < bounds + 0.2 * 4 * n_features
         expected = expected_bytes(n_features, d, 128)
         assert found == {name: sent for name, sent in expected.items() if name != "column statistics"}
 
 
 def test_a_screen_over_features_sends_candidates(workers):
     P = 128
-    for found in workers.run(2, bytes_of_a_step, (1, 2), 8192, 24, 32, 4.0, "bf16"):
+    for found in workers.run(2, bytes_of_a_step, (1, 2), 8192, 24, 32, 4.0, "bf16", "torch", 64):
         calls, size = found.pop("pool")
         assert calls == 3
         assert size <= 2 * (2 * (P + 2) * 4 + 4 * 8 + P * 4)

@@ -237,4 +237,4 @@ def test_no_step_waits_for_the_device(workers, shape, rule):
     for aux, seen in workers.run(shape[0] * shape[1], steps_without_waiting, shape, settings):
         assert aux > 0
         # of a pool, and of dead features
-        assert ("settle_columns" in seen) == ("screen" in rule)
+        assert ("open_columns" in seen) == ("screen" in rule)
