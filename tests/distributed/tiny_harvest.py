@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from sampled_sae.lm import harvest
-from sampled_sae.support.all_ranks import ALONE, start
+from sampled_sae.support.all_ranks import ALONE
 from sampled_sae.support.launch import launched
+from sampled_sae.support.meeting import start
 
 VOCABULARY, CONTEXT, D = 50, 8, 6
 
