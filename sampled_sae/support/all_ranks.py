@@ -59,9 +59,9 @@ class AllRanks:
         if mesh is None:
             return
         names = mesh.mesh_dim_names or ()
-        if not names or not set(names) <= set(DIMENSIONS) or mesh.size() != dist.get_world_size():
+        if names not in (DIMENSIONS, *((name,) for name in DIMENSIONS)) or mesh.size() != dist.get_world_size():
             raise ValueError(
-                f"mesh={mesh}: its dimensions must be among {DIMENSIONS}, with all {dist.get_world_size()} processes"
+                f"mesh={mesh}: must have the dimensions {DIMENSIONS}, or one, and all {dist.get_world_size()} processes"
             )
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.data, self.feature = (

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-from cases import mesh_of
+from cases import mesh_of, state
 from launching import launch
-from makers import make_sae
+from makers import SMALL_SAE, make_sae, write_store
 
+from sampled_sae import ActivationStore, TrainConfig, Trainer
 from sampled_sae.distributed import accounted, parallelize
 from sampled_sae.support import all_ranks
 from sampled_sae.support.all_ranks import ranks_of
@@ -92,15 +93,36 @@ def test_each_of_several_reasons_is_said(workers):
     assert second == ("OSError", "disk 2: full", "rank 2: ")
 
 
-def spread_and_evaluated(name):
-    """Metrics of an SAE over a mesh of one dimension."""
-    sae = parallelize(make_sae(torch.float32), dist.init_device_mesh("cpu", (2,), mesh_dim_names=(name,)))
-    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(1))
-    sae.calibrate(x if name == "feature" else x.split(32)[dist.get_rank()])
-    return evaluate_activations(sae, x, 16)
+def trained_and_evaluated(shape, names, store, folder):
+    """The weights of a training, and the metrics on what it held out."""
+    mesh, found = dist.init_device_mesh("cpu", shape, mesh_dim_names=names), ActivationStore.open(store)
+    how = TrainConfig(steps=3, batch_size=64, checkpoint_every=2)
+    sae = Trainer(SMALL_SAE, how, found, folder, mesh=mesh).run(progress=False)
+    return state(sae), evaluate_activations(sae, found.holdout()[0], 64)
 
 
-@pytest.mark.parametrize("name", ["data", "feature"])
-def test_a_mesh_of_one_dimension_is_evaluated_too(workers, name):
-    first, second = workers.run(2, spread_and_evaluated, name)
-    assert first == second
+@pytest.mark.parametrize(("name", "shape"), [("data", (2, 1)), ("feature", (1, 2))])
+def test_a_mesh_may_have_one_dimension(workers, tmp_path, name, shape):
+    store = write_store(tmp_path / "store")
+    both = workers.run(2, trained_and_evaluated, shape, all_ranks.DIMENSIONS, store, tmp_path / "both")
+    one = workers.run(2, trained_and_evaluated, (2,), (name,), store, tmp_path / "one")
+    for (weights, metrics), (expected, of_both) in zip(one, both):
+        assert metrics == of_both
+        assert all(torch.equal(weights[name], t) for name, t in expected.items())
+
+
+def refused_meshes():
+    """What is said of meshes that are none of all processes by tokens and features."""
+    said = []
+    for shape, names in (((2,), ("tokens",)), ((1, 2), ("feature", "data"))):
+        try:
+            accounted(dist.init_device_mesh("cpu", shape, mesh_dim_names=names))
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_other_meshes_are_refused(workers):
+    for said in workers.run(2, refused_meshes):
+        assert len(said) == 2
+        assert all("must have the dimensions ('data', 'feature'), or one, and all 2 processes" in text for text in said)
