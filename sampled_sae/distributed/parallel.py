@@ -75,8 +75,8 @@ def accounted(mesh: DeviceMesh) -> AbstractContextManager[None]:
     """Around a loop of your own over the processes of a mesh: where one of them fails, the others say of what.
 
     The process that fails raises its own error. Another, whose next exchange with it breaks, raises one that begins
-    with its rank and has its reason, or says that it is no longer there. `Trainer`, `SAEGroup`, `run_sweep` and
-    `harvest` do so by themselves.
+    with its rank and has its reason, or says that it is no longer there. `Trainer`, `SAEGroup`, `harvest` and the
+    commands do so by themselves.
 
     Args:
         mesh: as for `parallelize`, of all processes there are; each of them calls this.
