@@ -32,11 +32,15 @@ class Tiny(nn.Module):
         return x
 
 
+def token_rows():
+    return torch.randint(0, VOCABULARY, (22, CONTEXT), generator=torch.Generator().manual_seed(1))
+
+
 def harvest_tiny(argv):
     """argv: the folder, and how many rows differ from those of the first rank on the others. Exit status."""
     launch = launched()
     ranks = ALONE if launch is None else start(launch, cuda=False, feature_shards=1, timeout=120)
-    rows = torch.randint(0, VOCABULARY, (22, CONTEXT), generator=torch.Generator().manual_seed(1))
+    rows = token_rows()
     if ranks.rank and len(argv) > 1:
         rows[: int(argv[1])] = 0
     settings = {"batch_size": 2, "rows_per_shard": 3, "holdout_rows": 2, "source": "random", "progress": False}
