@@ -71,7 +71,7 @@ def test_several_layers_are_those_of_one_process_too(workers, tmp_path):
 
 def test_arguments_that_are_wrong_on_one_rank_are_named_by_all(workers, tmp_path):
     first, second = workers.run(2, two_layers, tmp_path / "two", 2, 1)
-    assert second == "rows_per_shard=0: must be an integer of at least 1"
+    assert second == "rows_per_shard=0: must be a whole number >= 1"
     assert first == f"rank 1: {second}"
     assert not (tmp_path / "two").exists()
 
