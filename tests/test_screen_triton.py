@@ -250,8 +250,8 @@ def test_operators_pass_opcheck():
                 calls.append((func, args))
             return func(*args, **(kwargs or {}))
 
-    operands = both(*[torch.randn(9, 5), torch.randn(37, 5), torch.randn(37), torch.rand(37) + 0.5])
     with Record():
+        operands = both(*[torch.randn(9, 5), torch.randn(37, 5), torch.randn(37), torch.rand(37) + 0.5])
         pools_of(operands, PoolRule(2, 2))
         open_columns(*operands[0][:4], "l2", operands[0].b > 0)
     found = {str(func).split(".")[1] for func, _ in calls}

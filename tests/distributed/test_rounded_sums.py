@@ -14,7 +14,7 @@ def between(parts, changes=()):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in changes:
             patch.setattr(ranks, name, value)
-        return *mesh.data.between(parts[mesh.data.rank], "test"), mesh.traffic.size()
+        return *mesh.data.between(parts[mesh.data.rank].clone(), "test"), mesh.traffic.size()
 
 
 def drawn(size):
