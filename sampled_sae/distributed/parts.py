@@ -103,7 +103,9 @@ class SpreadParts:
             bits = sort_bits(found.values)
             cut = find_cut(bits, n, self.mesh)
         if self.waits:
-            hints.keep(rule, members, 0.9 * value_of(cut.bits, found.values.dtype) if cut.bits > 0 else None)
+            # a budget of 0 has a cut above every number, which is none to start from
+            known = n > 0 and cut.bits > 0
+            hints.keep(rule, members, 0.9 * value_of(cut.bits, found.values.dtype) if known else None)
         if codes is not None:
             return masked(codes, keep_of_block(bits, cut, self.mesh))
         kept = keep_of_entries(bits, found.tokens, operands.n_tokens, cut, self.mesh)

@@ -79,6 +79,17 @@ def test_steps_with_a_screen_are_those_of_one_process_without(workers, shape, ru
     compare(alone, ranks, counts, 1e-5, 1e-4)
 
 
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("rule", [{"l": None}, {"l": 8.0}], ids=str)
+def test_a_batch_whose_budget_is_zero_leaves_no_trace(workers, shape, rule):
+    """One token of which a third of an entry may be kept, between larger batches."""
+    settings = {**BASE, **rule, "k": 0.3, "row_grads": True, "dtype": torch.float32}
+    counts = [[9], [1], [5]] if shape[0] == 1 else [[5, 4], [0, 1], [5, 0]]
+    alone = train_alone(settings, counts, 6, "dense")
+    assert [len(line["tokens"]) for line in alone["lines"][:3]] == [3, 0, 2]
+    compare(alone, workers.run(2, train_on_mesh, shape, settings, counts, 6, "dense"), counts, 1e-5, 1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 2)], ids=str)
 @pytest.mark.parametrize("kind", ["dense", "lazy", "decayed", "adam"])
