@@ -38,19 +38,21 @@ class EntryIndex:
         return ends_of_tokens(self.tokens, self.n_tokens)
 
     @cached_property
+    def feature_ends(self) -> Tensor:
+        """[F + 1] offsets of each feature's entries in the order by feature."""
+        return ends_of_tokens(self.features, self.n_features)
+
+    @cached_property
     def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
         """(order, touched features ascending [T], offsets [T + 1] of their entries in that order).
 
         When most features are touched all count as such: rows of zeros cost less than gathering the others.
         """
-        order = torch.argsort(self.features, stable=True)
-        counts = torch.bincount(self.features, minlength=self.n_features)
-        touched = counts.nonzero().squeeze(1)
+        order, ends = torch.argsort(self.features, stable=True), self.feature_ends
+        touched = ends.diff().nonzero().squeeze(1)
         if 2 * len(touched) > self.n_features:
-            touched = torch.arange(self.n_features, device=counts.device)
-        else:
-            counts = counts[touched]
-        return order, touched, torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+            return order, torch.arange(self.n_features, device=ends.device), ends
+        return order, touched, torch.cat((ends[touched], ends[-1:]))
 
     @cached_property
     def tokens_by_feature(self) -> Tensor:
@@ -104,8 +106,12 @@ class EntryIndex:
         return sums[self.touched] @ W[self.touched].to(sums.dtype)
 
     def dots(self, left: Tensor, W: Tensor) -> Tensor:
-        """left_i . W_j at each entry (i, j), [n]."""
-        return sampled_product(left, W, self.token_ends, self.features)
+        """left_i . W_j at each entry (i, j), [n]; left [B, d] contiguous."""
+        if W.dtype != left.dtype:
+            return sampled_product(left, W, self.token_ends, self.features)
+        # by feature: rows of W are far more than a cache holds, and so each is read once
+        products = sampled_product(W, left, self.feature_ends, self.tokens_by_feature)
+        return torch.empty_like(products).index_copy_(0, self.by_feature[0], products)
 
 
 def entry_codes(encoder: Encoder, found: Entries) -> SparseCodes:

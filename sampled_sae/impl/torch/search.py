@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...codes import Entries
 from ..encoder import Operands
-from .products import BLOCK_FEATURES, activations_at, ends_of_tokens, features_of, sampled_product
+from .products import BLOCK_FEATURES, activations_at, features_of, products_by_feature
 from .screen import rounding_slack
 from .screen_entries import bits_of, seen_bits
 
@@ -101,19 +101,23 @@ class Search(ABC):
         """Those of them at or above the floor, [1] or [B], by their activations."""
         assert self.operands.screen is not None
         self.operands.screen.looks.see_entries(0, len(entries.values))
-        _, tokens, features = entries = in_order(entries, self.operands.n_candidates)
         values = self._activations(entries)
-        least = floor if len(floor) == 1 else floor.index_select(0, tokens)
+        least = floor if len(floor) == 1 else floor.index_select(0, entries.tokens)
         at = (values >= least.clamp_min(smallest_positive(values.dtype))).nonzero().squeeze(1)
-        return take(Entries(values, tokens, features), at)
+        return take(entries._replace(values=values), at)
 
     def _activations(self, entries: Entries) -> Tensor:
-        """Before the relu, at entries sorted by token."""
+        """Before the relu, at entries in any order."""
         x, W, b, scale, members, *_ = self.operands
-        features = entries.features if members is None else members.index_select(0, entries.features)
-        z = sampled_product(x, W, ends_of_tokens(entries.tokens, len(x)), features)
+        order = torch.argsort(entries.features, stable=True)
+        tokens, features = (t.index_select(0, order) for t in entries[1:])
+        if members is not None:
+            features = members.index_select(0, features)
+        z = products_by_feature(x.contiguous(), W, tokens, features)
         z += b.index_select(0, features)
-        return z if scale is None else z.mul_(scale.index_select(0, features))
+        if scale is not None:
+            z *= scale.index_select(0, features)
+        return torch.empty_like(z).index_copy_(0, order, z)
 
 
 def filter_chunk(a: Tensor, token: int, base: int, floor: Tensor) -> Entries:
