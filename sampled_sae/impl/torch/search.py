@@ -19,6 +19,8 @@ from .screen_entries import bits_of, seen_bits
 
 # a screen that lets more than this share of a chunk through costs more than it saves
 MOST_SCREENED = 1 / 16
+# of the candidates, how many may be kept: a screen lets about four times as many through
+MOST_KEPT = MOST_SCREENED / 4
 # of the budget, how many are computed before it is known what the others have to surpass
 FIRST = 1.125
 
@@ -34,6 +36,7 @@ class Search(ABC):
     def __init__(self, operands: Operands) -> None:
         self.operands = operands
         self.screening = operands.screen is not None and operands.screen.in_range
+        self.looked = False  # whether looks leave entries open, which are counted when they are computed
         self.found: list[Entries] = []  # with a screen, upper bounds
         self.settled: list[Entries] = []
         self.count = 0
@@ -55,10 +58,11 @@ class Search(ABC):
             upper, tokens, features = filter_chunk(bits, token, span.start, bits_of(floor))
             if len(upper) <= MOST_SCREENED * n_seen:
                 block.screen.looks.see_entries(n_seen, 0)
+                self.looked = True
                 # the product was rounded to the nearest: what it bounds is below the next number
                 return Entries((upper + 1).view(torch.bfloat16).float(), tokens, features)
         block.screen.looks.see_entries(n_seen, n_seen)
-        self.screening = False
+        self.screening = self.looked = False  # all of the chunk is counted
         return None
 
     def _in_full(self, token: int, block: Operands, span: slice, floor: Tensor) -> Entries:
@@ -100,7 +104,8 @@ class Search(ABC):
     def _computed(self, entries: Entries, floor: Tensor) -> Entries:
         """Those of them at or above the floor, [1] or [B], by their activations."""
         assert self.operands.screen is not None
-        self.operands.screen.looks.see_entries(0, len(entries.values))
+        if self.looked:
+            self.operands.screen.looks.see_entries(0, len(entries.values))
         values = self._activations(entries)
         least = floor if len(floor) == 1 else floor.index_select(0, entries.tokens)
         at = (values >= least.clamp_min(smallest_positive(values.dtype))).nonzero().squeeze(1)
