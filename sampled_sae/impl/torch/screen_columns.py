@@ -17,7 +17,7 @@ from ..column_bounds import ColumnBounds, SeenColumns
 from ..encoder import Operands
 from .products import chunk_width, token_blocks, without_autocast
 from .scores import column_scores
-from .screen import MARGIN, UNIT, FeatureRounding, scaled_bias, smallest_normal
+from .screen import MARGIN, PIECE_ELEMENTS, UNIT, FeatureRounding, scaled_bias, smallest_normal
 
 POWER_STEPS = 8
 TRIES = 3
@@ -75,9 +75,8 @@ def norms(operands: Operands) -> SeenColumns:
             squares[at] += squared_norms(relu_(product(block, features.plus(bias))), x)
             of_weights.norms[at], of_weights.errors[at] = features.norms, features.errors
             offsets[at] = features.offset_errors(bias.abs())
-        change = x - screen.x
-        rounded_change = change.bfloat16()
-        changes = spectral_bound(rounded_change) + float(torch.linalg.vector_norm(change.sub_(rounded_change)))
+        # and what rounding the changes in turn may leave of them
+        changes = spectral_bound(changes_of(x, screen.x)) + UNIT * float(torch.linalg.vector_norm(screen.errors))
         sizes = (spectral_bound(screen.x), changes, float(torch.linalg.vector_norm(screen.norms)))
         sums[n_features:] = x.new_tensor([*((size + LEAST_NORM) ** 2 for size in sizes), len(x)])
     else:
@@ -148,6 +147,15 @@ def squared_norms(z: Tensor, like: Tensor) -> Tensor:
     return out.square_()
 
 
+def changes_of(x: Tensor, rounded: Tensor) -> Tensor:
+    """bfloat16 [B, d], x - rounded in turn rounded: some rows after others, which stay in the cache."""
+    changes = torch.empty_like(rounded)
+    for rows, low, out in zip(*(t.split(max(1, PIECE_ELEMENTS // x.shape[1])) for t in (x, rounded, changes))):
+        raised = scratch(x, *rows.shape).copy_(low)
+        out.copy_(torch.sub(rows, raised, out=raised))
+    return changes
+
+
 def spectral_bound(X: Tensor) -> float:
     """No less than the largest singular value of X, bfloat16 [B, d]; no more than its Frobenius norm, about."""
     if X.numel() == 0:
@@ -162,7 +170,9 @@ def spectral_bound(X: Tensor) -> float:
     for _ in range(TRIES):
         if not 0 < guess < total:
             break
-        _, failed = torch.linalg.cholesky_ex(torch.eye(n, dtype=G.dtype, device=G.device) * guess - G)
+        above = -G
+        above.diagonal().add_(guess)
+        _, failed = torch.linalg.cholesky_ex(above)
         if not int(failed):
             # the backward error of the factor: n times gamma_(n + 1) of the largest diagonal
             return (MARGIN * (guess * (1 + n * (n + 2) * 2.0**-24) + off)) ** 0.5
