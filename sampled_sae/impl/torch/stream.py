@@ -15,7 +15,7 @@ from ...codes import Entries
 from ...support.nth_largest import nth_largest, nth_largest_of_rows
 from ..encoder import Operands
 from .products import candidate_spans, token_blocks
-from .search import MOST_KEPT, Search, in_order, join, take
+from .search import MOST_KEPT, Search, in_order, join, merged, take
 
 FIRST_CHUNK = 128
 WIDEST_TABLE = 16
@@ -28,8 +28,8 @@ class BatchSearch(Search):
         super().__init__(operands)
         self.n = n
 
-    def _arranged(self, entries: Entries) -> Entries:
-        return entries
+    def _arranged(self) -> Entries:
+        return join(self.found)
 
     def _least(self, entries: Entries, at: Entries, share: float) -> Tensor:
         n = round(share * self.n)
@@ -43,8 +43,8 @@ class TokenSearch(Search):
         super().__init__(operands)
         self.k = k
 
-    def _arranged(self, entries: Entries) -> Entries:
-        return in_order(entries, self.operands.n_candidates)
+    def _arranged(self) -> Entries:
+        return merged(self.found, self.operands.n_tokens)
 
     def _least(self, entries: Entries, at: Entries, share: float) -> Tensor:
         values, tokens, _ = entries
