@@ -125,18 +125,22 @@ def every_row(weight: Tensor, grad: Tensor, features: Tensor | None, prepared: P
         return
     edges = torch.searchsorted(features, torch.tensor([*starts, weight.shape[0]], device=features.device)).tolist()
     buffer = weight.new_zeros(min(size, weight.shape[0]), *weight.shape[1:])
+    few = len(features) <= size
+    if few:  # all at once: a row's weights are those of before until it is its turn
+        grad = prepared(grad, weight.index_select(0, features))
     for start, first, end in zip(starts, edges, edges[1:]):
-        here = buffer[: min(size, weight.shape[0] - start)]
-        rows = slice(start, start + len(here))
-        W = weight[rows]
-        if end - first == len(here):
-            yield rows, W, prepared(grad[first:end], W)
-            continue
+        rows = slice(start, min(start + size, weight.shape[0]))
+        W, here = weight[rows], buffer[: rows.stop - start]
         if first == end:
             yield rows, W, here
             continue
-        touched = features[first:end] - start
-        here.index_copy_(0, touched, prepared(grad[first:end], W.index_select(0, touched)))
+        slope, touched, whole = grad[first:end], features[first:end] - start, end - first == len(here)
+        if not few:
+            slope = prepared(slope, W if whole else W.index_select(0, touched))
+        if whole:
+            yield rows, W, slope
+            continue
+        here.index_copy_(0, touched, slope)
         yield rows, W, here
         here.index_fill_(0, touched, 0)
 
