@@ -16,6 +16,9 @@ def squared_errors(raw: Tensor, bias: Tensor | None, target: Tensor) -> tuple[Te
 
     Equivalent to `x_hat = raw + bias` and `(x_hat - target).square().sum(-1)`, to the bit.
     """
+    if torch.compiler.is_compiling():  # which makes passes of its own
+        x_hat = raw if bias is None else raw + bias.to(raw.dtype)
+        return x_hat, (x_hat - target.to(x_hat.dtype)).square().sum(-1)
     return SquaredErrors.apply(raw, bias, target)
 
 
@@ -25,7 +28,7 @@ class SquaredErrors(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, raw: Tensor, bias: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor]:
         x_hat = raw.clone() if bias is None else raw + bias.to(raw.dtype)
-        difference = x_hat - target.to(x_hat.dtype)
+        difference = torch.sub(x_hat, target.to(x_hat.dtype), out=scratch(x_hat, *x_hat.shape))
         ctx.save_for_backward(difference)
         ctx.set_materialize_grads(False)
         ctx.dtypes = None if bias is None else bias.dtype, target.dtype
@@ -39,7 +42,7 @@ class SquaredErrors(torch.autograd.Function):
         bias_dtype, target_dtype = ctx.dtypes
         d_raw, d_bias, d_target = d_x_hat, None, None
         if d_errors is not None:
-            of_errors = difference * (2 * d_errors)[:, None]
+            of_errors = torch.mul(difference, (2 * d_errors)[:, None], out=scratch(difference, *difference.shape))
             d_raw = of_errors if d_x_hat is None else d_x_hat + of_errors
             if ctx.needs_input_grad[2]:
                 d_target = -of_errors.to(target_dtype)
