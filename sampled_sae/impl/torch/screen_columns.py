@@ -21,7 +21,7 @@ from .screen import MARGIN, PIECE_ELEMENTS, UNIT, FeatureRounding, scaled_bias, 
 
 POWER_STEPS = 8
 TRIES = 3
-RAISED_ROWS = 128
+RAISED_ROWS = 64
 # the square of anything smaller may be lost
 LEAST_NORM = 2.0**-62
 
@@ -104,9 +104,9 @@ def fires(operands: Operands) -> SeenColumns:
         for block, at, features in rounded_features(operands):
             bias = scaled_bias(operands, at)
             above = product(block, features.bounding(bias, bias.abs(), 1)).view(torch.int16) >= 0
-            high[at] = torch.maximum(high[at], above.any(1).to(high.dtype))
+            high[at] = torch.maximum(high[at], above.any(0).to(high.dtype))
             below = product(block, features.bounding(bias, bias.abs(), -1)).view(torch.int16) > 0
-            low[at] = torch.maximum(low[at], below.any(1).to(low.dtype))
+            low[at] = torch.maximum(low[at], below.any(0).to(low.dtype))
     else:
         sums.fill_(torch.nan)
 
@@ -128,9 +128,12 @@ def rounded_features(operands: Operands) -> Iterator[tuple[Operands, slice, Feat
 
 
 def product(operands: Operands, W: Tensor) -> Tensor:
-    """bfloat16 [C, B] of rows that have further columns."""
+    """bfloat16 [B, C], of rows [C, width_of(d)] that have further columns.
+
+    This way around: what a product rearranges in memory first are its right rows, here those of the weights, once each.
+    """
     assert operands.screen is not None
-    return torch.mm(W, operands.screen.columns.t(), out=scratch(W, len(W), operands.n_tokens))
+    return torch.mm(operands.screen.columns, W.t(), out=scratch(W, operands.n_tokens, len(W)))
 
 
 def relu_(z: Tensor) -> Tensor:
@@ -140,11 +143,14 @@ def relu_(z: Tensor) -> Tensor:
 
 
 def squared_norms(z: Tensor, like: Tensor) -> Tensor:
-    """[C], of rows of z [C, B]: a few at a time raised to the dtype of `like`, so that they stay in the cache."""
-    out = like.new_empty(len(z))
-    for rows, norms in zip(z.split(RAISED_ROWS), out.split(RAISED_ROWS)):
-        torch.linalg.vector_norm(scratch(like, *rows.shape).copy_(rows), dim=1, out=norms)
-    return out.square_()
+    """[C], of columns of z [B, C]: a few rows at a time raised to the dtype of `like`, which stay in the cache."""
+    n_rows = min(RAISED_ROWS, len(z))
+    sums, room = scratch(like, 2, n_rows, z.shape[1])
+    sums.zero_()
+    for rows in z.split(RAISED_ROWS):
+        raised = room[: len(rows)].copy_(rows)
+        sums[: len(rows)].addcmul_(raised, raised)
+    return sums.sum(0)
 
 
 def changes_of(x: Tensor, rounded: Tensor) -> Tensor:
