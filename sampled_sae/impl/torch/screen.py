@@ -137,7 +137,9 @@ class FeatureRounding(NamedTuple):
     def bounding(self, offset: Tensor, sizes: Tensor, side: int) -> Tensor:
         """The same, of which the product is at least z + offset for side 1, at most that for side -1."""
         of_norms, of_errors = rounded_up(self.entry_errors), rounded_up(MARGIN * self.norms)
-        return self.plus(offset + side * self.offset_errors(sizes), side * of_norms, side * of_errors)
+        if side < 0:
+            of_norms, of_errors = -of_norms, -of_errors
+        return self.plus(torch.add(offset, self.offset_errors(sizes), alpha=side), of_norms, of_errors)
 
 
 def sums_of(width: int) -> float:
