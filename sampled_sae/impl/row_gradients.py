@@ -83,16 +83,11 @@ class KnownNorm(NamedTuple):
     version: int
 
 
-def asks_for_norm(receiver: Tensor | None) -> bool:
-    """Whether `note_norm` would tell this one."""
-    return hasattr(receiver, "known_norm")
-
-
 def note_norm(receiver: Tensor, gradient: Tensor, norm: Tensor) -> None:
     """What the norm is of the gradient that a RowGradient's `rows` is about to receive; no other tensor is told, nor
     one of another dtype, whose gradient is a copy that is rounded."""
     plain = type(gradient) is Tensor and gradient.dtype == receiver.dtype  # and not a compiler's
-    if plain and asks_for_norm(receiver):
+    if plain and hasattr(receiver, "known_norm"):
         # its memory, not itself: autograd copies a gradient that somebody else holds
         receiver.known_norm = KnownNorm(norm, gradient.untyped_storage(), gradient._version)
 

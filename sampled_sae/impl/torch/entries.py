@@ -1,8 +1,8 @@
 """Encode and decode at listed entries, with gradients: cost k gathered rows a token instead of a product.
 
-Weight gradients are sums over the entries of one feature: `embedding_bag` over entries sorted by feature, in
-slices small enough to be allocated from warm memory. Value gradients are a sampled product (one dot product
-an entry, nothing gathered).
+Weight gradients are sums over the entries of one feature: a sparse matrix of the entries sorted by feature, times the
+tokens, into memory that serves again. Value gradients are a sampled product (one dot product an entry, nothing
+gathered).
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ from torch.nn.functional import embedding_bag
 from ...codes import Entries, SparseCodes
 from ...support.reused_memory import Workspace
 from ..encoder import Encoder
-from ..row_gradients import RowSource, asks_for_norm, note_norm
-from .products import ends_of_tokens, gathered_sums, sampled_product
-
-SLICE_ELEMENTS = 1 << 19
+from ..row_gradients import RowSource
+from .products import ends_of_tokens, gathered_sums, sampled_product, sums_of_rows
 
 
 class EntryIndex:
@@ -48,7 +46,7 @@ class EntryIndex:
 
         When most features are touched all count as such: rows of zeros cost less than gathering the others.
         """
-        order, ends = torch.argsort(self.features, stable=True), self.feature_ends
+        order, ends = torch.argsort(self.features.int(), stable=True), self.feature_ends
         touched = ends.diff().nonzero().squeeze(1)
         if 2 * len(touched) > self.n_features:
             return order, torch.arange(self.n_features, device=ends.device), ends
@@ -68,32 +66,11 @@ class EntryIndex:
             return gathered_sums(weights, W, self.token_ends, self.features)
         return embedding_bag(self.features, W, self.token_ends[:-1], mode="sum", per_sample_weights=weights)
 
-    def sum_by_feature(self, weights: Tensor, source: Tensor, receiver: Tensor | None = None) -> Tensor:
-        """sum_i weights_ij source_i for each touched feature, [T, d].
-
-        receiver: of this gradient; it is told the norm where it asks for that.
-        """
+    def sum_by_feature(self, weights: Tensor, source: Tensor) -> Tensor:
+        """sum_i weights_ij source_i for each touched feature, [T, d]."""
         order, touched, ends = self.by_feature
-        tokens, weights = self.tokens_by_feature, weights.index_select(0, order)
         out = self.workspace.empty(source, len(touched), source.shape[1])
-        step = max(1, SLICE_ELEMENTS // source.shape[1])
-        bounds, norms = ends[::step].tolist() + ends[-1:].tolist(), []
-        for part, first in enumerate(range(0, len(touched), step)):
-            last = min(first + step, len(touched))
-            start, stop = bounds[part], bounds[part + 1]
-            sums = embedding_bag(
-                tokens[start:stop],
-                source,
-                ends[first:last] - start,
-                mode="sum",
-                per_sample_weights=weights[start:stop],
-            )
-            out[first:last] = sums
-            if asks_for_norm(receiver):  # while they are in the cache
-                norms.append(torch.linalg.vector_norm(sums))
-        if receiver is not None and norms:
-            note_norm(receiver, out, torch.linalg.vector_norm(torch.stack(norms)))
-        return out
+        return sums_of_rows(source, self.tokens_by_feature, weights.index_select(0, order), ends, out)
 
     def sum_entries(self, weights: Tensor) -> Tensor:
         """sum_i weights_ij for every feature, [F]."""
@@ -171,7 +148,7 @@ class EncodeEntries(torch.autograd.Function):
         index: EntryIndex,
     ) -> Tensor:
         ctx.save_for_backward(centred, W, scale)
-        ctx.index, ctx.receiver = index, W_rows
+        ctx.index = index
         ctx.dtypes = x.dtype, None if b_dec is None else b_dec.dtype
         return values.clone()
 
@@ -190,7 +167,7 @@ class EncodeEntries(torch.autograd.Function):
         if wants_b_dec:
             db_dec = -index.sum_touched(sums, W).to(ctx.dtypes[1])
         if ctx.needs_input_grad[2]:
-            dW_rows = index.sum_by_feature(grad, centred, ctx.receiver)
+            dW_rows = index.sum_by_feature(grad, centred)
         if wants_b:
             db_rows = sums[index.touched]
         return dx, db_dec, dW_rows, db_rows, None, None, None, None, None
@@ -202,7 +179,7 @@ class DecodeEntries(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, W_rows: Tensor | None, W_dec: Tensor, index: EntryIndex) -> Tensor:
         ctx.save_for_backward(values, W_dec)
-        ctx.index, ctx.receiver = index, W_rows
+        ctx.index = index
         return index.sum_by_token(values, W_dec)
 
     @staticmethod
@@ -212,5 +189,5 @@ class DecodeEntries(torch.autograd.Function):
         index: EntryIndex = ctx.index
         grad = grad.contiguous()
         dvalues = index.dots(grad, W_dec) if ctx.needs_input_grad[0] else None
-        dW_rows = index.sum_by_feature(values, grad, ctx.receiver) if ctx.needs_input_grad[1] else None
+        dW_rows = index.sum_by_feature(values, grad) if ctx.needs_input_grad[1] else None
         return dvalues, dW_rows, None, None

@@ -86,7 +86,7 @@ class DecodeEntryLevels(torch.autograd.Function):
         n_levels: int,
     ) -> Tensor:
         ctx.save_for_backward(values, W_dec)
-        ctx.index, ctx.receiver, ctx.b_dtype = index, W_rows, None if b_dec is None else b_dec.dtype
+        ctx.index, ctx.b_dtype = index, None if b_dec is None else b_dec.dtype
         levels = index.sum_by_token(values, W_dec).view(index.n_tokens // n_levels, n_levels, W_dec.shape[1])
         if b_dec is not None:
             levels[:, 0] += b_dec.to(levels.dtype)
@@ -100,7 +100,7 @@ class DecodeEntryLevels(torch.autograd.Function):
         total = summed_from_above(grad, index.workspace)
         by_level = total.flatten(0, 1)
         dvalues = index.dots(by_level, W_dec) if ctx.needs_input_grad[0] else None
-        dW_rows = index.sum_by_feature(values, by_level, ctx.receiver) if ctx.needs_input_grad[1] else None
+        dW_rows = index.sum_by_feature(values, by_level) if ctx.needs_input_grad[1] else None
         db_dec = total[:, 0].sum(0).to(ctx.b_dtype) if ctx.needs_input_grad[3] else None
         return dvalues, dW_rows, None, db_dec, None, None
 

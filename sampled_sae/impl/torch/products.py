@@ -192,6 +192,17 @@ def gathered_product(left: Tensor, W: Tensor, token_ends: Tensor, features: Tens
     return out
 
 
+@without_autocast
+def sums_of_rows(source: Tensor, columns: Tensor, weights: Tensor, ends: Tensor, out: Tensor) -> Tensor:
+    """sum weights_e source_(columns_e) over the entries e of each row, at offsets `ends` [R + 1], into `out` [R, d]."""
+    if not torch.backends.mkl.is_available():  # which alone is known to write what it is not to add to
+        out.zero_()
+    shape = len(out), len(source)
+    return torch.addmm(
+        out, torch.sparse_csr_tensor(ends, columns, weights, shape, check_invariants=False), source, beta=0, out=out
+    )
+
+
 def gathered_sums(weights: Tensor, W: Tensor, token_ends: Tensor, features: Tensor) -> Tensor:
     """sum_j weights_ij W_j, [B, d] in the dtype of the weights of the sum, which W does not have."""
     out = weights.new_zeros(len(token_ends) - 1, W.shape[1])

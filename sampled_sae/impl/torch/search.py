@@ -118,7 +118,7 @@ class Search(ABC):
     def _activations(self, entries: Entries) -> Tensor:
         """Before the relu, at entries in any order."""
         x, W, b, scale, members, *_ = self.operands
-        order = torch.argsort(entries.features, stable=True)
+        order = torch.argsort(entries.features.int(), stable=True)  # half the time of int64
         tokens, features = (t.index_select(0, order) for t in entries[1:])
         if members is not None:
             features = members.index_select(0, features)
