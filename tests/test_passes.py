@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from benchmarks.costs import work_of_launch
 from benchmarks.model import Trace
 from benchmarks.replaced import replaced
+from sampled_sae.impl.torch.reconstruction import squared_errors as errors_of_torch
 from sampled_sae.impl.training_step import squared_errors
 from sampled_sae.impl.triton.reconstruction import squared_errors as fused_errors
 from sampled_sae.support.late_values import all_finite, squares_finite
@@ -60,6 +61,32 @@ def test_the_operator_has_every_gradient():
         for ours, theirs in zip(torch.autograd.grad(form(*fused_errors(*leaves)), leaves), expected):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     torch.library.opcheck(fused_errors, tuple(leaf.detach().requires_grad_() for leaf in leaves))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_torch_form_is_the_same_to_the_bit(dtype, with_bias):
+    """Of a target of any dtype; gradients of the errors, of the reconstruction, and of both."""
+    raw, target = tokens(5, D, dtype=torch.float32, seed=3), tokens(5, D, dtype=dtype)
+    bias = tokens(D, dtype=dtype, seed=4).requires_grad_() if with_bias else None
+    leaves = [raw.requires_grad_(), target.requires_grad_(), *([bias] if with_bias else [])]
+
+    def plain(raw, bias, target):
+        x_hat = raw if bias is None else raw + bias.to(raw.dtype)
+        return x_hat, squared_errors(target, x_hat)
+
+    for form in (
+        lambda x_hat, errors: errors.sum(),
+        lambda x_hat, errors: x_hat.sin().sum(),
+        lambda x_hat, errors: x_hat.sin().sum() + errors.square().sum(),
+    ):
+        ours, theirs = errors_of_torch(raw, bias, target), plain(raw, bias, target)
+        assert all(torch.equal(*pair) for pair in zip(ours, theirs))
+        pair = [torch.autograd.grad(form(*found), leaves, allow_unused=True) for found in (ours, theirs)]
+        for one, other in zip(*pair):
+            assert (one is None) == (other is None)
+            tolerance = 0 if one is None else 1e-2 if one.dtype == torch.bfloat16 else 1e-5
+            assert one is None or torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance) is None
 
 
 def test_squared_errors_have_both_derivatives():

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sampled_sae import SparseCodes, reference
 from sampled_sae.impl.encoder import Operands
-from sampled_sae.impl.torch import products, scores, stream
+from sampled_sae.impl.torch import products, scores, search, stream
 from sampled_sae.testing import whole_numbers
 
 
@@ -53,6 +53,20 @@ def test_token_stream(k, members):
     expected = dense_entries(torch.where(reference.select_token(a, k), a, 0))
     for ours, theirs in zip(stream.stream_token(Operands(x, t["W_enc"].t(), b, None, members), k), expected):
         assert torch.equal(ours, theirs)
+
+
+def test_entries_of_chunks_are_merged_as_sorting_would():
+    """One of the chunks is empty, and so are some tokens of each."""
+    g = torch.Generator().manual_seed(0)
+    a = torch.where(torch.rand(30, 400, generator=g) < 0.1, torch.rand(30, 400, generator=g), 0)
+    a[:, 100:150] = 0
+    parts = []
+    for start, stop in ((0, 100), (100, 150), (150, 390), (390, 400)):
+        values, tokens, columns = dense_entries(a[:, start:stop])
+        parts.append(search.Entries(values, tokens, columns + start))
+    for some in (parts, parts[:1]):
+        expected = dense_entries(a if some is parts else a[:, :100])
+        assert all(torch.equal(*pair) for pair in zip(search.merged(some, 30), expected))
 
 
 @pytest.mark.usefixtures("poisoned_memory", "block_tokens")

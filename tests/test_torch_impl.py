@@ -10,6 +10,7 @@ from sampled_sae.config import pool_size
 from sampled_sae.impl.encoder import Operands
 from sampled_sae.impl.row_gradients import RowSource
 from sampled_sae.impl.torch.block import use_block
+from sampled_sae.impl.torch.products import sums_of_rows
 from sampled_sae.impl.torch.scores import column_statistics, finish_scores
 from sampled_sae.support.argument_checks import SCORES
 from sampled_sae.testing import NAMES, assert_matches_reference, normal, relative_error, separated, whole_numbers
@@ -169,13 +170,16 @@ def test_order_of_the_tokens_does_not_matter(score, select, l):
     torch.testing.assert_close(permuted, codes[order], **TOLERANCE)
 
 
-@pytest.mark.parametrize("slice_elements", [1, 100])
-@pytest.mark.parametrize("l", [60, None])
-def test_weight_gradients_in_many_slices(l, slice_elements, monkeypatch):
-    monkeypatch.setattr("sampled_sae.impl.torch.entries.SLICE_ELEMENTS", slice_elements)
-    codes, _ = assert_same_step(problem(*BLOCK[:3]), k=3, l=l)
-    assert codes.block is None
-    assert len(codes.active_features()) * 8 > 2 * slice_elements
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sums_of_rows_leave_nothing_of_what_their_memory_held(dtype):
+    """Under autocast too, which would round a product; the first and last rows have no entries."""
+    source, weights = tokens(5, 3, dtype=dtype), torch.tensor([1.0, -2, 0.5], dtype=dtype)
+    ends, columns = torch.tensor([0, 0, 2, 3, 3]), torch.tensor([4, 0, 4])
+    out = torch.full((4, 3), torch.nan, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sums_of_rows(source, columns, weights, ends, out) is out
+    nothing = torch.zeros(3, dtype=dtype)
+    torch.testing.assert_close(out, torch.stack([nothing, source[4] - 2 * source[0], 0.5 * source[4], nothing]))
 
 
 @pytest.mark.parametrize("select", ["batch", "token"])

@@ -19,7 +19,8 @@ def layer_norms(W: Tensor, layers: int) -> Tensor:
 
 def normalize_(W: Tensor, layers: int) -> Tensor:
     """W, each row divided by the sum of its layers' norms, in place."""
-    return W.div_(layer_norms(W, layers).sum(1, keepdim=True).clamp_min_(TINY))
+    norms = layer_norms(W, layers)
+    return W.div_((norms if layers == 1 else norms.sum(1, keepdim=True)).clamp_min_(TINY))
 
 
 def without_growth(grad: Tensor, W: Tensor, layers: int) -> Tensor:

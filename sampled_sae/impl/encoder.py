@@ -93,7 +93,7 @@ class Operands(NamedTuple):
         return self._replace(screen=None)
 
     def screened_for(self, n_kept: int, most: float) -> Operands:
-        """Without a screen where even one that is always right would let more than the share `most` through."""
+        """Without a screen where more than the share `most` of the candidates is kept, so that looks are in vain."""
         return self if n_kept <= most * self.n_tokens * self.n_candidates else self.in_full()
 
     def of_features(self, features: Tensor) -> Operands:

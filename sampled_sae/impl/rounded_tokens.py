@@ -18,8 +18,8 @@ FEWEST_ACTIVATIONS = 1 << 20
 FEWEST_TOKENS = 256
 # products and squares of what is larger may leave the range of float32
 LARGEST = 1e15
-# elements of tokens that are prepared, or whose norms are taken, at once
-PIECE_ELEMENTS = 1 << 15
+# elements of tokens that are prepared at once, and whose norms are taken at once where they need not be
+PIECE_ELEMENTS, MEASURED_ELEMENTS = 1 << 15, 1 << 17
 # what the norm of one number may lose whose square is below 2^-126
 LOST = 2.0**-62
 # of both operands behind their d: what the bound and the bias ask for
@@ -128,7 +128,7 @@ class RoundedTokens:
 def prepared(tokens: Tensor, prepare: Prepare | None) -> Iterator[tuple[slice, Tensor]]:
     """(some tokens, prepared), a few at a time."""
     n_tokens, d = tokens.shape
-    step = max(1, PIECE_ELEMENTS // d)
+    step = max(1, (MEASURED_ELEMENTS if prepare is None else PIECE_ELEMENTS) // d)
     for start in range(0, n_tokens, step):
         at = slice(start, min(start + step, n_tokens))
         yield at, tokens[at] if prepare is None else prepare(tokens[at])

@@ -1,8 +1,8 @@
 """Encode and decode at listed entries, with gradients: cost k gathered rows a token instead of a product.
 
-Weight gradients are sums over the entries of one feature: `embedding_bag` over entries sorted by feature, in
-slices small enough to be allocated from warm memory. Value gradients are a sampled product (one dot product
-an entry, nothing gathered).
+Weight gradients are sums over the entries of one feature: a sparse matrix of the entries sorted by feature, times the
+tokens, into memory that serves again. Value gradients are a sampled product (one dot product an entry, nothing
+gathered).
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from ...codes import Entries, SparseCodes
 from ...support.reused_memory import Workspace
 from ..encoder import Encoder
 from ..row_gradients import RowSource
-from .products import ends_of_tokens, gathered_sums, sampled_product
-
-SLICE_ELEMENTS = 1 << 19
+from .products import ends_of_tokens, gathered_sums, sampled_product, sums_of_rows
 
 
 class EntryIndex:
@@ -38,19 +36,21 @@ class EntryIndex:
         return ends_of_tokens(self.tokens, self.n_tokens)
 
     @cached_property
+    def feature_ends(self) -> Tensor:
+        """[F + 1] offsets of each feature's entries in the order by feature."""
+        return ends_of_tokens(self.features, self.n_features)
+
+    @cached_property
     def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
         """(order, touched features ascending [T], offsets [T + 1] of their entries in that order).
 
         When most features are touched all count as such: rows of zeros cost less than gathering the others.
         """
-        order = torch.argsort(self.features, stable=True)
-        counts = torch.bincount(self.features, minlength=self.n_features)
-        touched = counts.nonzero().squeeze(1)
+        order, ends = torch.argsort(self.features.int(), stable=True), self.feature_ends
+        touched = ends.diff().nonzero().squeeze(1)
         if 2 * len(touched) > self.n_features:
-            touched = torch.arange(self.n_features, device=counts.device)
-        else:
-            counts = counts[touched]
-        return order, touched, torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+            return order, torch.arange(self.n_features, device=ends.device), ends
+        return order, touched, torch.cat((ends[touched], ends[-1:]))
 
     @cached_property
     def tokens_by_feature(self) -> Tensor:
@@ -69,21 +69,8 @@ class EntryIndex:
     def sum_by_feature(self, weights: Tensor, source: Tensor) -> Tensor:
         """sum_i weights_ij source_i for each touched feature, [T, d]."""
         order, touched, ends = self.by_feature
-        tokens, weights = self.tokens_by_feature, weights.index_select(0, order)
         out = self.workspace.empty(source, len(touched), source.shape[1])
-        step = max(1, SLICE_ELEMENTS // source.shape[1])
-        bounds = ends[::step].tolist() + ends[-1:].tolist()
-        for part, first in enumerate(range(0, len(touched), step)):
-            last = min(first + step, len(touched))
-            start, stop = bounds[part], bounds[part + 1]
-            out[first:last] = embedding_bag(
-                tokens[start:stop],
-                source,
-                ends[first:last] - start,
-                mode="sum",
-                per_sample_weights=weights[start:stop],
-            )
-        return out
+        return sums_of_rows(source, self.tokens_by_feature, weights.index_select(0, order), ends, out)
 
     def sum_entries(self, weights: Tensor) -> Tensor:
         """sum_i weights_ij for every feature, [F]."""
@@ -96,8 +83,12 @@ class EntryIndex:
         return sums[self.touched] @ W[self.touched].to(sums.dtype)
 
     def dots(self, left: Tensor, W: Tensor) -> Tensor:
-        """left_i . W_j at each entry (i, j), [n]."""
-        return sampled_product(left, W, self.token_ends, self.features)
+        """left_i . W_j at each entry (i, j), [n]; left [B, d] contiguous."""
+        if W.dtype != left.dtype:
+            return sampled_product(left, W, self.token_ends, self.features)
+        # by feature: rows of W are far more than a cache holds, and so each is read once
+        products = sampled_product(W, left, self.feature_ends, self.tokens_by_feature)
+        return torch.empty_like(products).index_copy_(0, self.by_feature[0], products)
 
 
 def entry_codes(encoder: Encoder, found: Entries) -> SparseCodes:

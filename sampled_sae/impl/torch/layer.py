@@ -23,6 +23,7 @@ from .entries import decode_entries, entry_codes
 from .levels import decode_block_levels, decode_entry_levels
 from .pool import candidate_pool
 from .products import without_autocast
+from .reconstruction import squared_errors
 from .scores import column_scores, column_statistics
 from .screen import rounded
 from .screen_columns import column_bounds, seen_columns
@@ -50,6 +51,7 @@ __all__ = [
     "search",
     "seen_columns",
     "select",
+    "squared_errors",
     "take_kept",
     "use_block",
 ]

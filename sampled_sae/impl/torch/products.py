@@ -160,6 +160,29 @@ def sampled_product(left: Tensor, W: Tensor, token_ends: Tensor, features: Tenso
     return torch.sparse.sampled_addmm(pattern, left, W.t(), beta=0.0).values()
 
 
+def products_by_feature(x: Tensor, W: Tensor, tokens: Tensor, features: Tensor) -> Tensor:
+    """x_i . w_j of entries sorted by feature, [n], each as in `sampled_product`.
+
+    A row of the weights, of which a cache holds few, is then read once; the tokens are few enough to stay in one.
+
+    Args:
+        x: [T, d], contiguous, in the dtype of the products.
+    """
+    if len(features) == 0:
+        return x.new_empty(0)
+    if W.dtype == x.dtype:
+        first, last = features[[0, -1]].tolist()
+        ends = ends_of_tokens(features - first, last + 1 - first)
+        return sampled_product(W[first : last + 1], x, ends, tokens)
+    rows, counts = features.unique_consecutive(return_counts=True)
+    ends, out = torch.cat((counts.new_zeros(1), counts.cumsum(0))), x.new_empty(len(features))
+    for at, raised in gathered_rows(x, W, rows):
+        own = ends[at.start : at.start + len(raised) + 1]
+        some = slice(*own[[0, -1]].tolist())
+        out[some] = sampled_product(raised, x, own - some.start, tokens[some])
+    return out
+
+
 def gathered_product(left: Tensor, W: Tensor, token_ends: Tensor, features: Tensor) -> Tensor:
     """`sampled_product` with weights of another dtype: what is needed of them is raised."""
     out = left.new_empty(len(features))
@@ -167,6 +190,17 @@ def gathered_product(left: Tensor, W: Tensor, token_ends: Tensor, features: Tens
         ends = (token_ends - at.start).clamp_(0, len(rows))
         out[at] = sampled_product(left, rows, ends, torch.arange(len(rows), device=rows.device))
     return out
+
+
+@without_autocast
+def sums_of_rows(source: Tensor, columns: Tensor, weights: Tensor, ends: Tensor, out: Tensor) -> Tensor:
+    """sum weights_e source_(columns_e) over the entries e of each row, at offsets `ends` [R + 1], into `out` [R, d]."""
+    if not torch.backends.mkl.is_available():  # which alone is known to write what it is not to add to
+        out.zero_()
+    shape = len(out), len(source)
+    return torch.addmm(
+        out, torch.sparse_csr_tensor(ends, columns, weights, shape, check_invariants=False), source, beta=0, out=out
+    )
 
 
 def gathered_sums(weights: Tensor, W: Tensor, token_ends: Tensor, features: Tensor) -> Tensor:

@@ -29,23 +29,13 @@ def row_adam_(weight: Tensor, moments: Moments, grad: Tensor, features: Tensor |
         grad: [T, d] or [T], the gradient of `features` [T], ascending; or of all rows, for None.
     """
 
-    def prepared(slope: Tensor, W: Tensor) -> Tensor:
-        slope = slope.to(W.dtype)
-        out = scratch(W, *W.shape)
-        if step.factor is not None:
-            slope = torch.mul(slope, step.factor, out=out)
-        if not step.project:
-            return slope
-        if step.layers > 1:
-            return without_growth(slope, W, step.layers)
-        return torch.addcmul(slope, torch.linalg.vecdot(slope, W)[:, None], W, value=-1, out=out)
-
     exp_avg, exp_avg_sq, last = moments
     chunks = every_row if step.mode == "dense" else touched_rows
     generator = None
     if exp_avg.dtype != weight.dtype:
         generator = torch.Generator(weight.device).manual_seed((int(step.number) << 8) + step.seed)
-    for rows, W, slope in chunks(weight, grad, features, prepared):
+    number, lr = step.number.to(weight.device), float(step.lr)
+    for rows, W, slope in chunks(weight, grad, features, preparing(weight, step)):
         taken = [rows_of(t, rows).to(weight.dtype) for t in (exp_avg, exp_avg_sq)]
         if last is not None and isinstance(rows, Tensor):
             missed = (step.number - 1 - last[rows]).to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
@@ -58,8 +48,8 @@ def row_adam_(weight: Tensor, moments: Moments, grad: Tensor, features: Tensor |
             taken[:1],
             taken[1:],
             [],
-            [step.number.to(weight.device)],
-            lr=float(step.lr),
+            [number],
+            lr=lr,
             beta1=step.beta1,
             beta2=step.beta2,
             weight_decay=step.weight_decay,
@@ -73,6 +63,26 @@ def row_adam_(weight: Tensor, moments: Moments, grad: Tensor, features: Tensor |
             weight.index_copy_(0, rows, W)
         for target, moment in zip((exp_avg, exp_avg_sq), taken):
             put(target, rows, moment, generator)
+
+
+def preparing(weight: Tensor, step: AdamStep) -> Prepared:
+    """What makes of the gradient of some rows what Adam is given, in memory that serves again for the next rows."""
+    shape = min(len(weight), rows_a_chunk(weight)), *weight.shape[1:]
+    # one request for all chunks: between passes over memory each call of Python costs much
+    room = scratch(weight, 2 if step.project else 1, *shape)
+
+    def prepared(slope: Tensor, W: Tensor) -> Tensor:
+        slope, out = slope.to(W.dtype), room[0, : len(W)]
+        if step.factor is not None:
+            slope = torch.mul(slope, step.factor, out=out)
+        if not step.project:
+            return slope
+        if step.layers > 1:
+            return without_growth(slope, W, step.layers)
+        along = torch.mul(slope, W, out=room[1, : len(W)]).sum(1, keepdim=True)
+        return torch.addcmul(slope, along, W, value=-1, out=out)
+
+    return prepared
 
 
 def rows_of(t: Tensor, rows: slice | Tensor) -> Tensor:
@@ -115,15 +125,22 @@ def every_row(weight: Tensor, grad: Tensor, features: Tensor | None, prepared: P
         return
     edges = torch.searchsorted(features, torch.tensor([*starts, weight.shape[0]], device=features.device)).tolist()
     buffer = weight.new_zeros(min(size, weight.shape[0]), *weight.shape[1:])
+    few = len(features) <= size
+    if few:  # all at once: a row's weights are those of before until it is its turn
+        grad = prepared(grad, weight.index_select(0, features))
     for start, first, end in zip(starts, edges, edges[1:]):
-        here = buffer[: min(size, weight.shape[0] - start)]
-        rows = slice(start, start + len(here))
-        W = weight[rows]
-        touched = features[first:end] - start
-        if len(touched) == len(here):
-            yield rows, W, prepared(grad[first:end], W)
+        rows = slice(start, min(start + size, weight.shape[0]))
+        W, here = weight[rows], buffer[: rows.stop - start]
+        if first == end:
+            yield rows, W, here
             continue
-        here.index_copy_(0, touched, prepared(grad[first:end], W.index_select(0, touched)))
+        slope, touched, whole = grad[first:end], features[first:end] - start, end - first == len(here)
+        if not few:
+            slope = prepared(slope, W if whole else W.index_select(0, touched))
+        if whole:
+            yield rows, W, slope
+            continue
+        here.index_copy_(0, touched, slope)
         yield rows, W, here
         here.index_fill_(0, touched, 0)
 

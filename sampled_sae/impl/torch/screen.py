@@ -93,6 +93,7 @@ class FeatureRounding(NamedTuple):
         norms, errors = like.new_empty(2, n_features)
         # some rows after others, which are in the cache for all that is done to them
         step = max(1, PIECE_ELEMENTS // d)
+        room = scratch(like, min(step, n_features), d) if measured else None
         pieces = zip(rows.split(step), low[:, :d].split(step), norms.split(step), errors.split(step))
         for i, (exact, inner, norm, error) in enumerate(pieces):
             exact = raised(exact, like)
@@ -101,8 +102,8 @@ class FeatureRounding(NamedTuple):
                 exact = torch.mul(exact, factor, out=scratch(like, *exact.shape))
             inner.copy_(exact)
             torch.linalg.vector_norm(exact, dim=1, out=norm)
-            if measured:
-                change = scratch(like, *exact.shape).copy_(inner)
+            if room is not None:
+                change = room[: len(exact)].copy_(inner)
                 torch.linalg.vector_norm(torch.sub(exact, change, out=change), dim=1, out=error)
         norms += LOST * d**0.5
         if measured:
@@ -136,7 +137,9 @@ class FeatureRounding(NamedTuple):
     def bounding(self, offset: Tensor, sizes: Tensor, side: int) -> Tensor:
         """The same, of which the product is at least z + offset for side 1, at most that for side -1."""
         of_norms, of_errors = rounded_up(self.entry_errors), rounded_up(MARGIN * self.norms)
-        return self.plus(offset + side * self.offset_errors(sizes), side * of_norms, side * of_errors)
+        if side < 0:
+            of_norms, of_errors = -of_norms, -of_errors
+        return self.plus(torch.add(offset, self.offset_errors(sizes), alpha=side), of_norms, of_errors)
 
 
 def sums_of(width: int) -> float:

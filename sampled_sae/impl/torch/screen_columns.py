@@ -17,11 +17,11 @@ from ..column_bounds import UNKNOWN, ColumnBounds, SeenColumns, bounds_of_flags,
 from ..encoder import Operands
 from .products import chunk_width, token_blocks, without_autocast
 from .scores import column_scores
-from .screen import MARGIN, UNIT, FeatureRounding, scaled_bias, smallest_normal
+from .screen import MARGIN, PIECE_ELEMENTS, UNIT, FeatureRounding, scaled_bias, smallest_normal
 
 POWER_STEPS = 8
 TRIES = 3
-RAISED_ROWS = 128
+RAISED_ROWS = 64
 # the square of anything smaller may be lost
 LEAST_NORM = 2.0**-62
 
@@ -72,12 +72,11 @@ def norms(operands: Operands) -> SeenColumns:
         squares = sums[:n_features]
         for block, at, features in rounded_features(operands):
             bias = scaled_bias(operands, at)
-            squares[at] += squared_norms(relu_(product(block, features.plus(bias))), x)
+            squares[at] += squared_norms(product(block, features.plus(bias)), x)
             of_weights.norms[at], of_weights.errors[at] = features.norms, features.errors
             offsets[at] = features.offset_errors(bias.abs())
-        change = x - screen.x
-        rounded_change = change.bfloat16()
-        changes = spectral_bound(rounded_change) + float(torch.linalg.vector_norm(change.sub_(rounded_change)))
+        # and what rounding the changes in turn may leave of them
+        changes = spectral_bound(changes_of(x, screen.x)) + UNIT * float(torch.linalg.vector_norm(screen.errors))
         sizes = (spectral_bound(screen.x), changes, float(torch.linalg.vector_norm(screen.norms)))
         sums[n_features:] = x.new_tensor([*((size + LEAST_NORM) ** 2 for size in sizes), len(x)])
     else:
@@ -102,8 +101,8 @@ def fires(operands: Operands) -> SeenColumns:
     if operands.screen.in_range:
         for block, at, features in rounded_features(operands):
             bias = scaled_bias(operands, at)
-            may = (product(block, features.bounding(bias, bias.abs(), 1)).view(torch.int16) >= 0).any(1)
-            does = (product(block, features.bounding(bias, bias.abs(), -1)).view(torch.int16) > 0).any(1)
+            may = (product(block, features.bounding(bias, bias.abs(), 1)).view(torch.int16) >= 0).any(0)
+            does = (product(block, features.bounding(bias, bias.abs(), -1)).view(torch.int16) > 0).any(0)
             flags[at] = torch.maximum(flags[at], flags_of(does, may))
     else:
         flags.fill_(UNKNOWN)
@@ -121,23 +120,32 @@ def rounded_features(operands: Operands) -> Iterator[tuple[Operands, slice, Feat
 
 
 def product(operands: Operands, W: Tensor) -> Tensor:
-    """bfloat16 [C, B] of rows that have further columns."""
+    """bfloat16 [B, C], of rows [C, width_of(d)] that have further columns.
+
+    This way around: what a product rearranges in memory first are its right rows, here those of the weights, once each.
+    """
     assert operands.screen is not None
-    return torch.mm(W, operands.screen.columns.t(), out=scratch(W, len(W), operands.n_tokens))
-
-
-def relu_(z: Tensor) -> Tensor:
-    """In place; as whole numbers, which takes a quarter of the time."""
-    z.view(torch.int16).clamp_min_(0)
-    return z
+    return torch.mm(operands.screen.columns, W.t(), out=scratch(W, operands.n_tokens, len(W)))
 
 
 def squared_norms(z: Tensor, like: Tensor) -> Tensor:
-    """[C], of rows of z [C, B]: a few at a time raised to the dtype of `like`, so that they stay in the cache."""
-    out = like.new_empty(len(z))
-    for rows, norms in zip(z.split(RAISED_ROWS), out.split(RAISED_ROWS)):
-        torch.linalg.vector_norm(scratch(like, *rows.shape).copy_(rows), dim=1, out=norms)
-    return out.square_()
+    """[C], of the columns of relu(z), z [B, C]: a few rows at a time, raised to the dtype of `like`, in the cache."""
+    n_rows = min(RAISED_ROWS, len(z))
+    sums, room = scratch(like, 2, n_rows, z.shape[1])
+    sums.zero_()
+    for rows in z.split(RAISED_ROWS):
+        raised = room[: len(rows)].copy_(rows).clamp_min_(0)
+        sums[: len(rows)].addcmul_(raised, raised)
+    return sums.sum(0)
+
+
+def changes_of(x: Tensor, rounded: Tensor) -> Tensor:
+    """bfloat16 [B, d], x - rounded in turn rounded: some rows after others, which stay in the cache."""
+    changes = torch.empty_like(rounded)
+    for rows, low, out in zip(*(t.split(max(1, PIECE_ELEMENTS // x.shape[1])) for t in (x, rounded, changes))):
+        raised = scratch(x, *rows.shape).copy_(low)
+        out.copy_(torch.sub(rows, raised, out=raised))
+    return changes
 
 
 def spectral_bound(X: Tensor) -> float:
@@ -154,7 +162,9 @@ def spectral_bound(X: Tensor) -> float:
     for _ in range(TRIES):
         if not 0 < guess < total:
             break
-        _, failed = torch.linalg.cholesky_ex(torch.eye(n, dtype=G.dtype, device=G.device) * guess - G)
+        above = -G
+        above.diagonal().add_(guess)
+        _, failed = torch.linalg.cholesky_ex(above)
         if not int(failed):
             # the backward error of the factor: n times gamma_(n + 1) of the largest diagonal
             return (MARGIN * (guess * (1 + n * (n + 2) * 2.0**-24) + off)) ** 0.5

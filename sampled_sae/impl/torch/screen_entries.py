@@ -27,9 +27,10 @@ def seen_features(operands: Operands, at: slice | Tensor) -> Tensor | None:
     """
     # a search computes few of what it finds again, and measures nothing for it
     features, bias = FeatureRounding.of(operands, at), scaled_bias(operands, at)
-    if not bool(((features.norms < LARGEST) & (bias.abs() < LARGEST)).all()):
+    sizes = bias.abs()
+    if not float(torch.maximum(features.norms, sizes).amax()) < LARGEST:  # or NaN
         return None
-    return features.bounding(bias, bias.abs(), 1)
+    return features.bounding(bias, sizes, 1)
 
 
 def seen_bits(operands: Operands, span: slice) -> Tensor | None:

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from ...codes import Entries
 from ..encoder import Operands
-from .products import BLOCK_FEATURES, activations_at, ends_of_tokens, features_of, sampled_product
+from .products import BLOCK_FEATURES, activations_at, features_of, products_by_feature
 from .screen import rounding_slack
 from .screen_entries import bits_of, seen_bits
 
 # a screen that lets more than this share of a chunk through costs more than it saves
 MOST_SCREENED = 1 / 16
+# of the candidates, how many may be kept: a screen lets about four times as many through
+MOST_KEPT = MOST_SCREENED / 4
 # of the budget, how many are computed before it is known what the others have to surpass
 FIRST = 1.125
 
@@ -34,6 +36,7 @@ class Search(ABC):
     def __init__(self, operands: Operands) -> None:
         self.operands = operands
         self.screening = operands.screen is not None and operands.screen.in_range
+        self.looked = False  # whether looks leave entries open, which are counted when they are computed
         self.found: list[Entries] = []  # with a screen, upper bounds
         self.settled: list[Entries] = []
         self.count = 0
@@ -55,10 +58,11 @@ class Search(ABC):
             upper, tokens, features = filter_chunk(bits, token, span.start, bits_of(floor))
             if len(upper) <= MOST_SCREENED * n_seen:
                 block.screen.looks.see_entries(n_seen, 0)
+                self.looked = True
                 # the product was rounded to the nearest: what it bounds is below the next number
                 return Entries((upper + 1).view(torch.bfloat16).float(), tokens, features)
         block.screen.looks.see_entries(n_seen, n_seen)
-        self.screening = False
+        self.screening = self.looked = False  # all of the chunk is counted
         return None
 
     def _in_full(self, token: int, block: Operands, span: slice, floor: Tensor) -> Entries:
@@ -77,11 +81,11 @@ class Search(ABC):
         if self.operands.screen is None:
             self.settled += self.found
         elif self.found:
-            seen = self._arranged(join(self.found))
-            first = seen.values >= self._least(seen, seen, FIRST)
-            some = self._computed(take(seen, first.nonzero().squeeze(1)), floor)
-            rest = ~first & (seen.values >= self._least(some, seen, 1.0))
-            self.settled += [some, self._computed(take(seen, rest.nonzero().squeeze(1)), floor)]
+            seen = self._arranged()
+            exact, first = torch.zeros_like(seen.values), seen.values >= self._least(seen, seen, FIRST)
+            some = self._compute(exact, seen, first, floor)
+            self._compute(exact, seen, ~first & (seen.values >= self._least(some, seen, 1.0)), floor)
+            self.settled.append(take(seen._replace(values=exact), (exact > 0).nonzero().squeeze(1)))
         return self.keep(join(self.settled))
 
     def keep(self, entries: Entries) -> Entries:
@@ -90,30 +94,39 @@ class Search(ABC):
         return entries
 
     @abstractmethod
-    def _arranged(self, entries: Entries) -> Entries:
-        """In the order that `_least` asks for."""
+    def _arranged(self) -> Entries:
+        """What was found, in the order that `_least` asks for."""
 
     @abstractmethod
     def _least(self, entries: Entries, at: Entries, share: float) -> Tensor:
         """For each of `at`, [n] or [1], what the last of the budget times `share` has; 0 where there are fewer."""
 
-    def _computed(self, entries: Entries, floor: Tensor) -> Entries:
-        """Those of them at or above the floor, [1] or [B], by their activations."""
-        assert self.operands.screen is not None
-        self.operands.screen.looks.see_entries(0, len(entries.values))
-        _, tokens, features = entries = in_order(entries, self.operands.n_candidates)
+    def _compute(self, exact: Tensor, seen: Entries, which: Tensor, floor: Tensor) -> Entries:
+        """The activations of `which`, bool, of `seen` are written to `exact`, 0 for those below the floor, [1] or [B];
+        the others are returned."""
+        at = which.nonzero().squeeze(1)
+        entries = take(seen, at)
+        if self.looked:
+            assert self.operands.screen is not None
+            self.operands.screen.looks.see_entries(0, len(at))
         values = self._activations(entries)
-        least = floor if len(floor) == 1 else floor.index_select(0, tokens)
-        at = (values >= least.clamp_min(smallest_positive(values.dtype))).nonzero().squeeze(1)
-        return take(Entries(values, tokens, features), at)
+        least = floor if len(floor) == 1 else floor.index_select(0, entries.tokens)
+        above = values >= least.clamp_min(smallest_positive(values.dtype))
+        exact.index_copy_(0, at, torch.where(above, values, 0))
+        return take(entries._replace(values=values), above.nonzero().squeeze(1))
 
     def _activations(self, entries: Entries) -> Tensor:
-        """Before the relu, at entries sorted by token."""
+        """Before the relu, at entries in any order."""
         x, W, b, scale, members, *_ = self.operands
-        features = entries.features if members is None else members.index_select(0, entries.features)
-        z = sampled_product(x, W, ends_of_tokens(entries.tokens, len(x)), features)
+        order = torch.argsort(entries.features.int(), stable=True)  # half the time of int64
+        tokens, features = (t.index_select(0, order) for t in entries[1:])
+        if members is not None:
+            features = members.index_select(0, features)
+        z = products_by_feature(x.contiguous(), W, tokens, features)
         z += b.index_select(0, features)
-        return z if scale is None else z.mul_(scale.index_select(0, features))
+        if scale is not None:
+            z *= scale.index_select(0, features)
+        return torch.empty_like(z).index_copy_(0, order, z)
 
 
 def filter_chunk(a: Tensor, token: int, base: int, floor: Tensor) -> Entries:
@@ -143,11 +156,24 @@ def join(parts: list[Entries]) -> Entries:
     return parts[0] if len(parts) == 1 else Entries(*(torch.cat(column) for column in zip(*parts)))
 
 
-def in_order(entries: Entries, n_columns: int | None = None) -> Entries:
+def merged(parts: list[Entries], n_tokens: int) -> Entries:
+    """Entries of some features after others, each sorted by token, as one list sorted by token, then feature."""
+    if len(parts) == 1:
+        return parts[0]
+    counts = torch.stack([torch.bincount(part.tokens, minlength=n_tokens) for part in parts], 1)  # [B, parts]
+    # what stands in the list before the entries of a token from a part, and in the part before them
+    before, own = (counts.flatten().cumsum(0) - counts.flatten()).view(counts.shape), counts.cumsum(0) - counts
+    places = []
+    for part, shift in zip(parts, (before - own).t().contiguous()):
+        places.append(shift.index_select(0, part.tokens).add_(torch.arange(len(part.tokens), device=shift.device)))
+    at = torch.cat(places)
+    return Entries(*(torch.empty_like(column).index_copy_(0, at, column) for column in join(parts)))
+
+
+def in_order(entries: Entries) -> Entries:
     """By token, then column."""
     tokens, features = entries.tokens, entries.features
-    if n_columns is None:
-        n_columns = int(features.max()) + 1 if len(features) else 1
+    n_columns = int(features.max()) + 1 if len(features) else 1
     keys = tokens * n_columns + features
     if bool((keys[1:] > keys[:-1]).all()):
         return entries

@@ -15,7 +15,7 @@ from ...codes import Entries
 from ...support.nth_largest import nth_largest, nth_largest_of_rows
 from ..encoder import Operands
 from .products import candidate_spans, token_blocks
-from .search import MOST_SCREENED, Search, in_order, join, take
+from .search import MOST_KEPT, Search, in_order, join, merged, take
 
 FIRST_CHUNK = 128
 WIDEST_TABLE = 16
@@ -28,8 +28,8 @@ class BatchSearch(Search):
         super().__init__(operands)
         self.n = n
 
-    def _arranged(self, entries: Entries) -> Entries:
-        return entries
+    def _arranged(self) -> Entries:
+        return join(self.found)
 
     def _least(self, entries: Entries, at: Entries, share: float) -> Tensor:
         n = round(share * self.n)
@@ -43,8 +43,8 @@ class TokenSearch(Search):
         super().__init__(operands)
         self.k = k
 
-    def _arranged(self, entries: Entries) -> Entries:
-        return in_order(entries, self.operands.n_candidates)
+    def _arranged(self) -> Entries:
+        return merged(self.found, self.operands.n_tokens)
 
     def _least(self, entries: Entries, at: Entries, share: float) -> Tensor:
         values, tokens, _ = entries
@@ -69,7 +69,7 @@ def stream_batch(operands: Operands, n: int, hint: float | None = None) -> Entri
 def search_batch(operands: Operands, n: int, hint: float | None = None) -> Entries:
     """The n largest among those > 0 and >= hint; ties and order as `keep_best` has them, columns those of the pool."""
     floor = operands.x.new_full((1,), 0.0 if hint is None else hint)
-    operands = operands.screened_for(n, MOST_SCREENED)
+    operands = operands.screened_for(n, MOST_KEPT)
     search = BatchSearch(operands, n)
     # what a screen finds costs little until it is computed
     most = 2 if operands.screen is None else 4
@@ -109,7 +109,7 @@ def stream_token(operands: Operands, k: int, hint: float | None = None) -> Entri
 def best_of_tokens(operands: Operands, k: int, floor: Tensor) -> Entries:
     """The k largest entries of each token among those > 0 and >= floor [B], in any order."""
     n_tokens = operands.n_tokens
-    operands = operands.screened_for(k * n_tokens, MOST_SCREENED)
+    operands = operands.screened_for(k * n_tokens, MOST_KEPT)
     search = TokenSearch(operands, k)
     for span in candidate_spans(operands, None if floor.any() else FIRST_CHUNK):
         search.look_at(0, operands, span, floor)
