@@ -111,8 +111,8 @@ class FloorSearch:
 
     def listed(self, block: Operands) -> Entries | None:
         """The same chunk by chunk; None where there are too many."""
-        look, found, start = LookThrough(block, self.floor, self.screens, self.room), Found(block), 0
-        waiting = Candidates(block, self.room)
+        waiting, found, start = Candidates(block, self.room), Found(block), 0
+        look = LookThrough(block, self.floor, self.screens, self.room - waiting.held)
         while start < block.n_features:
             span = slice(start, min(start + look.width(), block.n_features))
             seen = self._screened(look, span)

@@ -33,13 +33,14 @@ class Candidates:
         room: bytes that a search may hold.
 
     Attributes:
-        count: how many wait.
+        count: how many wait. by_feature: how they are computed. held: bytes of the tokens that are prepared for it.
     """
 
     def __init__(self, block: Operands, room: float) -> None:
         self.block, self.count = block, 0
-        n_bytes = block.x.numel() * block.b.element_size()
-        self.by_feature = block.is_exact or n_bytes <= OF_TOKENS * room
+        n_bytes = 0 if block.is_exact else block.x.numel() * block.b.element_size()
+        self.by_feature = n_bytes <= OF_TOKENS * room
+        self.held = n_bytes if self.by_feature else 0
         self._waiting: list[Tensor] = []
 
     @property
