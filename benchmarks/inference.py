@@ -5,9 +5,10 @@
 
 Each gives the codes of the same tokens by a threshold for each feature (JumpReLU); ours as `SparseCodes`, the others as
 a matrix [B, F]. Times are multiples of the encoder product, `torch.mm` into memory that exists, in the dtype of the
-weights and beside each sample; memory is the peak above what is held, in units of one float32 [B, F], and how much of it
-are the codes that come out. "32 features" asks for chosen features alone. A candidate whose codes are not those of float64 on some tokens, but for entries within
-rounding of their threshold, gets no figure but the reason. `--quick` leaves out the largest sizes.
+weights and beside each sample; memory is the peak above what is held, in units of one float32 [B, F], and how much of
+it are the codes that come out. "32 features" asks for chosen features alone. A candidate whose codes are not those of
+float64 on some tokens, but for entries within rounding of their threshold, gets no figure but the reason. `--quick`
+leaves out the largest sizes.
 """
 
 from __future__ import annotations
