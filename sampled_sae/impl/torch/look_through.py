@@ -25,8 +25,8 @@ MOST_TOKENS = MOST_SEEN // (2 * FEWEST_TOGETHER)
 SHARE, FEATURES = 0.03, 1 << 16
 # of that share, what the product of a screen gets beside the tokens rounded for it, and where none are
 OF_PRODUCT, OF_PRODUCT_ALONE = 1 / 4, 1 / 3
-# elements of weights that are raised for a product in full precision, and of those that need not be
-RAISED_ELEMENTS = 1 << 19
+# elements of weights that are raised for a product in full precision, and of that share; and of those that need not be
+RAISED_ELEMENTS, OF_RAISED = 1 << 19, 1 / 4
 WEIGHT_ELEMENTS = 1 << 22
 
 
@@ -85,7 +85,7 @@ class LookThrough:
         """Features a chunk."""
         n_tokens, d, b = self.block.n_tokens, self.block.x.shape[1], self.block.b
         if self.screen is None:
-            elements = WEIGHT_ELEMENTS if self.block.W.dtype == b.dtype else RAISED_ELEMENTS
+            elements = WEIGHT_ELEMENTS if self.block.W.dtype == b.dtype else self._raised_elements()
             return max(64, min(MOST_PRODUCT // (b.element_size() * n_tokens), elements // d) // 64 * 64)
         if self.screen == "plain" and is_held(self.block):
             room = OF_PRODUCT_ALONE * self.room
@@ -94,6 +94,12 @@ class LookThrough:
         most = int(min(max(room, LEAST_PRODUCT), MOST_SEEN)) // (2 * n_tokens)
         part = min(self._look.part, max(FEWEST_TOGETHER, most // 64 * 64))
         return max(1, most // part) * part
+
+    def _raised_elements(self) -> int:
+        """Of weights that are raised at once, beside the tokens that were."""
+        x, size = self.block.x, self.block.b.element_size()
+        room = self.room if self.block.is_exact else self.room - size * x.numel()
+        return max(FEWEST_TOGETHER * x.shape[1], min(RAISED_ELEMENTS, int(OF_RAISED * room) // size))
 
     def through(self, span: slice) -> tuple[Tensor, Tensor] | None:
         """int64 [n]: (token, feature) of those of a span that may lie above their floor; None out of range."""
