@@ -15,7 +15,7 @@ from ..rounded_tokens import LARGEST
 from .column_filter import places_reaching, rows_reaching
 from .floors import least_products
 from .products import part_width, parts_of
-from .screen import MARGIN, UNIT, in_pieces, norms_of_pieces, smallest_normal, sums_of
+from .screen import MARGIN, UNIT, norms_into, smallest_normal, sums_of
 
 # elements of weights that are multiplied at once, which stay in the cache, and features at most: two threads share
 # products of these shapes, and narrower ones where tokens are fewer
@@ -66,7 +66,7 @@ class PlainScreen:
         least, sizes = least_products(block, self.floor, span)
         least = least - self.sums * sizes - smallest_normal() * (d + 8)
         z = scratch(self.x, *((len(least), block.n_tokens) if self.by_feature else (block.n_tokens, len(least))))
-        short = block.W.new_empty(len(least), in_pieces(block.W[:0]).shape[1])
+        norms = torch.empty_like(least)
         for at, columns in parts_of(span, self.part):
             W = block.W[at]
             if self.by_feature:
@@ -74,9 +74,7 @@ class PlainScreen:
             else:
                 torch.mm(self.x, W.t(), out=z[:, columns])
             # read again while they are in the cache
-            torch.linalg.vector_norm(in_pieces(W), dim=2, out=short[columns])
-        norms = torch.empty_like(least)
-        norms_of_pieces(norms, short, d)
+            norms_into(norms[columns], W)
         if not float(norms.amax()) < LARGEST:
             return None
         common = in_bfloat16(least - norms * self.common)

@@ -14,7 +14,6 @@ bound, so that one product gives all of it:
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -43,8 +42,6 @@ MARGIN = 1.01
 BEYOND = 1e38
 # elements of weights that are rounded at once
 PIECE_ELEMENTS = 1 << 17
-# columns of weights whose squares are summed at once: those that divide d, but not fewer
-PIECE_COLUMNS, FEWEST_COLUMNS = 128, 32
 # "auto" of a search above thresholds, which rounds no weights that are in bfloat16 (plain_screen.py)
 FOR_THRESHOLDS = "auto for thresholds"
 
@@ -170,22 +167,9 @@ def norms_into(out: Tensor, rows: Tensor) -> None:
         step = max(1, PIECE_ELEMENTS // rows.shape[1])
         for some, norms in zip(rows.split(step), out.split(step)):
             torch.linalg.vector_norm(some, dim=1, dtype=out.dtype, out=norms)
-        out += LOST * rows.shape[1] ** 0.5
     else:
-        norms_of_pieces(out, torch.linalg.vector_norm(in_pieces(rows), dim=2), rows.shape[1])
-
-
-def in_pieces(rows: Tensor) -> Tensor:
-    """[C, n, d / n]: rows [C, d] in short pieces, whose squares are summed side by side and not one after another."""
-    d = rows.shape[1]
-    short = math.gcd(d, PIECE_COLUMNS)
-    return rows.unflatten(1, (-1, short if short >= FEWEST_COLUMNS else d))
-
-
-def norms_of_pieces(out: Tensor, norms: Tensor, d: int) -> None:
-    """As `norms_into`, from the norms [C, n] of pieces."""
-    torch.linalg.vector_norm(norms.to(out.dtype), dim=1, out=out)
-    out += LOST * d**0.5
+        out.copy_(torch.linalg.vector_norm(rows, dim=1))
+    out += LOST * rows.shape[1] ** 0.5
 
 
 def scaled_bias(operands: Operands, at: slice | Tensor) -> Tensor:
