@@ -179,7 +179,7 @@ def test_inside_a_hooked_transformer(tmp_path, architecture):
                 results.append({"logits": logits, **{name: t for name, t in cache.items() if "sae" in name}})
                 alone = model.run_with_saes(tokens, saes=[sae], use_error_term=use_error_term)
                 torch.testing.assert_close(alone, logits, **NEAR)
-                ablated = model.run_with_hooks_with_saes(tokens, **how, fwd_hooks=[(post, ablate)])
+                ablated = model.run_with_hooks_with_saes(tokens, saes=[sae], fwd_hooks=[(post, ablate)])
             assert (ablated - logits).abs().max() > 1e-3
             results[-1] |= {"ablated": ablated, "grad": model.W_E.grad.clone()}
     for theirs, ours in zip(results[:2], results[2:], strict=True):
