@@ -17,7 +17,7 @@ from .plain_screen import PlainScreen, is_plain
 from .products import FEWEST_TOGETHER
 
 # bytes of a product [T, C], of a screen and in full precision
-LEAST_PRODUCT, MOST_SEEN, MOST_PRODUCT = 1 << 19, 1 << 21, 1 << 21
+LEAST_PRODUCT, MOST_SEEN, MOST_PRODUCT = 1 << 19, 1 << 21, 3 << 20
 # of a block, so that a chunk of as few features as make a fast product is not larger
 MOST_TOKENS = MOST_SEEN // (2 * FEWEST_TOGETHER)
 # of the bytes of a float32 [T, F], what a search may hold of tokens, weights and their product, of a dictionary of at

@@ -1,8 +1,8 @@
 """Candidates of a search above thresholds, computed one by one in full precision: what a screen could not rule out.
 
-Where all tokens of a block are at hand as they are multiplied, candidates are computed by feature and soon: each row of
-weights is read once, while it is still in a cache. Where that would take too much memory they wait for the end of the
-search, and are computed by token, for which a few tokens at a time are prepared.
+Where all tokens of a block are at hand as they are multiplied, candidates are computed by feature, many at a time: each
+row of weights is read, and raised, once. Where that would take too much memory they wait for the end of the search, and
+are computed by token, for which a few tokens at a time are prepared.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..encoder import Operands
 from .products import ends_of_tokens, gathered_rows, sampled_product
 
 # candidates that wait, at most, by feature and by token; and computed together
-MOST_SOON, MOST_LATE = 1 << 12, 1 << 17
+MOST_SOON, MOST_LATE = 1 << 15, 1 << 17
 MOST_TOGETHER = 1 << 14
 # of what a search may hold, what tokens may take that are prepared for all of it
 OF_TOKENS = 0.4
