@@ -68,7 +68,8 @@ class Found:
     def __init__(self, block: Operands) -> None:
         self.n_features = block.n_features
         self.values: list[Tensor] = [block.b.new_zeros(0)]
-        self.places: list[Tensor] = [flat_places(block, *block.b.new_zeros(2, 0, dtype=torch.int64), self.n_features)]
+        none = block.b.new_zeros(0, dtype=torch.int64)
+        self.places: list[Tensor] = [flat_places(block, none, none, self.n_features)]
         self.count = 0
 
     def add(self, values: Tensor, places: Tensor) -> None:
