@@ -5,9 +5,10 @@
 
 Each gives the codes of the same tokens by a threshold for each feature (JumpReLU); ours as `SparseCodes`, the others as
 a matrix [B, F]. Times are multiples of the encoder product, `torch.mm` into memory that exists, in the dtype of the
-weights and beside each sample; memory is the peak above what is held, in units of one float32 [B, F]. "32 features"
-asks for chosen features alone. A candidate whose codes are not those of float64 on some tokens, but for entries within
-rounding of their threshold, gets no figure but the reason. `--quick` leaves out the largest sizes.
+weights and beside each sample; memory is the peak above what is held, in units of one float32 [B, F], and how much of
+it are the codes that come out. "32 features" asks for chosen features alone. A candidate whose codes are not those of
+float64 on some tokens, but for entries within rounding of their threshold, gets no figure but the reason. `--quick`
+leaves out the largest sizes.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ COLUMNS = {
     "/ product": "{ratio:.2f}",
     "p20–p80": "{ratio_p20:.2f}–{ratio_p80:.2f}",
     "peak / [B, F]": "{peak_extra_memory:.3f}",
+    "of it codes": "{codes_memory:.3f}",
 }
 
 
@@ -193,7 +195,7 @@ def race(w: Workload, dtype: str, args: argparse.Namespace, seconds: float, comp
             try:
                 found = call()
                 reason = wrong(exact, s, found, s.chosen() if "features" in name else None)
-                row |= {"l0": found.l0()} if isinstance(found, SparseCodes) else {}
+                row |= about_codes(found, w)
                 del found
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"[:200]
@@ -219,6 +221,15 @@ def peak(call: Callable[[], Any], device: str, w: Workload) -> float | None:
         return peak_memory(call, device) / (4 * w.B * w.F)
     except OSError:
         return None
+
+
+def about_codes(found: Any, w: Workload) -> Row:
+    """Of what a call gives: its memory in the same units, and of a list of entries how many a token has."""
+    if isinstance(found, SparseCodes):
+        n_bytes, l0 = sum(t.nbytes for t in found.entries()), {"l0": found.l0()}
+    else:
+        n_bytes, l0 = found.nbytes, {}
+    return {**l0, "codes_memory": n_bytes / (4 * w.B * w.F)}
 
 
 def seconds_of(w: Workload) -> float:

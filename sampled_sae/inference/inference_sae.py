@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from .decoder_norms import decoder_norms, inverse_norms
 from .encoding import TokensToEncode, active_codes, active_dense, tokens_to_encode
 from .features import check_dense_codes, check_features, codes_of_features, dense_columns
 from .products import product
-from .tensors import WEIGHTS, prepared
+from .tensors import WEIGHTS, check_values, prepared
 from .token_norms import NormedTokens, norm_tokens
 
 # dense codes with a smaller share of active entries are decoded entry by entry
@@ -77,7 +77,7 @@ class InferenceSAE(Splicing, nn.Module):
         for name, t in prepared(cfg, tensors).items():
             self.register_buffer(name, t)
         resolve_impl(cfg.impl, self.W_enc.device, self.W_enc.dtype)
-        self._forget()
+        self._renew()
         self._inputs = FiniteInputs()
 
     @property
@@ -150,10 +150,17 @@ class InferenceSAE(Splicing, nn.Module):
         k = "" if c.k is None else f", k={c.k}"
         return f"d_in={c.d_in}, d_sae={c.d_sae}{width}, rule={c.rule!r}{k}, impl={self.impl_in_use!r}"
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As in torch; what was remembered of the old weights is dropped."""
-        self._forget()
-        return super().load_state_dict(*args, **kwargs)
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in torch; what was remembered of the old weights is dropped.
+
+        Raises:
+            ValueError: NaN or inf that the constructor would refuse; nothing is loaded then.
+        """
+        for name in {*dict(self.named_buffers())} & {*state_dict}:
+            check_values(name, state_dict[name])
+        loaded = super().load_state_dict(state_dict, *args, **kwargs)
+        self._renew()
+        return loaded
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InferenceSAE:
         """As in torch, but biases and thresholds stay in at least float32: rounded, others would be active."""
@@ -163,8 +170,7 @@ class InferenceSAE(Splicing, nn.Module):
             moved = getattr(self, name)
             if moved.dtype in HALF:
                 setattr(self, name, t.to(moved.device, torch.float32))
-        self.W_enc = self.W_enc.t().contiguous().t()
-        self._forget()
+        self._renew()
         return self
 
     def _reconstruction(self, codes: SparseCodes, x: Tensor) -> Tensor:
@@ -175,7 +181,9 @@ class InferenceSAE(Splicing, nn.Module):
             return f"d_out={self.cfg.d_out}: a transcoder reconstructs other activations than the residual stream"
         return None
 
-    def _forget(self) -> None:
+    def _renew(self) -> None:
+        """Each feature's weights contiguous, nothing remembered of others."""
+        self.W_enc = self.W_enc.t().contiguous().t()
         self._hints = ThresholdHints()
 
     def _checked(self, x: Tensor) -> torch.dtype:

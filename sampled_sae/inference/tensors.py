@@ -59,13 +59,14 @@ def prepared(cfg: InferenceConfig, tensors: dict[str, Tensor]) -> dict[str, Tens
     made["W_enc"] = made["W_enc"].t().contiguous().t()
     made["W_dec"] = made["W_dec"].contiguous()
     for name, t in made.items():
-        check_values(name, t.t() if name == "W_enc" else t)
+        check_values(name, t)
     return {name: made[name] for name in shapes}
 
 
 def check_values(name: str, t: Tensor) -> None:
     """ValueError for NaN, and for inf in anything but a threshold."""
-    for part in t.reshape(-1).split(CHECKED):
+    values = t if t.dim() < 2 or t.is_contiguous() else t.t()
+    for part in values.reshape(-1).split(CHECKED):
         bad = part.isnan() if name == "threshold" else ~part.isfinite()
         if bool(bad.any()):
             allowed = "NaN" if name == "threshold" else "NaN or inf"

@@ -14,6 +14,7 @@ from sampled_sae.impl.torch import (
     plain_screen,
     products,
     screen,
+    settling,
 )
 from sampled_sae.inference.config import InferenceConfig
 from sampled_sae.inference.encoding import tokens_to_encode
@@ -38,6 +39,7 @@ def block_tokens(request, monkeypatch):
     """Tokens that are taken at a time: all of a small batch, or a few."""
     monkeypatch.setattr("sampled_sae.support.even_slices.FEWEST_ROWS", request.param)
     monkeypatch.setattr(above, "TOKEN_ELEMENTS", 1)
+    monkeypatch.setattr(settling, "MOST_SOON", request.param)
     monkeypatch.setattr(above, "FEWEST_SEEN", 0)
     for bound in ("LEAST_PRODUCT", "MOST_SEEN", "MOST_PRODUCT"):
         monkeypatch.setattr(look_through, bound, 1 << 14)
@@ -90,6 +92,13 @@ def test_weights_of_16_bits(screen, dtype):
     assert torch.equal(TORCH.dense_above_threshold(ours, thresholds("mixed")), expected)
 
 
+def candidates(monkeypatch):
+    """How many candidates every chunk of a search leaves."""
+    looked, add = [], settling.Candidates.add
+    monkeypatch.setattr(settling.Candidates, "add", lambda *args: looked.append(len(args[1])) or add(*args))
+    return looked
+
+
 def rounding_of(x, W, b):
     return 1e-6 * (x.double().norm(dim=1)[:, None] * W.double().norm(dim=1) + b.double().abs())
 
@@ -122,9 +131,7 @@ def test_the_bound_lets_little_through(monkeypatch):
     g = torch.Generator().manual_seed(0)
     sizes = torch.randn(3000, generator=g).mul(3).exp()
     x, W = torch.randn(64, 256, generator=g), torch.randn(3000, 256, generator=g) * sizes[:, None]
-    threshold, looked = 16 * 2.5 * sizes, []
-    settled = above.FloorSearch._settled
-    monkeypatch.setattr(above.FloorSearch, "_settled", lambda *args: looked.append(len(args[2])) or settled(*args))
+    threshold, looked = 16 * 2.5 * sizes, candidates(monkeypatch)
     codes = TORCH.above_threshold(TORCH.encoder(x, W, torch.zeros(3000), screen="bf16"), threshold)
     assert codes.count() > 500
     assert codes.count() <= sum(looked) < 1.4 * codes.count()
@@ -198,8 +205,7 @@ def test_bfloat16_weights_and_tokens_are_looked_through_as_they_are(huge, scaled
     scale = torch.rand(3000, generator=g) if scaled else None
     a = (x.double() @ W.double().t() + b) * (1 if scale is None else scale.double())
     threshold = a.sort(0, descending=True).values[1].float().clamp_min(0)
-    looked, settled = [], above.FloorSearch._settled
-    monkeypatch.setattr(above.FloorSearch, "_settled", lambda *args: looked.append(len(args[2])) or settled(*args))
+    looked = candidates(monkeypatch)
     monkeypatch.setattr(look_through, "BoundedScreen", None)
     encoder = TORCH.encoder(x, W, b, scale=scale, screen="bf16")
     assert plain_screen.is_plain(encoder.operands)
@@ -228,7 +234,7 @@ def test_other_tokens_need_the_other_screen():
 def test_a_screen_that_leaves_too_much_open_is_dropped(monkeypatch):
     monkeypatch.setattr(above, "MOST_SCREENED", 0)
     theirs, ours = encoders("bf16", torch.bfloat16)
-    search = above.FloorSearch(thresholds("mixed").clamp_min(0))
+    search = above.FloorSearch(ours.operands, thresholds("mixed").clamp_min(0))
     found = search.among(ours.operands)
     assert search.screens == []
     expected = REFERENCE.above_threshold(theirs, thresholds("mixed"))
@@ -258,6 +264,6 @@ def test_auto_rounds_no_weights_for_few_tokens(n_tokens, dtype, rule, screened, 
 def test_a_few_features_that_are_all_active_leave_the_screen_to_others():
     t = whole_numbers(40, 5, 8)
     operands = TORCH.encoder(t["x"], t["W_enc"].t().contiguous(), t["b_enc"] + 1000, screen="bf16").operands
-    search = above.FloorSearch(torch.zeros(1))
+    search = above.FloorSearch(operands, torch.zeros(1))
     assert len(search.among(operands).values) == 40 * 8
     assert search.screens == ["plain", "bounded"]

@@ -1,10 +1,15 @@
 """Codes of a corpus on disk: what is written, how it resumes, and what the reader says of a feature."""
 
+import itertools
 import json
+import os
+import signal
+import sys
 
 import pytest
 import torch
-from makers import contents, write_store
+from forked import be_quick, forked
+from makers import contents, names, write_store
 from published_makers import D, F, draw, write_saelens
 from safetensors.torch import load_file, save_file
 
@@ -120,6 +125,44 @@ def test_it_goes_on_where_it_stopped(sae, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     assert encode_corpus(sae, Texts(), stopped, progress=False).tokens == 34
     assert contents(stopped) == contents(whole)
+
+
+def encode_until(sae_folder, codes, n, renames):
+    """In a process of its own, which the n-th file that is about to be seen, or just was, is the last to see."""
+    be_quick()
+    files, rename = itertools.count(1), os.replace
+
+    def die(*paths):
+        last = next(files) == n
+        if renames or not last:
+            rename(*paths)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = die
+    encode_corpus(load_inference(sae_folder, say=silent), Texts(), codes, progress=False)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+def test_a_kill_at_any_file_loses_no_other(sae, tmp_path):
+    whole = tmp_path / "whole"
+    encode_corpus(sae, Texts(), whole, progress=False)
+    n = 0
+    while True:
+        n += 1
+        killed = tmp_path / f"killed_{n}"
+        process = forked().Process(target=encode_until, args=(tmp_path / "sae", killed, n, n % 2 == 0))
+        process.start()
+        process.join()
+        there = {name for name in names(killed) if name.startswith("codes_")}
+        found = encode_corpus(sae, Texts(), killed, progress=False)
+        assert contents(killed) == contents(whole)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        # a shard counts once the manifest lists it, which is written after it
+        assert 3 - len(there) <= found.tokens // 34 <= 4 - len(there)
+    assert n == 9  # the manifest at first, after each of three shards and at the end
 
 
 def test_another_corpus_is_refused(sae, tmp_path):

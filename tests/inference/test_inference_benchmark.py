@@ -34,7 +34,10 @@ def test_everybody_gets_figures(rows, tmp_path):
         else:
             assert row["ratio"] > 0
             assert row["peak_extra_memory"] >= 0
-    assert found["ours", "float32"]["l0"] > 0
+    ours, eager = found["ours", "float32"], found["eager PyTorch", "bfloat16"]
+    assert ours["l0"] > 0
+    assert ours["codes_memory"] == pytest.approx(20 * ours["l0"] / (4 * 70))  # a float32 and two int64 each
+    assert eager["codes_memory"] == 0.5
     assert (tmp_path / "inference.md").read_text().startswith("| (B, d, F, k) | dtype | candidate |")
 
 

@@ -270,9 +270,12 @@ def test_tokens_are_prepared_a_few_at_a_time(rule, screen, normalize, monkeypatc
     options = {"normalize": normalize, "apply_b_dec_to_input": True, "scale_by_decoder_norm": True, "screen": screen}
     sae, x = make(rule, 41, torch.float32, **options)
     whole = sae.encode_sparse(x), sae.encode(x, [5, 2])
-    for name in ("rounded_tokens.PIECE_ELEMENTS", "torch.above.PIECE_ELEMENTS", "torch.above.PREPARED_ELEMENTS"):
+    pieces = "rounded_tokens.PIECE_ELEMENTS", "torch.settling.PIECE_ELEMENTS", "torch.above.PREPARED_ELEMENTS"
+    for name in pieces:
         monkeypatch.setattr(f"sampled_sae.impl.{name}", 7 * D)
     monkeypatch.setattr("sampled_sae.impl.torch.above.OF_PREPARED", 0)
+    if normalize == "none":  # candidates are computed token by token
+        monkeypatch.setattr("sampled_sae.impl.torch.settling.OF_TOKENS", 0)
     monkeypatch.setattr("sampled_sae.impl.torch.above.ROW_TOKEN_ELEMENTS", 7 * D)
     monkeypatch.setattr("sampled_sae.impl.torch.above.FEWEST_TOKENS", 7)
     monkeypatch.setattr("sampled_sae.support.even_slices.FEWEST_ROWS", 7)

@@ -154,21 +154,34 @@ def test_error_terms(tmp_path, architecture):
     torch.testing.assert_close(errors[3], errors[1], **NEAR)
 
 
-def test_inside_a_hooked_transformer(tmp_path):
+@pytest.mark.parametrize("architecture", SAES)
+def test_inside_a_hooked_transformer(tmp_path, architecture):
+    """Logits, what is cached, what an ablated feature changes, and the gradient of the loss."""
     config = HookedTransformerConfig(
         n_layers=2, d_model=D, n_ctx=16, d_head=4, n_heads=3, d_mlp=24, d_vocab=50, act_fn="relu", seed=0
     )
     model = HookedSAETransformer(config)
     metadata = {"sae_lens_version": "6.22.1", "hook_name": "blocks.0.hook_resid_post"}
     results = []
-    for sae in pair(tmp_path, "jumprelu", metadata=metadata):
+    tokens, post = torch.arange(24).view(2, 12), "blocks.0.hook_resid_post.hook_sae_acts_post"
+
+    def ablate(value, hook):
+        value[..., ::2] = 0
+        return value
+
+    for sae in pair(tmp_path, architecture, metadata=metadata):
         for use_error_term in (False, True):
-            tokens = torch.arange(24).view(2, 12)
+            model.zero_grad()
+            how = {"saes": [sae], "use_error_term": use_error_term}
+            model.run_with_saes(tokens, **how, return_type="loss").backward()
             with torch.no_grad():
                 logits, cache = model.run_with_cache_with_saes(tokens, saes=[sae], use_error_term=use_error_term)
                 results.append({"logits": logits, **{name: t for name, t in cache.items() if "sae" in name}})
                 alone = model.run_with_saes(tokens, saes=[sae], use_error_term=use_error_term)
                 torch.testing.assert_close(alone, logits, **NEAR)
+                ablated = model.run_with_hooks_with_saes(tokens, saes=[sae], fwd_hooks=[(post, ablate)])
+            assert (ablated - logits).abs().max() > 1e-3
+            results[-1] |= {"ablated": ablated, "grad": model.W_E.grad.clone()}
     for theirs, ours in zip(results[:2], results[2:], strict=True):
         assert set(theirs) == set(ours)
         assert any("acts_pre" in name for name in theirs)

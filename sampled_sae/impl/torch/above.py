@@ -2,14 +2,13 @@
 
 A chunk [B, C] is filtered in cache (column_filter.py). With a screen it is a bfloat16 product (plain_screen.py where
 both operands hold no more, bounded_screen.py for all others), and what that cannot rule out is computed again, one by
-one. Tokens that have to be prepared are prepared a few at a time, for a product in full precision as many as its room
-allows. Where a rule lets so much through that lists of entries cost more than the product, whole rows of activations
-are computed for a few tokens at a time: the same memory, whatever the share.
+one (settling.py). Tokens are taken in blocks, so that what is made of them, rounded or prepared, has room. Where a rule
+lets so much through that lists of entries cost more than the product, whole rows of activations are computed for a few
+tokens at a time: the same memory, whatever the share.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -19,19 +18,19 @@ from ...codes import Entries
 from ...support.even_slices import even_slices
 from ...support.reused_memory import scratch
 from ..encoder import Operands
-from ..rounded_tokens import PIECE_ELEMENTS
 from .column_filter import places_reaching
-from .look_through import LookThrough, room_of
-from .products import activations_at, candidate_spans, ends_of_tokens, sampled_product
-from .search import MOST_SCREENED, join
+from .floors import least_in_full
+from .look_through import MOST_TOKENS, LookThrough, is_held, room_of
+from .products import activations_at, candidate_spans, raised
+from .search import MOST_SCREENED
+from .settling import Candidates, flat_places
 
 # elements of tokens that are looked at together: for fewer the weights would be read, and rounded, more often
 TOKEN_ELEMENTS = 1 << 22
-# the same where they are prepared for a product in full precision, at least: else a part of what a search may hold
+# tokens at least that weights are rounded for, and bytes of the room that rounded tokens leave to all else
+FEWEST_ROUNDED, BESIDE_ROUNDED = 512, 5e6
+# elements of tokens that are prepared for a product in full precision, at least: else a part of what a search may hold
 PREPARED_ELEMENTS, OF_PREPARED = 1 << 18, 0.5
-# candidates that wait, at most, for the end of a search, when its rounded tokens have gone; and computed together
-MOST_WAITING = 1 << 17
-MOST_SETTLED = 1 << 14
 # a rule that lets more than this share of a batch through gets whole rows
 MOST_LISTED = 1 / 64
 # entries found before that share is looked at, and activations seen before a screen's
@@ -45,19 +44,21 @@ FEWEST_TOKENS = 32
 
 def entries_above(operands: Operands, floor: Tensor) -> Entries:
     """Every entry of (x W^T + b) * scale strictly above the floor, [1] or [F], sorted by token, then feature."""
-    search = FloorSearch(floor)
-    found = [moved(search.among(block), at.start) for at, block in blocks_of_tokens(operands)]
+    search = FloorSearch(operands, floor)
+    found = [moved(search.among(block), at.start) for at, block in blocks_of_tokens(operands, search.room)]
     # no token: of a process whose part of a batch is empty
-    return join(found) if found else Found(operands).entries()
+    return joined(found) if found else Found(operands).entries()
 
 
-def blocks_of_tokens(operands: Operands) -> Iterator[tuple[slice, Operands]]:
-    """(some tokens, their operands), in blocks of about the same size."""
-    n_tokens, most = operands.n_tokens, TOKEN_ELEMENTS
+def blocks_of_tokens(operands: Operands, room: float) -> Iterator[tuple[slice, Operands]]:
+    """(some tokens, their operands), in blocks of about the same size; `room` in bytes is what a search may hold."""
+    n_tokens, d = operands.x.shape
+    most = min(TOKEN_ELEMENTS, MOST_TOKENS * d)
     if operands.screen is None and not operands.is_exact:
-        room = OF_PREPARED * room_of(n_tokens, operands.n_features) / operands.b.element_size()
-        most = min(most, max(PREPARED_ELEMENTS, int(room)))
-    for at in even_slices(n_tokens, operands.x.shape[1], most):
+        most = min(most, max(PREPARED_ELEMENTS, int(OF_PREPARED * room / operands.b.element_size())))
+    elif operands.screen is not None and not is_held(operands):
+        most = min(most, max(FEWEST_ROUNDED * d, int(room - BESIDE_ROUNDED) // 2))
+    for at in even_slices(n_tokens, d, most):
         yield at, operands.of_tokens(at)
 
 
@@ -67,7 +68,8 @@ class Found:
     def __init__(self, block: Operands) -> None:
         self.n_features = block.n_features
         self.values: list[Tensor] = [block.b.new_zeros(0)]
-        self.places: list[Tensor] = [block.b.new_zeros(0, dtype=torch.int64)]
+        none = block.b.new_zeros(0, dtype=torch.int64)
+        self.places: list[Tensor] = [flat_places(block, none, none, self.n_features)]
         self.count = 0
 
     def add(self, values: Tensor, places: Tensor) -> None:
@@ -77,25 +79,29 @@ class Found:
 
     def entries(self) -> Entries:
         """All of them by token, then feature; they are no longer held here."""
-        places, self.places = torch.cat(self.places), []
-        values, self.values = torch.cat(self.values), []
+        places, values = taken(self.places), taken(self.values)
         if not bool((places[1:] > places[:-1]).all()):
             places, order = places.sort()
             values = values.index_select(0, order)
+            del order
         tokens = places // self.n_features
-        return Entries(values, tokens, places.sub_(tokens * self.n_features))
+        features = places.sub_(tokens * self.n_features)
+        return Entries(values, tokens.long(), features.long())
 
 
 class FloorSearch:
     """One batch's search; what it learns from a block of tokens, it does not try again with the next.
 
+    Args:
+        operands: of the whole batch.
+
     Attributes:
-        screens: those that it may still look through, in the order in which they are tried. listing: whether it lists
-            the entries of chunks, and does not compute whole rows.
+        room: bytes that it may hold. screens: those that it may still look through, in the order in which they are
+            tried. listing: whether it lists the entries of chunks, and does not compute whole rows.
     """
 
-    def __init__(self, floor: Tensor) -> None:
-        self.floor = floor
+    def __init__(self, operands: Operands, floor: Tensor) -> None:
+        self.floor, self.room = floor, room_of(operands.n_tokens, operands.n_features)
         self.screens = ["plain", "bounded"]
         self.listing = True
 
@@ -106,92 +112,74 @@ class FloorSearch:
 
     def listed(self, block: Operands) -> Entries | None:
         """The same chunk by chunk; None where there are too many."""
-        look, found, start = LookThrough(block, self.floor, self.screens), Found(block), 0
-        waiting: list[Tensor] = []
-        n_waiting = 0
+        waiting, found, start = Candidates(block, self.room), Found(block), 0
+        look = LookThrough(block, self.floor, self.screens, self.room - waiting.held)
         while start < block.n_features:
             span = slice(start, min(start + look.width(), block.n_features))
             seen = self._screened(look, span)
             if seen is None and block.screen is not None and not block.is_exact:
+                waiting.let_go()
                 return self._in_smaller_blocks(block)
             if seen is None:
                 found.add(*self._in_full(look.full, span))
             else:
-                waiting.append(seen)
-                n_waiting += len(seen)
+                waiting.add(*seen)
             start = span.stop
             most = max(FEWEST_LISTED, MOST_LISTED * block.n_tokens * start)
-            if n_waiting >= MOST_WAITING or found.count + n_waiting > most:
-                self._settle(block, waiting, found)
-                n_waiting = 0
+            if waiting.are_many or found.count + waiting.count > most:
+                self._settle(waiting, found)
             if found.count > most:
                 self.listing = False
+                look.let_go()
                 return None
         look.let_go()
-        self._settle(block, waiting, found)
+        self._settle(waiting, found)
+        waiting.let_go()
         return found.entries()
 
     def _in_smaller_blocks(self, block: Operands) -> Entries | None:
         """Without a screen: so many tokens are not prepared together."""
         found = []
-        for at, part in blocks_of_tokens(block.in_full()):
+        for at, part in blocks_of_tokens(block.in_full(), self.room):
             entries = self.listed(part)
             if entries is None:
                 return None
             found.append(moved(entries, at.start))
-        return join(found)
+        return joined(found)
 
-    def _screened(self, look: LookThrough, span: slice) -> Tensor | None:
-        """Places that a screen leaves open; None where there is no screen that leaves few enough."""
+    def _screened(self, look: LookThrough, span: slice) -> tuple[Tensor, Tensor] | None:
+        """(tokens, features) that a screen leaves open; None where there is no screen that leaves few enough."""
         n_seen = look.block.n_tokens * (span.stop - span.start)
         while look.screen is not None:
             seen = look.through(span)
             if seen is not None:
-                tokens, features = seen
-                look.count(n_seen, len(tokens))
-                if len(tokens) <= MOST_SCREENED * max(n_seen, FEWEST_SEEN):
-                    return narrow(in_block(tokens, features, look.block.n_features), look.block)
+                look.count(n_seen, len(seen[0]))
+                if len(seen[0]) <= MOST_SCREENED * max(n_seen, FEWEST_SEEN):
+                    return seen
             look.drop()
         return None
 
-    def _settle(self, block: Operands, waiting: list[Tensor], found: Found) -> None:
+    def _settle(self, waiting: Candidates, found: Found) -> None:
         """All candidates in full precision: those above their floor are found."""
-        if waiting:
-            places = torch.cat(waiting).sort().values
-            waiting.clear()
-            for some in places.split(MOST_SETTLED):
-                found.add(*self._settled(block, some.long()))
-
-    def _settled(self, block: Operands, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Candidates, sorted, in full precision: (values, places) of those above their floor."""
-        tokens = places // block.n_features
-        features, ends = places - tokens * block.n_features, ends_of_tokens(tokens, block.n_tokens)
-        values = products_at(block, ends, features)
-        values += block.b.index_select(0, features)
-        if block.scale is not None:
-            values *= block.scale.index_select(0, features)
-        return self._above(values, places, features)
+        for z, tokens, features in waiting.products():
+            found.add(*self._above(waiting.block, z, tokens, features))
 
     def _in_full(self, block: Operands, span: slice) -> tuple[Tensor, Tensor]:
-        """The same of a chunk from a product in full precision."""
-        floor = self._finite(span)
-        a = activations_at(block, span)
-        tokens, columns = places_reaching(a, torch.nextafter(floor, torch.full_like(floor, torch.inf)))
-        features = columns + span.start
-        return self._above(a[tokens, columns], in_block(tokens, features, block.n_features), features)
+        """(values, places) above their floor in a chunk, from a product in full precision."""
+        z = scratch(block.x, block.n_tokens, span.stop - span.start)
+        torch.mm(block.x, raised(block.W[span], block.x).t(), out=z)
+        tokens, columns = places_reaching(z, least_in_full(block, self.floor, span))
+        return self._above(block, z[tokens, columns], tokens, columns.add_(span.start))
 
-    def _above(self, values: Tensor, places: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    def _above(self, block: Operands, z: Tensor, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(values, places) of those products whose activation is above its floor."""
+        values = z.add_(block.b.index_select(0, features))
+        if block.scale is not None:
+            values *= block.scale.index_select(0, features)
         floor = self.floor if len(self.floor) == 1 else self.floor.index_select(0, features)
         at = (values > floor).nonzero().squeeze(1)
-        return values.index_select(0, at), places.index_select(0, at)
-
-    def _finite(self, span: slice) -> Tensor:
-        """The floors of a chunk, [1] or [C].
-
-        An activation that left the range of float32 is above no infinite floor: values are compared in the end.
-        """
-        floor = self.floor if len(self.floor) == 1 else self.floor[span]
-        return floor.clamp(max=torch.finfo(floor.dtype).max)
+        places = tokens.index_select(0, at), features.index_select(0, at)
+        return values.index_select(0, at), flat_places(block, *places, block.n_features)
 
 
 def moved(entries: Entries, first: int) -> Entries:
@@ -200,28 +188,18 @@ def moved(entries: Entries, first: int) -> Entries:
     return entries
 
 
-def in_block(tokens: Tensor, features: Tensor, n_features: int) -> Tensor:
-    """Places in a flat [T, F]."""
-    return tokens.mul_(n_features).add_(features)
+def joined(parts: list[Entries]) -> Entries:
+    """All entries of a list, which is emptied: no more than one column of it is held twice."""
+    columns = [list(column) for column in zip(*parts)]
+    parts.clear()
+    return Entries(*(taken(column) for column in columns))
 
 
-def narrow(places: Tensor, block: Operands) -> Tensor:
-    """Places of candidates, which wait in as few bytes as hold them."""
-    return places.int() if block.n_tokens * block.n_features < 1 << 31 else places
-
-
-def products_at(block: Operands, ends: Tensor, features: Tensor) -> Tensor:
-    """`sampled_product` of a block's tokens and weights; tokens that have to be prepared are, a few at a time."""
-    if block.is_exact:
-        return sampled_product(block.x, block.W, ends, features)
-    step = max(1, PIECE_ELEMENTS // block.x.shape[1])
-    bounds, parts = [*ends[::step].tolist(), len(features)], []
-    for first, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        if start < stop:
-            at = slice(first * step, min((first + 1) * step, block.n_tokens))
-            own = ends[at.start : at.stop + 1] - start
-            parts.append(sampled_product(block.exact(at), block.W, own, features[start:stop]))
-    return torch.cat(parts) if parts else block.b.new_zeros(0)
+def taken(parts: list[Tensor]) -> Tensor:
+    """All of a list, which is emptied."""
+    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+    parts.clear()
+    return whole
 
 
 def in_whole_rows(block: Operands, floor: Tensor) -> Entries:
@@ -232,7 +210,7 @@ def in_whole_rows(block: Operands, floor: Tensor) -> Entries:
         dense_activations(part, a)
         tokens, features = (a > floor).nonzero(as_tuple=True)
         found.append(Entries(a[tokens, features], tokens + at.start, features))
-    return join(found)
+    return joined(found)
 
 
 def row_blocks(operands: Operands) -> Iterator[tuple[slice, Operands]]:

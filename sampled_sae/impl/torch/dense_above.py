@@ -49,9 +49,9 @@ def fill_above(operands: Operands, threshold: Tensor, gate: Gate | None) -> Tens
     """[B, F]: from a list of entries where there are few, else from whole rows."""
     floor = floor_of(threshold, gate, operands.b.dtype)
     out = on_huge_pages(operands.b, operands.n_tokens, operands.n_features)
-    search = FloorSearch(floor)
+    search = FloorSearch(operands, floor)
     search.listing = operands.n_features > FEW_FEATURES
-    for span, block in blocks_of_tokens(operands):
+    for span, block in blocks_of_tokens(operands, search.room):
         rows = out[span]
         found = search.listed(block) if search.listing else None
         if found is not None:

@@ -26,7 +26,7 @@ BLOCK_TOKENS = 2048
 # of rows that are gathered and then raised
 RAISED_AT_ONCE = 1 << 17
 # rows of weights, one an entry, that are gathered at once
-GATHERED_ELEMENTS = 1 << 19
+GATHERED_ELEMENTS = 1 << 18
 # A chunk of a search is a multiple of so many features wide, so that its maxima can be taken in blocks.
 BLOCK_FEATURES = 32
 # features that are multiplied at once, at least: two threads share narrower products badly
