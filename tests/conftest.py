@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 # The tensors here are small: a second thread costs more than it gives, several times so on a busy machine.
 torch.set_num_threads(1)
 # a minute and more each: begun first, so that at the end no process waits for one of them
-LONGEST = ("many_problems", "what_the_compiler_makes", "test_rehearsal", "every_step_of_a_training", "bundled_model")
+LONGEST = ("many_problems", "what_the_compiler_makes", "test_rehearsal", "every_step_of_a_training", "the_notebook")
 
 
 def pytest_collection_modifyitems(items):
@@ -38,6 +38,14 @@ def form(request, monkeypatch):
     if request.param == "entries":
         monkeypatch.setattr(layer, "BLOCK_FEATURES", 0)
     return request.param
+
+
+@pytest.fixture
+def forked_workers(monkeypatch):
+    """Workers of the benchmarks start in a moment."""
+    from forked import forked
+
+    monkeypatch.setattr("benchmarks.worker.CONTEXT", forked())
 
 
 @pytest.fixture
