@@ -19,7 +19,7 @@ LEFT_OUT = ("-k", "not memory_checker")
 PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--color=no", *LEFT_OUT)
 # Most of the time is compilation on the CPU. Tests at real sizes need the GPU's memory for themselves.
 AT_ONCE, ALONE = 8, "tests/gpu/"
-REHEARSED = "tests/kernels/test_row_adam_moments.py"
+REHEARSED = "tests/kernels/test_rounded_rows.py"
 OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")
 COLUMNS = {name: f"{{{name}}}" for name in ("name", *OUTCOMES, "failures", "ended", "seconds")}
 
