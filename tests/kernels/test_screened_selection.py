@@ -73,14 +73,14 @@ WAYS = st.sampled_from(["batch", "token", "threshold", "floors", "dense", "dense
 
 
 @quick
-@given(encoders(), st.integers(1, 4), WAYS)
+@given(encoders(130), st.integers(1, 4), WAYS)
 def test_the_same_pairs(case, k, what):
     check(case, k, what)
 
 
 @pytest.mark.slow
 @long
-@given(encoders(), st.integers(1, 8), WAYS)
+@given(encoders(130), st.integers(1, 8), WAYS)
 def test_the_same_pairs_of_many_problems(case, k, what):
     check(case, k, what)
 
