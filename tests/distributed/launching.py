@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from forked import be_quick, forked
+from forked import be_quick, forked, write_to
 from workers import PATIENCE
 
 from sampled_sae.support import roll_call
@@ -91,10 +91,7 @@ def do(rank, target, argv, environment, log, mishap, most_bytes):
     """What `target(argv)` returns, with the standard streams in a file."""
     names = ("SLURM_PROCID", "SLURM_LOCALID") if "SLURM_STEP_NUM_TASKS" in environment else ("RANK", "LOCAL_RANK")
     os.environ.update(environment, **dict.fromkeys(names, str(rank)))
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(out, stream)
-    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
+    write_to(log)
     be_quick()
     if most_bytes is not None:
         sys.dont_write_bytecode = True  # Python 3.11 keeps the part of a .pyc file that there was room for
