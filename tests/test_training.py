@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from forked import run_forked
+from makers import SMALL_SAE as SAE
 from makers import D, begun_training, same_weights, write_store
 from safetensors.torch import load_file, save_file
 
@@ -18,7 +19,6 @@ from sampled_sae.training.train_config import TrainConfig
 from sampled_sae.training.trainer import Trainer
 from sampled_sae.training.training_run import CHECKPOINT, METRICS
 
-SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0, dead_after=300, aux_pool=16)
 TRAIN = TrainConfig(steps=24, batch_size=64, checkpoint_every=6, log_every=2, lr=3e-3)
 
 
