@@ -16,7 +16,7 @@ from sampled_sae.support import roll_call
 
 # of train and sweep; --quiet is the last one
 COMMON = ["--features", "96", "--k", "3", "--steps", "8", "--batch-size", "64", "--checkpoint-every", "3"]
-COMMON += ["--log-every", "2", "--rank-timeout", "120", "--quiet"]
+COMMON += ["--log-every", "2", "--rank-timeout", str(PATIENCE), "--quiet"]
 OPTIONS = ["--l", "4", *COMMON]
 
 # mishaps after which a rank says nothing; of two, the other one need not wait for what it says

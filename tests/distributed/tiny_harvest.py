@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
+from workers import PATIENCE
 
 from sampled_sae.lm import harvest
 from sampled_sae.support.all_ranks import ALONE, start
@@ -34,7 +35,7 @@ class Tiny(nn.Module):
 def harvest_tiny(argv):
     """argv: the folder, and how many rows differ from those of the first rank on the others. Exit status."""
     launch = launched()
-    ranks = ALONE if launch is None else start(launch, cuda=False, feature_shards=1, timeout=120)
+    ranks = ALONE if launch is None else start(launch, cuda=False, feature_shards=1, timeout=PATIENCE)
     rows = torch.randint(0, VOCABULARY, (22, CONTEXT), generator=torch.Generator().manual_seed(1))
     if ranks.rank and len(argv) > 1:
         rows[: int(argv[1])] = 0
