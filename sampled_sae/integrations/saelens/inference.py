@@ -244,8 +244,8 @@ def form_of(theirs: type[SAE[Any]], rule: str) -> type[SparseInference]:
     """The class of SAELens with our search in it, here under its name, where pickle looks for it."""
     mixed = SparseTranscoding if issubclass(theirs, Transcoder) else SparseInference
     about = {"__module__": __name__, "__doc__": f"SAELens' {theirs.__name__}.", "rule": rule, "theirs": theirs}
-    name = f"Sparse{theirs.__name__}"
-    globals()[name] = form = type(name, (mixed, theirs), about)
+    form: Any = type(f"Sparse{theirs.__name__}", (mixed, theirs), about)
+    globals()[form.__name__] = form
     return form
 
 
