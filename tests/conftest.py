@@ -11,8 +11,10 @@ if not torch.cuda.is_available():
         from quick_interpreter import make_quick
 
         make_quick()
-# The tensors here are small: a second thread costs more than it gives, several times so on a busy machine.
+# The tensors here are small: a second thread costs more than it gives, several times so on a busy machine. Nor has one
+# a process that a test starts.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 # a minute and more each: begun first, so that at the end no process waits for one of them
 LONGEST = ("many_problems", "what_the_compiler_makes", "test_rehearsal", "every_step_of_a_training", "the_notebook")
 
