@@ -19,7 +19,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 LONGEST = ("many_problems", "what_the_compiler_makes", "test_rehearsal", "every_step_of_a_training", "the_notebook")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("markexpr") == "":
+        left_out = [item for item in items if item.get_closest_marker("everyday")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     items.sort(key=lambda item: not any(name in item.name for name in LONGEST))
 
 

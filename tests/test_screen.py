@@ -41,6 +41,7 @@ def check(case, k, l):
         assert_same_members(case, rule, *(found.members for found in pools))
 
 
+@pytest.mark.everyday
 @quick
 @given(encoders(), st.integers(1, 8), st.sampled_from([1.0, 2.0, 4.0]))
 def test_the_same_pool_and_pairs(case, k, l):

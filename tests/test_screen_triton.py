@@ -57,6 +57,7 @@ def check(case, k, l, scored):
         assert_same_members(case, rule, *(pool.members.cpu() for pool in found))
 
 
+@pytest.mark.everyday
 @quick
 @given(encoders(130), st.integers(1, 8), st.sampled_from([1.0, 2.0, 4.0]), st.sampled_from(SCORED))
 def test_the_same_pool(case, k, l, scored):
