@@ -40,12 +40,12 @@ def holder():
         ours, theirs = forked().Pipe()
         process = forked().Process(target=hold, args=(folder, theirs))
         process.start()
-        started.append(process)
+        started.append((process, ours))  # a pipe that nobody holds is closed, which lets go
         assert ours.recv() == "held"
         return process, ours
 
     yield holds
-    for process in started:
+    for process, _ in started:
         process.kill()
         process.join()
 
