@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from types import ModuleType
 
 import torch
@@ -64,8 +64,8 @@ class Implementation:
     take_kept: Callable[[Entries, Tensor, int, int], Entries] | None = None
     seen_columns: Callable[[Operands, str], SeenColumns | None] | None = None
     squared_errors: Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]] | None = None
-    totals: Totals = ONE_PROCESS[0]
-    ranking: Ranking = ONE_PROCESS[1]
+    totals: Totals = field(default_factory=Totals)
+    ranking: Ranking = field(default_factory=Ranking)
 
 
 # each is a function of the implementation's files, but for what says how processes work together
@@ -119,6 +119,5 @@ def implementation(name: str) -> Implementation:
 
 def parts_of(*files: ModuleType) -> Implementation:
     """Each part from the first of the files that has it."""
-    return Implementation(
-        **{name: getattr(file, name) for file in reversed(files) for name in PARTS if hasattr(file, name)}
-    )
+    found = {name: getattr(file, name) for file in reversed(files) for name in PARTS if hasattr(file, name)}
+    return Implementation(**found, totals=ONE_PROCESS[0], ranking=ONE_PROCESS[1])
