@@ -13,7 +13,7 @@ PRELOADED = ["torch", "torch.distributed.tensor", "torch.distributed.checkpoint"
 PRELOADED += ["transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"]
 PRELOADED += ["transformers.models.auto.tokenization_auto", "transformers.tokenization_utils_tokenizers"]
 # for the workers of benchmarks
-PRELOADED += [f"benchmarks.peers.{name}" for name in ("ours", "saelens", "sparsify", "dictionary_learning")]
+PRELOADED += [f"benchmarks.peers.{name}" for name in ("saelens", "sparsify", "dictionary_learning")]
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 
 

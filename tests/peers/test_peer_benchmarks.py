@@ -265,7 +265,7 @@ def test_equal_time_command(command, tmp_path):
     ActivationStore.write(store, torch.randn(600, 20), holdout=150)
     small = ["--features", 64, "--k", 3, "--batch-size", 16, "--marks", 0.05, 0.1, "--model", "none"]
     result, shown = command(equal_time, store, *small, "--candidates", *names)
-    assert [row.get("seconds") or row for row in result["rows"]] == [0.05, 0.1] * 3
+    assert [row.get("seconds", row) for row in result["rows"]] == [0.05, 0.1] * 3
     for row in result["rows"]:
         assert row["steps"] > 0
         assert 0 < row["fvu"] < 10
