@@ -36,6 +36,7 @@ def test_train_on_tensor(run_example, tmp_path):
     assert run_example("train_on_tensor.py", *arguments)[1] == figures, "the second start goes on from the first's end"
 
 
+@pytest.mark.slow
 def test_train_on_model(run_example, tmp_path):
     transformers = pytest.importorskip("transformers")
     words = [f"w{i}" for i in range(40)]
@@ -56,6 +57,7 @@ def test_train_on_model(run_example, tmp_path):
     assert SampledSAE.from_pretrained(tmp_path / "out" / "sae").cfg.d_in == 16
 
 
+@pytest.mark.slow
 def test_model_diffing(run_example, tmp_path):
     """The tuned model writes something new in the second half of each row, whatever the word; it alone has that."""
     transformers = pytest.importorskip("transformers")

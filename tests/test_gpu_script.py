@@ -65,6 +65,7 @@ def test_rehearsal(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "best.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
     parts = {"lost": (5, ["no_such_part"], []), "ceilings": gpu.PARTS["ceilings"]}
     monkeypatch.setattr(gpu, "PARTS", parts)
