@@ -105,9 +105,10 @@ class PointSplice:
         """
         of_target = manifest.get("target", manifest)
         check_one_place(manifest)
-        points = points_of(model, [harvested_place(about) for about in (manifest, of_target)])
+        read, target = points_of(model, [harvested_place(about) for about in (manifest, of_target)])
         dropping = dropped_by_harvest(model, manifest, insist)
-        return cls(model, rows, *points, max_norms=(manifest["max_norm"], of_target["max_norm"]), **dropping, **options)
+        norms = manifest["max_norm"], of_target["max_norm"]
+        return cls(model, rows, read, target, max_norms=norms, **dropping, **options)
 
     def evaluate(self, reconstruct: Transcode) -> dict[str, float]:
         """Splice one reconstruction in; the figures are those of `SpliceEvaluator.evaluate`.
