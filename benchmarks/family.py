@@ -36,12 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.equal_time import CALIBRATION_TOKENS, SLICE
-from benchmarks.family_kinds import KINDS, FamilySession, Task
 from benchmarks.measure import Row
 from benchmarks.peers import Setup, installed
 from benchmarks.record import Record, Result, markdown, parser
 from benchmarks.steps.harness import reason_in
+from benchmarks.training_kinds import KINDS, Task, TrainingSession
 from benchmarks.worker import Worker
 from sampled_sae import SampledSAE
 from sampled_sae.lm import load_model
@@ -51,10 +50,14 @@ from sampled_sae.training.opening import as_activations
 from sampled_sae.training.same_settings import identity, in_words
 from sampled_sae.training.sweep import Splice, evaluate
 
+FAMILY = ("matryoshka", "crosscoder", "transcoder")
+SLICE = 5.0  # seconds of steps before the next candidate's turn
+CALIBRATION_TOKENS = 16_384
 WANTED = {
     "fvu": "fvu",
     "fvu_layers": "fvu_layers",
     "l0": "l0",
+    "dead_share": "never_active",
     "fvu_groups": "fvu_groups",
     "loss_recovered_zero": "loss_recovered",
     "loss_recovered_zero_layers": "loss_recovered_layers",
@@ -67,7 +70,7 @@ def trained(task: Task) -> list[Row]:
     entries = task.entries
     missing = [{"reason": "not installed"}]
     rows: dict[str, list[Row]] = {name: [] if installed(entry) else missing for name, entry in entries.items()}
-    workers = {name: Worker(FamilySession, task, name) for name in entries if not rows[name]}
+    workers = {name: Worker(TrainingSession, task, name) for name in entries if not rows[name]}
 
     def each(act: Callable[[str], Iterable[Row]]) -> None:
         for name in list(workers):
@@ -80,7 +83,7 @@ def trained(task: Task) -> list[Row]:
 
     def until(seconds: float, name: str) -> list[Row]:
         workers[name].call("train", seconds)
-        return [workers[name].call("save", f"{seconds:g} s")] if seconds in task.marks else []
+        return [{**workers[name].call("save", f"{seconds:g} s"), "mark": seconds}] if seconds in task.marks else []
 
     def ended(name: str) -> list[Row]:
         workers[name].call("finish")
@@ -91,7 +94,8 @@ def trained(task: Task) -> list[Row]:
         done = min([done + SLICE, *(mark for mark in task.marks if mark > done)])
         each(partial(until, done))
         print(f"{task.kind}: {done:g} s of steps each", flush=True)
-    each(ended)
+    if task.steps:
+        each(ended)
     for worker in workers.values():
         worker.close()
     setup = task.setup
@@ -138,7 +142,7 @@ def check_same(out: Path, before: Result, setup: dict[str, Any], activations: di
 
 def markdown_table(result: Result) -> str:
     """A table for each kind, a line a candidate: its step, and what equal time and equal steps buy."""
-    return "\n".join(filter(None, (table_of(kind, result) for kind in KINDS)))
+    return "\n".join(filter(None, (table_of(kind, result) for kind in FAMILY)))
 
 
 def table_of(kind: str, result: Result) -> str:
@@ -190,10 +194,10 @@ def main() -> None:
     command.add_argument("--seeds", type=int, nargs="+", default=[0], help="the first is timed; 0 by default")
     command.add_argument("--timed", action="store_true", help="only what is timed")
     command.add_argument("--weights", type=Path, default=Path("runs/family"), help="folder for what is not judged yet")
-    for kind in KINDS:
+    for kind in FAMILY:
         command.add_argument(f"--{kind}", type=Path, help="folder that `sampled-sae harvest` wrote; left out without")
     args = command.parse_args()
-    given = {kind: getattr(args, kind) for kind in KINDS if getattr(args, kind) is not None}
+    given = {kind: getattr(args, kind) for kind in FAMILY if getattr(args, kind) is not None}
     stores = {kind: as_activations(folder) for kind, folder in given.items()}
     about = {kind: described(store) for kind, store in stores.items()}
     how = {name: getattr(args, name) for name in SETTINGS} | {"marks": sorted(args.marks)}

@@ -70,21 +70,26 @@ def main() -> int:
     return 1 if failed else 0
 
 
+def command_of(part: str, out: Path, seconds: float, rehearse: bool) -> list[str]:
+    """The module of a part and its arguments."""
+    _, (module, *arguments), on_a_gpu = PARTS[part]
+    command = [f"benchmarks.{module}", "--out", str(out / f"{part}.json"), *arguments]
+    command += ["--device", "cpu", "--rehearse", "--rounds", "1"] if rehearse else ["--device", "cuda", *on_a_gpu]
+    command += ["--impl", "triton"] if module in ("operations", "inference") else []
+    return [*command, "--within", f"{seconds:.0f}"]
+
+
 def run_part(part: str, out: Path, seconds: float, rehearse: bool) -> str | None:
     """What went wrong, if anything did."""
     (out / f"{part}.json").unlink(missing_ok=True)
     if seconds < 1:
         return "no time left"
-    _, (module, *arguments), on_a_gpu = PARTS[part]
-    command = [sys.executable, "-m", f"benchmarks.{module}", "--out", str(out / f"{part}.json"), *arguments]
-    command += ["--device", "cpu", "--rehearse", "--rounds", "1"] if rehearse else ["--device", "cuda", *on_a_gpu]
-    command += ["--impl", "triton"] if module in ("operations", "inference") else []
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     interpreter = {"TRITON_INTERPRET": "1"} if rehearse else {}
     print(f"{part} ...", file=sys.stderr, flush=True)
     with (out / f"{part}.log").open("w") as log:
         process = subprocess.Popen(
-            [*command, "--within", f"{seconds:.0f}"],
+            [sys.executable, "-m", *command_of(part, out, seconds, rehearse)],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": path, **interpreter},
             stdout=log,

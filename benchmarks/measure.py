@@ -7,7 +7,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +30,12 @@ def spread_columns(values: Sequence[float], name: str) -> dict[str, float]:
     """Median with the 20th and 80th percentile, as `name`, `name`_p20, `name`_p80."""
     found = spread(values)
     return {name: found.ms, f"{name}_p20": found.p20, f"{name}_p80": found.p80}
+
+
+def over_seeds(values: Iterable[float | None]) -> tuple[float, float, float] | None:
+    """(mean, least, greatest) of those that are there; None where none is."""
+    found = [value for value in values if value is not None]
+    return (sum(found) / len(found), min(found), max(found)) if found else None
 
 
 def product(x: Tensor, W: Tensor) -> Callable[[], Any]:

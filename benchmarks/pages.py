@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.measure import ROOT, Row
-from benchmarks.record import Record, Result, markdown, parser
+from benchmarks.record import Record, parser, table_of
 from sampled_sae import CodesStore
 from sampled_sae.inference.config import InferenceConfig
 from sampled_sae.inference.encode_corpus import encode_corpus
@@ -44,6 +44,7 @@ return [performance.now() - start, table.shown.length];
 COLUMNS = {"page": "{page}", "in full": "{in full}", "made in, s": "{made_s:.1f}", "MB": "{megabytes:.1f}"}
 COLUMNS |= {"first paint, ms": "{first_paint_ms:.0f}", "slowest search, ms": "{search_ms:.0f}"}
 COLUMNS |= {"sort, ms": "{sort_ms:.0f}"}
+markdown_table = table_of(COLUMNS)
 
 
 class Texts:
@@ -88,10 +89,6 @@ def measured(browser: Any, file: Path) -> Row:
     sort = "const start = performance.now(); table.sort('max'); return performance.now() - start"
     found = {"first_paint_ms": paint, "search_ms": max(searches), "sort_ms": browser.execute_script(sort)}
     return {**found, "megabytes": file.stat().st_size / 1e6}
-
-
-def markdown_table(result: Result) -> str:
-    return markdown(COLUMNS, result["rows"])
 
 
 def of_random(features: str) -> Iterator[Row]:

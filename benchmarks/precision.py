@@ -9,7 +9,6 @@ with three seeds of initial weights, calibrated to L0 = k in float32 and evaluat
 
 from __future__ import annotations
 
-import statistics
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -19,8 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measure import Row
-from benchmarks.record import Record, Result, markdown, parser
+from benchmarks.measure import Row, over_seeds
+from benchmarks.record import Record, parser, table_of
 from benchmarks.rounded_products import RoundedProducts
 from sampled_sae import SampledSAEConfig
 from sampled_sae.training.activation_store import ActivationStore
@@ -38,6 +37,7 @@ COLUMNS = {
     "FVU beside fp32's, seed by seed": "{beside[0]:+.2%} ({beside[1]:+.2%} to {beside[2]:+.2%})",
     "never active": "{dead_share[0]:.3f} ({dead_share[1]:.3f}–{dead_share[2]:.3f})",
 }
+markdown_table = table_of(COLUMNS)
 
 
 def trained(config: SampledSAEConfig, train: TrainConfig, store: ActivationStore, precision: str) -> dict[str, float]:
@@ -52,16 +52,6 @@ def trained(config: SampledSAEConfig, train: TrainConfig, store: ActivationStore
         run.finish(feed.calibration())
     found = evaluate_activations(run.sae, store.holdout()[0], train.batch_size)
     return {name: found[name] for name in ("fvu", "dead_share")}
-
-
-def spread(values: list[float]) -> tuple[float, float, float]:
-    """Mean, least and greatest."""
-    return statistics.mean(values), min(values), max(values)
-
-
-def markdown_table(result: Result) -> str:
-    """Means over the seeds with the smallest and largest."""
-    return markdown(COLUMNS, result["rows"])
 
 
 def main() -> None:
@@ -82,9 +72,9 @@ def main() -> None:
             found = [trained(replace(base, seed=seed, **options), train, store, precision) for seed in SEEDS]
             fvu = [each["fvu"] for each in found]
             exact = exact or fvu
-            row: Row = {"rule": rule, "precision": precision, "fvu": spread(fvu)}
-            row["beside"] = spread([own / other - 1 for own, other in zip(fvu, exact)])
-            record.add(row | {"dead_share": spread([each["dead_share"] for each in found])})
+            row: Row = {"rule": rule, "precision": precision, "fvu": over_seeds(fvu)}
+            row["beside"] = over_seeds(own / other - 1 for own, other in zip(fvu, exact))
+            record.add(row | {"dead_share": over_seeds(each["dead_share"] for each in found)})
 
 
 if __name__ == "__main__":

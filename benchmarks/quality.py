@@ -10,7 +10,6 @@ steps in turn, so that times compare: they are those of all steps, in units of t
 
 from __future__ import annotations
 
-import statistics
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,9 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-
-from benchmarks.measure import Row
-from benchmarks.record import Record, Result, markdown, parser
+from benchmarks.measure import over_seeds
+from benchmarks.record import Record, parser, table_of
 from sampled_sae import SampledSAEConfig
 from sampled_sae.lm import SpliceEvaluator, load_model
 from sampled_sae.support.atomic_files import read_json, write_json
@@ -55,6 +53,7 @@ COLUMNS = {
     "never active": "{dead_share[0]:.3f} ({dead_share[1]:.3f}–{dead_share[2]:.3f})",
     "time of the steps": "{time[0]:.2f} ({time[1]:.2f}–{time[2]:.2f})",
 }
+markdown_table = table_of(COLUMNS)
 MEASURES = ("fvu", "loss_recovered_zero", "dead_share", "time")
 
 
@@ -89,11 +88,6 @@ def train_seed(
     return found
 
 
-def markdown_table(result: Result) -> str:
-    """Means over the seeds with the smallest and largest."""
-    return markdown(COLUMNS, result["rows"])
-
-
 def main() -> None:
     small = {"steps": 200, "batch_size": 1024, "lr": 3e-3, "dead_after": 50_000, "splice_rows": 16}
     command = parser(__doc__, "--out", model="smollm2-135m", **small)
@@ -104,11 +98,9 @@ def main() -> None:
     splice = splice_of(args.model, store, args.splice_rows)
     train = TrainConfig(steps=args.steps, batch_size=args.batch_size, lr=args.lr)
     by_seed = [train_seed(store, args.folder / f"seed{s}", train, args.dead_after, s, splice) for s in SEEDS]
-    rows: list[Row] = [{"setting": name} for name in SETTINGS]
-    for row in rows:
-        for measure in MEASURES:
-            values = [found[row["setting"]][measure] for found in by_seed]
-            row[measure] = (statistics.mean(values), min(values), max(values))
+    rows = [
+        {"setting": name, **{m: over_seeds(found[name][m] for found in by_seed) for m in MEASURES}} for name in SETTINGS
+    ]
     about = {"model": args.model, "layer": store.manifest["layer"], "features": FEATURES, "k": K, "l": L}
     setup = {"train": asdict(train), "splice_rows": args.splice_rows, "dead_after": args.dead_after, "seeds": SEEDS}
     Record(args, markdown_table, **about, **setup).add(*rows)

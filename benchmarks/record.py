@@ -97,6 +97,11 @@ def markdown(columns: Columns, rows: Iterable[Row]) -> str:
     return "".join([head, "|---" * len(columns) + "|\n", *lines])
 
 
+def table_of(columns: Columns) -> Callable[[Result], str]:
+    """What makes the table of all rows of a result."""
+    return lambda result: markdown(columns, result["rows"])
+
+
 def cells(columns: Columns, row: Row) -> list[str]:
     found = []
     for shown in columns.values():

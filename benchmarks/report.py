@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import drop_in, equal_time, family, inference, pages, precision, quality, scale
 from benchmarks.measure import RESULTS, ROOT
 from benchmarks.operations.race import COLUMNS
-from benchmarks.record import markdown, with_caption
+from benchmarks.record import markdown, table_of, with_caption
 from benchmarks.steps.experiments import EXPERIMENTS, table
 from benchmarks.study_parts.report import tables as study_tables
 from benchmarks.study_parts.rows import FOLDER as STUDY
@@ -47,7 +47,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "scale": scale.markdown_table,
     "pages": pages.markdown_table,
     "inference": inference.markdown_table,
-    "kernels": lambda result: markdown(COLUMNS, result["rows"]),
+    "kernels": table_of(COLUMNS),
 }
 # the columns of a step in the README's table, and its size
 SUMMARY = {"": "{candidate}", "step, ms": "{step_ms:.0f}", "step / encoder product": "{ratio:.2f}"}

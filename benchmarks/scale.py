@@ -14,7 +14,6 @@ import itertools
 import json
 import multiprocessing
 import socket
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks import scale_model
-from benchmarks.measure import Row, spread_columns
+from benchmarks.measure import Row, over_seeds, spread_columns
 from benchmarks.quality import splice_of
 from benchmarks.record import Record, Result, markdown, parser
 from sampled_sae import ActivationStore, RowAdam, SampledSAE, SampledSAEConfig, TrainConfig, Trainer
@@ -213,8 +212,7 @@ def train(activations: Path, folder: Path, config: SampledSAEConfig, how: TrainC
         results = [evaluate(sae, held_out, how.batch_size, splice) for sae in saes]
         row: Row = {"part": "trained", "processes": 1 if name == "alone" else 2, "layout": name}
         for measure in ("fvu", "loss_recovered_zero"):
-            values = [result[measure] for result in results]
-            row[measure] = (statistics.mean(values), min(values), max(values))
+            row[measure] = over_seeds(result[measure] for result in results)
         alone = alone or results
         row["difference"] = max(abs(one["fvu"] - other["fvu"]) for one, other in zip(results, alone))
         found.append(row)

@@ -9,6 +9,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+CONTEXT = multiprocessing.get_context("spawn")
+
 
 class WorkerError(RuntimeError):
     """What went wrong in a worker, in a line; the worker is of no more use."""
@@ -26,9 +28,8 @@ class Worker:
     """
 
     def __init__(self, session: type, *args: Any, tree: Path | None = None) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, session, args), daemon=True)
+        self._pipe, theirs = CONTEXT.Pipe()
+        self._process = CONTEXT.Process(target=serve, args=(theirs, session, args), daemon=True)
         before = sys.path[:]
         sys.path[:0] = [] if tree is None else [str(tree)]
         self._process.start()

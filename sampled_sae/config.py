@@ -76,6 +76,9 @@ class Output:
         """Width of the reconstruction: d_out, or of an SAE what it reads."""
         return self.width_in if self.d_out is None else self.d_out
 
+    def _repr_html_(self) -> str:
+        return config_table(self)
+
     def check_output(self) -> None:
         """ValueError for what an SAE has and a transcoder has not, or the other way round."""
         if self.is_transcoder and self.apply_b_dec_to_input:
@@ -244,9 +247,6 @@ class SampledSAEConfig(Output):
         """Plain values only, for JSON; without those of LATER that are not used, as earlier versions wrote it."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         return {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
-
-    def _repr_html_(self) -> str:
-        return config_table(self)
 
     def settings(self) -> dict[str, Any]:
         """`to_dict` without `screen`, which changes no result."""

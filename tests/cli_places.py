@@ -18,7 +18,7 @@ from word_models import save_word_llama
 from sampled_sae import ActivationStore, SampledSAEConfig, TrainConfig, Trainer, formats
 from sampled_sae import cli as command_line
 from sampled_sae.cli.errors import sentence
-from sampled_sae.training import feed
+from sampled_sae.training import feed, sweep_plots
 
 # What a tiny run needs besides its folders; what stands behind replaces it.
 SMALL = {
@@ -113,6 +113,7 @@ def places(pristine, tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(feed, "CALIBRATION_TOKENS", 256)
+    monkeypatch.setattr(sweep_plots, "_save", save_small)
     root = tmp_path / "places"
     copied = {}
 
@@ -130,6 +131,13 @@ def places(pristine, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with limited_memory():
         yield fresh
+
+
+def save_small(figure, path):
+    """A plot of few pixels, whose parts may overlap: a sweep here takes no longer to draw than to train."""
+    figure.set_layout_engine("none")
+    figure.savefig(path, dpi=10, format="png")
+    return path
 
 
 def restore(root, pristine, copied):

@@ -11,13 +11,19 @@ if not torch.cuda.is_available():
         from quick_interpreter import make_quick
 
         make_quick()
-# The tensors here are small: a second thread costs more than it gives, several times so on a busy machine.
+# The tensors here are small: a second thread costs more than it gives, several times so on a busy machine. Nor has one
+# a process that a test starts.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 # a minute and more each: begun first, so that at the end no process waits for one of them
-LONGEST = ("many_problems", "what_the_compiler_makes", "test_rehearsal", "every_step_of_a_training", "bundled_model")
+LONGEST = ("many_problems", "what_the_compiler_makes", "test_rehearsal", "every_step_of_a_training", "the_notebook")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("markexpr") == "":
+        left_out = [item for item in items if item.get_closest_marker("everyday")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     items.sort(key=lambda item: not any(name in item.name for name in LONGEST))
 
 
@@ -38,6 +44,14 @@ def form(request, monkeypatch):
     if request.param == "entries":
         monkeypatch.setattr(layer, "BLOCK_FEATURES", 0)
     return request.param
+
+
+@pytest.fixture
+def forked_workers(monkeypatch):
+    """Workers of the benchmarks start in a moment."""
+    from forked import forked
+
+    monkeypatch.setattr("benchmarks.worker.CONTEXT", forked())
 
 
 @pytest.fixture

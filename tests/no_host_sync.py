@@ -20,6 +20,17 @@ def allow_late_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LateScalars, "arrived", unseen)
 
 
+def seen_in_steps(sae, x, monkeypatch):
+    """The operations of training steps none of which waits for the device, after the first; the check of x may."""
+    monkeypatch.setattr(sae.memory.inputs, "check", lambda x: None)
+    allow_late_scalars(monkeypatch)
+    sae(x).loss.backward()
+    for _ in range(2):
+        with NoHostSync() as mode:
+            sae(x).loss.backward()
+    return mode.seen
+
+
 class NoHostSync(TorchDispatchMode):
     """Fails at an operation that reads a value or a size from the device."""
 

@@ -17,6 +17,8 @@ from triton.runtime import interpreter
 
 def make_quick() -> None:
     """In this process, for good."""
+    if not is_plain():
+        return
     replace_names_once()
     know_shapes()
     know_types()
@@ -24,6 +26,11 @@ def make_quick() -> None:
     builder = interpreter.interpreter_builder
     assert not builder.options.debug
     builder.options = replace(builder.options, sanitize_overflow=False)
+
+
+def is_plain() -> bool:
+    """Whether the interpreter is as Triton has it."""
+    return interpreter._patch_lang.__module__ == interpreter.__name__
 
 
 def replace_names_once() -> None:

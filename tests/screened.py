@@ -2,7 +2,9 @@
 
 import torch
 from hypothesis import strategies as st
+from makers import tokens
 
+from sampled_sae import RowAdam
 from sampled_sae.impl.interface import implementation
 from sampled_sae.testing import whole_numbers
 
@@ -52,9 +54,9 @@ KINDS = [on_the_bound, None, low_rank, huge_token, huge_feature, heavy_tails, tw
 
 
 @st.composite
-def encoders(draw):
+def encoders(draw, most_features=300):
     """(x, W, b, scale, tolerance): how far float32 rounding may move an activation, per unit of ||x|| ||w||."""
-    B, d, n = draw(st.integers(1, 40)), draw(st.integers(1, 24)), draw(st.integers(2, 300))
+    B, d, n = draw(st.integers(1, 40)), draw(st.integers(1, 24)), draw(st.integers(2, most_features))
     seed = draw(st.integers(0, 10**6))
     if draw(st.booleans()):
         # exact in float32, not in bfloat16; ties abound
@@ -124,3 +126,26 @@ def assert_same_members(case, rule, off, seen):
     else:
         # keys that tie to float32's rounding
         assert len(set(off.tolist()) ^ set(seen.tolist())) <= 2
+
+
+def assert_same_steps(make, steps):
+    """A training without and with a screen keeps the same pairs in each step, from weights equal up to rounding.
+
+    make: gives the SAE, by its screen. Returns what the last step gave.
+    """
+    saes = {screen: make(screen) for screen in ("off", "bf16")}
+    optimizers = {screen: RowAdam(sae, lr=1e-2) for screen, sae in saes.items()}
+    for step in range(steps):
+        saes["bf16"].load_state_dict(saes["off"].state_dict())
+        kept = []
+        for screen, sae in saes.items():
+            out = sae(tokens(16, 12, seed=step).float().to(sae.W_enc.device))
+            assert (sae.memory.looks is None) == (screen == "off")
+            out.loss.backward()
+            optimizers[screen].step()
+            optimizers[screen].zero_grad()
+            kept.append(out)
+        assert torch.equal(*(out.codes.to_dense() != 0 for out in kept))
+        for name in ("loss", "aux"):
+            torch.testing.assert_close(*(getattr(out, name) for out in kept), rtol=1e-5, atol=1e-6)
+    return kept[0]

@@ -7,10 +7,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from makers import SMALL_SAE as SAE
 from makers import contents, same_weights
 from safetensors.torch import load_file
 
-from sampled_sae import ActivationStore, SampledSAE, SampledSAEConfig, TrainConfig, Trainer
+from sampled_sae import ActivationStore, SampledSAE, TrainConfig, Trainer
 from sampled_sae.cli import main
 from sampled_sae.training.evaluation import evaluate_activations
 from sampled_sae.training.sweep import evaluate
@@ -223,7 +224,6 @@ def test_folders_that_are_taken(x, tmp_path):
         ActivationStore.write(tmp_path / "file", x)
 
 
-SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0, dead_after=300, aux_pool=16)
 TRAIN = TrainConfig(steps=np.int64(300), batch_size=64, log_every=50, lr=1e-2)
 
 

@@ -132,7 +132,9 @@ def hold(file, write, name, commands, fresh, capsys):
             raise AssertionError(f"{file} {name}: {error}") from None
 
 
-AMOUNTS = pytest.mark.parametrize("count", [8, pytest.param(25, marks=pytest.mark.slow)])
+AMOUNTS = pytest.mark.parametrize(
+    "count", [pytest.param(8, marks=pytest.mark.everyday), pytest.param(25, marks=pytest.mark.slow)]
+)
 
 
 @AMOUNTS

@@ -68,7 +68,9 @@ def command_lines(draw, name):
     return line
 
 
-@pytest.mark.parametrize("factor", [1, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "factor", [pytest.param(1, marks=pytest.mark.everyday), pytest.param(6, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_command_line_ends_in_a_traceback(name, factor, places, capsys):  # noqa: F811
     @settings(

@@ -1,14 +1,12 @@
 """The scripts in examples/, run as a reader runs them, with sizes for seconds."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_forked, script
 from word_models import save_word_tokenizer
 
 from sampled_sae import SampledSAE
@@ -16,17 +14,19 @@ from sampled_sae import SampledSAE
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_example(name, *arguments):
-    """What the script prints; the figures of its last lines by name."""
-    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    figures = {name: float(value) for name, value in re.findall(r"^(\w+): (\S+)$", done.stdout, re.MULTILINE)}
-    return done.stdout, figures
+@pytest.fixture
+def run_example(tmp_path_factory):
+    """What a script prints; the figures of its last lines by name."""
+
+    def run_it(name, *arguments):
+        status, said = run_forked(tmp_path_factory.mktemp("said") / "log", script, ROOT / "examples" / name, *arguments)
+        assert status == 0, said
+        return said, {name: float(value) for name, value in re.findall(r"^(\w+): (\S+)$", said, re.MULTILINE)}
+
+    return run_it
 
 
-def test_train_on_tensor(tmp_path):
+def test_train_on_tensor(run_example, tmp_path):
     sizes = ["--tokens", 2000, "--holdout", 256, "--d", 16, "--features", 64, "--k", 4, "--steps", 60]
     arguments = ["--out", tmp_path, *sizes, "--batch-size", 128]
     _, figures = run_example("train_on_tensor.py", *arguments)
@@ -36,7 +36,8 @@ def test_train_on_tensor(tmp_path):
     assert run_example("train_on_tensor.py", *arguments)[1] == figures, "the second start goes on from the first's end"
 
 
-def test_train_on_model(tmp_path):
+@pytest.mark.slow
+def test_train_on_model(run_example, tmp_path):
     transformers = pytest.importorskip("transformers")
     words = [f"w{i}" for i in range(40)]
     folder = tmp_path / "model"
@@ -56,7 +57,8 @@ def test_train_on_model(tmp_path):
     assert SampledSAE.from_pretrained(tmp_path / "out" / "sae").cfg.d_in == 16
 
 
-def test_model_diffing(tmp_path):
+@pytest.mark.slow
+def test_model_diffing(run_example, tmp_path):
     """The tuned model writes something new in the second half of each row, whatever the word; it alone has that."""
     transformers = pytest.importorskip("transformers")
     words = [f"w{i}" for i in range(40)]
@@ -84,7 +86,7 @@ def test_model_diffing(tmp_path):
     assert SampledSAE.from_pretrained(tmp_path / "out" / "crosscoder").cfg.layers == 2
 
 
-def test_kernels_alone():
+def test_kernels_alone(run_example):
     printed, _ = run_example("kernels_alone.py", "--d", 16, "--features", 64, "--batch-size", 64, "--steps", 60)
     assert printed.count("as specified") == 4
     lost = [float(share) for share in re.findall(r"lost (\S+),", printed)]

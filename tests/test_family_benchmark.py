@@ -1,18 +1,16 @@
 """benchmarks/family.py on tiny activations: in two calls, with the candidates that are installed."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.family import check_same, described, lines, main, markdown_table
+from benchmarks import family
+from benchmarks.family import check_same, described, lines, markdown_table
 from sampled_sae import ActivationStore
 from sampled_sae.training.opening import as_activations
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--features", "64", "--k", "3", "--batch-size", "16", "--steps", "6", "--marks", "0.02", "--threads", "1"]
 
 
@@ -31,27 +29,23 @@ def activations(tmp_path_factory):
     return {"matryoshka": root / "one", "transcoder": root / "pair", "crosscoder": root / "stack"}
 
 
-def command(folder, *arguments):
-    words = ["benchmarks/family.py", "--out", str(folder / "out.json"), "--weights", str(folder / "w")]
-    return [*words, "--model", "none", *SMALL, *map(str, arguments)]
-
-
-def run(folder, *arguments):
-    return subprocess.run([sys.executable, *command(folder, *arguments)], cwd=ROOT, capture_output=True, text=True)
-
-
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_workers")
 def test_family_in_two_calls(activations, tmp_path, monkeypatch, capsys):
     """The first has all that is timed; the second trains other seeds and evaluates."""
+
+    def run(*arguments):
+        words = [family.__file__, "--out", tmp_path / "out.json", "--weights", tmp_path / "w", "--model", "none"]
+        monkeypatch.setattr(sys, "argv", [*map(str, [*words, *SMALL, *arguments])])
+        family.main()
+
     kinds = ("matryoshka", "crosscoder")
     given = [word for kind in kinds for word in (f"--{kind}", activations[kind])]
-    done = run(tmp_path, *given, "--timed")
-    assert done.returncode == 0, done.stderr
+    run(*given, "--timed")
     timed = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert {row["at"] for row in timed if "reason" not in row} == {"0.02 s", "6 steps"}
     assert all("weights" in row and "fvu" not in row for row in timed if "reason" not in row)
-    done = run(tmp_path, *given, "--seeds", 0, 1)
-    assert done.returncode == 0, done.stderr
+    run(*given, "--seeds", 0, 1)
     result = json.loads((tmp_path / "out.json").read_text())
     rows = [row for row in result["rows"] if "reason" not in row]
     for kind in kinds:
@@ -70,9 +64,8 @@ def test_family_in_two_calls(activations, tmp_path, monkeypatch, capsys):
         (("--matryoshka", activations["crosscoder"] / "beside_1"), "has results of"),
         ((*given, "--k", 4), r"k was 3, is 4"),
     ):
-        monkeypatch.setattr(sys, "argv", command(tmp_path, *more))
         with pytest.raises(SystemExit):
-            main()
+            run(*more)
         assert said in capsys.readouterr().err
 
 

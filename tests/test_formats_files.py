@@ -236,7 +236,7 @@ def test_bad_arguments(tmp_path):
     cases = [
         ({"to": "sae_lens"}, "to='sae_lens': must be one of 'saelens', 'dictionary_learning', 'sparsify'"),
         ({"to": "saelens", "inference": "batch"}, "inference='batch': must be one of 'auto'"),
-        ({"to": "saelens", "scale": 0}, "scale=0: must be > 0"),
+        ({"to": "saelens", "scale": 0}, "scale=0: must be a finite number > 0"),
         ({"to": "saelens", "scale": -1.0}, "scale=-1.0: must be a finite number"),
         ({"to": "sparsify"}, r"sparsify keeps the k largest.*\(--inference topk\)"),
     ]

@@ -71,6 +71,7 @@ def noted(name, folder):
     {"fail": lambda: {}["tile"], "crash": lambda: os._exit(9)}.get(name, (folder / name).touch)()
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize(
     ("how", "reason"), [("fail", "FAILED: KeyError: 'tile'"), ("crash", "the process died, exit code 9")]
 )

@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -19,23 +22,23 @@ from benchmarks.operations import OPERATIONS
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def quick_processes(tmp_path, monkeypatch):
-    """Processes that are started interpret kernels as quickly as this one."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text("from quick_interpreter import make_quick\n\nmake_quick()\n")
-    places = (str(folder), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, places)))
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_processes")
-def test_rehearsal(tmp_path):
-    command = [sys.executable, "benchmarks/gpu.py", str(tmp_path), "--rehearse"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) < 100
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in the interpreter")
+@pytest.mark.usefixtures("forked_workers")
+def test_rehearsal(tmp_path, monkeypatch, capsys):
+    """Each part in this process, which has imported what it needs; the next test starts one as the script does."""
+
+    def run_part(part, out, seconds, rehearse):
+        module, *arguments = gpu.command_of(part, out, seconds, rehearse)
+        main = import_module(f"{module}.__main__" if (ROOT / module.replace(".", "/")).is_dir() else module)
+        monkeypatch.setattr(sys, "argv", [main.__file__, *arguments, "--threads", "1"])
+        with (out / f"{part}.log").open("w") as log, redirect_stdout(log):
+            main.main()
+
+    monkeypatch.setattr(gpu, "run_part", run_part)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", str(tmp_path), "--rehearse"])
+    assert gpu.main() == 0
+    assert len(capsys.readouterr().out.splitlines()) < 100
     rows = {}
     for part in gpu.PARTS:
         result = json.loads((tmp_path / f"{part}.json").read_text())
@@ -62,6 +65,7 @@ def test_rehearsal(tmp_path):
     assert json.loads((tmp_path / "best.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
     parts = {"lost": (5, ["no_such_part"], []), "ceilings": gpu.PARTS["ceilings"]}
     monkeypatch.setattr(gpu, "PARTS", parts)

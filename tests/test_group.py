@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from makers import D, same_weights, write_store
+from makers import SMALL_SAE as SAE
+from makers import same_weights, write_store
 
-from sampled_sae import SAEGroup, SampledSAEConfig
+from sampled_sae import SAEGroup
 from sampled_sae.support import late_values
 from sampled_sae.training import sweep
 from sampled_sae.training.activation_store import ActivationStore
@@ -20,7 +21,6 @@ from sampled_sae.training.training_run import CHECKPOINT, METRICS
 
 pytestmark = pytest.mark.usefixtures("short_calibration")
 
-SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0, dead_after=300, aux_pool=16)
 TRAIN = TrainConfig(steps=24, batch_size=64, checkpoint_every=6, log_every=2, lr=3e-3, seed=7)
 CONFIGS = {
     "l2": SAE,

@@ -3,11 +3,10 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 
 import pytest
+from forked import forked, logged
 from makers import D, same_weights
 
 from sampled_sae import SAEGroup, SampledSAEConfig, TrainConfig, Trainer
@@ -103,20 +102,19 @@ def test_in_python_it_is_a_keyboard_interrupt(store, tmp_path, monkeypatch):
     assert same_weights(saes["a"], Trainer(SAE, TRAIN, store, tmp_path / "alone").run(progress=False))
 
 
-# The command line of a process that says when it makes the batch of step 5, and waits there for a line.
-WAITS = """
-import sys
-from sampled_sae.training.batches import ShuffledStream
-whole = ShuffledStream.batch
-def batch(stream, t):
-    if t == 5:
-        print("step 5", flush=True)
-        sys.stdin.readline()
-    return whole(stream, t)
-ShuffledStream.batch = batch
-from sampled_sae.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
+def waits(pipe, command):
+    """The command line in a process that says when it makes the batch of step 5, and waits there for an answer."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    whole = ShuffledStream.batch
+
+    def batch(stream, t):
+        if t == 5:
+            pipe.send("step 5")
+            pipe.recv()
+        return whole(stream, t)
+
+    ShuffledStream.batch = batch
+    return main(command)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -124,20 +122,18 @@ def test_a_process_and_its_exit_status(store, tmp_path, number, status):
     """Its metrics can be read while it runs."""
     out = tmp_path / "run"
     options = [option for option in OPTIONS if option != "--quiet"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", WAITS, "train", str(store.folder), str(out), *options],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
-    )
-    while process.stdout.readline() != "step 5\n":
-        assert process.poll() is None
+    ours, theirs = forked().Pipe()
+    command, log = ["train", str(store.folder), str(out), *options], tmp_path / "log"
+    process = forked().Process(target=logged, args=(log, waits, theirs, command))
+    process.start()
+    theirs.close()
+    assert ours.recv() == "step 5"
     assert [json.loads(line)["step"] for line in (out / METRICS).read_text().splitlines()] == [2, 4]
-    process.send_signal(number)
-    _, errors = process.communicate("go on\n")
-    assert process.returncode == status, errors
+    os.kill(process.pid, number)
+    ours.send("go on")
+    process.join()
+    errors = log.read_text()
+    assert process.exitcode == status, errors
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith(f"sampled-sae train: stopped by {number.name}: step 6 of 24 is saved in ")
     assert read_checkpoint(out / CHECKPOINT)["step"] == 6

@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_forked
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -190,18 +189,24 @@ CHEAP = (
 )
 
 
-def run_plugin(*arguments, cwd=ROOT):
-    command = [sys.executable, "-m", "pytest", "-p", "tests.memcheck", "-p", "no:cacheprovider", "-q", "-n", "0"]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([*command, *arguments], cwd=cwd, env=env, capture_output=True, text=True)
+def pytest_in(folder, arguments):
+    os.chdir(folder)
+    return int(pytest.main(arguments))
+
+
+def run_plugin(tmp_path, *arguments, cwd=ROOT):
+    """(exit status, output) of a pytest with it, in a process of its own."""
+    options = ["-p", "tests.memcheck", "-p", "no:cacheprovider", "-q", "-n", "0"]
+    return run_forked(tmp_path / "log", pytest_in, cwd, [*options, *arguments])
 
 
 @pytest.mark.slow
 def test_every_kernel_is_free_of_faults(tmp_path):
     """In a shuffled order of their programs; the results are those of the tests themselves."""
     report = tmp_path / "report.json"
-    done = run_plugin("tests/kernels", "-k", CHEAP, "--program-order", "shuffle", f"--memcheck-report={report}")
-    assert done.returncode == 0, done.stdout[-5000:]
+    options = ["-k", CHEAP, "--program-order", "shuffle", f"--memcheck-report={report}"]
+    status, said = run_plugin(tmp_path, "tests/kernels", *options)
+    assert status == 0, said[-5000:]
     found = json.loads(report.read_text())
     assert [row for row in found["found"] if not row["kind"].startswith("same program")] == []
     defined = {
@@ -220,8 +225,8 @@ def test_the_plugin_fails_the_test_at_fault(tmp_path):
         "def test_bad():\n    one_kernel[(1,)](torch.zeros(1))\n\n\n"
         "def test_good():\n    one_kernel[(1,)](torch.zeros(2))\n"
     )
-    done = run_plugin("test_it.py", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "1 failed, 1 passed" in done.stdout
-    assert "out of bounds: store | one_kernel | test_it.py:6 | elements 1 to 1 of pointer 1 (1,)" in done.stdout
-    assert run_plugin("test_it.py", "--memcheck-go-on", cwd=tmp_path).returncode == 0
+    status, said = run_plugin(tmp_path, "test_it.py", cwd=tmp_path)
+    assert status == 1
+    assert "1 failed, 1 passed" in said
+    assert "out of bounds: store | one_kernel | test_it.py:6 | elements 1 to 1 of pointer 1 (1,)" in said
+    assert run_plugin(tmp_path, "test_it.py", "--memcheck-go-on", cwd=tmp_path)[0] == 0

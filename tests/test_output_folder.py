@@ -3,7 +3,6 @@
 import errno
 import importlib.util
 import os
-import subprocess
 import sys
 from collections import namedtuple
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from forked import forked
 from makers import D, names, tokens
 
 from sampled_sae import ActivationStore, SAEGroup, SampledSAEConfig, TrainConfig, Trainer
@@ -24,57 +24,50 @@ SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0)
 TRAIN = TrainConfig(steps=12, batch_size=64, checkpoint_every=6, log_every=2)
 
 
-# A process that holds the folder of its argument until its standard input is closed, and says when it does.
-HOLDS = """
-import sys
-from pathlib import Path
-from sampled_sae.support.output_folder import locked
-with locked(Path(sys.argv[1]), "a training"):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+def hold(folder, pipe):
+    """In a process of its own: says that it holds the folder, and lets go when it is told so."""
+    with locked(folder, "a training"):
+        pipe.send("held")
+        pipe.recv()
 
 
 @pytest.fixture
 def holder():
-    """Starts such a process for a folder."""
+    """Starts such a process for a folder; gives it and the pipe to it."""
     started = []
 
-    def hold(folder):
-        process = subprocess.Popen(
-            [sys.executable, "-c", HOLDS, str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.getcwd()},
-        )
-        started.append(process)
-        assert process.stdout.readline() == "held\n"
-        return process
+    def holds(folder):
+        ours, theirs = forked().Pipe()
+        process = forked().Process(target=hold, args=(folder, theirs))
+        process.start()
+        started.append((process, ours))  # a pipe that nobody holds is closed, which lets go
+        assert ours.recv() == "held"
+        return process, ours
 
-    yield hold
-    for process in started:
+    yield holds
+    for process, _ in started:
         process.kill()
-        process.communicate()
+        process.join()
 
 
 def test_two_trainings_in_one_folder(store, tmp_path, holder):
-    other = holder(tmp_path / "run")
+    other, pipe = holder(tmp_path / "run")
     message = (
         rf"run: in use by a training \(process {other.pid} on \S+\); wait for it, stop it or choose another folder"
     )
     with pytest.raises(BlockingIOError, match=message):
         Trainer(SAE, TRAIN, store, tmp_path / "run").run(progress=False)
     assert names(tmp_path / "run") == {LOCK}, "nothing was written beside the other's files"
-    other.communicate()
+    pipe.send("let go")
+    other.join()
     Trainer(SAE, TRAIN, store, tmp_path / "run").run(progress=False)
     assert LOCK not in names(tmp_path / "run")
 
 
 def test_the_lock_of_a_killed_process_holds_nobody(store, tmp_path, holder):
-    other = holder(tmp_path / "run")
+    other, _ = holder(tmp_path / "run")
     other.kill()
-    other.wait()
+    other.join()
     assert LOCK in names(tmp_path / "run")
     Trainer(SAE, TRAIN, store, tmp_path / "run").run(progress=False)
     assert LOCK not in names(tmp_path / "run")

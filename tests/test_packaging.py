@@ -76,6 +76,7 @@ def test_wheel_metadata(wheel):
     assert "Requires-Dist: torch" in text["METADATA"]
 
 
+@pytest.mark.slow
 def test_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
@@ -90,6 +91,7 @@ def test_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
                 assert one.read(name) == other.read(name), name
 
 
+@pytest.mark.slow
 def test_the_wheel_runs_without_the_checkout(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (

@@ -179,7 +179,7 @@ def test_no_pool_no_scores(rule):
     [
         ("pool_every", 0, "pool_every=0"),
         ("pool_every", 1.5, "pool_every=1.5"),
-        ("score_tokens", 0, r"score_tokens=0: must be in \(0, 1\]"),
+        ("score_tokens", 0, r"score_tokens=0: must be a finite number in \(0, 1\]"),
         ("score_tokens", 1.1, "score_tokens=1.1"),
     ],
 )

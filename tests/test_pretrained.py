@@ -111,7 +111,10 @@ BAD = {
         lambda f: weights_changed(f, lambda t: {**t, "threshold": t["threshold"] + torch.nan}),
         r"sae\.safetensors: threshold holds NaN or inf",
     ),
-    "scale": (lambda f: changed(f, lambda c: c["sae"].update(input_scale=0)), "input_scale=0: must be > 0"),
+    "scale": (
+        lambda f: changed(f, lambda c: c["sae"].update(input_scale=0)),
+        "input_scale=0: must be a finite number > 0",
+    ),
     "scale of the training": (
         lambda f: (
             changed(f, lambda c: (c.pop("crc32"), c["sae"].pop("input_scale"))),

@@ -12,7 +12,7 @@ from makers import TOPK, gradients, make_sae, state_of, tokens
 pytest.importorskip("triton")
 
 import triton
-from triton.runtime import interpreter
+from quick_interpreter import is_plain
 
 from sampled_sae import RowAdam
 
@@ -39,10 +39,6 @@ def results():
             found |= {f"{i} {step} loss": out.loss.detach(), f"{i} {step} aux": out.aux.detach()}
         found |= {f"{i} {name}": value for name, value in state_of(sae).items()}
     return found
-
-
-def is_plain():
-    return interpreter._patch_lang.__module__ == interpreter.__name__
 
 
 @pytest.mark.slow

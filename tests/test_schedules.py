@@ -77,7 +77,7 @@ def test_a_run_that_is_resumed_within_the_schedule_is_the_same(tmp_path, changes
         ({"k_start": None, "l_start": None}, "schedule_steps=10: needs k_start or l_start"),
         ({"schedule_steps": 21}, "schedule_steps=21: must be at most 20"),
         ({"schedule_steps": 0}, "schedule_steps=0: must be"),
-        ({"k_start": 0}, "k_start=0: must be > 0"),
+        ({"k_start": 0}, "k_start=0: must be a finite number > 0"),
         ({"k_start": float("nan")}, "k_start=nan: must be"),
         ({"l_start": 0.5}, "l_start=0.5: must be"),
     ],

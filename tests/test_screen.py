@@ -5,9 +5,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from makers import make_sae, tokens
-from screened import SCORED, TORCH, assert_same_members, assert_same_pairs, both, encoders
+from screened import SCORED, TORCH, assert_same_members, assert_same_pairs, assert_same_steps, both, encoders
 
-from sampled_sae import RowAdam
 from sampled_sae.impl.column_bounds import largest_columns
 from sampled_sae.impl.encoder import Operands
 from sampled_sae.impl.hints import Rule, ThresholdHints
@@ -42,6 +41,7 @@ def check(case, k, l):
         assert_same_members(case, rule, *(found.members for found in pools))
 
 
+@pytest.mark.everyday
 @quick
 @given(encoders(), st.integers(1, 8), st.sampled_from([1.0, 2.0, 4.0]))
 def test_the_same_pool_and_pairs(case, k, l):
@@ -186,26 +186,9 @@ def test_columns_whose_score_is_known_are_not_computed_again():
     "rule", [{"l": 4.0}, {"l": None}, {"l": None, "select": "token"}, {"l": 2.0, "pool": "sample"}]
 )
 def test_training_takes_the_same_steps(rule):
-    """Twenty steps with dead features: each step keeps the same pairs, from weights equal up to rounding."""
-    saes = {
-        name: make_sae(
-            torch.float32, screen=name, aux_coefficient=1.0, dead_after=60, aux_pool=8, row_grads=True, **rule
-        )
-        for name in ("off", "bf16")
-    }
-    optimizers = {name: RowAdam(sae, lr=1e-2) for name, sae in saes.items()}
-    for step in range(20):
-        saes["bf16"].load_state_dict(saes["off"].state_dict())
-        kept = []
-        for name, sae in saes.items():
-            out = sae(tokens(32, 12, seed=step).float())
-            assert (sae._encoder_of(tokens(1, 12).float()).operands.screen is None) == (name == "off")
-            out.loss.backward()
-            optimizers[name].step()
-            optimizers[name].zero_grad()
-            kept.append(out)
-        assert torch.equal(*(out.codes.to_dense() != 0 for out in kept))
-        torch.testing.assert_close(kept[0].loss, kept[1].loss, rtol=1e-5, atol=1e-6)
+    """With dead features."""
+    more = {"aux_coefficient": 1.0, "dead_after": 60, "aux_pool": 8, "row_grads": True}
+    assert_same_steps(lambda screen: make_sae(torch.float32, screen=screen, **more, **rule), 20)
 
 
 def test_auto_screens_large_products_alone(monkeypatch):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from makers import D
+from makers import SMALL_SAE as SAE
 
 from sampled_sae import SampledSAE, SampledSAEConfig
 from sampled_sae.training.batches import ShuffledStream
@@ -12,7 +12,6 @@ from sampled_sae.training.evaluation import evaluate_activations, features_for_s
 from sampled_sae.training.sweep import run_sweep, variants
 from sampled_sae.training.train_config import TrainConfig
 
-SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0, dead_after=300, aux_pool=16)
 TRAIN = TrainConfig(steps=24, batch_size=64, checkpoint_every=6, log_every=2, lr=3e-3)
 
 

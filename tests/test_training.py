@@ -1,16 +1,17 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from forked import run_forked
+from makers import SMALL_SAE as SAE
 from makers import D, begun_training, same_weights, write_store
 from safetensors.torch import load_file, save_file
 
 from sampled_sae import SampledSAE, SampledSAEConfig
+from sampled_sae.cli import main
 from sampled_sae.support.atomic_files import write_json
 from sampled_sae.training.activation_store import ActivationStore
 from sampled_sae.training.batches import ShuffledStream
@@ -18,7 +19,6 @@ from sampled_sae.training.train_config import TrainConfig
 from sampled_sae.training.trainer import Trainer
 from sampled_sae.training.training_run import CHECKPOINT, METRICS
 
-SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0, dead_after=300, aux_pool=16)
 TRAIN = TrainConfig(steps=24, batch_size=64, checkpoint_every=6, log_every=2, lr=3e-3)
 
 
@@ -217,20 +217,23 @@ saves, os.replace = [], dies
 }
 
 
+def dying(program, command):
+    exec(program, {"os": os, "signal": signal})
+    return main(command)
+
+
 @pytest.mark.parametrize("when", DIES)
 def test_a_killed_process_leaves_a_checkpoint_from_which_the_run_is_completed(tmp_path, when):
     folder = write_store(tmp_path / "activations")
     out = tmp_path / "run"
     steps = 60
-    code = f"import os, signal, sys\n{DIES[when]}\nfrom sampled_sae.cli import main\nsys.exit(main(sys.argv[1:]))"
     command = [
-        *[sys.executable, "-c", code, "train", str(folder), str(out), "--features", "96", "--k", "3"],
+        *["train", str(folder), str(out), "--features", "96", "--k", "3"],
         *["--l", "2", "--steps", str(steps), "--batch-size", "64", "--checkpoint-every", "20", "--quiet"],
         *["--threads", str(torch.get_num_threads())],  # sums are equal to the bit at equal threads
     ]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    status, said = run_forked(tmp_path / "log", dying, DIES[when], command)
+    assert status == -signal.SIGKILL, said
     config = SampledSAEConfig(d_in=D, d_sae=96, k=3.0, l=2.0)
     train = TrainConfig(steps=steps, batch_size=64, checkpoint_every=20)
     store = ActivationStore.open(folder)

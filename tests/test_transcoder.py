@@ -207,7 +207,7 @@ def test_saved_and_loaded(tmp_path):
         ({"skip": "yes"}, "skip='yes'"),
         ({"d_out": 7, "apply_b_dec_to_input": True}, "b_dec is of its output; d_out=7"),
         ({"output_scale": 2.0}, "output_scale=2.0: must be 1 for an SAE"),
-        ({"d_out": 7, "output_scale": 0}, "output_scale=0: must be > 0"),
+        ({"d_out": 7, "output_scale": 0}, "output_scale=0: must be a finite number > 0"),
         ({"d_out": 7, "output_scale": -1}, "output_scale=-1: must be a finite number > 0"),
     ],
     ids=str,

@@ -13,20 +13,20 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from benchmarks.measure import ROOT, Row
-from benchmarks.record import Record, markdown, parser
+from benchmarks.record import Record, parser, table_of
 
 LEFT_OUT = ("-k", "not memory_checker")
 PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--color=no", *LEFT_OUT)
 # Most of the time is compilation on the CPU. Tests at real sizes need the GPU's memory for themselves.
 AT_ONCE, ALONE = 8, "tests/gpu/"
-REHEARSED = "tests/kernels/test_row_adam_moments.py"
+REHEARSED = "tests/kernels/test_rounded_rows.py"
 OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")
 COLUMNS = {name: f"{{{name}}}" for name in ("name", *OUTCOMES, "failures", "ended", "seconds")}
 
 
 def main() -> None:
     args = parser(__doc__, "--out", "--device", "--rehearse", "--within", rounds=1).parse_args()
-    record = Record(args, lambda result: markdown(COLUMNS, result["rows"]))
+    record = Record(args, table_of(COLUMNS))
     files = [REHEARSED] if args.rehearse else test_files()
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for row in pool.map(partial(tested, record), [name for name in files if not name.startswith(ALONE)]):

@@ -11,10 +11,10 @@ RULES = {4.0: "l=4", None: "l=None (BatchTopK)"}
 SIZE = ("B", "d", "F", "k")
 
 
-def with_predictions(rows: list[dict[str, Any]], device: str, file: Path = FILE) -> list[dict[str, Any]]:
+def with_predictions(rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
     """The rows of steps in bfloat16, each with `predicted`, its multiple of the product, where there is one."""
     known = {}
-    for row in json.loads(file.read_text())["rows"]:
+    for row in json.loads(FILE.read_text())["rows"]:
         if row["device"] in device and row["dtype"] == "bfloat16":
             candidate = f"{RULES[row['l']]}, RowAdam {row['adam']}"
             known[(candidate, *(row[name] for name in SIZE))] = row["of_product"]

@@ -21,7 +21,7 @@ from benchmarks.measure import Row
 from benchmarks.operations import OPERATIONS, SCORE_FORMS
 from benchmarks.operations.operation import Inputs, Operation
 from benchmarks.operations.race import verdict
-from benchmarks.record import Record, markdown, parser
+from benchmarks.record import Record, parser, table_of
 from benchmarks.replaced import replaced
 from benchmarks.workloads import GPU_STEPS, REHEARSAL, Workload
 from sampled_sae.kernels import configs
@@ -52,7 +52,7 @@ LEAST_SECONDS, MOST_SECONDS = 3, 5
 
 def main() -> None:
     args = parser(__doc__, "--out", "--device", "--rehearse", "--within", rounds=9).parse_args()
-    record = Record(args, lambda result: markdown(COLUMNS, result["rows"]))
+    record = Record(args, table_of(COLUMNS))
     workloads = REHEARSAL if args.rehearse else GPU_STEPS
     few = small(record, workloads)
     compile_all(record, {f"{c}, {w.name}": partial(compile_choice, c, w, args.device) for w in few for c in CHOICES})

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from benchmarks.ground_truth.absorption import Absorption
 from sampled_sae import SampledSAE, SparseCodes
-from sampled_sae.impl.inference_rule import Inference
 
 
 class Batch(NamedTuple):
@@ -112,17 +111,12 @@ def of_decoder(decoder: Tensor, truth: Tensor) -> tuple[dict[str, float], Tensor
 
 @torch.no_grad()
 def of_codes(
-    sae: SampledSAE,
-    batches: Iterable[Batch],
-    matches: Tensor,
-    inference: Inference | None = None,
-    absorption: Absorption | None = None,
+    sae: SampledSAE, batches: Iterable[Batch], matches: Tensor, absorption: Absorption | None = None
 ) -> dict[str, float | None]:
-    """What `Detection` counts, `r2`, and what `absorption` finds, of an SAE in evaluation mode: by its own inference
-    or another."""
+    """What `Detection` counts, `r2`, and what `absorption` finds, of an SAE in evaluation mode."""
     detection, explained = Detection(matches), Explained()
     for x, firing in batches:
-        codes = sae.encode_sparse(x.to(sae.W_enc), inference=inference)
+        codes = sae.encode_sparse(x.to(sae.W_enc))
         detection.add(codes, firing)
         explained.add(x, sae.decode(codes).cpu())
         if absorption is not None:

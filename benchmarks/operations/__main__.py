@@ -22,7 +22,7 @@ from benchmarks.measure import RESULTS, Row
 from benchmarks.operations import OPERATIONS, PRODUCT, SCORE_FORMS, Operations, first_call
 from benchmarks.operations.operation import Inputs
 from benchmarks.operations.race import COLUMNS, race
-from benchmarks.record import Record, markdown, parser
+from benchmarks.record import Record, parser, table_of
 from benchmarks.workloads import CPU_KERNELS, GPU_KERNELS, LARGE_KERNELS, REHEARSAL, WIDTHS, Workload
 
 Case = tuple[Workload, torch.dtype]
@@ -58,7 +58,7 @@ def main() -> None:
     names = [name for name in races.operations if args.only is None or name in args.only]
     workloads = REHEARSAL if args.rehearse else races.workloads
     cases = [(w, getattr(torch, dtype)) for dtype in races.dtypes for w in workloads]
-    record = Record(args, lambda result: markdown(COLUMNS, result["rows"]))
+    record = Record(args, table_of(COLUMNS))
     kernels = args.device == "cuda" or args.impl == "triton"
     if kernels and args.set != "ceilings":
         few = [(w, getattr(torch, dtype)) for dtype in races.dtypes for w in small(record, workloads)]

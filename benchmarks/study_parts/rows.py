@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import RESULTS
+from benchmarks.measure import RESULTS, over_seeds
 from sampled_sae.support.atomic_files import write_text
 
 Row = dict[str, Any]
@@ -70,5 +70,4 @@ def _value(text: str) -> Any:
 
 def spread(rows: Iterable[Row], name: str) -> tuple[float, float, float] | None:
     """(mean, least, greatest) of a column over seeds; None where no row has it."""
-    values = [row[name] for row in rows if row.get(name) is not None]
-    return (sum(values) / len(values), min(values), max(values)) if values else None
+    return over_seeds(row.get(name) for row in rows)

@@ -46,7 +46,7 @@ def aux_loss(
     else:
         # as many as there may be, so that nothing waits for their number: others are put out by their bias
         members, dead = largest_dead(parts, operands, dead, rule, scores)
-        alone = alone.among(dead)
+        alone = alone.only(dead)
         defined = defined & mesh.feature.max_(dead.any().to(torch.uint8), "dead features").bool()
     codes = parts.select(alone, members, Rule(k_aux, "token"))
     e_hat = parts.decode(codes, W_dec, None, encoder.rows)

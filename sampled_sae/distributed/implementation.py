@@ -27,6 +27,6 @@ def spread_parts(name: str, weights: Weights, mesh: Mesh, own_hints: ThresholdHi
         decode_levels=spread.decode_levels,
         aux_loss=partial(aux_loss, spread),
         totals=spread.totals,
-        errors=None,
+        squared_errors=None,
         ranking=spread.ranking,
     )

@@ -135,7 +135,7 @@ class Encoder(NamedTuple):
         """The same, of a part of a batch."""
         return self if share is None else self._replace(operands=self.operands._replace(share=share))
 
-    def among(self, some: Tensor) -> Encoder:
+    def only(self, some: Tensor) -> Encoder:
         """The same, where features outside `some`, bool [F], are never active: their bias is -inf."""
         b, full = (torch.where(some, t, -torch.inf) for t in (self.b, self.operands.b))
         return self._replace(b=b, operands=self.operands._replace(b=full))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import ModuleType
 
 import torch
@@ -22,23 +22,27 @@ from .hints import Rule
 from .ranking import Ranking
 from .torch import aux_loss as torch_aux
 from .torch import layer as torch_layer
+from .torch import pool as torch_pool
+from .torch import reconstruction as torch_reconstruction
 from .torch import row_adam as torch_row_adam
+from .torch import scores as torch_scores
+from .torch import screen_columns as torch_columns
 from .totals import Totals
 
 # once: torch 2.11 does not trace through the search
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ONE_PROCESS = Totals(), Ranking()
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """The layer's parts, each under one signature: see torch/layer.py, torch/aux_loss.py and torch/row_adam.py.
+    """The layer's parts, each under one signature: that of the function of its name in torch/.
 
     `encoder` makes the value that the others are given, once a step. Of `column_statistics`, `use_block`, `search`,
     `take_kept` and `seen_columns` scores and selections of many processes are made (distributed/parts.py); the
     reference has none, and the last one is there where a screen is.
-    `errors`, where there is one, adds a bias [d] to a reconstruction [B, d] and gives each token's squared error too.
+    `squared_errors`, where there is one, adds a bias [d] to a reconstruction [B, d] and gives each token's too.
     """
 
     encoder: Callable[..., Encoder]
@@ -60,9 +64,13 @@ class Implementation:
     search: Callable[[Operands, Rule, float | None], Entries] | None = None
     take_kept: Callable[[Entries, Tensor, int, int], Entries] | None = None
     seen_columns: Callable[[Operands, str], SeenColumns | None] | None = None
-    errors: Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]] | None = None
+    squared_errors: Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]] | None = None
     totals: Totals = field(default_factory=Totals)
     ranking: Ranking = field(default_factory=Ranking)
+
+
+# each is a function of the implementation's files, but for what says how processes work together
+PARTS = tuple(part.name for part in fields(Implementation) if part.name not in ("totals", "ranking"))
 
 
 def resolve_impl(impl: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
@@ -102,37 +110,16 @@ def interpreted() -> bool:
 def implementation(name: str) -> Implementation:
     """The parts of "triton", "torch" or "reference"."""
     if name == "triton":
-        from .triton import aux_loss as triton_aux
-        from .triton import layer as triton_layer
-        from .triton import row_adam as triton_row_adam
+        from .triton import aux_loss, layer, pool, reconstruction, row_adam, scores, screen_columns
 
-        return parts_of(triton_layer, triton_aux, triton_row_adam)
+        return parts_of(layer, aux_loss, pool, reconstruction, row_adam, scores, screen_columns)
     if name == "torch":
-        return parts_of(torch_layer, torch_aux, torch_row_adam)
-    return parts_of(reference_form, reference_form, torch_row_adam)
+        others = torch_aux, torch_pool, torch_reconstruction, torch_row_adam, torch_scores, torch_columns
+        return parts_of(torch_layer, *others)
+    return parts_of(reference_form, torch_row_adam)
 
 
-def parts_of(layer: ModuleType, aux: ModuleType, optimizer: ModuleType) -> Implementation:
-    return Implementation(
-        layer.encoder,
-        layer.column_scores,
-        layer.column_bounds,
-        layer.candidate_pool,
-        layer.select,
-        layer.encode_at,
-        layer.above_threshold,
-        layer.dense_above_threshold,
-        layer.decode,
-        layer.decode_levels,
-        aux.aux_loss,
-        aux.dead_candidates,
-        optimizer.row_adam_,
-        optimizer.union,
-        getattr(layer, "column_statistics", None),
-        getattr(layer, "use_block", None),
-        getattr(layer, "search", None),
-        getattr(layer, "take_kept", None),
-        getattr(layer, "seen_columns", None),
-        getattr(layer, "squared_errors", None),
-        *ONE_PROCESS,
-    )
+def parts_of(*files: ModuleType) -> Implementation:
+    """Each part from the first of the files that has it."""
+    found = {name: getattr(file, name) for file in reversed(files) for name in PARTS if hasattr(file, name)}
+    return Implementation(**found, totals=ONE_PROCESS[0], ranking=ONE_PROCESS[1])

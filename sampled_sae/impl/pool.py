@@ -50,7 +50,7 @@ class Pool(NamedTuple):
         if self.taken is None:
             return encoder
         some = torch.zeros(encoder.shape[1], dtype=torch.bool, device=self.taken.device)
-        return encoder.among(some.index_copy_(0, self.members, self.taken))
+        return encoder.only(some.index_copy_(0, self.members, self.taken))
 
 
 class Scoring(Protocol):

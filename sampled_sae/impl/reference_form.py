@@ -19,21 +19,6 @@ from .hints import Rule, ThresholdHints
 from .row_gradients import RowSource
 from .torch.products import without_autocast
 
-__all__ = [
-    "above_threshold",
-    "aux_loss",
-    "candidate_pool",
-    "column_bounds",
-    "column_scores",
-    "dead_candidates",
-    "decode",
-    "decode_levels",
-    "dense_above_threshold",
-    "encode_at",
-    "encoder",
-    "select",
-]
-
 
 def encoder(
     x: Tensor,

@@ -72,14 +72,14 @@ def reconstruct(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, mse, x_hat): mse is that of x_hat [B, d], and the loss too, but for a Matryoshka SAE."""
     if c.groups is None:
-        b_out = leaves.b_out if parts.errors is None else None
+        b_out = leaves.b_out if parts.squared_errors is None else None
         x_hat = parts.decode(codes, leaves.W_dec, b_out, leaves.rows)
         if leaves.W_skip is not None:
             x_hat = x_hat + skipped(parts.totals.once(encoder.x), leaves.W_skip, x_hat.dtype)
-        if parts.errors is None:
+        if parts.squared_errors is None:
             errors = squared_errors(tokens, x_hat)
         else:
-            x_hat, errors = parts.errors(x_hat, leaves.b_out, tokens)
+            x_hat, errors = parts.squared_errors(x_hat, leaves.b_out, tokens)
         mse = parts.totals.mean(errors, encoder.operands)
         return mse, mse, x_hat
     levels = parts.decode_levels(codes, leaves.W_dec, leaves.b_out, c.groups, leaves.rows)

@@ -7,7 +7,6 @@ from typing import Any
 
 from ..config import IMPLS, SCREENS, Output
 from ..support.argument_checks import check_choice, check_field_names, check_flag, check_integer, check_positive
-from ..support.html_table import config_table
 
 RULES = ("relu", "jumprelu", "topk", "threshold", "gated")
 NORMS = ("none", "layer_norm", "constant_norm")
@@ -82,9 +81,6 @@ class InferenceConfig(Output):
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for JSON."""
         return asdict(self)
-
-    def _repr_html_(self) -> str:
-        return config_table(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> InferenceConfig:

@@ -15,11 +15,18 @@ from sampled_sae.lm.dropped import check_drop_tokens, dropped
 from sampled_sae.lm.harvest_points import point_batches
 from sampled_sae.lm.models import device_of, identity_of
 from sampled_sae.lm.point_splice import harvested_place
-from sampled_sae.lm.splice_figures import check_has_loss, checked_reconstruction, figures, next_token_loss, recovered
+from sampled_sae.lm.splice_figures import (
+    check_has_loss,
+    checked_reconstruction,
+    dropped_by_harvest,
+    figures,
+    next_token_loss,
+    recovered,
+)
 from sampled_sae.residual_stream.hook_points import HookPoint, check_places, check_points, points_of, replaced_point
 from sampled_sae.support.argument_checks import check_integer
 from sampled_sae.training.evaluation import Reconstruction
-from sampled_sae.training.same_settings import check_harvested_model, identity, in_words, is_same_model
+from sampled_sae.training.same_settings import identity, in_words, is_same_model
 
 Crosscode = Callable[[Tensor], Tensor]
 
@@ -114,18 +121,8 @@ class LayersSplice:
         """
         abouts = check_of_one_model(manifest)
         places = [harvested_place(about) for about in abouts]
-        if not insist:
-            check_harvested_model(identity(manifest), identity_of(model))
-        settings = manifest["settings"]
-        return cls(
-            model,
-            rows,
-            places,
-            max_norms=[about["max_norm"] for about in abouts],
-            drop_first=settings.get("drop_first", True),
-            drop_tokens=settings.get("drop_tokens", ()),
-            **options,
-        )
+        dropping = dropped_by_harvest(model, manifest, insist)
+        return cls(model, rows, places, max_norms=[about["max_norm"] for about in abouts], **dropping, **options)
 
     def evaluate(self, reconstruct: Crosscode) -> dict[str, Any]:
         """Splice one reconstruction in.

@@ -16,13 +16,14 @@ from sampled_sae.lm.splice_figures import (
     check_has_loss,
     check_one_place,
     checked_reconstruction,
+    dropped_by_harvest,
     figures,
     next_token_loss,
 )
 from sampled_sae.residual_stream.hook_points import HookPoint, check_points, mlp_points, points_of, replaced_point
 from sampled_sae.support.argument_checks import check_integer
 from sampled_sae.training.evaluation import Reconstruction, reconstruct_with
-from sampled_sae.training.same_settings import check_harvested_model, identity, in_words
+from sampled_sae.training.same_settings import in_words
 
 Transcode = Callable[[Tensor], Tensor]
 
@@ -102,21 +103,12 @@ class PointSplice:
         Raises:
             ValueError: as the class; other weights, naming both models; a manifest of activations without a model.
         """
-        harvested, own = identity(manifest), identity_of(model)
         of_target = manifest.get("target", manifest)
         check_one_place(manifest)
-        points = points_of(model, [harvested_place(about) for about in (manifest, of_target)])
-        if not insist:
-            check_harvested_model(harvested, own)
-        return cls(
-            model,
-            rows,
-            *points,
-            max_norms=(manifest["max_norm"], of_target["max_norm"]),
-            drop_first=manifest["settings"].get("drop_first", True),
-            drop_tokens=manifest["settings"].get("drop_tokens", ()),
-            **options,
-        )
+        read, target = points_of(model, [harvested_place(about) for about in (manifest, of_target)])
+        dropping = dropped_by_harvest(model, manifest, insist)
+        norms = manifest["max_norm"], of_target["max_norm"]
+        return cls(model, rows, read, target, max_norms=norms, **dropping, **options)
 
     def evaluate(self, reconstruct: Transcode) -> dict[str, float]:
         """Splice one reconstruction in; the figures are those of `SpliceEvaluator.evaluate`.

@@ -17,6 +17,7 @@ from sampled_sae.lm.splice_figures import (
     check_has_loss,
     check_one_place,
     checked_reconstruction,
+    dropped_by_harvest,
     figures,
     next_token_loss,
 )
@@ -25,7 +26,7 @@ from sampled_sae.residual_stream.hooks import replace
 from sampled_sae.support.all_ranks import own_part, ranks_of
 from sampled_sae.support.argument_checks import check_integer, check_positive
 from sampled_sae.training.evaluation import Reconstruction
-from sampled_sae.training.same_settings import check_harvested_model, identity, in_words
+from sampled_sae.training.same_settings import identity, in_words
 
 Reconstruct = Callable[[Tensor], Tensor]
 # which splice is for what is no SAE of one layer
@@ -133,7 +134,7 @@ class SpliceEvaluator:
         Raises:
             ValueError: as the class; other weights, naming both models; a manifest of activations without a model.
         """
-        harvested, own = identity(manifest), identity_of(model)
+        harvested = identity(manifest)
         check_one_place(manifest)
         if harvested.get("point"):
             raise ValueError(
@@ -141,18 +142,8 @@ class SpliceEvaluator:
             )
         if harvested["layer"] is None:
             raise ValueError(f"manifest is of {in_words(harvested)}, that no harvest wrote: there is nothing to splice")
-        if not insist:
-            check_harvested_model(harvested, own)
-        settings = manifest["settings"]
-        return cls(
-            model,
-            rows,
-            manifest["layer"],
-            max_norm=manifest["max_norm"],
-            drop_first=settings.get("drop_first", True),
-            drop_tokens=settings.get("drop_tokens", ()),
-            **options,
-        )
+        dropping = dropped_by_harvest(model, manifest, insist)
+        return cls(model, rows, manifest["layer"], max_norm=manifest["max_norm"], **dropping, **options)
 
     def evaluate(self, reconstruct: Reconstruct) -> dict[str, float]:
         """Splice one reconstruction in.

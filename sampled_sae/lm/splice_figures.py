@@ -8,7 +8,8 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from sampled_sae.lm.models import check_rows, predicts_next_token
+from sampled_sae.lm.models import check_rows, identity_of, predicts_next_token
+from sampled_sae.training.same_settings import check_harvested_model, identity
 
 
 class Measured(Protocol):
@@ -31,6 +32,14 @@ def check_one_place(manifest: dict[str, Any]) -> None:
     """ValueError for the manifest of layers side by side, which a crosscoder reads."""
     if beside := manifest.get("layers"):
         raise ValueError(f"manifest is of {len(beside)} layers side by side: LayersSplice is for it")
+
+
+def dropped_by_harvest(model: Any, manifest: dict[str, Any], insist: bool) -> dict[str, Any]:
+    """What a splice leaves out as the harvest did; ValueError for a model of other weights, unless `insist`."""
+    if not insist:
+        check_harvested_model(identity(manifest), identity_of(model))
+    settings = manifest["settings"]
+    return {"drop_first": settings.get("drop_first", True), "drop_tokens": settings.get("drop_tokens", ())}
 
 
 def figures(measured: Measured, ce: float, predicted: int) -> dict[str, Any]:

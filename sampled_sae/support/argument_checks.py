@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from decimal import Decimal
 from itertools import pairwise
@@ -98,25 +98,23 @@ def check_device(device: torch.device | str) -> torch.device:
 
 def check_number(name: str, value: Any, least: float, most: float | None) -> float:
     """`value` as an int or a float; numbers of numpy, torch, decimal and fractions are taken too."""
-    allowed = f"a finite number >= {least}" + ("" if most is None else f" and <= {most}")
-    number = plain_number(value)
-    if number is None:
-        raise TypeError(f"{name}={value!r}: must be {allowed}")
-    if not math.isfinite(number) or number < least or (most is not None and number > most):
-        raise ValueError(f"{name}={value!r}: must be {allowed}")
-    return number
+    allowed = f">= {least}" + ("" if most is None else f" and <= {most}")
+    return _finite(name, value, allowed, lambda number: least <= number <= (math.inf if most is None else most))
 
 
 def check_positive(name: str, value: Any, most: float | None = None) -> float:
     """As `check_number`, without 0."""
     allowed = "> 0" if most is None else f"in (0, {most}]"
+    return _finite(name, value, allowed, lambda number: 0 < number <= (math.inf if most is None else most))
+
+
+def _finite(name: str, value: Any, allowed: str, holds: Callable[[float], bool]) -> float:
     number = plain_number(value)
-    if number == 0:
-        raise ValueError(f"{name}={value!r}: must be {allowed}")
+    message = f"{name}={value!r}: must be a finite number {allowed}"
     if number is None:
-        raise TypeError(f"{name}={value!r}: must be a finite number {allowed}")
-    if not math.isfinite(number) or number < 0 or (most is not None and number > most):
-        raise ValueError(f"{name}={value!r}: must be a finite number {allowed}")
+        raise TypeError(message)
+    if not math.isfinite(number) or not holds(number):
+        raise ValueError(message)
     return number
 
 

@@ -9,14 +9,14 @@ import sys
 import time
 from dataclasses import dataclass
 
-from forked import be_quick, forked
+from forked import be_quick, forked, write_to
 from workers import PATIENCE
 
 from sampled_sae.support import roll_call
 
 # of train and sweep; --quiet is the last one
 COMMON = ["--features", "96", "--k", "3", "--steps", "8", "--batch-size", "64", "--checkpoint-every", "3"]
-COMMON += ["--log-every", "2", "--rank-timeout", "120", "--quiet"]
+COMMON += ["--log-every", "2", "--rank-timeout", str(PATIENCE), "--quiet"]
 OPTIONS = ["--l", "4", *COMMON]
 
 # mishaps after which a rank says nothing; of two, the other one need not wait for what it says
@@ -91,10 +91,7 @@ def do(rank, target, argv, environment, log, mishap, most_bytes):
     """What `target(argv)` returns, with the standard streams in a file."""
     names = ("SLURM_PROCID", "SLURM_LOCALID") if "SLURM_STEP_NUM_TASKS" in environment else ("RANK", "LOCAL_RANK")
     os.environ.update(environment, **dict.fromkeys(names, str(rank)))
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(out, stream)
-    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
+    write_to(log)
     be_quick()
     if most_bytes is not None:
         sys.dont_write_bytecode = True  # Python 3.11 keeps the part of a .pyc file that there was room for

@@ -105,6 +105,7 @@ def test_the_command_trains_what_one_process_does(words, two, tmp_path):
     assert main(["verify", str(folder)]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mishap", [Mishap(1, BATCH, "killed", call=6), Mishap(0, BATCH, "SIGTERM", call=4)], ids=str)
 def test_a_run_that_was_ended_goes_on_to_the_bit(words, two, tmp_path, mishap):
     argv = command(words, tmp_path / "run")
@@ -114,6 +115,7 @@ def test_a_run_that_was_ended_goes_on_to_the_bit(words, two, tmp_path, mishap):
     assert files(tmp_path / "run") == files(two[0])
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_with_the_lanes_of_two(words, two, tmp_path):
     argv = command(words, tmp_path / "run")
     assert launch(tmp_path, 2, argv, Mishap(1, BATCH, "killed", call=6))[0][1] == -9
@@ -168,6 +170,7 @@ def test_layers_of_one_pass_train_what_each_does_alone(words, tmp_path):
         assert_close(found, weights(tmp_path / layer))
 
 
+@pytest.mark.slow
 def test_texts_that_end_early_on_one_rank_begin_anew_there(words, tmp_path):
     """Of three texts the second process has one; of one it has none, and says so."""
     lines = (words / "texts.jsonl").read_text().splitlines(keepends=True)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
+from workers import PATIENCE
 
 from sampled_sae.lm import harvest
 from sampled_sae.support.all_ranks import ALONE
@@ -39,7 +40,7 @@ def token_rows():
 def harvest_tiny(argv):
     """argv: the folder, and how many rows differ from those of the first rank on the others. Exit status."""
     launch = launched()
-    ranks = ALONE if launch is None else start(launch, cuda=False, feature_shards=1, timeout=120)
+    ranks = ALONE if launch is None else start(launch, cuda=False, feature_shards=1, timeout=PATIENCE)
     rows = token_rows()
     if ranks.rank and len(argv) > 1:
         rows[: int(argv[1])] = 0

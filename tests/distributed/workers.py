@@ -55,7 +55,6 @@ class Workers:
     """As many processes as the largest case so far has needed."""
 
     def __init__(self):
-        os.environ["OMP_NUM_THREADS"] = "1"
         self.context = forked()
         self.folder = tempfile.mkdtemp()
         self.calls = 0

@@ -4,16 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from makers import D
+from makers import SMALL_SAE as SAE
 
-from sampled_sae import SampledSAEConfig
 from sampled_sae.training.train_config import TrainConfig
 from sampled_sae.training.trainer import Trainer
 from sampled_sae.training.training_run import CHECKPOINT
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0, dead_after=300, aux_pool=16)
 TRAIN = TrainConfig(steps=40, batch_size=64, checkpoint_every=100, log_every=20)
 
 

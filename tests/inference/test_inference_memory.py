@@ -63,6 +63,7 @@ def peaks(d):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 @pytest.mark.parametrize("d", [768, 2304])
 def test_a_small_part_of_the_activations(d):

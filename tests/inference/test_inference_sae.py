@@ -194,7 +194,7 @@ def test_auto_screens_weights_of_16_bits_too(monkeypatch):
         ({"rule": "topk", "k": 97}, "k=97: must be at most d_sae=96"),
         ({"d_out": 3, "apply_b_dec_to_input": True}, "apply_b_dec_to_input=True: a transcoder's b_dec"),
         ({"output_scale": 2.0}, "output_scale=2.0: must be 1 for an SAE"),
-        ({"input_scale": 0}, "input_scale=0: must be > 0"),
+        ({"input_scale": 0}, "input_scale=0: must be a finite number > 0"),
         ({"normalize": "whitened"}, "normalize='whitened': must be one of"),
         ({"skip": 1}, "skip=1: must be True or False"),
     ],

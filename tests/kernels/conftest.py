@@ -27,6 +27,17 @@ def poisoned(monkeypatch):
 
 
 @pytest.fixture
+def small_chunks(monkeypatch):
+    """Several chunks on a GPU too, and lists without room to spare, so that they overflow."""
+    from sampled_sae.impl.triton import products, stream
+
+    monkeypatch.setattr(products, "NARROWEST", 64)
+    monkeypatch.setattr(products, "WIDEST", 64)
+    monkeypatch.setattr(stream, "SLACK", 0)
+    monkeypatch.setattr(stream, "FEWEST_TOKENS", 8)
+
+
+@pytest.fixture
 def repairs(monkeypatch):
     """Whether each screened selection of a batch, of tokens, or of a matrix had to be done again in full."""
     from sampled_sae.impl.triton import screen_entries, stream

@@ -1,10 +1,8 @@
 """Inputs, expected values and ways to run that the tests of several kernels share."""
 
-import os
-
 import pytest
 import torch
-from forked import be_quick, forked
+from forked import run_forked
 
 from sampled_sae.kernels.arguments import Spread
 
@@ -56,10 +54,9 @@ def assert_within_rounding(found, expected, magnitude):
     assert (excess <= 0).all(), f"error beyond fp32 rounding by {excess.max():.3g}"
 
 
-def run_program(program, log):
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
-    be_quick()
+def run_program(program):
     exec(program, {})
+    return 0
 
 
 # the beginning of such programs
@@ -81,10 +78,8 @@ SEARCH_SHAPES = [
 
 def assert_runs_alone(program, folder):
     """In a process of its own: an offset that wraps around ends it."""
-    process = forked().Process(target=run_program, args=(program, folder / "log"))
-    process.start()
-    process.join()
-    assert process.exitcode == 0, (folder / "log").read_text()[-2000:]
+    status, said = run_forked(folder / "log", run_program, program)
+    assert status == 0, said[-2000:]
 
 
 def masked(a, k):

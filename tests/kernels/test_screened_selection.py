@@ -10,18 +10,17 @@ pytest.importorskip("triton")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from makers import make_sae, tokens
-from no_host_sync import NoHostSync, allow_late_scalars
-from screened import activations, assert_same_pairs, encoders
+from no_host_sync import seen_in_steps
+from screened import activations, assert_same_pairs, assert_same_steps, encoders
 from screened_encoders import DEVICE, TRITON, both, drawn, on_cpu, triton_encoder
 
-from sampled_sae import RowAdam
 from sampled_sae.codes import SparseCodes
 from sampled_sae.impl.encoder import Operands
 from sampled_sae.impl.hints import Rule, ThresholdHints
-from sampled_sae.impl.triton import products, screen_entries, stream
+from sampled_sae.impl.triton import screen_entries, stream
 from sampled_sae.impl.triton.screen import tensors_of
 
-pytestmark = pytest.mark.usefixtures("small_chunks")
+pytestmark = pytest.mark.usefixtures("small_chunks", "looking")
 
 INF = float("inf")
 quick = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
@@ -29,12 +28,8 @@ long = settings(max_examples=300, deadline=None, derandomize=True, suppress_heal
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
-    """Several chunks on a GPU too, lists without room to spare, and a look however much is kept."""
-    monkeypatch.setattr(products, "NARROWEST", 64)
-    monkeypatch.setattr(products, "WIDEST", 64)
-    monkeypatch.setattr(stream, "SLACK", 0)
-    monkeypatch.setattr(stream, "FEWEST_TOKENS", 8)
+def looking(monkeypatch):
+    """However much is kept, in few places."""
     monkeypatch.setattr(stream, "ABOVE_PER_TOKEN", 20)
     monkeypatch.setattr(stream, "SCREENED_CAPACITY", 2)
     monkeypatch.setattr(stream, "MOST_SCREENED", 1)
@@ -73,14 +68,14 @@ WAYS = st.sampled_from(["batch", "token", "threshold", "floors", "dense", "dense
 
 
 @quick
-@given(encoders(), st.integers(1, 4), WAYS)
+@given(encoders(130), st.integers(1, 4), WAYS)
 def test_the_same_pairs(case, k, what):
     check(case, k, what)
 
 
 @pytest.mark.slow
 @long
-@given(encoders(), st.integers(1, 8), WAYS)
+@given(encoders(130), st.integers(1, 8), WAYS)
 def test_the_same_pairs_of_many_problems(case, k, what):
     check(case, k, what)
 
@@ -237,32 +232,14 @@ def entries_alone(monkeypatch):
 @pytest.mark.usefixtures("entries_alone")
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_training_takes_the_same_steps(rule):
-    saes = {screen: make(screen, row_grads=True, **rule) for screen in ("off", "bf16")}
-    optimizers = {screen: RowAdam(sae, lr=1e-2) for screen, sae in saes.items()}
-    for step in range(3):
-        saes["bf16"].load_state_dict(saes["off"].state_dict())
-        kept = []
-        for screen, sae in saes.items():
-            out = sae(tokens(16, 12, seed=step).float().to(DEVICE))
-            out.loss.backward()
-            optimizers[screen].step()
-            optimizers[screen].zero_grad()
-            kept.append(out)
-        assert torch.equal(*(out.codes.to_dense() != 0 for out in kept))
-        torch.testing.assert_close(kept[0].loss, kept[1].loss, rtol=1e-5, atol=1e-6)
+    assert_same_steps(lambda screen: make(screen, row_grads=True, **rule), 3)
 
 
 @pytest.mark.usefixtures("entries_alone")
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_no_step_waits_for_the_device(rule, monkeypatch):
-    sae, x = make("bf16", **rule), tokens(16, 12).float().to(DEVICE)
-    monkeypatch.setattr(sae.memory.inputs, "check", lambda x: None)
-    allow_late_scalars(monkeypatch)
-    sae(x).loss.backward()
-    for _ in range(2):
-        with NoHostSync() as mode:
-            sae(x).loss.backward()
-    assert {"round_rows", "select_entries"} <= mode.seen
+    seen = seen_in_steps(make("bf16", **rule), tokens(16, 12).float().to(DEVICE), monkeypatch)
+    assert {"round_rows", "select_entries"} <= seen
 
 
 @pytest.mark.usefixtures("entries_alone")

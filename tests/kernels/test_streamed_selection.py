@@ -18,15 +18,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HINTS = [None, "last", 0.0, -1.0, 1e-40, 1.0, 1e30, INF, NAN]
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Several chunks on a GPU too, and lists without room to spare, so that they overflow."""
-    monkeypatch.setattr(products, "NARROWEST", 64)
-    monkeypatch.setattr(products, "WIDEST", 64)
-    monkeypatch.setattr(stream, "SLACK", 0)
-    monkeypatch.setattr(stream, "FEWEST_TOKENS", 8)
-
-
 def zeros(W):
     return torch.zeros(len(W), device=W.device)
 

@@ -87,7 +87,7 @@ def until(browser, script, *arguments):
     """Waits for a script to return something true, and returns it."""
     from selenium.webdriver.support.ui import WebDriverWait
 
-    return WebDriverWait(browser, 120).until(lambda b: b.execute_script(script, *arguments))
+    return WebDriverWait(browser, 600).until(lambda b: b.execute_script(script, *arguments))
 
 
 def logged(browser):

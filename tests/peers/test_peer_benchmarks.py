@@ -1,18 +1,17 @@
 """The benchmarks against the peers: every candidate computes what it is said to; the commands at tiny sizes."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.drop_in import LIBRARIES
+from benchmarks import drop_in, equal_time
 from benchmarks.peers import CANDIDATES, Setup, Weights, initial_weights, installed, ours
 from benchmarks.peers import make as made
 from benchmarks.quality import splice_of
+from benchmarks.steps import __main__ as steps
 from benchmarks.steps import harness
 from benchmarks.steps.experiments import exponent, table
 from benchmarks.steps.harness import Harness, Task, fitting
@@ -22,7 +21,6 @@ from benchmarks.workloads import REHEARSAL, Workload
 from sampled_sae.bench import activations
 from sampled_sae.training.activation_store import ActivationStore
 
-ROOT = Path(__file__).parents[2]
 SETUP = Setup(48, 20, 160, 3, lr=1e-3, warm_up=2)
 COMPILED = "torch.compile BatchTopK"  # in a process of its own: some of the libraries' imports break the compiler
 NAMES = [name for name in CANDIDATES if name != COMPILED and installed(CANDIDATES[name])]
@@ -174,24 +172,28 @@ def test_groups_fit_into_memory():
     assert list(fitting([*pair, *pair], 0)) == [pair, pair]
 
 
-def command(name, tmp_path, *arguments):
+@pytest.fixture
+def command(tmp_path, monkeypatch):
     """Runs a benchmark at tiny sizes; returns its result and its table."""
-    out = tmp_path / "result.json"
-    module = ["-m", "benchmarks.steps"] if name.isidentifier() else []
-    words = [sys.executable, *module, name, *map(str, arguments), "--threads", "1", "--out", str(out)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    result = json.loads(out.read_text())
-    assert {"device", "torch", "date", "command"} <= set(result)
-    assert result["command"].endswith("--out result.json")
-    assert str(tmp_path.parent) not in result["command"]
-    return result, out.with_suffix(".md").read_text(encoding="utf-8")
+
+    def run(module, *arguments):
+        out = tmp_path / "result.json"
+        words = [module.__file__, *map(str, arguments), "--threads", "1", "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", words)
+        monkeypatch.setenv("TQDM_DISABLE", "1")  # that a command sets it stays among its tests
+        module.main()
+        result = json.loads(out.read_text())
+        assert {"device", "torch", "date", "command"} <= set(result)
+        assert result["command"].endswith("--out result.json")
+        assert str(tmp_path.parent) not in result["command"]
+        return result, out.with_suffix(".md").read_text(encoding="utf-8")
+
+    return run
 
 
-@pytest.mark.slow
-def test_peer_steps_command(tmp_path):
+def test_peer_steps_command(command):
     names = ["ours, l=4", "dictionary_learning BatchTopK", "sparsify TopK"]
-    result, shown = command("peer_steps", tmp_path, "--rehearse", "--here", "--rounds", 2, "--candidates", *names)
+    result, shown = command(steps, "peer_steps", "--rehearse", "--here", "--rounds", 2, "--candidates", *names)
     assert [row["candidate"] for row in result["rows"]] == names
     for row in result["rows"]:
         assert row["ratio_p20"] <= row["ratio"] <= row["ratio_p80"]
@@ -201,16 +203,19 @@ def test_peer_steps_command(tmp_path):
 
 
 @pytest.mark.slow
-def test_scaling_command(tmp_path):
-    result, shown = command("scaling", tmp_path, "--rehearse", "--rounds", 1, "--workloads", "k", "--candidates", "l=4")
+@pytest.mark.usefixtures("forked_workers")
+def test_scaling_command(command):
+    arguments = ["--rehearse", "--rounds", 1, "--workloads", "k", "--candidates", "l=4"]
+    result, shown = command(steps, "scaling", *arguments)
     assert [(row["workload"], row["value"]) for row in result["rows"]] == [("k", 2), ("k", 4)]
     assert "exponent of step" in shown
 
 
 @pytest.mark.slow
-def test_family_command(tmp_path):
+@pytest.mark.usefixtures("forked_workers")
+def test_family_command(command):
     names = ["l=4", "l=4, three groups"]
-    result, shown = command("family", tmp_path, "--rehearse", "--rounds", 1, "--candidates", *names)
+    result, shown = command(steps, "family", "--rehearse", "--rounds", 1, "--candidates", *names)
     plain, nested = result["rows"]
     assert nested["first_error"] == pytest.approx(plain["first_error"], rel=1e-6)
     assert "quotient" not in plain
@@ -219,11 +224,11 @@ def test_family_command(tmp_path):
 
 
 @pytest.mark.slow
-def test_before_after_command(tmp_path):
+def test_before_after_command(command):
     """Against this very revision: both sides begin with the same error."""
     names = ["l=4, before", "l=4"]
     arguments = ["--rehearse", "--rounds", 1, "--revision", "HEAD", "--candidates", *names]
-    result, shown = command("before_after", tmp_path, *arguments)
+    result, shown = command(steps, "before_after", *arguments)
     before, after = result["rows"]
     assert before["first_error"] == pytest.approx(after["first_error"], rel=1e-6)
     assert "quotient" not in before
@@ -233,10 +238,11 @@ def test_before_after_command(tmp_path):
 
 
 @pytest.mark.slow
-def test_drop_in_command(tmp_path):
+@pytest.mark.usefixtures("forked_workers")
+def test_drop_in_command(command):
     """Each library's own loop, with us and alone, comes to the same weights."""
-    result, shown = command("benchmarks/drop_in.py", tmp_path, "--rehearse", "--rounds", 2)
-    assert [row["library"] for row in result["rows"]] == list(LIBRARIES)
+    result, shown = command(drop_in, "--rehearse", "--rounds", 2)
+    assert [row["library"] for row in result["rows"]] == list(drop_in.LIBRARIES)
     for row in result["rows"]:
         assert row["alone"]["fvu"] == pytest.approx(row["with us"]["fvu"], rel=1e-3), row
         assert row["speedup_p20"] <= row["speedup"] <= row["speedup_p80"]
@@ -252,13 +258,14 @@ def test_loss_recovered_needs_a_store_with_text(tmp_path, holdout, reason):
 
 
 @pytest.mark.slow
-def test_equal_time_command(tmp_path):
+@pytest.mark.usefixtures("forked_workers")
+def test_equal_time_command(command, tmp_path):
     names = ["ours, l=None (BatchTopK)", "SAELens BatchTopK", "ours, l=4, decayed, pool_every=4"]
     store = tmp_path / "store"
     ActivationStore.write(store, torch.randn(600, 20), holdout=150)
     small = ["--features", 64, "--k", 3, "--batch-size", 16, "--marks", 0.05, 0.1, "--model", "none"]
-    result, shown = command("benchmarks/equal_time.py", tmp_path, store, *small, "--candidates", *names)
-    assert [row["seconds"] for row in result["rows"]] == [0.05] * 3 + [0.1] * 3
+    result, shown = command(equal_time, store, *small, "--candidates", *names)
+    assert [row.get("seconds", row) for row in result["rows"]] == [0.05, 0.1] * 3
     for row in result["rows"]:
         assert row["steps"] > 0
         assert 0 < row["fvu"] < 10

@@ -248,7 +248,7 @@ def test_every_option_of_ours_is_there():
         ({"impl": "cuda"}, "impl='cuda': must be one of"),
         ({"pool_every": 0}, "pool_every=0: must be a whole number >= 1"),
         ({"threshold_every": 0}, "threshold_every=0"),
-        ({"score_tokens": 0}, r"score_tokens=0: must be in \(0, 1\]"),
+        ({"score_tokens": 0}, r"score_tokens=0: must be a finite number in \(0, 1\]"),
         ({"aux_pool": 0}, "aux_pool=0"),
         ({"k_aux": -1}, "k_aux=-1"),
         ({"aux_loss_coefficient": -1.0}, "aux_loss_coefficient=-1.0"),

@@ -21,12 +21,8 @@ from .block import block_codes, use_block
 from .dense_above import DenseAbove, fill_above
 from .entries import decode_entries, entry_codes
 from .levels import decode_block_levels, decode_entry_levels
-from .pool import candidate_pool
 from .products import without_autocast
-from .reconstruction import squared_errors
-from .scores import column_scores, column_statistics
 from .screen import rounded
-from .screen_columns import column_bounds, seen_columns
 from .search import take
 from .stream import (
     batch_hint,
@@ -36,25 +32,6 @@ from .stream import (
     stream_token,
     token_hint,
 )
-
-__all__ = [
-    "above_threshold",
-    "candidate_pool",
-    "column_bounds",
-    "column_scores",
-    "column_statistics",
-    "decode",
-    "decode_levels",
-    "dense_above_threshold",
-    "encode_at",
-    "encoder",
-    "search",
-    "seen_columns",
-    "select",
-    "squared_errors",
-    "take_kept",
-    "use_block",
-]
 
 
 def encoder(

@@ -84,16 +84,7 @@ def select_block(
 
 
 @select_block.register_fake
-def _(
-    x: Tensor,
-    b_dec: Tensor | None,
-    rows: Tensor,
-    b_rows: Tensor,
-    centred: Tensor,
-    scale: Tensor | None,
-    budget: int,
-    per_token: bool,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, b_dec: Tensor | None, rows: Tensor, b_rows: Tensor, centred: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     shape = (centred.shape[0], rows.shape[0])
     low = centred.new_empty(0 if centred.dtype == torch.float32 else shape)
     return centred.new_empty(shape, dtype=torch.float32), low

@@ -22,32 +22,9 @@ from ..torch.dense_above import DenseAbove
 from . import block, entries, scores
 from .block import BLOCK_FEATURES, block_codes
 from .entries import narrow, padded_codes
-from .pool import candidate_pool
-from .reconstruction import squared_errors
-from .scores import column_scores
 from .screen import rounded_operands, tensors_of
-from .screen_columns import column_bounds, seen_columns
 from .search import select_entries
 from .stream import dense_from_list, dense_products, stream_above
-
-__all__ = [
-    "above_threshold",
-    "candidate_pool",
-    "column_bounds",
-    "column_scores",
-    "column_statistics",
-    "decode",
-    "decode_levels",
-    "dense_above_threshold",
-    "encode_at",
-    "encoder",
-    "search",
-    "seen_columns",
-    "select",
-    "squared_errors",
-    "take_kept",
-    "use_block",
-]
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

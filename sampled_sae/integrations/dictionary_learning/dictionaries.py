@@ -18,7 +18,7 @@ from ...formats.dictionary_learning import UNSET
 from ...sae import SampledSAE
 from ...support.argument_checks import check_integer
 from ..replaced import has_other_methods, methods_of
-from .linear_view import LinearView, write
+from .linear_view import LinearView, parameter_of_sae
 from .peer_files import NAMES, Names, from_peer_names, held_k, read_weights, to_peer_names
 
 
@@ -105,14 +105,7 @@ class SampledDictionary(Dictionary):
             self.sae.threshold.copy_(torch.as_tensor(value))
             self.sae.threshold_steps.copy_(self.sae.threshold >= 0)
 
-    @property
-    def b_dec(self) -> torch.nn.Parameter:
-        """[d]. Assigning copies the values."""
-        return self.sae.b_dec
-
-    @b_dec.setter
-    def b_dec(self, value: Tensor) -> None:
-        write(self.sae.b_dec, value)
+    b_dec = parameter_of_sae("b_dec", "[d]. Assigning copies the values.")
 
     @property
     def encoder(self) -> LinearView:

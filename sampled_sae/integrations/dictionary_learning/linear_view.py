@@ -64,6 +64,15 @@ class LinearView:
         return torch.nn.functional.linear(x, self._W.t(), self._bias)
 
 
+def parameter_of_sae(name: str, about: str) -> property:
+    """A property of a dictionary: this parameter of its `sae`. Assigning copies the values."""
+
+    def assign(dictionary: Any, value: Tensor) -> None:
+        write(getattr(dictionary.sae, name), value)
+
+    return property(lambda dictionary: getattr(dictionary.sae, name), assign, doc=about)
+
+
 @torch.no_grad()
 def write(parameter: torch.nn.Parameter, value: Tensor) -> None:
     """Into the parameter's own memory, which the optimizer knows."""

@@ -17,7 +17,7 @@ from ...formats.dictionary_learning import as_linear, groups_of, read_state
 from ...impl.levels import LevelErrors
 from ...support.argument_checks import check_integer, check_number, describe
 from .dictionaries import BatchTopKSAE, SampledDictionary
-from .linear_view import write
+from .linear_view import parameter_of_sae
 from .peer_files import Names, held_k
 from .row_trainer import RowTrainer
 from .step import StepInputs
@@ -70,32 +70,9 @@ class MatryoshkaBatchTopKSAE(BatchTopKSAE):
     def made_by_peer(self, activation_dim: int, dict_size: int, k: int) -> Any:
         return self.peer(activation_dim, dict_size, k, self._sizes)
 
-    @property
-    def W_enc(self) -> torch.nn.Parameter:
-        """[d, F]. Assigning to this, b_enc or W_dec copies the values."""
-        return self.sae.W_enc
-
-    @W_enc.setter
-    def W_enc(self, value: Tensor) -> None:
-        write(self.sae.W_enc, value)
-
-    @property
-    def b_enc(self) -> torch.nn.Parameter:
-        """[F]."""
-        return self.sae.b_enc
-
-    @b_enc.setter
-    def b_enc(self, value: Tensor) -> None:
-        write(self.sae.b_enc, value)
-
-    @property
-    def W_dec(self) -> torch.nn.Parameter:
-        """[F, d]."""
-        return self.sae.W_dec
-
-    @W_dec.setter
-    def W_dec(self, value: Tensor) -> None:
-        write(self.sae.W_dec, value)
+    W_enc = parameter_of_sae("W_enc", "[d, F]. Assigning copies the values.")
+    b_enc = parameter_of_sae("b_enc", "[F]. Assigning copies the values.")
+    W_dec = parameter_of_sae("W_dec", "[F, d]. Assigning copies the values.")
 
     @classmethod
     def from_pretrained(

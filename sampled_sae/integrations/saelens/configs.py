@@ -10,7 +10,7 @@ from sae_lens.saes.sae import SAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAEConfig
 
 from ...config import IMPLS, POOLS, SCREENS, SELECTS
-from ...support.argument_checks import SCORES, check_budget, check_choice, check_integer, check_number
+from ...support.argument_checks import SCORES, check_budget, check_choice, check_integer, check_number, check_positive
 
 
 @dataclass
@@ -90,9 +90,7 @@ class SampledTrainingSAEConfig(BatchTopKTrainingSAEConfig):
         self.k, self.l = check_budget(self.k, self.l, self.d_sae, self.select)
         self.aux_loss_coefficient = check_number("aux_loss_coefficient", self.aux_loss_coefficient, 0, None)
         self.topk_threshold_lr = check_number("topk_threshold_lr", self.topk_threshold_lr, 0, 1)
-        self.score_tokens = check_number("score_tokens", self.score_tokens, 0, 1)
-        if self.score_tokens == 0:
-            raise ValueError(f"score_tokens={self.score_tokens!r}: must be in (0, 1]")
+        self.score_tokens = check_positive("score_tokens", self.score_tokens, 1)
         for name, least in (("pool_every", 1), ("threshold_every", 1), ("seed", 0)):
             setattr(self, name, check_integer(name, getattr(self, name), least))
         for name in ("k_aux", "aux_pool"):

@@ -228,64 +228,25 @@ class SparseTranscoding(SparseInference):
         return tuple(x.shape[:-1])
 
 
-class SparseStandardSAE(SparseInference, StandardSAE):
-    """SAELens' StandardSAE."""
-
-    rule, theirs = "relu", StandardSAE
-
-
-class SparseTopKSAE(SparseInference, TopKSAE):
-    """SAELens' TopKSAE."""
-
-    rule, theirs = "topk", TopKSAE
-
-
-class SparseJumpReLUSAE(SparseInference, JumpReLUSAE):
-    """SAELens' JumpReLUSAE."""
-
-    rule, theirs = "jumprelu", JumpReLUSAE
-
-
-class SparseGatedSAE(SparseInference, GatedSAE):
-    """SAELens' GatedSAE."""
-
-    rule, theirs = "gated", GatedSAE
-
-
-class SparseTranscoder(SparseTranscoding, Transcoder):
-    """SAELens' Transcoder."""
-
-    rule, theirs = "relu", Transcoder
-
-
-class SparseSkipTranscoder(SparseTranscoding, SkipTranscoder):
-    """SAELens' SkipTranscoder."""
-
-    rule, theirs = "relu", SkipTranscoder
-
-
-class SparseJumpReLUTranscoder(SparseTranscoding, JumpReLUTranscoder):
-    """SAELens' JumpReLUTranscoder."""
-
-    rule, theirs = "jumprelu", JumpReLUTranscoder
-
-
-class SparseJumpReLUSkipTranscoder(SparseTranscoding, JumpReLUSkipTranscoder):
-    """SAELens' JumpReLUSkipTranscoder."""
-
-    rule, theirs = "jumprelu", JumpReLUSkipTranscoder
-
-
-INFERENCE_FORMS: dict[type[SAE[Any]], type[SparseInference]] = {
-    form.theirs: form
-    for form in (
-        SparseStandardSAE,
-        SparseTopKSAE,
-        SparseJumpReLUSAE,
-        SparseGatedSAE,
-        SparseTranscoder,
-        SparseSkipTranscoder,
-        SparseJumpReLUTranscoder,
-        SparseJumpReLUSkipTranscoder,
-    )
+RULES: dict[type[SAE[Any]], str] = {
+    StandardSAE: "relu",
+    TopKSAE: "topk",
+    JumpReLUSAE: "jumprelu",
+    GatedSAE: "gated",
+    Transcoder: "relu",
+    SkipTranscoder: "relu",
+    JumpReLUTranscoder: "jumprelu",
+    JumpReLUSkipTranscoder: "jumprelu",
 }
+
+
+def form_of(theirs: type[SAE[Any]], rule: str) -> type[SparseInference]:
+    """The class of SAELens with our search in it, here under its name, where pickle looks for it."""
+    mixed = SparseTranscoding if issubclass(theirs, Transcoder) else SparseInference
+    about = {"__module__": __name__, "__doc__": f"SAELens' {theirs.__name__}.", "rule": rule, "theirs": theirs}
+    form: Any = type(f"Sparse{theirs.__name__}", (mixed, theirs), about)
+    globals()[form.__name__] = form
+    return form
+
+
+INFERENCE_FORMS = {theirs: form_of(theirs, rule) for theirs, rule in RULES.items()}

@@ -1,4 +1,4 @@
-"""What `benchmarks/family.py` trains: Matryoshka SAEs, skip transcoders and crosscoders, ours and the peers'."""
+"""What `equal_time.py` and `family.py` train: SAEs; Matryoshka SAEs, skip transcoders and crosscoders; and how."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.measure import Row, product, spread_columns
-from benchmarks.peers import BATCH, TOKEN, Entry, Setup, Weights, initial_weights, make, ours
+from benchmarks.peers import AUTOCAST, BATCH, CANDIDATES, TOKEN, Entry, Setup, Weights, initial_weights, make, ours
 from benchmarks.peers.candidate import TranscoderWeights
 from sampled_sae import SampledSAE
 from sampled_sae.lm import LayersSplice, PointSplice, SpliceEvaluator
@@ -47,6 +47,10 @@ def groups_of(F: int) -> tuple[int, ...]:
     return F // 16, F // 4, F
 
 
+SAES = {name: entry for name, entry in (CANDIDATES | AUTOCAST).items() if name != "torch.compile BatchTopK"}
+SAES["ours, l=4, decayed, pool_every=4"] = ours("decayed", l=4.0, pool_every=4)
+
+
 def matryoshka(F: int) -> dict[str, Entry]:
     nested: dict[str, Any] = {"groups": groups_of(F)}
     return {
@@ -72,8 +76,16 @@ def crosscoders(F: int) -> dict[str, Entry]:
     return found | {"dictionary_learning BatchTopKCrossCoder": Entry("dictionary_learning_crosscoder", BATCH)}
 
 
+def from_weights(setup: Setup, batch: TrainingBatch) -> Weights:
+    return initial_weights(setup, batch.median)
+
+
+def plain_sae(tensors: dict[str, Tensor], setup: Setup, store: Activations, **rule: Any) -> SampledSAE:
+    return Weights(**tensors).sae(setup.k, l=None, input_scale=store.scale, **rule)
+
+
 def matryoshka_sae(tensors: dict[str, Tensor], setup: Setup, store: Activations) -> SampledSAE:
-    return Weights(**tensors).sae(setup.k, l=None, groups=groups_of(setup.F), input_scale=store.scale)
+    return plain_sae(tensors, setup, store, groups=groups_of(setup.F))
 
 
 def transcoder(tensors: dict[str, Tensor], setup: Setup, store: Activations) -> SampledSAE:
@@ -82,13 +94,12 @@ def transcoder(tensors: dict[str, Tensor], setup: Setup, store: Activations) -> 
 
 
 def crosscoder(tensors: dict[str, Tensor], setup: Setup, store: Activations) -> SampledSAE:
-    return Weights(**tensors).sae(setup.k, l=None, layers=setup.layers, input_scale=store.scale)
+    return plain_sae(tensors, setup, store, layers=setup.layers)
 
 
 KINDS = {
-    "matryoshka": Kind(
-        matryoshka, lambda setup, batch: initial_weights(setup, batch.median), matryoshka_sae, SpliceEvaluator
-    ),
+    "sae": Kind(lambda F: SAES, from_weights, plain_sae, SpliceEvaluator),
+    "matryoshka": Kind(matryoshka, from_weights, matryoshka_sae, SpliceEvaluator),
     "crosscoder": Kind(crosscoders, lambda setup, batch: batch.x, crosscoder, LayersSplice),
     "transcoder": Kind(transcoders, lambda setup, batch: (batch.x, batch.target), transcoder, PointSplice),
 }
@@ -100,9 +111,10 @@ class Task:
 
     Attributes:
         kind, activations, setup: of `KINDS`, the folder of what is trained on, and sizes.
-        steps, marks: after how many steps, and after how many seconds of them, weights are kept.
+        steps, marks: after how many steps, 0 for none, and after how many seconds of them, weights are kept.
         folder: where.
         threads: of each candidate.
+        names: the candidates; all of the kind for None.
     """
 
     kind: str
@@ -112,22 +124,26 @@ class Task:
     marks: tuple[float, ...]
     folder: Path
     threads: int
+    names: tuple[str, ...] | None = None
 
     @property
     def entries(self) -> dict[str, Entry]:
-        return KINDS[self.kind].entries(self.setup.F)
+        found = KINDS[self.kind].entries(self.setup.F)
+        return found if self.names is None else {name: found[name] for name in self.names}
 
 
-class FamilySession:
-    """One candidate in training; where there are marks, the encoder product is timed beside some of the steps."""
+class TrainingSession:
+    """One candidate in training. Where there are marks on the way to the last step, the encoder product is timed beside
+    some of the steps."""
 
     def __init__(self, task: Task, name: str) -> None:
         torch.set_num_threads(task.threads)
         self.task, self.name = task, f"{task.kind}, {name}, seed {task.setup.seed}"
-        self.feed = Feed(as_activations(task.activations), task.setup.B, task.setup.seed)
+        self.device = task.setup.device
+        self.feed = Feed(as_activations(task.activations), task.setup.B, task.setup.seed, self.device)
         first = self.feed.batch(0)
         self.candidate = make(task.entries[name], task.setup, KINDS[task.kind].start(task.setup, first))
-        self.product = product(first.x, torch.randn(task.setup.F, first.x.shape[1]))
+        self.product = product(first.x, torch.randn(task.setup.F, first.x.shape[1], device=self.device))
         self.seconds, self.steps = 0.0, 0
         self.ratios: list[float] = []
 
@@ -154,9 +170,9 @@ class FamilySession:
     def _step(self) -> None:
         batch = self.feed.batch(self.steps)
         given = (batch.x,) if batch.target is None else (batch.x, batch.target)
-        beside = self.task.marks and self.steps % PRODUCT_EVERY == PRODUCT_EVERY - 1
-        floor = min(timed(self.product, "cpu") for _ in range(2)) if beside else 0.0
-        taken = timed(lambda: self.candidate.step(*given), "cpu")
+        beside = self.task.steps and self.task.marks and self.steps % PRODUCT_EVERY == PRODUCT_EVERY - 1
+        floor = min(timed(self.product, self.device) for _ in range(2)) if beside else 0.0
+        taken = timed(lambda: self.candidate.step(*given), self.device)
         self.ratios += [taken / floor] if beside else []
         self.seconds += taken
         self.steps += 1
