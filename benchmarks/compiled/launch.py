@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.replaced import replaced
 
@@ -67,10 +68,17 @@ class Launch:
     def wants_matrix(self, arch: str) -> bool:
         """Whether it is a product in 16 bits, or in fp32 on AMD's matrix cores; NVIDIA has IEEE fp32 on FMA units."""
         has_product = {"x", "W", "D"} <= set(self.kernel.arg_names)
-        return has_product and (arch == "gfx942" or self.arguments["x"].dtype != torch.float32)
+        return has_product and (arch == "gfx942" or tensor_of(self.arguments["x"]).dtype != torch.float32)
+
+
+def tensor_of(value: Any) -> Any:
+    """An argument, or the tensor that it describes."""
+    return value.base if isinstance(value, TensorDescriptor) else value
 
 
 def type_of(value: Any) -> str:
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype]
     return "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
@@ -88,8 +96,7 @@ def launches(call: Callable[[], Any], arch: str) -> list[Launch]:
     def note(kernel: Any, config: triton.Config, grid: Any, args: tuple[Any, ...], **constexprs: Any) -> None:
         found.append(Launch(kernel, config, dict(zip(kernel.arg_names, args)), constexprs))
 
-    programs = 2 * MULTIPROCESSORS
-    known = {"architecture": lambda device: arch, "resident_programs": lambda device: programs}
+    known = {"architecture": lambda device: arch, "multiprocessors": lambda device: MULTIPROCESSORS}
     with replaced(launch=note, FAST_LOG=arch != "gfx942", **known):
         call()
     return found

@@ -1,6 +1,8 @@
 """Inputs, expected values and ways to run that the tests of several kernels share."""
 
 import os
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -62,6 +64,7 @@ def run_program(program, log):
     exec(program, {})
 
 
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="looks into the interpreter")
 # the beginning of such programs
 FAR = """
 import torch
@@ -85,6 +88,21 @@ def assert_runs_alone(program, folder):
     process.start()
     process.join()
     assert process.exitcode == 0, (folder / "log").read_text()[-2000:]
+
+
+@contextmanager
+def counted_stores():
+    """A list that gets an element for every store that a kernel makes in the interpreter."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    plain, made = InterpreterBuilder.create_masked_store, []
+
+    def store(*args, **kwargs):
+        made.append(None)
+        return plain(*args, **kwargs)
+
+    with patch.object(InterpreterBuilder, "create_masked_store", store):
+        yield made
 
 
 def masked(a, k):
