@@ -18,6 +18,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -148,6 +149,7 @@ class Step(NamedTuple):
     peak: int
 
 
+@cache
 def traced(d: int, l: float | None, dtype: str, arch: str) -> dict[str, Step]:
     """One step in training, in which no feature is dead, by mode of RowAdam."""
     trace = Trace()
@@ -182,7 +184,7 @@ def traced(d: int, l: float | None, dtype: str, arch: str) -> dict[str, Step]:
             trace.begin()
             with trace:
                 call()
-            return Step(trace.works, trace.peak)
+            return Step([*trace.works], trace.peak)
 
         def forward_and_backward() -> None:
             sae.zero_grad()

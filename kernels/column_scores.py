@@ -124,7 +124,8 @@ def described_partials_kernel(
         if HAS_TAIL:
             o_t = i_t * BN + tl.arange(0, BN)  # [BN]
             b_a = tl.where((o_t < B)[None, :], b_a, 0.0)  # [BM, BN]
-        store_partials(b_a, partials, i_t, T, F, o_f, m_f & (i_tile < T * n_f), SCORE, FAST_LOG)
+        m_f = o_f < tl.where(i_tile < T * n_f, F, 0)  # [BM]
+        store_partials(b_a, partials, i_t, T, F, o_f, m_f, SCORE, FAST_LOG)
 
 
 @triton.jit

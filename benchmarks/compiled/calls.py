@@ -47,11 +47,6 @@ def encoder(dtype: torch.dtype, d: int, tokens: int = B) -> tuple[Tensor, Tensor
     return new(tokens, stride, dtype=dtype)[:, :d], new(F, stride, dtype=dtype)[:, :d]
 
 
-def unaligned(dtype: torch.dtype, d: int) -> tuple[Tensor, Tensor]:
-    """x and W, whose rows no tensor descriptor could hold."""
-    return new(B, d + 1, dtype=dtype)[:, :d], new(F, d + 1, dtype=dtype)[:, :d]
-
-
 def several(launcher: Callable[..., Any], kernel: Any, tried: dict[str, tuple[Any, ...]]) -> dict[str, Case]:
     return {name: Case(kernel, partial(launcher, *arguments)) for name, arguments in tried.items()}
 

@@ -37,7 +37,6 @@ from benchmarks.compiled.calls import (
     new,
     several,
     spread,
-    unaligned,
     undecided,
     vectors,
 )
@@ -138,7 +137,6 @@ CASES: dict[str, dict[str, Case]] = {
                 "fp16 tail of d": (*encoder(float16, 500), None, "l2", None),
                 "fp32 small d": (*encoder(float32, 768), new(F), "entropy", new(F)),
                 "fp32 large d": (*encoder(float32, 4096), new(F), "entropy", new(F)),
-                "bf16 unaligned": (*unaligned(bfloat16, 768), new(F), "l2", None),
             },
         ),
         **several(

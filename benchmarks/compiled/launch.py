@@ -104,7 +104,8 @@ def launches(call: Callable[[], Any], arch: str) -> list[Launch]:
 
 def resources(kernel: Any, arch: str) -> dict[str, int]:
     """What one compiled kernel takes: registers a thread, bytes spilled or on the stack, shared memory,
-    threads a block, and counts of instructions (all, matrix, loads from and stores to global memory)."""
+    threads a block, and counts of instructions (all, matrix, loads from and stores to global memory, and those that
+    stand behind the last matrix instruction)."""
     if arch == "gfx942":
         assembly = kernel.asm["amdgcn"]
         # scalar registers spill into lanes of vector registers; what reaches memory is in the private segment
@@ -119,12 +120,15 @@ def resources(kernel: Any, arch: str) -> dict[str, int]:
     def count(pattern: str) -> int:
         return len(re.findall(pattern, assembly, re.MULTILINE))
 
+    lines = [m.start() for m in re.finditer(line, assembly, re.MULTILINE)]
+    products = [m.start() for m in re.finditer(rf"\b{MATRIX[arch]}", assembly)]
     return {
         "registers": registers,
         "spilled": sum(spills),
         "shared": kernel.metadata.shared,
         "threads": lanes * kernel.metadata.num_warps,
-        "instructions": count(line),
+        "instructions": len(lines),
+        "behind products": sum(start > products[-1] for start in lines) if products else 0,
         "matrix": count(rf"\b{MATRIX[arch]}"),
         "loads": count(rf"\b{GLOBAL_LOAD.get(arch, '(?:LDG|LDGSTS|UTMALDG)')}"),
         "stores": count(rf"\b{GLOBAL_STORE.get(arch, 'STG')}"),

@@ -20,6 +20,7 @@ import triton
 from benchmarks.compiled.cases import CASES
 from benchmarks.compiled.launch import KB, SHARED, SM_REGISTERS, is_aligned, launches
 from benchmarks.compiled.table import TABLES, launched, table
+from benchmarks.costs import BEHIND_PRODUCTS
 from sampled_sae.kernels import column_scores, configs
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,8 @@ def test_what_the_compiler_makes(arch, tmp_path):
     if arch != "gfx942":
         small_d_leaves_room_for_two_blocks(arch, usages)
     the_committed_table_is_this(arch, usages)
+    if arch in ("sm_90", "sm_100"):
+        operands_come_by_descriptors(arch, usages)
 
 
 def nothing_spills_and_all_fits(arch, usages):
@@ -68,6 +71,14 @@ def small_d_leaves_room_for_two_blocks(arch, usages):
         return
     assert 2 * (usage["shared"] + KB) <= SHARED[arch][1]
     assert 2 * usage["registers"] * usage["threads"] <= SM_REGISTERS
+
+
+def operands_come_by_descriptors(arch, usages):
+    """Some loads of tiles and two of biases, where a thread's own loads would be dozens; and what the model counts."""
+    usage = usages["column_scores: descriptors bf16 l2"]
+    assert usage["loads"] <= 12
+    if arch == "sm_90" and f"Triton {triton.__version__}\n" in (TABLES / "sm_90.md").read_text():
+        assert usage["behind products"] == BEHIND_PRODUCTS
 
 
 def the_committed_table_is_this(arch, usages):
