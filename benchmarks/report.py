@@ -52,7 +52,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 # the columns of a step in the README's table, and its size
 SUMMARY = {"": "{candidate}", "step, ms": "{step_ms:.0f}", "step / encoder product": "{ratio:.2f}"}
 SUMMARY |= {"peak extra memory": "{peak_extra_memory:.2f}"}
-FEATURES, NOT_SHOWN = 16384, ("sparsify TopK, Adam",)
+FEATURES, NOT_SHOWN, AUTOCAST = 16384, ("sparsify TopK, Adam",), ", bf16 autocast"
 # comes first: what a config is without l
 DEFAULT = "ours, l=None (BatchTopK)"
 
@@ -73,18 +73,24 @@ def tables() -> dict[Path, str]:
 
 
 def summary(found: dict[str, dict[str, Any]]) -> str:
-    """The README's one table: a step's time and memory, and what equal time buys, ours beside the peers."""
+    """The README's one table: a step's time and memory, and what equal time buys, ours beside the peers.
+
+    Of a peer's training under bfloat16 autocast, time and FVU stand behind.
+    """
     step, race = found["peer_steps"], found["equal_time"]
     last = {row["candidate"]: row for row in race["rows"] if row.get("seconds") == race["marks"][-1]}
-    shown = [row for row in step["rows"] if row["F"] == FEATURES and row["candidate"] not in NOT_SHOWN]
-    shown.sort(key=lambda row: row["candidate"] != DEFAULT)
-    rows = [row | last[row["candidate"]] for row in shown if row["candidate"] in last]
+    here = [row for row in step["rows"] if row["F"] == FEATURES and row["candidate"] in last]
+    both = {row["candidate"]: row | last[row["candidate"]] for row in here}
+    shown = [name for name in both if name not in NOT_SHOWN and not name.endswith(AUTOCAST)]
+    rows = [both[name] | {"autocast": both.get(name + AUTOCAST)} for name in shown]
+    rows.sort(key=lambda row: row["candidate"] != DEFAULT)
     sources = [("Step and memory", rows[0], step), ("FVU", race["setup"], race)]
     about = [
         "{}: B={B}, d={d}, F={F}, k={k}; {device}, {threads} threads, {date}.".format(what, **{**size, **result})
         for what, size, result in sources
     ]
     columns = SUMMARY | {f"FVU after {race['marks'][-1]:.0f} s": "{fvu:.3f}", "loss recovered": "{loss_recovered:.3f}"}
+    columns |= {"bf16 autocast: step, ms": "{autocast[step_ms]:.0f}", "FVU": "{autocast[fvu]:.3f}"}
     return markdown(columns, rows) + "\n" + " ".join(about) + "\n"
 
 

@@ -31,12 +31,13 @@ class Library(Candidate):
         self.config = {**size, **schedule, "layer": 0, "lm_name": "none", "device": setup.device, "seed": setup.seed}
         self.trainer = kind(**self.config)
         self.trainer.dead_feature_threshold = setup.dead_after
+        # on a CPU trainSAE has no autocast of its own
+        self.trainer.update = setup.autocast()(self.trainer.update)
         self.load(weights)
         self.steps = 1
 
     def step(self, x: Tensor) -> float:
-        with self.setup.autocast():
-            loss = self.trainer.update(self.steps, x)
+        loss = self.trainer.update(self.steps, x)
         self.steps += 1
         return loss
 

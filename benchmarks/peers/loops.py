@@ -14,7 +14,11 @@ from benchmarks.peers.candidate import Candidate, Setup, Weights
 
 
 class Library(Candidate):
-    """The loop runs in a thread; a step's error is not known."""
+    """The loop runs in a thread; a step's error is not known.
+
+    Autocast is each library's own, entered anew in each step: one around the whole loop would go on with the rounded
+    weights that it keeps until it is left.
+    """
 
     def __init__(self, setup: Setup, weights: Weights, library: str, with_us: bool) -> None:
         torch.manual_seed(0)
@@ -39,8 +43,7 @@ class Library(Candidate):
 
     def _run(self) -> None:
         try:
-            with self.setup.autocast():
-                self.library.loop(self._batches())
+            self.library.loop(self._batches())
             raise RuntimeError("the loop ended")
         except Exception as error:
             self.answers.put(error)
