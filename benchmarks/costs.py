@@ -6,10 +6,12 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.compiled.table import TABLES
 from sampled_sae.kernels.configs import FITS_L2
@@ -36,14 +38,22 @@ DEVICES = {
 }
 # a multiprocessor issues so many instructions of warps a cycle
 ISSUED = 4
-# of the library's rate, what kernels multiply at that make something else of the product in place of writing it
-FUSED, FUSED_KERNELS = 0.8, ("column_partials_kernel", "append_products_kernel")
+# Of the library's rate, what kernels multiply at that make something else of the product in place of writing it. With
+# operands by tensor descriptors: what a loop of Triton's reaches, before its tiles and its epilogue are counted. On
+# H100s 0.97 of cuBLAS's rate is published with the epilogue at K = 1024 (facebookexperimental/triton, pull 1038) and
+# 1.04 at K = 4096 in 8 bits (triton-lang/triton, pull 5461).
+FUSED, DESCRIBED = 0.8, 0.95
+# of a Hopper multiprocessor: bytes that shared memory moves, and multiplications of 16 bits, a cycle
+SHARED_BYTES, MULTIPLICATIONS, ROWS_OF_A_WARPGROUP = 128, 2048, 64
 # of the columns, what a screen leaves open: benchmarks/results/cpu_step.md has 4.9% for l=4 at this F, and more below
 UNDECIDED = 1 / 20
 # passes of a radix sort, each of which reads and writes keys and places
 SORT_PASSES = 4
 # microseconds that the shortest launch takes on the device, and that any takes on the host
 SHORTEST_US, HOST_US = 2.0, 12.0
+# Instructions behind the last product in the code of "column_scores: descriptors bf16 l2" on sm_90, which hide behind
+# none: one program has a multiprocessor, and the loop over d is before them. tests/kernels/test_compile.py holds it.
+BEHIND_PRODUCTS = 822
 # kernel -> its row in the tables of compiled code, for kernels that are not bound by a loop of unknown length
 CODE = {
     "append_above_kernel": "chunk_filter: whole dictionary",
@@ -61,7 +71,11 @@ TRIPS: dict[str, Callable[[dict[str, Any]], int]] = {
 
 @dataclass(frozen=True)
 class Work:
-    """One launch on the device. cached: bytes that come from L2."""
+    """One launch on the device.
+
+    cached: bytes that come from L2. rate: of the library's, at which it multiplies. alone: whether nothing is
+    multiplied while its instructions are issued.
+    """
 
     name: str
     bytes: int = 0
@@ -69,12 +83,15 @@ class Work:
     flops: int = 0
     dtype: str = "float32"
     instructions: Callable[[str], int] = lambda arch: 0
+    rate: float = 1.0
+    alone: bool = False
 
     def seconds(self, on: Device) -> float:
-        rate = on.tflops[self.dtype] * (FUSED if self.name in FUSED_KERNELS else 1)
         issued = self.instructions(on.arch) / (ISSUED * on.multiprocessors * on.ghz * 1e9)
         moved = self.bytes / (on.tbs * 1e12) + self.cached / (on.l2_tbs * 1e12)
-        return max(moved, self.flops / (rate * 1e12), issued, SHORTEST_US * 1e-6)
+        multiplied = self.flops / (on.tflops[self.dtype] * self.rate * 1e12)
+        computed = multiplied + issued if self.alone else max(multiplied, issued)
+        return max(moved, computed, SHORTEST_US * 1e-6)
 
 
 def size(*tensors: Any) -> int:
@@ -109,7 +126,12 @@ BYTES: dict[str, Callable[[dict[str, Any], dict[str, Any]], int]] = {
     "keep_long_rows_kernel": lambda a, c: 4 * size(a["z"]) + size(a["copy"]),
 }
 # launches that multiply, and the share of 2BdF
-MULTIPLIED = {"column_partials_kernel": 1.0, "append_products_kernel": 1.0, "undecided_partials_kernel": UNDECIDED}
+MULTIPLIED = {
+    "column_partials_kernel": 1.0,
+    "described_partials_kernel": 1.0,
+    "append_products_kernel": 1.0,
+    "undecided_partials_kernel": UNDECIDED,
+}
 # and of which matrix it gathers a row for each entry of which list
 GATHERED = {
     "entry_dots_kernel": ("W", "tokens"),
@@ -121,9 +143,33 @@ GATHERED = {
 STRIPED = {"segments_kernel": "BD", "entry_dots_kernel": "WIDTH"}
 # kernels that read the product that cuBLAS has just written, and little else
 AFTER_PRODUCT = ("append_above_kernel", "chunk_partials_kernel")
+# of the library's rate, that of kernels' products
+RATES: dict[str, Callable[[dict[str, Any], dict[str, Any], int], float]] = {
+    "column_partials_kernel": lambda a, c, programs: FUSED,
+    "append_products_kernel": lambda a, c, programs: FUSED,
+    "described_partials_kernel": lambda a, c, programs: DESCRIBED * fed(c) * busy(a, c, programs),
+}
+# kernels of one program a multiprocessor, whose epilogue hides behind no product
+ALONE = ("described_partials_kernel",)
+
+
+def fed(c: dict[str, Any]) -> float:
+    """Of what the matrix units could multiply, what shared memory feeds them in tiles BM x BN.
+
+    Both operands are written there once. Each warpgroup reads its rows of one and all of the other.
+    """
+    read = c["BM"] + c["BN"] * c["BM"] / ROWS_OF_A_WARPGROUP
+    moved = 2 * (read + c["BM"] + c["BN"]) / SHARED_BYTES
+    return min(1.0, c["BM"] * c["BN"] / MULTIPLICATIONS / moved)
+
+
+def busy(a: dict[str, Any], c: dict[str, Any], programs: int) -> float:
+    """Of the tiles that programs walk over in rounds, those that exist."""
+    return math.ceil(a["F"] / c["BM"]) * math.ceil(a["B"] / c["BN"]) / (programs * int(a["rounds"]))
 
 
 def work_of_launch(kernel: Any, config: triton.Config, grid: Any, args: tuple[Any, ...], **constexprs: Any) -> Work:
+    args = tuple(arg.base if isinstance(arg, TensorDescriptor) else arg for arg in args)
     name, a = kernel.fn.__name__, dict(zip(kernel.arg_names, args))
     c = {**constexprs, **config.kwargs}
     tensors = [t for t in args if isinstance(t, Tensor)]
@@ -141,8 +187,18 @@ def work_of_launch(kernel: Any, config: triton.Config, grid: Any, args: tuple[An
     programs = math.prod(grid(c) if callable(grid) else grid)
     flops = round(MULTIPLIED[name] * 2 * a["B"] * a["F"] * c["D"]) if name in MULTIPLIED else 0
     dtype = str(a["W"].dtype).removeprefix("torch.") if flops else "float32"
-    times = programs * config.num_warps * TRIPS.get(name, lambda c: 1)(c)
-    return Work(name, moved, cached, flops, dtype, lambda arch: times * instructions(arch).get(CODE.get(name, ""), 0))
+    rate = RATES[name](a, c, programs) if name in RATES else 1.0
+    trips = int(a["rounds"]) if name in ALONE else TRIPS.get(name, lambda c: 1)(c)
+    times = programs * config.num_warps * trips
+    issued = (
+        partial(issued_by, CODE.get(name, ""), times) if name not in ALONE else lambda arch: BEHIND_PRODUCTS * times
+    )
+    return Work(name, moved, cached, flops, dtype, issued, rate, name in ALONE)
+
+
+def issued_by(row: str, times: int, arch: str) -> int:
+    """The instructions of so many passes of a warp through the code of a row, 0 where the table has none."""
+    return times * instructions(arch).get(row, 0)
 
 
 def instructions(arch: str) -> dict[str, int]:

@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -32,7 +34,7 @@ from benchmarks.record import markdown
 from benchmarks.replaced import replaced
 from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig
 from sampled_sae.impl import interface
-from sampled_sae.impl.triton import block, layer, products, scores, spectral, stream
+from sampled_sae.impl.triton import block, layer, products, spectral, stream
 from sampled_sae.support.late_values import LateScalars, squares_finite
 
 FILE = RESULTS / "predicted.json"
@@ -41,6 +43,7 @@ WIDTHS, LS, DTYPES = (768, 2304, 4096), (4.0, None), ("bfloat16", "float32")
 # RowAdam's, by the name that its rows have
 ADAMS: dict[str, dict[str, Any]] = {
     "decayed": {"mode": "decayed"},
+    "decayed, bf16 moments": {"mode": "decayed", "moments": torch.bfloat16},
     "dense": {"mode": "dense"},
     "dense, bf16 moments": {"mode": "dense", "moments": torch.bfloat16},
 }
@@ -48,7 +51,10 @@ ALLOWED = 1.05
 
 
 class Trace(TorchDispatchMode):
-    """Notes every operation of PyTorch, those inside this package's operators too."""
+    """Notes every operation of PyTorch, those inside this package's operators too, and the memory that they make.
+
+    works: one an operation. alive, peak: bytes of what was made and is not gone, now and at the most.
+    """
 
     FREE = (
         "empty",
@@ -71,21 +77,43 @@ class Trace(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.begin()
+
+    def begin(self) -> None:
+        """Anew."""
         self.works: list[Work] = []
+        self.alive = self.peak = 0
+        self._made: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func.namespace == "sampled_sae":
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
+        self._watch(tensors_of([out]), tensors_of([*args, *(kwargs or {}).values()]))
         name = func._schema.name.split("::")[1]
         if not name.startswith(self.FREE) and not (func.is_view and shares_memory(out, args[0])):
             self.works.append(self._work(name, [*args, *(v for k, v in (kwargs or {}).items() if k != "out")], out))
         return out
 
+    def _watch(self, made: list[Tensor], given: list[Tensor]) -> None:
+        """Counts the memory of what is made and not part of what was given, until nothing holds it."""
+        known = {t.untyped_storage()._cdata for t in given}
+        for storage in (t.untyped_storage() for t in made):
+            key = storage._cdata
+            if key not in known and key not in self._made:
+                self._made.add(key)
+                self.alive += storage.nbytes()
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(storage, self._gone, self._made, key, storage.nbytes()).atexit = False
+
+    def _gone(self, made: set[int], key: int, n_bytes: int) -> None:
+        made.remove(key)
+        if made is self._made:
+            self.alive -= n_bytes
+
     def _work(self, name: str, args: list[Any], out: Any) -> Work:
-        flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
-        made = [t for t in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(t, Tensor)]
+        flat, made = tensors_of(args), tensors_of([out])
         if name == "mm":
             return product_work(flat[0], flat[1], made[0])
         if name == "sort":
@@ -98,6 +126,12 @@ class Trace(TorchDispatchMode):
         return Work("PyTorch passes", size(*made) + size(*read))
 
 
+def tensors_of(values: list[Any]) -> list[Tensor]:
+    """Those among them, and in their lists and tuples."""
+    flat = [v for value in values for v in (value if isinstance(value, (list, tuple)) else [value])]
+    return [v for v in flat if isinstance(v, Tensor)]
+
+
 def shares_memory(out: Any, source: Tensor) -> bool:
     """False where "to", "contiguous" or "reshape", views by their schema, have made a copy."""
     return not isinstance(out, Tensor) or out.untyped_storage()._cdata == source.untyped_storage()._cdata
@@ -108,8 +142,16 @@ def product_work(a: Tensor, b: Tensor, out: Tensor) -> Work:
     return Work("products of cuBLAS", size(a, b, out), 0, flops, str(a.dtype).removeprefix("torch."))
 
 
-def traced(d: int, l: float | None, dtype: str, arch: str) -> dict[str, list[Work]]:
-    """The launches of one step in training, in which no feature is dead, by mode of RowAdam."""
+class Step(NamedTuple):
+    """works: its launches. peak: bytes alive at the most beside what lives from step to step."""
+
+    works: list[Work]
+    peak: int
+
+
+@cache
+def traced(d: int, l: float | None, dtype: str, arch: str) -> dict[str, Step]:
+    """One step in training, in which no feature is dead, by mode of RowAdam."""
     trace = Trace()
 
     def launch(*args: Any, **constexprs: Any) -> None:
@@ -124,11 +166,10 @@ def traced(d: int, l: float | None, dtype: str, arch: str) -> dict[str, list[Wor
         for owner in (products, block, spectral):
             stack.enter_context(patch.object(owner, "product", product))
         stack.enter_context(patch.object(layer, "product_dtype", lambda x: getattr(torch, dtype)))
-        for owner in (scores, stream):
-            stack.enter_context(patch.object(owner, "architecture", lambda device: arch))
+        stack.enter_context(patch.object(stream, "architecture", lambda device: arch))
         stack.enter_context(patch.object(interface, "interpreted", lambda: True))
         stack.enter_context(patch.object(LateScalars, "arrived", lambda self, wait=False: iter(())))
-        known = {"architecture": lambda device: arch, "resident_programs": lambda device: 2 * 132}
+        known = {"architecture": lambda device: arch, "multiprocessors": lambda device: 132}
         stack.enter_context(replaced(launch=launch, **known))
         # as "auto" on a GPU: float32 products of a step are looked through in bfloat16 first
         config = SampledSAEConfig(d, F, K, l, impl="triton", row_grads=True, aux_coefficient=0.0, screen="bf16")
@@ -137,13 +178,13 @@ def traced(d: int, l: float | None, dtype: str, arch: str) -> dict[str, list[Wor
         stack.enter_context(patch.object(sae.memory.inputs, "check", squares_finite))
         x = torch.empty(B, d, device="meta")
 
-        def second(call: Callable[[], Any]) -> list[Work]:
+        def second(call: Callable[[], Any]) -> Step:
             """What it does once there are moments, and a threshold to begin with."""
             call()
-            trace.works.clear()
+            trace.begin()
             with trace:
                 call()
-            return [*trace.works]
+            return Step([*trace.works], trace.peak)
 
         def forward_and_backward() -> None:
             sae.zero_grad()
@@ -151,13 +192,14 @@ def traced(d: int, l: float | None, dtype: str, arch: str) -> dict[str, list[Wor
 
         # what an optimizer remembers of a backward pass counts too, once
         watching = RowAdam(sae, keep_rounded=True)
-        both = second(forward_and_backward)
+        both, gradients = second(forward_and_backward), trace.alive
         del watching
         found = {}
         for name, settings in ADAMS.items():
             optimizer = RowAdam(sae, keep_rounded=True, **settings)
             forward_and_backward()
-            found[name] = both + second(optimizer.step)
+            step = second(optimizer.step)
+            found[name] = Step(both.works + step.works, max(both.peak, gradients + step.peak))
         return found
 
 
@@ -167,12 +209,12 @@ def predictions() -> Iterator[Row]:
         for d in WIDTHS:
             for l in LS:
                 for name, on in DEVICES.items():
-                    works = traced(d, l, dtype, on.arch)
-                    yield from (predicted(works[mode], name, d, l, dtype, mode) for mode in ADAMS)
+                    steps = traced(d, l, dtype, on.arch)
+                    yield from (predicted(steps[mode], name, d, l, dtype, mode) for mode in ADAMS)
 
 
-def predicted(works: list[Work], name: str, d: int, l: float | None, dtype: str, mode: str) -> Row:
-    on = DEVICES[name]
+def predicted(step: Step, name: str, d: int, l: float | None, dtype: str, mode: str) -> Row:
+    works, on = step.works, DEVICES[name]
     floor = 2 * B * d * F / (on.tflops[dtype] * 1e12)
     shares: Counter[str] = Counter()
     for work in works:
@@ -184,6 +226,7 @@ def predicted(works: list[Work], name: str, d: int, l: float | None, dtype: str,
         "TFLOP": round(sum(work.flops for work in works) / 1e12, 3),
         "ms": round(1e3 * floor * shares.total(), 4),
         "of_product": round(shares.total(), 4),
+        "memory": round(step.peak / (4 * B * F), 4),
         "host_ms": round(1e-3 * HOST_US * len(works), 3),
         "shares": {part: round(share, 4) for part, share in shares.most_common()},
     }
@@ -191,21 +234,40 @@ def predicted(works: list[Work], name: str, d: int, l: float | None, dtype: str,
 
 COLUMNS = {name: f"{{{name}}}" for name in ("device", "dtype", "d", "l", "adam", "launches", "GB", "TFLOP")}
 COLUMNS |= {"ms": "{ms:.2f}", "of the product": "{of_product:.2f}", "host, ms": "{host_ms:.1f}"}
+COLUMNS |= {"memory": "{memory:.3f}"}
+# What a step is to take on an H100 in bfloat16, of the product: (l, adam, d) -> at most; and for each of them
+TARGETS = {
+    (4.0, "decayed", 768): 1.45,
+    (4.0, "decayed", 4096): 1.25,
+    (4.0, "dense, bf16 moments", 768): 2.0,
+    (4.0, "dense, bf16 moments", 4096): 2.0,
+    (None, "decayed, bf16 moments", 768): 2.5,
+    (None, "decayed, bf16 moments", 4096): 2.0,
+}
+HOST_MS, MEMORY = 1.2, 0.1
+AIMS = {"l": "{l}", "adam": "{adam}", "d": "{d}", "of the product": "{of_product:.2f}", "asked": "{asked}"}
+AIMS |= {"host, ms": "{host_ms:.2f}", "asked ": str(HOST_MS), "memory": "{memory:.3f}", "asked  ": str(MEMORY)}
 PARTS = {"d": "{d}", "l": "{l}", "adam": "{adam}", "of the product, part by part": "{parts}"}
 HEAD = f"""# Predicted, not measured
 
 Written by `python -m benchmarks.model`, which says how: a training step of B={B} tokens, F={F}, k={K}, in units of the
 encoder product 2BdF. No GPU has run it. The constants, such as the rates of each GPU, stand in `benchmarks/costs.py`.
+Memory is the most that a step makes beside parameters, moments and copies of 16 bits, its gradients among it, in units
+of a float32 [B, F].
 """
 
 
 def table(rows: list[Row]) -> str:
     shown = [row for row in rows if (row["device"], row["dtype"]) == ("H100", "bfloat16")]
-    lines = []
+    aims, lines = [], []
     for row in shown:
+        asked = TARGETS.get((row["l"], row["adam"], row["d"]))
+        aims += [] if asked is None else [{**row, "asked": asked}]
         parts = ", ".join(f"{part} {share:.2f}" for part, share in row["shares"].items() if share >= 0.02)
         lines.append({**row, "parts": parts})
-    return f"{HEAD}\n{markdown(COLUMNS, rows)}\nWhere it goes on an H100 in bfloat16:\n\n{markdown(PARTS, lines)}"
+    asked_for = f"{HEAD}\nWhat was asked for on an H100 in bfloat16, at most:\n\n{markdown(AIMS, aims)}"
+    where = f"Where it goes on an H100 in bfloat16:\n\n{markdown(PARTS, lines)}"
+    return f"{asked_for}\n{markdown(COLUMNS, rows)}\n{where}"
 
 
 def key(row: Row) -> str:

@@ -21,16 +21,19 @@ from sampled_sae.kernels.token_topk import keep_rows_
 def write_pool_kernel(
     z,
     copy,
+    least,
     histograms,
     counts,
     N,
     HAS_COPY: tl.constexpr,
+    HAS_LEAST: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
     SPANS: tl.constexpr,
 ):
     start, length = span_of_program(N, TILES, BLOCK)
     cut, end, _, _ = cut_of_span(z, histograms, counts, N, True, TILES, BLOCK, SPANS)
+    b_least = tl.full([BLOCK], float("inf"), dtype=tl.float32)  # [BLOCK]
     for i in range(0, TILES):
         o_v = i * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
         m_v = o_v < length  # [BLOCK]
@@ -40,6 +43,11 @@ def write_pool_kernel(
         tl.store(p_z, b_z, mask=m_v)
         if HAS_COPY:
             tl.store(copy + start + o_v, rounded(b_z, copy.dtype.element_ty), mask=m_v)
+        if HAS_LEAST:
+            b_least = tl.where((b_z > 0) & (b_z < b_least), b_z, b_least)  # [BLOCK]
+    if HAS_LEAST:
+        # the bits of positive numbers sort as they do
+        tl.atomic_min(least, tl.min(b_least, axis=0).to(tl.int32, bitcast=True), sem="relaxed")
 
 
 @triton.jit
@@ -110,26 +118,39 @@ def keep_largest_(
     b: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     copy: torch.Tensor | None = None,
+    least: torch.Tensor | None = None,
 ) -> None:
     """Overwrite z [B, P], a raw product, by a = relu(z + b) * scale, the n largest strictly positive entries alone.
 
-    Ties go to the lower token, then to the lower column. `copy` [B, P] is written with the result in its own dtype.
+    Ties go to the lower token, then to the lower column. `copy` [B, P] is written with the result in its own dtype,
+    `least`, fp32 [1] and positive, lowered to the smallest entry that is kept, NaN aside.
     Equivalent to `a * mask_of_n_largest(a)`; no gradient.
     """
     check_block(z, b, scale, copy)
+    if least is not None:
+        check_vector("least", least, torch.float32, 1)
     if n < 0:
         raise ValueError(f"n must be at least 0, got {n}")
     if n == 0 or n >= z.numel():
-        return keep_rows_(z, min(n, z.shape[1]), b, scale, copy)
+        keep_rows_(z, min(n, z.shape[1]), b, scale, copy)
+        if least is not None and z.numel():
+            torch.minimum(least, smallest_kept(z), out=least)
+        return
     cut = find_cut(z, n, b, scale)
     launch(
         write_pool_kernel,
         cut.config,
         cut.programs(z.numel()),
-        (z, copy, cut.histograms, cut.counts, z.numel()),
+        (z, copy, None if least is None else least.view(torch.int32), cut.histograms, cut.counts, z.numel()),
         HAS_COPY=copy is not None,
+        HAS_LEAST=least is not None,
         TILES=cut.TILES,
     )
+
+
+def smallest_kept(block: torch.Tensor) -> torch.Tensor:
+    """The smallest positive entry of a block that is not empty, 0-dim; inf where there is none."""
+    return torch.where(block > 0, block, torch.inf).amin()
 
 
 def largest_indices(scores: torch.Tensor, size: int) -> torch.Tensor:

@@ -122,6 +122,8 @@ def append_above_kernel(
     n_hits = tl.sum(b_of_lane, axis=0)
     if n_hits > 0:
         start = tl.atomic_add(count, n_hits.to(tl.int64), sem="relaxed")
+        # of a full list the number alone counts
+        n_hits = tl.where(start < cap, n_hits, 0)
         b_before = (tl.cumsum(b_of_lane, axis=0) - b_of_lane)[None, :] + tl.cumsum(b_n, axis=0) - b_n
         b_at = start + b_before  # [STEPS, LANES]
         o_l = first_f + tl.arange(0, LANES)[None, :] * VECTOR  # [1, LANES]

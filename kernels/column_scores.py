@@ -2,8 +2,9 @@
 
 FLOPs: 2BdF. Bytes, at the least: the operands, (B + F)d values, and S partials, 8 S F ceil(B/BN) written and
 read back. Each block writes its partial sums and a second kernel adds them in a fixed order: no atomics, and
-the same bits in every run. Rows past the end repeat the last row, so loads need no mask; tokens past the end
-are dropped after the bias, which would turn a row of zeros into relu(b).
+the same bits in every run. Tokens past the end are dropped after the bias, which would turn a row of zeros into
+relu(b). Operands come by tensor descriptors where the GPU has them and x and W fit (descriptors.py), else through
+pointers, where rows past the end repeat the last row, so that loads need no mask.
 """
 
 import torch
@@ -12,10 +13,21 @@ import triton.language as tl
 
 from sampled_sae.kernels.activation import FAST_LOG, activation, product_tile, tile_of_block, times_log2
 from sampled_sae.kernels.arguments import check_encoder, contiguous_rows
-from sampled_sae.kernels.configs import FOLD, architecture, column_scores_config, launch
+from sampled_sae.kernels.configs import (
+    FOLD,
+    architecture,
+    column_scores_config,
+    largest_fused_d,
+    launch,
+    multiprocessors,
+)
+from sampled_sae.kernels.descriptors import described, described_config
+from sampled_sae.kernels.interpreter import dot_operand, loop_bound
 
 STATISTICS = {"l2": 1, "l2_squared": 1, "entropy": 2, "uniform": 1}
 LN_2 = tl.constexpr(0.6931471805599453)
+# up to which d the kernel with descriptors is worth more than cuBLAS and a pass over its products
+LARGEST_DESCRIBED_D = 4096
 
 
 @triton.jit
@@ -25,6 +37,18 @@ def sum_of_tokens(b_a, SCORE: tl.constexpr):
         return tl.sum((b_a > 0).to(tl.float32), axis=1)
     else:
         return tl.sum(b_a * b_a, axis=1)
+
+
+@triton.jit
+def store_partials(b_a, partials, i_t, T, F, o_f, m_f, SCORE: tl.constexpr, FAST_LOG: tl.constexpr):
+    """The sums over the tokens of the activations b_a [BM, BN], tile i_t of T, to the partials [S, T, F]."""
+    p_s = partials + i_t.to(tl.int64) * F + o_f  # [BM]
+    if SCORE == "entropy":
+        tl.store(p_s, tl.sum(b_a, axis=1), mask=m_f)
+        b_s = tl.sum(times_log2(b_a, FAST_LOG), axis=1) * LN_2  # [BM]
+        tl.store(p_s + T.to(tl.int64) * F, b_s, mask=m_f)
+    else:
+        tl.store(p_s, sum_of_tokens(b_a, SCORE), mask=m_f)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -57,14 +81,51 @@ def column_partials_kernel(
     b_a = product_tile(x, W, tl.minimum(o_t, B - 1), b_f, stride_x, stride_W, D, BM, BN, BD)  # [BM, BN]
     b_a = activation(b_a, b, scale, o_f[:, None], m_f[:, None], HAS_BIAS, HAS_SCALE)  # [BM, BN]
     b_a = tl.where((o_t < B)[None, :], b_a, 0.0)  # [BM, BN]
+    store_partials(b_a, partials, i_t, T, F, o_f, m_f, SCORE, FAST_LOG)
 
-    p_s = partials + i_t.to(tl.int64) * F + o_f  # [BM]
-    if SCORE == "entropy":
-        tl.store(p_s, tl.sum(b_a, axis=1), mask=m_f)
-        b_s = tl.sum(times_log2(b_a, FAST_LOG), axis=1) * LN_2  # [BM]
-        tl.store(p_s + T.to(tl.int64) * F, b_s, mask=m_f)
-    else:
-        tl.store(p_s, sum_of_tokens(b_a, SCORE), mask=m_f)
+
+@triton.jit(do_not_specialize=["B", "rounds"])
+def described_partials_kernel(
+    partials,
+    x,
+    W,
+    b,
+    scale,
+    B,
+    F,
+    rounds,
+    D: tl.constexpr,
+    SCORE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    FAST_LOG: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """x and W are descriptors of tiles [BN, BD] and [BM, BD]. HAS_TAIL: not all tiles of tokens are full."""
+    T = tl.cdiv(B, BN)
+    n_f = tl.cdiv(F, BM)
+    for i in tl.range(0, rounds, flatten=True):
+        i_tile = tl.program_id(0) + tl.num_programs(0) * i
+        # some programs have no tile in the last round, and make the last one again for nothing
+        i_f, i_t = tile_of_block(tl.minimum(i_tile, T * n_f - 1), n_f, T, GROUP)
+        b_a = tl.zeros([BM, BN], dtype=tl.float32)  # [BM, BN]
+        for o_d in range(0, D, BD):
+            b_W = W.load([i_f * BM, o_d])  # [BM, BD]
+            b_x = x.load([i_t * BN, o_d])  # [BN, BD]
+            b_a = tl.dot(dot_operand(b_W), tl.trans(dot_operand(b_x)), b_a, input_precision="ieee")  # [BM, BN]
+
+        o_f = i_f * BM + tl.arange(0, BM)  # [BM]
+        m_f = o_f < F  # [BM]
+        b_a = activation(b_a, b, scale, o_f[:, None], m_f[:, None], HAS_BIAS, HAS_SCALE)  # [BM, BN]
+        if HAS_TAIL:
+            o_t = i_t * BN + tl.arange(0, BN)  # [BN]
+            b_a = tl.where((o_t < B)[None, :], b_a, 0.0)  # [BM, BN]
+        m_f = o_f < tl.where(i_tile < T * n_f, F, 0)  # [BM]
+        store_partials(b_a, partials, i_t, T, F, o_f, m_f, SCORE, FAST_LOG)
 
 
 @triton.jit
@@ -121,19 +182,34 @@ def column_statistics(
     if B == 0 or F == 0:
         return x.new_zeros(S, F, dtype=torch.float32)
     x = contiguous_rows(x)
-
-    config = column_scores_config(architecture(x.device), x.dtype, D)
-    T = triton.cdiv(B, config.kwargs["BN"])
+    how = {
+        "D": D,
+        "SCORE": "l2" if score == "l2_squared" else score,
+        "HAS_BIAS": b is not None,
+        "HAS_SCALE": scale is not None,
+        "FAST_LOG": FAST_LOG,
+    }
+    arch = architecture(x.device)
+    by_descriptors = described_config(arch, x, W)
+    config = by_descriptors or column_scores_config(arch, x.dtype, D)
+    BM, BN, BD = (config.kwargs[name] for name in ("BM", "BN", "BD"))
+    T = triton.cdiv(B, BN)
+    tiles = triton.cdiv(F, BM) * T
     partials = torch.empty(S * T * F, dtype=torch.float32, device=x.device)
-    launch(
-        column_partials_kernel,
-        config,
-        lambda meta: (triton.cdiv(F, meta["BM"]) * T,),
-        (x, W, b, scale, partials, B, F, x.stride(0), W.stride(0)),
-        D=D,
-        SCORE="l2" if score == "l2_squared" else score,
-        HAS_BIAS=b is not None,
-        HAS_SCALE=scale is not None,
-        FAST_LOG=FAST_LOG,
-    )
+    if by_descriptors:
+        programs = min(multiprocessors(x.device), tiles)
+        operands = described(x, BN, BD), described(W, BM, BD)
+        rounds = loop_bound(triton.cdiv(tiles, programs))
+        arguments = (partials, *operands, b, scale, B, F, rounds)
+        launch(described_partials_kernel, config, (programs,), arguments, **how, HAS_TAIL=B % BN != 0)
+    else:
+        arguments = (x, W, b, scale, partials, B, F, x.stride(0), W.stride(0))
+        launch(column_partials_kernel, config, lambda meta: (triton.cdiv(F, meta["BM"]) * T,), arguments, **how)
     return fold_partials(partials, S, T, F)
+
+
+def is_fused(x: torch.Tensor, W: torch.Tensor) -> bool:
+    """Whether one kernel for product and sums is worth more than cuBLAS and a pass over its products."""
+    arch = architecture(x.device)
+    most = largest_fused_d(arch, x.dtype)
+    return x.shape[1] <= (max(most, LARGEST_DESCRIBED_D) if described_config(arch, x, W) else most)

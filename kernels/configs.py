@@ -230,11 +230,14 @@ def exact_fallback_config(arch: str, dtype: torch.dtype) -> triton.Config:
     return sliced(*SEARCH[family(arch), 8 * dtype.itemsize])
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of the device; as many programs walk over their tiles where each takes all of one."""
+    return 3 if INTERPRETED.value else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def resident_programs(device: torch.device) -> int:
     """How many programs that walk over their tiles the device holds at once, two a multiprocessor."""
-    if INTERPRETED.value:
-        return 3
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 3 if INTERPRETED.value else 2 * multiprocessors(device)
 
 
 def largest_fused_d(arch: str, dtype: torch.dtype) -> int:

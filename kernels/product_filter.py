@@ -93,6 +93,8 @@ def append_products_kernel(
     n_hits = tl.max(b_ends, axis=0)
     if n_hits > 0:
         start = tl.atomic_add(count, n_hits.to(tl.int64), sem="relaxed")
+        # of a full list the number alone counts
+        n_hits = tl.where(start < cap, n_hits, 0)
         b_at = tl.reshape(b_ends - b_n, [BM, LANES]) + start  # [BM, LANES]
         b_tile = by_lane(b_a, BM, BN)  # [BM, LANES, BITS]
         o_l = i_t * BN + tl.arange(0, LANES)[None, :] * PAIR  # [1, LANES]

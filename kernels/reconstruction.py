@@ -1,18 +1,19 @@
 """A reconstruction x_hat = raw + bias, its squared error for each token, and the way back, one pass each.
 
 Bytes: forward raw and target read and x_hat written, 12 an element in fp32; backward x_hat and target read (and what
-else x_hat receives) and the gradient written, 12; a few FLOPs an element, so bound by memory. Forward a program has
-whole tokens, so that a sum stays in it. Backward it walks over tokens with a stripe of columns, whose sums are the
-gradient of the bias: partial sums, folded in a fixed order.
+else x_hat receives) and the gradient written, 12, and 2 more for a copy of 16 bits; a few FLOPs an element, so bound
+by memory. Forward a program has whole tokens, so that a sum stays in it. Backward it walks over tokens with a stripe of
+columns, whose sums are the gradient of the bias: partial sums, folded in a fixed order.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from sampled_sae.kernels.arguments import check_matrix, check_vector, contiguous_rows
+from sampled_sae.kernels.arguments import COPIES, check_matrix, check_vector, contiguous_rows
 from sampled_sae.kernels.column_scores import fold_partials
 from sampled_sae.kernels.configs import architecture, errors_backward_config, errors_config, launch
+from sampled_sae.kernels.interpreter import rounded
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -54,6 +55,7 @@ def errors_backward_kernel(
     d_errors,
     d_x_hat,
     out,
+    copy,
     partials,
     B,
     stride_d_x_hat,
@@ -61,6 +63,7 @@ def errors_backward_kernel(
     D: tl.constexpr,
     HAS_ERRORS: tl.constexpr,
     HAS_X_HAT: tl.constexpr,
+    HAS_COPY: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
     STEPS: tl.constexpr,
@@ -81,6 +84,8 @@ def errors_backward_kernel(
         if HAS_X_HAT:
             b_g += tl.load(d_x_hat + o_t[:, None] * stride_d_x_hat + o_d[None, :], mask=m_x, other=0.0)
         tl.store(out + o_t[:, None] * D + o_d[None, :], b_g, mask=m_x)
+        if HAS_COPY:
+            tl.store(copy + o_t[:, None] * D + o_d[None, :], rounded(b_g, copy.dtype.element_ty), mask=m_x)
         b_s += b_g
     tl.store(partials + i_t * D + o_d, tl.sum(b_s, axis=0), mask=o_d < D)
 
@@ -113,11 +118,16 @@ def squared_errors(
 
 
 def squared_errors_backward(
-    d_errors: torch.Tensor | None, d_x_hat: torch.Tensor | None, x_hat: torch.Tensor, target: torch.Tensor
+    d_errors: torch.Tensor | None,
+    d_x_hat: torch.Tensor | None,
+    x_hat: torch.Tensor,
+    target: torch.Tensor,
+    copy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What raw receives and what the bias does, fp32 [B, d] and [d], of what errors and x_hat received, fp32 or None.
 
-    Equivalent to `(d := 2 * d_errors[:, None] * (x_hat - target.float()) + d_x_hat, d.sum(0))`.
+    `copy`, contiguous [B, d], is written with the first of them, rounded to its dtype, bf16 or fp16. Equivalent to
+    `(d := 2 * d_errors[:, None] * (x_hat - target.float()) + d_x_hat, d.sum(0))`.
     """
     check_pair("x_hat", x_hat, target)
     B, D = x_hat.shape
@@ -125,6 +135,10 @@ def squared_errors_backward(
         check_vector("d_errors", d_errors, torch.float32, B)
     if d_x_hat is not None:
         check_pair("d_x_hat", d_x_hat, target)
+    if copy is not None and (copy.shape != x_hat.shape or copy.dtype not in COPIES or not copy.is_contiguous()):
+        raise ValueError(
+            f"copy must be contiguous bf16 or fp16 {list(x_hat.shape)}, got {copy.dtype} {list(copy.shape)}"
+        )
     out = x_hat.new_empty(B, D)
     if B == 0 or D == 0:
         return out, x_hat.new_zeros(D)
@@ -138,12 +152,13 @@ def squared_errors_backward(
         config,
         lambda meta: (triton.cdiv(D, meta["BD"]), T),
         (
-            *(x_hat, target, d_errors, d_x_hat, out, partials, B),
+            *(x_hat, target, d_errors, d_x_hat, out, copy, partials, B),
             *(0 if d_x_hat is None else d_x_hat.stride(0), target.stride(0)),
         ),
         D=D,
         HAS_ERRORS=d_errors is not None,
         HAS_X_HAT=d_x_hat is not None,
+        HAS_COPY=copy is not None,
     )
     return out, fold_partials(partials, 1, T, D)[0]
 

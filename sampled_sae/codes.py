@@ -64,20 +64,29 @@ class SparseCodes:
         self.block: Tensor | None = None
         self.low_block: Tensor | None = None
         self.pool: Tensor | None = None
+        self.least: Tensor | None = None
         # what the torch form knows of the order of the entries, made once
         self.index: Any = None
         self.padded: PaddedEntries | None = None
         self.shape = shape
 
     @classmethod
-    def from_block(cls, block: Tensor, pool: Tensor, n_features: int, low_block: Tensor | None = None) -> SparseCodes:
+    def from_block(
+        cls,
+        block: Tensor,
+        pool: Tensor,
+        n_features: int,
+        low_block: Tensor | None = None,
+        least: Tensor | None = None,
+    ) -> SparseCodes:
         """From a block [B, P] that is zero where nothing is kept, and its features int64 [P], ascending.
 
-        `low_block` is the block in 16 bits, for products in that precision.
+        `low_block` is the block in 16 bits, for products in that precision, `least` [1] what `smallest` returns, where
+        that is known.
         """
         codes = cls(block.new_empty(0), pool[:0], pool[:0], (block.shape[0], n_features))
         codes._entries = None
-        codes.block, codes.pool, codes.low_block = block, pool, low_block
+        codes.block, codes.pool, codes.low_block, codes.least = block, pool, low_block, least
         return codes
 
     @classmethod
@@ -158,6 +167,8 @@ class SparseCodes:
         stored = self._stored()
         if stored.numel() == 0:
             return stored.new_full((), torch.inf)
+        if self.least is not None:
+            return self.least[0]
         return torch.where(stored > 0, stored, torch.inf).amin()
 
     def scaled(self, factor: Tensor) -> SparseCodes:

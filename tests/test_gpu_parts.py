@@ -96,16 +96,16 @@ def test_driver_version(tmp_path, monkeypatch):
 
 def test_configurations_are_put_in_use_and_back():
     for choice, names in tuning.CHOICES.items():
-        dtype = torch.bfloat16 if choice == "product_filter_config" else torch.float32
+        dtype = torch.bfloat16 if choice in ("described_config", "product_filter_config") else torch.float32
         operation = (OPERATIONS | SCORE_FORMS)[names[0]](Inputs(REHEARSAL[0], "cpu", dtype, "triton"))
         found = tuning.candidates_of(choice, operation)
         assert len(found) > 1, choice
-        real = getattr(configs, choice)
+        real = tuning.in_use(choice)
         for config in found.values():
             with tuning.using(choice, config):
-                now = getattr(configs, choice)
+                now = tuning.in_use(choice)
                 assert (now if choice == "FOLD" else now("interpreter")) is config
-        assert getattr(configs, choice) is real
+        assert tuning.in_use(choice) is real
 
 
 def test_neighbours_differ_in_one_thing(monkeypatch):

@@ -59,7 +59,10 @@ def test_rehearsal(tmp_path, monkeypatch, capsys):
     assert {row["candidate"] for row in rows["inference"] if "ratio" in row} >= {"ours", "eager PyTorch"}
     assert {row["candidate"] for row in rows["peers"]} >= {"ours, l=4", "eager PyTorch BatchTopK"}
     # a rehearsal's d is small: its searches filter within the product
-    assert {row["table"] for row in rows["tuning"]} == set(tuning.CHOICES) - {"chunk_filter_config"}
+    assert {row["table"] for row in rows["tuning"]} == set(tuning.CHOICES) - {
+        "chunk_filter_config",
+        "column_scores_config",
+    }
     assert not [row["reason"] for row in rows["tuning"] if "reason" in row]
     assert (tmp_path / "tuning.txt").read_text().count("\n") >= len(tuning.CHOICES)
     assert json.loads((tmp_path / "best.json").read_text())

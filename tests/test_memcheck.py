@@ -12,6 +12,7 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 from memcheck.interpreter import POISON, checked  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 HALF, LONG = torch.bfloat16, torch.int64
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +62,11 @@ def scatter_kernel(x, y, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def described_kernel(x, y, BLOCK: tl.constexpr):
+    tl.store(y + tl.arange(0, BLOCK), x.load([0]))
+
+
+@triton.jit
 def order_kernel(x, y):
     """Which program comes first."""
     place = tl.atomic_add(x, 1)
@@ -69,6 +75,11 @@ def order_kernel(x, y):
 
 def copied(n, x, y, stride=1):
     copy_kernel[(triton.cdiv(n, 4),)](x, y, n, stride, BLOCK=4)
+
+
+def described(x):
+    """Copied by a descriptor of tiles of 8, with zeros for what is not there."""
+    described_kernel[(1,)](TensorDescriptor.from_tensor(x, [8]), torch.zeros(8), BLOCK=8)
 
 
 def kinds(findings):
@@ -93,6 +104,7 @@ FAULTS = {
     "uninitialised": ("uninitialised read", lambda: copied(8, torch.empty(8), torch.zeros(8))),
     "uninitialised, 16 bits": ("uninitialised read", lambda: copied(4, torch.empty(4, dtype=HALF), zeros(HALF))),
     "uninitialised, 64 bits": ("uninitialised read", lambda: copied(4, whole().new_empty(4, dtype=LONG), zeros(LONG))),
+    "uninitialised, by a descriptor": ("uninitialised read", lambda: described(torch.empty(8))),
     "sum without atomics": ("race", lambda: sum_kernel[(3,)](whole(), torch.zeros(1), False)),
     "read what the next writes": ("race", lambda: shift_kernel[(3,)](whole(), True)),
     "read what the last wrote": ("race", lambda: shift_kernel[(3,)](whole(), False)),
@@ -101,6 +113,7 @@ FAULTS = {
 }
 RIGHT = {
     "copy": lambda: copied(7, whole(7), torch.zeros(7)),
+    "copy by a descriptor": lambda: described(whole(7)),
     "copy of every second": lambda: copied(4, torch.zeros(8)[::2], torch.zeros(4), stride=2),
     "written, then read": lambda: (y := torch.empty(8), copied(8, whole(), y), copied(8, y, torch.zeros(8))),
     "sum by atomics": lambda: sum_kernel[(3,)](whole(), torch.zeros(1), True),
@@ -185,7 +198,8 @@ CHEAP = (
     "rounded_rows_of_strided or undecided_columns_of_strided or (ties_of_what_is_open and True) or "
     "(stretches and decaying) or (lie_between and 67 and True-tails) or (fire_between and 67 and True-tails) or "
     "(of_a_list and 5-3) or (with_a_spread and (tails or 16-4)) or (products_above and 3.0 and tails) or "
-    "(more_than_fits and 1000) or (stripes_of_d and tails and bfloat16)"
+    "(more_than_fits and 1000) or (stripes_of_d and tails and bfloat16) or (walk_over_all_tiles and 65) or "
+    "gradients_of_any_layout or (smallest_that_is_kept and 40)"
 )
 
 

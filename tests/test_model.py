@@ -1,5 +1,6 @@
 """The predicted step: the account of single launches by hand, and no landing that makes a prediction worse unseen."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -16,7 +17,8 @@ import triton
 from benchmarks import costs, model
 from benchmarks.gpu_parts import summary
 from benchmarks.gpu_parts.predictions import with_predictions
-from sampled_sae.kernels import chunk_filter, segment_sum
+from benchmarks.replaced import replaced
+from sampled_sae.kernels import chunk_filter, column_scores, segment_sum
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = json.loads(model.FILE.read_text())["rows"]
@@ -33,7 +35,7 @@ def test_no_prediction_became_worse():
 
 
 def test_the_file_has_every_row_and_its_table():
-    assert len(ROWS) == len({model.key(row) for row in ROWS}) == 3 * 3 * 2 * 2 * 3
+    assert len(ROWS) == len({model.key(row) for row in ROWS}) == 3 * 3 * 2 * 2 * 4
     assert model.FILE.with_suffix(".md").read_text() == model.table(ROWS)
     assert model.table(ROWS).startswith("# Predicted, not measured")
 
@@ -54,6 +56,30 @@ def test_work_takes_the_longest_of_its_parts():
     issued = costs.Work("x", instructions=lambda arch: 4 * 132 * 1_750_000_000)
     assert issued.seconds(H100) == pytest.approx(1)
     assert costs.Work("x").seconds(H100) == pytest.approx(2e-6)
+    product = costs.Work("x", 0, 0, 399 * tera, "bfloat16", issued.instructions, rate=0.5)
+    assert product.seconds(H100) == pytest.approx(1)
+    assert dataclasses.replace(product, alone=True).seconds(H100) == pytest.approx(2)
+
+
+def test_tiles_are_fed_and_rounds_filled():
+    """Shared memory of an H100 by hand: 10 cycles for a column of 128 x 128, of which the matrix units take 8."""
+    assert costs.fed({"BM": 128, "BN": 128}) == 0.8
+    assert costs.fed({"BM": 128, "BN": 256}) == 1
+    assert costs.busy({"F": 1000, "B": 257, "rounds": 3}, {"BM": 128, "BN": 256}, 7) == 16 / 21
+
+
+def test_a_product_by_descriptors_is_counted_as_one_by_pointers():
+    """Its operands' bytes, its FLOPs and every tile's instructions."""
+    x, W = (torch.empty(n, 768, dtype=torch.bfloat16, device="meta") for n in (8192, 65536))
+    found = []
+    known = {"architecture": lambda device: "sm_90", "multiprocessors": lambda device: 132}
+    with replaced(launch=lambda *args, **more: found.append(costs.work_of_launch(*args, **more)), **known):
+        column_scores.column_statistics(x, W, None, "l2")
+    work, fold = found
+    assert (work.name, work.flops, work.alone) == ("described_partials_kernel", 2 * 8192 * 65536 * 768, True)
+    assert work.bytes == fold.bytes - 4 * 65536 + 2 * 768 * (8192 + 65536)
+    assert work.rate == pytest.approx(costs.DESCRIBED * 16384 / (132 * 125))
+    assert work.instructions("sm_90") == 132 * 125 * 8 * costs.BEHIND_PRODUCTS
 
 
 def test_instructions_are_those_of_the_tables():
@@ -78,6 +104,31 @@ def test_operations_of_pytorch_are_counted():
     assert found == [add, multiply, gather, sort, cast, product, zeros]
     assert trace.works[-2].flops == 2 * 8 * 4 * 16
     assert trace.works[-2].dtype == "bfloat16"
+
+
+def test_memory_that_is_alive_is_counted():
+    x = torch.empty(1000, device="meta")
+    with model.Trace() as trace:
+        y = x + 1
+        assert trace.alive == 4000
+        view = y.view(10, 100)[:5].mul_(2).t()
+        z = (y * 2, x.new_empty(500).detach())[1]
+        assert (trace.alive, trace.peak) == (6000, 10_000)
+        del y
+        assert trace.alive == 6000
+        del view
+        assert trace.alive == 2000
+    del z
+    assert trace.alive == 0
+    trace.begin()
+    assert trace.peak == 0
+
+
+def test_memory_of_a_step_with_a_pool_is_a_few_tensors_of_the_activations():
+    """Of [B, d] in float32, which the reconstruction and its gradient are."""
+    for row in ROWS:
+        if row["l"] is not None and row["dtype"] == "bfloat16" and row["device"] != "A100":
+            assert row["memory"] <= 4 * row["d"] / row["F"], model.key(row)
 
 
 def launched(kernel, grid, *args, **constexprs):

@@ -13,6 +13,7 @@ from benchmarks.model import Trace
 from benchmarks.replaced import replaced
 from sampled_sae.impl.torch.reconstruction import squared_errors as errors_of_torch
 from sampled_sae.impl.training_step import squared_errors
+from sampled_sae.impl.triton.products import lowered
 from sampled_sae.impl.triton.reconstruction import squared_errors as fused_errors
 from sampled_sae.support.late_values import all_finite, squares_finite
 
@@ -48,6 +49,25 @@ def test_the_operator_reads_twice_and_writes_once_in_each_direction():
     assert (forward, backward) == (0, 0), "passes of PyTorch beside the kernels"
 
 
+def test_products_of_16_bits_take_the_gradient_as_it_was_rounded():
+    """Once: by the operator; one that was changed since, or a copy, is rounded anew."""
+    raw = tokens(5, D, dtype=torch.float32).requires_grad_()
+    received = []
+    with_hook = raw * 1
+    with_hook.register_hook(received.append)
+    _, errors = fused_errors(with_hook, None, tokens(5, D, dtype=torch.float32, seed=2), True)
+    errors.sum().backward()
+    (gradient,) = received
+    low, factor = lowered(gradient, torch.bfloat16)
+    assert factor is None
+    assert low is gradient.rounded.copy
+    assert torch.equal(low, gradient.bfloat16())
+    assert torch.equal(lowered(gradient, torch.float16)[0].float(), lowered(gradient.clone(), torch.float16)[0].float())
+    gradient.mul_(3)
+    assert torch.equal(lowered(gradient, torch.bfloat16)[0], gradient.bfloat16())
+    assert lowered(gradient.clone(), torch.bfloat16)[0] is not low
+
+
 @pytest.mark.gpu
 def test_the_operator_has_every_gradient():
     """Of a loss on the reconstruction too, and of the target."""
@@ -60,7 +80,8 @@ def test_the_operator_has_every_gradient():
         expected = torch.autograd.grad(form(raw + bias, squared_errors(x, raw + bias)), leaves)
         for ours, theirs in zip(torch.autograd.grad(form(*fused_errors(*leaves)), leaves), expected):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    torch.library.opcheck(fused_errors, tuple(leaf.detach().requires_grad_() for leaf in leaves))
+    for round_back in (False, True):
+        torch.library.opcheck(fused_errors, (*(leaf.detach().requires_grad_() for leaf in leaves), round_back))
 
 
 @pytest.mark.parametrize("with_bias", [True, False])

@@ -25,7 +25,7 @@ B, F, C, P, KEPT, SLOTS = 1001, 32768, 4096, 2001, 32033, 40001
 
 
 class Case(NamedTuple):
-    """A call and, of its launches of the kernel, the one that is meant."""
+    """A call and, of its launches of the kernel, the one that is meant; an architecture may have another kernel."""
 
     kernel: Any
     call: Callable[[], Any]
@@ -41,10 +41,10 @@ def vectors(length: int) -> tuple[Tensor, Tensor]:
     return new(length), new(length)
 
 
-def encoder(dtype: torch.dtype, d: int) -> tuple[Tensor, Tensor]:
+def encoder(dtype: torch.dtype, d: int, tokens: int = B) -> tuple[Tensor, Tensor]:
     """x and W, whose rows begin at multiples of 16."""
     stride = -(-d // 16) * 16
-    return new(B, stride, dtype=dtype)[:, :d], new(F, stride, dtype=dtype)[:, :d]
+    return new(tokens, stride, dtype=dtype)[:, :d], new(F, stride, dtype=dtype)[:, :d]
 
 
 def several(launcher: Callable[..., Any], kernel: Any, tried: dict[str, tuple[Any, ...]]) -> dict[str, Case]:

@@ -42,6 +42,7 @@ from benchmarks.compiled.calls import (
 )
 from sampled_sae.kernels import (
     batch_topk,
+    block_gradient,
     candidates,
     chunk_filter,
     chunk_scores,
@@ -66,8 +67,9 @@ from sampled_sae.kernels import (
 CASES: dict[str, dict[str, Case]] = {
     "batch_topk": {
         "pool": Case(batch_topk.write_pool_kernel, partial(batch_topk.keep_largest_, BLOCK, B)),
-        "pool and bf16 copy": Case(
-            batch_topk.write_pool_kernel, partial(batch_topk.keep_largest_, LARGE, B, copy=LARGE.bfloat16())
+        "pool, bf16 copy and smallest": Case(
+            batch_topk.write_pool_kernel,
+            partial(batch_topk.keep_largest_, LARGE, B, copy=LARGE.bfloat16(), least=new(1)),
         ),
         "indices": Case(batch_topk.write_indices_kernel, partial(batch_topk.largest_indices, new(F), P)),
         **several(
@@ -79,6 +81,14 @@ CASES: dict[str, dict[str, Case]] = {
             },
         ),
     },
+    "block_gradient": several(
+        block_gradient.block_gradient,
+        block_gradient.block_gradient_kernel,
+        {
+            "to bf16": (new(B, P), new(B, P), None, bfloat16),
+            "to fp32, scaled": (new(B, P), new(B, P), new(P), float32),
+        },
+    ),
     "candidates": several(
         candidates.compute_candidates_,
         candidates.compute_candidates_kernel,
@@ -127,6 +137,15 @@ CASES: dict[str, dict[str, Case]] = {
                 "fp16 tail of d": (*encoder(float16, 500), None, "l2", None),
                 "fp32 small d": (*encoder(float32, 768), new(F), "entropy", new(F)),
                 "fp32 large d": (*encoder(float32, 4096), new(F), "entropy", new(F)),
+            },
+        ),
+        **several(
+            column_scores.column_statistics,
+            column_scores.described_partials_kernel,
+            {
+                "descriptors bf16 l2": (*encoder(bfloat16, 4096, tokens=1024), new(F), "l2", None),
+                "descriptors bf16 entropy": (*encoder(bfloat16, 768), new(F), "entropy", new(F)),
+                "descriptors fp16 tail of d": (*encoder(float16, 500), None, "uniform", None),
             },
         ),
         "fold": Case(
@@ -199,6 +218,14 @@ CASES: dict[str, dict[str, Case]] = {
         "backward": Case(
             reconstruction.errors_backward_kernel,
             partial(reconstruction.squared_errors_backward, new(B), new(B, 768), new(B, 768), new(B, 768)),
+        ),
+        "backward and bf16 copy": Case(
+            reconstruction.errors_backward_kernel,
+            partial(
+                reconstruction.squared_errors_backward,
+                *(new(B), None, new(B, 768), new(B, 768)),
+                new(B, 768, dtype=bfloat16),
+            ),
         ),
     },
     "rounded_rows": several(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.replaced import replaced
 
@@ -67,10 +68,17 @@ class Launch:
     def wants_matrix(self, arch: str) -> bool:
         """Whether it is a product in 16 bits, or in fp32 on AMD's matrix cores; NVIDIA has IEEE fp32 on FMA units."""
         has_product = {"x", "W", "D"} <= set(self.kernel.arg_names)
-        return has_product and (arch == "gfx942" or self.arguments["x"].dtype != torch.float32)
+        return has_product and (arch == "gfx942" or tensor_of(self.arguments["x"]).dtype != torch.float32)
+
+
+def tensor_of(value: Any) -> Any:
+    """An argument, or the tensor that it describes."""
+    return value.base if isinstance(value, TensorDescriptor) else value
 
 
 def type_of(value: Any) -> str:
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype]
     return "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
@@ -88,8 +96,7 @@ def launches(call: Callable[[], Any], arch: str) -> list[Launch]:
     def note(kernel: Any, config: triton.Config, grid: Any, args: tuple[Any, ...], **constexprs: Any) -> None:
         found.append(Launch(kernel, config, dict(zip(kernel.arg_names, args)), constexprs))
 
-    programs = 2 * MULTIPROCESSORS
-    known = {"architecture": lambda device: arch, "resident_programs": lambda device: programs}
+    known = {"architecture": lambda device: arch, "multiprocessors": lambda device: MULTIPROCESSORS}
     with replaced(launch=note, FAST_LOG=arch != "gfx942", **known):
         call()
     return found
@@ -97,7 +104,8 @@ def launches(call: Callable[[], Any], arch: str) -> list[Launch]:
 
 def resources(kernel: Any, arch: str) -> dict[str, int]:
     """What one compiled kernel takes: registers a thread, bytes spilled or on the stack, shared memory,
-    threads a block, and counts of instructions (all, matrix, loads from and stores to global memory)."""
+    threads a block, and counts of instructions (all, matrix, loads from and stores to global memory, and those that
+    stand behind the last matrix instruction)."""
     if arch == "gfx942":
         assembly = kernel.asm["amdgcn"]
         # scalar registers spill into lanes of vector registers; what reaches memory is in the private segment
@@ -112,12 +120,15 @@ def resources(kernel: Any, arch: str) -> dict[str, int]:
     def count(pattern: str) -> int:
         return len(re.findall(pattern, assembly, re.MULTILINE))
 
+    lines = [m.start() for m in re.finditer(line, assembly, re.MULTILINE)]
+    products = [m.start() for m in re.finditer(rf"\b{MATRIX[arch]}", assembly)]
     return {
         "registers": registers,
         "spilled": sum(spills),
         "shared": kernel.metadata.shared,
         "threads": lanes * kernel.metadata.num_warps,
-        "instructions": count(line),
+        "instructions": len(lines),
+        "behind products": sum(start > products[-1] for start in lines) if products else 0,
         "matrix": count(rf"\b{MATRIX[arch]}"),
         "loads": count(rf"\b{GLOBAL_LOAD.get(arch, '(?:LDG|LDGSTS|UTMALDG)')}"),
         "stores": count(rf"\b{GLOBAL_STORE.get(arch, 'STG')}"),

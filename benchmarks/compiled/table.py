@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import triton
 
+from benchmarks.compiled.calls import Case
 from benchmarks.compiled.cases import CASES
-from benchmarks.compiled.launch import launches, resources
+from benchmarks.compiled.launch import Launch, launches, resources
 from benchmarks.measure import RESULTS
 
 TABLES = RESULTS / "compiled"
@@ -13,14 +14,21 @@ COLUMNS = ("registers", "spilled", "shared", "threads", "instructions", "matrix"
 Resources = dict[str, int | bool]
 
 
+def launched(case: Case, arch: str) -> Launch | None:
+    """The launch that a case means, None where this architecture has another kernel for its call."""
+    found = [one for one in launches(case.call, arch) if one.kernel is case.kernel]
+    return found[case.which] if found else None
+
+
 def compiled(arch: str, only: str | None = None) -> dict[str, Resources]:
     """Resources of each case, by "<kernel file>: <case>"."""
     found: dict[str, Resources] = {}
     for file, cases in CASES.items():
         for name, case in cases.items() if only in (None, file) else ():
-            launch = [one for one in launches(case.call, arch) if one.kernel is case.kernel][case.which]
-            usage = resources(launch.compile(arch), arch)
-            found[f"{file}: {name}"] = {**usage, "wants matrix": launch.wants_matrix(arch)}
+            launch = launched(case, arch)
+            if launch is not None:
+                usage = resources(launch.compile(arch), arch)
+                found[f"{file}: {name}"] = {**usage, "wants matrix": launch.wants_matrix(arch)}
     return found
 
 

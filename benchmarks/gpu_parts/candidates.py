@@ -12,11 +12,12 @@ FIXED = {
     "rows_config": {"BP"},
     "row_adam_config": {"BD"},
     "column_scores_config": {"GROUP"},
+    "described_config": {"GROUP"},
     "product_filter_config": {"GROUP"},
     "chunk_filter_config": {"BT"},
 }
 # those whose loads are pipelined
-STAGED = ("column_scores_config", "product_filter_config")
+STAGED = ("column_scores_config", "described_config", "product_filter_config")
 MOST_WARPS = 32
 
 

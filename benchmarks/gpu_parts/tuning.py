@@ -24,13 +24,15 @@ from benchmarks.operations.race import verdict
 from benchmarks.record import Record, parser, table_of
 from benchmarks.replaced import replaced
 from benchmarks.workloads import GPU_STEPS, REHEARSAL, Workload
-from sampled_sae.kernels import configs
+from sampled_sae.kernels import configs, descriptors
 from sampled_sae.support.atomic_files import write_json, write_text
 from sampled_sae.support.timing import interleaved, spread
 
 # what chooses a configuration, and the operations that show how good it is, where they ask for it (the filter of a
-# search is in its product, or behind it where d is large); the most expensive first
+# search is in its product, or behind it where d is large; scores take their operands by descriptors, or by pointers
+# where the GPU has none); the most expensive first
 CHOICES = {
+    "described_config": ("fused l2", "fused entropy"),
     "column_scores_config": ("fused l2", "fused entropy"),
     "FOLD": ("fused entropy",),
     "chunk_scores_config": ("chunked entropy",),
@@ -105,7 +107,7 @@ def tried(inputs: Inputs, same: Row, rounds: int) -> list[Row]:
 
 def candidates_of(choice: str, operation: Operation) -> dict[str, triton.Config]:
     """By how they are written, the current one first; none where the operation does not ask for any."""
-    real, asked = getattr(configs, choice), []
+    real, asked = in_use(choice), []
     if isinstance(real, triton.Config):
         return candidates(choice, real)
 
@@ -119,9 +121,14 @@ def candidates_of(choice: str, operation: Operation) -> dict[str, triton.Config]
     return candidates(choice, asked[-1]) if asked and asked[-1] is not None else {}
 
 
+def in_use(choice: str) -> Any:
+    """What stands under that name."""
+    return getattr(descriptors if hasattr(descriptors, choice) else configs, choice)
+
+
 def using(choice: str, config: triton.Config) -> AbstractContextManager[None]:
     """With a configuration in place of a constant, or of what a function chooses."""
-    constant = isinstance(getattr(configs, choice), triton.Config)
+    constant = isinstance(in_use(choice), triton.Config)
     return replaced(**{choice: config if constant else lambda *_: config})
 
 

@@ -1,5 +1,8 @@
 """Inputs, expected values and ways to run that the tests of several kernels share."""
 
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import pytest
 import torch
 from forked import run_forked
@@ -59,6 +62,7 @@ def run_program(program):
     return 0
 
 
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="looks into the interpreter")
 # the beginning of such programs
 FAR = """
 import torch
@@ -80,6 +84,21 @@ def assert_runs_alone(program, folder):
     """In a process of its own: an offset that wraps around ends it."""
     status, said = run_forked(folder / "log", run_program, program)
     assert status == 0, said[-2000:]
+
+
+@contextmanager
+def counted_stores():
+    """A list that gets an element for every store that a kernel makes in the interpreter."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    plain, made = InterpreterBuilder.create_masked_store, []
+
+    def store(*args, **kwargs):
+        made.append(None)
+        return plain(*args, **kwargs)
+
+    with patch.object(InterpreterBuilder, "create_masked_store", store):
+        yield made
 
 
 def masked(a, k):

@@ -90,6 +90,26 @@ def test_copy_is_the_rounded_result(dtype, n, device):
     assert torch.equal(copy, z.to(dtype))
 
 
+@pytest.mark.parametrize("n", [1, 40, 300, 481, 10**6])
+@pytest.mark.parametrize("before", [INF, 2.0**-100])
+def test_the_smallest_that_is_kept(before, n, device):
+    """Of fewer positive entries than n too, and beside a NaN, which is kept."""
+    z, b, scale = products((13, 37), device)
+    z[5, 4] = float("nan")
+    least = torch.full((1,), before, device=device)
+    keep_largest_(z, n, b, scale, least=least)
+    positive = z[z > 0]
+    assert least.item() == min(before, positive.min().item() if len(positive) else INF)
+
+
+@pytest.mark.parametrize("n", [0, 3, 10**6])
+def test_where_nothing_is_kept_nothing_is_smallest(n, device):
+    for z in (-torch.rand(13, 37, device=device), torch.zeros(0, 5, device=device)):
+        least = torch.full((1,), INF, device=device)
+        keep_largest_(z, n, least=least)
+        assert least.item() == INF
+
+
 @pytest.mark.parametrize("n", [3, 10**6])
 def test_nothing_positive(n, device):
     z = -torch.rand(13, 37, device=device)
@@ -230,6 +250,7 @@ def test_interpreter_reaches_every_path():
         ({"scale": torch.ones(5, 1)}, "scale must be"),
         ({"copy": torch.ones(4, 7)}, "copy must be"),
         ({"copy": torch.ones(4, 6).bfloat16()}, "copy must be"),
+        ({"least": torch.ones(2)}, "least must be"),
     ],
 )
 def test_wrong_block_arguments(change, message):

@@ -1,6 +1,14 @@
 import pytest
 import torch
-from kernel_makers import FAR, NEEDS_VIRTUAL_MEMORY, SEARCH_SHAPES, assert_runs_alone, integers
+from kernel_makers import (
+    FAR,
+    INTERPRETED,
+    NEEDS_VIRTUAL_MEMORY,
+    SEARCH_SHAPES,
+    assert_runs_alone,
+    counted_stores,
+    integers,
+)
 
 pytest.importorskip("triton")
 
@@ -127,6 +135,17 @@ def test_more_than_fits_is_counted(cap, device):
     assert len(keys.unique()) == cap
     assert torch.equal(values, z.flatten()[keys])
     assert (values >= 1).all()
+
+
+@INTERPRETED
+def test_a_full_list_is_counted_without_looking_at_its_hits():
+    x, W, b, scale = integers((45, 19, 133), torch.bfloat16, "cpu")
+    found = int((products(x, W, b, scale) >= 1).sum())
+    for before, most in ((8, 0), (7, 2 * 8)):
+        with counted_stores() as made:
+            _, _, count = appended(x, W, b, scale, None, 1.0, cap=8, before=before)
+        assert int(count) == before + found
+        assert len(made) <= most, "one tile alone begins below the end: two stores for each of the 8 bits of a word"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

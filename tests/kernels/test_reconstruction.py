@@ -65,6 +65,18 @@ def test_backward(shape, received, device):
     torch.testing.assert_close(d_bias.double(), expected.sum(0), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_a_copy_is_the_gradient_rounded(dtype, shape, device):
+    x_hat, _, target = problem(shape, device)
+    d_errors = drawn(len(x_hat), seed=4, device=device)
+    alone = squared_errors_backward(d_errors, None, x_hat, target)
+    copy = torch.empty(x_hat.shape, dtype=dtype, device=device)
+    for found, expected in zip(squared_errors_backward(d_errors, None, x_hat, target, copy), alone):
+        assert torch.equal(found, expected)
+    assert torch.equal(copy, alone[0].to(dtype))
+
+
 def test_reconstruction_of_strided_arguments(device):
     raw, bias, target = problem((11, 20), device)
     wide = [torch.cat((t, torch.full_like(t, torch.nan)), 1)[:, : t.shape[1]] for t in (raw, target)]
@@ -111,3 +123,5 @@ def test_bad_arguments(device):
         squared_errors_backward(bias[:1].expand(len(raw)).double(), None, raw, target)
     with pytest.raises(ValueError, match="d_x_hat must be a matrix in fp32"):
         squared_errors_backward(None, raw.half(), raw, target)
+    with pytest.raises(ValueError, match="copy must be contiguous bf16 or fp16"):
+        squared_errors_backward(None, raw, raw, target, raw.clone())

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from kernel_makers import integers
+from kernel_makers import EPS, integers
 
 pytest.importorskip("triton")
 
 from sampled_sae import reference
 from sampled_sae.impl.encoder import Operands
-from sampled_sae.impl.triton import products, stream
+from sampled_sae.impl.triton import layer, products, stream
 
 pytestmark = pytest.mark.usefixtures("poisoned", "small_chunks")
 
@@ -255,3 +255,34 @@ def test_nothing_waits_for_the_gpu(device):
         stream.stream_token(Operands(x, W, b, scale, None), 3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("per_feature", [False, True])
+def test_list_and_dense_form_of_16_bits_differ_by_rounding_alone(per_feature, dtype, device):
+    """Their products are summed in another order. The threshold is an activation, so that it may be in one alone."""
+    make = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(n, 200, generator=make).to(device, dtype) for n in (64, 130))
+    b = torch.randn(130, generator=make).to(device)
+    encoder = layer.encoder(x, W, b)
+    a = stream.dense_products(encoder.operands)
+    threshold = a[5].abs() if per_feature else a[a > 20][0]
+    listed = layer.above_threshold(encoder, threshold).to_dense()
+    dense = layer.dense_above_threshold(encoder, threshold)
+    exact = x.double() @ W.double().t() + b.double()
+    band = 4 * EPS * (x.double().abs() @ W.double().abs().t() + b.abs())
+    alone = (listed > 0) != (dense > 0)
+    assert ((listed - dense).abs() <= band)[~alone].all()
+    assert ((exact - threshold).abs() <= band)[alone].all()
+    assert 50 < int((dense > 0).sum()) < dense.numel() / 2
+    if device == "cpu":
+        assert not torch.equal(listed, dense), "the docstrings could promise equality"
+
+
+def test_list_and_dense_form_of_whole_numbers_are_equal(device):
+    x, W, b, scale = integers((45, 19, 133), torch.bfloat16, device)
+    encoder = layer.encoder(x, W, b, scale=scale)
+    threshold = torch.tensor(3.0, device=device)
+    dense = layer.dense_above_threshold(encoder, threshold)
+    assert torch.equal(layer.above_threshold(encoder, threshold).to_dense(), dense)
+    assert int((dense > 0).sum()) > 0

@@ -189,6 +189,7 @@ def barrier(checker: Checker, launch: Launch, plain: Any, *rest: Any) -> Any:
 
 
 def load(checker: Checker, launch: Launch, plain: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    mask = handle_of(mask)
     access = checker.access(launch, "load", pointers.data, mask.data)
     made = plain(*handles(access, pointers, mask), *rest)
     checker.seen(launch, made.data, access.good)
@@ -196,6 +197,7 @@ def load(checker: Checker, launch: Launch, plain: Any, pointers: Any, mask: Any,
 
 
 def store(checker: Checker, launch: Launch, plain: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    mask = handle_of(mask)
     access = checker.access(launch, "store", pointers.data, mask.data, value.data)
     pointers, mask = handles(access, pointers, mask)
     return plain(pointers, value, mask, *rest)
@@ -215,6 +217,11 @@ def compare_and_swap(checker: Checker, launch: Launch, plain: Any, pointers: Any
     if not access.good.all():
         raise IndexError(f"{launch.kernel}: atomic_cas out of bounds: {access.bad}")
     return plain(interpreter.TensorHandle(access.real, pointers.dtype), *rest)
+
+
+def handle_of(mask: Any) -> Any:
+    """Those of tensor descriptors are bare arrays in Triton 3.6."""
+    return interpreter.TensorHandle(mask, interpreter.tl.int1) if isinstance(mask, np.ndarray) else mask
 
 
 def handles(access: Access, pointers: Any, mask: Any) -> tuple[Any, Any]:

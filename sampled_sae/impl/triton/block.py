@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...codes import SparseCodes
 from ...kernels.batch_topk import keep_largest_
+from ...kernels.block_gradient import block_gradient
 from ...kernels.token_topk import keep_rows_
 from ..encoder import Encoder
 from ..hints import Rule
@@ -29,8 +30,8 @@ def block_codes(encoder: Encoder, members: Tensor, rule: Rule, b: Tensor | None 
     scale = None if operands.scale is None else operands.scale.index_select(0, members)
     per_token = rule.select == "token"
     budget = int(rule.k) if per_token else rule.budget(operands.n_tokens)
-    block, low = select_block(x, b_dec, taken, b_taken, operands.x, scale, budget, per_token)
-    return SparseCodes.from_block(block, members, operands.n_features, low)
+    block, low, least = select_block(x, b_dec, taken, b_taken, operands.x, scale, budget, per_token)
+    return SparseCodes.from_block(block, members, operands.n_features, low, None if per_token else least)
 
 
 def decode_codes(codes: SparseCodes, W_dec: Tensor, rows: RowSource, dtype: torch.dtype) -> Tensor:
@@ -71,23 +72,30 @@ def select_block(
     scale: Tensor | None,
     budget: int,
     per_token: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """relu(centred rows^T + b_rows) * scale, [B, P], zero but for the entries that are kept.
 
-    Returns it in fp32, and once more in the dtype of `centred` where that has 16 bits (else an empty tensor).
+    Returns it in fp32, and once more in the dtype of `centred` where that has 16 bits (else an empty tensor). Then,
+    fp32 [1], the smallest of the entries, inf where there is none, and always where each token has a budget.
     """
     block = product(centred, rows.to(centred.dtype).t())
     low = torch.empty_like(block, dtype=centred.dtype) if centred.dtype != torch.float32 else None
-    keep = keep_rows_ if per_token else keep_largest_
-    keep(block, budget, b_rows.float(), None if scale is None else scale.float(), copy=low)
-    return block, centred.new_empty(0) if low is None else low
+    least = block.new_full((1,), torch.inf)
+    bias, scale = b_rows.float(), None if scale is None else scale.float()
+    if per_token:
+        keep_rows_(block, budget, bias, scale, low)
+    else:
+        keep_largest_(block, budget, bias, scale, low, least)
+    return block, centred.new_empty(0) if low is None else low, least
 
 
 @select_block.register_fake
-def _(x: Tensor, b_dec: Tensor | None, rows: Tensor, b_rows: Tensor, centred: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, b_dec: Tensor | None, rows: Tensor, b_rows: Tensor, centred: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     shape = (centred.shape[0], rows.shape[0])
     low = centred.new_empty(0 if centred.dtype == torch.float32 else shape)
-    return centred.new_empty(shape, dtype=torch.float32), low
+    return centred.new_empty(shape, dtype=torch.float32), low, centred.new_empty(1, dtype=torch.float32)
 
 
 @torch.library.custom_op("sampled_sae::select_block_backward", mutates_args=())
@@ -95,14 +103,14 @@ def select_block_backward(
     grad: Tensor, block: Tensor, rows: Tensor, centred: Tensor, scale: Tensor | None, want_x: bool, want_rows: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, d rows, d b_rows) in fp32; what is not wanted is empty."""
-    grad = torch.where(block > 0, grad, 0)
-    if scale is not None:
-        grad = grad * scale
-    low, factor = lowered(grad, centred.dtype)
+    dtype = centred.dtype
+    # to float16 only once its largest entry is known
+    masked, sums = block_gradient(grad, block, scale, torch.float32 if dtype == torch.float16 else dtype)
+    low, factor = lowered(masked, dtype)
     empty = grad.new_empty(0)
     dx = raised(product(low, rows.to(centred.dtype)), factor) if want_x else empty
     d_rows = raised(product(low.t(), centred), factor) if want_rows else empty.clone()
-    return dx, d_rows, grad.sum(0)
+    return dx, d_rows, sums
 
 
 @select_block_backward.register_fake
@@ -113,15 +121,15 @@ def _(
     return dx, grad.new_empty(rows.shape if want_rows else 0), grad.new_empty(rows.shape[0])
 
 
-def _select_block_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _select_block_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, b_dec, rows, b_rows, centred, scale, _, _ = inputs
     ctx.save_for_backward(output[0], rows, centred, scale)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.dtypes = x.dtype, None if b_dec is None else b_dec.dtype, rows.dtype, b_rows.dtype
 
 
-def _select_block_gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _select_block_gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 8
     block, rows, centred, scale = ctx.saved_tensors

@@ -19,7 +19,7 @@ from ..gate import Gate, floor_of, keep_above_, magnitudes
 from ..hints import Rule, ThresholdHints
 from ..row_gradients import RowSource
 from ..torch.dense_above import DenseAbove
-from . import block, entries, scores
+from . import block, entries, reconstruction, scores
 from .block import BLOCK_FEATURES, block_codes
 from .entries import narrow, padded_codes
 from .screen import rounded_operands, tensors_of
@@ -118,7 +118,9 @@ def encode_at(encoder: Encoder, entries: Entries) -> SparseCodes:
 def above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None = None) -> SparseCodes:
     """Every activation strictly above the threshold, 0-dim or [F], with its gradient; waits for the GPU to count them.
 
-    With a gate those alone that it lets through; the encoder has no scale then, and a bias of 0.
+    With a gate those alone that it lets through; the encoder has no scale then, and a bias of 0. Products of 16 bits
+    may be summed in another order here than in `dense_above_threshold` (stream.py, `in_tiles`): values differ by what
+    rounding in fp32 may do, and so may which of the activations are there that lie so close to the threshold.
     """
     operands, floors = encoder.operands, None
     if threshold.dim() or gate is not None:
@@ -131,7 +133,8 @@ def above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None = Non
 
 
 def dense_above_threshold(encoder: Encoder, threshold: Tensor, gate: Gate | None = None) -> Tensor:
-    """`above_threshold` as a dense fp32 matrix [B, F], whose gradient reaches x alone; waits for nothing."""
+    """`above_threshold` as a dense fp32 matrix [B, F], but for its rounding of 16-bit products; its gradient reaches x
+    alone; waits for nothing."""
     return DenseAbove.apply(encoder.x, encoder.operands, threshold, gate, fill_above)
 
 
@@ -151,6 +154,11 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, rows: RowSou
         return entries.decode_codes(codes, W_dec, b_dec, rows, dtype)
     x_hat = block.decode_codes(codes, W_dec, rows, dtype)
     return x_hat if b_dec is None else x_hat + b_dec.float()
+
+
+def squared_errors(raw: Tensor, bias: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(raw + bias, its squared error for each token): fp32 [B, d] and [B]."""
+    return reconstruction.squared_errors(raw, bias, target, product_dtype(target) == torch.bfloat16)
 
 
 def decode_levels(

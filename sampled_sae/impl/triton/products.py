@@ -42,11 +42,28 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.mm(a.float(), b.float(), out=out)
 
 
+class Rounded(NamedTuple):
+    """A tensor of one version in 16 bits."""
+
+    copy: Tensor
+    version: int
+
+
+def note_rounded(tensor: Tensor, copy: Tensor) -> None:
+    """For `lowered`: the same in 16 bits."""
+    if type(tensor) is Tensor:  # and not a compiler's
+        tensor.rounded = Rounded(copy, tensor._version)  # type: ignore[attr-defined]
+
+
 def lowered(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """A gradient as factor of a 16-bit product, and what the product is to be multiplied by; None for 1.
 
-    float16 would lose the gradient of a mean over many tokens: its largest entry goes to between 2^7 and 2^8.
+    What `note_rounded` knows of it is not rounded again. float16 would lose the gradient of a mean over many tokens:
+    its largest entry goes to between 2^7 and 2^8.
     """
+    known = getattr(grad, "rounded", None)
+    if known is not None and known.version == grad._version and known.copy.dtype == dtype:
+        return known.copy, None
     if dtype != torch.float16 or grad.numel() == 0:
         return grad.to(dtype), None
     exponent = 8 - torch.frexp(grad.abs().amax()).exponent.clamp(-100, 100)

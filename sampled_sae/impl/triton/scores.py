@@ -7,9 +7,8 @@ from torch import Tensor
 
 from ...kernels.arguments import check_encoder
 from ...kernels.chunk_scores import chunk_partials, folded, write_partials_
-from ...kernels.column_scores import STATISTICS
+from ...kernels.column_scores import STATISTICS, is_fused
 from ...kernels.column_scores import column_statistics as fused_statistics
-from ...kernels.configs import architecture, largest_fused_d
 from ...support.float32_products import tf32_allowed
 from ..encoder import Operands
 from ..torch.scores import finish_scores
@@ -28,11 +27,11 @@ def column_statistics(x: Tensor, W: Tensor, b: Tensor, score: str, scale: Tensor
 
     The sums of two batches add up to those of both. x [B, d] and W [F, d] are fp32, bf16 or fp16, x is centred.
 
-    The fused kernel saves writing and reading [B, F] and multiplies slower than cuBLAS: it wins up to some d. It
-    knows no TF32: whoever allows that gets cuBLAS.
+    The fused kernel saves writing and reading [B, F] and multiplies slower than cuBLAS: it wins up to some d, with
+    tensor descriptors to a larger one. It knows no TF32: whoever allows that gets cuBLAS.
     """
     tf32 = x.dtype == torch.float32 and tf32_allowed()
-    if not tf32 and (x.ndim != 2 or x.shape[1] <= largest_fused_d(architecture(x.device), x.dtype)):
+    if not tf32 and (x.ndim != 2 or W.ndim != 2 or is_fused(x, W)):
         return fused_statistics(x, W, b, score, scale)
     return chunked_statistics(Operands(x, W, b, scale), score)
 
