@@ -141,17 +141,13 @@ def settled_statistics(
         low, high: fp32 [F] >= 0, bounds of what the columns are ranked by, which rises with their statistics.
         size: from 1 to F - 1.
     """
-    if score not in ("l2", "l2_squared", "uniform"):
-        raise ValueError(f"score must be l2, l2_squared or uniform, got {score!r}")
-    if x.dtype != torch.float32:
-        raise ValueError(f"x must be fp32, got {x.dtype}")
-    check_encoder(x, W, b, scale)
-    (B, D), F = x.shape, W.shape[0]
+    check_operands(x, W, b, scale, score)
+    F = W.shape[0]
     for name, vector in (("known", known), ("low", low), ("high", high)):
         check_vector(name, vector, torch.float32, F)
-    if not 0 < size < F or B == 0:
-        raise ValueError(f"size must be from 1 to {F - 1} and x have a token, got {size} and {B}")
-    x, room = contiguous_rows(x), max(1, int(ROOM * F))
+    if not 0 < size < F:
+        raise ValueError(f"size must be from 1 to {F - 1}, got {size}")
+    room = room_of(F)
     of_low, of_high = find_digits(low, size), find_digits(high, size + 1)
     statistics = torch.empty(F, dtype=torch.float32, device=x.device)
     columns = torch.empty(room, dtype=torch.int32, device=x.device)
@@ -162,6 +158,64 @@ def settled_statistics(
         lambda meta: (triton.cdiv(F, meta["BLOCK"]),),
         (low, high, of_low.histograms, of_high.histograms, known, statistics, columns, count, F, room),
     )
+    return statistics, settle_(statistics, columns, count, x, W, b, scale, score)
+
+
+def statistics_of(
+    x: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    score: str,
+    wanted: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Statistics [F], those of `column_statistics` for the columns `wanted`, bool [F], and how many were computed,
+    int64 [1]: these alone, and 0 for the rest; or all where there is no room for a list.
+
+    x, W, b, scale, score: as in `settled_statistics`.
+    """
+    check_operands(x, W, b, scale, score)
+    F = W.shape[0]
+    check_vector("wanted", wanted, torch.bool, F)
+    room = room_of(F)
+    place = torch.where(wanted, wanted.cumsum(0) - 1, room).clamp_(max=room)
+    columns = torch.empty(room + 1, dtype=torch.int32, device=x.device)
+    columns.scatter_(0, place, torch.arange(F, dtype=torch.int32, device=x.device))
+    statistics = torch.zeros(F, dtype=torch.float32, device=x.device)
+    count = wanted.sum(0, keepdim=True)
+    return statistics, settle_(statistics, columns, count, x, W, b, scale, score)
+
+
+def check_operands(
+    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, scale: torch.Tensor | None, score: str
+) -> None:
+    if score not in ("l2", "l2_squared", "uniform"):
+        raise ValueError(f"score must be l2, l2_squared or uniform, got {score!r}")
+    if x.dtype != torch.float32:
+        raise ValueError(f"x must be fp32, got {x.dtype}")
+    check_encoder(x, W, b, scale)
+    if len(x) == 0:
+        raise ValueError("x must have a token, got 0")
+
+
+def room_of(F: int) -> int:
+    return max(1, int(ROOM * F))
+
+
+def settle_(
+    statistics: torch.Tensor,
+    columns: torch.Tensor,
+    count: torch.Tensor,
+    x: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    score: str,
+) -> torch.Tensor:
+    """Writes the statistics of the first `count`, int64 [1], of `columns`, or of all where these are more than there is
+    room for; returns how many were computed, int64 [1]."""
+    (B, D), F, x = x.shape, W.shape[0], contiguous_rows(x)
+    room = room_of(F)
     config = undecided_config(architecture(x.device), D)
     T = triton.cdiv(B, config.kwargs["BN"])
     partials = torch.empty(T * F, dtype=torch.float32, device=x.device)
@@ -185,4 +239,4 @@ def settled_statistics(
         (partials, columns, count, statistics, opened, T, F, room),
         CEIL_T=triton.next_power_of_2(T),
     )
-    return statistics, opened
+    return opened

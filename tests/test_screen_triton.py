@@ -18,6 +18,7 @@ from sampled_sae.impl.pool import PoolRule, find_pool
 from sampled_sae.impl.triton import screen
 from sampled_sae.impl.triton.aux_loss import dead_pool
 from sampled_sae.impl.triton.screen import rounded_operands
+from sampled_sae.impl.triton.screen_columns import open_columns
 from sampled_sae.kernels import column_bounds as bounds_kernel
 from sampled_sae.kernels import firing_bounds as firing_kernel
 from sampled_sae.support.float32_products import float32_products
@@ -250,7 +251,10 @@ def test_operators_pass_opcheck():
             return func(*args, **(kwargs or {}))
 
     with Record():
-        pools_of(both(*[torch.randn(9, 5), torch.randn(37, 5), torch.randn(37), torch.rand(37) + 0.5]), PoolRule(2, 2))
-    assert {"round_rows", "seen_columns", "settle_columns"} <= {str(func).split(".")[1] for func, _ in calls}
+        operands = both(*[torch.randn(9, 5), torch.randn(37, 5), torch.randn(37), torch.rand(37) + 0.5])
+        pools_of(operands, PoolRule(2, 2))
+        open_columns(*operands[0][:4], "l2", operands[0].b > 0)
+    found = {str(func).split(".")[1] for func, _ in calls}
+    assert {"round_rows", "seen_columns", "settle_columns", "open_columns"} <= found
     for func, args in calls:
         torch.library.opcheck(func, args)

@@ -13,9 +13,10 @@ from typing import NoReturn
 
 import torch
 
-from ..support.all_ranks import ALONE, TIMEOUT, AllRanks, start
+from ..support.all_ranks import ALONE, AllRanks
 from ..support.argument_checks import check_integer, check_number
 from ..support.launch import Launch
+from ..support.meeting import TIMEOUT, start
 
 # the commands that many processes do together
 SPREAD = ("harvest", "train", "evaluate", "sweep")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..impl.column_bounds import ColumnBounds
-from ..impl.dead_features import AuxRule, ranked
+from ..impl.dead_features import AuxRule, ranked, settled_ranks
 from ..impl.encoder import Encoder, Operands
 from ..impl.hints import Rule
 from .bounds_on_device import SpreadBounds
@@ -45,8 +45,7 @@ def aux_loss(
         k_aux = min(k_aux, n_members)
     else:
         # as many as there may be, so that nothing waits for their number: others are put out by their bias
-        keys = dead_keys(parts, operands, dead, rule, scores)
-        members, dead = largest_dead(parts, keys, dead, rule.aux_pool)
+        members, dead = largest_dead(parts, operands, dead, rule, scores)
         alone = alone.among(dead)
         defined = defined & mesh.feature.max_(dead.any().to(torch.uint8), "dead features").bool()
     codes = parts.select(alone, members, Rule(k_aux, "token"))
@@ -86,22 +85,20 @@ def dead_candidates(
     return members[parts.ranking.largest(of_members, rule.aux_pool, int(counts.max()))]
 
 
-def dead_keys(
+def largest_dead(
     parts: SpreadParts, operands: Operands, dead: Tensor, rule: AuxRule, scores: Tensor | Bounds | None
-) -> Tensor:
-    """float32 [F]: of the features here, of which the largest of all processes are the dead ones of highest score."""
-    scores = parts.column_bounds(operands, rule.score) if scores is None else scores
-    if isinstance(scores, SpreadBounds) and rule.aux_pool is not None and rule.aux_pool < parts.weights.n_features:
-        return scores.of_dead(dead, rule.aux_pool)
-    if not isinstance(scores, Tensor):
-        scores = parts.column_scores(operands.in_full(), rule.score)
-    return ranked(scores, dead)
-
-
-def largest_dead(parts: SpreadParts, keys: Tensor, dead: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """int64, ascending: as many features here, or all, as there may be dead ones among the `size` of highest key of all
-    processes; and bool [F], which features are."""
+) -> tuple[Tensor, Tensor]:
+    """int64, ascending: as many features here, or all, as there may be dead ones among the `aux_pool` of highest score
+    of all processes; and bool [F], which features are."""
+    size = rule.aux_pool
+    if size is None or size >= parts.weights.n_features:
+        return torch.arange(len(dead), device=dead.device), dead
+    if scores is None:
+        bounds = parts.column_bounds(operands, rule.score)
+        scores = parts.column_scores(operands.in_full(), rule.score) if bounds is None else bounds
+    assert not isinstance(scores, ColumnBounds)
+    keys = ranked(scores, dead) if isinstance(scores, Tensor) else settled_ranks(scores, dead, size)
     if parts.mesh.feature.size == 1:
-        return parts.candidate_pool(keys, min(size, len(dead))), dead
-    members, taken = parts.ranking.candidates(keys, min(size, parts.weights.n_features))
+        return parts.candidate_pool(keys, size), dead
+    members, taken = parts.ranking.candidates(keys, size)
     return members, torch.zeros_like(dead).index_copy_(0, members, taken) & dead

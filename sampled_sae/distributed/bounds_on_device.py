@@ -7,9 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..impl.dead_features import ranked
 from ..impl.encoder import Operands
-from ..impl.pool import keys_of
+from ..impl.pool_sampling import keys_of
 from ..impl.rounded_tokens import Looks
 from ..impl.torch.scores import finish_scores
 from .mesh import Mesh
@@ -42,12 +41,6 @@ class SpreadBounds(NamedTuple):
         members, taken = self.ranking.candidates(keys, size)
         return members, None if all_here else taken
 
-    def of_dead(self, dead: Tensor, size: int) -> Tensor:
-        """float32 [F]: keys, of which the `size` largest of all processes are dead features of highest score; 0 for
-        others."""
-        scores = self.settled(ranked(self.low, dead), ranked(self.high, dead), size)
-        return ranked(scores.clamp(max=torch.finfo(torch.float32).max), dead)
-
     def settled(self, low: Tensor, high: Tensor, size: int) -> Tensor:
         """[F]: scores, of which the `size` largest of all processes are right; the columns are ranked by what `low` and
         `high` bound.
@@ -55,7 +48,7 @@ class SpreadBounds(NamedTuple):
         What is left open is computed in full from the tokens here and added up over `data`: as many numbers as there
         are features, so that nobody waits for how many are open.
         """
-        from ..impl.triton.screen_columns import settle_columns
+        from ..impl.triton.screen_columns import open_columns
 
         x, W, b, scale, *_ = self.operands
         least, greatest, _ = self.ranking.cuts(torch.where(low.isnan(), 0, low), high, size)
@@ -64,8 +57,7 @@ class SpreadBounds(NamedTuple):
         undecided = ~sure & ~(high < least) & ~(low >= high)
         sums = torch.zeros_like(self.low)
         if len(x):
-            # by these bounds the columns that are open here are so to the kernel, which knows of no other process
-            found, opened = settle_columns(x, W, b, scale, self.score, sums, sums, undecided.float(), 1)
+            found, opened = open_columns(x, W, b, scale, self.score, undecided)
             self.looks.see_columns(len(W), opened)
             sums = torch.where(undecided, found[0], 0)
         sums = self.mesh.data.sum_(sums, "column statistics")

@@ -1,11 +1,14 @@
-"""`parallelize`: spreads a layer over a mesh."""
+"""`parallelize`: spreads a layer over a mesh; `accounted`: its processes fail together."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..sae import SampledSAE
+from ..support.all_ranks import ranks_of
 from .layout import MeshLayout
 from .mesh import DIMENSIONS, Mesh
 from .weights import FEATURES, Weights
@@ -66,3 +69,20 @@ def parallelize(sae: SampledSAE, mesh: DeviceMesh) -> SampledSAE:
     sae.memory.forget()
     sae.layout = MeshLayout(own, weights)
     return sae
+
+
+def accounted(mesh: DeviceMesh) -> AbstractContextManager[None]:
+    """Around a loop of your own over the processes of a mesh: where one of them fails, the others say of what.
+
+    The process that fails raises its own error. Another, whose next exchange with it breaks, raises one that begins
+    with its rank and has its reason, or says that it is no longer there. `Trainer`, `SAEGroup`, `harvest` and the
+    commands do so by themselves.
+
+    Args:
+        mesh: as for `parallelize`, of all processes there are; each of them calls this.
+
+    Raises:
+        ValueError: another mesh.
+        RuntimeError: inside, that.
+    """
+    return ranks_of(mesh).accounted()

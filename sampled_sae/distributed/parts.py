@@ -15,6 +15,7 @@ from ..impl.column_bounds import ColumnBounds
 from ..impl.encoder import Encoder, Operands
 from ..impl.hints import Rule, ThresholdHints
 from ..impl.interface import Implementation
+from ..impl.pool_sampling import keys_of
 from ..impl.row_gradients import RowSource
 from ..impl.torch.scores import finish_scores
 from .bounds_on_device import SpreadBounds
@@ -48,7 +49,12 @@ class SpreadParts:
         seen = None if self.local.seen_columns is None else self.local.seen_columns(operands, score)
         if seen is None or operands.screen is None:
             return None
-        low, high = seen.bounds(self.mesh.data.sum_(seen.sums, "column statistics"))
+        ranks, purpose = self.mesh.data, "column statistics"
+        if seen.are_flags:
+            least = most = ranks.max_(seen.numbers, purpose)
+        else:
+            least, most = ranks.between(seen.numbers, purpose)
+        low, high = seen.bounds(least, most)
         full = operands.in_full()
         if not self.waits:
             return SpreadBounds(low, high, full, score, operands.screen.looks, self.ranking, self.mesh)
@@ -62,9 +68,8 @@ class SpreadParts:
         """int64, ascending: which of the features here, of scores [F], are among the `size` of all."""
         if self.mesh.feature.size == 1:
             return self.local.candidate_pool(scores, size, pool, generator)
-        if pool == "sample":
-            scores = scores.double().log() + self.ranking.noise(scores, generator)
-        return self.ranking.largest(scores, size)
+        noise = self.ranking.noise(scores, generator) if pool == "sample" else None
+        return self.ranking.largest(keys_of(scores, noise), size)
 
     def select(
         self, encoder: Encoder, members: Tensor | None, rule: Rule, hints: ThresholdHints | None = None

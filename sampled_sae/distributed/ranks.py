@@ -9,6 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..impl.torch.screen import UNIT
+
+# processes whose numbers are added up in bfloat16, at most: more of them would leave too much open
+MOST_ROUNDED = 32
+# of a sum: what is smaller may be lost
+LEAST = 2.0**-120
 # the name since torch 2.13
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -62,6 +68,19 @@ class Ranks:
     def sum_(self, t: Tensor, purpose: str) -> Tensor:
         """t, contiguous, becomes the sum over the processes; the same bits on all of them."""
         return self._reduce(t, dist.ReduceOp.SUM, purpose)
+
+    def between(self, t: Tensor, purpose: str) -> tuple[Tensor, Tensor]:
+        """(no more, no less) than the sum over the processes of t >= 0, float32, which few of them send in bfloat16;
+        the same bits on all of them. NaN stays NaN."""
+        if not 1 < self.size <= MOST_ROUNDED:
+            total = self.sum_(t, purpose)
+            return total, total
+        total = self.sum_(t.bfloat16(), purpose).float()
+        # each number is rounded once, and again with every other that it is added to
+        off = (1 - UNIT) ** -self.size - 1
+        # a sum beyond bfloat16 is no more than infinity, but no less than its largest number, about
+        least = (total - LEAST).clamp(0, torch.finfo(torch.bfloat16).max) * (1 - off)
+        return least, (total + LEAST) * (1 + off)
 
     def max_(self, t: Tensor, purpose: str) -> Tensor:
         return self._reduce(t, dist.ReduceOp.MAX, purpose)

@@ -40,21 +40,47 @@ class DecidedColumns(Protocol):
     @property
     def low(self) -> Tensor: ...
 
+    @property
+    def high(self) -> Tensor: ...
+
+    def settled(self, low: Tensor, high: Tensor, size: int) -> Tensor:
+        """[F]: scores whose `size` largest are those of the columns, ranked by what `low` and `high` bound."""
+        ...
+
     def largest(self, size: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The `size` columns, below F, of highest score, or of highest ln(score) + noise [F]: int64 ascending; and
         which of them are meant where more are named, bool, or None for all."""
         ...
 
 
+# of a column that fires for no token, may fire, surely does, and of which nothing is known: of parts the greatest holds
+NEVER, MAY, DOES, UNKNOWN = range(4)
+
+
 class SeenColumns(NamedTuple):
     """Columns of some tokens, seen roughly.
 
-    sums: float32, what those of other tokens are added to; NaN where nothing is known. bounds: of the sums of all
-    tokens, the (least, greatest) score of each column, [F] each.
+    numbers: float32 sums, to which those of other tokens are added, NaN where nothing is known; or flags, uint8 [F].
+    bounds: of numbers of all tokens, from what they are at least and at most, the (least, greatest) score of each
+    column, [F] each.
     """
 
-    sums: Tensor
-    bounds: Callable[[Tensor], tuple[Tensor, Tensor]]
+    numbers: Tensor
+    bounds: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+    @property
+    def are_flags(self) -> bool:
+        return self.numbers.dtype == torch.uint8
+
+
+def flags_of(does: Tensor, may: Tensor) -> Tensor:
+    """uint8, from bool of the same shape."""
+    return may.to(torch.uint8).masked_fill_(does, DOES)
+
+
+def bounds_of_flags(least: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the score "uniform", float32 [F] each: 1 where a column fires, else 0."""
+    return (least == DOES).float(), (most > NEVER).float().masked_fill_(most == UNKNOWN, torch.inf)
 
 
 def largest_columns(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..support.cuda_graphs import capturing
 from ..support.late_values import LateScalars
+from .column_bounds import DecidedColumns
 
 
 class AuxRule(NamedTuple):
@@ -27,6 +28,12 @@ class AuxRule(NamedTuple):
 def ranked(scores: Tensor, dead: Tensor) -> Tensor:
     """One bit pattern up: a dead feature of score 0 still ranks above every live one, which get 0."""
     return torch.where(dead, (scores.view(torch.int32) + 1).view(torch.float32), 0)
+
+
+def settled_ranks(bounds: DecidedColumns, dead: Tensor, size: int) -> Tensor:
+    """float32 [F], `ranked`: of these keys the `size` largest, below F, are right, of all processes."""
+    scores = bounds.settled(ranked(bounds.low, dead), ranked(bounds.high, dead), size)
+    return ranked(scores.clamp(max=torch.finfo(torch.float32).max), dead)
 
 
 class IdleTokens:

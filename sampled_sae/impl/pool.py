@@ -12,6 +12,7 @@ from ..config import pool_size
 from ..support.cuda_graphs import capturing
 from .column_bounds import ColumnBounds, DecidedColumns
 from .encoder import Encoder, Operands
+from .pool_sampling import keys_of
 from .ranking import Ranking
 
 # batches without a screen after one that it did not help
@@ -161,11 +162,6 @@ def find_pool(
         return Pool(found, bounds)
     scores = parts.column_scores(seen.in_full(), rule.score)
     return Pool(parts.ranking.largest(keys_of(scores, noise), size), scores)
-
-
-def keys_of(scores: Tensor, noise: Tensor | None) -> Tensor:
-    """[F], whose largest are the pool: the scores, or with noise [F] the keys of a draw."""
-    return scores if noise is None else scores.double().log() + noise
 
 
 def share_of(operands: Operands, share: float) -> Tensor:

@@ -10,7 +10,12 @@ from ..support.cuda_graphs import capturing
 
 def gumbel_keys(scores: Tensor, generator: torch.Generator | None) -> Tensor:
     """float64 [F], whose largest are a draw without replacement in proportion to the scores."""
-    return scores.double().log() + gumbel_noise(scores, generator)
+    return keys_of(scores, gumbel_noise(scores, generator))
+
+
+def keys_of(scores: Tensor, noise: Tensor | None) -> Tensor:
+    """[F], whose largest are the pool: the scores, or with the noise of a draw, float64 [F], its keys."""
+    return scores if noise is None else scores.double().log() + noise
 
 
 def gumbel_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -79,25 +79,25 @@ def harvest(
         RankError: what one of these is on another rank, or a rank that does not answer; names the rank.
     """
     folder, ranks = output_place(out_dir), ranks_of(mesh)
-    check_layer(model, layer)
-    given = {
-        "layer": check_integer("layer", layer, 0),
-        "batch_size": batch_size,
-        "rows_per_shard": rows_per_shard,
-        "dtype": dtype,
-        "compute_dtype": check_choice("compute_dtype", compute_dtype, ("float32", "bfloat16")),
-        "drop_first": drop_first,
-        "drop_tokens": drop_tokens,
-        "max_norm_ratio": max_norm_ratio,
-        "holdout_rows": holdout_rows,
-    }
-    settings = checked_settings(model, rows, {"model": model_name, "source": source, **given})
 
     def batches(part: Tensor, first_row: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
         return ((batch, [x]) for batch, x in residual_batches(model, part, first_row, settings))
 
     with ranks.accounted():
         with ranks.together():
+            check_layer(model, layer)
+            given = {
+                "layer": check_integer("layer", layer, 0),
+                "batch_size": batch_size,
+                "rows_per_shard": rows_per_shard,
+                "dtype": dtype,
+                "compute_dtype": check_choice("compute_dtype", compute_dtype, ("float32", "bfloat16")),
+                "drop_first": drop_first,
+                "drop_tokens": drop_tokens,
+                "max_norm_ratio": max_norm_ratio,
+                "holdout_rows": holdout_rows,
+            }
+            settings = checked_settings(model, rows, {"model": model_name, "source": source, **given})
             check_kind(folder, pair=False)
             check_output_place(folder)
         with held_by_first(folder, "harvest", ranks):

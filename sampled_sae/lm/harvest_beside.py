@@ -59,24 +59,24 @@ def harvest_beside(
     """
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise TypeError(f"{', '.join(unknown)}: unknown, options are {', '.join(OPTIONS)}")
-    places, names = _places(models, layers, model_names)
     given = {**OPTIONS, **options, "compute_dtype": "float32"}
-    settings = [
-        checked_settings(model, rows, {"layer": layer, "model": name, **given})
-        for (model, layer), name in zip(places, names)
-    ]
-    for name in ("batch_size", "drop_tokens"):
-        found = [each[name] for each in settings]
-        if any(each != found[0] for each in found):
-            raise ValueError(f"{name}={found}: must be the same for all models; give it")
 
     def batches(part: Tensor, first_row: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
         return layer_batches(places, part, settings[0]["batch_size"], first_row)
 
     folder, ranks = output_place(out_dir), ranks_of(mesh)
-    folders = [folder / stack_part(i) for i in range(len(places))]
     with ranks.accounted():
         with ranks.together():
+            places, names = _places(models, layers, model_names)
+            settings = [
+                checked_settings(model, rows, {"layer": layer, "model": name, **given})
+                for (model, layer), name in zip(places, names)
+            ]
+            for name in ("batch_size", "drop_tokens"):
+                found = [each[name] for each in settings]
+                if any(each != found[0] for each in found):
+                    raise ValueError(f"{name}={found}: must be the same for all models; give it")
+            folders = [folder / stack_part(i) for i in range(len(places))]
             check_kind(folder, pair=False, beside=len(places))
             for each in folders:
                 check_output_place(each)

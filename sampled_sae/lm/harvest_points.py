@@ -67,8 +67,6 @@ def harvest_pair(
     if points[0] == points[1]:
         raise ValueError(f"target={target}: is what is read; an SAE of one place has no targets, harvest another")
     given = {**OPTIONS, **options, "model": model_name, "compute_dtype": "float32"}
-    settings = [checked_settings(model, rows, {"point": str(point), **given}) for point in points]
-    check_points(model, points, rows[:1].to(device_of(model)))
 
     def batches(part: Tensor, first_row: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
         return point_batches(model, part, points, settings[0]["batch_size"], first_row)
@@ -77,6 +75,8 @@ def harvest_pair(
     folders = [folder / part for part in PAIR]
     with ranks.accounted():
         with ranks.together():
+            settings = [checked_settings(model, rows, {"point": str(point), **given}) for point in points]
+            check_points(model, points, rows[:1].to(device_of(model)))
             check_kind(folder, pair=True)
             for each in folders:
                 check_output_place(each)

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from .launch import Launch
-from .meeting import meet
 from .roll_call import RollCall, in_time, verdict
 from .timing import machine
 
@@ -22,9 +20,10 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 DIMENSIONS = ("data", "feature")
-TIMEOUT = 600.0
 # that a rank which has failed waits for the others to come and hear of it; one may be at a download that stands still
 SOON = 10.0
+# that are named where several ranks have failed of different things
+MOST_REASONS = 3
 # how gloo, NCCL and the store say that another process does not answer
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out", re.IGNORECASE)
 
@@ -34,7 +33,7 @@ class RankError(RuntimeError):
 
 
 class AllRanks:
-    """The processes of a mesh ("data", "feature"), which are all there are; or one process alone.
+    """The processes of a mesh of "data", "feature" or both, which are all there are; or one process alone.
 
     Everything here is done by all ranks in the same order.
 
@@ -56,14 +55,19 @@ class AllRanks:
         self.data = self.feature = (0, 1)
         self._agreed: BaseException | None = None
         self._line: str | None = ""
+        self._untold: str | None = None
         if mesh is None:
             return
-        if mesh.mesh_dim_names != DIMENSIONS or mesh.size() != dist.get_world_size():
+        names = mesh.mesh_dim_names or ()
+        if names not in (DIMENSIONS, *((name,) for name in DIMENSIONS)) or mesh.size() != dist.get_world_size():
             raise ValueError(
-                f"mesh={mesh}: must have the dimensions {DIMENSIONS} and all {dist.get_world_size()} processes"
+                f"mesh={mesh}: must have the dimensions {DIMENSIONS}, or one, and all {dist.get_world_size()} processes"
             )
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.data, self.feature = ((mesh.get_local_rank(name), mesh.size(i)) for i, name in enumerate(DIMENSIONS))
+        self.data, self.feature = (
+            (mesh.get_local_rank(name), mesh.size(names.index(name))) if name in names else (0, 1)
+            for name in DIMENSIONS
+        )
         self._control = dist.new_group(backend="gloo")
         self._roll = RollCall(dist.distributed_c10d._get_default_store(), self.rank, self.size)
         self._pending: tuple[Any, torch.Tensor] | None = None
@@ -75,7 +79,14 @@ class AllRanks:
 
     @property
     def control(self) -> dist.ProcessGroup | None:
-        """A group of all ranks for what lies in the memory of the host; None for a process alone."""
+        """A group of all ranks for what lies in the memory of the host; None for a process alone.
+
+        Raises:
+            RankError: this rank has failed before, and goes where the others do not meet it; says of what.
+        """
+        if self._untold is not None:
+            self.agree(error := RankError(self._untold), "")
+            raise error
         return None if self.size == 1 else self._control
 
     def share(self, value: Any) -> Any:
@@ -83,7 +94,7 @@ class AllRanks:
         if self.size == 1:
             return value
         held = [value]
-        dist.broadcast_object_list(held, src=0, group=self._control)
+        dist.broadcast_object_list(held, src=0, group=self.control)
         return held[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -91,7 +102,7 @@ class AllRanks:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self._control)
+        dist.all_gather_object(found, value, group=self.control)
         return found
 
     def on_this_machine(self, value: Any) -> list[Any]:
@@ -125,7 +136,7 @@ class AllRanks:
             return number
         before, self._pending = self._pending, None
         found = torch.tensor(number or 0)
-        self._pending = dist.all_reduce(found, dist.ReduceOp.MAX, self._control, async_op=True), found
+        self._pending = dist.all_reduce(found, dist.ReduceOp.MAX, self.control, async_op=True), found
         if before is None:
             return None
         before[0].wait()
@@ -136,7 +147,7 @@ class AllRanks:
         """Around work without exchanges between ranks: where it fails on one of them, all end with its error.
 
         Raises:
-            RankError: another rank failed; its own error where this one did.
+            RankError: another rank failed, and this one not, or of the same; its own error where this one did.
         """
         error: Exception | None = None
         try:
@@ -147,24 +158,36 @@ class AllRanks:
             error = caught
         if self.size == 1:
             return
-        said = self.gather(None) if error is None else self._told(error)
-        failed = [rank for rank in range(self.size) if said[rank] is not None]
-        if not failed:
+        said = self._said(error)
+        first = {what: said.index(what) for what in said if what is not None}
+        if not first:
             return
-        alike = len(failed) == self.size and len(set(said)) == 1
-        if error is not None and (alike or self.rank == failed[0]):
-            self.agree(error, None if self.rank != failed[0] else "" if alike else f"rank {self.rank}: ")
+        alike, mine = set(said) == {said[0]}, said[self.rank]
+        if error is not None and (alike or first[mine] == self.rank):
+            self.agree(error, None if self.rank != first[mine] else "" if alike else f"rank {self.rank}: ")
             raise error
-        self.agree(other := RankError(f"rank {failed[0]}: {said[failed[0]][1]}"), None)
+        reasons = [f"rank {rank}: {what[1]}" for what, rank in first.items() if error is None or what == mine]
+        self.agree(other := RankError("; ".join(reasons[:MOST_REASONS])), None)
         raise other from error
 
-    def _told(self, error: Exception) -> list[Any]:
-        """`gather`, where this rank has failed; raises the error, of which `accounted` tells the others, where one of
-        them is not there in SOON seconds. Should it come later, it hears of it all the same."""
+    def _said(self, error: Exception | None) -> list[Any]:
+        """Of each rank what it says of its own failure, or None.
+
+        One that has failed leaves where another is not there in SOON seconds, and one whose exchange breaks leaves too:
+        with the first reason there is, as from `accounted`. One that comes later hears of it all the same.
+        """
+        self.control  # noqa: B018  # raises what this rank has failed of before
+        if error is None:
+            with self.accounted():
+                return self.gather(None)
         said = type(error).__name__, str(error)
-        if not (found := in_time(lambda: self.gather(said), SOON)):
+        if found := in_time(lambda: self.gather(said), SOON):
+            return found[0]
+        first = self._account(error)
+        self._untold = f"rank {self.rank}: {error}" if first is error else str(first)
+        if first is error:
             raise error
-        return found[0]
+        raise first from error
 
     def agree(self, error: BaseException, line: str | None) -> None:
         """Notes that all ranks know of an error; `line` is what precedes it where it is said, None where it is not."""
@@ -245,31 +268,6 @@ def forget_ended() -> None:
     world = dist.group.WORLD if dist.is_initialized() else None
     for key in [key for key in _made if key[1] is not world]:
         _made.pop(key)._roll.close()
-
-
-def start(launch: Launch, cuda: bool, feature_shards: int, timeout: float = TIMEOUT) -> AllRanks:
-    """Joins the processes that torchrun or SLURM has started: data x feature shards, neighbours in the latter.
-
-    Args:
-        launch: which of them this is.
-        cuda: NCCL between GPUs; else gloo alone.
-        feature_shards: ranks that share one dictionary.
-        timeout: seconds after which a rank that does not answer is given up.
-
-    Raises:
-        ValueError: a number of shards that the processes cannot be divided by.
-    """
-    if launch.size % feature_shards:
-        raise ValueError(f"feature_shards={feature_shards}: must divide the {launch.size} processes")
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    patience = timedelta(seconds=timeout)
-    store, rank, size = next(dist.rendezvous("env://", timeout=patience))
-    store = meet(store, rank, size, patience)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
-    layout = (launch.size // feature_shards, feature_shards)
-    ranks = ranks_of(dist.init_device_mesh("cuda" if cuda else "cpu", layout, mesh_dim_names=DIMENSIONS))
-    ranks.set_timeout(patience)
-    return ranks
 
 
 def _lost_contact(error: BaseException) -> bool:

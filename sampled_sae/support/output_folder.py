@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .all_ranks import AllRanks
 from .remote_files import AnyPath, RemotePath, is_url
@@ -125,6 +125,25 @@ def held_by_first(folder: AnyPath, work: str, ranks: AllRanks) -> Iterator[None]
             if not _is_seen(folder / LOCK):
                 raise ValueError(f"{folder}: not what the first rank sees there; all ranks need one file system")
         yield
+
+
+def beside(folder: Path, value: Any, ranks: AllRanks) -> list[Any]:
+    """The values of the ranks whose files in `folder` this one sees: those that share its disk, on any machine.
+
+    Raises:
+        ValueError: as `check_output_folder`.
+        RankError: that on another rank.
+    """
+    if ranks.size == 1:
+        return [value]
+    with ExitStack() as stack:
+        with ranks.together():
+            check_output_folder(folder)
+            mark = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp"))
+        found = ranks.gather((Path(mark.name).name, value))
+        seen = [of_rank for name, of_rank in found if (folder / name).exists()]
+        ranks.gather(None)  # all have looked, before the first one takes its file away
+    return seen
 
 
 def _is_seen(path: Path) -> bool:

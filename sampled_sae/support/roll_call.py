@@ -62,6 +62,7 @@ class RollCall:
         self._store, self.rank, self.size = store, rank, size
         self._heard = threading.Event()
         self._alarm: Alarm | None = None
+        self._own: Alarm | None = None
         self._noticed = False
         # a wait blocks its client of the store
         self._thread = threading.Thread(target=self._listen, args=(store.clone(),), daemon=True)
@@ -73,11 +74,14 @@ class RollCall:
         Args:
             reason: None where this rank lost contact, which is no reason of its own: then the roll is called.
         """
+        if self._own is not None:
+            return self._own
         self._noticed = True
         mine = json.dumps([self.rank, reason])
         with suppress(RuntimeError):  # the rank that serves the store is gone, or all are leaving
             if self._store.compare_set(_ALARM, "", mine).decode() == mine:
-                return self._call_roll(reason)
+                self._own = self._call_roll(reason)
+                return self._own
         if self._heard.wait(3 * ANSWER_SECONDS) and self._alarm is not None:
             return self._alarm
         return Alarm(self.rank, reason, (0,) if reason is None and self.rank else (), ours=True)

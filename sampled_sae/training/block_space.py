@@ -77,29 +77,33 @@ class Room:
         widths: of its parts.
         folder: that of their files; None for memory.
 
+    Attributes:
+        folder: as given.
+
     Raises:
         ValueError: no such folder.
     """
 
     def __init__(self, tokens: int, widths: list[int], folder: str | Path | None = None) -> None:
-        self._folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else Path(folder)
         self._tokens, self._size, self._checked = tokens, 4 * tokens * sum(widths), False
-        if self._folder is not None and not self._folder.is_dir():
+        if self.folder is not None and not self.folder.is_dir():
             raise ValueError(f"buffer_on_disk={folder}: must be a folder that is there")
 
     def check(self, part: float = 1.0) -> None:
-        """Of the blocks those that lie on this machine, `part` of them; asked once, before the first is there.
+        """Of the blocks those that lie in the memory, or on the disk, that is meant, `part` of them; asked once, before
+        the first is there.
 
         Raises:
             MemoryError, ValueError: there is no room for them in memory, or on the disk of the folder.
         """
         if self._checked:
             return
-        if self._folder is None:
+        if self.folder is None:
             check_memory(f"buffer_tokens={self._tokens}", part * _IN_MEMORY * self._size)
         else:
-            check_output_folder(self._folder, math.ceil(part * _ON_DISK * self._size))
+            check_output_folder(self.folder, math.ceil(part * _ON_DISK * self._size))
         self._checked = True
 
     def part(self, width: int) -> Space:
-        return InMemory(width) if self._folder is None else OnDisk(self._folder, width)
+        return InMemory(width) if self.folder is None else OnDisk(self.folder, width)

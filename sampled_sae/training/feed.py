@@ -106,15 +106,10 @@ class Feed:
         """What tells the activations from others of the same place: the shards, or the settings of a stream."""
         return self.store.manifest["settings" if self.is_streamed else "shards"]
 
-    @property
-    def held(self) -> float:
-        """Of the blocks of a stream, the part that this process holds; 0 where there are none."""
-        return self.stream.held if isinstance(self.stream, StreamedBatches) else 0.0
-
-    def check_room(self, part: float) -> None:
-        """Raises MemoryError or ValueError where this machine has no room for such a part of the blocks."""
+    def check_room(self) -> None:
+        """Raises MemoryError or ValueError where there is no room for the blocks of a stream."""
         if isinstance(self.stream, StreamedBatches):
-            self.stream.check_room(part)
+            self.stream.check_room()
 
     @property
     def is_streamed(self) -> bool:

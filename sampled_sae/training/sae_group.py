@@ -66,13 +66,14 @@ class SAEGroup:
         device: torch.device | str = "cpu",
         mesh: DeviceMesh | None = None,
     ) -> None:
-        opened = opened_stores(stores)
-        check_configs(configs, opened)
         ranks = ranks_of(mesh)
         self.config = train
         self.folder = Path(folder)
         self.members: dict[str, TrainingRun] = {}
         with ranks.accounted():
+            with ranks.together():
+                opened = opened_stores(stores)
+                check_configs(configs, opened)
             self._make(configs, train, opened, device, ranks)
 
     def _make(

@@ -83,9 +83,9 @@ class TrainingRun:
         self.init = None if init_from is None else check_initial(init_from, sae_config)
         self._ranks = ranks = feed.ranks
         needed = checkpoint_bytes(sae_config, train_config)
-        here = ranks.on_this_machine(feed.held)
+        feed.check_room()
+        here = ranks.on_this_machine(None)
         with ranks.together():
-            feed.check_room(sum(here))
             # each process has a GPU of its own, if any
             together = 1 if feed.device.type == "cuda" else len(here)
             check_memory(f"d_sae={sae_config.d_sae}", together * needed // ranks.feature[1], feed.device)

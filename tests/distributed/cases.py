@@ -31,7 +31,10 @@ def batches_of(settings, counts, steps, whole_numbers=False):
 
 
 def start(settings, whole_numbers=False):
-    sae = make_sae(**settings)
+    """silent: a number among the settings by which all features are kept from being active."""
+    sae = make_sae(**{name: value for name, value in settings.items() if name != "silent"})
+    with torch.no_grad():
+        sae.b_enc.sub_(settings.get("silent", 0))
     if whole_numbers:
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():

@@ -38,10 +38,16 @@ def random_cases(number, data, dtype=torch.float64, screen="off"):
 def made(settings, whole_numbers, screen):
     sae = start({**settings, "screen": screen}, whole_numbers)
     if settings["screen"] != "off" and not whole_numbers:
-        n = settings["d_sae"] // 2 * 2
-        with torch.no_grad():  # columns that bfloat16 cannot tell from their neighbours
-            sae.W_enc[:, 1:n:2] = sae.W_enc[:, :n:2] * 1.0001
+        with torch.no_grad():
+            tie_nearly(sae.W_enc, sae.b_enc)
     return sae
+
+
+def tie_nearly(*of_features):
+    """Makes every second feature, the last dimension, one that bfloat16 cannot tell from the one before."""
+    for weights in of_features:
+        n = weights.shape[-1] // 2 * 2
+        weights[..., 1:n:2] = weights[..., :n:2] * 1.0001
 
 
 def of_case(sae, settings, counts, whole_numbers, rank):

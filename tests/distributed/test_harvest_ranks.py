@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from cases import mesh_of
 from launching import Mishap, files, launch
-from tiny_harvest import harvest_tiny
+from tiny_harvest import Tiny, harvest_tiny, token_rows
+
+from sampled_sae.lm import harvest_beside
 
 WRITES = "sampled_sae.training.store_writer:StoreWriter.write_shard"
 
@@ -45,6 +48,32 @@ def test_a_url_that_each_rank_has_for_itself_is_refused(tmp_path):
     codes, outputs = launch(tmp_path, 2, ["memory://store"], target=harvest_tiny)
     assert codes == [1, 1]
     assert outputs == ["", "rank 1: memory://store: not what the first rank sees there; all ranks need one place\n"]
+
+
+def two_layers(folder, ranks, wrong=None):
+    """Of the tiny model; what is said where one rank is given another number of rows a shard."""
+    mesh = None if ranks == 1 else mesh_of((ranks, 1))
+    settings = {"batch_size": 2, "rows_per_shard": 3, "holdout_rows": 2, "source": "random", "progress": False}
+    if mesh is not None and mesh.get_rank() == wrong:
+        settings["rows_per_shard"] = 0
+    try:
+        harvest_beside(Tiny(), token_rows(), [0, 1], folder, mesh=mesh, drop_tokens=(), **settings)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+def test_several_layers_are_those_of_one_process_too(workers, tmp_path):
+    assert workers.run(2, two_layers, tmp_path / "two", 2) == [None, None]
+    two_layers(tmp_path / "one", 1)
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_arguments_that_are_wrong_on_one_rank_are_named_by_all(workers, tmp_path):
+    first, second = workers.run(2, two_layers, tmp_path / "two", 2, 1)
+    assert second == "rows_per_shard=0: must be a whole number >= 1"
+    assert first == f"rank 1: {second}"
+    assert not (tmp_path / "two").exists()
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import batches, mesh_of, spread, start, target_of
-from selections import encode_alone, encode_on_mesh, random_cases
+from selections import encode_alone, encode_on_mesh, random_cases, tie_nearly
 
 from sampled_sae import SampledSAE
 
@@ -32,11 +32,8 @@ def test_a_screen_changes_none_of_them(workers, shape, number):
 
 def pools(sae, data, rank):
     """Which of all features are candidates in each batch."""
-    n = sae.cfg.d_sae // 2 * 2
-    with torch.no_grad():  # columns that bfloat16 cannot tell from their neighbours
-        for weights in (sae.W_enc, sae.b_enc):
-            of_feature = sae.layout.local(weights)
-            of_feature[..., 1:n:2] = of_feature[..., : n - 1 : 2] * 1.0001
+    with torch.no_grad():
+        tie_nearly(sae.layout.local(sae.W_enc), sae.layout.local(sae.b_enc))
     found = []
     for of_step in data:
         pool = sae._find_pool(sae._encoder_of(torch.cat(of_step) if rank is None else of_step[rank], by_batch=True))

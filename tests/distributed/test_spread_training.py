@@ -40,6 +40,10 @@ CASES = [
     ((2, 2), {"skip": True, "groups": (10, 40, 96), "l": 8.0}, "adam"),
     # processes of `feature` reduce lists of other lengths over three of `data`, where the order of a sum shows
     ((3, 2), {"row_grads": True, "skip": True, "d_in": 11}, "dense"),
+    # no feature is active on any process: no row is touched, and none has a gradient
+    ((2, 1), {"row_grads": True, "l": None, "silent": 100}, "lazy"),
+    ((1, 2), {"l": None, "select": "token", "silent": 100}, "adam"),
+    ((2, 2), {"row_grads": True, "l": 8.0, "silent": 100}, "decayed"),
     # three layers side by side, given one behind the other
     ((2, 2), {"row_grads": True, "l": 8.0, "d_in": 4, "layers": 3}, "dense"),
     ((1, 2), {"row_grads": True, "l": None, "d_in": 4, "layers": 3, "input_scale": (0.5, 2.0, 1.0)}, "lazy"),
@@ -237,4 +241,4 @@ def test_no_step_waits_for_the_device(workers, shape, rule):
     for aux, seen in workers.run(shape[0] * shape[1], steps_without_waiting, shape, settings):
         assert aux > 0
         # of a pool, and of dead features
-        assert ("settle_columns" in seen) == ("screen" in rule)
+        assert ("open_columns" in seen) == ("screen" in rule)

@@ -265,20 +265,34 @@ def test_each_process_is_given_an_iterator_of_its_own(workers, tmp_path):
         Trainer(SAE, TRAIN, ActivationStream(IteratorSource(tokens(90, D).split(5)), 128), tmp_path / "run")
 
 
-def memory_asked_for(folder, machines):
-    """Bytes that must be free where a training begins, for the blocks of its stream and for its weights."""
+def room_asked_for(folder, machines, disks=None):
+    """Bytes that must be free where a training begins, for the blocks of its stream and for its weights; disks: where
+    each process puts its blocks, None for memory."""
     mesh, asked = mesh_of((2, 1)), []
     rank = ranks_of(mesh).rank
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(all_ranks, "machine", lambda: machines[rank])
         for module in (block_space, training_run):
             patch.setattr(module, "check_memory", lambda what, needed, *_: asked.append(needed))
-        x = tokens(900, D, dtype=torch.float32, seed=rank)
-        Trainer(SAE, TRAIN, ActivationStream(IteratorSource(Placed(x)), 128), folder, mesh=mesh)
-    return asked
+        patch.setattr(block_space, "check_output_folder", lambda _, needed: asked.append(needed))
+        source = IteratorSource(Placed(tokens(900, D, dtype=torch.float32, seed=rank)))
+        Trainer(SAE, TRAIN, ActivationStream(source, 128, disks and disks[rank]), folder, mesh=mesh)
+    return asked, [] if disks is None else list(disks[rank].iterdir())
 
 
 def test_memory_is_asked_for_what_the_processes_of_a_machine_hold(workers, tmp_path):
     blocks, weights = 3 * 4 * 128 * D, 2 * D * 48 * 12
-    assert workers.run(2, memory_asked_for, tmp_path / "a", "xx") == [[blocks, 2 * weights]] * 2
-    assert workers.run(2, memory_asked_for, tmp_path / "b", "xy") == [[blocks / 2, weights]] * 2
+    assert workers.run(2, room_asked_for, tmp_path / "a", "xx") == [([blocks, 2 * weights], [])] * 2
+    assert workers.run(2, room_asked_for, tmp_path / "b", "xy") == [([blocks / 2, weights], [])] * 2
+
+
+@pytest.mark.parametrize("machines", ["xx", "xy"])
+@pytest.mark.parametrize(("disks", "share"), [("aa", 1), ("ab", 1 / 2)])
+def test_a_disk_is_asked_for_what_the_processes_that_share_it_hold(workers, tmp_path, machines, disks, share):
+    """Whatever machines these are on."""
+    folders = [tmp_path / name for name in disks]
+    for folder in set(folders):
+        folder.mkdir()
+    blocks, weights = 2 * 4 * 128 * D, 2 * D * 48 * 12 * (3 - len(set(machines)))
+    found = workers.run(2, room_asked_for, tmp_path / "run", machines, folders)
+    assert found == [([share * blocks, weights], [])] * 2, "and the files that told who shares it are gone"

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from sampled_sae.lm import harvest
-from sampled_sae.support.all_ranks import ALONE, start
+from sampled_sae.support.all_ranks import ALONE
 from sampled_sae.support.launch import launched
+from sampled_sae.support.meeting import start
 
 VOCABULARY, CONTEXT, D = 50, 8, 6
 
@@ -31,11 +32,15 @@ class Tiny(nn.Module):
         return x
 
 
+def token_rows():
+    return torch.randint(0, VOCABULARY, (22, CONTEXT), generator=torch.Generator().manual_seed(1))
+
+
 def harvest_tiny(argv):
     """argv: the folder, and how many rows differ from those of the first rank on the others. Exit status."""
     launch = launched()
     ranks = ALONE if launch is None else start(launch, cuda=False, feature_shards=1, timeout=120)
-    rows = torch.randint(0, VOCABULARY, (22, CONTEXT), generator=torch.Generator().manual_seed(1))
+    rows = token_rows()
     if ranks.rank and len(argv) > 1:
         rows[: int(argv[1])] = 0
     settings = {"batch_size": 2, "rows_per_shard": 3, "holdout_rows": 2, "source": "random", "progress": False}

@@ -4,7 +4,7 @@ import torch
 pytest.importorskip("triton")
 
 from sampled_sae.kernels.column_scores import column_statistics
-from sampled_sae.kernels.undecided_columns import settled_statistics
+from sampled_sae.kernels.undecided_columns import settled_statistics, statistics_of
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -99,6 +99,21 @@ def test_columns_ranked_by_something_else(device):
     assert torch.equal(largest(found * weights, 40), largest(exact * weights, 40))
 
 
+@pytest.mark.parametrize("score", ["l2", "uniform"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("n", [0, 1, 5, 252])
+def test_columns_that_are_asked_for(n, shape, score, device):
+    """With others where there is no room for a list of them."""
+    x, W, b, scale = inputs(shape, device)
+    exact = column_statistics(x, W, b, score, scale)[0]
+    wanted = torch.zeros(shape[2], dtype=torch.bool, device=device)
+    wanted[torch.randperm(shape[2], generator=torch.Generator().manual_seed(1))[:n].to(device)] = True
+    found, opened = statistics_of(x, W, b, scale, score, wanted)
+    n_wanted, room = int(wanted.sum()), max(1, shape[2] // 8)
+    assert opened.tolist() == [shape[2] if n_wanted > room else n_wanted]
+    assert torch.equal(found, exact if n_wanted > room else torch.where(wanted, exact, 0))
+
+
 @pytest.mark.parametrize("layout", ["x", "W"])
 def test_undecided_columns_of_strided_memory(layout, device):
     x, W, b, scale = inputs((20, 6, 45), device)
@@ -116,7 +131,7 @@ def test_undecided_columns_of_strided_memory(layout, device):
         ({"score": "entropy"}, "score must be l2, l2_squared or uniform, got 'entropy'"),
         ({"size": 0}, "size must be from 1 to 4"),
         ({"size": 5}, "size must be from 1 to 4"),
-        ({"x": torch.ones(0, 7)}, "x have a token"),
+        ({"x": torch.ones(0, 7)}, "x must have a token"),
         ({"x": torch.ones(3, 7).bfloat16()}, "x must be fp32"),
         ({"low": torch.ones(4)}, r"low must be .*\[5\]"),
         ({"high": torch.ones(5).double()}, "high must be"),
@@ -129,3 +144,9 @@ def test_wrong_arguments(change, message):
     bounds = {name: torch.ones(5) for name in ("known", "low", "high")}
     with pytest.raises(ValueError, match=message):
         settled_statistics(**(given | bounds | {"size": 2} | change))
+
+
+@pytest.mark.parametrize("wanted", [torch.ones(5), torch.ones(4, dtype=torch.bool), torch.ones(5, 1, dtype=torch.bool)])
+def test_columns_that_cannot_be_asked_for(wanted):
+    with pytest.raises(ValueError, match="wanted must be"):
+        statistics_of(torch.ones(3, 7), torch.ones(5, 7), None, None, "l2", wanted)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...support.reused_memory import scratch
-from ..column_bounds import ColumnBounds, SeenColumns
+from ..column_bounds import UNKNOWN, ColumnBounds, SeenColumns, bounds_of_flags, flags_of
 from ..encoder import Operands
 from .products import chunk_width, token_blocks, without_autocast
 from .scores import column_scores
@@ -32,7 +32,7 @@ def column_bounds(operands: Operands, score: str) -> ColumnBounds | None:
     seen, screen = seen_columns(operands, score), operands.screen
     if seen is None or screen is None:
         return None
-    low, high = seen.bounds(seen.sums)
+    low, high = seen.bounds(seen.numbers, seen.numbers)
     if not bool(high.isfinite().all()):
         return None
     full = operands.in_full()
@@ -50,11 +50,11 @@ def seen_columns(operands: Operands, score: str) -> SeenColumns | None:
     if score == "l2":
         return seen
 
-    def squared(sums: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = seen.bounds(sums)
+    def squared(least: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = seen.bounds(least, most)
         return low.square(), high.square()
 
-    return SeenColumns(seen.sums, squared)
+    return SeenColumns(seen.numbers, squared)
 
 
 def norms(operands: Operands) -> SeenColumns:
@@ -82,39 +82,31 @@ def norms(operands: Operands) -> SeenColumns:
     else:
         sums.fill_(torch.nan)
 
-    def bounds(sums: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, changes, every, root = sums[n_features:].sqrt().tolist()
+    def bounds(least: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, changes, every, root = most[n_features:].sqrt().tolist()
         of_sums = of_weights.sum_errors(d)
         errors = MARGIN * (tokens * of_weights.errors + changes * of_weights.norms + every * of_sums)
-        found = sums[:n_features].sqrt()
+        low, high = least[:n_features].sqrt(), most[:n_features].sqrt()
         # the rounding of z^, and that of the norm itself
-        errors += root * offsets + (UNIT + root**2 * 2.0**-24) * found
-        return (found - errors).clamp_min_(0), found + errors
+        errors += root * offsets + (UNIT + root**2 * 2.0**-24) * high
+        return (low - errors).clamp_min_(0), high + errors
 
     return SeenColumns(sums, bounds)
 
 
 def fires(operands: Operands) -> SeenColumns:
-    """Uniform scores: 1 where an activation is above zero, else 0. The sums count the parts that are surely so, and
-    those that may be."""
+    """Uniform scores: 1 where an activation is above zero, else 0."""
     assert operands.screen is not None
-    sums = operands.x.new_zeros(2, operands.n_features)
+    flags = torch.zeros(operands.n_features, dtype=torch.uint8, device=operands.x.device)
     if operands.screen.in_range:
-        low, high = sums
         for block, at, features in rounded_features(operands):
             bias = scaled_bias(operands, at)
-            above = product(block, features.bounding(bias, bias.abs(), 1)).view(torch.int16) >= 0
-            high[at] = torch.maximum(high[at], above.any(0).to(high.dtype))
-            below = product(block, features.bounding(bias, bias.abs(), -1)).view(torch.int16) > 0
-            low[at] = torch.maximum(low[at], below.any(0).to(low.dtype))
+            may = (product(block, features.bounding(bias, bias.abs(), 1)).view(torch.int16) >= 0).any(0)
+            does = (product(block, features.bounding(bias, bias.abs(), -1)).view(torch.int16) > 0).any(0)
+            flags[at] = torch.maximum(flags[at], flags_of(does, may))
     else:
-        sums.fill_(torch.nan)
-
-    def bounds(sums: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = sums.clamp(max=1)
-        return low, high
-
-    return SeenColumns(sums, bounds)
+        flags.fill_(UNKNOWN)
+    return SeenColumns(flags, bounds_of_flags)
 
 
 def rounded_features(operands: Operands) -> Iterator[tuple[Operands, slice, FeatureRounding]]:

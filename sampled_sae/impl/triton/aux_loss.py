@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...reference import residual_variance
-from ..dead_features import AuxRule, ranked
+from ..dead_features import AuxRule, ranked, settled_ranks
 from ..encoder import Encoder, Operands
 from ..hints import Rule
 from ..torch import aux_loss as torch_form
@@ -59,4 +59,4 @@ def dead_pool(
     if scores is None:
         bounds = column_bounds(operands, score)
         scores = column_scores(operands, score) if bounds is None else bounds
-    return top_pool(ranked(scores, dead) if isinstance(scores, Tensor) else scores.of_dead(dead, size), size)
+    return top_pool(ranked(scores, dead) if isinstance(scores, Tensor) else settled_ranks(scores, dead, size), size)

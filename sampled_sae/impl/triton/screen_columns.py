@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ...kernels import column_bounds as bounds_kernel
 from ...kernels.firing_bounds import firing_bounds
-from ...kernels.undecided_columns import settled_statistics
-from ..column_bounds import MOST_PARTS, SeenColumns
-from ..dead_features import ranked
+from ...kernels.undecided_columns import settled_statistics, statistics_of
+from ..column_bounds import MOST_PARTS, SeenColumns, bounds_of_flags, flags_of
 from ..encoder import Operands
+from ..pool_sampling import keys_of
 from ..rounded_tokens import Looks
 from ..torch.scores import finish_scores
 from .pool import largest_keys, top_pool
@@ -43,12 +43,7 @@ class BoundsOnDevice(NamedTuple):
         if noise is None:
             return top_pool(self.settled(self.low, self.high, size), size), None
         scores = self.settled(*drawn(self.low, self.high, noise, self.score), size)
-        return largest_keys(scores.double().log() + noise, size), None
-
-    def of_dead(self, dead: Tensor, size: int) -> Tensor:
-        """float32 [F]: keys whose `size` largest, below F, are dead features of highest score; 0 for others."""
-        scores = self.settled(ranked(self.low, dead), ranked(self.high, dead), size)
-        return ranked(scores.clamp(max=torch.finfo(torch.float32).max), dead)
+        return largest_keys(keys_of(scores, noise), size), None
 
     def settled(self, low: Tensor, high: Tensor, size: int) -> Tensor:
         """[F]: scores whose `size` largest are those of the columns, ranked by what `low` and `high` bound."""
@@ -75,10 +70,10 @@ def column_bounds(operands: Operands, score: str) -> BoundsOnDevice | None:
 
 
 def seen_columns(operands: Operands, score: str) -> SeenColumns | None:
-    """The sums over the tokens of each column, of which these may be a part; None without a screen and for entropy.
+    """Each column over the tokens, of which these may be a part; None without a screen and for entropy.
 
-    Behind those of squares stand four numbers of the tokens, the squares of what `stretches` gives: those of parts add
-    up to no less than that of all.
+    Behind the sums of squares stand four numbers of the tokens, the squares of what `stretches` gives: those of parts
+    add up to no less than that of all.
     """
     screen = operands.screen
     if not isinstance(screen, RoundedOperands) or score == "entropy":
@@ -87,27 +82,23 @@ def seen_columns(operands: Operands, score: str) -> SeenColumns | None:
     x, W = tokens.values, weights.values
     n_features, d = W.shape
     if score == "uniform":
-        return SeenColumns(firing_bounds(*tokens, *weights, b), at_most_one)
+        does, may = firing_bounds(*tokens, *weights, b) > 0
+        return SeenColumns(flags_of(does, may), bounds_of_flags)
     sums = operands.x.new_zeros(n_features + 4)
     if len(x):
         sums[:n_features] = column_statistics(x, W, b, score, scale)[0]
         of_tokens = torch.cat(stretches(tokens, operands.x - x))
         sums[n_features:] = (of_tokens * OF_ROOTS).square()
 
-    def bounds(sums: Tensor) -> tuple[Tensor, Tensor]:
-        of_x, of_changes = (sums[n_features:].sqrt() * OF_ROOTS).split(2)
+    def bounds(least: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+        of_x, of_changes = (most[n_features:].sqrt() * OF_ROOTS).split(2)
         # each part is added with one more rounding, which counts as 1,024 tokens there
         n_tokens = operands.whole_shape[0] + 1024 * MOST_PARTS
-        of_W = weights.norms, weights.errors
-        return bounds_kernel.column_bounds(sums[:n_features], *of_W, b, scale, of_x, of_changes, n_tokens, d)
+        others = weights.norms, weights.errors, b, scale, of_x, of_changes, n_tokens, d
+        low, high = bounds_kernel.column_bounds(most[:n_features], *others)
+        return (low if least is most else bounds_kernel.column_bounds(least[:n_features], *others)[0]), high
 
     return SeenColumns(sums, bounds)
-
-
-def at_most_one(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Of how many tokens a feature fires on at least, and at most, whether it does: [2, F]."""
-    low, high = sums.clamp(max=1)
-    return low, high
 
 
 @torch.library.custom_op("sampled_sae::seen_columns", mutates_args=())
@@ -182,3 +173,18 @@ def _(
     size: int,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(known)[None], x.new_empty(1, dtype=torch.int64)
+
+
+@torch.library.custom_op("sampled_sae::open_columns", mutates_args=())
+def open_columns(
+    x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None, score: str, is_open: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(statistics [1, F] of the columns `is_open`, bool [F], how many columns were computed, int64 [1]): see
+    `kernels/undecided_columns.py`."""
+    statistics, opened = statistics_of(x, W, b, scale, score, is_open)
+    return statistics[None], opened
+
+
+@open_columns.register_fake
+def _(x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None, score: str, is_open: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(1, W.shape[0]), x.new_empty(1, dtype=torch.int64)
