@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..encoder import Operands
-from .products import ends_of_tokens, gathered_rows, sampled_product
+from .products import ends_of_tokens, products_by_feature, sampled_product
 
 # candidates that wait, at most, by feature and by token; and computed together
 MOST_SOON, MOST_LATE = 1 << 15, 1 << 17
@@ -88,21 +88,6 @@ def flat_places(block: Operands, rows: Tensor, columns: Tensor, width: int) -> T
     """Places in a flat [T, F] or [F, T] of the block, in as few bytes as hold them; rows are overwritten."""
     places = rows.mul_(width).add_(columns)
     return places.int() if block.n_tokens * block.n_features < 1 << 31 else places
-
-
-def products_by_feature(x: Tensor, W: Tensor, tokens: Tensor, features: Tensor) -> Tensor:
-    """x_i . w_j of entries sorted by feature, [n]; x [T, d] contiguous, in the dtype of the products."""
-    if W.dtype == x.dtype:
-        first, last = features[[0, -1]].tolist()
-        ends = ends_of_tokens(features - first, last + 1 - first)
-        return sampled_product(W[first : last + 1], x, ends, tokens)
-    rows, counts = features.unique_consecutive(return_counts=True)
-    ends, out = torch.cat((counts.new_zeros(1), counts.cumsum(0))), x.new_empty(len(features))
-    for at, raised in gathered_rows(x, W, rows):
-        own = ends[at.start : at.start + len(raised) + 1]
-        some = slice(*own[[0, -1]].tolist())
-        out[some] = sampled_product(raised, x, own - some.start, tokens[some])
-    return out
 
 
 def products_by_token(block: Operands, tokens: Tensor, features: Tensor) -> Tensor:
