@@ -19,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from benchmarks.peers import UNDER_AUTOCAST
+
 GREY = "#808080"
 STYLE = {
     "svg.hashsalt": "sampled-sae",  # the same file in every run
@@ -120,16 +122,18 @@ def scaling(result: Result) -> Figure:
 
 
 def equal_time(result: Result) -> Figure:
-    """FVU and loss recovered on held-out text against seconds of training steps."""
+    """FVU and loss recovered on held-out text against seconds of training steps; autocast dotted, in its library's colour."""
     rows = [row for row in result["rows"] if "fvu" in row]
     measures = {"fvu": "FVU", "loss_recovered": "loss recovered"}
     measures = {name: label for name, label in measures.items() if name in rows[0]}
     figure, axes = axes_of(len(measures), height=4.6)
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(without_autocast(row) for row in rows))}
     for axis, (measure, label) in zip(axes, measures.items(), strict=True):
         for candidate in dict.fromkeys(row["candidate"] for row in rows):
-            style = "-" if candidate.startswith("ours") else "--"
             of = [row for row in rows if row["candidate"] == candidate]
-            line(axis, of, "seconds", measure, candidate, linestyle=style)
+            exact = without_autocast(of[0])
+            style = ":" if exact != candidate else "-" if candidate.startswith("ours") else "--"
+            line(axis, of, "seconds", measure, candidate, linestyle=style, color=colours[exact])
         axis.set(xlabel="seconds of training steps", ylabel=f"{label}, held-out text at L0 = k")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
@@ -138,6 +142,11 @@ def equal_time(result: Result) -> Figure:
         f"{source['model']}, layer {source['layer']}: F={setup['F']}, k={setup['k']}, batches of {setup['B']} tokens"
     )
     return figure
+
+
+def without_autocast(row: Result) -> str:
+    """The candidate of a row, or what it is under autocast."""
+    return str(row["candidate"]).removesuffix(UNDER_AUTOCAST)
 
 
 def size_label(value: float, position: int) -> str:

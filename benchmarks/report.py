@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import drop_in, equal_time, family, inference, pages, precision, quality, scale
 from benchmarks.measure import RESULTS, ROOT
 from benchmarks.operations.race import COLUMNS
+from benchmarks.peers import UNDER_AUTOCAST
 from benchmarks.record import markdown, table_of, with_caption
 from benchmarks.steps.experiments import EXPERIMENTS, table
 from benchmarks.study_parts.report import tables as study_tables
@@ -52,7 +53,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 # the columns of a step in the README's table, and its size
 SUMMARY = {"": "{candidate}", "step, ms": "{step_ms:.0f}", "step / encoder product": "{ratio:.2f}"}
 SUMMARY |= {"peak extra memory": "{peak_extra_memory:.2f}"}
-FEATURES, NOT_SHOWN, AUTOCAST = 16384, ("sparsify TopK, Adam",), ", bf16 autocast"
+FEATURES, NOT_SHOWN = 16384, ("sparsify TopK, Adam",)
 # comes first: what a config is without l
 DEFAULT = "ours, l=None (BatchTopK)"
 
@@ -81,8 +82,8 @@ def summary(found: dict[str, dict[str, Any]]) -> str:
     last = {row["candidate"]: row for row in race["rows"] if row.get("seconds") == race["marks"][-1]}
     here = [row for row in step["rows"] if row["F"] == FEATURES and row["candidate"] in last]
     both = {row["candidate"]: row | last[row["candidate"]] for row in here}
-    shown = [name for name in both if name not in NOT_SHOWN and not name.endswith(AUTOCAST)]
-    rows = [both[name] | {"autocast": both.get(name + AUTOCAST)} for name in shown]
+    shown = [name for name in both if name not in NOT_SHOWN and not name.endswith(UNDER_AUTOCAST)]
+    rows = [both[name] | {"autocast": both.get(name + UNDER_AUTOCAST)} for name in shown]
     rows.sort(key=lambda row: row["candidate"] != DEFAULT)
     sources = [("Step and memory", rows[0], step), ("FVU", race["setup"], race)]
     about = [

@@ -26,6 +26,7 @@ class RoundedProducts(TorchDispatchMode):
         # a weighted sum of rows, as for b_dec's gradient, is float32 on a GPU too
         is_sum = name == "aten::mm" and len(args[0]) == 1
         for i in () if is_sum else OPERANDS.get(name, ()):
-            if isinstance(args[i], Tensor) and args[i].dtype == torch.float32:
+            # a sparse matrix is the weights of a sum of rows, which stay as they are
+            if isinstance(args[i], Tensor) and args[i].dtype == torch.float32 and args[i].layout == torch.strided:
                 args = (*args[:i], args[i].bfloat16().float(), *args[i + 1 :])
         return func(*args, **(kwargs or {}))

@@ -78,4 +78,6 @@ def test_the_race_of_libraries_has_a_colour_for_each():
     with rc_context(plots.STYLE):
         figure = plots.equal_time(results()["equal_time"])
     for axis in figure.axes:
-        assert len(set(colours(axis))) == len(axis.get_lines()) > 8
+        styles = [line.get_linestyle() for line in axis.get_lines()]
+        assert len(set(zip(colours(axis), styles, strict=True))) == len(styles) > 12
+        assert len({colour for colour, style in zip(colours(axis), styles, strict=True) if style != ":"}) > 8

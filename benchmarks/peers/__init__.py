@@ -83,9 +83,11 @@ CANDIDATES = {
     "eager PyTorch BatchTopK": plain(**BATCH),
     "torch.compile BatchTopK": plain(compiled=True, **BATCH),
 }
+# of a name
+UNDER_AUTOCAST = ", bf16 autocast"
 # the peers again, their products in bfloat16: faster, and no longer what their rule says
 AUTOCAST = {
-    f"{name}, bf16 autocast": replace(entry, dtype="bfloat16")
+    f"{name}{UNDER_AUTOCAST}": replace(entry, dtype="bfloat16")
     for name, entry in CANDIDATES.items()
     if entry.distribution is not None
 }
