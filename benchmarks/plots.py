@@ -122,7 +122,7 @@ def scaling(result: Result) -> Figure:
 
 
 def equal_time(result: Result) -> Figure:
-    """FVU and loss recovered on held-out text against seconds of training steps; autocast dotted, in its library's colour."""
+    """FVU and loss recovered on held-out text against seconds of steps; autocast dotted, in its library's colour."""
     rows = [row for row in result["rows"] if "fvu" in row]
     measures = {"fvu": "FVU", "loss_recovered": "loss recovered"}
     measures = {name: label for name, label in measures.items() if name in rows[0]}
