@@ -39,9 +39,10 @@ DEVICES = {
 # a multiprocessor issues so many instructions of warps a cycle
 ISSUED = 4
 # Of the library's rate, what kernels multiply at that make something else of the product in place of writing it. With
-# operands by tensor descriptors: what a loop of Triton's reaches, before its tiles and its epilogue are counted. On
-# H100s 0.97 of cuBLAS's rate is published with the epilogue at K = 1024 (facebookexperimental/triton, pull 1038) and
-# 1.04 at K = 4096 in 8 bits (triton-lang/triton, pull 5461).
+# operands by tensor descriptors: an assumption, before its tiles and its epilogue are counted. On H100s Triton's loops
+# are published at 0.92 of cuBLAS's rate with the epilogue at K = 512 (triton-lang/triton, pull 5726) and at 1.04 at
+# K = 4096 in 8 bits (pull 5461); one with specialised warps, which this is not, at 0.97 at K = 1024
+# (facebookexperimental/triton, pull 1038). Whether l=4 meets its targets hangs on it.
 FUSED, DESCRIBED = 0.8, 0.95
 # of a Hopper multiprocessor: bytes that shared memory moves, and multiplications of 16 bits, a cycle
 SHARED_BYTES, MULTIPLICATIONS, ROWS_OF_A_WARPGROUP = 128, 2048, 64

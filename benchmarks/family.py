@@ -78,7 +78,8 @@ def trained(task: Task) -> list[Row]:
             with reason_in(row):
                 rows[name] += act(name)
             if row:
-                rows[name] = [row]
+                # what its marks say before it failed stays, where no row after the steps is to be beside them
+                rows[name] = [*([] if task.steps else rows[name]), row]
                 workers.pop(name).close()
 
     def until(seconds: float, name: str) -> list[Row]:

@@ -18,6 +18,8 @@ DESCRIBED = {
     ("sm_100", 16): tile(128, 256, 64, 8, 4),
     ("interpreter", 16): tile(16, 32, 16, 4, 1),
 }
+# where a d of one tile, whose loop is not nested, needs more registers than there are
+MORE_THAN_A_TILE = ("sm_100",)
 # what a row and the first element have to be a multiple of, in bytes
 ALIGNED = 16
 
@@ -25,6 +27,8 @@ ALIGNED = 16
 def described_config(arch: str, x: torch.Tensor, W: torch.Tensor) -> triton.Config | None:
     """For x and W of one dtype, or None where their operands come through pointers."""
     config = DESCRIBED.get((arch, 8 * x.dtype.itemsize))
+    if config is not None and arch in MORE_THAN_A_TILE and x.shape[1] <= config.kwargs["BD"]:
+        return None
     return config if is_describable(x) and is_describable(W) else None
 
 

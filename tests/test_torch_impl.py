@@ -182,6 +182,19 @@ def test_sums_of_rows_leave_nothing_of_what_their_memory_held(dtype):
     torch.testing.assert_close(out, torch.stack([nothing, source[4] - 2 * source[0], 0.5 * source[4], nothing]))
 
 
+def test_sums_of_many_wide_rows_leave_nothing_either():
+    """Two thirds of them without entries."""
+    source, counts = tokens(64, 768, dtype=torch.float32), torch.arange(3000) % 3 * (torch.arange(3000) % 3 == 2)
+    ends = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
+    columns = torch.arange(int(ends[-1])) * 7 % 64
+    weights = tokens(len(columns), 1, dtype=torch.float32)[:, 0]
+    expected = torch.zeros(3000, 768).index_add_(
+        0, torch.arange(3000).repeat_interleave(counts), weights[:, None] * source[columns]
+    )
+    out = torch.full((3000, 768), torch.nan)
+    torch.testing.assert_close(sums_of_rows(source, columns, weights, ends, out), expected)
+
+
 @pytest.mark.parametrize("select", ["batch", "token"])
 @pytest.mark.parametrize("l", [2, 50, None])
 def test_memory_layout_does_not_matter(l, select):

@@ -146,6 +146,7 @@ CASES: dict[str, dict[str, Case]] = {
                 "descriptors bf16 l2": (*encoder(bfloat16, 4096, tokens=1024), new(F), "l2", None),
                 "descriptors bf16 entropy": (*encoder(bfloat16, 768), new(F), "entropy", new(F)),
                 "descriptors fp16 tail of d": (*encoder(float16, 500), None, "uniform", None),
+                "descriptors bf16 d of one tile": (*encoder(bfloat16, 64), None, "l2", None),
             },
         ),
         "fold": Case(

@@ -40,11 +40,7 @@ def parallelize(sae: SampledSAE, mesh: DeviceMesh) -> SampledSAE:
     """
     if not isinstance(sae, SampledSAE):
         raise TypeError(f"sae={type(sae).__name__}: must be a SampledSAE (of a wrapped one, the module inside)")
-    if not isinstance(mesh, DeviceMesh):
-        raise TypeError(f"mesh={type(mesh).__name__}: must be a torch.distributed.device_mesh.DeviceMesh")
-    names = mesh.mesh_dim_names or ()
-    if not names or not set(names) <= set(DIMENSIONS):
-        raise ValueError(f"mesh.mesh_dim_names={mesh.mesh_dim_names!r}: must be among {DIMENSIONS!r}")
+    check_mesh(mesh)
     if sae.layout.size > 1:
         raise ValueError(f"sae: is spread over {sae.layout.size} processes already")
     if mesh.device_type != sae.W_enc.device.type:
@@ -71,18 +67,30 @@ def parallelize(sae: SampledSAE, mesh: DeviceMesh) -> SampledSAE:
     return sae
 
 
+def check_mesh(mesh: DeviceMesh) -> None:
+    """TypeError or ValueError, naming what is wrong."""
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh={type(mesh).__name__}: must be a torch.distributed.device_mesh.DeviceMesh")
+    names = mesh.mesh_dim_names or ()
+    if not names or not set(names) <= set(DIMENSIONS):
+        raise ValueError(f"mesh.mesh_dim_names={mesh.mesh_dim_names!r}: must be among {DIMENSIONS!r}")
+
+
 def accounted(mesh: DeviceMesh) -> AbstractContextManager[None]:
     """Around a loop of your own over the processes of a mesh: where one of them fails, the others say of what.
 
-    The process that fails raises its own error. Another, whose next exchange with it breaks, raises one that begins
-    with its rank and has its reason, or says that it is no longer there. `Trainer`, `SAEGroup`, `harvest` and the
+    The process that fails first raises its own error. Another, whose next exchange with it breaks (over NCCL: is given
+    up), raises one that begins with that rank and has its reason, or says that it is no longer there. Then the
+    processes end: there is one such account in the life of a process group. `Trainer`, `SAEGroup`, `harvest` and the
     commands do so by themselves.
 
     Args:
-        mesh: as for `parallelize`, of all processes there are; each of them calls this.
+        mesh: a DeviceMesh with the dimensions "data" and "feature" or one of them, of all processes there are; each of
+            them calls this.
 
     Raises:
-        ValueError: another mesh.
+        TypeError, ValueError: another mesh.
         RuntimeError: inside, that.
     """
+    check_mesh(mesh)
     return ranks_of(mesh).accounted()

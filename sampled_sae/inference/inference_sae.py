@@ -107,7 +107,7 @@ class InferenceSAE(Splicing, nn.Module):
         Args:
             features: P distinct features. Their rows alone are multiplied, but for "topk", whose k largest are of all.
 
-        Equivalent to `encode_sparse(x).to_dense()`, to its columns with `features`; of the dtype of x.
+        Equivalent to `encode_sparse(x).to_dense()` up to rounding, to its columns with `features`; of the dtype of x.
         """
         chosen = self._chosen(features)
         scale = self._scale(chosen if self.cfg.k is None else None)
@@ -156,11 +156,15 @@ class InferenceSAE(Splicing, nn.Module):
         Raises:
             ValueError: NaN or inf that the constructor would refuse; nothing is loaded then.
         """
-        for name in {*dict(self.named_buffers())} & {*state_dict}:
-            check_values(name, state_dict[name])
-        loaded = super().load_state_dict(state_dict, *args, **kwargs)
-        self._renew()
-        return loaded
+        for name, own in self.named_buffers():
+            given = state_dict.get(name)
+            # what torch refuses by itself is its to name
+            if isinstance(given, Tensor) and given.shape == own.shape and not given.is_meta:
+                check_values(name, given)
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        finally:
+            self._renew()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InferenceSAE:
         """As in torch, but biases and thresholds stay in at least float32: rounded, others would be active."""

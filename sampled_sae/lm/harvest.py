@@ -63,7 +63,7 @@ def harvest(
             batch (without those left out before); at least 1.
         holdout_rows: the last rows, kept out of the shards for evaluation.
         progress: show a progress bar.
-        mesh: the processes that share the work, as a DeviceMesh ("data", "feature") of all there are.
+        mesh: the processes that share the work, as a DeviceMesh of "data", "feature" or both, of all there are.
 
     Returns:
         The manifest, as in manifest.json: format, version, model, layer, context, d_in, dtype, scale (with

@@ -123,6 +123,7 @@ class AllRanks:
         return self._reduce(x, dist.ReduceOp.MAX)
 
     def _reduce(self, x: torch.Tensor, op: Any) -> torch.Tensor:
+        self.control  # noqa: B018  # raises what this rank has failed of before
         if self.mesh is not None and self.data[1] > 1:
             dist.all_reduce(x, op=op, group=self.mesh.get_group("data"))
         return x
@@ -180,11 +181,11 @@ class AllRanks:
         if error is None:
             with self.accounted():
                 return self.gather(None)
-        said = type(error).__name__, str(error)
+        said = type(error).__name__, reason_of(error)
         if found := in_time(lambda: self.gather(said), SOON):
             return found[0]
-        first = self._account(error)
-        self._untold = f"rank {self.rank}: {error}" if first is error else str(first)
+        first = self._account(error, local=True)
+        self._untold = f"rank {self.rank}: {reason_of(error)}" if first is error else str(first)
         if first is error:
             raise error
         raise first from error
@@ -225,10 +226,13 @@ class AllRanks:
             dist.barrier(group=self._control)
             dist.destroy_process_group()
 
-    def _account(self, error: BaseException) -> BaseException:
-        """The error that this rank raises; asks the others where it is one of contact or of a signal from outside."""
+    def _account(self, error: BaseException, local: bool = False) -> BaseException:
+        """The error that this rank raises; asks the others where it is one of contact or of a signal from outside.
+
+        local: it is neither, whatever it says.
+        """
         with _signals_ignored():
-            reason = None if _lost_contact(error) else f"{error}" or type(error).__name__
+            reason = reason_of(error) if local or not _lost_contact(error) else None
             alarm = self._roll.raise_alarm(reason)
         if alarm.ours and (reason is not None or (isinstance(error, KeyboardInterrupt) and not alarm.silent)):
             # a signal comes to all, a loss is that of all
@@ -268,6 +272,11 @@ def forget_ended() -> None:
     world = dist.group.WORLD if dist.is_initialized() else None
     for key in [key for key in _made if key[1] is not world]:
         _made.pop(key)._roll.close()
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, or is where it says nothing."""
+    return f"{error}" or type(error).__name__
 
 
 def _lost_contact(error: BaseException) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from .all_ranks import AllRanks
 from .remote_files import AnyPath, RemotePath, is_url
+from .timing import machine
 
 if sys.platform == "win32":
     import msvcrt
@@ -127,8 +128,10 @@ def held_by_first(folder: AnyPath, work: str, ranks: AllRanks) -> Iterator[None]
         yield
 
 
-def beside(folder: Path, value: Any, ranks: AllRanks) -> list[Any]:
-    """The values of the ranks whose files in `folder` this one sees: those that share its disk, on any machine.
+def sharing(folder: Path | None, value: Any, ranks: AllRanks) -> list[Any]:
+    """The values of the ranks that have the disk of `folder` in common, on any machine; for None this one's memory.
+
+    Ranks of one machine know a disk by its number, those of others by a file that they see in the same folder.
 
     Raises:
         ValueError: as `check_output_folder`.
@@ -137,13 +140,30 @@ def beside(folder: Path, value: Any, ranks: AllRanks) -> list[Any]:
     if ranks.size == 1:
         return [value]
     with ExitStack() as stack:
+        mark, disk = "", None
         with ranks.together():
-            check_output_folder(folder)
-            mark = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp"))
-        found = ranks.gather((Path(mark.name).name, value))
-        seen = [of_rank for name, of_rank in found if (folder / name).exists()]
-        ranks.gather(None)  # all have looked, before the first one takes its file away
-    return seen
+            if folder is not None:
+                check_output_folder(folder)
+                mark, disk = stack.enter_context(_marked(folder)), folder.stat().st_dev
+        here = machine(), disk
+        found = ranks.gather((here, mark, value))
+        with ranks.together():  # when all have looked, the files may go
+            return [
+                of_rank
+                for place, other, of_rank in found
+                if place == here or (folder is not None and other and (folder / other).exists())
+            ]
+
+
+@contextmanager
+def _marked(folder: Path) -> Iterator[str]:
+    """The name of a file that is in the folder meanwhile."""
+    handle, path = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
+    os.close(handle)
+    try:
+        yield Path(path).name
+    finally:
+        Path(path).unlink(missing_ok=True)
 
 
 def _is_seen(path: Path) -> bool:

@@ -42,7 +42,7 @@ class ActivationStream:
 
     Raises:
         MemoryError: two blocks, and one while it is put together, are more than there is memory. Several processes ask
-            when they begin to train, for what those of one machine hold together.
+            when they begin to train, for what those of one machine hold together; of a disk, those that share it.
         ValueError: no such folder, or no room for two blocks on its disk.
     """
 

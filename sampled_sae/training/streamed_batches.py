@@ -13,7 +13,7 @@ from torch import Tensor
 from ..support.all_ranks import ALONE, AllRanks
 from ..support.argument_checks import check_finite, check_integer
 from ..support.atomic_files import field
-from ..support.output_folder import beside
+from ..support.output_folder import sharing
 from .activation_stream import StreamedActivations
 from .lanes import of_lanes, share
 from .store_writer import LARGEST
@@ -83,7 +83,7 @@ class StreamedBatches:
     def check_room(self) -> None:
         """Whether there is room for what the processes hold that share this one's memory, or its disk; `Room.check`."""
         room, ranks = self._part.stream.room, self._ranks
-        held = ranks.on_this_machine(self.held) if room.folder is None else beside(room.folder, self.held, ranks)
+        held = sharing(room.folder, self.held, ranks)
         with ranks.together():
             room.check(sum(held))
 

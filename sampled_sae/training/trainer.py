@@ -46,7 +46,7 @@ class Trainer(TrainingRun):
             `ActivationStream`, or whatever gives activations [n, d_in] when iterated over (`as_readable`).
         folder: where everything is written.
         device: where the SAE is trained; a checkpoint may be loaded on another.
-        mesh: a DeviceMesh with the dimensions ("data", "feature") and all processes; None for a process alone.
+        mesh: a DeviceMesh of "data", "feature" or both, of all processes; None for a process alone.
         lanes: for a run that begins; one a process when None.
         init_from: an SAE whose weights the training begins with (`begin_with` says in which units), of the same d_in
             and d_sae; `formats.load` reads a peer's. Step, optimizer and counts begin anew.

@@ -21,7 +21,7 @@ from workers import PATIENCE
 from sampled_sae import SampledSAEConfig, TrainConfig, Trainer
 from sampled_sae.cli import main
 from sampled_sae.lm import ModelSource, RowReader
-from sampled_sae.support import all_ranks
+from sampled_sae.support import all_ranks, output_folder
 from sampled_sae.support.all_ranks import ALONE, ranks_of
 from sampled_sae.training import block_space, training_run
 from sampled_sae.training.activation_stream import ActivationStream
@@ -274,7 +274,8 @@ def room_asked_for(folder, machines, disks=None):
     mesh, asked = mesh_of((2, 1)), []
     rank = ranks_of(mesh).rank
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(all_ranks, "machine", lambda: machines[rank])
+        for module in (all_ranks, output_folder):
+            patch.setattr(module, "machine", lambda: machines[rank])
         for module in (block_space, training_run):
             patch.setattr(module, "check_memory", lambda what, needed, *_: asked.append(needed))
         patch.setattr(block_space, "check_output_folder", lambda _, needed: asked.append(needed))
@@ -289,10 +290,11 @@ def test_memory_is_asked_for_what_the_processes_of_a_machine_hold(workers, tmp_p
     assert workers.run(2, room_asked_for, tmp_path / "b", "xy") == [([blocks / 2, weights], [])] * 2
 
 
-@pytest.mark.parametrize("machines", ["xx", "xy"])
-@pytest.mark.parametrize(("disks", "share"), [("aa", 1), ("ab", 1 / 2)])
+@pytest.mark.parametrize(
+    ("machines", "disks", "share"), [("xx", "aa", 1), ("xy", "aa", 1), ("xx", "ab", 1), ("xy", "ab", 1 / 2)]
+)
 def test_a_disk_is_asked_for_what_the_processes_that_share_it_hold(workers, tmp_path, machines, disks, share):
-    """Whatever machines these are on."""
+    """Of one machine the same disk, whatever the folder; of several the same folder."""
     folders = [tmp_path / name for name in disks]
     for folder in set(folders):
         folder.mkdir()

@@ -54,6 +54,10 @@ class LevelIndex(EntryIndex):
     def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
         return self._index.by_feature
 
+    @cached_property
+    def feature_ends(self) -> Tensor:
+        return self._index.feature_ends
+
 
 def add_up_(levels: Tensor) -> Tensor:
     """What each level adds, [B, G, d], becomes the sum of it and all before it."""

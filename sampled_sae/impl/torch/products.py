@@ -195,7 +195,7 @@ def gathered_product(left: Tensor, W: Tensor, token_ends: Tensor, features: Tens
 @without_autocast
 def sums_of_rows(source: Tensor, columns: Tensor, weights: Tensor, ends: Tensor, out: Tensor) -> Tensor:
     """sum weights_e source_(columns_e) over the entries e of each row, at offsets `ends` [R + 1], into `out` [R, d]."""
-    if not torch.backends.mkl.is_available():  # which alone is known to write what it is not to add to
+    if out.is_cuda or not torch.backends.mkl.is_available():  # MKL alone is known not to read what it is not to add to
         out.zero_()
     shape = len(out), len(source)
     return torch.addmm(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ...support.argument_checks import HALF
 from ...support.reused_memory import scratch
 from ..adam_step import AdamStep, Moments
 from ..decoder_rows import normalize_, without_growth
@@ -79,7 +80,10 @@ def preparing(weight: Tensor, step: AdamStep) -> Prepared:
             return slope
         if step.layers > 1:
             return without_growth(slope, W, step.layers)
-        along = torch.mul(slope, W, out=room[1, : len(W)]).sum(1, keepdim=True)
+        if W.dtype in HALF:  # whose products would be rounded before they are added up
+            along = torch.linalg.vecdot(slope.float(), W.float())[:, None].to(W.dtype)
+        else:
+            along = torch.mul(slope, W, out=room[1, : len(W)]).sum(1, keepdim=True)
         return torch.addcmul(slope, along, W, value=-1, out=out)
 
     return prepared

@@ -40,7 +40,7 @@ class Candidates:
         self.block, self.count = block, 0
         n_bytes = 0 if block.is_exact else block.x.numel() * block.b.element_size()
         self.by_feature = n_bytes <= OF_TOKENS * room
-        self.held = n_bytes if self.by_feature else 0
+        self.held = n_bytes if self.by_feature and block.screen is not None else 0
         self._waiting: list[Tensor] = []
 
     @property
