@@ -37,7 +37,8 @@ def random_cases(number, data, dtype=torch.float64, screen="off"):
 
 def made(settings, whole_numbers, screen):
     sae = start({**settings, "screen": screen}, whole_numbers)
-    if settings["screen"] != "off" and not whole_numbers:
+    # entropy, which no screen scores, does not see a factor: such features would tie, and not nearly
+    if settings["screen"] != "off" and not whole_numbers and settings["score"] != "entropy":
         with torch.no_grad():
             tie_nearly(sae.W_enc, sae.b_enc)
     return sae
