@@ -24,7 +24,7 @@ MOST_TOKENS = MOST_SEEN // (2 * FEWEST_TOGETHER)
 # least so many features
 SHARE, FEATURES = 0.03, 1 << 16
 # of that share, what the product of a screen gets beside the tokens rounded for it, and where none are
-OF_PRODUCT, OF_PRODUCT_ALONE = 1 / 4, 1 / 3
+OF_PRODUCT, OF_PRODUCT_ALONE = 1 / 5, 1 / 3
 # elements of weights that are raised for a product in full precision, and of that share; and of those that need not be
 RAISED_ELEMENTS, OF_RAISED = 1 << 19, 1 / 4
 WEIGHT_ELEMENTS = 1 << 22

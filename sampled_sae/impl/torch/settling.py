@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from ..encoder import Operands
+from ..rounded_tokens import PIECE_ELEMENTS
+from .look_through import is_held
 from .products import ends_of_tokens, products_by_feature, sampled_product
 
 # candidates that wait, at most, by feature and by token; and computed together
-MOST_SOON, MOST_LATE = 1 << 15, 1 << 17
+MOST_SOON, MOST_LATE = 1 << 14, 1 << 17
 MOST_TOGETHER = 1 << 14
-# of what a search may hold, what tokens may take that are prepared for all of it
-OF_TOKENS = 0.4
-# elements of tokens that are prepared at once where that is more
-PIECE_ELEMENTS = 1 << 18
+# of what a search may hold, what tokens may take that are prepared for all of it, with those that are rounded
+OF_TOKENS = 0.35
 
 
 class Candidates:
@@ -39,7 +39,8 @@ class Candidates:
     def __init__(self, block: Operands, room: float) -> None:
         self.block, self.count = block, 0
         n_bytes = 0 if block.is_exact else block.x.numel() * block.b.element_size()
-        self.by_feature = n_bytes <= OF_TOKENS * room
+        rounded = 0 if block.screen is None or is_held(block) else 2 * block.x.numel()
+        self.by_feature = block.is_exact or n_bytes + rounded <= OF_TOKENS * room
         self.held = n_bytes if self.by_feature and block.screen is not None else 0
         self._waiting: list[Tensor] = []
 
