@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 import struct
 
 import pytest
@@ -42,6 +43,9 @@ def stopped_and_gone_on(store, folder, kind, **options):
     with pytest.raises(KeyboardInterrupt):
         trainer.run(progress=False)
     trainer.log.close(failed=True)
+    second = int(time.time())
+    while int(time.time()) == second:  # wandb names the folder of a run by the second in which it began
+        time.sleep(0.05)
     again = a_trainer(store, folder, kind, **options)
     assert again.step == 3
     again.run(progress=False)
