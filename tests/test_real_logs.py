@@ -3,8 +3,8 @@
 import json
 import math
 import os
-import time
 import struct
+import time
 
 import pytest
 from makers import D
