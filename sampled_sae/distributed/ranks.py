@@ -126,7 +126,8 @@ class SumForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: object, t: Tensor, ranks: Ranks, purpose: str) -> Tensor:
-        return ranks.sum_(t.detach().clone(memory_format=torch.contiguous_format), purpose)
+        # not the tensor that was sent: who sends may hold that a moment longer, and with its node the whole step
+        return ranks.sum_(t.detach().clone(memory_format=torch.contiguous_format), purpose).detach()
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import batches, close, compare, rows_of, spread, start, target_of, train_alone, train_on_mesh
 from no_host_sync import NoHostSync, allow_late_scalars
 from torch.utils._python_dispatch import _disable_current_modes
@@ -188,17 +189,29 @@ def test_gradients_add_up_and_reach_the_input(workers, shape, rule):
 
 
 def left_behind(shape, settings):
-    """Rows that are still held when steps are over, one with its backward pass and one without."""
+    """Rows that are still held when steps are over, one with its backward pass and one without.
+
+    What was reduced is kept, as a process group may do for a moment: from another thread, or until a device is done.
+    """
     sae, rank = spread(shape, settings)
+    sent, all_reduce = [], dist.all_reduce
+
+    def send(t, *how, **named):
+        sent.append(t)
+        return all_reduce(t, *how, **named)
+
+    x = batches(COUNTS[shape[0]], 1)[0][rank]
     gc.collect()
     gc.disable()
-    x = batches(COUNTS[shape[0]], 1)[0][rank]
-    sae(x).loss.backward()
-    sae.zero_grad()
-    sae(x)
-    sae.zero_grad()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", send)
+        sae(x).loss.backward()
+        sae.zero_grad()
+        sae(x)
+        sae.zero_grad()
     held = [found for found in gc.get_objects() if isinstance(found, Pending)]
     gc.enable()
+    assert sent
     return len(held)
 
 
