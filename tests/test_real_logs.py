@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import struct
 import time
 
@@ -65,6 +64,8 @@ def wandb_records(file):
             at += left
             continue
         _, length, kind = struct.unpack_from("<IHB", content, at)
+        if at + 7 + length > len(content):
+            return  # being written
         whole += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # the whole, or its last part
@@ -72,6 +73,19 @@ def wandb_records(file):
             record.ParseFromString(whole)
             whole = b""
             yield record
+
+
+def records_of_ended(folder, id, runs):
+    """All records of an offline run that was begun so many times. wandb writes them from a process of its own, which
+    may be behind: each time ends with an exit."""
+    deadline = time.monotonic() + 120  # against a test that hangs
+    while time.monotonic() < deadline:
+        files = sorted(folder.glob(f"offline-run-*/run-{id}.wandb"))  # their names begin with the time
+        records = [record for file in files for record in wandb_records(file)]
+        if sum(record.WhichOneof("record_type") == "exit" for record in records) >= runs:
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"{len(files)} files with {len(records)} records have not ended")
 
 
 def name_of(item):
@@ -85,10 +99,8 @@ def test_wandb_has_the_run(store, tmp_path, monkeypatch, capsys, short_calibrati
     stopped_and_gone_on(store, tmp_path / "run", "wandb", project="features", name="wide", tags=("a", "b"))
     assert "gets no more of this run" not in capsys.readouterr().err
     id = read_json(tmp_path / "run" / "log.json")["wandb"]["id"]
-    files = sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{id}.wandb"), key=os.path.getmtime)
-    assert files
     seen, summary, exits = {}, {}, []
-    for record in (record for file in files for record in wandb_records(file)):
+    for record in records_of_ended(tmp_path / "run" / "wandb", id, 2):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             shown = (record.run.project, record.run.display_name, list(record.run.tags))
