@@ -20,7 +20,7 @@ from ..run_logs import NO_LOG, LogPlace, RunLog
 from ..sae import SampledSAE, SampledSAEOutput
 from ..support.atomic_files import append_text, json_line, write_text
 from ..support.late_values import LateScalars
-from ..support.output_folder import check_output_folder
+from ..support.output_folder import check_output_folder, sharing
 from ..support.timing import check_memory
 from .checkpoint import CHECKPOINT
 from .feed import Feed
@@ -84,7 +84,7 @@ class TrainingRun:
         self._ranks = ranks = feed.ranks
         needed = checkpoint_bytes(sae_config, train_config)
         feed.check_room()
-        here = ranks.on_this_machine(None)
+        here = sharing(None, None, ranks)
         with ranks.together():
             # each process has a GPU of its own, if any
             together = 1 if feed.device.type == "cuda" else len(here)
