@@ -16,9 +16,10 @@ from ..pretrained import EVALUATION
 from ..sae import SampledSAE
 from ..support.argument_checks import check_integer
 from ..support.atomic_files import write_json, write_text
+from ..support.even_slices import part_of
 from ..support.output_folder import check_output_folder
 from ..training.activations import Activations
-from ..training.evaluation import closing_line, part_of
+from ..training.evaluation import closing_line
 from ..training.feed import CALIBRATION_TOKENS
 from ..training.sae_group import Opened, SAEGroup
 from ..training.same_settings import identity, in_words
@@ -189,7 +190,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if ranks.mesh is not None:
         parallelize(sae, ranks.mesh)
     if inference_rule.missing(sae, sae.cfg) is not None:
-        found = sae.calibrate(part_of(store.first(CALIBRATION_TOKENS)[:, : store.width_in], ranks).to(sae.W_enc.dtype))
+        x = part_of(store.first(CALIBRATION_TOKENS)[:, : store.width_in], *ranks.data)
+        found = sae.calibrate(x.to(sae.W_enc.dtype))
         print(f"The SAE has no threshold yet: {found:.4g}, calibrated to L0 = k on training activations, is used here")
     result = evaluate(sae, held_out, args.batch_size, None if splice is None else splice.load())
     with ranks.together():

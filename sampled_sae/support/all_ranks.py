@@ -242,11 +242,6 @@ ALONE = AllRanks()
 _made: dict[tuple[DeviceMesh, dist.ProcessGroup | None], AllRanks] = {}
 
 
-def own_part(batch: torch.Tensor, ranks: AllRanks) -> torch.Tensor:
-    """This rank's rows of a batch [B, ...] that all ranks share, ranks of one dictionary too."""
-    return batch[len(batch) * ranks.rank // ranks.size : len(batch) * (ranks.rank + 1) // ranks.size]
-
-
 def ranks_of(mesh: DeviceMesh | None) -> AllRanks:
     """The AllRanks of a mesh, one for all who ask."""
     if mesh is None:
