@@ -93,8 +93,6 @@ class IdleTokens:
         """From now on whether a feature is dead is decided by the loss itself, as in a captured step."""
         self._captured = True
 
-    def __deepcopy__(self, memo: dict[int, object]) -> IdleTokens:
-        return IdleTokens()
-
+    # of a copy too
     def __reduce__(self) -> tuple[type[IdleTokens], tuple[()]]:
         return IdleTokens, ()
