@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from benchmarks.compiled.table import TABLES
+from benchmarks.compiled.table import COLUMNS, TABLES
 from sampled_sae.kernels.configs import FITS_L2
 
 
@@ -52,15 +52,13 @@ UNDECIDED = 1 / 20
 SORT_PASSES = 4
 # microseconds that the shortest launch takes on the device, and that any takes on the host
 SHORTEST_US, HOST_US = 2.0, 12.0
-# Instructions behind the last product in the code of "column_scores: descriptors bf16 l2" on sm_90, which hide behind
-# none: one program has a multiprocessor, and the loop over d is before them. tests/kernels/test_compile.py holds it.
-BEHIND_PRODUCTS = 822
 # kernel -> its row in the tables of compiled code, for kernels that are not bound by a loop of unknown length
 CODE = {
     "append_above_kernel": "chunk_filter: whole dictionary",
     # of d = 768, the only width here for which it runs
     "append_products_kernel": "product_filter: bf16 small d",
     "chunk_partials_kernel": "chunk_scores: partials l2",
+    "described_partials_kernel": "column_scores: descriptors bf16 l2",
     "row_adam_kernel": "row_adam: dense d=4096",
 }
 # times that a kernel's loop, of known length, goes through its code
@@ -191,18 +189,18 @@ def work_of_launch(kernel: Any, config: triton.Config, grid: Any, args: tuple[An
     rate = RATES[name](a, c, programs) if name in RATES else 1.0
     trips = int(a["rounds"]) if name in ALONE else TRIPS.get(name, lambda c: 1)(c)
     times = programs * config.num_warps * trips
-    issued = (
-        partial(issued_by, CODE.get(name, ""), times) if name not in ALONE else lambda arch: BEHIND_PRODUCTS * times
-    )
+    # where one program has a multiprocessor, what stands behind its last product hides behind none
+    column = "behind products" if name in ALONE else "instructions"
+    issued = partial(issued_by, CODE.get(name, ""), column, times)
     return Work(name, moved, cached, flops, dtype, issued, rate, name in ALONE)
 
 
-def issued_by(row: str, times: int, arch: str) -> int:
+def issued_by(row: str, column: str, times: int, arch: str) -> int:
     """The instructions of so many passes of a warp through the code of a row, 0 where the table has none."""
-    return times * instructions(arch).get(row, 0)
+    return times * counted(arch, column).get(row, 0)
 
 
-def instructions(arch: str) -> dict[str, int]:
-    """By row of the table of compiled code."""
+def counted(arch: str, column: str) -> dict[str, int]:
+    """A column of the table of compiled code, by row."""
     rows = re.findall(r"^\| (\w+: .*?) \|(.*)\|$", (TABLES / f"{arch}.md").read_text(), re.MULTILINE)
-    return {name: int(cells.split("|")[4]) for name, cells in rows}
+    return {name: int(cells.split("|")[COLUMNS.index(column)]) for name, cells in rows}

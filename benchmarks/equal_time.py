@@ -66,12 +66,13 @@ def main() -> None:
     source = {name: store.manifest.get(name) for name in ("model", "layer", "source")}
     record = Record(args, markdown_table, activations=source, setup=asdict(setup), marks=marks)
     calibration = Feed(store, args.batch_size, seed=0).calibration()[:CALIBRATION_TOKENS]
+    mark_of = {f"{mark:g} s": mark for mark in marks}
     with tempfile.TemporaryDirectory() as folder:
         task = Task("sae", args.activations, setup, 0, tuple(marks), Path(folder), args.threads, tuple(names))
         for row in trained(task):
             if "weights" in row:
                 sae = plain_sae(load_file(task.folder / row["weights"]), setup, store)
-                row = judged(row, sae, calibration, store.holdout()[0], splice) | {"seconds": row["mark"]}
+                row = judged(row, sae, calibration, store.holdout()[0], splice) | {"seconds": mark_of[row["at"]]}
             record.add(row)
 
 

@@ -84,7 +84,7 @@ def trained(task: Task) -> list[Row]:
 
     def until(seconds: float, name: str) -> list[Row]:
         workers[name].call("train", seconds)
-        return [{**workers[name].call("save", f"{seconds:g} s"), "mark": seconds}] if seconds in task.marks else []
+        return [workers[name].call("save", f"{seconds:g} s")] if seconds in task.marks else []
 
     def ended(name: str) -> list[Row]:
         workers[name].call("finish")

@@ -12,7 +12,7 @@ from .config import SampledSAEConfig, batch_budget, pool_size
 from .impl.interface import Implementation
 from .optim import MODES, RowAdam
 from .sae import SampledSAE
-from .support.argument_checks import check_choice, check_device, check_integer, check_number
+from .support.argument_checks import check_choice, check_device, check_integer, check_number, set_fields
 from .support.timing import Call, Sections
 
 DTYPES = ("float32", "bfloat16")
@@ -56,9 +56,8 @@ class Settings:
     seconds: float = 100
 
     def __post_init__(self) -> None:
-        for name in ("batch", "rounds"):
-            object.__setattr__(self, name, check_integer(name, getattr(self, name), 1))
-        object.__setattr__(self, "seconds", check_number("seconds", self.seconds, 0, None))
+        counts = {name: check_integer(name, getattr(self, name), 1) for name in ("batch", "rounds")}
+        set_fields(self, {**counts, "seconds": check_number("seconds", self.seconds, 0, None)})
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("adam", self.adam, MODES)
         self.config()

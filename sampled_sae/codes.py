@@ -22,6 +22,24 @@ class Entries(NamedTuple):
     tokens: Tensor
     features: Tensor
 
+    def at(self, places: Tensor) -> Entries:
+        """Those at these places, int64 [m]."""
+        return Entries(*(column.index_select(0, places) for column in self))
+
+    @staticmethod
+    def joined(parts: list[Entries]) -> Entries:
+        """All entries of a list, which is emptied: no more than one column of it is held twice."""
+        columns = [list(column) for column in zip(*parts)]
+        parts.clear()
+        return Entries(*(joined(column) for column in columns))
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """All of a list, which is emptied."""
+    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+    parts.clear()
+    return whole
+
 
 class PaddedEntries(NamedTuple):
     """Kept entries in a list of fixed length, so that the host need not know how many there are.

@@ -17,6 +17,7 @@ from .support.argument_checks import (
     check_number,
     check_positive,
     check_scales,
+    set_fields,
 )
 from .support.html_table import config_table
 
@@ -196,8 +197,7 @@ class SampledSAEConfig(Output):
         plain["input_scale"] = check_scales("input_scale", self.input_scale, plain["layers"])
         plain["output_scale"] = check_positive("output_scale", self.output_scale)
         plain["groups"] = None if self.groups is None else check_groups(self.groups, plain["d_sae"])
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
+        set_fields(self, plain)
         self._check_together()
 
     def _check_together(self) -> None:

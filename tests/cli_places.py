@@ -113,7 +113,7 @@ def places(pristine, tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(feed, "CALIBRATION_TOKENS", 256)
-    monkeypatch.setattr(sweep_plots, "_save", save_small)
+    monkeypatch.setattr(sweep_plots, "save_figure", save_small)
     root = tmp_path / "places"
     copied = {}
 

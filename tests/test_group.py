@@ -14,10 +14,11 @@ from sampled_sae.support import late_values
 from sampled_sae.training import sweep
 from sampled_sae.training.activation_store import ActivationStore
 from sampled_sae.training.batches import ShuffledStream
+from sampled_sae.training.checkpoint import CHECKPOINT
 from sampled_sae.training.sweep import run_sweep
 from sampled_sae.training.train_config import TrainConfig
 from sampled_sae.training.trainer import Trainer
-from sampled_sae.training.training_run import CHECKPOINT, METRICS
+from sampled_sae.training.training_run import METRICS
 
 pytestmark = pytest.mark.usefixtures("short_calibration")
 

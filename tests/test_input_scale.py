@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from sampled_sae import ActivationStore, SAEGroup, SampledSAE, SampledSAEConfig, TrainConfig, Trainer
 from sampled_sae.cli import main
 from sampled_sae.impl.given_tokens import flat_tokens
+from sampled_sae.training.checkpoint import CHECKPOINT
 from sampled_sae.training.evaluation import evaluate_activations, reconstruct_with
-from sampled_sae.training.training_run import CHECKPOINT
 
 RULES = [{"l": 3.0}, {"l": None}, {"l": None, "select": "token"}, {"l": 2.0, "apply_b_dec_to_input": False}]
 SCALES = [0.05, 0.37, 8.0]

@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 from benchmarks.costs import work_of_launch
 from benchmarks.model import Trace
 from benchmarks.replaced import replaced
+from sampled_sae.impl.torch.reconstruction import errors_of_tokens
 from sampled_sae.impl.torch.reconstruction import squared_errors as errors_of_torch
-from sampled_sae.impl.training_step import squared_errors
 from sampled_sae.impl.triton.products import lowered
 from sampled_sae.impl.triton.reconstruction import squared_errors as fused_errors
 from sampled_sae.support.late_values import all_finite, squares_finite
@@ -29,7 +29,7 @@ def passes(call):
 
 def test_squared_errors_in_six_passes_and_six_back():
     x, x_hat = tokens(B, D, dtype=torch.float32), tokens(B, D, dtype=torch.float32, seed=2).requires_grad_()
-    errors, forward = passes(lambda: squared_errors(x, x_hat))
+    errors, forward = passes(lambda: errors_of_tokens(x, x_hat))
     (gradient,), backward = passes(lambda: torch.autograd.grad(errors.mean(), x_hat))
     assert (forward, backward) == (6, 6)
     expected = (x - x_hat).square().sum(-1)
@@ -77,7 +77,7 @@ def test_the_operator_has_every_gradient():
     ]
     for form in (lambda x_hat, errors: errors.sum(), lambda x_hat, errors: x_hat.sin().sum() + errors.square().sum()):
         raw, bias, x = leaves
-        expected = torch.autograd.grad(form(raw + bias, squared_errors(x, raw + bias)), leaves)
+        expected = torch.autograd.grad(form(raw + bias, errors_of_tokens(x, raw + bias)), leaves)
         for ours, theirs in zip(torch.autograd.grad(form(*fused_errors(*leaves)), leaves), expected):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     for round_back in (False, True):
@@ -94,7 +94,7 @@ def test_the_torch_form_is_the_same_to_the_bit(dtype, with_bias):
 
     def plain(raw, bias, target):
         x_hat = raw if bias is None else raw + bias.to(raw.dtype)
-        return x_hat, squared_errors(target, x_hat)
+        return x_hat, errors_of_tokens(target, x_hat)
 
     for form in (
         lambda x_hat, errors: errors.sum(),
@@ -112,13 +112,13 @@ def test_the_torch_form_is_the_same_to_the_bit(dtype, with_bias):
 
 def test_squared_errors_have_both_derivatives():
     x, x_hat = tokens(3, 4), tokens(3, 4, seed=2)
-    assert torch.autograd.gradcheck(squared_errors, (x.requires_grad_(), x_hat.requires_grad_()))
-    assert torch.autograd.gradgradcheck(squared_errors, (x, x_hat))
+    assert torch.autograd.gradcheck(errors_of_tokens, (x.requires_grad_(), x_hat.requires_grad_()))
+    assert torch.autograd.gradgradcheck(errors_of_tokens, (x, x_hat))
 
 
 def test_a_token_that_is_met_exactly_has_no_gradient():
     x_hat = torch.ones(2, 3, requires_grad=True)
-    squared_errors(torch.tensor([[1.0, 1, 1], [1, 1, 3]]), x_hat).sum().backward()
+    errors_of_tokens(torch.tensor([[1.0, 1, 1], [1, 1, 3]]), x_hat).sum().backward()
     assert x_hat.grad.tolist() == [[0, 0, 0], [0, 0, -4]]
 
 

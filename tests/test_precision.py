@@ -11,12 +11,11 @@ from sampled_sae import RowAdam, SAEGroup, SampledSAE, SampledSAEConfig
 from sampled_sae import functional as F
 from sampled_sae.cli import main
 from sampled_sae.support.float32_products import float32_products, tf32_allowed
-from sampled_sae.training.checkpoint import read_checkpoint, write_checkpoint
+from sampled_sae.training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from sampled_sae.training.precision import resolve_precision
 from sampled_sae.training.sweep import run_sweep
 from sampled_sae.training.train_config import TrainConfig
 from sampled_sae.training.trainer import Trainer
-from sampled_sae.training.training_run import CHECKPOINT
 
 pytestmark = pytest.mark.usefixtures("shortest_calibration", "switches")
 

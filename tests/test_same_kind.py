@@ -194,7 +194,7 @@ def test_metrics_are_strict_json(tmp_path):
 def test_options_of_evaluate_are_checked_first(tmp_path, capsys, monkeypatch, options, message):
     store = harvested(tmp_path / "a")
     Trainer(SAE, TRAIN, store, tmp_path / "run").run(progress=False)
-    monkeypatch.setattr("sampled_sae.cli.training.evaluate", lambda *given: pytest.fail("evaluated"))
+    monkeypatch.setattr("sampled_sae.cli.training.evaluated", lambda *given: pytest.fail("evaluated"))
     assert main(["evaluate", str(tmp_path / "run"), str(store.folder), *options]) == 1
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "run" / EVALUATION).exists()

@@ -15,9 +15,10 @@ from sampled_sae.cli import main
 from sampled_sae.support.atomic_files import write_json
 from sampled_sae.training.activation_store import ActivationStore
 from sampled_sae.training.batches import ShuffledStream
+from sampled_sae.training.checkpoint import CHECKPOINT
 from sampled_sae.training.train_config import TrainConfig
 from sampled_sae.training.trainer import Trainer
-from sampled_sae.training.training_run import CHECKPOINT, METRICS
+from sampled_sae.training.training_run import METRICS
 
 TRAIN = TrainConfig(steps=24, batch_size=64, checkpoint_every=6, log_every=2, lr=3e-3)
 

@@ -10,7 +10,7 @@ from benchmarks.compiled.launch import Launch, launches, resources
 from benchmarks.measure import RESULTS
 
 TABLES = RESULTS / "compiled"
-COLUMNS = ("registers", "spilled", "shared", "threads", "instructions", "matrix", "loads", "stores")
+COLUMNS = ("registers", "spilled", "shared", "threads", "instructions", "behind products", "matrix", "loads", "stores")
 Resources = dict[str, int | bool]
 
 
@@ -36,8 +36,10 @@ def table(arch: str, found: dict[str, Resources]) -> str:
     lines = [
         f"# {arch}, Triton {triton.__version__}",
         "",
-        "Written by `python -m benchmarks.compiled`. Registers a thread; spilled and shared in bytes; instructions,",
-        "matrix instructions, loads from and stores to global memory as they stand in the code, not as executed.",
+        "Written by `python -m benchmarks.compiled`. Registers a thread; spilled and shared in bytes; instructions, "
+        "those",
+        "behind the last matrix instruction, matrix instructions, loads from and stores to global memory as they stand",
+        "in the code, not as executed.",
         "",
         "| kernel | " + " | ".join(COLUMNS) + " |",
         "|---|" + "---:|" * len(COLUMNS),

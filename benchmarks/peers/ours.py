@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.candidate import Candidate, Setup, Weights
-from sampled_sae import RowAdam
+from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig
 
 CLIP = 1.0
 
@@ -50,10 +50,37 @@ class Library(Candidate):
         return mse
 
     def tensors(self) -> Weights:
-        return Weights(self.sae.W_enc.t(), self.sae.b_enc, self.sae.W_dec, self.sae.b_dec)
+        return weights_of(self.sae)
 
     def _backward(self, x: Tensor) -> Tensor:
         with self.setup.autocast():
             out = self.sae(x)
         out.loss.backward()
         return out.mse.detach()
+
+
+class Begun(Candidate):
+    """An SAE of another kind with RowAdam; `first` is what the first step is given, from which b_dec follows."""
+
+    def __init__(self, setup: Setup, first: tuple[Tensor, ...], optimizer: str, **rule: Any) -> None:
+        self.setup = setup
+        same = {"d_sae": setup.F, "k": setup.k, "seed": setup.seed, "dead_after": setup.dead_after}
+        self.sae = SampledSAE(SampledSAEConfig(**same, row_grads=True, **rule))
+        self.sae.init_b_dec(*first)
+        self.optimizer = RowAdam(self.sae, lr=setup.lr, clip=CLIP, mode=optimizer)
+
+    def step(self, *given: Tensor) -> Tensor:
+        self.set_lr(self.optimizer)
+        out = self.sae(*given)
+        out.loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return out.mse.detach()
+
+    def tensors(self) -> Any:
+        return weights_of(self.sae)
+
+
+def weights_of(sae: SampledSAE) -> Weights:
+    """Its own tensors, but for a skip."""
+    return Weights(sae.W_enc.t(), sae.b_enc, sae.W_dec, sae.b_dec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,14 @@ def check_not_given(args: argparse.Namespace, absent: dict[str, Any], why: str) 
     for name, default in absent.items():
         if (value := getattr(args, name)) != default:
             raise ValueError(f"{name}={str(value) if isinstance(value, Path) else repr(value)}: {why}")
+
+
+def can_plot(what: str) -> bool:
+    """Whether matplotlib is there; a line says that there is no such plot, or are no plots, where it is not."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return True
+    print(f'No {what} without matplotlib: pip install "sampled-sae[plot]"', flush=True)
+    return False
 
 
 def model_arguments(p: argparse.ArgumentParser, default: str | None = "smollm2-135m", absent: str = "") -> None:

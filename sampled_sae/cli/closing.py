@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+
+from torch import Tensor
 
 from ..pretrained import EVALUATION
 from ..sae import SampledSAE
@@ -17,8 +17,9 @@ from ..training.activation_stream import StreamedActivations
 from ..training.activations import Activations
 from ..training.layer_spread import LayerSpread, layer_names, plot_layers
 from ..training.sweep import Splice, SpliceSource, evaluate
+from .arguments import can_plot
 from .errors import is_no_memory, sentence
-from .identity import splice_source
+from .identity import say_no_loss, splice_source
 
 Found = TypeVar("Found")
 
@@ -52,13 +53,19 @@ def evaluate_at_end(
     """As `sampled-sae evaluate`, evaluation.json included; empty for a store without a held-out part."""
     if not store.manifest.get("holdout"):
         return {}
-    ranks = args.ranks
-    with ranks.together():
+    with args.ranks.together():
         held_out, _ = store.holdout()
-    result = evaluate(sae, held_out, args.batch_size, _loaded(source, args))
-    with ranks.together():
-        if ranks.first:
-            write_json(args.out / EVALUATION, result)
+    return evaluated(sae, held_out, _loaded(source, args), args, args.out)
+
+
+def evaluated(
+    sae: SampledSAE, held_out: Tensor, splice: Splice | None, args: argparse.Namespace, folder: Path
+) -> dict[str, Any]:
+    """The metrics on held-out activations; the first rank writes them to evaluation.json."""
+    result = evaluate(sae, held_out, args.batch_size, splice)
+    with args.ranks.together():
+        if args.ranks.first:
+            write_json(folder / EVALUATION, result)
     return result
 
 
@@ -70,9 +77,7 @@ def draw_layers(sae: SampledSAE, folder: Path, store: Activations | StreamedActi
     with ranks.together():
         if not ranks.first:
             return
-        if importlib.util.find_spec("matplotlib") is None:
-            print('No plot of the layers without matplotlib: pip install "sampled-sae[plot]"', flush=True)
-        else:
+        if can_plot("plot of the layers"):
             print(plot_layers(spread, folder, layer_names(store.manifest, sae.cfg.layers)), flush=True)
 
 
@@ -116,7 +121,7 @@ def of_all(found: Found | None, why: str, ranks: AllRanks) -> Found | None:
     if len(without) < ranks.size:
         said = f"rank {without[0]}: {said or 'the model that was harvested is not on its machine'}"
     if said:
-        print(f"No loss recovered: {said}", file=sys.stderr)
+        say_no_loss(said)
     return None
 
 

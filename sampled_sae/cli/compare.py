@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from ..support.output_folder import check_output_folder
 from ..support.remote_files import place
 from ..training.activation_store import ActivationStore
 from ..training.feed import CALIBRATION_TOKENS
-from .arguments import Command
+from .arguments import Command, can_plot
 from .identity import block, check_same_origin
 
 
@@ -68,9 +67,7 @@ def run_compare(args: argparse.Namespace) -> None:
     options = {"method": args.method, "same": args.same, "batch_size": args.batch_size}
     found = compare(saes[0].sae, saes[1].sae, x, **options)
     written = write_report(found, names, about, args.out)
-    if importlib.util.find_spec("matplotlib") is None:
-        print('No plot without matplotlib: pip install "sampled-sae[plot]"')
-    else:
+    if can_plot("plot"):
         written.append(plot(found, names, args.out))
     written.append(args.out / COMPARISON_PAGE)
     shown = (shown_name(names[0]), shown_name(names[1]))

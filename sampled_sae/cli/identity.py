@@ -20,6 +20,16 @@ from .arguments import loaded_model
 SPLICE_ROWS = 16
 
 
+def splice_rows(args: argparse.Namespace, held_out: int) -> int:
+    """How many of the held-out rows the loss recovered is measured on."""
+    count: int = min(SPLICE_ROWS, held_out) if args.splice_rows is None else args.splice_rows
+    return count
+
+
+def say_no_loss(why: str) -> None:
+    print(f"No loss recovered: {why}", file=sys.stderr)
+
+
 def trained_on(folder: Path) -> dict[str, Any]:
     """The `identity` of what an SAE reads, as its training or its import left it; empty where nothing says it."""
     if (folder / RUN).is_file():
@@ -102,7 +112,7 @@ def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource 
         ValueError: more rows than are held out, no text, a model other than the one that was harvested.
     """
     there = (store.manifest.get("holdout") or {}).get("rows") or 0
-    count = min(SPLICE_ROWS, there) if args.splice_rows is None else args.splice_rows
+    count = splice_rows(args, there)
     if count == 0 and args.splice_rows is None and args.model is not None:
         store.holdout_rows()  # says that there are none
     if count == 0:
@@ -113,7 +123,7 @@ def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource 
     if (said := _of_several_models(store)) is not None:
         if args.splice_rows is not None:
             raise ValueError(f"--splice-rows {count}: {said}")
-        print(f"No loss recovered: {said}", file=sys.stderr)
+        say_no_loss(said)
         return None
     # one model may have given layers side by side under two names
     harvested = {**identity(store.manifest), "model": _parts(store)[0]["model"]}
@@ -171,7 +181,7 @@ def has_loss(name: str, args: argparse.Namespace, count: int) -> bool:
         return True
     if args.splice_rows is not None:
         raise ValueError(f"--splice-rows {count}: {name} predicts no next token; leave it out, or give 0")
-    print(f"No loss recovered: {name} is an encoder and predicts no next token", file=sys.stderr)
+    say_no_loss(f"{name} is an encoder and predicts no next token")
     return False
 
 

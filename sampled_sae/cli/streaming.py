@@ -6,17 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..pretrained import EVALUATION
 from ..sae import SampledSAE
 from ..support.argument_checks import check_device, check_integer
-from ..support.atomic_files import write_json
 from ..support.output_folder import check_output_folder
 from ..training.activation_stream import BUFFER_TOKENS, ActivationStream, StreamedActivations
-from ..training.sweep import Splice, SpliceSource, evaluate
+from ..training.sweep import Splice, SpliceSource
 from .arguments import added_since, check_not_given, listed, loaded_model, model_arguments, whole_number
-from .closing import of_all, tried
+from .closing import evaluated, of_all, tried
 from .harvest import HOLDOUT_ROWS
-from .identity import SPLICE_ROWS, has_loss
+from .identity import has_loss, splice_rows
 from .parser import Parser
 from .places import pair_of, place_arguments
 from .texts import Texts, source_arguments
@@ -150,7 +148,7 @@ def swept_splice(args: argparse.Namespace, part: StreamedActivations) -> SpliceS
     Raises:
         ValueError: --splice-rows in a model that predicts no next token.
     """
-    count = min(SPLICE_ROWS, args.holdout_rows) if args.splice_rows is None else args.splice_rows
+    count = splice_rows(args, args.holdout_rows)
     if count == 0 or not has_loss(args.model, args, count):
         return None
 
@@ -183,14 +181,10 @@ def evaluate_streamed(
     ranks = args.ranks
     with ranks.together():
         held_out, rows = part.holdout()
-    count = min(SPLICE_ROWS, len(rows)) if args.splice_rows is None else args.splice_rows
+    count = splice_rows(args, len(rows))
 
     def measure() -> Splice:  # of an encoder, which predicts no next token, there is none
         return _spliced(part, count, args)
 
     splice = of_all(*tried(measure, args.splice_rows is not None, ranks.size == 1), ranks) if count else None
-    result = evaluate(sae, held_out, args.batch_size, splice)
-    with ranks.together():
-        if ranks.first:
-            write_json(folder / EVALUATION, result)
-    return result
+    return evaluated(sae, held_out, splice, args, folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,21 @@ from ..pages.runs_page import read_runs, runs_page
 from ..pretrained import EVALUATION
 from ..sae import SampledSAE
 from ..support.argument_checks import check_integer
-from ..support.atomic_files import write_json, write_text
+from ..support.atomic_files import write_text
+from ..support.even_slices import part_of
 from ..support.output_folder import check_output_folder
 from ..training.activations import Activations
-from ..training.evaluation import closing_line, part_of
+from ..training.evaluation import closing_line
 from ..training.feed import CALIBRATION_TOKENS
 from ..training.sae_group import Opened, SAEGroup
 from ..training.same_settings import identity, in_words
-from ..training.sweep import evaluate, run_sweep, variants
+from ..training.sweep import run_sweep, variants
 from ..training.sweep_plots import plot_sweep
 from ..training.sweep_table import markdown_table
 from ..training.trainer import Trainer
 from ..training.training_loop import closed_logs, train_to_end
 from ..training.training_run import TrainingRun
-from .arguments import Command, listed, model_arguments, pool_multiplier, seed
+from .arguments import Command, can_plot, listed, model_arguments, pool_multiplier, seed
 from .beginning import (
     activations_arguments,
     check_same_kind,
@@ -37,7 +37,7 @@ from .beginning import (
     rule_arguments,
     rule_of,
 )
-from .closing import closing_splice, draw_layers, evaluate_at_end
+from .closing import closing_splice, draw_layers, evaluate_at_end, evaluated
 from .identity import SPLICE_ROWS, check_same_activations, splice_source
 from .logs import log_place
 from .processes import add_rank_options
@@ -181,20 +181,18 @@ def run_evaluate(args: argparse.Namespace) -> None:
         check_same_activations(args.sae, sae.cfg, store, args.insist)
         check_output_folder(args.sae)
         splice = splice_source(args, store)
-    target = args.sae / EVALUATION
     if not args.quiet:
-        print(f"Evaluates {args.sae} on the held-out part of {args.activations}, writes {target}", flush=True)
+        what = f"{args.sae} on the held-out part of {args.activations}"
+        print(f"Evaluates {what}, writes {args.sae / EVALUATION}", flush=True)
     with ranks.together():
         held_out, _ = store.holdout()
     if ranks.mesh is not None:
         parallelize(sae, ranks.mesh)
     if inference_rule.missing(sae, sae.cfg) is not None:
-        found = sae.calibrate(part_of(store.first(CALIBRATION_TOKENS)[:, : store.width_in], ranks).to(sae.W_enc.dtype))
+        x = part_of(store.first(CALIBRATION_TOKENS)[:, : store.width_in], *ranks.data)
+        found = sae.calibrate(x.to(sae.W_enc.dtype))
         print(f"The SAE has no threshold yet: {found:.4g}, calibrated to L0 = k on training activations, is used here")
-    result = evaluate(sae, held_out, args.batch_size, None if splice is None else splice.load())
-    with ranks.together():
-        if ranks.first:
-            write_json(target, result)
+    result = evaluated(sae, held_out, None if splice is None else splice.load(), args, args.sae)
     draw_layers(sae, args.sae, store, ranks)
     for name, value in result.items():
         print(f"{name}: {value}")
@@ -209,9 +207,7 @@ def sweep(args: argparse.Namespace) -> None:
         splice = splice_source(args, store) if isinstance(store, Activations) else swept_splice(args, store)
     name = args.activations or store.where
     print(f"Trains {len(configs)} SAEs on {name}, writes to {args.out}: {', '.join(configs)}", flush=True)
-    with_plots = importlib.util.find_spec("matplotlib") is not None
-    if not with_plots:
-        print('No plots without matplotlib: pip install "sampled-sae[plot]"', flush=True)
+    with_plots = can_plot("plots")
     rows = run_sweep(
         configs,
         how,

@@ -8,7 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..support.atomic_files import write_atomically, write_json, write_text
+from ..support.atomic_files import write_json, write_text
+from ..support.figures import new_figure, save_figure
 from .compare import Comparison
 
 SUMMARY, TABLE, MATCHES, PLOT = "comparison.json", "comparison.md", "matches.csv", "comparison.png"
@@ -64,13 +65,9 @@ def plot(comparison: Comparison, names: tuple[str, str], folder: Path) -> Path:
     Raises:
         ImportError: when matplotlib is missing, saying what to install.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError('plots need matplotlib: pip install "sampled-sae[plot]"') from None
     m, on = comparison.matching, comparison.agreement
     columns = 1 if on is None else 2
-    figure = Figure(figsize=(5.6 * columns, 4.0), layout="constrained")
+    figure = new_figure(5.6 * columns, 4.0)
     left = figure.add_subplot(1, columns, 1)
     edges = [i / 40 for i in range(-40, 41)]
     left.hist(m.cosine.clamp(-1, 1).numpy(), edges, color="tab:gray", alpha=0.5, label="pairs, one to one")
@@ -91,9 +88,7 @@ def plot(comparison: Comparison, names: tuple[str, str], folder: Path) -> Path:
         right.set_xlabel("cosine of decoder rows")
         right.set_ylabel("Jaccard of active tokens")
         right.set_ylim(-0.02, 1.02)
-    path = folder / PLOT
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
-    return path
+    return save_figure(figure, folder / PLOT)
 
 
 def _matches(comparison: Comparison) -> str:

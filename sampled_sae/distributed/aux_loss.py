@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..impl.column_bounds import ColumnBounds
-from ..impl.dead_features import AuxRule, ranked, settled_ranks
+from ..impl.dead_features import AuxRule, ranked, residual_of, settled_ranks
 from ..impl.encoder import Encoder, Operands
 from ..impl.hints import Rule
 from .bounds_on_device import SpreadBounds
@@ -33,8 +33,7 @@ def aux_loss(
     x_hat: [B, d], of the tokens here. dead: bool [F], and scores: [F], of the features here.
     """
     mesh, operands = parts.mesh, encoder.operands
-    target = (encoder.x if target is None else target).to(x_hat.dtype).detach()
-    residual = target - x_hat.detach()
+    residual, target = residual_of(encoder, x_hat, target)
     denominator = residual_variance(residual, target, operands.whole_shape[0], mesh)
     alone, k_aux, defined = encoder.weights_alone(), rule.k_aux, denominator > 0
     if parts.waits or rule.aux_pool is None:

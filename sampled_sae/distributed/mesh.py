@@ -7,9 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..support.all_ranks import DIMENSIONS
 from .ranks import Ranks, Traffic
-
-DIMENSIONS = ("data", "feature")
 
 
 class Mesh:

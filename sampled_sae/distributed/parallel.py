@@ -8,9 +8,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..sae import SampledSAE
-from ..support.all_ranks import ranks_of
+from ..support.all_ranks import DIMENSIONS, ranks_of
 from .layout import MeshLayout
-from .mesh import DIMENSIONS, Mesh
+from .mesh import Mesh
 from .weights import FEATURES, Weights
 
 

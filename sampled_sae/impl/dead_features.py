@@ -11,6 +11,7 @@ from torch import Tensor
 from ..support.cuda_graphs import capturing
 from ..support.late_values import LateScalars
 from .column_bounds import DecidedColumns
+from .encoder import Encoder
 
 
 class AuxRule(NamedTuple):
@@ -23,6 +24,12 @@ class AuxRule(NamedTuple):
     k_aux: int
     aux_pool: int | None = None
     score: str = "l2"
+
+
+def residual_of(encoder: Encoder, x_hat: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(target - x_hat, target), [B, d] without gradient; the target is the encoder's x where it is not given."""
+    target = (encoder.x if target is None else target).to(x_hat.dtype).detach()
+    return target - x_hat.detach(), target
 
 
 def ranked(scores: Tensor, dead: Tensor) -> Tensor:
@@ -93,8 +100,6 @@ class IdleTokens:
         """From now on whether a feature is dead is decided by the loss itself, as in a captured step."""
         self._captured = True
 
-    def __deepcopy__(self, memo: dict[int, object]) -> IdleTokens:
-        return IdleTokens()
-
+    # of a copy too
     def __reduce__(self) -> tuple[type[IdleTokens], tuple[()]]:
         return IdleTokens, ()

@@ -41,7 +41,7 @@ def magnitudes(found: Entries, threshold: Tensor, gate: Gate | None) -> Entries:
     a = values * gain.index_select(0, features) + shift.index_select(0, features)
     least = threshold.detach().clamp_min(0)
     at = (a > (least if least.dim() == 0 else least.index_select(0, features))).nonzero().squeeze(1)
-    return Entries(*(t.index_select(0, at) for t in (a, tokens, features)))
+    return Entries(a, tokens, features).at(at)
 
 
 def keep_above_(z: Tensor, threshold: Tensor, gate: Gate | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import mul, truediv
 from typing import NamedTuple, Protocol
 
 import torch
@@ -48,18 +50,6 @@ def flat_encoded(layer: TakesTokens, x: Tensor, number: int, scaled: bool) -> Te
     return tokens
 
 
-def flat_goal(layer: TakesTokens, target: Tensor, scaled: bool) -> Tensor:
-    """[B, d_out], times `cfg.output_scale`.
-
-    Raises:
-        ValueError, TypeError: as `flat_tokens`.
-    """
-    target = _flat(layer, target, layer.cfg.width_out, "target")
-    target = target if scaled or layer.cfg.output_scale == 1 else target * layer.cfg.output_scale
-    layer.memory.targets.check(target)
-    return target
-
-
 class TokensAndGoal(NamedTuple):
     """tokens: [B, d_in]. goal: [B, d_out], what is to be reconstructed."""
 
@@ -68,12 +58,12 @@ class TokensAndGoal(NamedTuple):
 
 
 def tokens_and_goal(layer: TakesTokens, x: Tensor, target: Tensor | None, scaled: bool) -> TokensAndGoal:
-    """Raises as `flat_tokens` and `goal_of`."""
+    """Raises as `flat_tokens`; for a target given to an SAE, or none given to a transcoder."""
     tokens = flat_tokens(layer, x, scaled)
-    return TokensAndGoal(tokens, goal_of(layer, x, tokens, target, scaled))
+    return TokensAndGoal(tokens, _goal(layer, x, tokens, target, scaled))
 
 
-def goal_of(layer: TakesTokens, x: Tensor, tokens: Tensor, target: Tensor | None, scaled: bool) -> Tensor:
+def _goal(layer: TakesTokens, x: Tensor, tokens: Tensor, target: Tensor | None, scaled: bool) -> Tensor:
     """What is to be reconstructed, [B, d_out]: `tokens`, those of x [..., d_in], or a transcoder's target [..., d_out].
 
     Raises:
@@ -91,7 +81,10 @@ def goal_of(layer: TakesTokens, x: Tensor, tokens: Tensor, target: Tensor | None
         raise TypeError(must)
     if target.shape != (*x.shape[:-1], c.width_out):
         raise ValueError(must)
-    return flat_goal(layer, target, scaled)
+    target = _flat(layer, target, c.width_out, "target")
+    target = target if scaled or c.output_scale == 1 else target * c.output_scale
+    layer.memory.targets.check(target)
+    return target
 
 
 def given_back(cfg: SampledSAEConfig, x_hat: Tensor, like: Tensor, scaled: bool) -> Tensor:
@@ -109,18 +102,21 @@ def leading(cfg: SampledSAEConfig, x: Tensor) -> torch.Size:
 
 def multiplied(x: Tensor, scale: float | tuple[float, ...]) -> Tensor:
     """x [..., layers * d] times a factor for all of its numbers, or one for each layer; in its dtype, rounded once."""
-    if not isinstance(scale, tuple):
-        return x * scale
-    parts = x.unflatten(-1, (len(scale), -1)).unbind(-2)
-    return torch.cat([part * factor for part, factor in zip(parts, scale)], dim=-1)
+    return _layer_by_layer(mul, x, scale)
 
 
 def divided(x: Tensor, scale: float | tuple[float, ...]) -> Tensor:
     """The inverse of `multiplied`."""
+    return _layer_by_layer(truediv, x, scale)
+
+
+def _layer_by_layer(
+    operation: Callable[[Tensor, float], Tensor], x: Tensor, scale: float | tuple[float, ...]
+) -> Tensor:
     if not isinstance(scale, tuple):
-        return x / scale
+        return operation(x, scale)
     parts = x.unflatten(-1, (len(scale), -1)).unbind(-2)
-    return torch.cat([part / factor for part, factor in zip(parts, scale)], dim=-1)
+    return torch.cat([operation(part, factor) for part, factor in zip(parts, scale)], dim=-1)
 
 
 def _flat(layer: TakesTokens, x: Tensor, width: int, name: str, layers: int = 1) -> Tensor:

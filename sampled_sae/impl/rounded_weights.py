@@ -58,8 +58,6 @@ class RoundedWeights:
     def forget(self) -> None:
         self._copies.clear()
 
-    def __deepcopy__(self, memo: dict[int, object]) -> RoundedWeights:
-        return RoundedWeights(self.kept)
-
+    # of a copy too
     def __reduce__(self) -> tuple[type[RoundedWeights], tuple[bool]]:
         return RoundedWeights, (self.kept,)

@@ -18,6 +18,7 @@ from .layout import Layer, Layout, Leaves
 from .levels import LevelErrors
 from .pool import Pool
 from .torch.products import without_autocast
+from .torch.reconstruction import errors_of_tokens
 
 
 class TrainedLayer(Layer, Protocol):
@@ -77,7 +78,7 @@ def reconstruct(
         if leaves.W_skip is not None:
             x_hat = x_hat + skipped(parts.totals.once(encoder.x), leaves.W_skip, x_hat.dtype)
         if parts.squared_errors is None:
-            errors = squared_errors(tokens, x_hat)
+            errors = errors_of_tokens(tokens, x_hat)
         else:
             x_hat, errors = parts.squared_errors(x_hat, leaves.b_out, tokens)
         mse = parts.totals.mean(errors, encoder.operands)
@@ -93,11 +94,3 @@ def reconstruct(
 def skipped(x: Tensor, W_skip: Tensor, dtype: torch.dtype) -> Tensor:
     """x W_skip, [B, d_out] in `dtype`, which is that of the codes, under autocast too: it has no sums of 16 bits."""
     return x.to(dtype) @ W_skip.to(dtype)
-
-
-def squared_errors(x: Tensor, x_hat: Tensor) -> Tensor:
-    """||x_i - x_hat_i||^2 of each token, [B]; equivalent to `(x - x_hat).square().sum(-1)`.
-
-    In this order the gradient of x_hat has the sign of the residual, and no pass has to turn it.
-    """
-    return (x_hat - x.to(x_hat.dtype)).square().sum(-1)

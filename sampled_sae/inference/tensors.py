@@ -1,4 +1,4 @@
-"""The tensors of an SAE that is only used: which a rule needs, of which shape, and how they lie in memory."""
+"""The tensors of an SAE that is only used: which a rule needs, of which shape and dtype."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def shapes_of(cfg: InferenceConfig) -> dict[str, tuple[int, ...]]:
 
 
 def prepared(cfg: InferenceConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as the forms read them: W_enc with each feature's weights contiguous, vectors of at least float32.
+    """The tensors as the forms read them, but for how W_enc lies: W_dec contiguous, vectors of at least float32.
 
-    What lies so already is not copied.
+    What is so already is not copied.
 
     Raises:
         ValueError, TypeError: a missing, unknown or misshapen tensor, one with NaN, an infinite one other than a
@@ -56,7 +56,6 @@ def prepared(cfg: InferenceConfig, tensors: dict[str, Tensor]) -> dict[str, Tens
             )
     exact = torch.promote_types(tensors["W_enc"].dtype, torch.float32)
     made = {name: t.detach() if name in WEIGHTS else t.detach().to(exact) for name, t in tensors.items()}
-    made["W_enc"] = made["W_enc"].t().contiguous().t()
     made["W_dec"] = made["W_dec"].contiguous()
     for name, t in made.items():
         check_values(name, t)

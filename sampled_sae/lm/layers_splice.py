@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from sampled_sae.lm.splice_figures import (
     checked_reconstruction,
     dropped_by_harvest,
     figures,
-    next_token_loss,
+    mean_loss,
     recovered,
 )
 from sampled_sae.residual_stream.hook_points import HookPoint, check_places, check_points, points_of, replaced_point
@@ -157,18 +157,13 @@ class LayersSplice:
         every = range(len(self._points))
         return self._cross_entropy(made, every), [self._cross_entropy(made, [i]) for i in every]
 
-    @torch.no_grad()
     def _cross_entropy(self, made: list[Tensor], places: Iterable[int]) -> float:
         """Mean over all predicted tokens, in nats, with what was made, [n, layers, d] a batch, in some places."""
-        total = 0.0
-        for batch, (where, _), x_hat in zip(self._rows.split(self._size), self._kept, made):
-            with ExitStack() as stack:
-                for i in places:
-                    put = partial(_put, where, x_hat[:, i])
-                    stack.enter_context(replaced_point(self._model, self._points[i], self._points[i], put))
-                batch = batch.to(device_of(self._model))
-                total += next_token_loss(self._model(input_ids=batch, use_cache=False).logits, batch)
-        return total / self._rows[:, 1:].numel()
+        with ExitStack() as stack:
+            for i in places:
+                put = partial(_put, iter([(where, x_hat[:, i]) for (where, _), x_hat in zip(self._kept, made)]))
+                stack.enter_context(replaced_point(self._model, self._points[i], self._points[i], put))
+            return mean_loss(self._model, self._rows, self._size)
 
 
 def check_of_one_model(manifest: dict[str, Any]) -> list[dict[str, Any]]:
@@ -186,9 +181,9 @@ def check_of_one_model(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return list(abouts)
 
 
-def _put(where: Tensor, x_hat: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """y [b, T, d] with x_hat [n, d] where `where` [b, T] says."""
-    after = y.clone()
+def _put(of_batches: Iterator[tuple[Tensor, Tensor]], x: Tensor, y: Tensor) -> Tensor:
+    """y [b, T, d] of one batch more with its x_hat [n, d] where its `where` [b, T] says."""
+    (where, x_hat), after = next(of_batches), y.clone()
     after[where.to(y.device)] = x_hat.to(y)
     return after
 

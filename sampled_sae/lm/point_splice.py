@@ -18,7 +18,7 @@ from sampled_sae.lm.splice_figures import (
     checked_reconstruction,
     dropped_by_harvest,
     figures,
-    next_token_loss,
+    mean_loss,
 )
 from sampled_sae.residual_stream.hook_points import HookPoint, check_points, mlp_points, points_of, replaced_point
 from sampled_sae.support.argument_checks import check_integer
@@ -127,10 +127,9 @@ class PointSplice:
         ce = self._cross_entropy(lambda x: checked_reconstruction(reconstruct(x), (len(x), self._width)))
         return figures(self, ce, self._rows[:, 1:].numel())
 
-    @torch.no_grad()
     def _cross_entropy(self, fn: Transcode | None) -> float:
         """Mean over all predicted tokens, in nats, with fn of what is read in the place of what is replaced."""
-        total, kept = 0.0, iter(self._replaced)
+        kept = iter(self._replaced)
 
         def spliced(x: Tensor, y: Tensor) -> Tensor:
             where, after = next(kept).to(y.device), y.clone()
@@ -139,11 +138,7 @@ class PointSplice:
             return after
 
         with replaced_point(self._model, self._read, self._target, spliced):
-            for batch in self._rows.split(self._size):
-                batch = batch.to(device_of(self._model))
-                logits = self._model(input_ids=batch, use_cache=False).logits
-                total += next_token_loss(logits, batch)
-        return total / self._rows[:, 1:].numel()
+            return mean_loss(self._model, self._rows, self._size)
 
 
 def harvested_place(about: dict[str, Any]) -> int | HookPoint:

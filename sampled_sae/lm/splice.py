@@ -23,8 +23,9 @@ from sampled_sae.lm.splice_figures import (
 )
 from sampled_sae.residual_stream.blocks import check_layer, text_config, transformer_blocks
 from sampled_sae.residual_stream.hooks import replace
-from sampled_sae.support.all_ranks import own_part, ranks_of
+from sampled_sae.support.all_ranks import ranks_of
 from sampled_sae.support.argument_checks import check_integer, check_positive
+from sampled_sae.support.even_slices import part_of
 from sampled_sae.training.evaluation import Reconstruction
 from sampled_sae.training.same_settings import identity, in_words
 
@@ -99,8 +100,9 @@ class SpliceEvaluator:
         vocabulary = text_config(model).vocab_size
         size = min(batch_size, max(1, _LOGIT_BYTES // (4 * rows.shape[1] * vocabulary)))
         self._ranks = ranks = ranks_of(mesh)
-        # of every batch the rows here, which may be none
-        self._batches = [own_part(b, ranks) for b in rows.to(device_of(model)).split(max(size, ranks.size))]
+        # of every batch the rows here, which may be none; ranks of one dictionary share too
+        batches = rows.to(device_of(model)).split(max(size, ranks.size))
+        self._batches = [part_of(batch, ranks.rank, ranks.size) for batch in batches]
         self._first = next((batch for batch in self._batches if len(batch)), rows[:1].to(device_of(model)))[:1]
         self._predicted = rows[:, 1:].numel()
         self._residuals: list[Tensor] = []  # [b, T, d] each

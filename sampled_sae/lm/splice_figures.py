@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from sampled_sae.lm.models import check_rows, identity_of, predicts_next_token
+from sampled_sae.lm.models import check_rows, device_of, identity_of, predicts_next_token
 from sampled_sae.training.same_settings import check_harvested_model, identity
 
 
@@ -63,6 +64,16 @@ def next_token_loss(logits: Tensor, rows: Tensor) -> float:
     for row, of_row in zip(rows.to(logits.device), logits, strict=True):  # row by row: the softmax is another copy
         total += float(nnf.cross_entropy(of_row[:-1].float(), row[1:], reduction="sum"))
     return total
+
+
+@torch.no_grad()
+def mean_loss(model: Any, rows: Tensor, size: int) -> float:
+    """Cross-entropy of the next token over rows of token ids [N, T], so many at a time, in nats a predicted token."""
+    total = 0.0
+    for batch in rows.split(size):
+        batch = batch.to(device_of(model))
+        total += next_token_loss(model(input_ids=batch, use_cache=False).logits, batch)
+    return total / rows[:, 1:].numel()
 
 
 def checked_reconstruction(x_hat: Any, shape: tuple[int, ...]) -> Tensor:

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from .roll_call import RollCall, in_time, verdict
-from .timing import machine
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -104,11 +103,6 @@ class AllRanks:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self.control)
         return found
-
-    def on_this_machine(self, value: Any) -> list[Any]:
-        """The values of the ranks that share its memory."""
-        here = machine()
-        return [of_rank for place, of_rank in self.gather((here, value)) if place == here]
 
     def total(self, number: float) -> float:
         """The sum of a number of each rank."""
@@ -246,11 +240,6 @@ class AllRanks:
 
 ALONE = AllRanks()
 _made: dict[tuple[DeviceMesh, dist.ProcessGroup | None], AllRanks] = {}
-
-
-def own_part(batch: torch.Tensor, ranks: AllRanks) -> torch.Tensor:
-    """This rank's rows of a batch [B, ...] that all ranks share, ranks of one dictionary too."""
-    return batch[len(batch) * ranks.rank // ranks.size : len(batch) * (ranks.rank + 1) // ranks.size]
 
 
 def ranks_of(mesh: DeviceMesh | None) -> AllRanks:

@@ -203,6 +203,12 @@ def describe(value: Any) -> str:
     return repr(value) if value is None or isinstance(value, (str, Real)) else type(value).__name__
 
 
+def set_fields(instance: Any, values: dict[str, Any]) -> None:
+    """Of a frozen dataclass that is being made."""
+    for name, value in values.items():
+        object.__setattr__(instance, name, value)
+
+
 def check_field_names(values: dict[str, Any], config: type, required: set[str]) -> None:
     """ValueError unless `values` are fields of a dataclass, those `required` among them: no silent default."""
     known = {f.name for f in fields(config)}

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..support.argument_checks import check_finite, check_integer
+from ..support.even_slices import share
 from .activations import Activations
-from .lanes import of_lanes, share
+from .lanes import of_lanes
 
 GROUP_BYTES = 1 << 30
 

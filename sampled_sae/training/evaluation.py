@@ -14,8 +14,9 @@ from ..impl import inference_rule
 from ..impl.given_tokens import multiplied
 from ..impl.inference_rule import Inference
 from ..sae import SampledSAE
-from ..support.all_ranks import AllRanks, ranks_of
+from ..support.all_ranks import ranks_of
 from ..support.argument_checks import check_integer, describe
+from ..support.even_slices import part_of
 
 # Tokens that the inferences which the SAE does not have are calibrated on.
 CALIBRATED_ON = 65_536
@@ -111,7 +112,7 @@ def _other(sae: SampledSAE, x: Tensor, mode: str) -> Inference | None:
         return None
     if mode == "threshold" and sae.cfg.inference == "batch" and int(sae.calibrated_at) > 0:
         return Inference(mode, sae.threshold)
-    seen = part_of(x[:CALIBRATED_ON], ranks_of(sae.layout.device_mesh))
+    seen = part_of(x[:CALIBRATED_ON], *ranks_of(sae.layout.device_mesh).data)
     return sae.inference_on(seen.to(sae.W_enc.device, sae.W_enc.dtype), mode)
 
 
@@ -132,8 +133,8 @@ def _measure(
     overlaps: list[float] = []
     before: Tensor | None = None
     for whole, whole_goal in zip(x.split(batch_size), goal.split(batch_size)):
-        given = part_of(whole, ranks).to(device, sae.W_enc.dtype)
-        batch = part_of(whole_goal, ranks).to(device)
+        given = part_of(whole, *ranks.data).to(device, sae.W_enc.dtype)
+        batch = part_of(whole_goal, *ranks.data).to(device)
         codes = sae.encode_sparse(given, inference=inference)
 
         def decoded(codes: SparseCodes, given: Tensor = given, like: Tensor = batch) -> Tensor:
@@ -147,9 +148,7 @@ def _measure(
             group_squares[i] += (batch - decoded(codes.of_first(size))).double().square().sum()
         cosines += torch.nn.functional.cosine_similarity(batch, x_hat, dim=1).sum()
         counts += torch.bincount(codes.features, minlength=sae.cfg.d_sae)
-        active = torch.zeros(sae.cfg.d_sae, dtype=torch.uint8, device=device)
-        active[codes.features] = 1
-        active = ranks.max_(active).bool()
+        active = ranks.max_(codes.active_mask().to(torch.uint8)).bool()
         if before is not None and len(whole) == batch_size:
             union = int((active | before).sum())
             overlaps.append(int((active & before).sum()) / union if union else 1.0)
@@ -179,12 +178,6 @@ def _measure(
         "features_for_90": features_for_share(counts, 0.9),
         "jaccard": float(np.mean(overlaps)) if overlaps else None,
     }
-
-
-def part_of(batch: Tensor, ranks: AllRanks) -> Tensor:
-    """This rank's tokens of a batch [B, d]."""
-    which, of = ranks.data
-    return batch[len(batch) * which // of : len(batch) * (which + 1) // of]
 
 
 def features_for_share(counts: Tensor, share: float) -> int:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..support.all_ranks import ALONE, AllRanks
 from ..support.argument_checks import check_device
+from ..support.even_slices import share
 from .activation_stream import StreamedActivations
 from .activations import Activations
 from .batches import ShuffledStream
-from .lanes import share
 from .streamed_batches import StreamedBatches
 from .training_batch import TrainingBatch
 

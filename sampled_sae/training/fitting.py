@@ -1,13 +1,20 @@
-"""Whether activations and an SAE's config fit each other, before and at the first batch; how large a training is."""
+"""Whether activations and a config fit each other, before and at the first batch; whether a training has room."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 
 from ..config import SampledSAEConfig
+from ..pretrained import check_target
+from ..support.output_folder import check_output_folder, sharing
+from ..support.timing import check_memory
 from .activation_stream import StreamedActivations
 from .activations import Activations
+from .checkpoint import CHECKPOINT
 from .feed import Feed
+from .sharded_checkpoint import RECORD
 from .train_config import TrainConfig
 from .training_batch import TrainingBatch
 
@@ -48,6 +55,21 @@ def checkpoint_bytes(sae_config: SampledSAEConfig, train_config: TrainConfig) ->
     """Of the weights, in float32, and of both moments."""
     moments = 2 * getattr(torch, train_config.moments).itemsize
     return (sae_config.width_in + sae_config.width_out) * sae_config.d_sae * (4 + moments)
+
+
+def check_room(sae_config: SampledSAEConfig, train_config: TrainConfig, feed: Feed, folder: Path) -> None:
+    """ValueError where memory or disk are too small for a training, or `folder` is not one to write it to."""
+    needed, ranks = checkpoint_bytes(sae_config, train_config), feed.ranks
+    feed.check_room()
+    here = sharing(None, None, ranks)
+    with ranks.together():
+        # each process has a GPU of its own, if any
+        together = 1 if feed.device.type == "cuda" else len(here)
+        check_memory(f"d_sae={sae_config.d_sae}", together * needed // ranks.feature[1], feed.device)
+        # A checkpoint is written beside the one before it.
+        begun = any((folder / name).exists() for name in (CHECKPOINT, RECORD))
+        check_output_folder(folder, needed if begun else 2 * needed)
+        check_target(folder)
 
 
 def check_variance(batch: TrainingBatch, n_tokens: int, where: str) -> None:

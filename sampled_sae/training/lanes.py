@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-
-def share(n: int, which: int, of: int) -> tuple[int, int]:
-    """(start, stop) of one of so many parts of n things, equal up to one."""
-    return n * which // of, n * (which + 1) // of
+from ..support.even_slices import share
 
 
 def of_lanes(batch_size: int, lanes: int, rows: tuple[int, int]) -> Iterator[tuple[int, int, int]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..sae import SampledSAE
 from ..support.argument_checks import check_integer
-from ..support.atomic_files import write_atomically
+from ..support.figures import new_figure, save_figure
 
 PLOT = "layers.png"
 BINS = 50
@@ -82,12 +82,8 @@ def plot_layers(spread: LayerSpread, folder: Path, names: list[str]) -> Path:
     Raises:
         ImportError: when matplotlib is missing, saying what to install.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError('plots need matplotlib: pip install "sampled-sae[plot]"') from None
     shares, layers = spread.shares, range(spread.shares.shape[1])
-    figure = Figure(figsize=(10.4, 4.2), layout="constrained")
+    figure = new_figure(10.4, 4.2)
     left, right = (figure.add_subplot(1, 2, i) for i in (1, 2))
     names = [name.replace("$", r"\$") for name in names]
     if len(layers) == 2:
@@ -108,6 +104,4 @@ def plot_layers(spread: LayerSpread, folder: Path, names: list[str]) -> Path:
         right.set_xticks(layers, names)
         right.set(ylabel="mean share of a feature")
         right.axhline(1 / len(layers), color="black", linestyle=":", linewidth=1)
-    path = folder / PLOT
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
-    return path
+    return save_figure(figure, folder / PLOT)

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..support.argument_checks import check_finite
 from ..support.atomic_files import field
 from ..support.checksums import tensors_crc32
+from ..support.even_slices import share
 from .activation_stream import StreamedActivations
-from .lanes import share
 
 # tokens that are looked at together, so that a block may be larger than memory
 _LOOKED_AT = 65_536

@@ -13,9 +13,10 @@ from torch import Tensor
 from ..support.all_ranks import ALONE, AllRanks
 from ..support.argument_checks import check_finite, check_integer
 from ..support.atomic_files import field
+from ..support.even_slices import share
 from ..support.output_folder import sharing
 from .activation_stream import StreamedActivations
-from .lanes import of_lanes, share
+from .lanes import of_lanes
 from .store_writer import LARGEST
 from .stream_lane import FirstBlock, StreamLane
 

@@ -18,6 +18,8 @@ from ..support.all_ranks import ranks_of
 from ..support.argument_checks import check_integer
 from ..support.atomic_files import without_nan, write_json
 from ..support.output_folder import check_output_folder, held_by_first
+from .activation_stream import StreamedActivations
+from .activations import Activations
 from .evaluation import closing_line, evaluate_activations, reconstruct_with
 from .feed import Feed
 from .fitting import check_fits
@@ -131,26 +133,8 @@ def run_sweep(
     check_output_folder(folder)
     ranks = ranks_of(mesh)
     feed = Feed(store, train.batch_size, train.seed, device, ranks, steps=train.steps)
-    # of a SpliceSource, or of the SpliceEvaluator that a bound method belongs to
-    about = getattr(getattr(splice, "__self__", splice), "about", {})
-    if about.get("weights_sha256") and not is_same_kind(about, harvested := identity(store.manifest)):
-        raise ValueError(
-            f"splice is in {in_words(about)}, but {store.where} holds {in_words(harvested)}; take the evaluator of "
-            "SpliceEvaluator.of_harvest, or a function that calls another"
-        )
-    common = {
-        "activations": identity(store.manifest),
-        "splice": None if splice is None else about,
-        "data": feed.data,
-    }
-    for name, config in configs.items():
-        try:
-            check_fits(config, feed)
-            check_schedule(config, train)
-        except ValueError as error:
-            raise ValueError(f"configs[{name!r}]: {error}") from None
-    trains = {name: asdict(settled(train, config, feed.device)) for name, config in configs.items()}
-    settings = {name: {"sae": config.settings(), "train": trains[name], **common} for name, config in configs.items()}
+    common = {"activations": identity(store.manifest), "splice": _about(splice, store), "data": feed.data}
+    settings = {name: {**_settings(name, config, train, feed), **common} for name, config in configs.items()}
     place = {name: f"[{i}/{len(configs)}] {name}" for i, name in enumerate(configs, 1)}
     with ranks.together():
         results = {name: found for name in configs if (found := _recorded(folder / name, settings[name])) is not None}
@@ -194,6 +178,30 @@ def run_sweep(
                 write_table(rows, folder)
                 write_json(folder / "sweep.json", {"rows": rows, "train": asdict(train)})
     return rows
+
+
+def _about(splice: Splice | SpliceSource | None, store: Activations | StreamedActivations) -> dict[str, Any] | None:
+    """What the measure depends on; ValueError where it is in another model than the activations are of."""
+    if splice is None:
+        return None
+    # of a SpliceSource, or of the SpliceEvaluator that a bound method belongs to
+    about: dict[str, Any] = getattr(getattr(splice, "__self__", splice), "about", {})
+    if about.get("weights_sha256") and not is_same_kind(about, harvested := identity(store.manifest)):
+        raise ValueError(
+            f"splice is in {in_words(about)}, but {store.where} holds {in_words(harvested)}; take the evaluator of "
+            "SpliceEvaluator.of_harvest, or a function that calls another"
+        )
+    return about
+
+
+def _settings(name: str, config: SampledSAEConfig, train: TrainConfig, feed: Feed) -> dict[str, Any]:
+    """Of a member and its training; ValueError where the activations do not fit it."""
+    try:
+        check_fits(config, feed)
+        check_schedule(config, train)
+    except ValueError as error:
+        raise ValueError(f"configs[{name!r}]: {error}") from None
+    return {"sae": config.settings(), "train": asdict(settled(train, config, feed.device))}
 
 
 def _recorded(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

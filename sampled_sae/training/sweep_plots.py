@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..support.atomic_files import write_atomically
+from ..support.figures import new_figure, save_figure
 from .evaluation import HISTOGRAM_EDGES
 from .sweep_table import read_metrics, without_seed
 
@@ -26,13 +26,8 @@ def plot_sweep(rows: list[Row], folder: Path) -> list[Path]:
     Raises:
         ImportError: when matplotlib is missing, saying what to install.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError('plots need matplotlib: pip install "sampled-sae[plot]"') from None
-    matplotlib.use("Agg", force=False)
     figures = {"quality": quality(rows), "training": training(rows, folder), "frequency": frequency(rows)}
-    return [_save(figure, folder / f"{name}.png") for name, figure in figures.items()]
+    return [save_figure(figure, folder / f"{name}.png") for name, figure in figures.items()]
 
 
 def quality(rows: list[Row]) -> Any:
@@ -95,18 +90,11 @@ def frequency(rows: list[Row]) -> Any:
 
 
 def _figure(columns: int, height: float = 4.2) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2 * columns, height), layout="constrained")
+    figure = new_figure(5.2 * columns, height)
     axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
     for axis in axes:
         axis.grid(alpha=0.3)
     return figure, axes
-
-
-def _save(figure: Any, path: Path) -> Path:
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
-    return path
 
 
 def _with_legend(figure: Any, axes: Sequence[Any]) -> Any:

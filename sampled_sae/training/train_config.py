@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..optim import MODES
-from ..support.argument_checks import check_choice, check_integer, check_number, check_positive
+from ..support.argument_checks import check_choice, check_integer, check_number, check_positive, set_fields
 from ..support.html_table import config_table
 
 PRECISIONS = ("auto", "bf16", "tf32", "fp32")
@@ -50,27 +51,29 @@ class TrainConfig:
     schedule_steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
-            object.__setattr__(self, name, check_integer(name, getattr(self, name), 1))
-        object.__setattr__(self, "seed", check_integer("seed", self.seed, 0))
-        object.__setattr__(self, "adam", check_choice("adam", self.adam, MODES))
-        object.__setattr__(self, "moments", check_choice("moments", self.moments, ("float32", "bfloat16")))
-        object.__setattr__(self, "precision", check_choice("precision", self.precision, PRECISIONS))
+        counts = ("steps", "batch_size", "checkpoint_every", "log_every")
+        plain: dict[str, Any] = {name: check_integer(name, getattr(self, name), 1) for name in counts}
+        plain["seed"] = check_integer("seed", self.seed, 0)
+        choices = {"adam": MODES, "moments": ("float32", "bfloat16"), "precision": PRECISIONS}
+        for name, allowed in choices.items():
+            plain[name] = check_choice(name, getattr(self, name), allowed)
         for name, most in (("lr", None), ("clip", None), ("warmup", 1), ("decay", 1)):
-            object.__setattr__(self, name, check_number(name, getattr(self, name), 0, most))
+            plain[name] = check_number(name, getattr(self, name), 0, most)
+        if self.k_start is not None:
+            plain["k_start"] = check_positive("k_start", self.k_start)
+        if self.l_start is not None:
+            plain["l_start"] = check_number("l_start", self.l_start, 1, None)
+        if self.schedule_steps is not None:
+            plain["schedule_steps"] = check_integer("schedule_steps", self.schedule_steps, 1)
+        set_fields(self, plain)
         self._check_schedule()
 
     def _check_schedule(self) -> None:
-        if self.k_start is not None:
-            object.__setattr__(self, "k_start", check_positive("k_start", self.k_start))
-        if self.l_start is not None:
-            object.__setattr__(self, "l_start", check_number("l_start", self.l_start, 1, None))
         starts = [name for name in ("k_start", "l_start") if getattr(self, name) is not None]
         if self.schedule_steps is None:
             if starts:
                 raise ValueError(f"schedule_steps=None: must be given with {' and '.join(starts)}")
             return
-        object.__setattr__(self, "schedule_steps", check_integer("schedule_steps", self.schedule_steps, 1))
         if not starts:
             raise ValueError(f"schedule_steps={self.schedule_steps}: needs k_start or l_start, which it leads from")
         if self.schedule_steps > self.steps:

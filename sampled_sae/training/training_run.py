@@ -15,16 +15,12 @@ from torch import Tensor
 from ..config import SampledSAEConfig
 from ..distributed import parallelize
 from ..optim import RowAdam
-from ..pretrained import check_target
 from ..run_logs import NO_LOG, LogPlace, RunLog
 from ..sae import SampledSAE, SampledSAEOutput
 from ..support.atomic_files import append_text, json_line, write_text
 from ..support.late_values import LateScalars
-from ..support.output_folder import check_output_folder
-from ..support.timing import check_memory
-from .checkpoint import CHECKPOINT
 from .feed import Feed
-from .fitting import check_fits, check_variance, check_width, checkpoint_bytes
+from .fitting import check_fits, check_room, check_variance, check_width
 from .graphed_steps import GraphedSteps
 from .initial_weights import begin_with, check_initial
 from .precision import forward_in, settled, step_in
@@ -32,7 +28,6 @@ from .resuming import load, save, saved
 from .run_folder import RunFolder
 from .same_settings import identity
 from .schedules import check_schedule, config_at, is_scheduled
-from .sharded_checkpoint import RECORD
 from .train_config import TrainConfig
 from .training_batch import TrainingBatch
 
@@ -82,17 +77,7 @@ class TrainingRun:
         self.folder = Path(folder)
         self.init = None if init_from is None else check_initial(init_from, sae_config)
         self._ranks = ranks = feed.ranks
-        needed = checkpoint_bytes(sae_config, train_config)
-        feed.check_room()
-        here = ranks.on_this_machine(None)
-        with ranks.together():
-            # each process has a GPU of its own, if any
-            together = 1 if feed.device.type == "cuda" else len(here)
-            check_memory(f"d_sae={sae_config.d_sae}", together * needed // ranks.feature[1], feed.device)
-            # A checkpoint is written beside the one before it.
-            begun = any((self.folder / name).exists() for name in (CHECKPOINT, RECORD))
-            check_output_folder(self.folder, needed if begun else 2 * needed)
-            check_target(self.folder)
+        check_room(sae_config, train_config, feed, self.folder)
         found = saved(self.folder, ranks)
         if found is not None:
             with ranks.together():
@@ -128,13 +113,16 @@ class TrainingRun:
         else:
             with ranks.together():
                 self._written.check_same(self._about(), self._saved_config())
-            batch = feed.batch(0)
-            check_variance(batch, train_config.batch_size, feed.store.where)
-            if init_from is None and batch.target is not None:
-                self.sae.init_b_dec(batch.x, batch.target, scaled=True)
-            elif init_from is None:
-                with torch.no_grad():
-                    self.sae.layout.local(self.sae.b_dec).copy_(batch.median)
+            self._begin(feed.batch(0), init_from is None)
+
+    def _begin(self, batch: TrainingBatch, drawn: bool) -> None:
+        """With the first batch: b_dec follows from it where the weights are drawn."""
+        check_variance(batch, self.config.batch_size, self.feed.store.where)
+        if drawn and batch.target is not None:
+            self.sae.init_b_dec(batch.x, batch.target, scaled=True)
+        elif drawn:
+            with torch.no_grad():
+                self.sae.layout.local(self.sae.b_dec).copy_(batch.median)
 
     def follow_schedule(self, step: int) -> None:
         """The SAE computes by the k and l of a step.

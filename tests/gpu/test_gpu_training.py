@@ -6,9 +6,9 @@ import pytest
 import torch
 from makers import SMALL_SAE as SAE
 
+from sampled_sae.training.checkpoint import CHECKPOINT
 from sampled_sae.training.train_config import TrainConfig
 from sampled_sae.training.trainer import Trainer
-from sampled_sae.training.training_run import CHECKPOINT
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

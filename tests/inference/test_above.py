@@ -235,7 +235,7 @@ def test_a_screen_that_leaves_too_much_open_is_dropped(monkeypatch):
     monkeypatch.setattr(above, "MOST_SCREENED", 0)
     theirs, ours = encoders("bf16", torch.bfloat16)
     search = above.FloorSearch(ours.operands, thresholds("mixed").clamp_min(0))
-    found = search.among(ours.operands)
+    found = search.of_block(ours.operands)
     assert search.screens == []
     expected = REFERENCE.above_threshold(theirs, thresholds("mixed"))
     assert torch.equal(found.features, expected.features)
@@ -265,5 +265,5 @@ def test_a_few_features_that_are_all_active_leave_the_screen_to_others():
     t = whole_numbers(40, 5, 8)
     operands = TORCH.encoder(t["x"], t["W_enc"].t().contiguous(), t["b_enc"] + 1000, screen="bf16").operands
     search = above.FloorSearch(operands, torch.zeros(1))
-    assert len(search.among(operands).values) == 40 * 8
+    assert len(search.of_block(operands).values) == 40 * 8
     assert search.screens == ["plain", "bounded"]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...codes import Entries
+from ...codes import Entries, joined
 from ...support.even_slices import even_slices
 from ...support.reused_memory import scratch
 from ..encoder import Operands
@@ -45,9 +45,9 @@ FEWEST_TOKENS = 32
 def entries_above(operands: Operands, floor: Tensor) -> Entries:
     """Every entry of (x W^T + b) * scale strictly above the floor, [1] or [F], sorted by token, then feature."""
     search = FloorSearch(operands, floor)
-    found = [moved(search.among(block), at.start) for at, block in blocks_of_tokens(operands, search.room)]
+    found = [moved(search.of_block(block), at.start) for at, block in blocks_of_tokens(operands, search.room)]
     # no token: of a process whose part of a batch is empty
-    return joined(found) if found else Found(operands).entries()
+    return Entries.joined(found) if found else Found(operands).entries()
 
 
 def blocks_of_tokens(operands: Operands, room: float) -> Iterator[tuple[slice, Operands]]:
@@ -79,7 +79,7 @@ class Found:
 
     def entries(self) -> Entries:
         """All of them by token, then feature; they are no longer held here."""
-        places, values = taken(self.places), taken(self.values)
+        places, values = joined(self.places), joined(self.values)
         if not bool((places[1:] > places[:-1]).all()):
             places, order = places.sort()
             values = values.index_select(0, order)
@@ -105,7 +105,7 @@ class FloorSearch:
         self.screens = ["plain", "bounded"]
         self.listing = True
 
-    def among(self, block: Operands) -> Entries:
+    def of_block(self, block: Operands) -> Entries:
         """The entries of a block of tokens."""
         found = self.listed(block) if self.listing else None
         return found if found is not None else in_whole_rows(block, self.floor)
@@ -145,7 +145,7 @@ class FloorSearch:
             if entries is None:
                 return None
             found.append(moved(entries, at.start))
-        return joined(found)
+        return Entries.joined(found)
 
     def _screened(self, look: LookThrough, span: slice) -> tuple[Tensor, Tensor] | None:
         """(tokens, features) that a screen leaves open; None where there is no screen that leaves few enough."""
@@ -188,20 +188,6 @@ def moved(entries: Entries, first: int) -> Entries:
     return entries
 
 
-def joined(parts: list[Entries]) -> Entries:
-    """All entries of a list, which is emptied: no more than one column of it is held twice."""
-    columns = [list(column) for column in zip(*parts)]
-    parts.clear()
-    return Entries(*(taken(column) for column in columns))
-
-
-def taken(parts: list[Tensor]) -> Tensor:
-    """All of a list, which is emptied."""
-    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-    parts.clear()
-    return whole
-
-
 def in_whole_rows(block: Operands, floor: Tensor) -> Entries:
     """Entries of dense rows of activations, a few tokens at a time."""
     found = []
@@ -210,7 +196,7 @@ def in_whole_rows(block: Operands, floor: Tensor) -> Entries:
         dense_activations(part, a)
         tokens, features = (a > floor).nonzero(as_tuple=True)
         found.append(Entries(a[tokens, features], tokens + at.start, features))
-    return joined(found)
+    return Entries.joined(found)
 
 
 def row_blocks(operands: Operands) -> Iterator[tuple[slice, Operands]]:

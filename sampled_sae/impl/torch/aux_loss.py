@@ -10,7 +10,7 @@ from torch import Tensor
 from ...codes import SparseCodes
 from ...reference import residual_variance
 from ..column_bounds import ColumnBounds, largest_columns
-from ..dead_features import AuxRule
+from ..dead_features import AuxRule, residual_of
 from ..encoder import Encoder, Operands
 from ..hints import Rule
 from .block import block_mask
@@ -46,8 +46,7 @@ def aux_loss(
         mean ||e - e_hat||^2 / mean ||e - mean(e)||^2 with e = target - x_hat, 0-dim; 0 with no dead feature or where
         rounding alone explains the denominator.
     """
-    target = (encoder.x if target is None else target).to(x_hat.dtype).detach()
-    residual = target - x_hat.detach()
+    residual, target = residual_of(encoder, x_hat, target)
     denominator = residual_variance(residual, target)
     members = dead_candidates(encoder.operands, dead, rule, scores)
     if len(members) == 0 or denominator == 0:

@@ -23,7 +23,6 @@ from .entries import decode_entries, entry_codes
 from .levels import decode_block_levels, decode_entry_levels
 from .products import without_autocast
 from .screen import rounded
-from .search import take
 from .stream import (
     batch_hint,
     search_batch,
@@ -95,7 +94,7 @@ def search(operands: Operands, rule: Rule, hint: float | None) -> Entries:
 
 def take_kept(found: Entries, kept: Tensor, n_tokens: int, n_features: int) -> Entries:
     """Those of `kept`, bool, among what `search` found."""
-    return take(found, kept.nonzero().squeeze(1))
+    return found.at(kept.nonzero().squeeze(1))
 
 
 @without_autocast

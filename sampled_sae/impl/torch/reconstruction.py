@@ -18,8 +18,16 @@ def squared_errors(raw: Tensor, bias: Tensor | None, target: Tensor) -> tuple[Te
     """
     if torch.compiler.is_compiling():  # which makes passes of its own
         x_hat = raw if bias is None else raw + bias.to(raw.dtype)
-        return x_hat, (x_hat - target.to(x_hat.dtype)).square().sum(-1)
+        return x_hat, errors_of_tokens(target, x_hat)
     return SquaredErrors.apply(raw, bias, target)
+
+
+def errors_of_tokens(x: Tensor, x_hat: Tensor) -> Tensor:
+    """||x_i - x_hat_i||^2 of each token, [B]; equivalent to `(x - x_hat).square().sum(-1)`.
+
+    In this order the gradient of x_hat has the sign of the residual, and no pass has to turn it.
+    """
+    return (x_hat - x.to(x_hat.dtype)).square().sum(-1)
 
 
 class SquaredErrors(torch.autograd.Function):

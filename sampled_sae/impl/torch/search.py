@@ -85,8 +85,8 @@ class Search(ABC):
             exact, first = torch.zeros_like(seen.values), seen.values >= self._least(seen, seen, FIRST)
             some = self._compute(exact, seen, first, floor)
             self._compute(exact, seen, ~first & (seen.values >= self._least(some, seen, 1.0)), floor)
-            self.settled.append(take(seen._replace(values=exact), (exact > 0).nonzero().squeeze(1)))
-        return self.keep(join(self.settled))
+            self.settled.append(seen._replace(values=exact).at((exact > 0).nonzero().squeeze(1)))
+        return self.keep(Entries.joined(self.settled))
 
     def keep(self, entries: Entries) -> Entries:
         """These alone of what was found so far."""
@@ -105,7 +105,7 @@ class Search(ABC):
         """The activations of `which`, bool, of `seen` are written to `exact`, 0 for those below the floor, [1] or [B];
         the others are returned."""
         at = which.nonzero().squeeze(1)
-        entries = take(seen, at)
+        entries = seen.at(at)
         if self.looked:
             assert self.operands.screen is not None
             self.operands.screen.looks.see_entries(0, len(at))
@@ -113,7 +113,7 @@ class Search(ABC):
         least = floor if len(floor) == 1 else floor.index_select(0, entries.tokens)
         above = values >= least.clamp_min(smallest_positive(values.dtype))
         exact.index_copy_(0, at, torch.where(above, values, 0))
-        return take(entries._replace(values=values), above.nonzero().squeeze(1))
+        return entries._replace(values=values).at(above.nonzero().squeeze(1))
 
     def _activations(self, entries: Entries) -> Tensor:
         """Before the relu, at entries in any order."""
@@ -148,14 +148,6 @@ def smallest_positive(dtype: torch.dtype) -> float:
     return float(torch.nextafter(torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)))
 
 
-def take(entries: Entries, at: Tensor) -> Entries:
-    return Entries(*(column.index_select(0, at) for column in entries))
-
-
-def join(parts: list[Entries]) -> Entries:
-    return parts[0] if len(parts) == 1 else Entries(*(torch.cat(column) for column in zip(*parts)))
-
-
 def merged(parts: list[Entries], n_tokens: int) -> Entries:
     """Entries of some features after others, each sorted by token, as one list sorted by token, then feature."""
     if len(parts) == 1:
@@ -167,7 +159,7 @@ def merged(parts: list[Entries], n_tokens: int) -> Entries:
     for part, shift in zip(parts, (before - own).t().contiguous()):
         places.append(shift.index_select(0, part.tokens).add_(torch.arange(len(part.tokens), device=shift.device)))
     at = torch.cat(places)
-    return Entries(*(torch.empty_like(column).index_copy_(0, at, column) for column in join(parts)))
+    return Entries(*(torch.empty_like(column).index_copy_(0, at, column) for column in Entries.joined(parts)))
 
 
 def in_order(entries: Entries) -> Entries:
@@ -177,4 +169,4 @@ def in_order(entries: Entries) -> Entries:
     keys = tokens * n_columns + features
     if bool((keys[1:] > keys[:-1]).all()):
         return entries
-    return take(entries, torch.argsort(keys))
+    return entries.at(torch.argsort(keys))

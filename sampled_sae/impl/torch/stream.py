@@ -15,7 +15,7 @@ from ...codes import Entries
 from ...support.nth_largest import nth_largest, nth_largest_of_rows
 from ..encoder import Operands
 from .products import candidate_spans, token_blocks
-from .search import MOST_KEPT, Search, in_order, join, merged, take
+from .search import MOST_KEPT, Search, in_order, merged
 
 FIRST_CHUNK = 128
 WIDEST_TABLE = 16
@@ -29,7 +29,7 @@ class BatchSearch(Search):
         self.n = n
 
     def _arranged(self) -> Entries:
-        return join(self.found)
+        return Entries.joined(self.found)
 
     def _least(self, entries: Entries, at: Entries, share: float) -> Tensor:
         n = round(share * self.n)
@@ -95,14 +95,14 @@ def stream_token(operands: Operands, k: int, hint: float | None = None) -> Entri
     for token, block in token_blocks(operands):
         values, tokens, features = best_of_tokens(block, k, floor[token : token + block.n_tokens])
         blocks.append(Entries(values, tokens + token, features))
-    best = join(blocks)
+    best = Entries.joined(blocks)
     if hint is not None:
         short = torch.bincount(best.tokens, minlength=n_tokens) < k
         again = short.nonzero().squeeze(1)
         if len(again):
             values, tokens, features = best_of_tokens(operands.of_tokens(again), k, x.new_zeros(len(again)))
             done = (~short[best.tokens]).nonzero().squeeze(1)
-            best = join([take(best, done), Entries(values, again[tokens], features)])
+            best = Entries.joined([best.at(done), Entries(values, again[tokens], features)])
     return sort_entries(best, operands.members)
 
 
@@ -156,7 +156,7 @@ def keep_best(entries: Entries, n: int, n_features: int) -> Entries:
         ties = ties[torch.argsort(tokens[ties] * n_features + features[ties])[:missing]]
     mask[ties] = True
     at = mask.nonzero().squeeze(1)
-    return take(entries, at)
+    return entries.at(at)
 
 
 def keep_best_of_tokens(entries: Entries, k: int, n_tokens: int) -> tuple[Entries, Tensor]:
@@ -164,7 +164,8 @@ def keep_best_of_tokens(entries: Entries, k: int, n_tokens: int) -> tuple[Entrie
 
     A table [B, width] is fastest; where one token has far more entries than k it would be large, and a sort it is.
     """
-    values, tokens, features = in_order(entries)
+    entries = in_order(entries)
+    values, tokens, _ = entries
     counts = torch.bincount(tokens, minlength=n_tokens)
     first = counts.cumsum(0) - counts
     table = by_token(values, tokens, counts, k)
@@ -176,19 +177,19 @@ def keep_best_of_tokens(entries: Entries, k: int, n_tokens: int) -> tuple[Entrie
         last = by_value[rank == k - 1]
         cut[tokens[last]] = values[last]
         at = by_value[rank < k].sort().values
-        return take(Entries(values, tokens, features), at), cut
+        return entries.at(at), cut
     cut = nth_largest_of_rows(table, k)  # [B]
     least = cut.index_select(0, tokens)
     at = (values >= least).nonzero().squeeze(1)
     if len(at) == int(counts.clamp(max=k).sum()):
-        return take(Entries(values, tokens, features), at), cut
+        return entries.at(at), cut
     above = values > least
     tied = values == least
     rank = tied.cumsum(0)
     before = torch.cat((rank.new_zeros(1), rank))[first]
     room = k - torch.zeros_like(counts).index_add_(0, tokens, above.long())
     at = (above | (tied & (rank - before[tokens] <= room[tokens]))).nonzero().squeeze(1)
-    return take(Entries(values, tokens, features), at), cut
+    return entries.at(at), cut
 
 
 def by_token(values: Tensor, tokens: Tensor, counts: Tensor, k: int) -> Tensor | None:

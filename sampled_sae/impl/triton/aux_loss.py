@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...reference import residual_variance
-from ..dead_features import AuxRule, ranked, settled_ranks
+from ..dead_features import AuxRule, ranked, residual_of, settled_ranks
 from ..encoder import Encoder, Operands
 from ..hints import Rule
 from ..torch import aux_loss as torch_form
@@ -38,8 +38,7 @@ def aux_loss(
     """As the torch form's, which serves for aux_pool=None, where the number of dead features has to be known."""
     if rule.aux_pool is None:
         return torch_form.aux_loss(torch_encoder(*encoder[:-1], screen="off"), x_hat, W_dec, dead, rule, None, target)
-    target = (encoder.x if target is None else target).to(x_hat.dtype).detach()
-    residual = target - x_hat.detach()
+    residual, target = residual_of(encoder, x_hat, target)
     members = dead_pool(encoder.operands, dead, min(rule.aux_pool, encoder.shape[1]), rule.score, scores)
     masked = torch.where(dead, encoder.b, -torch.inf)
     codes = block_codes(encoder.weights_alone(), members, Rule(rule.k_aux, "token"), masked)

@@ -135,7 +135,7 @@ def in_whole_rows(operands: Operands, least: Tensor, floors: Tensor | None) -> E
         z = dense_products(part)
         tokens, features = ((z > 0) & (z >= least) if floors is None else z > floors).nonzero(as_tuple=True)
         parts.append(Entries(z[tokens, features], tokens + start, features))
-    return Entries(*(torch.cat(column) for column in zip(*parts)))
+    return Entries.joined(parts)
 
 
 def dense_from_list(operands: Operands, floors: Tensor) -> Tensor:

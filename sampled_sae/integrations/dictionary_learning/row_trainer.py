@@ -26,6 +26,12 @@ from .dictionaries import SampledDictionary
 from .step import LossLog, StepInputs, project_decoder_rows
 from .threshold import average_threshold, mean_smallest_of_tokens
 
+# attributes of a trainer that its configuration names
+SHOWN = (
+    *("lr", "steps", "auxk_alpha", "warmup_steps", "decay_start", "threshold_beta", "threshold_start_step"),
+    *("top_k_aux", "k", "device", "layer", "lm_name", "wandb_name", "submodule_name"),
+)
+
 
 class RowTrainer(SAETrainer):
     """What the trainers here share. The arguments are those of dictionary_learning's trainers.
@@ -129,27 +135,9 @@ class RowTrainer(SAETrainer):
         self.effective_l0: float = -1
         self.dead_features: int | Tensor = -1
         self.pre_norm_auxk_loss: float | Tensor = -1
-        self._config = {
-            "trainer_class": self.trainer_class,
-            "dict_class": self.dictionary.__name__,
-            "lr": self.lr,
-            "steps": steps,
-            "auxk_alpha": auxk_alpha,
-            "warmup_steps": warmup_steps,
-            "decay_start": decay_start,
-            "threshold_beta": threshold_beta,
-            "threshold_start_step": threshold_start_step,
-            "top_k_aux": self.top_k_aux,
-            "seed": seed,
-            "activation_dim": activation_dim,
-            "dict_size": dict_size,
-            "k": k,
-            "device": self.device,
-            "layer": layer,
-            "lm_name": lm_name,
-            "wandb_name": self.wandb_name,
-            "submodule_name": submodule_name,
-        }
+        shown = {name: getattr(self, name) for name in SHOWN}
+        self._config = {"trainer_class": self.trainer_class, "dict_class": self.dictionary.__name__, **shown}
+        self._config |= {"seed": seed, "activation_dim": activation_dim, "dict_size": dict_size}
         self._memory = self.ae.sae.memory
 
     def make_dictionary(self, activation_dim: int, dict_size: int, k: int, seed: int) -> SampledDictionary:

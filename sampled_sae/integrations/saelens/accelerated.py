@@ -15,8 +15,9 @@ from torch import Tensor
 from ...codes import SparseCodes
 from ...support.argument_checks import check_budget
 from .as_made import DENSE_METHODS
+from .feature_rows import feature_major
 from .inference import INFERENCE_FORMS, METHODS, SparseInference
-from .step import SparseStep, StepInputs, feature_major
+from .step import SparseStep, StepInputs
 
 
 class SampledTopKTrainingSAE(SparseStep):

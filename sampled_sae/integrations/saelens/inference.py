@@ -21,7 +21,7 @@ from ...inference.config import InferenceConfig
 from ...inference.encoding import TokensToEncode, active_codes, active_dense, tokens_to_encode
 from ..replaced import has_other_methods
 from .as_made import FUNCTIONS, is_plain, plain_budget
-from .step import feature_major
+from .feature_rows import FeatureRows
 
 # methods of SAELens' classes that are ours in the fast ones
 METHODS = ("encode", "decode", "forward")
@@ -29,7 +29,7 @@ METHODS = ("encode", "decode", "forward")
 FEW_ACTIVE = 1 / 8
 
 
-class SparseInference(SAE[Any]):
+class SparseInference(FeatureRows):
     """Mixed into a SAE of SAELens for inference, in front of it.
 
     `encode` and `decode` take and give what SAELens' do, dense matrices; `forward` makes none, and neither does
@@ -46,7 +46,6 @@ class SparseInference(SAE[Any]):
     theirs: type[SAE[Any]]
     _methods: dict[str, Any]
     _ours: dict[str, Any]
-    W_enc: nn.Parameter
     _hints: ThresholdHints
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -56,24 +55,13 @@ class SparseInference(SAE[Any]):
             cls._ours = {name: getattr(cls, name) for name in METHODS}
 
     def prepare(self) -> None:
-        """W_enc feature by feature in memory; no value changes."""
-        self.W_enc.data = feature_major(self.W_enc.data)
+        super().prepare()
         self._hints = ThresholdHints()
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().load_state_dict(*args, **kwargs)
-        self.prepare()
-        return result
 
     def _apply(self, *args: Any, **kwargs: Any) -> SparseInference:
         super()._apply(*args, **kwargs)
         self.prepare()
         return self
-
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        """safetensors takes row-major tensors alone."""
-        super().process_state_dict_for_saving(state_dict)
-        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
 
     @torch.compiler.disable
     def encode_sparse(self, x: Tensor) -> SparseCodes:

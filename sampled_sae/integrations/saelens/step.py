@@ -24,6 +24,7 @@ from ...support.argument_checks import check_budget
 from ..replaced import methods_of
 from .as_made import DENSE_METHODS, is_as_made, is_plain, plain_budget
 from .dead_feature_loss import dead_reconstruction_loss
+from .feature_rows import FeatureRows
 
 UNUSUAL_NORMS = ("constant_norm_rescale", "layer_norm")
 
@@ -42,11 +43,6 @@ class StepInputs:
     step: int
 
 
-def feature_major(t: Tensor) -> Tensor:
-    """The same [d, F], each feature's weights contiguous."""
-    return t if t.t().is_contiguous() else t.t().contiguous().t()
-
-
 def feature_acts(codes: SparseCodes) -> Tensor:
     """The kept activations as a coalesced COO tensor [B, F] without gradient: all that SAELens asks of them."""
     values, tokens, features = codes.entries()
@@ -54,7 +50,7 @@ def feature_acts(codes: SparseCodes) -> Tensor:
     return torch.sparse_coo_tensor(at, values.detach(), codes.shape, is_coalesced=True, check_invariants=False)
 
 
-class SparseStep(TopKTrainingSAE):
+class SparseStep(FeatureRows, TopKTrainingSAE):
     """Mixed into a training SAE of SAELens' TopK family, in front of it.
 
     Only `training_forward_pass` changes. Its `feature_acts` and `hidden_pre` are COO tensors of the kept entries,
@@ -77,7 +73,7 @@ class SparseStep(TopKTrainingSAE):
 
     def prepare(self) -> None:
         """What a step needs beside SAELens' state: memory to work in, and W_enc feature by feature in memory."""
-        self.W_enc.data = feature_major(self.W_enc.data)
+        super().prepare()
         self._memory = StepMemory()
         self.forget()
 
@@ -90,20 +86,10 @@ class SparseStep(TopKTrainingSAE):
         check_budget(self.cfg.k, None, self.cfg.d_sae, self.selection)
         self.prepare()
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().load_state_dict(*args, **kwargs)
-        self.prepare()
-        return result
-
     def _apply(self, *args: Any, **kwargs: Any) -> SparseStep:
         super()._apply(*args, **kwargs)
         self.forget()
         return self
-
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        """safetensors takes row-major tensors alone."""
-        super().process_state_dict_for_saving(state_dict)
-        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
 
     @torch.compiler.disable
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
