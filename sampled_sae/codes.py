@@ -134,6 +134,22 @@ class SparseCodes:
             self._entries = Entries(self.block[tokens, columns], tokens, self.pool[columns])
         return self._entries
 
+    def check_listed(self) -> None:
+        """ValueError for entries out of order or range, as a list made by hand may have them.
+
+        A GPU is not waited for: there nothing is checked.
+        """
+        if self._entries is None or self.block is not None or self.padded is not None or self.device.type != "cpu":
+            return
+        _, tokens, features = self._entries
+        if len(tokens) == 0:
+            return
+        places, low, high = tokens * self.shape[1] + features, *features.aminmax()
+        inside = min(int(tokens[0]), int(low)) >= 0 and tokens[-1] < self.shape[0] and high < self.shape[1]
+        if not (inside and (places[1:] > places[:-1]).all()):
+            needed = "must lie in it, sorted by token, then feature, each once"
+            raise ValueError(f"codes of shape {self.shape}: their {len(tokens)} entries {needed}")
+
     @property
     def values(self) -> Tensor:
         return self.entries()[0]

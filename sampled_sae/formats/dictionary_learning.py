@@ -7,6 +7,7 @@ encodes by the threshold with `encode(x, use_threshold=True)`. All three subtrac
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: no such file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        # torch's own words say how to load it all the same
+        raise ValueError(f"{path}: truncated or not a state dict: nothing is ever unpickled but tensors") from None
     except Exception as error:
         raise ValueError(f"{path}: truncated or not a state dict ({type(error).__name__}: {error})") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

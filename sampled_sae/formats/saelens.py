@@ -7,7 +7,7 @@ hold; it is read, not written. So are files from before its release 6, by `saele
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +193,7 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
     return sae
 
 
-def check_inputs(folder: Path, config: dict[str, Any], say: Say, at_run_time: Container[str] = ()) -> float:
+def check_inputs(folder: Path, config: dict[str, Any], say: Say, at_run_time: Collection[str] = ()) -> float:
     """What activations are to be multiplied by.
 
     Raises:
@@ -213,8 +213,10 @@ def check_inputs(folder: Path, config: dict[str, Any], say: Say, at_run_time: Co
     elif normalize == "covariance_whitening":
         raise ValueError(f"{cfg}: normalize_activations={normalize!r}: must be 'none'; fold it in with SAELens first")
     elif normalize != "none" and normalize not in at_run_time:
-        scaled = "what is done to each token at run time has no place in a SampledSAE"
-        raise ValueError(f"{cfg}: normalize_activations={normalize!r}: must be 'none'; {scaled}")
+        allowed = "'none'; what is done to each token at run time has no place in a SampledSAE"
+        if at_run_time:
+            allowed = f"one of 'none', {', '.join(map(repr, at_run_time))}"
+        raise ValueError(f"{cfg}: normalize_activations={normalize!r}: must be {allowed}")
     if config.get("reshape_activations") not in (None, "none"):
         say(f"reshape_activations={config['reshape_activations']!r}: feed it the heads' activations side by side")
     return scale

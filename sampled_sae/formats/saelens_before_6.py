@@ -18,7 +18,8 @@ def config(found: dict[str, Any]) -> dict[str, Any]:
         return found
     named = {"hook_name": found.get("hook_point"), "architecture": "standard", **found}
     of_activation = found.get("activation_fn_kwargs")
-    if "topk" in (found.get("activation_fn_str"), found.get("activation_fn")) and isinstance(of_activation, dict):
+    words = (found.get(name) for name in ("activation_fn_str", "activation_fn", "architecture"))
+    if "topk" in words and isinstance(of_activation, dict):
         named |= {"architecture": "topk", "k": of_activation.get("k")}
     if isinstance(named.get("normalize_activations"), bool):
         named["normalize_activations"] = "expected_average_only_in" if named["normalize_activations"] else "none"

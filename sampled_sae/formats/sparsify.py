@@ -88,7 +88,7 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
     Raises:
         ValueError: a skip connection of an SAE, another activation than "topk", wrong tensors.
     """
-    transcodes, skip = bool(config.get("transcode")), bool(config.get("skip_connection"))
+    transcodes, skip = flags(folder / CONFIG, config)
     if skip and not transcodes:
         raise ValueError(f"{folder / CONFIG}: skip_connection=True: a linear skip of an SAE has no place here")
     check_weights(tensors, config, folder, FOREIGN)
@@ -105,6 +105,16 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
         W_skip=tensors["W_skip"].t() if skip else None,
     )
     return check_one_dtype(folder / WEIGHTS, sae)
+
+
+def flags(cfg: Path, config: dict[str, Any]) -> tuple[bool, bool]:
+    """(whether it is a transcoder, whether it has a skip), False where cfg.json does not say it.
+
+    Raises:
+        ValueError: neither true nor false.
+    """
+    known = {"transcode": False, "skip_connection": False, **config}
+    return field(cfg, known, "transcode", bool), field(cfg, known, "skip_connection", bool)
 
 
 def check_weights(

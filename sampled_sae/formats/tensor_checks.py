@@ -33,8 +33,9 @@ def check_tensors(
         t = tensors[name]
         if tuple(t.shape) != shape:
             raise ValueError(f"{path}: {name} is {tuple(t.shape)}, must be {shape} by the configuration")
-        if t.dtype not in FLOATS:
-            raise ValueError(f"{path}: {name} is {t.dtype}, must be one of {', '.join(map(str, FLOATS))}")
+        if t.dtype not in FLOATS or t.layout != torch.strided:
+            found = t.dtype if t.layout == torch.strided else f"{t.layout} of {t.dtype}"
+            raise ValueError(f"{path}: {name} is {found}, must be dense, of {', '.join(map(str, FLOATS))}")
         wrong, found = (torch.isnan, "NaN") if name in infinite else (_not_finite, "NaN or inf")
         if any(bool(wrong(part).any()) for part in t.reshape(-1).split(PIECE)):
             raise ValueError(f"{path}: {name} holds {found}")

@@ -134,6 +134,7 @@ class InferenceSAE(Splicing, nn.Module):
         if isinstance(codes, SparseCodes):
             if codes.shape[1] != self.cfg.d_sae:
                 raise ValueError(f"codes.shape={codes.shape}: must be [B, {self.cfg.d_sae}]")
+            codes.check_listed()
             dtype, leading = codes.values.dtype, torch.Size(codes.shape[:1])
             x_hat = self._decode_sparse(codes if chosen is None else codes_of_features(codes, chosen))
         else:
@@ -192,7 +193,7 @@ class InferenceSAE(Splicing, nn.Module):
 
     def _checked(self, x: Tensor) -> torch.dtype:
         """The dtype to compute in, of tokens that are what they should be."""
-        check_activations(x, self.cfg.d_in)
+        check_activations(x, self.cfg.d_in, may_be_empty=True)
         if x.device != self.W_enc.device:
             raise ValueError(f"x.device={x.device}: the weights are on {self.W_enc.device}; both must share one device")
         if any(t.requires_grad for t in self.buffers()):

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ..support.once_differentiable import once_differentiable
 
 # elements of the weights that are raised at once
 CHUNK_ELEMENTS = 1 << 22

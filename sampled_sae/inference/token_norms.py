@@ -34,7 +34,7 @@ def norm_tokens(x: Tensor, normalize: str) -> NormedTokens:
     if normalize == "layer_norm":
         mean = x.mean(1, keepdim=True)
         centred = x - mean
-        std = centred.std(1, keepdim=True) if x.shape[1] > 1 else torch.zeros_like(mean)
+        std = centred.std(1, keepdim=True) if x.shape[1] > 1 and len(x) else torch.zeros_like(mean)
         return NormedTokens(centred / (std + LAYER_NORM_EPS), std, mean)
     if normalize == "constant_norm":
         norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)

@@ -152,6 +152,8 @@ def check_activations(x: Any, d_in: int, name: str = "x", may_be_empty: bool = F
         raise TypeError(f"{name}={type(x).__name__}: must be a torch.Tensor of shape [..., {d_in}]")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}.dtype={x.dtype}: must be one of {', '.join(map(str, FLOATS))}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}.layout={x.layout}: must be torch.strided, a dense tensor")
     if x.dim() < 1 or x.shape[-1] != d_in:
         raise ValueError(f"{name}.shape={tuple(x.shape)}: the last dimension must be d_in={d_in}")
     if x.numel() == 0 and not may_be_empty:

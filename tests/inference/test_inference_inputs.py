@@ -1,4 +1,4 @@
-"""Tokens, features and states in the shapes in which they come: views, autocast, copies, numpy, other layouts."""
+"""Tokens, features, codes and states in the shapes in which they come: views, none, copies, numpy, made by hand."""
 
 import copy
 import pickle
@@ -8,6 +8,8 @@ import pytest
 import torch
 from inference_makers import D, F, make, make_whole
 
+from sampled_sae import functional
+from sampled_sae.codes import SparseCodes
 from sampled_sae.inference.config import RULES
 
 FORMS = [{"impl": "reference"}, {"impl": "torch", "screen": "off"}, {"impl": "torch", "screen": "bf16"}]
@@ -31,6 +33,43 @@ def test_tokens_that_are_a_view(rule, form, how):
     assert torch.equal(found.x_hat, expected.x_hat)
     one = x[:1].expand(5, D)
     assert torch.equal(sae.encode(one), sae.encode(x[:1]).expand(5, F))
+
+
+@pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm"])
+@pytest.mark.parametrize("form", FORMS, ids=IDS)
+@pytest.mark.parametrize("rule", RULES)
+def test_no_tokens_at_all(rule, form, normalize):
+    """Of a mask that lets none through, as SAELens has it: nothing is active, and shapes are what they always are."""
+    sae, x = make(rule, dtype=torch.float32, normalize=normalize, **form)
+    none = x.new_zeros(3, 0, D).requires_grad_()
+    out, dense, some = sae(none), sae.encode(none), sae.encode(none, [5, 2])
+    assert (out.x_hat.shape, out.codes.shape, out.codes.count()) == ((3, 0, D), (0, F), 0)
+    assert (dense.shape, some.shape) == ((3, 0, F), (3, 0, 2))
+    assert sae.decode(dense, x=none).shape == sae.decode(some, [5, 2], x=none).shape == (3, 0, D)
+    assert sae.decode(out.codes, x=none).shape == (0, D)
+    (out.x_hat.sum() + dense.sum() + some.sum() + out.codes.values.sum()).backward()
+    assert none.grad.shape == none.shape
+    assert torch.equal(sae(x).x_hat, make(rule, dtype=torch.float32, normalize=normalize, **form)[0](x).x_hat)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=IDS)
+@pytest.mark.parametrize("rule", RULES)
+def test_second_derivatives_are_right_or_refused(rule, form):
+    sae, x = make(rule, n_tokens=2, **form)
+    x.requires_grad_()
+    for use in (
+        lambda x: sae(x).x_hat,
+        lambda x: sae.encode(x),
+        lambda x: sae.encode(x, [5, 2]),
+        lambda x: sae.encode_sparse(x).values,
+    ):
+        squares = lambda x, use=use: use(x).square().sum()  # noqa: E731
+        if form["impl"] == "reference":
+            assert torch.autograd.gradgradcheck(squares, x)
+            continue
+        (first,) = torch.autograd.grad(squares(x), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="a second derivative was asked for, which only the dense forms have"):
+            torch.autograd.grad((first * x).sum(), x)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=IDS)
@@ -97,3 +136,21 @@ def test_a_state_with_bad_values_is_refused(name, value):
     with pytest.raises(ValueError, match=f"{name}: 1 of its values are NaN"):
         sae.load_state_dict(state)
     assert torch.equal(sae(x).x_hat, expected)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "features"), [((1, 0), (2, 3)), ((0, 0), (3, 2)), ((0, 0), (2, 2)), ((0, 2), (2, 3)), ((0, 1), (2, F))]
+)
+def test_codes_made_by_hand_that_are_no_list(tokens, features):
+    """Out of order or of range: what a decode adds up by token would be that of others."""
+    sae, _ = make("relu", dtype=torch.float32)
+    codes = SparseCodes(torch.ones(2), torch.tensor(tokens), torch.tensor(features), (2, F))
+    for decode in (lambda: sae.decode(codes), lambda: functional.decode(codes, sae.W_dec)):
+        with pytest.raises(ValueError, match=r"codes of shape \(2, 96\): their 2 entries must lie in it, sorted"):
+            decode()
+
+
+def test_codes_made_by_hand():
+    sae, _ = make("relu", dtype=torch.float32)
+    codes = SparseCodes(torch.ones(2), torch.tensor([0, 1]), torch.tensor([7, 3]), (2, F))
+    torch.testing.assert_close(sae.decode(codes), sae.W_dec[[7, 3]] + sae.b_dec)

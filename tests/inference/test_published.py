@@ -125,6 +125,9 @@ def test_saelens(tmp_path, architecture):
 def test_saelens_before_release_6(tmp_path):
     assert "standard of saelens" in line_of(write_saelens(tmp_path, "standard", config=SAELENS_3))
     assert "model gpt2-small, layer 8 (blocks.8.hook_resid_pre)" in line_of(tmp_path)
+    k_inside = {**SAELENS_3, "architecture": "topk", "activation_fn_kwargs": {"k": 7}}
+    assert "topk of saelens" in line_of(write_saelens(tmp_path, "topk", config=k_inside))
+    assert load_inference(tmp_path, say=silent).cfg.k == 7
 
 
 @pytest.mark.parametrize("select", ["batch", "token"])

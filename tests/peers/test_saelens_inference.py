@@ -228,6 +228,21 @@ def test_nan_is_what_it_was(tmp_path, architecture):
         torch.testing.assert_close(ours.encode(x()), theirs.encode(x()), **NEAR, equal_nan=True)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_second_derivatives_are_refused(tmp_path, architecture):
+    """torch.autograd.grad would leave them out in silence."""
+    theirs, ours = pair(tmp_path, architecture)
+    tokens = x().requires_grad_()
+    for sae in (theirs, ours):
+        sae.requires_grad_(False)
+        (first,) = torch.autograd.grad(sae(tokens).square().sum(), tokens, create_graph=True)
+        if sae is theirs:
+            assert torch.autograd.grad((first * tokens).sum(), tokens)[0].isfinite().all()
+            continue
+        with pytest.raises(RuntimeError, match=r"a second derivative was asked for, .*an SAE that is not accelerated"):
+            torch.autograd.grad((first * tokens).sum(), tokens)
+
+
 def test_it_refuses_what_it_does_not_know(tmp_path):
     theirs, _ = pair(tmp_path, "standard")
     theirs.__class__ = type("Mine", (type(theirs),), {})

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import torch
 from ... import pretrained
 from ...inference.inference_sae import InferenceSAE
 from ...support import hub
-from ...support.argument_checks import FLOATS, check_choice, check_integer
+from ...support.argument_checks import FLOATS, check_choice, check_device, check_integer
 from ...support.atomic_files import read_json
 from ..origin import Origin
 from ..portable import Say
@@ -50,6 +51,8 @@ LAYOUTS = MappingProxyType(
     }
 )
 WRITTEN = (saelens.NAME, sparsify.NAME, gemma_scope.NAME)
+# folders that an error lists, and those that it looks through for them
+SHOWN, LOOKED_THROUGH = 5, 1000
 # fetched from a hub where they are there
 FETCHED = sorted({name for layout in LAYOUTS.values() for name in layout.files} | {pretrained.RUN, pretrained.ORIGIN})
 
@@ -73,7 +76,7 @@ class Published(NamedTuple):
 
 def load_inference(
     source: str | os.PathLike[str],
-    at: str | None = None,
+    at: str | os.PathLike[str] | None = None,
     *,
     layout: str | None = None,
     k: int | None = None,
@@ -107,7 +110,7 @@ def load_inference(
 
 def read_inference(
     source: str | os.PathLike[str],
-    at: str | None = None,
+    at: str | os.PathLike[str] | None = None,
     *,
     layout: str | None = None,
     k: int | None = None,
@@ -121,12 +124,13 @@ def read_inference(
     """`load_inference`, with what else the files say."""
     k = None if k is None else check_integer("k", k, 1)
     if dtype is not None and dtype not in FLOATS:
-        raise TypeError(f"dtype={dtype}: must be one of {', '.join(map(str, FLOATS))}")
-    place = _place(os.fspath(source), at, k, revision)
+        raise TypeError(f"dtype={dtype!r}: must be one of {', '.join(map(str, FLOATS))}")
+    device = None if device is None else check_device(device)
+    place = _place(_as_text("source", source), None if at is None else _as_text("at", at).strip("/"), k, revision)
     if layout is None:
         layout = detect(place.path)
         if layout is None:
-            raise ValueError(f"{place.path}: no SAE in a known layout; {_known()}")
+            raise ValueError(f"{place.path}: {_none_there(place.path)}")
     check_choice("layout", layout, tuple(LAYOUTS))
     if k is not None and layout != qwen_scope.NAME:
         raise ValueError(f"k={k}: is for {qwen_scope.NAME} alone; files in the layout {layout!r} have the rule in them")
@@ -205,6 +209,37 @@ def _place(source: str, at: str | None, k: int | None, revision: str | None) -> 
     return Place(path, name, k)
 
 
-def _known() -> str:
+def _as_text(name: str, path: Any) -> str:
+    try:
+        text = os.fspath(path)
+    except TypeError:
+        text = None
+    if not isinstance(text, str):
+        raise TypeError(f"{name}={path!r}: must be a str or a path")
+    if not text:
+        raise ValueError(f"{name}={path!r}: must name something")
+    return text
+
+
+def _none_there(path: Path) -> str:
+    """Why a path holds no SAE that can be read: what is below it, or what would have to be there."""
+    if path.is_file():
+        return f"is a file; name the folder that holds it, but for layer<n>.sae.pt ({qwen_scope.NAME})"
+    below = _folders_below(path)
+    if below:
+        more = ", ..." if len(below) > SHOWN else ""
+        return f"holds SAEs in {', '.join(below[:SHOWN])}{more}: name one with at="
     files = "; ".join(f"{' and '.join(layout.files)} ({name})" for name, layout in LAYOUTS.items() if layout.files)
-    return f"must hold {files}; or layer<n>.sae.pt ({qwen_scope.NAME}). In a folder of many SAEs name one with at="
+    wanted = f"must hold {files}; or layer<n>.sae.pt ({qwen_scope.NAME})"
+    return f"no SAE in a known layout; {wanted}. In a folder of many SAEs name one with at="
+
+
+def _folders_below(path: Path) -> list[str]:
+    """The folders below that hold SAEs, as `at` names them, as far as they are soon found."""
+    found = []
+    for folder, folders, files in islice(os.walk(path), LOOKED_THROUGH):
+        folders.sort()
+        held = any(set(layout.files) <= set(files) for layout in LAYOUTS.values() if layout.files)
+        if held or any(qwen_scope.FILE.fullmatch(file) for file in files):
+            found.append(Path(folder).relative_to(path).as_posix())
+    return found

@@ -27,9 +27,9 @@ def read(place: Place, say: Say) -> Reading:
         ValueError: another activation than "topk", wrong tensors; naming the file.
     """
     tensors, config = sparsify.read(place.path)
-    d_in, d_sae = sparsify.check_weights(tensors, config, place.path, REFUSED)
-    transcodes, skip = bool(config.get("transcode")), bool(config.get("skip_connection"))
     cfg = place.path / sparsify.CONFIG
+    transcodes, skip = sparsify.flags(cfg, config)
+    d_in, d_sae = sparsify.check_weights(tensors, config, place.path, REFUSED)
     made = config_of(
         cfg,
         d_in=d_in,

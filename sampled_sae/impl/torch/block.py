@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...codes import SparseCodes
 from ...support.nth_largest import largest_mask, largest_mask_of_rows
+from ...support.once_differentiable import once_differentiable
 from ..encoder import Encoder
 from ..hints import Rule
 

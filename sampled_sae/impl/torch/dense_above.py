@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ...support.once_differentiable import once_differentiable
 from ...support.reused_memory import on_huge_pages
 from ..encoder import Operands
 from ..gate import Gate, floor_of, keep_above_, magnitudes

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from ...codes import Entries, SparseCodes
+from ...support.once_differentiable import once_differentiable
 from ...support.reused_memory import Workspace
 from ..encoder import Encoder
 from ..row_gradients import RowSource
