@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import resource
@@ -18,7 +19,7 @@ from word_models import save_word_llama
 from sampled_sae import ActivationStore, SampledSAEConfig, TrainConfig, Trainer, formats
 from sampled_sae import cli as command_line
 from sampled_sae.cli.errors import sentence
-from sampled_sae.training import feed, sweep_plots
+from sampled_sae.training import sweep_plots
 
 # What a tiny run needs besides its folders; what stands behind replaces it.
 SMALL = {
@@ -101,18 +102,24 @@ def make_model(root: Path) -> None:
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
     root = tmp_path_factory.mktemp("pristine")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feed, "CALIBRATION_TOKENS", 256)
-        make_places(root)
+    make_places(root)
     return root
+
+
+parser_made_once = functools.cache(command_line.build_parser)
+
+
+@pytest.fixture
+def one_parser(monkeypatch):
+    """Commands share a parser: it takes longer to make than most lines take to read. It holds their functions."""
+    monkeypatch.setattr(command_line, "build_parser", parser_made_once)
 
 
 @pytest.fixture
 def places(pristine, tmp_path, monkeypatch):
-    """A function that makes a fresh copy of the places; nothing is fetched, memory and calibration are small."""
+    """A function that makes a fresh copy of the places; nothing is fetched, memory is small."""
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(feed, "CALIBRATION_TOKENS", 256)
     monkeypatch.setattr(sweep_plots, "save_figure", save_small)
     root = tmp_path / "places"
     copied = {}

@@ -1,25 +1,51 @@
-import importlib.util
 import os
+import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
-import torch
 
-# Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-    if importlib.util.find_spec("triton"):
-        from quick_interpreter import make_quick
-
-        make_quick()
+# Where Python is told to leave no bytecode, each of many processes would compile torch and these tests again: several
+# seconds. It is kept apart then.
+if sys.dont_write_bytecode:
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(Path(__file__).resolve().parents[1] / ".cache" / "bytecode")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 # The tensors here are small: a second thread costs more than it gives, several times so on a busy machine. Nor has one
 # a process that a test starts.
-torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 # a minute and more each: begun first, so that at the end no process waits for one of them
 LONGEST = ("many_problems", "what_the_compiler_makes", "test_rehearsal", "every_step_of_a_training", "the_notebook")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """Nothing in the process that hands tests out to those of pytest-xdist: they wait for it."""
+    if config.getoption("dist", "no") == "no" or hasattr(config, "workerinput"):
+        prepare()
+
+
+def prepare():
+    import torch
+
+    # Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported.
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    from forked import be_quick
+
+    be_quick()
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    cases = Counter()
+    for item in items:
+        if (mark := item.get_closest_marker("one_in")) is not None:
+            test = item.parent, item.originalname
+            if cases[test] % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+            cases[test] += 1
     if config.getoption("markexpr") == "":
         left_out = [item for item in items if item.get_closest_marker("everyday")]
         config.hook.pytest_deselected(items=left_out)
@@ -30,6 +56,8 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def poisoned_memory():
     """Every torch.empty holds NaN, so that a read before a write shows."""
+    import torch
+
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -52,12 +80,6 @@ def forked_workers(monkeypatch):
     from forked import forked
 
     monkeypatch.setattr("benchmarks.worker.CONTEXT", forked())
-
-
-@pytest.fixture
-def short_calibration(monkeypatch):
-    """A training ends with a calibration on few tokens."""
-    monkeypatch.setattr("sampled_sae.training.feed.CALIBRATION_TOKENS", 600)
 
 
 @pytest.fixture

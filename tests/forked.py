@@ -8,6 +8,8 @@ import sys
 
 import torch
 
+from sampled_sae.training import feed
+
 PRELOADED = ["torch", "torch.distributed.tensor", "torch.distributed.checkpoint", "sampled_sae.cli", "huggingface_hub"]
 # for the words of tests/word_models.py
 PRELOADED += ["transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"]
@@ -25,8 +27,9 @@ def forked():
 
 
 def be_quick():
-    """What each does first: one thread, and the interpreter of `tests/conftest.py`."""
+    """What each does first, and pytest: one thread, a quick interpreter, calibrations on few tokens after training."""
     torch.set_num_threads(1)
+    feed.CALIBRATION_TOKENS = 600
     if INTERPRETS:
         from quick_interpreter import make_quick
 

@@ -15,6 +15,7 @@ SMALL = {"d": 24, "features": 512, "batch": 64, "k": 4, "rounds": 3, "seconds": 
 PARTS = {"- scores", "- pool", "- select", "- decode", "- backward", "- optimizer", "- loss, threshold, counts"}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "rule", [{"l": 4.0}, {"l": 4.0, "score": "entropy", "adam": "decayed"}, {"l": None}, {"l": None, "select": "token"}]
 )
@@ -33,6 +34,7 @@ def test_rows(rule):
         assert row.time.p20 <= row.time.ms <= row.time.p80
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("rule", "kinds"),
     [({"l": 4.0}, {"columns"}), ({"l": None}, {"entries"}), ({"l": None, "select": "token"}, {"entries"})],

@@ -8,7 +8,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from cli_places import assert_one_sentence, full, places, pristine  # noqa: F401
+from cli_places import assert_one_sentence, full, one_parser, places, pristine  # noqa: F401
 from safetensors.torch import load_file, save_file
 
 from sampled_sae.training.checkpoint import write_checkpoint
@@ -133,20 +133,20 @@ def hold(file, write, name, commands, fresh, capsys):
 
 
 AMOUNTS = pytest.mark.parametrize(
-    "count", [pytest.param(8, marks=pytest.mark.everyday), pytest.param(25, marks=pytest.mark.slow)]
+    "count", [pytest.param(3, marks=pytest.mark.everyday), pytest.param(25, marks=pytest.mark.slow)]
 )
 
 
 @AMOUNTS
 @pytest.mark.parametrize("file", READS)
-def test_json(file, count, pristine, places, capsys):  # noqa: F811
+def test_json(file, count, pristine, places, one_parser, capsys):  # noqa: F811
     for name, text in some(damages_of_json((pristine / file).read_text()), count, file):
         hold(file, lambda path, text=text: path.write_text(text), name, READS[file], places, capsys)
 
 
 @AMOUNTS
 @pytest.mark.parametrize("file", TENSORS)
-def test_tensors(file, count, pristine, places, capsys):  # noqa: F811
+def test_tensors(file, count, pristine, places, one_parser, capsys):  # noqa: F811
     content = (pristine / file).read_bytes()
     for name, damaged in some(damages_of_bytes(content), min(count, 3), file):
         hold(file, lambda path, damaged=damaged: path.write_bytes(damaged), name, TENSORS[file], places, capsys)

@@ -3,15 +3,15 @@
 import argparse
 import errno
 import json
+import os
 import re
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from cli_places import FOLDERS, full, places, pristine  # noqa: F401
+from cli_places import FOLDERS, full, one_parser, places, pristine  # noqa: F401
+from forked import run_forked
 from safetensors import SafetensorError
 
 from sampled_sae import __version__
@@ -52,7 +52,7 @@ def failing(line, capsys):
 
 
 @of(NUMBERS)
-def test_a_number_out_of_range_names_its_option(name, action, places, capsys):  # noqa: F811
+def test_a_number_out_of_range_names_its_option(name, action, places, one_parser, capsys):  # noqa: F811
     option = action.option_strings[-1]
     more = " --to dictionary_learning --inference topk" if name == "export" else ""
     status, err = failing([*full(name + more, places()), f"{option}=-7"], capsys)
@@ -62,7 +62,7 @@ def test_a_number_out_of_range_names_its_option(name, action, places, capsys):  
 
 
 @of([(name, action) for name, action in OPTIONS if action.dest in JUDGED and not action.choices])
-def test_a_word_that_is_none_names_its_option(name, action, places, capsys):  # noqa: F811
+def test_a_word_that_is_none_names_its_option(name, action, places, one_parser, capsys):  # noqa: F811
     option = action.option_strings[-1]
     line = full(name, places())
     if action.dest == "model" and name == "train":
@@ -76,7 +76,7 @@ def test_a_word_that_is_none_names_its_option(name, action, places, capsys):  # 
 
 
 @of([(name, action) for name, action in OPTIONS if action.type not in (None, str, Path) and action.dest != "scores"])
-def test_what_is_no_number_names_its_option(name, action, capsys):
+def test_what_is_no_number_names_its_option(name, action, one_parser, capsys):  # noqa: F811
     option = action.option_strings[-1]
     for text in ("abc", "", "nan", "inf", "1e400", "1,,2", "9" * 5000):
         status, err = failing([name, *FOLDERS.get(name, ()), f"{option}={text}"], capsys)
@@ -87,7 +87,7 @@ def test_what_is_no_number_names_its_option(name, action, capsys):
 
 
 @of([(name, action) for name, action in OPTIONS if len(action.option_strings[-1]) > 5])
-def test_a_near_miss_of_an_option_is_suggested(name, action, capsys):
+def test_a_near_miss_of_an_option_is_suggested(name, action, one_parser, capsys):  # noqa: F811
     option = action.option_strings[-1]
     for miss in (option[:-1], option.replace("--", "-"), option.replace("-", "_").replace("__", "--") + "s"):
         if miss not in {own for _, other in OPTIONS for own in other.option_strings}:
@@ -237,13 +237,15 @@ def test_every_kind_of_error_is_one_line(error, status, words, monkeypatch, caps
     assert err.count("\n") == 1
 
 
-def test_a_reader_that_leaves_ends_it_without_a_word():
-    command = [sys.executable, "-m", "sampled_sae", *full("bench", Path())]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.close()
-        err = process.stderr.read()
-    assert process.returncode == 1
-    assert err == b""
+def read_by_nobody(line):
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    return main(line)
+
+
+def test_a_reader_that_leaves_ends_it_without_a_word(tmp_path):
+    assert run_forked(tmp_path / "log", read_by_nobody, full("bench", Path())) == (1, "")
 
 
 @pytest.mark.parametrize(

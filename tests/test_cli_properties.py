@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 import pytest
-from cli_places import FOLDERS, SMALL, assert_one_sentence, paths_in, places, pristine  # noqa: F401
+from cli_places import FOLDERS, SMALL, assert_one_sentence, one_parser, paths_in, places, pristine  # noqa: F401
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -41,8 +41,8 @@ TOO_MUCH = {
     "model": ["{model}", "{missing}", "{empty}", "{file}", "{broken}", "{sae}", ""],
     "texts": ["{texts}", "{missing}", "{empty}", "{file}", "{broken}", "{model}", "", "hf:", "wiki-xx"],
 }
-# examples of the everyday run, by what they cost
-EXAMPLES = {"check": 2, "bench": 10, "sweep": 10}
+# examples where all tests run, by what they cost; 150 of the others
+EXAMPLES = {"check": 12, "bench": 60, "sweep": 60}
 
 
 def values(action):
@@ -69,12 +69,12 @@ def command_lines(draw, name):
 
 
 @pytest.mark.parametrize(
-    "factor", [pytest.param(1, marks=pytest.mark.everyday), pytest.param(6, marks=pytest.mark.slow)]
+    "share", [pytest.param(12, marks=pytest.mark.everyday), pytest.param(1, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_command_line_ends_in_a_traceback(name, factor, places, capsys):  # noqa: F811
+def test_no_command_line_ends_in_a_traceback(name, share, places, one_parser, capsys):  # noqa: F811
     @settings(
-        max_examples=EXAMPLES.get(name, 25) * factor,
+        max_examples=EXAMPLES.get(name, 150) // share,
         deadline=None,
         database=None,
         derandomize=True,

@@ -76,6 +76,7 @@ def test_a_step_is_that_of_the_specification(rule, impl):
     torch.testing.assert_close(gradients(sae), expected)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_triton_equals_torch(rule):
     pytest.importorskip("triton")
@@ -159,6 +160,7 @@ def test_no_rows_of_a_decoder():
     assert normalize_(nothing, 3).shape == without_growth(nothing, nothing, 3).shape == (0, 6)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("mode", ["dense", "lazy", "decayed"])
 @pytest.mark.parametrize("row_grads", [True, False])
 @pytest.mark.parametrize("impl", ["torch", "triton"])

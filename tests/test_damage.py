@@ -15,8 +15,6 @@ from sampled_sae.cli import main
 from sampled_sae.support.atomic_files import read_json, write_json
 from sampled_sae.training.checkpoint import CHECKPOINT, FIELDS, read_checkpoint, write_checkpoint
 
-pytestmark = pytest.mark.usefixtures("short_calibration")
-
 
 @pytest.fixture
 def x():

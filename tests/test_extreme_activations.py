@@ -11,8 +11,6 @@ from makers import D, tokens
 from sampled_sae import ActivationStore, Trainer
 from sampled_sae.training import training_run
 
-pytestmark = pytest.mark.usefixtures("short_calibration")
-
 
 @pytest.fixture
 def x():

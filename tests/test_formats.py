@@ -26,6 +26,7 @@ from sampled_sae import SampledSAE, formats
 from sampled_sae.cli import main
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("to", formats.FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rule", RULES)
@@ -52,6 +53,7 @@ def test_an_input_that_is_not_centred_comes_back_too(tmp_path, to):
     assert same_files(tmp_path / "ours", tmp_path / "back", OURS)
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("to", formats.FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rule", RULES)
@@ -286,6 +288,7 @@ def test_errors_of_the_commands_exit_with_1(tmp_path, capsys):
     assert torch.equal(SampledSAE.from_pretrained(tmp_path / "b").b_dec, trained().b_dec * 2)
 
 
+@pytest.mark.slow
 def test_the_installed_command(tmp_path):
     trained().save_pretrained(tmp_path / "sae")
     folders = [tmp_path / "sae", tmp_path / "out"]

@@ -24,6 +24,7 @@ def checkpoint(folder, factor, **rule):
     return sae.eval()
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("to", formats.FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rule", ["l=4, entropy", "topk"])

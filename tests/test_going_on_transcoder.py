@@ -14,11 +14,6 @@ TRAIN = TrainConfig(steps=8, batch_size=64, log_every=1)
 X, Y = tokens(500, D, dtype=torch.float32) * 3, tokens(500, D_OUT, dtype=torch.float32, seed=2) * 0.2 + 1
 
 
-@pytest.fixture(autouse=True)
-def _few(short_calibration):
-    """A training ends with a calibration on few tokens."""
-
-
 def initial(**settings):
     """With decoder rows of several norms, in units of its own."""
     given = {"d_out": D_OUT, "skip": True, "l": None, "input_scale": 0.4, "output_scale": 1.7, **settings}

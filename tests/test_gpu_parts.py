@@ -94,6 +94,7 @@ def test_driver_version(tmp_path, monkeypatch):
         assert driver() == "570.86.15"
 
 
+@pytest.mark.slow
 def test_configurations_are_put_in_use_and_back():
     for choice, names in tuning.CHOICES.items():
         dtype = torch.bfloat16 if choice in ("described_config", "product_filter_config") else torch.float32

@@ -75,6 +75,7 @@ def graphed(made, graphs):
     return made
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("l", "adam"), [(2.0, "dense"), (None, "decayed")])
 def test_replayed_steps_are_the_same_training(l, adam, graphs, tmp_path):
     store = write_store(tmp_path / "store")

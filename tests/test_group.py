@@ -20,8 +20,6 @@ from sampled_sae.training.train_config import TrainConfig
 from sampled_sae.training.trainer import Trainer
 from sampled_sae.training.training_run import METRICS
 
-pytestmark = pytest.mark.usefixtures("short_calibration")
-
 TRAIN = TrainConfig(steps=24, batch_size=64, checkpoint_every=6, log_every=2, lr=3e-3, seed=7)
 CONFIGS = {
     "l2": SAE,
@@ -104,6 +102,7 @@ def test_each_member_may_have_a_store_of_its_own(store, other_store, tmp_path, f
     assert_equal_to_trainers(saes, configs, stores, tmp_path / "group", tmp_path / "alone")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("method", "at", "left"),
     [

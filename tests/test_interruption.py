@@ -16,8 +16,6 @@ from sampled_sae.training.batches import ShuffledStream
 from sampled_sae.training.checkpoint import CHECKPOINT, read_checkpoint
 from sampled_sae.training.training_run import METRICS
 
-pytestmark = pytest.mark.usefixtures("short_calibration")
-
 SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0)
 TRAIN = TrainConfig(steps=24, batch_size=64, checkpoint_every=100, log_every=2)
 OPTIONS = ["--features", "96", "--k", "3", "--steps", "24", "--batch-size", "64", "--checkpoint-every", "100"]

@@ -204,7 +204,7 @@ def test_saved_and_loaded(tmp_path):
     assert "groups" not in json.loads((tmp_path / "config.json").read_text())["sae"]
 
 
-def test_training_resumes_with_its_groups_alone(store, tmp_path, short_calibration):
+def test_training_resumes_with_its_groups_alone(store, tmp_path):
     config = SampledSAEConfig(d_in=store.d_in, d_sae=64, k=3, l=None, groups=(8, 64), dead_after=500)
     how = TrainConfig(steps=12, batch_size=40, checkpoint_every=5, log_every=4)
     whole = Trainer(config, how, store, tmp_path / "whole").run(progress=False)

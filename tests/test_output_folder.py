@@ -18,8 +18,6 @@ from sampled_sae.support import output_folder
 from sampled_sae.support.output_folder import LOCK, check_output_folder, locked
 from sampled_sae.training.sweep import run_sweep
 
-pytestmark = pytest.mark.usefixtures("short_calibration")
-
 SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0)
 TRAIN = TrainConfig(steps=12, batch_size=64, checkpoint_every=6, log_every=2)
 

@@ -18,11 +18,6 @@ CONFIG = SampledSAEConfig(d_in=D, d_sae=64, k=3, l=None, d_out=D_OUT, skip=True,
 HOW = TrainConfig(steps=60, batch_size=50, checkpoint_every=10, log_every=10, lr=1e-2)
 
 
-@pytest.fixture(autouse=True)
-def _few(short_calibration):
-    """A training ends with a calibration on few tokens."""
-
-
 @pytest.fixture(scope="module")
 def both():
     """(x [n, D], y [n, D_OUT]): y is a linear and a rectified function of x."""

@@ -92,7 +92,7 @@ def name_of(item):
     return "/".join(item.nested_key) or item.key
 
 
-def test_wandb_has_the_run(store, tmp_path, monkeypatch, capsys, short_calibration):
+def test_wandb_has_the_run(store, tmp_path, monkeypatch, capsys):
     pytest.importorskip("wandb")
     for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true"), ("WANDB_CONFIG_DIR", str(tmp_path))):
         monkeypatch.setenv(name, value)
@@ -120,7 +120,7 @@ def test_wandb_has_the_run(store, tmp_path, monkeypatch, capsys, short_calibrati
     assert exits == [1, 0]
 
 
-def test_trackio_has_the_run(store, tmp_path, monkeypatch, capsys, short_calibration):
+def test_trackio_has_the_run(store, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     trackio = pytest.importorskip("trackio")
     stopped_and_gone_on(store, tmp_path / "run", "trackio", project="features", name="wide", tags=("a",))

@@ -61,7 +61,7 @@ def a_trainer(store, folder, kind="wandb", steps=12, **options):
 
 
 @pytest.mark.parametrize("kind", ["wandb", "trackio"])
-def test_a_place_is_told_the_lines_of_metrics(kind, places, store, tmp_path, short_calibration):
+def test_a_place_is_told_the_lines_of_metrics(kind, places, store, tmp_path):
     trainer = a_trainer(store, tmp_path / "run", kind, project="features", name="wide", tags=("a", "b"))
     trainer.run(progress=False)
     trainer.log.result({"fvu": 0.5, "loss_recovered_zero": math.nan, "threshold": None, "histogram": [1]})
@@ -84,7 +84,7 @@ def test_a_place_is_told_the_lines_of_metrics(kind, places, store, tmp_path, sho
     json.dumps(run.options["config"])
 
 
-def test_tensorboard_files(store, tmp_path, short_calibration):
+def test_tensorboard_files(store, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -115,7 +115,7 @@ def stopped_at(trainer, step):
         trainer.run(progress=False)
 
 
-def test_a_run_that_goes_on_is_the_same_run(places, store, tmp_path, short_calibration):
+def test_a_run_that_goes_on_is_the_same_run(places, store, tmp_path):
     stopped_at(a_trainer(store, tmp_path / "run"), 6)
     again = a_trainer(store, tmp_path / "run")
     assert again.step == 3
@@ -129,7 +129,7 @@ def test_a_run_that_goes_on_is_the_same_run(places, store, tmp_path, short_calib
     assert places["wandb"].runs[-1].options["id"] != first.options["id"]
 
 
-def test_another_project_or_a_new_training_is_another_run(places, store, tmp_path, short_calibration):
+def test_another_project_or_a_new_training_is_another_run(places, store, tmp_path):
     stopped_at(a_trainer(store, tmp_path / "run"), 6)
     a_trainer(store, tmp_path / "run", project="b").run(progress=False)
     for file in (tmp_path / "run").iterdir():
@@ -139,7 +139,7 @@ def test_another_project_or_a_new_training_is_another_run(places, store, tmp_pat
     assert len({run.options["id"] for run in places["wandb"].runs}) == 3
 
 
-def test_tensorboard_drops_what_lies_beyond_the_checkpoint(store, tmp_path, short_calibration):
+def test_tensorboard_drops_what_lies_beyond_the_checkpoint(store, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -153,7 +153,7 @@ def test_tensorboard_drops_what_lies_beyond_the_checkpoint(store, tmp_path, shor
     assert [event.step for event in events.Scalars("train/loss")] == [3, 6, 9, 12]
 
 
-def test_a_place_that_fails_does_not_end_the_training(places, store, tmp_path, short_calibration, capsys):
+def test_a_place_that_fails_does_not_end_the_training(places, store, tmp_path, capsys):
     trainer = a_trainer(store, tmp_path / "run")
 
     def fails(self, values, step):
@@ -197,7 +197,7 @@ def test_bad_places(places):
             LogPlace(**options)
 
 
-def test_train_and_sweep_by_command(places, store, tmp_path, capsys, short_calibration):
+def test_train_and_sweep_by_command(places, store, tmp_path, capsys):
     options = [*TRAINING, "--log", "wandb", "--log-project", "p", "--log-tags", "a,b", "--quiet"]
     assert main(["train", str(store.folder), str(tmp_path / "run"), *options]) == 0
     (run,) = places["wandb"].runs
@@ -249,7 +249,7 @@ def test_nothing_is_told_after_the_end():
     assert told == [{"a": 1.0}, True]
 
 
-def test_train_ends_with_a_line_of_what_was_measured(store, tmp_path, capsys, short_calibration):
+def test_train_ends_with_a_line_of_what_was_measured(store, tmp_path, capsys):
     command = ["train", str(store.folder), str(tmp_path / "run"), *TRAINING]
     assert main(command) == 0
     result = read_json(tmp_path / "run" / "evaluation.json")

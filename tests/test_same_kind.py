@@ -16,8 +16,6 @@ from sampled_sae.training.evaluation import evaluate_activations
 from sampled_sae.training.same_settings import in_words, is_same_kind
 from sampled_sae.training.sweep import EVALUATION, evaluate, merged, run_sweep
 
-pytestmark = pytest.mark.usefixtures("short_calibration")
-
 SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0)
 TRAIN = TrainConfig(steps=6, batch_size=64, checkpoint_every=6, log_every=2)
 OPTIONS = ["--features", "96", "--k", "3", "--steps", "6", "--batch-size", "64", "--quiet"]

@@ -10,8 +10,6 @@ from sampled_sae.cli import main
 from sampled_sae.support.atomic_files import read_json, write_json
 from sampled_sae.training.sweep import EVALUATION, RESULT, SpliceSource, run_sweep
 
-pytestmark = pytest.mark.usefixtures("short_calibration")
-
 SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0)
 TRAIN = TrainConfig(steps=6, batch_size=64, checkpoint_every=6, log_every=2)
 OPTIONS = ["--features", "96", "--k", "3", "--steps", "6", "--batch-size", "64", "--quiet"]

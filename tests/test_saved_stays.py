@@ -11,8 +11,6 @@ from sampled_sae import ActivationStore, SAEGroup, SampledSAE, SampledSAEConfig,
 from sampled_sae.cli import main
 from sampled_sae.training.checkpoint import CHECKPOINT
 
-pytestmark = pytest.mark.usefixtures("short_calibration")
-
 SAE = SampledSAEConfig(d_in=D, d_sae=48, k=3, l=2.0)
 TRAIN = TrainConfig(steps=4, batch_size=64, checkpoint_every=2, log_every=2)
 

@@ -14,8 +14,6 @@ from sampled_sae.support import atomic_files
 from sampled_sae.support.atomic_files import read_json, write_atomically, write_json, write_text
 from sampled_sae.training.checkpoint import CHECKPOINT
 
-pytestmark = pytest.mark.usefixtures("short_calibration")
-
 SAE = SampledSAEConfig(d_in=D, d_sae=96, k=3, l=2.0)
 TRAIN = TrainConfig(steps=12, batch_size=64, checkpoint_every=6, log_every=2)
 

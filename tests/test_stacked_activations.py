@@ -104,7 +104,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
         PairedActivations(StackedActivations([a, b]), c)
 
 
-def test_a_training_learns_each_layer_and_resumes(stack, tmp_path, short_calibration):
+def test_a_training_learns_each_layer_and_resumes(stack, tmp_path):
     whole = Trainer(CONFIG, replace(HOW, steps=150, lr=1e-2), stack, tmp_path / "whole").run(progress=False)
     assert whole.cfg.input_scale == stack.scale
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]

@@ -19,11 +19,6 @@ PAIR = SampledSAEConfig(d_in=6, d_out=4, d_sae=32, k=3, skip=True)
 STACK = SampledSAEConfig(d_in=6, layers=2, d_sae=32, k=3, l=2.0)
 
 
-@pytest.fixture(autouse=True)
-def _few(short_calibration):
-    """A training ends with a calibration on few tokens."""
-
-
 def pairs():
     return ActivationStream(IteratorSource(zip(X.split(20), Y.numpy().reshape(35, 20, 4))), 128).pair()
 

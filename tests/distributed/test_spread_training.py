@@ -51,6 +51,7 @@ CASES = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("shape", "rule", "kind"), CASES, ids=str)
 def test_twenty_steps_are_those_of_one_process(workers, shape, rule, kind):
     settings, counts = {**BASE, **rule}, COUNTS[shape[0]]
@@ -173,6 +174,7 @@ def accumulate_on_mesh(shape, settings, counts):
     return rank, sae.layout.weights.first, accumulate(sae, batches(counts, 2), rank)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=str)
 @pytest.mark.parametrize("rule", [{"row_grads": True}, {}, {"d_out": 5, "skip": True}], ids=str)
 def test_gradients_add_up_and_reach_the_input(workers, shape, rule):

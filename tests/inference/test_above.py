@@ -68,6 +68,7 @@ def thresholds(kind):
     return some if kind == "mixed" else torch.full((1000,), -INF)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.usefixtures("poisoned_memory", "block_tokens", "route")
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
 @pytest.mark.parametrize("screen", ["off", "bf16"])

@@ -22,6 +22,7 @@ VIEWS = {
 }
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("how", VIEWS)
 @pytest.mark.parametrize("form", FORMS, ids=IDS)
 @pytest.mark.parametrize("rule", RULES)

@@ -59,6 +59,7 @@ def test_gradients_are_those_of_the_specification(rule, changes):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("rule", RULES)
 def test_gradients_are_those_of_differences(rule):
     sae, x = make(rule, n_tokens=3, **EVERY)
@@ -81,6 +82,7 @@ def test_dense_codes_are_decoded_whatever_their_number():
         torch.testing.assert_close(sae.decode(codes), codes @ sae.W_dec + sae.b_dec)
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("rule", RULES)
@@ -113,6 +115,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("screened", [False, True], ids=["full", "screened"])
 def test_no_copy_of_the_weights_and_no_matrix_of_activations(screened, rule, monkeypatch):
@@ -263,6 +266,7 @@ def test_uses_that_are_refused(use, message):
     assert message in str(error.value)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("normalize", ["none", "layer_norm"])
 @pytest.mark.parametrize("screen", ["off", "bf16"])
 @pytest.mark.parametrize("rule", RULES)

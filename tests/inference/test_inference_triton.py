@@ -17,6 +17,7 @@ LISTED, WHOLE_ROWS = 1 / 16, 0.0
 ROUTES = [(rule, share) for rule in RULES for share in (LISTED, WHOLE_ROWS) if rule != "topk" or share == LISTED]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("rule", "share"), ROUTES, ids=str)
 def test_the_same_entries_bit_for_bit(rule, share, monkeypatch):
     monkeypatch.setattr(stream, "MOST_LISTED", share)
@@ -54,6 +55,7 @@ def test_gradients_reach_activations():
     torch.testing.assert_close(found[1], found[0])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_the_same_entries_through_a_screen(rule, monkeypatch):
     """In lists with room for all of them, and for too few of what a bound leaves open."""

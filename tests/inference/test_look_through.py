@@ -14,6 +14,7 @@ def operands_of(n_tokens, d, dtype, n_features=1 << 13, screen="bf16"):
     return TORCH.encoder(torch.ones(n_tokens, d, dtype=dtype), W, b, screen=screen).operands
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("d", [2, 64, 1000])
 @pytest.mark.parametrize("n_tokens", [1, 64, 256, 700, 12000])
@@ -56,6 +57,7 @@ def test_tokens_that_were_rounded_are_let_go(given_up, dtype, monkeypatch):
     assert not {"x", "columns"} & set(vars(operands.screen))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("scaled", [False, True])
 def test_no_activation_above_its_floor_is_below_the_least_product(scaled, dtype):

@@ -37,6 +37,7 @@ def budgets(a):
     return sorted(n for n in found if 0 < n < a.numel())
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("levels", [None, 1, 4])
 def test_keeps_the_largest(levels, shape, device):
@@ -197,6 +198,7 @@ def compacted(values, keys, n, n_tokens, n_features):
     )
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("sizes", [(9, 7), (70_000, 50_000)], ids=["narrow keys", "wide keys"])
 @pytest.mark.parametrize("padding", [0, 41])
 @pytest.mark.parametrize("levels", [None, 4])

@@ -58,6 +58,7 @@ def in_order(values, keys, count):
     return values[: int(count)][order], keys
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tau", [-INF, -1.0, 0.0, 1e-40, 0.75, 0.8, 3.0, 100.0, INF, NAN])
 def test_appends_what_is_above(tau, shape, device):

@@ -124,6 +124,7 @@ def test_wrong_arguments(change, message):
         chunk_statistics(**(arguments | change))
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("score", [*SCORES, "l2_squared"])
 def test_chunked_and_fused_scores_agree(score, dtype, device, monkeypatch):

@@ -96,6 +96,7 @@ def test_matches_float64(score, shape, device):
     assert_no_worse_than_eager(x, W, b, score, scale)
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("score", SCORES)

@@ -49,6 +49,7 @@ def assert_refilled(found, a, n):
     assert (keys[len(expected) :] == a.numel()).all()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("shape", SEARCH_SHAPES)
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 1.0])
 def test_finds_the_largest(share, shape, device):
@@ -58,6 +59,7 @@ def test_finds_the_largest(share, shape, device):
     assert_refilled(refilled(x, W, b, scale, None, n), a, n)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("members", [None, range(3, 133, 4)], ids=["all", "pool"])
 def test_dtypes_and_pools(members, dtype, device):
@@ -66,6 +68,7 @@ def test_dtypes_and_pools(members, dtype, device):
     assert_refilled(refilled(x, W, b, scale, members, 200), activations(x, W, b, scale, members), 200)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("has_scale", [True, False])
 def test_optional_arguments(has_bias, has_scale, device):
@@ -74,6 +77,7 @@ def test_optional_arguments(has_bias, has_scale, device):
     assert_refilled(refilled(x, W, b, scale, None, 200), activations(x, W, b, scale), 200)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 70, 257, 1120, 3500])
 def test_ties_go_to_the_lower_token_then_feature(n, device):
     """All entries are equal, and the tokens before the last kept one are kept whole."""
@@ -81,6 +85,7 @@ def test_ties_go_to_the_lower_token_then_feature(n, device):
     assert_refilled(refilled(x, W, None, None, None, n), torch.full((50, 70), 2.0, device=device), n)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("shape", [(70, 300), (300, 70)])
 @pytest.mark.parametrize("n", [19, 5000, 16001])
 def test_ties_over_two_digits(n, shape, device):
@@ -118,6 +123,7 @@ def test_no_positives_at_all(device):
     assert_refilled(refilled(x, W, b - 1000, scale, None, 7, cap=20), torch.zeros(45, 133, device=device), 7)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("count", "tau", "fails"),
     [

@@ -72,6 +72,7 @@ def check_dots(given, left, W):
     assert_within_rounding(entry_dots(left, W, tokens, features, token_ends), expected, magnitude)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dots_by_stripes_of_d(shape, dtype, device, monkeypatch):
@@ -96,6 +97,7 @@ def test_entries_before_the_first_token_are_left_out(skipped, device):
     torch.testing.assert_close(found, gather_sum(values, features, token_ends, W), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -177,6 +179,7 @@ def test_nan_is_not_hidden(device):
     assert torch.equal(entry_dots(W[:11].nan_to_num(), W, tokens, features, token_ends).isnan(), holds)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("layout", ["rows apart", "transposed", "every second", "unaligned"])
 def test_strided_left_and_W(layout, device):
     values, tokens, features, token_ends = entries(11, 45, device)

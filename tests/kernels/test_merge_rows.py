@@ -37,6 +37,7 @@ def sorted_entries(a, k, features=None):
     return values[:, :k], best[:, :k].int()
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("levels", [None, 1, 4])
 @pytest.mark.parametrize("C", [16, 37, 100])
 @pytest.mark.parametrize("k", [1, 5, 32, 120])

@@ -57,6 +57,7 @@ def assert_appended(found, z, mask, before=0):
         assert (keys[start:stop] == -7).all()
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("shape", SEARCH_SHAPES)
 @pytest.mark.parametrize("tau", [-1.0, 0.0, 3.0, 6.0, 1000.0])
 def test_products_above_a_threshold(tau, shape, device):

@@ -75,6 +75,7 @@ def assert_no_worse(found, exact, eager, steps):
         assert error <= 2 * their_error + band, f"{name}: {error:.3g}, PyTorch's {their_error:.3g}"
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dense_is_adam(dtype, shape, device):
@@ -96,6 +97,7 @@ def test_dense_decoder(shape, device):
     torch.testing.assert_close(found[0].norm(dim=1), torch.ones(shape[0], device=device), rtol=8 * EPS, atol=0)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("decoder", [False, True])
 @pytest.mark.parametrize("mode", ["lazy", "decayed"])

@@ -28,6 +28,7 @@ def rounded_once(d, seed, step, device):
     return (exp_avg == 1).double(), (exp_avg_sq == 1).double()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("d", [None, 2, 12])
 def test_bf16_moments_are_unbiased(d, device):
     """Over seeds and rows, for each column: which is which word of the random numbers."""

@@ -58,6 +58,7 @@ def open_share(encoder):
     return encoder.operands.screen.looks.shares()["entries"]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("long_rows")
 @pytest.mark.parametrize("select", ["batch", "token"])
 def test_many_numbers_a_token(select, repairs):
@@ -71,6 +72,7 @@ def test_many_numbers_a_token(select, repairs):
     assert not any(repairs)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("k", "looks"), [(4, True), (6, False)])
 @pytest.mark.parametrize("select", ["batch", "token"])
 def test_no_look_where_much_is_kept(select, k, looks, candidates):

@@ -65,6 +65,7 @@ SUPPORTED = [
 ]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_captured_layers_are_the_models_own_hidden_states(name, rows):
     model = make(name)
@@ -136,6 +137,7 @@ class Bare(torch.nn.Module):
         return self.inner(**inputs)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda m: torch.compile(m, backend="eager"), Bare])
 @pytest.mark.parametrize("ran_before", [False, True])
 def test_wrappers_store_what_the_model_does(small_llama, rows, tmp_path, wrap, ran_before):
@@ -153,6 +155,7 @@ def test_wrappers_store_what_the_model_does(small_llama, rows, tmp_path, wrap, r
         harvest(wrapped, rows + VOCABULARY - int(rows.max()), 1, tmp_path / "x", progress=False)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("ran_before", [False, True])
 def test_a_splice_in_a_compiled_model(small_llama, rows, ran_before):
     want = SpliceEvaluator(small_llama, rows, 1).evaluate(torch.tanh)

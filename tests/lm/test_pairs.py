@@ -82,7 +82,7 @@ def test_the_mlp_itself_loses_nothing_and_zeros_all(small_llama, rows):
     assert nothing["loss_recovered_zero"] == 0
 
 
-def test_a_transcoder_of_an_mlp(small_llama, rows, tmp_path, short_calibration):
+def test_a_transcoder_of_an_mlp(small_llama, rows, tmp_path):
     pair = harvest_mlp(small_llama, rows.repeat(6, 1), 1, tmp_path / "acts", holdout_rows=4, **QUIET)
     config = SampledSAEConfig(d_in=D, d_sae=64, k=12, l=None, d_out=D, skip=True)
     sae = Trainer(config, TrainConfig(steps=150, batch_size=60, lr=1e-2), pair, tmp_path / "run").run(progress=False)

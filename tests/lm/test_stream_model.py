@@ -233,7 +233,7 @@ def test_a_model_is_loaded_onto_a_device_or_over_several(causal):
         load_model(str(causal), device="nowhere")
 
 
-def test_a_transcoder_on_a_stream_is_that_of_a_harvest(model, tmp_path, short_calibration):
+def test_a_transcoder_on_a_stream_is_that_of_a_harvest(model, tmp_path):
     """The same tokens in one block and one shard; order and scales differ, so that tokens and figures are compared."""
     points = mlp_points(model, 1)
     stream = ActivationStream(ModelSource(model, reader(), points, batch_size=3, drop_tokens=(0,)), 128)
@@ -272,7 +272,7 @@ def test_a_transcoder_on_a_stream_is_that_of_a_harvest(model, tmp_path, short_ca
         Trainer(config, TRAIN, stream.parts[0], tmp_path / "other")
 
 
-def test_a_crosscoder_on_a_stream(model, tmp_path, short_calibration):
+def test_a_crosscoder_on_a_stream(model, tmp_path):
     """Layers of the same tokens side by side, each with a scale of its own; to the bit after a kill."""
     config = SampledSAEConfig(d_in=D, d_sae=48, k=3, l=2.0, layers=2)
 

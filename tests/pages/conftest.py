@@ -4,16 +4,13 @@ from page_makers import command, make_run
 
 from sampled_sae import load_inference
 from sampled_sae.comparison import compare
-from sampled_sae.training import feed
 from sampled_sae.training.activation_store import ActivationStore
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
     """See `make_run`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feed, "CALIBRATION_TOKENS", 600)
-        return make_run(tmp_path_factory.mktemp("look"))
+    return make_run(tmp_path_factory.mktemp("look"))
 
 
 @pytest.fixture(scope="module")
