@@ -143,9 +143,14 @@ def prepare_into(out: Tensor, tokens: Tensor, prepare: Prepare | None) -> Tensor
     return out
 
 
-def large_enough(n_tokens: int, n_features: int, unrounded: bool = False) -> bool:
-    """Whether a product of this size is worth a screen; `unrounded`: its weights need no rounding."""
-    return (unrounded or n_tokens >= FEWEST_TOKENS) and n_tokens * n_features >= FEWEST_ACTIVATIONS
+def large_enough(n_tokens: int, n_features: int, unrounded: int = 0) -> bool:
+    """Whether a product of this size is worth a screen; `unrounded`: the width of weights that need no rounding.
+
+    Of those a screen reads half the bytes that the product does, which is most of the time for few tokens.
+    """
+    if unrounded:
+        return max(n_tokens, unrounded) * n_features >= FEWEST_ACTIVATIONS
+    return n_tokens >= FEWEST_TOKENS and n_tokens * n_features >= FEWEST_ACTIVATIONS
 
 
 def width_of(d: int) -> int:

@@ -244,21 +244,24 @@ def test_a_screen_that_leaves_too_much_open_is_dropped(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("n_tokens", "dtype", "rule", "screened"),
+    ("n_tokens", "d", "dtype", "rule", "screened"),
     [
-        (64, torch.bfloat16, "relu", True),
-        (64, torch.bfloat16, "topk", False),
-        (64, torch.float32, "relu", False),
-        (64, torch.float16, "relu", False),
-        (300, torch.float32, "relu", True),
+        (64, 4, torch.bfloat16, "relu", True),
+        (64, 4, torch.bfloat16, "topk", False),
+        (64, 4, torch.float32, "relu", False),
+        (64, 4, torch.float16, "relu", False),
+        (300, 4, torch.float32, "relu", True),
+        (1, 64, torch.bfloat16, "relu", True),
+        (1, 4, torch.bfloat16, "relu", False),
+        (1, 64, torch.float32, "relu", False),
     ],
     ids=str,
 )
-def test_auto_rounds_no_weights_for_few_tokens(n_tokens, dtype, rule, screened, monkeypatch):
+def test_auto_rounds_no_weights_for_few_tokens(n_tokens, d, dtype, rule, screened, monkeypatch):
     monkeypatch.setattr(screen, "fast_bfloat16", lambda: True)
-    cfg = InferenceConfig(d_in=4, d_sae=1 << 15, rule=rule, k=3 if rule == "topk" else None)
-    tensors = {"W_enc": torch.zeros(1 << 15, 4, dtype=dtype).t(), "b_enc": torch.zeros(1 << 15)}
-    tokens = tokens_to_encode(TORCH, cfg, tensors, torch.ones(n_tokens, 4), None)
+    cfg = InferenceConfig(d_in=d, d_sae=1 << 15, rule=rule, k=3 if rule == "topk" else None)
+    tensors = {"W_enc": torch.zeros(1 << 15, d, dtype=dtype).t(), "b_enc": torch.zeros(1 << 15)}
+    tokens = tokens_to_encode(TORCH, cfg, tensors, torch.ones(n_tokens, d), None)
     assert (tokens.encoder.operands.screen is not None) == screened
 
 

@@ -30,6 +30,16 @@ def test_a_chunk_is_no_larger_than_said(n_tokens, d, dtype):
     assert tokens == n_tokens
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_tokens", [1, 32])
+def test_weights_are_raised_for_few_tokens_many_at_once(n_tokens, dtype):
+    """A share of [T, F] is nothing there: chunks by it were over before their products paid."""
+    operands = operands_of(n_tokens, 64, dtype, screen="off")
+    search = above.FloorSearch(operands, torch.zeros(1))
+    look = look_through.LookThrough(operands, search.floor, list(search.screens), search.room)
+    assert look.width() * 64 >= look_through.RAISED_ELEMENTS
+
+
 def test_rounded_tokens_leave_room():
     """Weights are rounded again for a block of tokens, so that it is no smaller than it has to be."""
     for n_tokens, d, blocks in ((1024, 16, 1), (1024, 2304, 2), (512, 2304, 1), (2 * look_through.MOST_TOKENS, 16, 2)):

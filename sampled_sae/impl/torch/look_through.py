@@ -28,6 +28,8 @@ OF_PRODUCT, OF_PRODUCT_ALONE = 1 / 5, 1 / 3
 # elements of weights that are raised for a product in full precision, and of that share; and of those that need not be
 RAISED_ELEMENTS, OF_RAISED = 1 << 19, 1 / 4
 WEIGHT_ELEMENTS = 1 << 22
+# for so few tokens no share counts: a chunk would be over before its product pays
+FEW_TOKENS = 32
 
 
 def room_of(n_tokens: int, n_features: int) -> float:
@@ -98,6 +100,8 @@ class LookThrough:
     def _raised_elements(self) -> int:
         """Of weights that are raised at once, beside the tokens that were."""
         x, size = self.block.x, self.block.b.element_size()
+        if len(x) <= FEW_TOKENS:
+            return max(FEWEST_TOGETHER * x.shape[1], RAISED_ELEMENTS)
         room = self.room if self.block.is_exact else self.room - size * x.numel()
         return max(FEWEST_TOGETHER * x.shape[1], min(RAISED_ELEMENTS, int(OF_RAISED * room) // size))
 

@@ -52,7 +52,7 @@ def rounded(
     """x [B, d], `prepare`d to `dtype`, in bfloat16 where `screen` asks for it and the operands allow it; else None."""
     if screen == "off" or W.dtype not in (torch.float32, *HALF) or x.device.type != "cpu" or dtype != torch.float32:
         return None
-    unrounded = screen == FOR_THRESHOLDS and W.dtype == torch.bfloat16
+    unrounded = W.shape[1] if screen == FOR_THRESHOLDS and W.dtype == torch.bfloat16 else 0
     if screen != "bf16" and not (large_enough(len(x), len(W), unrounded) and fast_bfloat16()):
         return None
     return RoundedTokens(x, prepare=prepare) if sums_in_float32() else None

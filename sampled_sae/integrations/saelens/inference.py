@@ -39,7 +39,8 @@ class SparseInference(FeatureRows):
     SAELens' own code runs instead where a hook stands on the activations before the rule (and for `forward`, on those
     after it), where the activation function is another, where NaN or inf comes in, where something was replaced, and
     where a gradient is asked for that goes through more than the active entries: of a gated SAE's weights, of decoder
-    norms, and of codes that are given to `decode`. With 16-bit weights products are summed and compared in float32.
+    norms, and of codes that are given to `decode`. A second derivative is an error. With 16-bit weights products are
+    summed and compared in float32.
     """
 
     rule: str
