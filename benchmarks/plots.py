@@ -48,16 +48,20 @@ Result = dict[str, Any]
 def write_plots(results: dict[str, Result], folder: Path) -> list[Path]:
     """The plots of the results that are there; returns their files."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[Path] = []
     with rc_context(STYLE):
         for name, plot in PLOTS.items():
             if name in results:
-                figure = plot(results[name])
-                for kind in ("png", "svg"):
-                    metadata = {"Date": None} if kind == "svg" else {"Software": None}
-                    written.append(folder / f"{name}.{kind}")
-                    figure.savefig(written[-1], dpi=150, transparent=True, metadata=metadata)
+                written += saved(plot(results[name]), folder, name)
     return written
+
+
+def saved(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Writes a PNG and an SVG, the same bytes of the same figure."""
+    files = {folder / f"{name}.png": {"Software": None}, folder / f"{name}.svg": {"Date": None}}
+    for file, metadata in files.items():
+        figure.savefig(file, dpi=150, transparent=True, metadata=metadata)
+    return list(files)
 
 
 def axes_of(columns: int, rows: int = 1, width: float = 5.2, height: float = 3.8) -> tuple[Figure, Sequence[Axes]]:

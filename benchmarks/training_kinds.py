@@ -48,6 +48,7 @@ def groups_of(F: int) -> tuple[int, ...]:
 
 
 SAES = {name: entry for name, entry in (CANDIDATES | AUTOCAST).items() if name != "torch.compile BatchTopK"}
+RULES: dict[str, dict[str, Any]] = {"l=4": {"l": 4.0}, "l=None (BatchTopK)": BATCH}
 SAES["ours, l=4, decayed, pool_every=4"] = ours("decayed", l=4.0, pool_every=4)
 
 
@@ -61,18 +62,19 @@ def matryoshka(F: int) -> dict[str, Entry]:
     }
 
 
+def ours_begun(module: str, rules: dict[str, dict[str, Any]]) -> dict[str, Entry]:
+    how = {name: {"optimizer": "dense", "rule": rule} for name, rule in rules.items()}
+    return {f"ours, {name}": Entry(module, rules[name], options) for name, options in how.items()}
+
+
 def transcoders(F: int) -> dict[str, Entry]:
-    rules: dict[str, dict[str, Any]] = {"l=4": {"l": 4.0}, "l=None (BatchTopK)": BATCH, "TopK": TOKEN}
-    own = {f"ours, {name}": {"optimizer": "dense", "rule": rule} for name, rule in rules.items()}
     peer = {"sparsify TopK": {"optimizer": "signum"}, "sparsify TopK, Adam": {"optimizer": "adam"}}
-    found = {name: Entry("ours_transcoder", options["rule"], options) for name, options in own.items()}
+    found = ours_begun("ours_transcoder", {**RULES, "TopK": TOKEN})
     return found | {name: Entry("sparsify_transcoder", TOKEN, how, "eai-sparsify") for name, how in peer.items()}
 
 
 def crosscoders(F: int) -> dict[str, Entry]:
-    rules: dict[str, dict[str, Any]] = {"l=4": {"l": 4.0}, "l=None (BatchTopK)": BATCH}
-    own = {f"ours, {name}": {"optimizer": "dense", "rule": rule} for name, rule in rules.items()}
-    found = {name: Entry("ours_crosscoder", options["rule"], options) for name, options in own.items()}
+    found = ours_begun("ours_crosscoder", RULES)
     return found | {"dictionary_learning BatchTopKCrossCoder": Entry("dictionary_learning_crosscoder", BATCH)}
 
 

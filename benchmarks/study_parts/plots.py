@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from benchmarks.plots import STYLE, axes_of
+from benchmarks.plots import STYLE, axes_of, saved
 from benchmarks.study_parts import report_real
 from benchmarks.study_parts.rows import Row, Rows, spread
 from benchmarks.study_parts.variants import REAL, SYNTHETIC
@@ -22,15 +22,11 @@ REAL_TICKS = (0.3, 0.4, 0.5, 0.6)
 
 def write_plots(folder: Path, out: Path) -> list[Path]:
     """A PNG and an SVG in `out` for each file of rows in `folder`."""
-    written = []
+    written: list[Path] = []
     with rc_context(STYLE):
         known = dict.fromkeys(sorted(folder.glob("synthetic_*.csv")), tradeoff)
         for path, draw in {**known, **dict.fromkeys(report_real.of_rules(folder), real_tradeoff)}.items():
-            figure = draw(Rows(path))
-            for kind in ("png", "svg"):
-                metadata = {"Date": None} if kind == "svg" else {"Software": None}
-                written.append(out / f"{path.stem}.{kind}")
-                figure.savefig(written[-1], dpi=150, transparent=True, metadata=metadata)
+            written += saved(draw(Rows(path)), out, path.stem)
     return written
 
 

@@ -25,26 +25,9 @@ def row_adam_(weight: Tensor, moments: Moments, grad: Tensor, features: Tensor |
     if step.layers > 1 and step.project and step.renormalize:
         of_layers_(weight, moments, grad, features, step)
         return
-    kernel.row_adam_(
-        weight,
-        moments.exp_avg,
-        moments.exp_avg_sq,
-        grad,
-        features,
-        step.number,
-        factor=step.factor,
-        lr=step.lr,
-        beta1=step.beta1,
-        beta2=step.beta2,
-        eps=step.eps,
-        weight_decay=step.weight_decay,
-        mode=step.mode,
-        last=moments.last,
-        project=step.project,
-        renormalize=step.renormalize,
-        copy=step.copy,
-        seed=step.seed,
-    )
+    how = {name: value for name, value in vars(step).items() if name not in ("number", "layers")}
+    exp_avg, exp_avg_sq, last = moments
+    kernel.row_adam_(weight, exp_avg, exp_avg_sq, grad, features, step.number, last=last, **how)
 
 
 def of_layers_(weight: Tensor, moments: Moments, grad: Tensor, features: Tensor | None, step: AdamStep) -> None:
