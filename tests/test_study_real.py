@@ -215,6 +215,19 @@ def test_a_table_of_batches_has_each_rule_by_size(tmp_path):
     assert shown == ["SAE", *ours, "top-l2-l4-b1024", "top-l2-l16-b256", "top-l2-l16-b1024"]
 
 
+@pytest.mark.parametrize(("fvus", "ticks"), [((0.11, 0.22), [0.12, 0.15, 0.2]), ((1.5, 2.0), [])])
+def test_the_ticks_of_a_plot_lie_among_its_points(tmp_path, fvus, ticks):
+    pytest.importorskip("matplotlib")
+    from benchmarks.study_parts.plots import real_tradeoff
+
+    rows = Rows(tmp_path / "real_made.csv")
+    for l, fvu in zip((4, 16), fvus, strict=True):
+        about = {"name": f"top-l2-l{l}", "seed": 0, "tokens": 5, "l": l, "pool": "top"}
+        rows.put({**about, "threshold_fvu": fvu, "threshold_first_share": 0.5})
+    [axis] = real_tradeoff(rows).axes
+    assert list(axis.get_xticks()) == ticks
+
+
 def test_aligned_training_keeps_the_inner_product():
     config = SampledSAEConfig(D, 32, 4, l=None)
     x = torch.randn(6, 64, D, generator=torch.Generator().manual_seed(0))

@@ -24,6 +24,11 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def made_on(rows: list[Row]) -> str:
     """On what, with what and when; of several machines or days all."""
     names = ("d_sae", "k", "tokens", "lr", "batch_size", "device", "date")
-    kinds = {name: sorted({str(row[name]) for row in rows if row.get(name) is not None}) for name in names}
+    kinds = {name: sorted({_text(row[name]) for row in rows if row.get(name) is not None}) for name in names}
     listed = "; ".join(f"{name} {', '.join(values)}" for name, values in kinds.items() if values)
     return f"Means over seeds, ± half their range. {listed}. The command of each row stands in the CSV."
+
+
+def _text(value: object) -> str:
+    # 16 and 16.0 are one k
+    return f"{value:g}" if isinstance(value, float) else str(value)
