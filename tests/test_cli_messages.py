@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -249,7 +250,10 @@ def read_by_nobody(line):
     reader, writer = os.pipe()
     os.close(reader)
     os.dup2(writer, 1)
-    return main(line)
+    with redirect_stdout(open(1, "w", closefd=False)) as given:
+        status = main(line)
+        given.flush()  # as Python does at its end
+        return status
 
 
 def test_a_reader_that_leaves_ends_it_without_a_word(tmp_path):
