@@ -60,6 +60,7 @@ def failing(line, capsys):
     return status, err
 
 
+@pytest.mark.one_in(3)
 @of(NUMBERS)
 def test_a_number_out_of_range_names_its_option(name, action, places, capsys):  # noqa: F811
     option = action.option_strings[-1]

@@ -141,6 +141,7 @@ def test_second_derivatives_are_refused(rule, form):
 
 
 @in_each_form([{"k": 3, "l": 4}, RULES[4], RULES[5]])
+@pytest.mark.slow
 def test_operators_pass_opcheck(rule, monkeypatch, form):
     """Every operator of a step, as the step calls it."""
     ops, calls = torch.ops.sampled_sae, []

@@ -248,7 +248,7 @@ def test_no_step_waits_for_the_device(rule, monkeypatch):
     assert {"round_rows", "select_entries"} <= seen
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 @pytest.mark.usefixtures("entries_alone")
 @pytest.mark.parametrize("rule", RULES[:2], ids=str)
 def test_a_step_compiles_whole(rule):
