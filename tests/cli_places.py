@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import resource
@@ -104,15 +103,6 @@ def pristine(tmp_path_factory):
     root = tmp_path_factory.mktemp("pristine")
     make_places(root)
     return root
-
-
-parser_made_once = functools.cache(command_line.build_parser)
-
-
-@pytest.fixture
-def one_parser(monkeypatch):
-    """Commands share a parser: it takes longer to make than most lines take to read. It holds their functions."""
-    monkeypatch.setattr(command_line, "build_parser", parser_made_once)
 
 
 @pytest.fixture

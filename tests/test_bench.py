@@ -34,7 +34,7 @@ def test_rows(rule):
         assert row.time.p20 <= row.time.ms <= row.time.p80
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("rule", "kinds"),
     [({"l": 4.0}, {"columns"}), ({"l": None}, {"entries"}), ({"l": None, "select": "token"}, {"entries"})],

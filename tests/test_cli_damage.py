@@ -8,7 +8,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from cli_places import assert_one_sentence, full, one_parser, places, pristine  # noqa: F401
+from cli_places import assert_one_sentence, full, places, pristine  # noqa: F401
 from safetensors.torch import load_file, save_file
 
 from sampled_sae.training.checkpoint import write_checkpoint
@@ -139,14 +139,14 @@ AMOUNTS = pytest.mark.parametrize(
 
 @AMOUNTS
 @pytest.mark.parametrize("file", READS)
-def test_json(file, count, pristine, places, one_parser, capsys):  # noqa: F811
+def test_json(file, count, pristine, places, capsys):  # noqa: F811
     for name, text in some(damages_of_json((pristine / file).read_text()), count, file):
         hold(file, lambda path, text=text: path.write_text(text), name, READS[file], places, capsys)
 
 
 @AMOUNTS
 @pytest.mark.parametrize("file", TENSORS)
-def test_tensors(file, count, pristine, places, one_parser, capsys):  # noqa: F811
+def test_tensors(file, count, pristine, places, capsys):  # noqa: F811
     content = (pristine / file).read_bytes()
     for name, damaged in some(damages_of_bytes(content), min(count, 3), file):
         hold(file, lambda path, damaged=damaged: path.write_bytes(damaged), name, TENSORS[file], places, capsys)

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 import pytest
-from cli_places import FOLDERS, SMALL, assert_one_sentence, one_parser, paths_in, places, pristine  # noqa: F401
+from cli_places import FOLDERS, SMALL, assert_one_sentence, paths_in, places, pristine  # noqa: F401
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -72,7 +72,7 @@ def command_lines(draw, name):
     "share", [pytest.param(12, marks=pytest.mark.everyday), pytest.param(1, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_command_line_ends_in_a_traceback(name, share, places, one_parser, capsys):  # noqa: F811
+def test_no_command_line_ends_in_a_traceback(name, share, places, capsys):  # noqa: F811
     @settings(
         max_examples=EXAMPLES.get(name, 150) // share,
         deadline=None,

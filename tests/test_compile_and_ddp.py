@@ -29,9 +29,8 @@ PLAIN = "FSDP does not support non-contiguous parameters yet"
     ("backend", "rule"),
     [
         ("aot_eager", RULES[0]),
-        ("eager", RULES[2]),
         *(pytest.param("aot_eager", rule, marks=pytest.mark.slow) for rule in (*RULES[1:], TOKEN)),
-        *(pytest.param("eager", rule, marks=pytest.mark.slow) for rule in (*RULES[:2], TOKEN)),
+        *(pytest.param("eager", rule, marks=pytest.mark.slow) for rule in (*RULES, TOKEN)),
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ def dense_codes(sae, x, above):
     return a * (a > above)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != TOPK], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_evaluation_is_by_the_threshold_alone(rule, dtype):

@@ -183,6 +183,7 @@ def test_a_training_ends_calibrated_and_an_own_loop_does_not(tmp_path):
     assert own.encode_sparse(x).l0() == 4
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("to", formats.FORMATS)
 @pytest.mark.parametrize("rule", ALL_RULES)
 def test_what_is_loaded_is_in_evaluation_mode(tmp_path, to, rule):

@@ -26,6 +26,7 @@ def pair(scale, dtype=torch.float32, **rule):
     return sae, copy.deepcopy(sae)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("impl", ["torch", "reference"])

@@ -47,6 +47,7 @@ def send(monkeypatch, number, step, times=1):
     monkeypatch.setattr(ShuffledStream, "batch", batch)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("step", [1, 8, 23])
 def test_a_signal_in_training_saves_and_the_run_goes_on(store, tmp_path, monkeypatch, capsys, number, status, step):
@@ -73,6 +74,7 @@ def test_a_second_signal_stops_at_once(store, tmp_path, monkeypatch, capsys, num
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_sweep_saves_every_member_of_the_group(store, tmp_path, monkeypatch, capsys):
     out = tmp_path / "sweep"
     command = ["sweep", str(store.folder), str(out), *OPTIONS, "--ls", "1,2", "--scores", "l2", "--together", "2"]

@@ -25,8 +25,17 @@ def row_of(inputs, name, backend=None):
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.parametrize(("dtype", "backend"), [(torch.float32, "eager"), (torch.bfloat16, None)], ids=str)
-def test_operations(name, dtype, backend):
+def test_operations(name):
+    check_row(name, torch.bfloat16, None)
+
+
+@pytest.mark.one_in(8)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_beside_a_compiled_rival(name):
+    check_row(name, torch.float32, "eager")
+
+
+def check_row(name, dtype, backend):
     inputs = Inputs(SIZES, "cpu", dtype, "torch")
     row = row_of(inputs, name, backend)
     assert row["check"] == "passed"

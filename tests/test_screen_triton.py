@@ -26,7 +26,7 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = implementation("triton")
-quick = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 long = settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -87,6 +87,7 @@ def test_the_bound_is_needed(score, share, holds, monkeypatch):
     assert (float(high[5]) >= (1 if score == "uniform" else float(W[5, 0]) ** 2)) == holds
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("value", [float("inf"), 3e38, 1e30, 1e-40])
 def test_values_at_the_ends_of_float32(value):
     x, W, b = torch.ones(3, 4), torch.eye(4).repeat(16, 1), torch.zeros(64)
@@ -133,6 +134,7 @@ def test_entropy_and_a_part_of_the_tokens():
         assert torch.equal(off.members, seen.members)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("aux_pool", [1, 5, 63, 64])
 def test_dead_features_of_highest_score(aux_pool):
     """From the bounds that the pool left behind: the same as from the scores."""
@@ -193,12 +195,14 @@ def make(screen, **rule):
     return make_sae(torch.float32, device=DEVICE, impl="triton", screen=screen, **{**settings, **rule})
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_training_takes_the_same_steps(rule):
     """With dead features from the third step on."""
     assert assert_same_steps(lambda screen: make(screen, **rule), 5).aux > 0
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("dead_after", [10, 10**7])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_no_step_waits_for_the_device(rule, dead_after, monkeypatch):
@@ -208,6 +212,7 @@ def test_no_step_waits_for_the_device(rule, dead_after, monkeypatch):
     assert ("settle_columns" in seen) == (rule["l"] is not None or dead_after == 10)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("rule", [*RULES[:3], {"l": 3.0, "score": "entropy"}], ids=str)
 def test_a_training_step_compiles_whole(rule):
     saes = [make("bf16", row_grads=False, **rule) for _ in range(2)]

@@ -22,6 +22,7 @@ def dense_entries(dense):
     return codes.values, codes.tokens, codes.features
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.usefixtures("poisoned_memory", "block_tokens")
 @pytest.mark.parametrize("members", [None, torch.arange(3, 1000, 7)], ids=["all", "pool"])
 @pytest.mark.parametrize("n", [0, 1, 100, 4000, 10**6])

@@ -40,6 +40,7 @@ def test_the_grid_takes_both_paths():
     assert not use_block(pool_size(20, 4, 252), 20, 252)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("select", ["batch", "token"])
 @pytest.mark.parametrize("pool", ["top", "sample"])
@@ -80,6 +81,7 @@ def test_scale(score, select, l):
     assert not torch.equal(scaled.to_dense(), plain.to_dense())
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("select", ["batch", "token"])
 @pytest.mark.parametrize("score", ["l2", "l2_squared", "uniform"])
@@ -107,6 +109,7 @@ def test_entropy_pool_on_whole_numbers_up_to_rounding(shape, select):
     torch.testing.assert_close(F.column_scores(t["x"], t["W_enc"], t["b_enc"], "entropy"), exact, **TOLERANCE)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("select", ["batch", "token"])
 @pytest.mark.parametrize("l", [1, 4, 60, None])
@@ -120,6 +123,7 @@ def test_silent_columns_and_fewer_positives_than_the_budget(score, select, l):
     assert not grads["b_enc"][torch.arange(900) % 100 != 7].any()
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("select", ["batch", "token"])
 @pytest.mark.parametrize("l", [1, 4, 60, None])

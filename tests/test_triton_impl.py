@@ -41,6 +41,7 @@ def on_device(tensors):
     return {name: t.to(DEVICE) for name, t in tensors.items()}
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @in_each_form(RULES)
@@ -50,12 +51,14 @@ def test_step_is_no_worse_than_eager(rule, dtype, form):
     assert [c.name for c in compared] == ["codes", "x_hat", *(f"grad {name}" for name in NAMES)]
 
 
+@pytest.mark.one_in(5)
 @in_each_form([r for r in RULES if r.get("score") != "entropy"])
 @pytest.mark.parametrize("shape", [(1, 1, 5), (35, 6, 70)], ids=str)
 def test_exact_ties_on_whole_numbers(shape, rule, form):
     assert_matches_reference(step_of(**rule), on_device(whole_numbers(*shape)), **rule)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("maker", [testing.dead_columns, testing.heavy_tails])
 @in_each_form([RULES[1], RULES[4], RULES[5]])
 def test_silent_columns_and_heavy_tails(rule, maker, form):
@@ -74,6 +77,7 @@ def test_nothing_fires(rule, form):
     assert not any(grads[name].any() for name in ("W_enc", "b_enc", "W_dec"))
 
 
+@pytest.mark.one_in(4)
 @in_each_form(RULES)
 def test_scale(rule, form):
     scale = torch.rand(97, generator=torch.Generator().manual_seed(0)) + 0.5
@@ -90,6 +94,7 @@ def test_sampled_pool_is_that_of_the_reference(form):
         assert_same_entries(ours, theirs)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("l", [1e9, 40])
 @pytest.mark.parametrize("select", ["batch", "token"])
 def test_a_pool_of_everything_is_the_plain_selection_bit_for_bit(select, l):
@@ -102,6 +107,7 @@ def test_a_pool_of_everything_is_the_plain_selection_bit_for_bit(select, l):
     assert all(torch.equal(grads[name], plain_grads[name]) for name in NAMES)
 
 
+@pytest.mark.one_in(2)
 @in_each_form([RULES[1], RULES[4]])
 def test_partial_gradients(rule, form):
     given = on_device(normal(*SMALL))
@@ -135,6 +141,7 @@ def test_second_derivatives_are_refused(rule, form):
 
 
 @in_each_form([{"k": 3, "l": 4}, RULES[4], RULES[5]])
+@pytest.mark.slow
 def test_operators_pass_opcheck(rule, monkeypatch, form):
     """Every operator of a step, as the step calls it."""
     ops, calls = torch.ops.sampled_sae, []

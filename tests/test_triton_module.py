@@ -38,6 +38,7 @@ MODULE_RULES = [
 ]
 
 
+@pytest.mark.one_in(3)
 @in_each_form(MODULE_RULES, without_pool="entries")
 def test_module_equals_the_torch_form_over_steps(rule, form):
     """Losses, gradients, threshold and dead counts, with the aux loss from the third step on."""
@@ -70,6 +71,7 @@ AUX = [(3.0, aux_pool, n_dead) for aux_pool in (1, 7, 48, 1000, None) for n_dead
 AUX += [(None, 1, 48), (None, 7, 9), (None, 48, 0), (None, 1000, 9), (None, None, 1)]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(("l", "aux_pool", "n_dead"), AUX)
 def test_aux_loss(l, aux_pool, n_dead):
     ours, theirs = sae_pair(l=l, aux_coefficient=1.0, dead_after=50, k_aux=2, aux_pool=aux_pool)
@@ -88,6 +90,7 @@ def test_aux_loss(l, aux_pool, n_dead):
         torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.one_in(3)
 @in_each_form(MODULE_RULES[:4])
 def test_row_gradients_are_the_rows_of_the_dense_ones(rule, form):
     rows, dense = (make(row_grads=keep, **rule) for keep in (True, False))
@@ -123,6 +126,7 @@ def test_more_features_than_slots(monkeypatch):
         torch.testing.assert_close(*wholes, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.one_in(3)
 @in_each_form(MODULE_RULES[:3])
 def test_autocast_takes_16_bit_products_and_keeps_float32_gradients(rule, form):
     ours, theirs = sae_pair(**rule)
@@ -140,6 +144,7 @@ def test_autocast_takes_16_bit_products_and_keeps_float32_gradients(rule, form):
         assert torch.nn.functional.cosine_similarity(gradient.flatten(), other.flatten(), 0) > 0.95
 
 
+@pytest.mark.one_in(3)
 @in_each_form(MODULE_RULES[:3])
 def test_float16_loses_no_gradient_to_its_range(rule, form):
     """A mean over many tokens makes gradients smaller than float16 has numbers for, a scaled loss larger ones."""
@@ -180,6 +185,7 @@ def test_trains_to_the_same_loss_curve_as_torch():
         torch.testing.assert_close(*curves, rtol=1e-3, atol=0)
 
 
+@pytest.mark.one_in(5)
 @in_each_form(MODULE_RULES, without_pool="entries")
 @pytest.mark.parametrize("dead_after", [10, 10**7])
 def test_no_step_waits_for_the_device(rule, dead_after, form, monkeypatch):

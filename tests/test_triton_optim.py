@@ -37,6 +37,7 @@ SETTINGS = [{}, {"clip": 0.1, "weight_decay": 0.1}, {"clip": None}]
 STEPS = [(mode, RULES[(i + j) % 2], SETTINGS[j]) for i, mode in enumerate(MODES) for j in range(3)]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("mode", "rule", "settings"), STEPS, ids=str)
 def test_steps_equal_those_without_a_gpu(mode, rule, settings):
     saes = [make(impl, **rule) for impl in ("triton", "torch")]
@@ -63,6 +64,7 @@ def test_dense_gradients(mode):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=3e-6)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
 def test_resume_is_bit_for_bit(mode, moments):

@@ -23,7 +23,7 @@ from sampled_sae.impl.triton.screen import tensors_of
 pytestmark = pytest.mark.usefixtures("small_chunks", "looking")
 
 INF = float("inf")
-quick = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
+quick = settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
 long = settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
 
 
@@ -84,6 +84,7 @@ def truth(x, W, b):
     return torch.relu(x.double() @ W.double().t() + b.double())
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("members", [None, range(3, 300, 3)], ids=["all", "pool"])
 @pytest.mark.parametrize("select", ["batch", "token"])
 def test_the_usual_case_computes_a_few_entries_alone(select, members, repairs, monkeypatch):
@@ -108,6 +109,7 @@ def test_the_usual_case_computes_a_few_entries_alone(select, members, repairs, m
     assert kept_share <= open_share < 1.7 * kept_share
 
 
+@pytest.mark.slow
 def test_a_list_without_room_is_seen_on_the_device(repairs, monkeypatch):
     """Too many candidates end in the full search: of a batch by its repair, of tokens by a product that is needed."""
     x, W, b = drawn()
@@ -155,6 +157,7 @@ def test_the_bound_is_needed(share, found, monkeypatch):
     assert int(hits.found) == 3 * found
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("value", [float("nan"), INF, 3e38, 1e30, 1e-40])
 def test_values_at_the_ends_of_float32(value):
     """Whatever is found without a screen is found with one."""
@@ -170,6 +173,7 @@ def test_values_at_the_ends_of_float32(value):
         assert all(torch.equal(a, b) for a, b in zip(off.entries(), seen.entries()))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("tau", [-1.0, 0.0, 7.0, INF])
 @pytest.mark.parametrize("guess", [1, 20])
 def test_above_is_strict_with_any_room(guess, tau, monkeypatch):
@@ -229,12 +233,14 @@ def entries_alone(monkeypatch):
     monkeypatch.setattr("sampled_sae.impl.triton.layer.BLOCK_FEATURES", 0)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.usefixtures("entries_alone")
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_training_takes_the_same_steps(rule):
     assert_same_steps(lambda screen: make(screen, row_grads=True, **rule), 3)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.usefixtures("entries_alone")
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_no_step_waits_for_the_device(rule, monkeypatch):
@@ -242,6 +248,7 @@ def test_no_step_waits_for_the_device(rule, monkeypatch):
     assert {"round_rows", "select_entries"} <= seen
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("entries_alone")
 @pytest.mark.parametrize("rule", RULES[:2], ids=str)
 def test_a_step_compiles_whole(rule):
@@ -256,6 +263,7 @@ def test_a_step_compiles_whole(rule):
         assert torch.equal(*(out.codes.to_dense() != 0 for out in (expected, found)))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("per_token", [True, False])
 def test_the_operator_passes_opcheck(per_token):
     o = triton_encoder(*drawn()).operands

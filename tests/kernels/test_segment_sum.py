@@ -62,6 +62,7 @@ def check(given, source, rows=None, n_rows_out=None, with_sums=True):
         assert sums is None
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_float64(dtype, lengths, device):
@@ -75,6 +76,7 @@ def test_tiles_of_d(with_sums, d, device):
     check(segments([5, 0, 30, 13], device), matrix(B, d, torch.float32, device), with_sums=with_sums)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("with_sums", [True, False])
 def test_rows_of_a_dense_result(with_sums, lengths, device):
@@ -88,6 +90,7 @@ def test_unused_slots(lengths, unused, device):
     check(segments(lengths, device, unused), matrix(B, 17, torch.float32, device))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("unused", UNUSED)
 def test_by_feature(unused, device):
     """All the way from kept entries: with every feature once, the gradient c^T g of a dense product."""

@@ -58,6 +58,7 @@ def as_hint(hint, a, n):
     return torch.tensor([hint], device=a.device)
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("members", [None, range(3, 140, 3)], ids=["all", "pool"])
 @pytest.mark.parametrize("n", [0, 1, 60, 500])
 @pytest.mark.parametrize("hint", HINTS)
@@ -68,6 +69,7 @@ def test_batch_is_exact_whatever_the_hint(hint, n, members, device):
     assert_batch(stream.stream_batch(Operands(x, W, b, scale, members), n, as_hint(hint, a, n)), a, n)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("n", [1000, 2799, 2800, 3000])
 def test_budgets_that_are_not_filled(n, device):
     """Fewer positives than the budget, and a budget beyond all entries."""
@@ -78,6 +80,7 @@ def test_budgets_that_are_not_filled(n, device):
         assert_batch(stream.stream_batch(Operands(x, W, b - 4, scale, None), n, hint), a, n)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("has_scale", [True, False])
 @pytest.mark.parametrize("fused", [True, False], ids=["in tiles", "in chunks"])
@@ -89,6 +92,7 @@ def test_dtypes_with_and_without_a_scale(fused, has_scale, dtype, device, monkey
     assert_batch(stream.stream_batch(Operands(x, W, b, scale, None), 300), a, 300)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("members", [None, range(3, 140, 3)], ids=["all", "pool"])
 def test_a_wrong_hint_changes_no_bit_of_16_bit_products(members, dtype, device, repairs):
@@ -125,6 +129,7 @@ def all_in_one_token(x, W, b):
     x[7], W[:] = 1, 1
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "change", [all_tokens_equal, all_entries_tied, none_positive, all_in_one_chunk, all_in_one_token]
 )
@@ -153,6 +158,7 @@ def normal_batch(seed, device, dtype=torch.float32):
     return torch.randn(256, 8, generator=make).to(device, dtype)
 
 
+@pytest.mark.slow
 def test_hints_of_like_batches_need_no_repair(repairs, device):
     """The first threshold from a sample, the next ones from the batch before."""
     W = torch.randn(200, 8, generator=torch.Generator().manual_seed(1)).to(device)
@@ -178,6 +184,7 @@ def test_the_hint_is_not_changed(device):
     assert hint.tolist() == [3.0]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("members", [None, range(3, 140, 3)], ids=["all", "pool"])
 @pytest.mark.parametrize("k", [1, 3, 20, 46, 140, 143])
 def test_token_stream(k, members, device):
@@ -198,6 +205,7 @@ def test_token_stream_dtypes(dtype, device):
     assert_same(stream.stream_token(Operands(x, W, zeros(W)), 4), expected)
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("members", [None, range(3, 140, 3)], ids=["all", "pool"])
 @pytest.mark.parametrize("tau", [-1.0, 0.0, 1.0, 1.5, 7.0, 1000.0, INF])
 @pytest.mark.parametrize("guess", [1, 200])

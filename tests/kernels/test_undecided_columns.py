@@ -41,6 +41,7 @@ def largest(keys, size):
     return keys.sort(descending=True, stable=True).indices[:size].sort().values
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("score", ["l2", "uniform"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("width", [0.0, 0.01, 0.1, 2.0])
@@ -99,6 +100,7 @@ def test_columns_ranked_by_something_else(device):
     assert torch.equal(largest(found * weights, 40), largest(exact * weights, 40))
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("score", ["l2", "uniform"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("n", [0, 1, 5, 252])
