@@ -195,6 +195,7 @@ def test_no_step_waits_for_the_device(rule, dead_after, form, monkeypatch):
     assert "sort" in seen or "decode_block" in seen
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule", [MODULE_RULES[0], *MODULE_RULES[2:5], MODULE_RULES[6]], ids=str)
 def test_a_training_step_compiles_whole(rule, backend):
