@@ -21,9 +21,9 @@ from workers import PATIENCE
 from sampled_sae import SampledSAEConfig, TrainConfig, Trainer
 from sampled_sae.cli import main
 from sampled_sae.lm import ModelSource, RowReader
-from sampled_sae.support import all_ranks, output_folder
+from sampled_sae.support import output_folder
 from sampled_sae.support.all_ranks import ALONE, ranks_of
-from sampled_sae.training import block_space, training_run
+from sampled_sae.training import block_space, fitting
 from sampled_sae.training.activation_stream import ActivationStream
 from sampled_sae.training.iterator_source import IteratorSource
 from sampled_sae.training.streamed_batches import StreamedBatches
@@ -274,9 +274,8 @@ def room_asked_for(folder, machines, disks=None):
     mesh, asked = mesh_of((2, 1)), []
     rank = ranks_of(mesh).rank
     with pytest.MonkeyPatch.context() as patch:
-        for module in (all_ranks, output_folder):
-            patch.setattr(module, "machine", lambda: machines[rank])
-        for module in (block_space, training_run):
+        patch.setattr(output_folder, "machine", lambda: machines[rank])
+        for module in (block_space, fitting):
             patch.setattr(module, "check_memory", lambda what, needed, *_: asked.append(needed))
         patch.setattr(block_space, "check_output_folder", lambda _, needed: asked.append(needed))
         source = IteratorSource(Placed(tokens(900, D, dtype=torch.float32, seed=rank)))
