@@ -19,14 +19,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 LONGEST = ("many_problems", "what_the_compiler_makes", "test_rehearsal", "every_step_of_a_training", "the_notebook")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_configure(config):
-    """Nothing in the process that hands tests out to those of pytest-xdist: they wait for it."""
-    if config.getoption("dist", "no") == "no" or hasattr(config, "workerinput"):
-        prepare()
-
-
 def prepare():
+    """Before what else is imported: the conftest.py of a folder that is named on the command line comes next."""
     import torch
 
     # Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported.
@@ -35,6 +29,9 @@ def prepare():
     from forked import be_quick
 
     be_quick()
+
+
+prepare()
 
 
 @pytest.hookimpl(tryfirst=True)
