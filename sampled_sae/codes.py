@@ -22,6 +22,12 @@ class Entries(NamedTuple):
     tokens: Tensor
     features: Tensor
 
+    @staticmethod
+    def none(like: Tensor) -> Entries:
+        """No entry, of the dtype of `like` and on its device."""
+        nothing = like.new_zeros(0, dtype=torch.int64)
+        return Entries(like.new_zeros(0), nothing, nothing)
+
     def at(self, places: Tensor) -> Entries:
         """Those at these places, int64 [m]."""
         return Entries(*(column.index_select(0, places) for column in self))
@@ -137,9 +143,11 @@ class SparseCodes:
     def check_listed(self) -> None:
         """ValueError for entries out of order or range, as a list made by hand may have them.
 
-        A GPU is not waited for: there nothing is checked.
+        A GPU is not waited for: there nothing is checked, nor while a graph is compiled.
         """
         if self._entries is None or self.block is not None or self.padded is not None or self.device.type != "cpu":
+            return
+        if torch.compiler.is_compiling():
             return
         _, tokens, features = self._entries
         if len(tokens) == 0:

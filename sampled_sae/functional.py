@@ -184,7 +184,6 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None, impl:
         if not isinstance(b_dec, Tensor) or b_dec.shape != W_dec.shape[1:]:
             raise ValueError(f"b_dec={describe(b_dec)}: must be a tensor of shape [{W_dec.shape[1]}]")
         check_same(W_dec=W_dec, b_dec=b_dec)
-    if not torch.compiler.is_compiling():
-        codes.check_listed()
+    codes.check_listed()
     parts = implementation(resolve_impl(impl, W_dec.device, W_dec.dtype))
     return parts.decode(codes, W_dec, b_dec).to(W_dec.dtype)

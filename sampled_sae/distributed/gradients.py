@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..impl.row_gradients import RowGradient, RowSource, empty_receiver
 from ..pretrained import SKIP
+from ..support.once_differentiable import once_differentiable
 from .mesh import Mesh
 from .weights import NAMES, Weights
 

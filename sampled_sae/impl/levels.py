@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ..support.once_differentiable import once_differentiable
 
 
 def level_of(features: Tensor, groups: Sequence[int]) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..support.once_differentiable import once_differentiable
 from ..support.reused_memory import Workspace
 from .rounded_weights import RoundedWeights
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..codes import SparseCodes
+from ..codes import Entries, SparseCodes
 from ..support.argument_checks import check_flag, check_integer, check_number, plain_number
 from .blocks import check_layer, text_config
 from .hooks import replace as replace_residual
@@ -139,8 +139,7 @@ class Edit:
 
 
 def _empty(sae: Spliceable, x: Tensor) -> SparseCodes:
-    none = torch.zeros(0, dtype=torch.int64, device=x.device)
-    return SparseCodes(x.new_zeros(0), none, none, (len(x), sae.W_enc.shape[1]))
+    return SparseCodes(*Entries.none(x), (len(x), sae.W_enc.shape[1]))
 
 
 def _checked_features(

@@ -16,6 +16,11 @@ MESSAGE = (
 )
 
 
+def no_second_derivative(ctx: Any, *grads: Tensor) -> Any:
+    """The gradient of a gradient."""
+    raise RuntimeError(MESSAGE)
+
+
 class NoSecondDerivative(torch.autograd.Function):
     """A gradient as it is; an error where the gradients that it was made of are asked for theirs."""
 
@@ -23,9 +28,7 @@ class NoSecondDerivative(torch.autograd.Function):
     def forward(ctx: Any, gradient: Tensor, *made_of: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(MESSAGE)
+    backward = staticmethod(no_second_derivative)
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

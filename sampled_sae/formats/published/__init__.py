@@ -237,9 +237,12 @@ def _none_there(path: Path) -> str:
 def _folders_below(path: Path) -> list[str]:
     """The folders below that hold SAEs, as `at` names them, as far as they are soon found."""
     found = []
-    for folder, folders, files in islice(os.walk(path), LOOKED_THROUGH):
+    for folder, folders, _ in islice(os.walk(path), LOOKED_THROUGH):
         folders.sort()
-        held = any(set(layout.files) <= set(files) for layout in LAYOUTS.values() if layout.files)
-        if held or any(qwen_scope.FILE.fullmatch(file) for file in files):
+        try:
+            held = detect(Path(folder)) is not None
+        except ValueError:  # of several layouts, or damaged
+            held = True
+        if held:
             found.append(Path(folder).relative_to(path).as_posix())
     return found

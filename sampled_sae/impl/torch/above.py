@@ -47,7 +47,7 @@ def entries_above(operands: Operands, floor: Tensor) -> Entries:
     search = FloorSearch(operands, floor)
     found = [moved(search.of_block(block), at.start) for at, block in blocks_of_tokens(operands, search.room)]
     # no token: of a process whose part of a batch is empty
-    return Entries.joined(found) if found else Found(operands).entries()
+    return Entries.joined(found) if found else Entries.none(operands.b)
 
 
 def blocks_of_tokens(operands: Operands, room: float) -> Iterator[tuple[slice, Operands]]:

@@ -65,7 +65,7 @@ def select(encoder: Encoder, members: Tensor | None, rule: Rule, hints: Threshol
     hints = hints if hints is not None else ThresholdHints()
     candidates, hint = encoder.operands.among(members), hints.of(rule, members)
     if candidates.n_tokens == 0:
-        return entry_codes(encoder, no_entries(candidates))
+        return entry_codes(encoder, Entries.none(candidates.x))
     hint = None if isinstance(hint, Tensor) else hint
     if rule.select == "batch":
         budget = rule.budget(candidates.n_tokens)
@@ -86,16 +86,11 @@ def search(operands: Operands, rule: Rule, hint: float | None) -> Entries:
         rule: by batch, the `rule.most` largest at or above `hint`, with None of all; by token, the k largest of each.
     """
     if operands.n_tokens == 0 or operands.n_candidates == 0:
-        return no_entries(operands)
+        return Entries.none(operands.x)
     if rule.select == "token":
         return stream_token(operands, min(int(rule.k), operands.n_candidates))
     found = search_batch(operands, rule.budget(operands.n_tokens), hint)
     return sort_entries(found, operands.members)
-
-
-def no_entries(operands: Operands) -> Entries:
-    nothing = operands.x.new_zeros(0)
-    return Entries(nothing, nothing.long(), nothing.long())
 
 
 def take_kept(found: Entries, kept: Tensor, n_tokens: int, n_features: int) -> Entries:

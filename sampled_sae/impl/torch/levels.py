@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...codes import SparseCodes
+from ...support.once_differentiable import once_differentiable
 from ...support.reused_memory import Workspace
 from ..levels import level_of
 from ..row_gradients import RowSource

@@ -12,10 +12,10 @@ from ...codes import SparseCodes
 from ...kernels.batch_topk import keep_largest_
 from ...kernels.block_gradient import block_gradient
 from ...kernels.token_topk import keep_rows_
+from ...support.once_differentiable import no_second_derivative
 from ..encoder import Encoder
 from ..hints import Rule
 from ..row_gradients import RowSource
-from .double_backward import no_second_derivative
 from .products import lowered, product, raised
 
 # candidates of a pool that is handled as one block

@@ -17,10 +17,10 @@ from torch import Tensor
 from ...codes import Entries, PaddedEntries, SparseCodes
 from ...kernels.gather_decode import entry_dots, gather_sum
 from ...kernels.segment_sum import feature_order, segment_sum
+from ...support.once_differentiable import no_second_derivative
 from ..encoder import Encoder
 from ..levels import level_of
 from ..row_gradients import RowSource, note_norm
-from .double_backward import no_second_derivative
 from .pool import top_pool
 from .products import lowered, raised
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import reconstruction as kernel
-from .double_backward import no_second_derivative
+from ...support.once_differentiable import no_second_derivative
 from .products import note_rounded
 
 
