@@ -26,6 +26,8 @@ from .token_norms import NormedTokens, norm_tokens
 
 # dense codes with a smaller share of active entries are decoded entry by entry
 FEW_ACTIVE = 1 / 32
+# and a list of a larger share is decoded as a matrix
+MANY_ACTIVE = 1 / 4
 
 
 @dataclass
@@ -289,9 +291,12 @@ class InferenceSAE(Splicing, nn.Module):
 
     def _decode_sparse(self, codes: SparseCodes) -> Tensor:
         """codes W_dec + b_dec, [B, d_out]."""
+        form = self._form_for(codes.values.dtype)
+        if form == "torch" and len(codes.values) > MANY_ACTIVE * codes.shape[0] * codes.shape[1]:
+            return self._decode_dense(codes.to_dense(), None)
         if self.cfg.scale_by_decoder_norm:
             codes = codes.scaled(inverse_norms(self.W_dec).to(codes.values.dtype))
-        return implementation(self._form_for(codes.values.dtype)).decode(codes, self.W_dec, self.b_dec)
+        return implementation(form).decode(codes, self.W_dec, self.b_dec)
 
     def _decode_dense(self, codes: Tensor, features: Tensor | None) -> Tensor:
         """codes [B, F] times W_dec, or [B, P] times those rows, plus b_dec."""

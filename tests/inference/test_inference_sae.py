@@ -6,7 +6,8 @@ from inference_makers import D, F, make, settings_of, tensors_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sampled_sae import InferenceConfig, InferenceSAE, SparseCodes
-from sampled_sae.impl.torch import dense_above, screen
+from sampled_sae.impl.torch import dense_above, entries, screen
+from sampled_sae.inference import inference_sae
 from sampled_sae.inference.config import RULES
 
 CHOSEN = [90, 3, 17, 4]
@@ -37,6 +38,25 @@ def test_only_their_rows_are_read():
     for t in (sae.W_enc.t(), sae.W_dec, sae.b_enc, sae.threshold):
         t[others] = torch.nan
     assert torch.equal(sae.encode(x, CHOSEN), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, EVERY], ids=["plain", "every convention"])
+def test_many_active_features_are_decoded_as_a_matrix(changes, dtype, monkeypatch):
+    """Half of all, as in an SAE before training: the same reconstruction and gradients, without a sum for each entry."""
+    sae, x = make("relu", n_tokens=40, dtype=torch.float32, **changes)
+    sae = sae.to(dtype)
+    found = []
+    for share in (1, inference_sae.MANY_ACTIVE):
+        monkeypatch.setattr(inference_sae, "MANY_ACTIVE", share)
+        given = x.clone().requires_grad_()
+        out = sae(given)
+        assert out.codes.count() > 0.3 * 40 * F
+        out.x_hat.square().sum().backward()
+        found.append((out.x_hat.detach(), given.grad))
+        monkeypatch.setattr(entries.DecodeEntries, "apply", None)
+    for a_list, a_matrix in zip(*found):
+        torch.testing.assert_close(a_matrix, a_list, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{}, EVERY], ids=["plain", "every convention"])
