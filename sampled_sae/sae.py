@@ -27,6 +27,7 @@ from .residual_stream.splicing import Splicing
 from .sharing import Sharing
 from .support.argument_checks import check_choice, check_positive
 from .support.geometric_median import geometric_median
+from .support.uncompiled import uncompiled
 
 
 class SampledSAE(Sharing, Splicing, LayerParts):
@@ -124,7 +125,7 @@ class SampledSAE(Sharing, Splicing, LayerParts):
 
     # Sizes depend on the data here: torch.compile would break the graph a dozen times, spend its seconds on the
     # pieces, and (torch 2.13, aot_eager) lose the threshold's update. One break around the layer is right and free.
-    @torch.compiler.disable
+    @uncompiled
     def _forward_uncompiled(self, x: Tensor, target: Tensor | None, scaled: bool) -> SampledSAEOutput:
         return self._train_batch(x, target, scaled) if self.training else self._evaluate(x, target, scaled)
 
@@ -151,7 +152,7 @@ class SampledSAE(Sharing, Splicing, LayerParts):
         x_hat = given_back(self.cfg, x_hat, x, scaled)
         return SampledSAEOutput(loss, mse, mse.new_zeros(()), x_hat, self.layout.numbered(codes))
 
-    @torch.compiler.disable
+    @uncompiled
     def encode_sparse(self, x: Tensor, *, scaled: bool = False, inference: Inference | None = None) -> SparseCodes:
         """Codes of x [..., d_in]: by the batch in training mode; in evaluation mode as `cfg.inference` says, or k of
         each token for a TopK SAE; in both by `inference` where it is given. `scaled` as in `forward`."""
@@ -161,7 +162,7 @@ class SampledSAE(Sharing, Splicing, LayerParts):
         codes = self._select(self._encoder_of(x, scaled, by_batch=found.mode == "batch"), inference)
         return self.layout.complete(codes)
 
-    @torch.compiler.disable
+    @uncompiled
     def encode_above_threshold(self, x: Tensor, *, scaled: bool = False) -> SparseCodes:
         """Codes of x [..., d_in] by the threshold (of `cfg.inference="pool"` inside its set), whatever the mode."""
         if not self.training:

@@ -25,6 +25,22 @@ WORLD = 2
 PLAIN = "FSDP does not support non-contiguous parameters yet"
 
 
+def test_what_is_not_compiled_ends_a_graph():
+    """Once: what is before the call is one graph, what is after it another, and nothing of the layer is in either."""
+    sae, x = make_sae(**RULES[0]).eval(), tokens(12, 12)
+    expected = sae.encode_sparse(x).values.sum()
+    graphs = []
+
+    def counted(graph, _):
+        graphs.append(sum(node.op.startswith("call") for node in graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: 2 * sae.encode_sparse(x + 0).values.sum(), backend=counted)
+    assert [float(compiled(x)), float(compiled(x))] == [2 * float(expected)] * 2
+    assert graphs == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("backend", "rule"),
     [

@@ -115,3 +115,22 @@ def test_the_link_of_the_checkout():
     assert link.is_symlink()
     assert link.readlink() == Path("../kernels")
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_nothing_heavy_is_loaded_before_it_is_used():
+    """Several times what torch takes to load: its compiler, and what spreads tensors over processes."""
+    heavy = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint")
+    heavy += ("sympy", "triton", "transformers", "matplotlib")
+    program = f"""
+import sys, torch
+before = set(sys.modules)
+import sampled_sae, sampled_sae.cli
+sae = sampled_sae.SampledSAE(sampled_sae.SampledSAEConfig(d_in=8, d_sae=64, k=4))
+sae(torch.randn(32, 8)).loss.backward()
+sae.calibrate(torch.randn(32, 8))
+sae.eval().encode_sparse(torch.randn(32, 8))
+print([name for name in {heavy} if name in sys.modules and name not in before])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"

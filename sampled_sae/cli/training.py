@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..distributed import parallelize
 from ..impl import inference_rule
 from ..pages.html import PAGE
 from ..pages.runs_page import read_runs, runs_page
@@ -187,6 +186,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
     with ranks.together():
         held_out, _ = store.holdout()
     if ranks.mesh is not None:
+        from ..distributed import parallelize  # which loads seconds of torch
+
         parallelize(sae, ranks.mesh)
     if inference_rule.missing(sae, sae.cfg) is not None:
         x = part_of(store.first(CALIBRATION_TOKENS)[:, : store.width_in], *ranks.data)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 INSTEAD = "use sampled_sae.distributed.parallelize(sae, mesh), which computes one rule over all tokens"
@@ -28,8 +29,11 @@ def wrapper_of(layer: object) -> str | None:
     wrapped: nn.Module | None = getattr(DistributedDataParallel, "_active_ddp_module", None)
     if wrapped is not None and dist.get_world_size(wrapped.process_group) > 1:  # type: ignore[arg-type]
         return "DistributedDataParallel"
+    # no module is an FSDPModule before that is loaded, which takes seconds
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    fully_sharded = fsdp is not None and isinstance(layer, fsdp.FSDPModule)
     # torch's own mark, of both kinds, also of a layer inside the module that was wrapped
-    managed = isinstance(layer, FSDPModule) or getattr(layer, "_is_fsdp_managed_module", False)
+    managed = fully_sharded or getattr(layer, "_is_fsdp_managed_module", False)
     if not managed or dist.get_world_size() == 1:
         return None
-    return "fully_shard" if isinstance(layer, FSDPModule) else "FullyShardedDataParallel or fully_shard"
+    return "fully_shard" if fully_sharded else "FullyShardedDataParallel or fully_shard"

@@ -16,6 +16,7 @@ from ..impl.interface import Implementation, implementation, resolve_impl
 from ..residual_stream.splicing import Splicing
 from ..support.argument_checks import HALF, check_activations, describe
 from ..support.late_values import FiniteInputs
+from ..support.uncompiled import uncompiled
 from .config import InferenceConfig
 from .decoder_norms import decoder_norms, inverse_norms
 from .encoding import TokensToEncode, active_codes, active_dense, tokens_to_encode
@@ -87,7 +88,7 @@ class InferenceSAE(Splicing, nn.Module):
         """The implementation that `cfg.impl` stands for on this device."""
         return resolve_impl(self.cfg.impl, self.W_enc.device, self.W_enc.dtype)
 
-    @torch.compiler.disable
+    @uncompiled
     def forward(self, x: Tensor) -> InferenceOutput:
         """x [..., d_in] to its active features and the reconstruction, skip included."""
         given, tokens = self._tokens(x)
@@ -97,12 +98,12 @@ class InferenceSAE(Splicing, nn.Module):
             x_hat = x_hat + product(given, self.W_skip) / self._factor_out
         return InferenceOutput(x_hat.to(x.dtype).view(*x.shape[:-1], self.cfg.width_out), codes)
 
-    @torch.compiler.disable
+    @uncompiled
     def encode_sparse(self, x: Tensor) -> SparseCodes:
         """The active features of x [..., d_in], [B, d_sae]; values of at least float32, with gradient to x."""
         return self._codes(x, *self._to_encode(x), self._scale())
 
-    @torch.compiler.disable
+    @uncompiled
     def encode(self, x: Tensor, features: Sequence[int] | Tensor | None = None) -> Tensor:
         """Dense activations [..., d_sae] of x [..., d_in]; with `features` those columns alone, [..., P].
 
@@ -116,7 +117,7 @@ class InferenceSAE(Splicing, nn.Module):
         a = self._dense(x, chosen, scale).to(x.dtype)
         return a.view(*x.shape[:-1], a.shape[1])
 
-    @torch.compiler.disable
+    @uncompiled
     def decode(
         self,
         codes: SparseCodes | Tensor,

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..config import LATER, SampledSAEConfig
 from ..optim import RowAdam
@@ -164,6 +163,8 @@ def _load_whole(run: Resumable, state: dict[str, Any]) -> None:
 
 
 def _load_shards(run: Resumable, record: dict[str, Any]) -> None:
+    from torch.distributed.tensor import DTensor  # seconds, which one process alone never needs
+
     run.optimizer.allocate()
     own = _tensors(run, kept=record["plain"]["pool"])
     wanted = {name: own[name] for name in record["plain"]["tensors"]}
@@ -178,6 +179,8 @@ def _load_shards(run: Resumable, record: dict[str, Any]) -> None:
 
 def _spread_whole(run: Resumable, state: dict[str, Any]) -> None:
     """Each rank has read a checkpoint of one process, and keeps what is its own of it."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     run.optimizer.allocate()
     groups = state["optimizer"]["param_groups"]
     moments = {group["name"]: state["optimizer"]["state"][group["params"][0]] for group in groups}

@@ -13,9 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from ..support.all_ranks import AllRanks
 from ..support.atomic_files import errors_named, field, read_json_of, write_json
@@ -45,6 +43,8 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], record: dict[str, Any
         folder: of the training. tensors: by name. ranks: all call this.
         record: plain values; the fields of `FIELDS` but folder and files.
     """
+    import torch.distributed.checkpoint as dcp  # a second, which one process alone never needs
+
     with ranks.together():
         place = folder / f"checkpoint_{record['step']:08d}"
         if ranks.first:
@@ -101,6 +101,8 @@ def read_shards(folder: Path, record: dict[str, Any], into: dict[str, Tensor], r
         ValueError: a file that is missing or damaged, a tensor that is not in the checkpoint.
         RankError: one of these on another rank.
     """
+    import torch.distributed.checkpoint as dcp
+
     with ranks.together():
         for path, problem in damaged_files(folder, record, (ranks.rank, ranks.size)):
             raise ValueError(f"{path}: {problem}")
@@ -146,6 +148,8 @@ def _remove_all_but(folder: Path, name: str | None) -> None:
 @contextmanager
 def _failing_together(place: Path, ranks: AllRanks) -> Iterator[None]:
     """torch's error names ranks and holds theirs; each raises its own, and the others name it."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     failures: Mapping[int, Any] = {}
     try:
         yield

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..config import SampledSAEConfig
-from ..distributed import parallelize
 from ..optim import RowAdam
 from ..run_logs import NO_LOG, LogPlace, RunLog
 from ..sae import SampledSAE, SampledSAEOutput
@@ -90,6 +89,8 @@ class TrainingRun:
         if init_from is not None:
             begin_with(self.sae, init_from)
         if ranks.mesh is not None:
+            from ..distributed import parallelize  # which loads seconds of torch
+
             parallelize(self.sae, ranks.mesh)
         self.optimizer = RowAdam(
             self.sae,

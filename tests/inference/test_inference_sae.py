@@ -43,7 +43,7 @@ def test_only_their_rows_are_read():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("changes", [{}, EVERY], ids=["plain", "every convention"])
 def test_many_active_features_are_decoded_as_a_matrix(changes, dtype, monkeypatch):
-    """Half of all, as in an SAE before training: the same reconstruction and gradients, without a sum for each entry."""
+    """Half of all, as in an SAE before training: the same reconstruction and gradients without sums of entries."""
     sae, x = make("relu", n_tokens=40, dtype=torch.float32, **changes)
     sae = sae.to(dtype)
     found = []

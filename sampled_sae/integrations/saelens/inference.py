@@ -19,6 +19,7 @@ from ...impl.hints import ThresholdHints
 from ...impl.interface import Implementation, implementation, resolve_impl
 from ...inference.config import InferenceConfig
 from ...inference.encoding import TokensToEncode, active_codes, active_dense, tokens_to_encode
+from ...support.uncompiled import uncompiled
 from ..replaced import has_other_methods
 from .as_made import FUNCTIONS, is_plain, plain_budget
 from .feature_rows import FeatureRows
@@ -64,13 +65,13 @@ class SparseInference(FeatureRows):
         self.prepare()
         return self
 
-    @torch.compiler.disable
+    @uncompiled
     def encode_sparse(self, x: Tensor) -> SparseCodes:
         """The active entries of `encode(x)`, [B, d_sae] with the leading dimensions of x flattened."""
         codes = None if self._is_seen_after() else self._active(x)
         return SparseCodes.from_dense(self.encode(x).reshape(-1, self.W_dec.shape[0])) if codes is None else codes
 
-    @torch.compiler.disable
+    @uncompiled
     def encode(self, x: Tensor) -> Tensor:
         """As SAELens'; see the class."""
         ready = self._ready(x)
@@ -82,7 +83,7 @@ class SparseInference(FeatureRows):
         )
         return self.hook_sae_acts_post(dense.to(self.dtype).view(*self._leading(x), dense.shape[1]))
 
-    @torch.compiler.disable
+    @uncompiled
     def decode(self, feature_acts: Tensor) -> Tensor:
         """As SAELens'; a matrix of few active entries is multiplied entry by entry."""
         plain = self._is_as_made() and feature_acts.layout == torch.strided and feature_acts.dtype == self.W_dec.dtype
@@ -93,7 +94,7 @@ class SparseInference(FeatureRows):
             return super().decode(feature_acts)
         return self._decode_codes(SparseCodes.from_dense(flat), feature_acts.shape[:-1])
 
-    @torch.compiler.disable
+    @uncompiled
     def forward(self, x: Tensor) -> Tensor:
         """As SAELens', without a dense matrix of codes."""
         sae_out = None if self._is_seen_after() else self._reconstruct(x)

@@ -21,6 +21,7 @@ from ...impl.hints import Rule
 from ...impl.interface import Implementation, implementation, resolve_impl
 from ...impl.step_memory import StepMemory
 from ...support.argument_checks import check_budget
+from ...support.uncompiled import uncompiled
 from ..replaced import methods_of
 from .as_made import DENSE_METHODS, is_as_made, is_plain, plain_budget
 from .dead_feature_loss import dead_reconstruction_loss
@@ -91,7 +92,7 @@ class SparseStep(FeatureRows, TopKTrainingSAE):
         self.forget()
         return self
 
-    @torch.compiler.disable
+    @uncompiled
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """As SAELens'; see the class."""
         if self._needs_dense(step_input):
