@@ -7,7 +7,7 @@ import pytest
 from sampled_sae.impl.interface import PARTS, implementation
 
 # of many processes scores and selections are made of these, of one step its errors
-OPTIONAL = {"column_statistics", "use_block", "search", "take_kept", "seen_columns", "squared_errors"}
+OPTIONAL = {"column_statistics", "use_block", "search", "take_kept", "seen_columns", "squared_errors", "level_errors"}
 
 
 def test_what_need_not_be_there():

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from makers import RULES, gradients, make_sae, tokens
+from makers import RULES, TOPK, gradients, make_sae, tokens
 
 from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig, SparseCodes
 from sampled_sae.support.geometric_median import geometric_median
@@ -241,3 +241,16 @@ def test_reference_and_torch_train_alike():
         torch.testing.assert_close(*losses, rtol=1e-8, atol=0)
     assert saes[0].dead.any()
     assert torch.equal(saes[0].tokens_since_active, saes[1].tokens_since_active)
+
+
+@pytest.mark.parametrize("rule", [{"l": 4.0}, {"l": None}, TOPK, {"l": None, "groups": (10, 40, 96)}], ids=str)
+def test_a_penalty_on_the_gradient_is_right_or_refused(rule):
+    """Beside a loss that has a gradient anyway: left out, the penalty would be missing in silence."""
+    x = tokens(4, 12).requires_grad_()
+    reference = make_sae(impl="reference", **rule)
+    assert torch.autograd.gradgradcheck(lambda x: reference(x).loss, x)
+    sae = make_sae(**rule)
+    loss = sae(x).loss
+    (first,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="a second derivative was asked for"):
+        (loss + first.square().sum()).backward()

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..codes import Entries, SparseCodes
 from ..config import IMPLS
 from ..support.argument_checks import check_choice
-from . import reference_form
+from . import levels, reference_form
 from .adam_step import AdamStep, Moments
 from .column_bounds import ColumnBounds, DecidedColumns, SeenColumns
 from .encoder import Encoder, Operands
@@ -42,7 +42,8 @@ class Implementation:
     `encoder` makes the value that the others are given, once a step. Of `column_statistics`, `use_block`, `search`,
     `take_kept` and `seen_columns` scores and selections of many processes are made (distributed/parts.py); the
     reference has none, and the last one is there where a screen is.
-    `squared_errors`, where there is one, adds a bias [d] to a reconstruction [B, d] and gives each token's too.
+    `squared_errors`, where there is one, adds a bias [d] to a reconstruction [B, d] and gives each token's too;
+    `level_errors` gives those of levels [B, G, d], [B, G]. Second derivatives are those of the forms that have neither.
     """
 
     encoder: Callable[..., Encoder]
@@ -65,6 +66,7 @@ class Implementation:
     take_kept: Callable[[Entries, Tensor, int, int], Entries] | None = None
     seen_columns: Callable[[Operands, str], SeenColumns | None] | None = None
     squared_errors: Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]] | None = None
+    level_errors: Callable[[Tensor, Tensor], Tensor] | None = None
     totals: Totals = field(default_factory=Totals)
     ranking: Ranking = field(default_factory=Ranking)
 
@@ -112,9 +114,9 @@ def implementation(name: str) -> Implementation:
     if name == "triton":
         from .triton import aux_loss, layer, pool, reconstruction, row_adam, scores, screen_columns
 
-        return parts_of(layer, aux_loss, pool, reconstruction, row_adam, scores, screen_columns)
+        return parts_of(layer, aux_loss, pool, reconstruction, row_adam, scores, screen_columns, levels)
     if name == "torch":
-        others = torch_aux, torch_pool, torch_reconstruction, torch_row_adam, torch_scores, torch_columns
+        others = torch_aux, torch_pool, torch_reconstruction, torch_row_adam, torch_scores, torch_columns, levels
         return parts_of(torch_layer, *others)
     return parts_of(reference_form, torch_row_adam)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,22 +23,28 @@ def level_of(features: Tensor, groups: Sequence[int]) -> Tensor:
     return level
 
 
-class LevelErrors(torch.autograd.Function):
+def level_errors(x: Tensor, levels: Tensor) -> Tensor:
     """||x_i - level_im||^2 of each token and level, [B, G], from x [B, d] and levels [B, G, d].
 
     Equivalent to `(levels - x[:, None]).square().sum(-1)`, in fewer passes over what has G times the size of x.
     """
+    return LevelErrors.apply(x, levels)
+
+
+class LevelErrors(torch.autograd.Function):
+    """See `level_errors`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, levels: Tensor) -> Tensor:
         difference = levels - x[:, None].to(levels.dtype)
-        ctx.save_for_backward(difference)
+        errors = torch.linalg.vector_norm(difference, dim=-1).square_()
+        ctx.save_for_backward(difference, errors)
         ctx.dtype = x.dtype
-        return torch.linalg.vector_norm(difference, dim=-1).square_()
+        return errors
 
     @staticmethod
-    @once_differentiable
+    @partial(once_differentiable, also_of=lambda ctx: ctx.saved_tensors[1:])
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
-        (difference,) = ctx.saved_tensors
+        difference, _ = ctx.saved_tensors
         d_levels = difference * (2 * grad)[..., None]
         return -d_levels.sum(1).to(ctx.dtype) if ctx.needs_input_grad[0] else None, d_levels

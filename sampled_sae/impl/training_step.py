@@ -15,7 +15,6 @@ from .encoder import Encoder
 from .hints import Rule
 from .interface import Implementation
 from .layout import Layer, Layout, Leaves
-from .levels import LevelErrors
 from .pool import Pool
 from .torch.products import without_autocast
 from .torch.reconstruction import errors_of_tokens
@@ -86,7 +85,11 @@ def reconstruct(
     levels = parts.decode_levels(codes, leaves.W_dec, leaves.b_out, c.groups, leaves.rows)
     if leaves.W_skip is not None:
         levels = levels + skipped(parts.totals.once(encoder.x), leaves.W_skip, levels.dtype)[:, None]
-    errors = parts.totals.mean(LevelErrors.apply(tokens, levels), encoder.operands)
+    if parts.level_errors is None:
+        errors = errors_of_tokens(tokens[:, None], levels)
+    else:
+        errors = parts.level_errors(tokens, levels)
+    errors = parts.totals.mean(errors, encoder.operands)
     return errors.mean(), errors[-1], levels[:, -1].contiguous()
 
 

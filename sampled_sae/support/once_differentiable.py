@@ -31,9 +31,15 @@ class NoSecondDerivative(torch.autograd.Function):
     backward = staticmethod(no_second_derivative)
 
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+def once_differentiable(
+    backward: Callable[..., Any], also_of: Callable[[Any], tuple[Tensor, ...]] = lambda _: ()
+) -> Callable[..., Any]:
     """As torch's, whose error `torch.autograd.grad` never meets: its gradients lead back to no input, and what they
-    would have added is left out in silence."""
+    would have added is left out in silence.
+
+    Args:
+        also_of: saved inputs or outputs that the gradients depend on, whatever gradients come in.
+    """
     once = function.once_differentiable(backward)
 
     @wraps(backward)
@@ -41,7 +47,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         made = once(ctx, *grads)
         if not torch.is_grad_enabled():
             return made
-        made_of = [g for g in grads if isinstance(g, Tensor) and g.requires_grad]
+        made_of = [g for g in (*grads, *also_of(ctx)) if isinstance(g, Tensor) and g.requires_grad]
         if not made_of:
             return made
         given = made if isinstance(made, tuple) else (made,)

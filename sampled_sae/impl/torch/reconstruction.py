@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,16 +38,16 @@ class SquaredErrors(torch.autograd.Function):
     def forward(ctx: Any, raw: Tensor, bias: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor]:
         x_hat = raw.clone() if bias is None else raw + bias.to(raw.dtype)
         difference = torch.sub(x_hat, target.to(x_hat.dtype), out=scratch(x_hat, *x_hat.shape))
-        ctx.save_for_backward(difference)
         ctx.set_materialize_grads(False)
         ctx.dtypes = None if bias is None else bias.dtype, target.dtype
-        squares = torch.mul(difference, difference, out=scratch(difference, *difference.shape))
-        return x_hat, squares.sum(-1)
+        errors = torch.mul(difference, difference, out=scratch(difference, *difference.shape)).sum(-1)
+        ctx.save_for_backward(difference, errors)
+        return x_hat, errors
 
     @staticmethod
-    @once_differentiable
+    @partial(once_differentiable, also_of=lambda ctx: ctx.saved_tensors[1:])
     def backward(ctx: Any, d_x_hat: Tensor | None, d_errors: Tensor | None) -> tuple[Tensor | None, ...]:
-        (difference,) = ctx.saved_tensors
+        difference, _ = ctx.saved_tensors
         bias_dtype, target_dtype = ctx.dtypes
         d_raw, d_bias, d_target = d_x_hat, None, None
         if d_errors is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...codes import SparseCodes
 from ...formats.dictionary_learning import as_linear, groups_of, read_state
-from ...impl.levels import LevelErrors
+from ...impl.levels import level_errors
 from ...support.argument_checks import check_integer, check_number, describe
 from .dictionaries import BatchTopKSAE, SampledDictionary
 from .linear_view import parameter_of_sae
@@ -157,7 +157,7 @@ class MatryoshkaBatchTopKTrainer(RowTrainer, matryoshka_batch_top_k.MatryoshkaBa
     def reconstruct(self, inputs: StepInputs, codes: SparseCodes) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         sae, encoder = self.ae.sae, inputs.encoder
         levels = inputs.parts.decode_levels(codes, sae.W_dec, sae.b_dec, sae.cfg.groups, encoder.rows)
-        errors = LevelErrors.apply(encoder.x, levels).mean(0)
+        errors = level_errors(encoder.x, levels).mean(0)
         weighted = errors * torch.tensor(self.group_weights, dtype=errors.dtype, device=errors.device)
         return levels[:, -1], weighted.mean(), {"min_l2_loss": weighted.min(), "max_l2_loss": weighted.max()}
 
