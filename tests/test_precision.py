@@ -1,6 +1,7 @@
 """Precision of a training's products: what is taken, what a resumed run compares, and torch's own switches."""
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SAE = SampledSAEConfig(d_in=D, d_sae=32, k=3, l=2.0, dead_after=10**6)
 TRAIN = TrainConfig(steps=2, batch_size=8, lr=3e-3, log_every=1, checkpoint_every=2)
 backends = torch.backends
+# of a backend; torch's own `backends.mkldnn` sets that of all
+OF_BACKENDS = [type(backends.mkldnn.matmul)(name, "all") for name in ("cuda", "mkldnn")]
 
 
 @pytest.fixture
@@ -31,15 +34,15 @@ def shortest_calibration(monkeypatch):
     monkeypatch.setattr("sampled_sae.training.feed.CALIBRATION_TOKENS", 8)
 
 
+def reset():
+    torch.set_float32_matmul_precision("highest")
+    for switch in (backends, *OF_BACKENDS, backends.cuda.matmul, backends.mkldnn.matmul):
+        switch.fp32_precision = "none"
+
+
 @pytest.fixture
 def switches():
     """As they are when torch is imported, and again afterwards."""
-
-    def reset():
-        torch.set_float32_matmul_precision("highest")
-        for switch in (backends, backends.cuda.matmul, backends.mkldnn.matmul):
-            switch.fp32_precision = "none"
-
     reset()
     yield
     reset()
@@ -52,7 +55,8 @@ def put(switch, value):
     elif switch == "older":
         backends.cuda.matmul.allow_tf32 = value
     else:
-        {"all": backends, "cuda": backends.cuda.matmul}[switch].fp32_precision = value
+        own = {"cuda": backends.cuda.matmul, "cudnn": backends.cudnn, "mkldnn": OF_BACKENDS[1]}
+        {"all": backends, **own}[switch].fp32_precision = value
 
 
 # what a user has set, in this order, and whether products on a GPU then take TF32
@@ -74,6 +78,11 @@ MIXES = [
     ((("all", "ieee"), ("cuda", "tf32")), True),
     ((("all", "tf32"), ("cuda", "tf32")), True),
     ((("older", True), ("all", "tf32")), True),
+    ((("cudnn", "tf32"),), True),
+    ((("cudnn", "ieee"), ("all", "tf32")), False),
+    ((("cudnn", "tf32"), ("cuda", "tf32")), True),
+    ((("mkldnn", "tf32"),), False),
+    ((("mkldnn", "bf16"), ("old", "high")), True),
 ]
 
 
@@ -95,41 +104,44 @@ def test_scores_work_with_every_mix(mix, expected):
     torch.testing.assert_close(F.column_scores(x, W, b, impl="triton"), scores)
 
 
-def shown():
-    """What the switches say, and what they would say if the one of all backends were another."""
-    own = [backends.fp32_precision, backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision]
-    common = backends.fp32_precision
-    for other in ("ieee", "tf32"):
-        backends.fp32_precision = other
-        own.append(backends.cuda.matmul.fp32_precision)
-    backends.fp32_precision = common
-    return own
+def shown(mix, choice=None):
+    """What the switches say after a mix and a choice, and what they say where another is set then."""
+    said = []
+    for after in (None, backends, *OF_BACKENDS):
+        for value in ("ieee", "tf32"):
+            reset()
+            for step in mix:
+                put(*step)
+            if choice is not None:
+                choice()
+            if after is not None:
+                after.fp32_precision = value
+            switches = (backends, *OF_BACKENDS, backends.cuda.matmul, backends.mkldnn.matmul)
+            said.append([switch.fp32_precision for switch in switches])
+    return said
 
 
 @pytest.mark.parametrize(("mix", "_"), MIXES, ids=str)
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_a_choice_leaves_every_switch_as_it_was(precision, mix, _):
-    for step in mix:
-        put(*step)
-    before = shown()
-
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+def test_a_choice_leaves_every_switch_as_it_was(device, precision, mix, _):
     def fail():
-        with float32_products(precision, CUDA):
-            assert tf32_allowed() == (precision == "tf32")
+        with suppress(KeyError), float32_products(precision, device):
+            if device == CUDA:
+                assert tf32_allowed() == (precision == "tf32")
             raise KeyError
 
-    with pytest.raises(KeyError):
-        fail()
-    assert shown() == before
+    assert shown(mix, fail) == shown(mix)
 
 
 def test_a_choice_on_a_cpu_is_that_of_its_own_switch():
-    torch.set_float32_matmul_precision("medium")
-    before = shown()
-    with float32_products("ieee", CPU):
-        assert backends.mkldnn.matmul.fp32_precision == "ieee"
-        assert tf32_allowed()
-    assert shown() == before
+    def choose():
+        with float32_products("ieee", CPU):
+            assert backends.mkldnn.matmul.fp32_precision == "ieee"
+            assert tf32_allowed()
+
+    medium = [("old", "medium")]
+    assert shown(medium, choose) == shown(medium)
     assert torch.get_float32_matmul_precision() == "medium"
 
 

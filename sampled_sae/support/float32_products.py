@@ -1,7 +1,8 @@
 """How a device multiplies float32 matrices: what torch's switches say, and a choice of one's own for a while.
 
-There are old switches (`allow_tf32`, `set_float32_matmul_precision`) and new ones (`fp32_precision`, of all backends
-and of one's products). Products follow the new ones, which the old ones write; the old getters raise where they differ.
+There are old switches (`allow_tf32`, `set_float32_matmul_precision`) and new ones (`fp32_precision`, of all backends,
+of one, and of one's products). Products follow the new ones, which the old ones write; the old getters raise where they
+differ.
 """
 
 from __future__ import annotations
@@ -36,10 +37,7 @@ def float32_products(precision: str, device: torch.device) -> Iterator[None]:
     if are_as_set(precision, device):
         yield
         return
-    switch = _switch(device)
-    before = switch.fp32_precision
-    if before != "none" and _inherited(switch):
-        before = "none"
+    switch, before = _switch(device), _set_itself(_switches(device))
     switch.fp32_precision = precision
     try:
         yield
@@ -51,13 +49,21 @@ def _switch(device: torch.device) -> Any:
     return (backends.cuda if device.type == "cuda" else backends.mkldnn).matmul
 
 
-def _inherited(switch: Any) -> bool:
-    """Whether a switch says what that of all backends says because it was never set itself."""
-    common = backends.fp32_precision
-    if switch.fp32_precision != common:
-        return False
+def _switches(device: torch.device) -> list[Any]:
+    """That of products, of the device's backend, of all: one that is "none" says what the next one says."""
+    # the backend's as torch makes those of products: by `backends.mkldnn` itself one sets that of all backends
+    backend = type(backends.mkldnn.matmul)("cuda" if device.type == "cuda" else "mkldnn", "all")
+    return [_switch(device), backend, backends]
+
+
+def _set_itself(switches: list[Any]) -> str:
+    """What the first of the switches was set to itself, not what it says because the next one does."""
+    value: str = switches[0].fp32_precision
+    if len(switches) == 1 or value != switches[1].fp32_precision:
+        return value
+    before, other = _set_itself(switches[1:]), "tf32" if value == "ieee" else "ieee"
     try:
-        backends.fp32_precision = other = "tf32" if common == "ieee" else "ieee"
-        return bool(switch.fp32_precision == other)
+        switches[1].fp32_precision = other
+        return "none" if switches[0].fp32_precision == other else value
     finally:
-        backends.fp32_precision = common
+        switches[1].fp32_precision = before
