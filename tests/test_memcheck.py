@@ -62,6 +62,25 @@ def scatter_kernel(x, y, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def halves_kernel(words, halves):
+    """One program writes a word, the other its second half."""
+    if tl.program_id(0) == 0:
+        tl.store(words, 0)
+    else:
+        tl.store(halves + 1, 0)
+
+
+@triton.jit
+def last_kernel(x, y, READS: tl.constexpr):
+    """All add, and the last one to come, which no barrier tells of the others' work, reads or writes."""
+    if tl.atomic_add(x, 1) == 2:
+        if READS:
+            tl.store(y, tl.load(x))
+        else:
+            tl.store(x, 0)
+
+
+@triton.jit
 def described_kernel(x, y, BLOCK: tl.constexpr):
     tl.store(y + tl.arange(0, BLOCK), x.load([0]))
 
@@ -80,6 +99,14 @@ def copied(n, x, y, stride=1):
 def described(x):
     """Copied by a descriptor of tiles of 8, with zeros for what is not there."""
     described_kernel[(1,)](TensorDescriptor.from_tensor(x, [8]), torch.zeros(8), BLOCK=8)
+
+
+def halves(words):
+    halves_kernel[(2,)](words, words.view(torch.int16))
+
+
+def last(reads):
+    last_kernel[(3,)](*torch.zeros(2, 1, dtype=torch.int32), reads)
 
 
 def kinds(findings):
@@ -105,9 +132,16 @@ FAULTS = {
     "uninitialised, 16 bits": ("uninitialised read", lambda: copied(4, torch.empty(4, dtype=HALF), zeros(HALF))),
     "uninitialised, 64 bits": ("uninitialised read", lambda: copied(4, whole().new_empty(4, dtype=LONG), zeros(LONG))),
     "uninitialised, by a descriptor": ("uninitialised read", lambda: described(torch.empty(8))),
+    "uninitialised, by columns": (
+        "uninitialised read",
+        lambda: copied(8, torch.empty_like(torch.zeros(4, 2).t()), torch.zeros(8)),
+    ),
     "sum without atomics": ("race", lambda: sum_kernel[(3,)](whole(), torch.zeros(1), False)),
     "read what the next writes": ("race", lambda: shift_kernel[(3,)](whole(), True)),
     "read what the last wrote": ("race", lambda: shift_kernel[(3,)](whole(), False)),
+    "a word and its half": ("race", lambda: halves(torch.zeros(1, dtype=torch.int32))),
+    "read by the last that added": ("race", lambda: last(True)),
+    "written by the last that added": ("race", lambda: last(False)),
     "two lanes, one address": ("duplicate", lambda: scatter_kernel[(1,)](whole(), torch.zeros(8), BLOCK=8)),
     "other lanes without barrier": ("same program", lambda: reverse_kernel[(1,)](whole(), False, BLOCK=8)),
 }
@@ -118,6 +152,9 @@ RIGHT = {
     "written, then read": lambda: (y := torch.empty(8), copied(8, whole(), y), copied(8, y, torch.zeros(8))),
     "sum by atomics": lambda: sum_kernel[(3,)](whole(), torch.zeros(1), True),
     "equal values to one address": lambda: scatter_kernel[(1,)](torch.ones(8), torch.zeros(8), BLOCK=8),
+    "a word and the next one's half": lambda: halves_kernel[(2,)](
+        (words := torch.zeros(2, dtype=torch.int32)), words[1:].view(torch.int16)
+    ),
     "claim": lambda: claim_kernel[(3,)](torch.zeros(2, dtype=torch.int32)),
 }
 
@@ -233,15 +270,79 @@ def test_every_kernel_is_free_of_faults(tmp_path):
     assert set(found["kernels"]) == defined
 
 
-def test_the_plugin_fails_the_test_at_fault(tmp_path):
-    (tmp_path / "test_it.py").write_text(
-        "import torch, triton, triton.language as tl\n\n\n"
-        "@triton.jit\ndef one_kernel(x):\n    tl.store(x + 1, 1.0)\n\n\n"
-        "def test_bad():\n    one_kernel[(1,)](torch.zeros(1))\n\n\n"
-        "def test_good():\n    one_kernel[(1,)](torch.zeros(2))\n"
-    )
-    status, said = run_plugin(tmp_path, "test_it.py", cwd=tmp_path)
+TESTS_AT_FAULT = """
+import pytest, torch, triton, triton.language as tl
+
+
+@triton.jit
+def one_kernel(x):
+    tl.store(x + 1, 1.0)
+
+
+@pytest.fixture
+def made():
+    one_kernel[(1,)](torch.zeros(1))
+
+
+@pytest.mark.parametrize("case", [1, 2])
+def test_bad(case):
+    one_kernel[(1,)](torch.zeros(1))
+
+
+def test_good():
+    one_kernel[(1,)](torch.zeros(2))
+
+
+def test_of_what_is_made(made):
+    pass
+
+
+def test_that_fails_by_itself():
+    one_kernel[(1,)](torch.zeros(1))
+    raise ValueError
+"""
+FOUND = "out of bounds: store | one_kernel | test_it.py:7 | elements 1 to 1 of pointer 1 (1,)"
+
+
+@pytest.fixture
+def tests_at_fault(tmp_path):
+    """In a folder that is named as the package is."""
+    (tmp_path / "triton").mkdir()
+    file = tmp_path / "triton" / "test_it.py"
+    file.write_text(TESTS_AT_FAULT)
+    return str(file)
+
+
+def test_the_plugin_fails_the_tests_at_fault(tmp_path, tests_at_fault):
+    """Each of them, whether another had the same fault before or not, and where a fixture has it."""
+    status, said = run_plugin(tmp_path, tests_at_fault, cwd=tmp_path)
     assert status == 1
-    assert "1 failed, 1 passed" in said
-    assert "out of bounds: store | one_kernel | test_it.py:6 | elements 1 to 1 of pointer 1 (1,)" in said
-    assert run_plugin(tmp_path, "test_it.py", "--memcheck-go-on", cwd=tmp_path)[0] == 0
+    assert "3 failed, 1 passed" in said
+    assert "ERROR at setup of test_of_what_is_made" in said
+    assert said.count(FOUND) == 5  # of four tests, and in the list at the end
+    status, said = run_plugin(tmp_path, tests_at_fault, "--memcheck-go-on", cwd=tmp_path)
+    assert status == 1
+    assert "1 failed, 4 passed" in said
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_run_add_up(tmp_path, tests_at_fault):
+    report = tmp_path / "report.json"
+    status, said = run_plugin(tmp_path, tests_at_fault, "-n", "2", f"--memcheck-report={report}", cwd=tmp_path)
+    assert status == 1
+    assert "5 launches of 1 kernels" in said
+    found = json.loads(report.read_text())
+    assert found["kernels"] == {"one_kernel": 5}
+    assert [row["lanes"] for row in found["found"]] == [4]
+
+
+def compiling_pytest(arguments):
+    triton.knobs.runtime.interpret = False
+    return int(pytest.main(arguments))
+
+
+def test_without_the_interpreter_the_plugin_is_an_error(tmp_path, tests_at_fault):
+    options = ["-p", "tests.memcheck", "-p", "no:cacheprovider", tests_at_fault]
+    status, said = run_forked(tmp_path / "log", compiling_pytest, options)
+    assert status == pytest.ExitCode.USAGE_ERROR
+    assert "set TRITON_INTERPRET=1" in said

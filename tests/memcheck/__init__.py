@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 from .findings import Findings
 from .interpreter import ORDERS, checked
@@ -29,6 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not triton.knobs.runtime.interpret:
+        raise pytest.UsageError("memcheck: sees kernels in the interpreter alone; set TRITON_INTERPRET=1")
     stack = ExitStack()
     option = config.getoption
     made = checked(option("--program-order"), option("--order-seed"), not option("--no-poison"))
@@ -36,14 +39,46 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(stack.close)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+def watched(item: pytest.Item, when: str) -> Iterator[None]:
+    """A part of a test, fixtures too, that fails with the faults that are found in it."""
     findings = item.config.stash[FINDINGS]
-    findings.test = item.nodeid
-    yield
-    faults = findings.faults(item.nodeid)
+    findings.begin(item.nodeid)
+    try:
+        yield
+    except BaseException:
+        if findings.faults(new=True):
+            item.add_report_section(when, "memcheck", "\n".join(map(str, findings.faults(new=True))))
+        raise
+    faults = findings.faults(new=True)
     if faults and not item.config.getoption("--memcheck-go-on"):
         pytest.fail("memcheck:\n" + "\n".join(map(str, faults)), pytrace=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    yield from watched(item, "setup")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    yield from watched(item, "call")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    yield from watched(item, "teardown")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process of pytest-xdist sends what it has found."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["memcheck"] = session.config.stash[FINDINGS].plain()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    if sent := getattr(node, "workeroutput", {}).get("memcheck"):
+        node.config.stash[FINDINGS].merge(sent)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -52,5 +87,4 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(line)
     path = config.getoption("--memcheck-report")
     if path:
-        rows = [f._asdict() | {"lanes": n, "first": findings.first[f]} for f, n in sorted(findings.lanes.items())]
-        path.write_text(json.dumps({"kernels": findings.kernels, "found": rows}, indent=1) + "\n")
+        path.write_text(json.dumps(findings.plain(), indent=1) + "\n")

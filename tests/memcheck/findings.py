@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-HERE = str(Path(__file__).parent)
-# frames that are not a kernel's
-FOREIGN = ("/triton/", "/numpy/", HERE)
+import numpy
+import triton
+
+# frames that are not a kernel's: of these packages, not of folders of their names
+FOREIGN = tuple(
+    os.path.join(os.path.dirname(os.path.abspath(file)), "") for file in (triton.__file__, numpy.__file__, __file__)
+)
 DEEPEST = 4
 
 
@@ -39,23 +44,49 @@ class Findings:
     """How many lanes each finding had, in which test it came first, and what was run.
 
     Attributes:
-        lanes: Finding -> lanes. first: Finding -> the test. test: the test that runs now. kernels: launches by kernel.
+        lanes: Finding -> lanes. first: Finding -> the test. test: the test that runs now; new: what was found since it
+        began. kernels: launches by kernel.
     """
 
     def __init__(self) -> None:
         self.lanes: Counter[Finding] = Counter()
         self.first: dict[Finding, str] = {}
-        self.test = ""
+        self.test, self.new = "", set[Finding]()
         self.kernels: Counter[str] = Counter()
         self.programs = self.accesses = 0
 
     def add(self, finding: Finding, lanes: int = 1) -> None:
         self.lanes[finding] += int(lanes)
         self.first.setdefault(finding, self.test)
+        self.new.add(finding)
 
-    def faults(self, test: str | None = None) -> list[Finding]:
-        """What is certainly wrong; of one test, what came first in it."""
-        return [f for f in sorted(self.lanes) if not f.suspect and test in (None, self.first[f])]
+    def begin(self, test: str) -> None:
+        """From now on what is found is of this test."""
+        self.test, self.new = test, set()
+
+    def faults(self, new: bool = False) -> list[Finding]:
+        """What is certainly wrong; if `new`, since `begin` alone, whether another test had it before or not."""
+        return [f for f in sorted(self.new if new else self.lanes) if not f.suspect]
+
+    def plain(self) -> dict[str, Any]:
+        """All of it as JSON has it."""
+        found = [f._asdict() | {"lanes": n, "first": self.first[f]} for f, n in sorted(self.lanes.items())]
+        return {
+            "kernels": dict(self.kernels),
+            "programs": self.programs,
+            "accesses": self.accesses,
+            "found": found,
+        }
+
+    def merge(self, plain: dict[str, Any]) -> None:
+        """Adds what another process has found."""
+        self.kernels.update(plain["kernels"])
+        self.programs += plain["programs"]
+        self.accesses += plain["accesses"]
+        for row in plain["found"]:
+            finding = Finding(*(row[name] for name in Finding._fields))
+            self.lanes[finding] += row["lanes"]
+            self.first.setdefault(finding, row["first"])
 
     def lines(self) -> list[str]:
         """For people: what was run, then each finding."""
@@ -71,7 +102,7 @@ def site() -> str:
     frame, lines = sys._getframe(1), []
     while frame is not None and len(lines) < DEEPEST:
         path = frame.f_code.co_filename
-        if not any(part in path for part in FOREIGN):
+        if not path.startswith(FOREIGN):
             lines.append(f"{Path(path).name}:{frame.f_lineno}")
         elif lines:
             break

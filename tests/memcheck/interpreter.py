@@ -22,6 +22,8 @@ ORDERS = ("forward", "reverse", "shuffle")
 # what `torch.empty` is filled with, by bytes of an element: quiet in sums as NaN, unlikely as an integer
 POISON = {2: 0x7FB5, 4: 0x7FB5A5C3, 8: 0x7FF5A5C3B7D19E2B}
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+EMPTY = [(torch, name) for name in ("empty", "empty_like", "empty_strided", "empty_permuted")]
+EMPTY += [(torch.Tensor, name) for name in ("new_empty", "new_empty_strided")]
 
 
 class Launch:
@@ -110,11 +112,14 @@ class Checker:
         self.findings.add(Finding(kind, launch.kernel, self._sites[here], other, note), lanes)
 
 
-def poisoned(tensor: Any) -> Any:
-    """A tensor filled with the pattern of its width, where it has one."""
-    words = WORDS.get(tensor.element_size()) if type(tensor) is torch.Tensor and tensor.device.type == "cpu" else None
-    if words is not None and tensor.numel() and tensor.is_contiguous() and not tensor.is_complex():
-        tensor.detach().view(words).fill_(POISON[tensor.element_size()])
+def poisoned(plain: Any, *args: Any, **kwargs: Any) -> Any:
+    """A new tensor, its memory filled with the pattern of its width, where it has one."""
+    tensor = plain(*args, **kwargs)
+    on_cpu = type(tensor) is torch.Tensor and tensor.device.type == "cpu" and tensor.layout == torch.strided
+    words = WORDS.get(tensor.element_size()) if on_cpu and kwargs.get("out") is None else None
+    if words is not None and tensor.numel():
+        memory = tensor.untyped_storage()
+        torch.tensor([], dtype=words).set_(memory).fill_(POISON[tensor.element_size()])
     return tensor
 
 
@@ -138,8 +143,8 @@ def checked(order: str = "forward", seed: int = 0, poison: bool = True) -> Itera
         for name, method in METHODS.items():
             replace(builder, name, in_launch(checker, method))
         if poison:
-            for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-                replace(owner, name, lambda plain, *args, **kw: poisoned(plain(*args, **kw)))
+            for owner, name in EMPTY:
+                replace(owner, name, poisoned)
         yield checker.findings
 
 

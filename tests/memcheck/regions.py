@@ -17,13 +17,16 @@ MIDDLE = 1 << (SPACE - 1)
 
 
 class Region:
-    """What one argument may reach: the elements of its tensor, not the holes of a strided view."""
+    """What one argument may reach: the elements of its tensor, not the holes of a strided view.
+
+    unit: bytes of the smallest elements that any argument has in this storage.
+    """
 
     def __init__(self, index: int, tensor: torch.Tensor) -> None:
         self.index = index
         self.base = (index << SPACE) + MIDDLE
         self.real = tensor.data_ptr()
-        self.width = tensor.element_size()
+        self.width = self.unit = tensor.element_size()
         self.storage, self.storage_bytes = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
         self.shape, self.strides = tuple(tensor.shape), tensor.stride()
         sizes = [*zip(self.shape, self.strides)]
@@ -65,8 +68,12 @@ class AddressSpaces:
 
     def add(self, tensor: torch.Tensor) -> int:
         """The address under which a kernel is given the tensor."""
-        self.regions.append(Region(len(self.regions) + 1, tensor))
-        return self.regions[-1].base
+        region = Region(len(self.regions) + 1, tensor)
+        self.regions.append(region)
+        beside = [other for other in self.regions if other.storage == region.storage]
+        for other in beside:
+            other.unit = min(part.width for part in beside)
+        return region.base
 
     def access(self, pointers: np.ndarray, mask: np.ndarray) -> Access:
         """Where the active lanes go."""

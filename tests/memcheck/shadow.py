@@ -22,17 +22,23 @@ NOBODY = -1
 
 
 class Touched:
-    """The last access of one sort, byte by byte: by which program, between which barriers, from which line."""
+    """The last access of one sort, byte by byte: by which program, between which barriers, from which line.
+
+    And whether it was not the first program.
+    """
 
     def __init__(self, size: int) -> None:
         self.program, self.epoch = np.full(size, NOBODY, np.int32), np.full(size, NOBODY, np.int32)
         self.site = np.zeros(size, np.int32)
+        self.several = np.zeros(size, bool)
 
     def note(self, at: np.ndarray, program: int, epoch: int, site: int) -> None:
+        self.several[at] = self.by_others(at, program)
         self.program[at], self.epoch[at], self.site[at] = program, epoch, site
 
     def by_others(self, at: np.ndarray, program: int) -> np.ndarray:
-        return (self.program[at] != NOBODY) & (self.program[at] != program)
+        last = self.program[at]
+        return self.several[at] | ((last != NOBODY) & (last != program))
 
     def collisions(self, kind: str, at: np.ndarray, where: np.ndarray) -> Iterator[Collision]:
         for site in np.unique(self.site[at][where]):
@@ -44,23 +50,19 @@ class Shadow:
 
     def __init__(self, size: int) -> None:
         self.written, self.read, self.added = Touched(size), Touched(size), Touched(size)
-        self.read_by_several = np.zeros(size, bool)
 
     def load(self, at: np.ndarray, program: int, epoch: int, site: int) -> Iterator[Collision]:
-        """`at`: bytes at which the elements begin, each once."""
+        """`at`: bytes that stand for the elements, each once."""
         for kind, other in (("race: read, another program wrote", self.written), ("race: read, atomic", self.added)):
             yield from other.collisions(kind, at, other.by_others(at, program))
         own = (self.written.program[at] == program) & (self.written.epoch[at] == epoch)
         yield from self.written.collisions("same program: read after write", at, own)
-        self.read_by_several[at] |= self.read.by_others(at, program)
         self.read.note(at, program, epoch, site)
 
     def store(self, at: np.ndarray, program: int, epoch: int, site: int, atomic: bool) -> Iterator[Collision]:
         kind = "atomic" if atomic else "write"
-        others = self.written.by_others(at, program)
-        yield from self.written.collisions(f"race: {kind}, another program wrote", at, others)
-        others = self.read_by_several[at] | self.read.by_others(at, program)
-        yield from self.read.collisions(f"race: {kind}, another program read", at, others)
+        for other, name in ((self.written, "wrote"), (self.read, "read")):
+            yield from other.collisions(f"race: {kind}, another program {name}", at, other.by_others(at, program))
         if not atomic:
             yield from self.added.collisions("race: write, atomic", at, self.added.by_others(at, program))
         for other, name in ((self.read, "read"), (self.written, "write")):
@@ -76,10 +78,15 @@ class Shadows:
         self._shadows: dict[int, Shadow] = {}
 
     def note(self, access: Access, step: Callable[[Shadow, np.ndarray], Iterator[Collision]]) -> Iterator[Collision]:
-        """`step` of each storage that the lanes touch, with the bytes at which their elements begin, each once."""
+        """`step` of each storage that the lanes touch, with the bytes that stand for their elements, each once.
+
+        Those at which they begin; where arguments of several widths share the storage, so many that all of them meet.
+        """
         for region, inside in access.parts:
             if inside.any():
                 at = np.unique(access.real[inside].astype(np.int64) - region.storage)
+                if region.unit < region.width:
+                    at = (at[:, None] + np.arange(0, region.width, region.unit)).ravel()
                 yield from step(self._of(region), at)
 
     def _of(self, region: Region) -> Shadow:
