@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +56,13 @@ def test_a_store_holds_the_tokens_in_order_and_the_last_ones_apart(x, tmp_path):
         "holdout.safetensors",
         *(shard["file"] for shard in manifest["shards"]),
     }
+
+
+@pytest.mark.parametrize("source", [Path("of/a/file.pt"), 5])
+def test_a_source_is_recorded_as_text(tmp_path, source):
+    """As by ArrayActivations; a manifest with anything else could not be read again."""
+    store = ActivationStore.write(tmp_path / "store", torch.ones(4, 3), source=source)
+    assert store.manifest["source"] == str(source)
 
 
 def cut(x, sizes):

@@ -86,7 +86,7 @@ class ActivationStore(ListedFiles, Activations):
         shard_tokens = check_integer("shard_tokens", shard_tokens, 1)
         name = str(dtype).removeprefix("torch.")
         check_choice("dtype", name, tuple(DTYPES))
-        write_tensors(place(folder), x, holdout, shard_tokens, name, source)
+        write_tensors(place(folder), x, holdout, shard_tokens, name, str(source))
         return cls.open(folder)
 
     @property
