@@ -26,8 +26,9 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     exec(compile(load, "docs/inference.md", "exec"), names)
     assert names["x_hat"].shape == names["x"].shape
     torch.testing.assert_close(names["a"], names["sae"].encode(names["x"])[:, [3, 17]])
-    exec(compile(from_tensors, "docs/inference.md", "exec"), names)
-    assert names["some"].shape == names["x"].grad.shape
+    pasted = {}  # it stands by itself
+    exec(compile(from_tensors, "docs/inference.md", "exec"), pasted)
+    assert pasted["some"].shape == pasted["x"].grad.shape
     write_store(tmp_path / "acts")
     folder.rename(tmp_path / "my_sae")
     for command in (COMMANDS[0], COMMANDS[2]):
