@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from forked import run_forked
@@ -105,6 +106,10 @@ def halves(words):
     halves_kernel[(2,)](words, words.view(torch.int16))
 
 
+def shared(memory):
+    copied(8, torch.from_numpy(memory[1:]), torch.from_numpy(memory[:8]))
+
+
 def last(reads):
     last_kernel[(3,)](*torch.zeros(2, 1, dtype=torch.int32), reads)
 
@@ -140,6 +145,7 @@ FAULTS = {
     "read what the next writes": ("race", lambda: shift_kernel[(3,)](whole(), True)),
     "read what the last wrote": ("race", lambda: shift_kernel[(3,)](whole(), False)),
     "a word and its half": ("race", lambda: halves(torch.zeros(1, dtype=torch.int32))),
+    "what numpy shares": ("race", lambda: shared(np.zeros(9, np.float32))),
     "read by the last that added": ("race", lambda: last(True)),
     "written by the last that added": ("race", lambda: last(False)),
     "two lanes, one address": ("duplicate", lambda: scatter_kernel[(1,)](whole(), torch.zeros(8), BLOCK=8)),
@@ -215,6 +221,12 @@ def test_programs_run_in_the_order_asked_for(order):
 def test_another_order_is_an_error():
     with pytest.raises(ValueError, match="order='backward': must be one of"), checked("backward"):
         pass
+
+
+def test_what_has_no_memory_of_its_own_is_left_alone():
+    with checked():
+        batched = torch.vmap(lambda x: torch.empty_like(x).copy_(x))(torch.ones(2, 3))
+    assert torch.equal(batched, torch.ones(2, 3))
 
 
 def test_everything_is_as_before_afterwards():

@@ -117,7 +117,8 @@ def poisoned(plain: Any, *args: Any, **kwargs: Any) -> Any:
     tensor = plain(*args, **kwargs)
     on_cpu = type(tensor) is torch.Tensor and tensor.device.type == "cpu" and tensor.layout == torch.strided
     words = WORDS.get(tensor.element_size()) if on_cpu and kwargs.get("out") is None else None
-    if words is not None and tensor.numel():
+    # the wrappers of torch.func have no memory of their own
+    if words is not None and tensor.numel() and not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         memory = tensor.untyped_storage()
         torch.tensor([], dtype=words).set_(memory).fill_(POISON[tensor.element_size()])
     return tensor

@@ -19,7 +19,8 @@ MIDDLE = 1 << (SPACE - 1)
 class Region:
     """What one argument may reach: the elements of its tensor, not the holes of a strided view.
 
-    unit: bytes of the smallest elements that any argument has in this storage.
+    start, stop: addresses of the memory that it lies in, with all that arguments share of it: storages of torch, which
+    may overlap where numpy made them. unit: bytes of the smallest elements that any argument has there.
     """
 
     def __init__(self, index: int, tensor: torch.Tensor) -> None:
@@ -27,7 +28,8 @@ class Region:
         self.base = (index << SPACE) + MIDDLE
         self.real = tensor.data_ptr()
         self.width = self.unit = tensor.element_size()
-        self.storage, self.storage_bytes = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+        self.start = tensor.untyped_storage().data_ptr()
+        self.stop = self.start + tensor.untyped_storage().nbytes()
         self.shape, self.strides = tuple(tensor.shape), tensor.stride()
         sizes = [*zip(self.shape, self.strides)]
         self.extent = 0 if 0 in self.shape else 1 + sum((size - 1) * stride for size, stride in sizes)
@@ -69,10 +71,13 @@ class AddressSpaces:
     def add(self, tensor: torch.Tensor) -> int:
         """The address under which a kernel is given the tensor."""
         region = Region(len(self.regions) + 1, tensor)
+        shared = [other for other in self.regions if other.start < region.stop and region.start < other.stop]
         self.regions.append(region)
-        beside = [other for other in self.regions if other.storage == region.storage]
-        for other in beside:
-            other.unit = min(part.width for part in beside)
+        shared.append(region)
+        start, stop = min(part.start for part in shared), max(part.stop for part in shared)
+        unit = min(part.width for part in shared)
+        for part in shared:
+            part.start, part.stop, part.unit = start, stop, unit
         return region.base
 
     def access(self, pointers: np.ndarray, mask: np.ndarray) -> Access:

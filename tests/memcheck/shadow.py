@@ -46,7 +46,7 @@ class Touched:
 
 
 class Shadow:
-    """Of one storage."""
+    """Of one piece of memory."""
 
     def __init__(self, size: int) -> None:
         self.written, self.read, self.added = Touched(size), Touched(size), Touched(size)
@@ -72,27 +72,27 @@ class Shadow:
 
 
 class Shadows:
-    """Of all storages of one launch."""
+    """Of all memory of one launch."""
 
     def __init__(self) -> None:
         self._shadows: dict[int, Shadow] = {}
 
     def note(self, access: Access, step: Callable[[Shadow, np.ndarray], Iterator[Collision]]) -> Iterator[Collision]:
-        """`step` of each storage that the lanes touch, with the bytes that stand for their elements, each once.
+        """`step` of each piece of memory that the lanes touch, with the bytes that stand for their elements, each once.
 
-        Those at which they begin; where arguments of several widths share the storage, so many that all of them meet.
+        Those at which they begin; where arguments of several widths share the memory, so many that all of them meet.
         """
         for region, inside in access.parts:
             if inside.any():
-                at = np.unique(access.real[inside].astype(np.int64) - region.storage)
+                at = np.unique(access.real[inside].astype(np.int64) - region.start)
                 if region.unit < region.width:
                     at = (at[:, None] + np.arange(0, region.width, region.unit)).ravel()
                 yield from step(self._of(region), at)
 
     def _of(self, region: Region) -> Shadow:
-        if region.storage not in self._shadows:
-            self._shadows[region.storage] = Shadow(max(region.storage_bytes, 1))
-        return self._shadows[region.storage]
+        if region.start not in self._shadows:
+            self._shadows[region.start] = Shadow(max(region.stop - region.start, 1))
+        return self._shadows[region.start]
 
 
 def is_duplicate(access: Access, values: np.ndarray) -> bool:
