@@ -91,13 +91,14 @@ def splice_of(name: str, store: ActivationStore, rows: int) -> Splice:
     return SpliceEvaluator.of_harvest(load_model(name)[0], held_out, store.manifest).evaluate
 
 
-def train_seed(store: ActivationStore, args: Namespace, seed: int, splice: Splice | None) -> dict[str, dict[str, Any]]:
+def train_seed(
+    store: ActivationStore, args: Namespace, train: TrainConfig, seed: int, splice: Splice | None
+) -> dict[str, dict[str, Any]]:
     """The results of one seed by setting; read from the folder where they are there already."""
     folder = args.folder / f"seed{seed}"
     done = folder / "results.json"
     if done.exists():
         return read_json(done)
-    train = train_config(args)
     how = {"k": K, "l": L, "dead_after": args.dead_after, "row_grads": True, "seed": seed}
     base = SampledSAEConfig(d_in=store.d_in, d_sae=args.features, **how)
     feed = Feed(store, train.batch_size, train.seed)
@@ -117,10 +118,6 @@ def train_seed(store: ActivationStore, args: Namespace, seed: int, splice: Splic
     return found
 
 
-def train_config(args: Namespace) -> TrainConfig:
-    return TrainConfig(steps=args.steps, batch_size=args.batch_size, lr=args.lr)
-
-
 def main() -> None:
     small = {"steps": 200, "batch_size": 1024, "lr": 3e-3, "dead_after": 50_000, "splice_rows": 16}
     command = parser(__doc__, "--out", model="smollm2-135m", features=16384, **small)
@@ -130,10 +127,11 @@ def main() -> None:
     args = command.parse_args()
     store = ActivationStore.open(args.activations)
     splice = None if args.model == "none" else splice_of(args.model, store, args.splice_rows)
-    about = {"what": args.what, "model": args.model, "layer": store.manifest["layer"], "features": args.features}
+    train = TrainConfig(steps=args.steps, batch_size=args.batch_size, lr=args.lr)
+    about = {"what": args.what, "model": args.model, "layer": store.manifest.get("layer"), "features": args.features}
     setup = {"k": K, "l": L, "splice_rows": args.splice_rows, "dead_after": args.dead_after, "seeds": SEEDS}
-    record = Record(args, markdown_table, **about, **setup, train=asdict(train_config(args)))
-    by_seed = [train_seed(store, args, seed, splice) for seed in SEEDS]
+    record = Record(args, markdown_table, **about, **setup, train=asdict(train))
+    by_seed = [train_seed(store, args, train, seed, splice) for seed in SEEDS]
     for name in WHAT[args.what]:
         row = {"setting": name, **{m: over_seeds(found[name][m] for found in by_seed) for m in MEASURES}}
         exact = name.replace("bf16", "fp32")

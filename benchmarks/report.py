@@ -93,15 +93,20 @@ def summary(found: dict[str, dict[str, Any]]) -> str:
     return markdown(columns, rows) + "\n" + " ".join(about) + "\n"
 
 
-def stale_plots() -> list[Path]:
-    """The plots whose SVG is not what the result files give."""
+def draw(root: Path) -> list[Path]:
+    """Writes all plots to their places under `root`; returns their files."""
     from benchmarks.plots import write_plots
     from benchmarks.study_parts.plots import write_plots as write_study_plots
 
+    plots, study = (root / folder.relative_to(ROOT) for folder in (PLOTS, STUDY))
+    study.mkdir(parents=True, exist_ok=True)
+    return [*write_plots(results(), plots), *write_study_plots(STUDY, study)]
+
+
+def stale_plots() -> list[Path]:
+    """The plots whose SVG is not what the result files give."""
     with tempfile.TemporaryDirectory() as folder:
-        of_study = write_study_plots(STUDY, Path(folder))
-        pairs = [(file, PLOTS / file.name) for file in write_plots(results(), Path(folder)) if file.suffix == ".svg"]
-        pairs += [(file, STUDY / file.name) for file in of_study if file.suffix == ".svg"]
+        pairs = [(new, ROOT / new.relative_to(folder)) for new in draw(Path(folder)) if new.suffix == ".svg"]
         return [old for new, old in pairs if not old.is_file() or old.read_bytes() != new.read_bytes()]
 
 
@@ -132,12 +137,9 @@ def main() -> int:
         for file in stale:
             print("differs:", file.relative_to(ROOT))
         return 1 if stale else 0
-    from benchmarks.plots import write_plots
-    from benchmarks.study_parts.plots import write_plots as write_study_plots
-
     for file in stale:
         file.write_text(files[file], encoding="utf-8")
-    for file in [*stale, *write_plots(results(), PLOTS), *write_study_plots(STUDY, STUDY)]:
+    for file in [*stale, *draw(ROOT)]:
         print(file.relative_to(ROOT))
     return 0
 

@@ -33,7 +33,7 @@ SECONDS, LEAST, LEAST_TO_COMPILE = 2.0, 3.0, 15.0
 def main() -> None:
     names = "".join(f"\n  {name:18}{experiment.about}" for name, experiment in EXPERIMENTS.items())
     about = f"{__doc__}\nexperiments, each to benchmarks/results/NAME.json unless rehearsed:{names}"
-    command = parser(about, "--device", "--rehearse", "--within", rounds=7, warm_up=2, memory=18.0, steps=300)
+    command = parser(about, "--device", "--rehearse", "--within", rounds=7, warm_up=2, steps=300)
     command.set_defaults(device="cpu")
     command.add_argument("--out", type=Path, help="JSON file to write; a table goes beside it")
     command.add_argument("name", choices=list(EXPERIMENTS))
@@ -48,7 +48,7 @@ def main() -> None:
         args.out = RESULTS / f"{args.name}.json"
     low = args.device == "cuda" or args.name == "gpu_steps"
     how = {"device": args.device, "dtype": "bfloat16" if low else "float32", "threads": args.threads}
-    how |= {"start": Here, "memory": 0, "seconds": SECONDS} if args.here else {"memory": args.memory * 2**30}
+    how |= {"start": Here, "memory": 0, "seconds": SECONDS} if args.here else {}
     how |= {"rounds": args.rounds, "warm_up": 0 if args.rehearse and args.here else args.warm_up}
     options = dict(experiment.options)
     if args.activations is not None:
