@@ -1,27 +1,21 @@
 """Active features of published SAEs: our search, SAELens' own encode, eager PyTorch and torch.compile.
 
-    .venv/peers/bin/python benchmarks/inference.py --out benchmarks/results/inference.json --within 500
-    .venv/peers/bin/python benchmarks/inference.py --out FILE.json --quick
+    .venv/peers/bin/python -m benchmarks.inference --out benchmarks/results/inference.json --within 500
 
 Each gives the codes of the same tokens by a threshold for each feature (JumpReLU); ours as `SparseCodes`, the others as
 a matrix [B, F]. Times are multiples of the encoder product, `torch.mm` into memory that exists, in the dtype of the
 weights and beside each sample; memory is the peak above what is held, in units of one float32 [B, F], and how much of
 it are the codes that come out. "32 features" asks for chosen features alone. A candidate whose codes are not those of
-float64 on some tokens, but for entries within rounding of their threshold, gets no figure but the reason. `--quick`
-leaves out the largest sizes.
+float64 on some tokens, but for entries within rounding of their threshold, gets no figure but the reason.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from functools import cache, partial
 from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
@@ -29,17 +23,19 @@ from torch import Tensor
 from benchmarks.measure import Row, product, spread_columns
 from benchmarks.record import SIZE, Record, markdown, parser
 from benchmarks.workloads import REHEARSAL, Workload
-from sampled_sae.bench import activations
+from sampled_sae.bench import activations, peak_of
 from sampled_sae.codes import SparseCodes
 from sampled_sae.inference.config import InferenceConfig
 from sampled_sae.inference.inference_sae import InferenceSAE
 from sampled_sae.support.reused_memory import forget_scratch
-from sampled_sae.support.timing import free_memory, interleaved, peak_memory
+from sampled_sae.support.timing import check_memory, interleaved
 
 MOST_ENTRIES = 1 << 26  # of [B, F], so that a matrix of codes fits beside the weights
 TOKENS, FEWEST_TOKENS = 1024, 64
+# F, d, L0; torch.compile takes part at the first
+SIZES = ((1 << 16, 768, 20), (1 << 16, 768, 100), (1 << 16, 2304, 20), (1 << 14, 768, 20))
+SIZES += ((1 << 18, 768, 20), (1 << 20, 768, 20), (1 << 20, 2304, 20))
 DTYPES = ("float32", "bfloat16")
-QUICK = 1 << 16
 CHOSEN = 32
 CHECKED_TOKENS = 4
 # features that are made, or checked, at once
@@ -82,15 +78,12 @@ class Setup(NamedTuple):
         return {"W_enc": W.t(), "b_enc": self.b, "W_dec": W, "b_dec": b_dec, "threshold": self.threshold}
 
 
-def sizes(quick: bool, device: str) -> list[Workload]:
+def sizes(device: str) -> list[Workload]:
     found = []
-    for F, widths in {1 << 14: (768,), QUICK: (768, 2304), 1 << 18: (768,), 1 << 20: (768, 2304)}.items():
+    for F, d, k in SIZES:
         B = max(FEWEST_TOKENS, min(TOKENS, MOST_ENTRIES // F)) * (8 if device == "cuda" else 1)
-        for d in widths:
-            found += [
-                Workload(f"d={d}, F={F}, L0={k}", B, d, F, k) for k in ((20, 100) if (d, F) == (768, QUICK) else (20,))
-            ]
-    return [w for w in found if not quick or w.F <= QUICK]
+        found.append(Workload(f"d={d}, F={F}, L0={k}", B, d, F, k))
+    return found
 
 
 @torch.no_grad()
@@ -122,10 +115,11 @@ def candidates(s: Setup, w: Workload, impl: str, compiled: bool) -> dict[str, Ca
     configs = {name: InferenceConfig(w.d, w.F, "jumprelu", impl=impl, screen=how) for name, how in SCREENS.items()}
     made = {name: InferenceSAE(config, s.tensors()) for name, config in configs.items()}
     b, threshold = s.b.to(s.W.dtype), s.threshold.to(s.W.dtype)
+    theirs = cache(partial(saelens, s, w))
     calls: dict[str, Callable[[], Any]] = {
         **{name: lambda sae=sae: sae.encode_sparse(s.x) for name, sae in made.items()},
         "ours, 32 features": lambda: made["ours"].encode(s.x, features=s.chosen()),
-        "SAELens": lazily(lambda: saelens(s, w)),
+        "SAELens": lambda: theirs().encode(s.x),
         "eager PyTorch": lambda: eager(s.x, s.W, b, threshold),
     }
     if compiled:
@@ -134,19 +128,7 @@ def candidates(s: Setup, w: Workload, impl: str, compiled: bool) -> dict[str, Ca
     return calls
 
 
-def lazily(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
-    """A call that is made when it is first called."""
-    made: list[Callable[[], Any]] = []
-
-    def call() -> Any:
-        if not made:
-            made.append(make())
-        return made[0]()
-
-    return call
-
-
-def saelens(s: Setup, w: Workload) -> Callable[[], Any]:
+def saelens(s: Setup, w: Workload) -> Any:
     from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 
     dtype = str(s.W.dtype).removeprefix("torch.")
@@ -154,7 +136,7 @@ def saelens(s: Setup, w: Workload) -> Callable[[], Any]:
     sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=w.d, d_sae=w.F, device="meta", **options))
     state = {name: t if name.startswith("W") else t.to(s.W.dtype) for name, t in s.tensors().items()}
     sae.load_state_dict(state, assign=True)
-    return lambda: sae.encode(s.x)
+    return sae
 
 
 @torch.no_grad()
@@ -182,9 +164,7 @@ def race(w: Workload, dtype: str, args: argparse.Namespace, seconds: float, comp
     """The rows of one size, after about so many seconds."""
     start = time.perf_counter()
     kind = getattr(torch, dtype)
-    needed = w.F * w.d * kind.itemsize + 5 * 4 * w.B * w.F
-    if needed > free_memory(args.device):
-        raise MemoryError(f"about {needed / 1e9:.3g} GB are needed")
+    check_memory(w.name, w.F * w.d * kind.itemsize + 5 * 4 * w.B * w.F, args.device)
     s = setup(w, kind, args.device)
     exact = exact_activations(s)
     rows: list[Row] = []
@@ -217,10 +197,8 @@ def race(w: Workload, dtype: str, args: argparse.Namespace, seconds: float, comp
 def peak(call: Callable[[], Any], device: str, w: Workload) -> float | None:
     """In units of one float32 [B, F]; None where the system does not tell."""
     forget_scratch()  # what our earlier calls have left to be used again
-    try:
-        return peak_memory(call, device) / (4 * w.B * w.F)
-    except OSError:
-        return None
+    found = peak_of(call, device)
+    return None if found is None else found / (4 * w.B * w.F)
 
 
 def about_codes(found: Any, w: Workload) -> Row:
@@ -248,16 +226,15 @@ def markdown_table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     command = parser(__doc__, "--out", "--device", "--rehearse", "--within", rounds=7, impl="auto")
-    command.add_argument("--quick", action="store_true", help=f"up to {QUICK} features")
     args = command.parse_args()
     record = Record(args, markdown_table)
-    cases = [(w, dtype) for w in (REHEARSAL if args.rehearse else sizes(args.quick, args.device)) for dtype in DTYPES]
+    cases = [(w, dtype) for w in (REHEARSAL if args.rehearse else sizes(args.device)) for dtype in DTYPES]
     # the largest come first: what they need at least is most of their time, while the others can do with less
     cases.sort(key=lambda case: -seconds_of(case[0]))
     for i, (w, dtype) in enumerate(cases):
         share = min(LONGEST, record.left * seconds_of(w) / sum(seconds_of(later) for later, _ in cases[i:]))
         row = {**w.columns(), "dtype": dtype, "candidate": "all"}
-        compiled = not args.rehearse and (w.d, w.F, w.k) == (768, QUICK, 20)
+        compiled = not args.rehearse and (w.F, w.d, w.k) == SIZES[0]
         record.attempt([row], partial(race, w, dtype, args, share, compiled), 5.0)
 
 

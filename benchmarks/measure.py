@@ -77,10 +77,8 @@ def machine(device: str = "cpu", distributions: Sequence[str] = ()) -> Row:
 
 def command() -> str:
     """How this process was started, as from the repository's root: paths outside it are left at their names."""
-    name = in_repository(sys.argv[0])
-    if name.endswith("/__main__.py") or "/gpu_parts/" in name:
-        name = "-m " + name.removesuffix("/__main__.py").removesuffix(".py").replace("/", ".")
-    return f"python {name} {shlex.join(in_repository(a) if Path(a).is_absolute() else a for a in sys.argv[1:])}"
+    name = in_repository(sys.argv[0]).removesuffix("/__main__.py").removesuffix(".py").replace("/", ".")
+    return f"python -m {name} {shlex.join(in_repository(a) if Path(a).is_absolute() else a for a in sys.argv[1:])}"
 
 
 def in_repository(path: str) -> str:

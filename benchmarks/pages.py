@@ -1,6 +1,6 @@
 """The pages of SAEs: what they take to make, their size, and how soon a browser shows, searches and sorts them.
 
-    python benchmarks/pages.py --look SAE ACTIVATIONS --out benchmarks/results/pages.json
+    python -m benchmarks.pages --look SAE ACTIVATIONS --out benchmarks/results/pages.json
 
 One of 16,384 features on random activations, with 1,000 of them in full and with all; and `sampled-sae look SAE
 ACTIVATIONS` with 1,000 in full, command and start of the model included. Needs selenium (extra `test`) and Chromium.
@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 

@@ -141,10 +141,8 @@ def equal_time(result: Result) -> Figure:
         axis.set(xlabel="seconds of training steps", ylabel=f"{label}, held-out text at L0 = k")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
-    source, setup = result["activations"], result["setup"]
-    figure.suptitle(
-        f"{source['model']}, layer {source['layer']}: F={setup['F']}, k={setup['k']}, batches of {setup['B']} tokens"
-    )
+    about = {**result["activations"]["sae"], **rows[0]}
+    figure.suptitle("{model}, layer {layer}: F={F}, k={k}, batches of {B} tokens".format(**about))
     return figure
 
 

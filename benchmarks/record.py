@@ -20,6 +20,8 @@ from sampled_sae.support.atomic_files import write_text
 Columns = Mapping[str, str]
 Result = dict[str, Any]
 SIZE = {"(B, d, F, k)": "({B}, {d}, {F}, {k})"}
+# of what `over_seeds` found, by name and format
+OF_SEEDS = "{{{0}[0]:{1}}} ({{{0}[1]:{1}}}–{{{0}[2]:{1}}})"
 LONGEST_REASON = 300
 OPTIONS: dict[str, dict[str, Any]] = {
     "--out": {"type": Path, "required": True, "help": "JSON file to write; a table goes beside it"},

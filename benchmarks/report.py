@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import drop_in, equal_time, family, inference, pages, precision, quality, scale
+from benchmarks import equal_time, inference, pages, quality, scale
 from benchmarks.measure import RESULTS, ROOT
 from benchmarks.operations.race import COLUMNS
 from benchmarks.peers import UNDER_AUTOCAST
@@ -38,13 +38,10 @@ PLACE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", flags=re.DOT
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     **{name: partial(table, name) for name in EXPERIMENTS},
     "cpu_step_epyc": partial(table, "cpu_step"),
-    "before_after_layout": partial(table, "before_after"),
     "quality": quality.markdown_table,
-    "precision": precision.markdown_table,
-    "drop_in": drop_in.markdown_table,
-    "drop_in_768": drop_in.markdown_table,
+    "precision": quality.markdown_table,
     "equal_time": equal_time.markdown_table,
-    "family_training": family.markdown_table,
+    "family_training": equal_time.markdown_table,
     "scale": scale.markdown_table,
     "pages": pages.markdown_table,
     "inference": inference.markdown_table,
@@ -79,31 +76,37 @@ def summary(found: dict[str, dict[str, Any]]) -> str:
     Of a peer's training under bfloat16 autocast, time and FVU stand behind.
     """
     step, race = found["peer_steps"], found["equal_time"]
-    last = {row["candidate"]: row for row in race["rows"] if row.get("seconds") == race["marks"][-1]}
+    end = f"{race['setup']['marks'][-1]:g} s"
+    last = {row["candidate"]: row for row in race["rows"] if row.get("at") == end}
     here = [row for row in step["rows"] if row["F"] == FEATURES and row["candidate"] in last]
-    both = {row["candidate"]: row | last[row["candidate"]] for row in here}
+    both = {row["candidate"]: last[row["candidate"]] | row for row in here}
     shown = [name for name in both if name not in NOT_SHOWN and not name.endswith(UNDER_AUTOCAST)]
     rows = [both[name] | {"autocast": both.get(name + UNDER_AUTOCAST)} for name in shown]
     rows.sort(key=lambda row: row["candidate"] != DEFAULT)
-    sources = [("Step and memory", rows[0], step), ("FVU", race["setup"], race)]
+    sources = [("Step and memory", rows[0], step), ("FVU", race["rows"][0], race)]
     about = [
         "{}: B={B}, d={d}, F={F}, k={k}; {device}, {threads} threads, {date}.".format(what, **{**size, **result})
         for what, size, result in sources
     ]
-    columns = SUMMARY | {f"FVU after {race['marks'][-1]:.0f} s": "{fvu:.3f}", "loss recovered": "{loss_recovered:.3f}"}
+    columns = SUMMARY | {f"FVU after {end}": "{fvu:.3f}", "loss recovered": "{loss_recovered:.3f}"}
     columns |= {"bf16 autocast: step, ms": "{autocast[step_ms]:.0f}", "FVU": "{autocast[fvu]:.3f}"}
     return markdown(columns, rows) + "\n" + " ".join(about) + "\n"
 
 
-def stale_plots() -> list[Path]:
-    """The plots whose SVG is not what the result files give."""
+def draw(root: Path) -> list[Path]:
+    """Writes all plots to their places under `root`; returns their files."""
     from benchmarks.plots import write_plots
     from benchmarks.study_parts.plots import write_plots as write_study_plots
 
+    plots, study = (root / folder.relative_to(ROOT) for folder in (PLOTS, STUDY))
+    study.mkdir(parents=True, exist_ok=True)
+    return [*write_plots(results(), plots), *write_study_plots(STUDY, study)]
+
+
+def stale_plots() -> list[Path]:
+    """The plots whose SVG is not what the result files give."""
     with tempfile.TemporaryDirectory() as folder:
-        of_study = write_study_plots(STUDY, Path(folder))
-        pairs = [(file, PLOTS / file.name) for file in write_plots(results(), Path(folder)) if file.suffix == ".svg"]
-        pairs += [(file, STUDY / file.name) for file in of_study if file.suffix == ".svg"]
+        pairs = [(new, ROOT / new.relative_to(folder)) for new in draw(Path(folder)) if new.suffix == ".svg"]
         return [old for new, old in pairs if not old.is_file() or old.read_bytes() != new.read_bytes()]
 
 
@@ -134,12 +137,9 @@ def main() -> int:
         for file in stale:
             print("differs:", file.relative_to(ROOT))
         return 1 if stale else 0
-    from benchmarks.plots import write_plots
-    from benchmarks.study_parts.plots import write_plots as write_study_plots
-
     for file in stale:
         file.write_text(files[file], encoding="utf-8")
-    for file in [*stale, *write_plots(results(), PLOTS), *write_study_plots(STUDY, STUDY)]:
+    for file in [*stale, *draw(ROOT)]:
         print(file.relative_to(ROOT))
     return 0
 

@@ -1,7 +1,7 @@
 """Many processes, one SAE: what a step sends, how its time scales here, and what a training by two of them gives.
 
     sampled-sae harvest runs/scale/activations --layer 15 --texts wiki-en --tokens 50000 --context 128
-    python benchmarks/scale.py --activations runs/scale/activations --out benchmarks/results/scale.json
+    python -m benchmarks.scale --activations runs/scale/activations --out benchmarks/results/scale.json
 
 Bytes and collectives are counted on processes of this machine, over gloo; those of a dense gradient are counted in
 DistributedDataParallel's own buckets. Times are ratios of samples that stand side by side. What holds for many GPUs
@@ -14,14 +14,12 @@ import itertools
 import json
 import multiprocessing
 import socket
-import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
@@ -30,11 +28,10 @@ from torch import Tensor, nn
 from benchmarks import scale_model
 from benchmarks.measure import Row, over_seeds, spread_columns
 from benchmarks.quality import splice_of
-from benchmarks.record import Record, Result, markdown, parser
+from benchmarks.record import OF_SEEDS, Record, Result, markdown, parser
 from sampled_sae import ActivationStore, RowAdam, SampledSAE, SampledSAEConfig, TrainConfig, Trainer
 from sampled_sae.distributed import parallelize
 from sampled_sae.support.all_ranks import DIMENSIONS
-from sampled_sae.support.atomic_files import read_json
 from sampled_sae.training.sweep import evaluate
 
 LAYOUTS = ((2, 1), (4, 1), (1, 2), (1, 4), (2, 2))
@@ -56,8 +53,7 @@ TIMED = {
     "processes": "{processes}",
     "layout": "{layout}",
     "scaling": "{scaling}",
-    "screen of the one": "{screen}",
-    "of these": "{screen_of_mesh}",
+    "screen": "{screen}",
     "(B, d, F, k)": "({B}, {d}, {F}, {k})",
     "time of one / time of these": "{speed:.2f}",
     "p20–p80": "{speed_p20:.2f}–{speed_p80:.2f}",
@@ -65,8 +61,8 @@ TIMED = {
 TRAINED = {
     "processes": "{processes}",
     "layout": "{layout}",
-    "FVU": "{fvu[0]:.4f} ({fvu[1]:.4f}–{fvu[2]:.4f})",
-    "loss recovered": "{loss_recovered_zero[0]:.4f} ({loss_recovered_zero[1]:.4f}–{loss_recovered_zero[2]:.4f})",
+    "FVU": OF_SEEDS.format("fvu", ".4f"),
+    "loss recovered": OF_SEEDS.format("loss_recovered_zero", ".4f"),
     "largest difference of FVU at one seed": "{difference:.1e}",
 }
 MODEL = {
@@ -80,8 +76,10 @@ MODEL = {
     "GB a GPU": "{gigabytes:.1f}",
 }
 PARTS = {"counted": COUNTED, "timed": TIMED, "trained": TRAINED, "model": MODEL}
-SEEDS = (0, 1, 2)
+# of the trainings, each by one process, and by two that spread tokens or features
 TWO = {"data": (2, 1), "feature": (1, 2)}
+FEATURES, K, SEEDS, SPLICE_ROWS = 4096, 32, (0, 1, 2), 8
+TRAIN = TrainConfig(steps=300, batch_size=256, lr=3e-3)
 
 
 def on_processes(size: int, work: Callable[..., Any], *args: Any) -> Any:
@@ -114,12 +112,12 @@ def _join(rank: int, size: int, place: str, answers: Any, work: Callable[..., An
 
 
 def make(
-    shape: tuple[int, int], F: int, d: int, k: int, screen: str
+    shape: tuple[int, int] | None, F: int, d: int, k: int, screen: str
 ) -> tuple[SampledSAE, RowAdam, Callable[[Tensor], None]]:
-    """An SAE, its optimizer, and a training step."""
-    mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=DIMENSIONS)
-    config = SampledSAEConfig(d_in=d, d_sae=F, k=k, l=4, aux_coefficient=0.0, row_grads=True, screen=screen)
-    sae = parallelize(SampledSAE(config), mesh)
+    """An SAE, over a mesh or of this process alone, its optimizer, and a training step."""
+    sae = SampledSAE(SampledSAEConfig(d, F, k, l=4, aux_coefficient=0.0, row_grads=True, screen=screen))
+    if shape is not None:
+        parallelize(sae, dist.init_device_mesh("cpu", shape, mesh_dim_names=DIMENSIONS))
     optimizer = RowAdam(sae, mode="decayed", moments=torch.bfloat16)
 
     def step(x: Tensor) -> None:
@@ -171,18 +169,14 @@ def race(shape: tuple[int, int], F: int, d: int, k: int, B: int, weak: bool, scr
     """
     size, data = shape[0] * shape[1], shape[0]
     _, _, together = make(shape, F, d, k, screen)
-    cfg = SampledSAEConfig(d_in=d, d_sae=F, k=k, l=4, aux_coefficient=0.0, row_grads=True, screen=screen)
-    alone = SampledSAE(cfg)
-    optimizer = RowAdam(alone, mode="decayed", moments=torch.bfloat16)
+    _, _, alone = make(None, F, d, k, screen)
     x = torch.randn(B, d)
     part = x if weak and data > 1 else x[: B // data]
     ratios = []
     for i in range(rounds + 2):
         if dist.get_rank() == 0:
             start = time.perf_counter()
-            alone(x).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            alone(x)
             one = time.perf_counter() - start
         dist.barrier()
         start = time.perf_counter()
@@ -193,29 +187,29 @@ def race(shape: tuple[int, int], F: int, d: int, k: int, B: int, weak: bool, scr
     return ratios
 
 
-def train(activations: Path, folder: Path, config: SampledSAEConfig, how: TrainConfig, rows: int) -> list[Row] | None:
+def train(activations: Path, folder: str) -> list[Row] | None:
     """FVU and loss recovered over the seeds: one process, two with other tokens, two with other features."""
     store, first = ActivationStore.open(activations), dist.get_rank() == 0
     meshes = {name: dist.init_device_mesh("cpu", shape, mesh_dim_names=DIMENSIONS) for name, shape in TWO.items()}
     for seed in SEEDS:
-        settings = replace(config, seed=seed), replace(how, seed=seed), store
+        config = SampledSAEConfig(store.d_in, FEATURES, K, l=4, dead_after=50_000, seed=seed)
+        settings = config, replace(TRAIN, seed=seed), store
         for name, mesh in meshes.items():
-            Trainer(*settings, folder / f"{name}{seed}", mesh=mesh).run(progress=False)
+            Trainer(*settings, f"{folder}/{name}{seed}", mesh=mesh).run(progress=False)
         if first:  # on the batches of two
-            Trainer(*settings, folder / f"alone{seed}", lanes=2).run(progress=False)
+            Trainer(*settings, f"{folder}/alone{seed}", lanes=2).run(progress=False)
     if not first:
         return None
-    splice, held_out = splice_of(store.manifest["model"], store, rows), store.holdout()[0]
+    splice, held_out = splice_of(store.manifest["model"], store, SPLICE_ROWS), store.holdout()[0]
     found, alone = [], []
-    for name in ("alone", *TWO):
-        saes = [SampledSAE.from_pretrained(folder / f"{name}{seed}") for seed in SEEDS]
-        results = [evaluate(sae, held_out, how.batch_size, splice) for sae in saes]
-        row: Row = {"part": "trained", "processes": 1 if name == "alone" else 2, "layout": name}
-        for measure in ("fvu", "loss_recovered_zero"):
-            row[measure] = over_seeds(result[measure] for result in results)
+    for layout in ("alone", *TWO):
+        saes = [SampledSAE.from_pretrained(f"{folder}/{layout}{seed}") for seed in SEEDS]
+        results = [evaluate(sae, held_out, TRAIN.batch_size, splice) for sae in saes]
         alone = alone or results
-        row["difference"] = max(abs(one["fvu"] - other["fvu"]) for one, other in zip(results, alone))
-        found.append(row)
+        difference = max(abs(one["fvu"] - other["fvu"]) for one, other in zip(results, alone))
+        row: Row = {"part": "trained", "processes": 1 if layout == "alone" else 2, "layout": layout}
+        row |= {name: over_seeds(result[name] for result in results) for name in ("fvu", "loss_recovered_zero")}
+        found.append({**row, "difference": difference})
     return found
 
 
@@ -233,30 +227,26 @@ def markdown_table(result: Result) -> str:
     }
     tables = []
     for part, columns in PARTS.items():
-        # rows of earlier versions are of meshes without a screen
-        if rows := [{"screen": "off", "screen_of_mesh": "off", **row} for row in result["rows"] if row["part"] == part]:
+        if rows := [row for row in result["rows"] if row["part"] == part]:
             about = headings[part].format(**(result["setup"] if part == "trained" else result["model"]))
             tables.append(f"{about}\n\n{markdown(columns, rows)}")
     return "\n".join(tables)
 
 
 def main() -> None:
-    small = {"steps": 300, "batch_size": 256, "features": 4096, "rounds": 15, "splice_rows": 8}
-    command = parser(__doc__, "--out", "--rehearse", threads=1, **small)
+    command = parser(__doc__, "--out", "--rehearse", threads=1, rounds=15)
     command.add_argument("--activations", type=Path, help="of a harvest, for the trainings; none when absent")
-    command.add_argument("--folder", type=Path, default=Path("runs/scale"), help="of the trained SAEs")
     command.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), help="other parts stay as they are")
     args = command.parse_args()
     before = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
     kept = [row for row in before["rows"] if row["part"] not in args.only]
     hardware = scale_model.Hardware()
-    how = TrainConfig(steps=args.steps, batch_size=args.batch_size, lr=3e-3)
-    setup = {"k": 32, "features": args.features, "splice_rows": args.splice_rows, "seeds": SEEDS, **asdict(how)}
-    if args.activations is not None:
-        manifest = read_json(args.activations / "manifest.json")
-        tokens = sum(shard["tokens"] for shard in manifest["shards"])
-        setup["on"] = f"layer {manifest['layer']} of {manifest['model']}, {tokens} tokens"
-    setup = setup if "trained" in args.only else before.get("setup", setup)
+    setup = before.get("setup", {})
+    if "trained" in args.only and args.activations is not None:
+        store = ActivationStore.open(args.activations)
+        on = f"layer {store.manifest['layer']} of {store.manifest['model']}, {sum(store.tokens)} tokens"
+        about = {"on": on, "features": FEATURES, "k": K, "splice_rows": SPLICE_ROWS, "seeds": SEEDS}
+        setup = {**about, **asdict(TRAIN)}
     record = Record(args, markdown_table, model=scale_model.assumptions(hardware), setup=setup)
     if args.only == ["model"]:  # the head says on what, and when, all else was measured
         record.result |= {name: value for name, value in before.items() if name not in ("rows", "model")}
@@ -276,13 +266,12 @@ def main() -> None:
         races = [(*scaling, screen) for scaling in SCALINGS for screen in ("off", "auto")][:: 5 if args.rehearse else 1]
         for shape, weak, screen in races:
             speed = on_processes(2, race, shape, F, d, k, B, weak, screen, 3 if args.rehearse else args.rounds)
-            about = {"layout": f"{shape[0]} x {shape[1]}", "scaling": "weak" if weak else "strong"}
-            about |= {"screen": screen, "screen_of_mesh": screen}
+            about = {"layout": f"{shape[0]} x {shape[1]}", "scaling": "weak" if weak else "strong", "screen": screen}
             size = {"processes": 2, "B": B, "d": d, "F": F, "k": k}
             record.add({"part": "timed", **about, **size, **spread_columns(speed, "speed")})
     if "trained" in args.only and args.activations is not None:
-        config = SampledSAEConfig(d_in=manifest["d_in"], d_sae=args.features, k=32, l=4, dead_after=50_000)
-        record.add(*on_processes(2, train, args.activations, args.folder, config, how, args.splice_rows))
+        with tempfile.TemporaryDirectory() as folder:
+            record.add(*on_processes(2, train, args.activations, folder))
     if "model" in args.only:
         record.add(*scale_model.rows(scale_model.Calls.counted(record.rows), hardware))
 

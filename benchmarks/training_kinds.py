@@ -1,4 +1,4 @@
-"""What `equal_time.py` and `family.py` train: SAEs; Matryoshka SAEs, skip transcoders and crosscoders; and how."""
+"""What `equal_time.py` trains: SAEs, Matryoshka SAEs, skip transcoders and crosscoders; and how."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Kind:
     Attributes:
         entries: the candidates, for a dictionary of F features.
         start: (setup, first batch) to what a candidate is made with.
-        sae: (tensors, setup, activations) to the SAE that is judged.
         splice: its evaluator in the language model.
+        rule: of the SampledSAEConfig of the SAE that is judged, beside k and the scale of its input.
     """
 
     entries: Callable[[int], dict[str, Entry]]
     start: Callable[[Setup, TrainingBatch], Any]
-    sae: Callable[[dict[str, Tensor], Setup, Activations], SampledSAE]
     splice: Any
+    rule: Callable[[Setup, Activations], dict[str, Any]]
 
 
 def groups_of(F: int) -> tuple[int, ...]:
@@ -47,7 +47,9 @@ def groups_of(F: int) -> tuple[int, ...]:
     return F // 16, F // 4, F
 
 
-SAES = {name: entry for name, entry in (CANDIDATES | AUTOCAST).items() if name != "torch.compile BatchTopK"}
+# those that say no more than the others
+LEFT_OUT = ("ours, l=1", "ours, l=16", "eager PyTorch BatchTopK", "torch.compile BatchTopK")
+SAES = {name: entry for name, entry in (CANDIDATES | AUTOCAST).items() if name not in LEFT_OUT}
 RULES: dict[str, dict[str, Any]] = {"l=4": {"l": 4.0}, "l=None (BatchTopK)": BATCH}
 SAES["ours, l=4, decayed, pool_every=4"] = ours("decayed", l=4.0, pool_every=4)
 
@@ -62,19 +64,19 @@ def matryoshka(F: int) -> dict[str, Entry]:
     }
 
 
-def ours_begun(module: str, rules: dict[str, dict[str, Any]]) -> dict[str, Entry]:
+def ours_begun(rules: dict[str, dict[str, Any]]) -> dict[str, Entry]:
     how = {name: {"optimizer": "dense", "rule": rule} for name, rule in rules.items()}
-    return {f"ours, {name}": Entry(module, rules[name], options) for name, options in how.items()}
+    return {f"ours, {name}": Entry("ours_begun", rules[name], options) for name, options in how.items()}
 
 
 def transcoders(F: int) -> dict[str, Entry]:
     peer = {"sparsify TopK": {"optimizer": "signum"}, "sparsify TopK, Adam": {"optimizer": "adam"}}
-    found = ours_begun("ours_transcoder", {**RULES, "TopK": TOKEN})
+    found = ours_begun({**RULES, "TopK": TOKEN})
     return found | {name: Entry("sparsify_transcoder", TOKEN, how, "eai-sparsify") for name, how in peer.items()}
 
 
 def crosscoders(F: int) -> dict[str, Entry]:
-    found = ours_begun("ours_crosscoder", RULES)
+    found = ours_begun(RULES)
     return found | {"dictionary_learning BatchTopKCrossCoder": Entry("dictionary_learning_crosscoder", BATCH)}
 
 
@@ -82,28 +84,16 @@ def from_weights(setup: Setup, batch: TrainingBatch) -> Weights:
     return initial_weights(setup, batch.median)
 
 
-def plain_sae(tensors: dict[str, Tensor], setup: Setup, store: Activations, **rule: Any) -> SampledSAE:
-    return Weights(**tensors).sae(setup.k, l=None, input_scale=store.scale, **rule)
-
-
-def matryoshka_sae(tensors: dict[str, Tensor], setup: Setup, store: Activations) -> SampledSAE:
-    return plain_sae(tensors, setup, store, groups=groups_of(setup.F))
-
-
-def transcoder(tensors: dict[str, Tensor], setup: Setup, store: Activations) -> SampledSAE:
-    scales = {"input_scale": store.scale, "output_scale": store.output_scale}
-    return TranscoderWeights(**tensors).sae(setup.k, l=None, **scales)
-
-
-def crosscoder(tensors: dict[str, Tensor], setup: Setup, store: Activations) -> SampledSAE:
-    return plain_sae(tensors, setup, store, layers=setup.layers)
+def from_batch(setup: Setup, batch: TrainingBatch) -> tuple[Tensor, ...]:
+    """What a step is given."""
+    return (batch.x,) if batch.target is None else (batch.x, batch.target)
 
 
 KINDS = {
-    "sae": Kind(lambda F: SAES, from_weights, plain_sae, SpliceEvaluator),
-    "matryoshka": Kind(matryoshka, from_weights, matryoshka_sae, SpliceEvaluator),
-    "crosscoder": Kind(crosscoders, lambda setup, batch: batch.x, crosscoder, LayersSplice),
-    "transcoder": Kind(transcoders, lambda setup, batch: (batch.x, batch.target), transcoder, PointSplice),
+    "sae": Kind(lambda F: SAES, from_weights, SpliceEvaluator, lambda setup, store: {}),
+    "matryoshka": Kind(matryoshka, from_weights, SpliceEvaluator, lambda setup, store: {"groups": groups_of(setup.F)}),
+    "crosscoder": Kind(crosscoders, from_batch, LayersSplice, lambda setup, store: {"layers": setup.layers}),
+    "transcoder": Kind(transcoders, from_batch, PointSplice, lambda setup, store: {"output_scale": store.output_scale}),
 }
 
 
@@ -126,12 +116,19 @@ class Task:
     marks: tuple[float, ...]
     folder: Path
     threads: int
-    names: tuple[str, ...] | None = None
+    names: list[str] | None = None
 
     @property
     def entries(self) -> dict[str, Entry]:
         found = KINDS[self.kind].entries(self.setup.F)
-        return found if self.names is None else {name: found[name] for name in self.names}
+        return found if self.names is None else {name: entry for name, entry in found.items() if name in self.names}
+
+
+def sae_of(task: Task, tensors: dict[str, Tensor], store: Activations) -> SampledSAE:
+    """The SAE of weights that a `TrainingSession` has saved."""
+    weights = TranscoderWeights(**tensors) if "W_skip" in tensors else Weights(**tensors)
+    rule = KINDS[task.kind].rule(task.setup, store)
+    return weights.sae(task.setup.k, l=None, input_scale=store.scale, **rule)
 
 
 class TrainingSession:
@@ -170,8 +167,7 @@ class TrainingSession:
         return {**self.at_steps, **(spread_columns(self.ratios, "ratio") if self.ratios else {})}
 
     def _step(self) -> None:
-        batch = self.feed.batch(self.steps)
-        given = (batch.x,) if batch.target is None else (batch.x, batch.target)
+        given = from_batch(self.task.setup, self.feed.batch(self.steps))
         beside = self.task.steps and self.task.marks and self.steps % PRODUCT_EVERY == PRODUCT_EVERY - 1
         floor = min(timed(self.product, self.device) for _ in range(2)) if beside else 0.0
         taken = timed(lambda: self.candidate.step(*given), self.device)

@@ -88,13 +88,13 @@ def test_commands_named_in_the_readme_exist(command):
 
 
 def test_commands_of_benchmarks_exist():
-    """The file, and each option as a word of the sources, with its dashes or without."""
+    """The file, and each option as a word of the sources, as on the command line or as a name of Python."""
     sources = "\n".join(file.read_text(encoding="utf-8") for file in BENCHMARKS.rglob("*.py"))
     missing = []
     for program, arguments in sorted(set(commands_of_benchmarks())):
         path = ROOT / program.removesuffix(".py").replace(".", "/")
         if not (path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()):
             missing.append(program)
-        options = options_of(arguments)
-        missing += [f"{program} {o}" for o in options if not re.search(f'"(--)?{o.removeprefix("--")}"', sources)]
+        words = {option: option.removeprefix("--").replace("-", "[-_]") for option in options_of(arguments)}
+        missing += [f"{program} {o}" for o, word in words.items() if not re.search(f'"(--)?{word}"', sources)]
     assert missing == []

@@ -11,6 +11,10 @@ from benchmarks.measure import RESULTS
 
 TABLES = RESULTS / "compiled"
 COLUMNS = ("registers", "spilled", "shared", "threads", "instructions", "behind products", "matrix", "loads", "stores")
+ABOUT = """\
+Written by `python -m benchmarks.compiled`. Registers a thread; spilled and shared in bytes; instructions, those
+behind the last matrix instruction, matrix instructions, loads from and stores to global memory as they stand
+in the code, not as executed."""
 Resources = dict[str, int | bool]
 
 
@@ -36,10 +40,7 @@ def table(arch: str, found: dict[str, Resources]) -> str:
     lines = [
         f"# {arch}, Triton {triton.__version__}",
         "",
-        "Written by `python -m benchmarks.compiled`. Registers a thread; spilled and shared in bytes; instructions, "
-        "those",
-        "behind the last matrix instruction, matrix instructions, loads from and stores to global memory as they stand",
-        "in the code, not as executed.",
+        ABOUT,
         "",
         "| kernel | " + " | ".join(COLUMNS) + " |",
         "|---|" + "---:|" * len(COLUMNS),

@@ -8,7 +8,8 @@ from benchmarks.measure import Row, product
 from benchmarks.operations.operation import Inputs, Operation
 from benchmarks.record import SIZE
 from benchmarks.worker import one_line
-from sampled_sae.support.timing import Call, free_memory, interleaved, peak_memory, spread
+from sampled_sae.bench import peak_of
+from sampled_sae.support.timing import Call, free_memory, interleaved, spread
 
 RIVALS = ("eager", "torch.compile", "torch.topk", "embedding_bag")
 COPY_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
@@ -126,10 +127,8 @@ def eager_forms(operation: Operation, backend: str | None) -> dict[str, Call]:
 def peak(operation: Operation, call: Call, device: str) -> float | None:
     """MB at the peak of a call; None where the system does not tell."""
     operation.prepare()
-    try:
-        return 1e-6 * peak_memory(call, device)
-    except OSError:
-        return None
+    found = peak_of(call, device)
+    return None if found is None else 1e-6 * found
 
 
 def verdict(operation: Operation) -> str:

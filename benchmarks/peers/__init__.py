@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import version
@@ -37,7 +36,6 @@ class Entry:
         distribution: the package that has to be installed; None for none.
         steps: steps in one sample, whose mean is taken.
         beside: another candidate, of whose time this one's is given as a multiple too.
-        tree: folder with another revision of this repository, which its process imports.
         graph: the step is captured as a CUDA graph.
         dtype: of its products, where not that of the setup.
     """
@@ -48,7 +46,6 @@ class Entry:
     distribution: str | None = None
     steps: int = 1
     beside: str | None = None
-    tree: Path | None = None
     graph: bool = False
     dtype: str | None = None
 
@@ -57,11 +54,10 @@ class Entry:
         return setup if self.dtype is None else replace(setup, dtype=self.dtype)
 
 
-def ours(optimizer: str = "dense", form: str | None = None, **rule: Any) -> Entry:
-    """Our step: RowAdam in this mode, or "Adam"; `form` forces "block" or "entries" for the pool."""
+def ours(optimizer: str = "dense", **rule: Any) -> Entry:
+    """Our step: RowAdam in this mode, or "Adam"."""
     codes = {name: rule[name] for name in ("l", "select", "score_tokens") if name in rule}
-    options = {"optimizer": optimizer, "form": form, "rule": rule}
-    return Entry("ours", codes, options, steps=rule.get("pool_every", 1))
+    return Entry("ours", codes, {"optimizer": optimizer, "rule": rule}, steps=rule.get("pool_every", 1))
 
 
 def plain(compiled: bool = False, **rule: Any) -> Entry:

@@ -67,12 +67,7 @@ class Weights(NamedTuple):
     def sae(self, k: float, **rule: Any) -> SampledSAE:
         """A SampledSAE of these weights, where they are; with `layers` in the rule a crosscoder."""
         F, width = self.W_dec.shape
-        d = width // rule.get("layers", 1)
-        sae = SampledSAE(SampledSAEConfig(d_in=d, d_sae=F, k=k, **rule), device=self.W_dec.device)
-        with torch.no_grad():
-            for name, value in self._replace(W_enc=self.W_enc.t())._asdict().items():
-                sae.get_parameter(name).copy_(value)
-        return sae
+        return filled(self, SampledSAEConfig(d_in=width // rule.get("layers", 1), d_sae=F, k=k, **rule))
 
 
 class TranscoderWeights(NamedTuple):
@@ -89,13 +84,16 @@ class TranscoderWeights(NamedTuple):
 
     def sae(self, k: float, **rule: Any) -> SampledSAE:
         """A SampledSAE of these weights, where they are."""
-        (F, d_out), d = self.W_dec.shape, self.W_enc.shape[1]
-        shape = SampledSAEConfig(d_in=d, d_out=d_out, d_sae=F, k=k, skip=True, **rule)
-        sae = SampledSAE(shape, device=self.W_dec.device)
-        with torch.no_grad():
-            for name, value in self._replace(W_enc=self.W_enc.t(), W_skip=self.W_skip.t())._asdict().items():
-                sae.get_parameter(name).copy_(value)
-        return sae
+        d_out, d = self.W_skip.shape
+        return filled(self, SampledSAEConfig(d_in=d, d_out=d_out, d_sae=len(self.W_dec), k=k, skip=True, **rule))
+
+
+@torch.no_grad()
+def filled(weights: Weights | TranscoderWeights, config: SampledSAEConfig) -> SampledSAE:
+    sae = SampledSAE(config, device=weights.W_dec.device)
+    for name, value in weights._asdict().items():
+        sae.get_parameter(name).copy_(value.t() if name in ("W_enc", "W_skip") else value)
+    return sae
 
 
 def initial_weights(setup: Setup, b_dec: Tensor | None = None) -> Weights:

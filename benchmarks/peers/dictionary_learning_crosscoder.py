@@ -33,9 +33,9 @@ def trainer_class() -> Any:
 
 
 class Library(Candidate):
-    """Its decoder norms start at 1 in each layer, as its own default; `first` is the first batch, [B, layers * d]."""
+    """Its decoder norms start at 1 in each layer, as its own default; it takes nothing of the first batch."""
 
-    def __init__(self, setup: Setup, first: Tensor) -> None:
+    def __init__(self, setup: Setup, first: tuple[Tensor, ...]) -> None:
         self.setup = setup
         size = {"activation_dim": setup.d, "dict_size": setup.F, "num_layers": setup.layers, "k": int(setup.k)}
         schedule = {"steps": ENDLESS, "lr": setup.lr, "warmup_steps": setup.warm_up}

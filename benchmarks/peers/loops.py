@@ -29,6 +29,7 @@ class Library(Candidate):
         Thread(target=self._run, daemon=True).start()
 
     def step(self, x: Tensor) -> float:
+        self.steps += 1
         self.batches.put(x)
         answer = self.answers.get()
         if answer is not None:

@@ -1,7 +1,4 @@
-"""SampledSAE with RowAdam on row gradients, or with torch's fused Adam on dense ones.
-
-Imports what users import, and nothing else without being asked: the package may be that of another revision.
-"""
+"""SampledSAE with RowAdam on row gradients, or with torch's fused Adam on dense ones."""
 
 from __future__ import annotations
 
@@ -11,13 +8,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.candidate import Candidate, Setup, Weights
-from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig
+from sampled_sae import RowAdam, SampledSAE
 
 CLIP = 1.0
 
 
 class Library(Candidate):
-    def __init__(self, setup: Setup, weights: Weights, optimizer: str, form: str | None, rule: dict[str, Any]) -> None:
+    def __init__(self, setup: Setup, weights: Weights, optimizer: str, rule: dict[str, Any]) -> None:
         self.setup, self.dense = setup, optimizer == "Adam"
         self.sae = weights.sae(setup.k, dead_after=setup.dead_after, row_grads=not self.dense, **rule)
         if self.dense:
@@ -27,10 +24,6 @@ class Library(Candidate):
             )
         else:
             self.optimizer = RowAdam(self.sae, lr=setup.lr, clip=CLIP, mode=optimizer)
-        if form is not None:
-            from sampled_sae.impl.torch import layer
-
-            layer.use_block = lambda *_: form == "block"
 
     def forward_backward(self, x: Tensor) -> None:
         """A step without its optimizer."""
@@ -57,28 +50,6 @@ class Library(Candidate):
             out = self.sae(x)
         out.loss.backward()
         return out.mse.detach()
-
-
-class Begun(Candidate):
-    """An SAE of another kind with RowAdam; `first` is what the first step is given, from which b_dec follows."""
-
-    def __init__(self, setup: Setup, first: tuple[Tensor, ...], optimizer: str, **rule: Any) -> None:
-        self.setup = setup
-        same = {"d_sae": setup.F, "k": setup.k, "seed": setup.seed, "dead_after": setup.dead_after}
-        self.sae = SampledSAE(SampledSAEConfig(**same, row_grads=True, **rule))
-        self.sae.init_b_dec(*first)
-        self.optimizer = RowAdam(self.sae, lr=setup.lr, clip=CLIP, mode=optimizer)
-
-    def step(self, *given: Tensor) -> Tensor:
-        self.set_lr(self.optimizer)
-        out = self.sae(*given)
-        out.loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return out.mse.detach()
-
-    def tensors(self) -> Any:
-        return weights_of(self.sae)
 
 
 def weights_of(sae: SampledSAE) -> Weights:

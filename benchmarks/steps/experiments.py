@@ -6,13 +6,13 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Row
-from benchmarks.peers import AUTOCAST, BATCH, CANDIDATES, TOKEN, Entry, make, ours, plain
+from benchmarks.peers import AUTOCAST, BATCH, CANDIDATES, TOKEN, UNDER_AUTOCAST, Entry, make, ours, plain
 from benchmarks.record import SIZE, Columns, Result, markdown
 from benchmarks.steps.harness import Harness, Task
+from benchmarks.steps.loop_session import LoopSession
 from benchmarks.steps.session import Size
 from benchmarks.workloads import CPU_STEPS, GPU_STEPS, REHEARSAL, Workload
 
@@ -83,20 +83,15 @@ def with_groups(rehearse: bool, device: str) -> Tasks:
     return grid(found, (w,))
 
 
-def both_forms() -> dict[str, Entry]:
+def library_loops() -> dict[str, Entry]:
+    """Each library's loop with us; and alone, as it is and under bfloat16 autocast, as multiples of that."""
     found = {}
-    for l in (2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0):
-        found[f"l={l:g}, as a block"] = ours(form="block", l=l)
-        found[f"l={l:g}, by entries"] = replace(ours(form="entries", l=l), beside=f"l={l:g}, as a block")
-    return found
-
-
-def before_and_after(tree: Path) -> dict[str, Entry]:
-    """The variants by the package in `tree`, and by ours."""
-    found = {}
-    for name, entry in VARIANTS.items():
-        found[f"{name}, before"] = replace(entry, tree=tree)
-        found[name] = replace(entry, beside=f"{name}, before")
+    for name in ("SAELens BatchTopK", "dictionary_learning BatchTopK", "sparsify TopK"):
+        peer, ours = CANDIDATES[name], f"{name}, with us"
+        loop = Entry("loops", peer.rule, {"library": peer.module, "with_us": True}, peer.distribution)
+        found[ours] = loop
+        found[name] = replace(loop, options={**loop.options, "with_us": False}, beside=ours)
+        found[f"{name}{UNDER_AUTOCAST}"] = replace(found[name], dtype="bfloat16")
     return found
 
 
@@ -130,8 +125,8 @@ MEMORY = {"peak extra memory": "{peak_extra_memory:.2f}"}
 VARIANT, STEP_OF, MS = {"variant": "{candidate}"}, {"step of": "{candidate}"}, {"ms": "{step_ms:.0f}"}
 EXPERIMENTS = {
     "cpu_step": Experiment(
-        "our step with each rule and setting, and inference",
-        at_all_sizes({**VARIANTS, "encode_sparse": Entry("encoding", BATCH, BATCH)}),
+        "our step with each rule and setting",
+        at_all_sizes(VARIANTS),
         {**SIZE, **VARIANT, **RATIO, "step / allocating product": "{ratio_to_allocating_product:.2f}", **MEMORY}
         | {"undecided columns": "{undecided_columns:.2%}", "undecided entries": "{undecided_entries:.2%}"},
         {"beside": ("product", "allocating")},
@@ -146,18 +141,15 @@ EXPERIMENTS = {
         along_axes,
         {"axis": "{workload}", "at": "{value}", **SIZE, "rule": "{candidate}", "step / floor": "{ratio:.2f}"}
         | {"p20–p80": P20_P80, **MS, **MEMORY},
-        {"beside": ("product", "chunks"), "checked": False},
+        {"beside": ("product", "chunks"), "checked": ""},
     ),
-    "block_or_entries": Experiment(
-        "up to which l a pool is better computed as a dense block; sets BLOCK_PER_K of impl/torch/layer.py",
-        at_all_sizes(both_forms(), 2),
-        {**SIZE, "pool": "{candidate}", "step / product": "{ratio:.2f}"},
-    ),
-    "before_after": Experiment(
-        "our step by another revision of this repository (--revision) and by this one",
-        at_all_sizes(VARIANTS),
-        {**SIZE, **VARIANT, **RATIO, "after / before": "{quotient:.2f}"}
-        | {"its p20–p80": "{quotient_p20:.2f}–{quotient_p80:.2f}", **MS, **MEMORY},
+    "drop_in": Experiment(
+        "the libraries' own training loops with us and alone, on --activations; held-out FVU after --steps of them",
+        at_all_sizes(library_loops(), 2),
+        {**SIZE, "training loop": "{candidate}", **MS, "times as long as with us": "{quotient:.1f}"}
+        | {"p20–p80": "{quotient_p20:.1f}–{quotient_p80:.1f}", "step / product": "{ratio:.2f}", **MEMORY}
+        | {"held-out FVU": "{fvu:.4f} after {steps} steps", "activations": "{activations}"},
+        {"checked": "beside", "session": LoopSession},
     ),
     "family": Experiment(
         "the step of a Matryoshka SAE with three groups beside the same step without",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +54,8 @@ class Harness:
         rounds, seconds, warm_up: samples of each candidate, fewer where those of a group take so long, after some
             rounds for nothing.
         memory: bytes that the processes of a group may take together.
-        checked: whether the first error has to be the reference's.
+        checked: whose the first error has to be: of the "reference", of the candidate "beside", or "" for nobody's.
+        session: what a process makes of a candidate.
         start: `Worker`, or `Here` for one candidate after the other in this process.
     """
 
@@ -66,7 +67,8 @@ class Harness:
     seconds: float = math.inf
     warm_up: int = 2
     memory: float = 18 * 2.0**30
-    checked: bool = True
+    checked: str = "reference"
+    session: Callable[..., StepSession] = StepSession
     start: type = Worker
 
     def groups(self, tasks: Sequence[Task]) -> Iterator[list[Task]]:
@@ -80,12 +82,12 @@ class Harness:
         running: dict[int, Any] = {}
         for i, task in enumerate(tasks):
             with reason_in(rows[i]):
-                running[i] = self.started(task, rows[i])
+                running[i] = self.started(task, rows[i], {row["candidate"]: row for row in rows[:i]})
         samples = samples_in_turn(running, rows, self.rounds, self.seconds, self.warm_up)
         for i in samples:
             with reason_in(rows[i]):
                 rows[i] |= figures(samples[i], tasks[i].workload, running[i].call("peak_bytes"))
-                rows[i] |= running[i].call("undecided")
+                rows[i] |= running[i].call("afterwards")
         for worker in running.values():
             worker.close()
         names = [task.name for task in tasks]
@@ -99,8 +101,8 @@ class Harness:
     def setup(self, w: Workload) -> Setup:
         return Setup(w.B, w.d, w.F, w.k, device=self.device, dtype=self.dtype)
 
-    def started(self, task: Task, row: Row) -> Any:
-        """A worker whose first step was right.
+    def started(self, task: Task, row: Row, others: dict[str, Row]) -> Any:
+        """A worker whose first step was right; `others` are the rows of candidates that were started before.
 
         Raises:
             WorkerError: there is none.
@@ -110,14 +112,20 @@ class Harness:
         if task.entry.graph and self.device == "cpu":
             raise WorkerError("left out: a graph needs CUDA")
         args = (task.entry, self.setup(task.workload), self.threads, self.beside)
-        worker = self.start(StepSession, *args, tree=task.entry.tree)
+        worker = self.start(self.session, *args)
         row["first_error"] = error = worker.call("first_error")
-        if self.checked:
-            row["reference_error"] = expected = worker.call("expected_error")
+        if self.checked == "beside":
+            # not under autocast, which rounds
+            beside = None if task.entry.dtype else task.entry.beside
+            expected = others.get(beside or "", {}).get("first_error")
+        else:
+            expected = worker.call("expected_error") if self.checked else None
+        if expected is not None:
+            row["reference_error"] = expected
             row["error_off"] = abs(error / expected - 1)
             if not row["error_off"] <= TOLERANCE[task.entry.dtype or self.dtype]:
                 worker.close()
-                raise WorkerError(f"error {error:.6g} on the first batch, the reference has {expected:.6g}")
+                raise WorkerError(f"first error {error:.6g}, expected {expected:.6g}")
         return worker
 
 

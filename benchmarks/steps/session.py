@@ -5,17 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import sampled_sae
 from benchmarks.measure import product, product_in_chunks
 from benchmarks.peers import Entry, Setup, initial_weights, make
-from sampled_sae.bench import activations
-from sampled_sae.support.timing import peak_memory, timed
+from sampled_sae.bench import activations, peak_of
+from sampled_sae.support.timing import timed
 
 # several: a threshold guessed from the last batch is as good as in training, not perfect
 BATCHES = 4
@@ -53,9 +51,6 @@ class StepSession:
 
     def __init__(self, entry: Entry, setup: Setup, threads: int, calls: tuple[str, ...]) -> None:
         torch.set_num_threads(threads)
-        imported = Path(sampled_sae.__file__).resolve()
-        if entry.tree is not None and not imported.is_relative_to(entry.tree.resolve()):
-            raise RuntimeError(f"sampled_sae was imported from {imported}, not from the revision that is to be timed")
         self.entry, self.setup = entry, setup
         self.size = size = size_of(setup)
         self.batches: Iterator[Tensor] = itertools.cycle(size.batches)
@@ -83,10 +78,9 @@ class StepSession:
         steps = [timed(self.step, self.setup.device) for _ in range(self.entry.steps)]
         return {**seconds, "step": sum(steps) / len(steps)}
 
-    def undecided(self) -> dict[str, float]:
+    def afterwards(self) -> dict[str, Any]:
         """Shares of the columns and entries that the last step's screen left open; empty where there was none."""
         sae = getattr(self.candidate, "sae", None)
-        # an older revision has no such attribute, a library's SAE no such memory
         looks = getattr(getattr(sae, "memory", None), "looks", None)
         return {} if looks is None else {f"undecided_{name}": share for name, share in looks.shares().items()}
 
@@ -98,10 +92,7 @@ class StepSession:
         if self.entry.graph:
             return None
         count = range(max(2, self.entry.steps))
-        try:
-            return peak_memory(lambda: [self.step() for _ in count], self.setup.device)
-        except OSError:
-            return None
+        return peak_of(lambda: [self.step() for _ in count], self.setup.device)
 
     def _captured(self) -> Callable[[], Any]:
         """One step on the next batch, which is copied to where the graph reads it; what came before is its warm-up."""
