@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import sys
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("spawn")
@@ -22,12 +24,16 @@ class Worker:
     Args:
         session: a class that the new process can import.
         args: what it is made with; anything that can be pickled.
+        tree: a folder that comes first on the new process's path.
     """
 
-    def __init__(self, session: type, *args: Any) -> None:
+    def __init__(self, session: type, *args: Any, tree: Path | None = None) -> None:
         self._pipe, theirs = CONTEXT.Pipe()
         self._process = CONTEXT.Process(target=serve, args=(theirs, session, args), daemon=True)
+        before = sys.path[:]
+        sys.path[:0] = [] if tree is None else [str(tree)]
         self._process.start()
+        sys.path[:] = before
         theirs.close()
 
     def call(self, method: str, *args: Any) -> Any:
@@ -72,7 +78,7 @@ class Worker:
 class Here:
     """The same in this process, for the time that starting another takes."""
 
-    def __init__(self, session: type, *args: Any) -> None:
+    def __init__(self, session: type, *args: Any, tree: None = None) -> None:
         self._session, self._args = session, args
         self._made: Any = None
 

@@ -44,3 +44,17 @@ def test_a_process_that_hangs_is_stopped():
     with pytest.raises(WorkerError, match="took too long"):
         worker.answer(0)
     assert not worker._process.is_alive()
+
+
+def test_a_folder_comes_first_on_the_path(tmp_path):
+    (tmp_path / "shadowed.py").write_text("class Session:\n    def where(self):\n        return __file__\n")
+    worker = Worker(Shadow, tree=tmp_path)
+    assert worker.call("where") == str(tmp_path / "shadowed.py")
+    worker.close()
+
+
+class Shadow:
+    def where(self):
+        import shadowed
+
+        return shadowed.Session().where()

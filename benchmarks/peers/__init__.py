@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import version
@@ -36,6 +37,7 @@ class Entry:
         distribution: the package that has to be installed; None for none.
         steps: steps in one sample, whose mean is taken.
         beside: another candidate, of whose time this one's is given as a multiple too.
+        tree: folder with another revision of this repository, which its process imports.
         graph: the step is captured as a CUDA graph.
         dtype: of its products, where not that of the setup.
     """
@@ -46,6 +48,7 @@ class Entry:
     distribution: str | None = None
     steps: int = 1
     beside: str | None = None
+    tree: Path | None = None
     graph: bool = False
     dtype: str | None = None
 

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Row
@@ -83,6 +84,15 @@ def with_groups(rehearse: bool, device: str) -> Tasks:
     return grid(found, (w,))
 
 
+def before_and_after(tree: Path) -> dict[str, Entry]:
+    """The variants by the package in `tree`, and by ours."""
+    found = {}
+    for name, entry in VARIANTS.items():
+        found[f"{name}, before"] = replace(entry, tree=tree)
+        found[name] = replace(entry, beside=f"{name}, before")
+    return found
+
+
 def library_loops() -> dict[str, Entry]:
     """Each library's loop with us; and alone, as it is and under bfloat16 autocast, as multiples of that."""
     found = {}
@@ -142,6 +152,12 @@ EXPERIMENTS = {
         {"axis": "{workload}", "at": "{value}", **SIZE, "rule": "{candidate}", "step / floor": "{ratio:.2f}"}
         | {"p20–p80": P20_P80, **MS, **MEMORY},
         {"beside": ("product", "chunks"), "checked": ""},
+    ),
+    "before_after": Experiment(
+        "our step by another revision of this repository (--revision) and by this one",
+        at_all_sizes(VARIANTS),
+        {**SIZE, **VARIANT, **RATIO, "after / before": "{quotient:.2f}"}
+        | {"its p20–p80": "{quotient_p20:.2f}–{quotient_p80:.2f}", **MS, **MEMORY},
     ),
     "drop_in": Experiment(
         "the libraries' own training loops with us and alone, on --activations; held-out FVU after --steps of them",

@@ -112,7 +112,7 @@ class Harness:
         if task.entry.graph and self.device == "cpu":
             raise WorkerError("left out: a graph needs CUDA")
         args = (task.entry, self.setup(task.workload), self.threads, self.beside)
-        worker = self.start(self.session, *args)
+        worker = self.start(self.session, *args, tree=task.entry.tree)
         row["first_error"] = error = worker.call("first_error")
         if self.checked == "beside":
             # not under autocast, which rounds

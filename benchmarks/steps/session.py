@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import sampled_sae
 from benchmarks.measure import product, product_in_chunks
 from benchmarks.peers import Entry, Setup, initial_weights, make
 from sampled_sae.bench import activations, peak_of
@@ -51,6 +53,9 @@ class StepSession:
 
     def __init__(self, entry: Entry, setup: Setup, threads: int, calls: tuple[str, ...]) -> None:
         torch.set_num_threads(threads)
+        imported = Path(sampled_sae.__file__).resolve()
+        if entry.tree is not None and not imported.is_relative_to(entry.tree.resolve()):
+            raise RuntimeError(f"sampled_sae was imported from {imported}, not from the revision that is to be timed")
         self.entry, self.setup = entry, setup
         self.size = size = size_of(setup)
         self.batches: Iterator[Tensor] = itertools.cycle(size.batches)
@@ -81,6 +86,7 @@ class StepSession:
     def afterwards(self) -> dict[str, Any]:
         """Shares of the columns and entries that the last step's screen left open; empty where there was none."""
         sae = getattr(self.candidate, "sae", None)
+        # an older revision has no such attribute, a library's SAE no such memory
         looks = getattr(getattr(sae, "memory", None), "looks", None)
         return {} if looks is None else {f"undecided_{name}": share for name, share in looks.shares().items()}
 

@@ -224,6 +224,20 @@ def test_family_command(command):
 
 
 @pytest.mark.slow
+def test_before_after_command(command):
+    """Against this very revision: both sides begin with the same error."""
+    names = ["l=4, before", "l=4"]
+    arguments = ["--rehearse", "--rounds", 1, "--revision", "HEAD", "--candidates", *names]
+    result, shown = command(steps, "before_after", *arguments)
+    before, after = result["rows"]
+    assert before["first_error"] == pytest.approx(after["first_error"], rel=1e-6)
+    assert "quotient" not in before
+    assert after["quotient"] > 0
+    assert "after / before" in shown
+    assert result["before"]
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked_workers")
 def test_drop_in_command(command, tmp_path):
     """Each library's own loop, with us and alone, comes to the same weights; on activations of its width."""
