@@ -21,10 +21,16 @@ from ...impl.row_guard import guard_rows
 from ...optim import RowAdam
 from ...support.argument_checks import check_activations, check_device, check_integer, check_number
 from ..replaced import has_other_methods, methods_of
-from .dead_feature_loss import share_of_variance, unexplained
 from .dictionaries import SampledDictionary
-from .step import LossLog, StepInputs, project_decoder_rows
-from .threshold import average_threshold, mean_smallest_of_tokens
+from .step import (
+    LossLog,
+    StepInputs,
+    average_threshold,
+    mean_smallest_of_tokens,
+    project_decoder_rows,
+    share_of_variance,
+    unexplained,
+)
 
 # attributes of a trainer that its configuration names
 SHOWN = (
