@@ -38,6 +38,14 @@ def check_vector(name: str, vector: torch.Tensor, dtype: torch.dtype, length: in
         raise ValueError(f"{name} must be contiguous {dtype} {shape}, got {vector.dtype} {list(vector.shape)}")
 
 
+def listed_or_first(features: torch.Tensor | int, length: int) -> tuple[torch.Tensor | None, int]:
+    """So many features as kernels take them: int64 [length], or the first of them where they stand in a row."""
+    if not isinstance(features, torch.Tensor):
+        return None, features
+    check_vector("features", features, torch.int64, length)
+    return features, 0
+
+
 def check_list(values: torch.Tensor, keys: torch.Tensor, count: torch.Tensor) -> None:
     """Raise unless these are such as entries are appended to."""
     check_vector("values", values, torch.float32)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from sampled_sae.kernels.arguments import check_block, check_vector
-from sampled_sae.kernels.configs import launch
+from sampled_sae.kernels.configs import given, launch
 from sampled_sae.kernels.interpreter import rounded
 from sampled_sae.kernels.radix import cut_of_span, find_cut, is_kept, sort_bits, span_of_program
 from sampled_sae.kernels.token_topk import keep_rows_
@@ -142,8 +142,7 @@ def keep_largest_(
         cut.config,
         cut.programs(z.numel()),
         (z, copy, None if least is None else least.view(torch.int32), cut.histograms, cut.counts, z.numel()),
-        HAS_COPY=copy is not None,
-        HAS_LEAST=least is not None,
+        **given(copy=copy, least=least),
         TILES=cut.TILES,
     )
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from sampled_sae.kernels.arguments import check_matrix, check_vector, contiguous_rows, rows_are_contiguous
-from sampled_sae.kernels.configs import LONGEST_ADAM_ROW, architecture, launch, row_adam_config
+from sampled_sae.kernels.configs import LONGEST_ADAM_ROW, architecture, given, launch, row_adam_config
 from sampled_sae.kernels.interpreter import rounded
 
 MODES = ("dense", "lazy", "decayed")
@@ -222,11 +222,7 @@ def row_adam_(
         LAZY=lazy,
         PROJECT=project,
         RENORMALIZE=renormalize,
-        HAS_FEATURES=features is not None,
-        HAS_POSITIONS=positions is not None,
-        HAS_LAST=last is not None,
-        HAS_COPY=copy is not None,
-        HAS_FACTOR=factor is not None,
+        **given(features=features, positions=positions, last=last, copy=copy, factor=factor),
         LR_ON_DEVICE=on_device is not None,
     )
 
