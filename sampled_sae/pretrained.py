@@ -39,10 +39,13 @@ PEER_FILES = {
 }
 
 
-def tensor_names(config: SampledSAEConfig) -> tuple[str, ...]:
-    """The tensors of an SAE, in the order of its file."""
-    skip = (SKIP,) if config.skip else ()
-    return (*TENSORS, *skip, MEMBERS) if config.inference == "pool" else (*TENSORS, *skip)
+def tensor_shapes(config: SampledSAEConfig) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of an SAE, in the order of its file."""
+    d_in, d_sae, d_out = config.width_in, config.d_sae, config.width_out
+    weights = ((d_in, d_sae), (d_sae,), (d_sae, d_out), (d_out,))
+    shapes: dict[str, tuple[int, ...]] = dict(zip(TENSORS, (*weights, (), (), (d_sae,), ())))
+    shapes |= {SKIP: (d_in, d_out)} if config.skip else {}
+    return shapes | ({MEMBERS: (d_sae,)} if config.inference == "pool" else {})
 
 
 def check_target(folder: Path) -> None:
@@ -66,7 +69,7 @@ def save_pretrained(folder: Path, config: dict[str, Any], kinds: Mapping[str, Ki
 
     Args:
         config: fields of the SampledSAEConfig.
-        kinds, pieces: of the tensors that `tensor_names` names.
+        kinds, pieces: of the tensors of `tensor_shapes`.
 
     Raises:
         ValueError: as `check_target`.
@@ -98,31 +101,26 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         sae = SampledSAEConfig.from_dict(fields)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
-    d_in, d_sae, d_out = sae.width_in, sae.d_sae, sae.width_out
-    names = tensor_names(sae)
-    shapes: dict[str, tuple[Any, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
-    shapes |= {SKIP: (d_in, d_out)}
-    shapes |= dict.fromkeys(("threshold", "threshold_steps", "calibrated_at"), ())
-    shapes |= dict.fromkeys(("b_enc", "tokens_since_active", MEMBERS), (d_sae,))
-    for name in names:
+    shapes = tensor_shapes(sae)
+    for name, shape in shapes.items():
         if name not in tensors:
             if name in SINCE:
                 continue
             raise ValueError(f"{path}: tensor {name!r} is missing; it holds {sorted(tensors)}")
-        if tuple(tensors[name].shape) != shapes[name]:
-            raise ValueError(f"{path}: {name} is {tuple(tensors[name].shape)}, config.json says {shapes[name]}")
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{path}: {name} is {tuple(tensors[name].shape)}, config.json says {shape}")
         if name in (*WEIGHT_NAMES, SKIP) and tensors[name].dtype not in FLOATS:
             raise ValueError(f"{path}: {name} is {tensors[name].dtype}, must be one of {', '.join(map(str, FLOATS))}")
         if not torch.isfinite(tensors[name]).all():
             raise ValueError(f"{path}: {name} holds NaN or inf")
-    if MEMBERS in names:
+    if MEMBERS in shapes:
         check_members(path, tensors[MEMBERS], sae)
     # last: what is wrong with a field says more than that it was changed; earlier versions wrote no checksum
     if config.get("crc32", json_crc32(fields)) != json_crc32(fields):
         raise ValueError(f"{folder / CONFIG}: damaged, or edited by hand: then remove its line 'crc32'")
     if "input_scale" not in fields:
         fields["input_scale"] = recorded_scale(folder)
-    return fields, {name: tensors[name] for name in names if name in tensors}
+    return fields, {name: tensors[name] for name in shapes if name in tensors}
 
 
 def check_members(path: Path, members: Tensor, sae: SampledSAEConfig) -> None:

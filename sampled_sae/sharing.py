@@ -21,7 +21,7 @@ from .pretrained import (
     is_ours,
     load_pretrained,
     save_pretrained,
-    tensor_names,
+    tensor_shapes,
 )
 from .support.atomic_files import field, parse_json, read_json, write_json, write_text
 from .support.hub import Repository, check_identifier, download, is_identifier
@@ -40,7 +40,7 @@ class Sharing:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `sae.safetensors`, each to a temporary name that is then renamed."""
-        tensors = {name: getattr(self, name) for name in tensor_names(self.cfg)}
+        tensors = {name: getattr(self, name) for name in tensor_shapes(self.cfg)}
         kinds = {name: Kind(t.dtype, t.shape) for name, t in tensors.items()}
         self.layout.write(tensors, lambda pieces: save_pretrained(Path(folder), self.cfg.to_dict(), kinds, pieces))
 

@@ -21,7 +21,6 @@ from ..config import SampledSAEConfig
 from ..impl.threshold import fault
 from ..sae import SampledSAE
 from ..support.argument_checks import check_choice, check_positive
-from ..support.atomic_files import read_json
 from . import dictionary_learning, saelens, sparsify
 from .layers import uncentred
 from .one_threshold import with_one_threshold
@@ -225,8 +224,7 @@ def detect(folder: str | os.PathLike[str]) -> str | None:
     found = [
         name for name, peer in PEERS.items() if all((path / file).is_file() for file in (peer.WEIGHTS, peer.CONFIG))
     ]
-    ours = path / pretrained.CONFIG
-    if ours.is_file() and read_json(ours).get("format") == pretrained.FORMAT:
+    if pretrained.is_ours(path):
         found.append(pretrained.FORMAT)
     if len(found) > 1:
         raise ValueError(f"{path}: holds files of several formats: {', '.join(found)}")

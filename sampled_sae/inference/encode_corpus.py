@@ -88,7 +88,8 @@ def encode_corpus(
         del settings["sae"][how]
     check_output_folder(path)
     with locked(path, "encode"):
-        writer = CodesWriter(path, _begun(path, settings) or _new(sae, settings, {"sae": sae_name, **source.about}))
+        new = new_manifest(sae.cfg.d_sae, dtype, settings, {"sae": sae_name, **source.about})
+        writer = CodesWriter(path, _begun(path, settings) or new)
         return _write_files(writer, sae, source, batch_size, progress)
 
 
@@ -133,10 +134,6 @@ def _check_values(values: Tensor, dtype: str) -> None:
 def sae_crc32(sae: InferenceSAE) -> str:
     """The checksum of an SAE's tensors, by which a store of codes knows whose they are."""
     return tensors_crc32({name: t.detach().cpu() for name, t in sae.named_buffers()})
-
-
-def _new(sae: InferenceSAE, settings: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
-    return new_manifest(sae.cfg.d_sae, settings["dtype"], settings, about)
 
 
 def _begun(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
