@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 from .. import pretrained
 from ..config import SampledSAEConfig
-from ..impl.threshold import fault
 from ..sae import SampledSAE
 from ..support.argument_checks import check_choice, check_positive
 from . import dictionary_learning, saelens, sparsify
@@ -103,10 +102,7 @@ def export(
     if sae.cfg.inference == "pool":
         outside = sae.cfg.d_sae - sae.cfg.inference_size
         say(f"{outside} features outside the fixed set get an encoder of zeros, so that they are never active")
-    if rule == "threshold" and portable.threshold is None:
-        say("the threshold was never set (no training step, no calibration): every positive activation is active")
-    elif rule == "threshold" and (found := fault(sae)):
-        say(found)
+    portable.say_of_threshold(sae, say)
     if isinstance(factor, tuple):
         say(f"the weights of each layer take its factor, {factor}: feed activations as they are; codes stay")
     elif factor != 1:

@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..impl.threshold import fault
 from ..sae import SampledSAE
 from ..support.argument_checks import check_choice, check_integer
 from ..support.atomic_files import field, read_tensors, write_atomically, write_text
@@ -90,10 +89,7 @@ def export_transcoder(
         raise ValueError("cfg.inference='batch' depends on the whole batch, which no file says; give rule='threshold'")
     chosen = rule or ("topk" if cfg.is_topk else "threshold")
     portable = PortableSAE.of(sae, chosen).read_at(1.0)
-    if chosen == "threshold" and portable.threshold is None:
-        say("the threshold was never set (no training step, no calibration): every positive activation is active")
-    elif chosen == "threshold" and (found := fault(sae)):
-        say(found)
+    portable.say_of_threshold(sae, say)
     if cfg.input_scale != 1 or cfg.output_scale != 1:
         say(f"scales {cfg.input_scale!r} and {cfg.output_scale!r} are folded into the weights")
     about: dict[str, Any] = {"model_name": model_name, "model_kind": KIND}
@@ -150,10 +146,10 @@ def unpack(path: Path, say: Say = silent) -> PortableSAE:
         ValueError: as `load_transcoder`.
     """
     config, tensors = read_config(path.parent), read_tensors(path)
-    shape = [list(tensors[name].shape) for name in ("W_enc",) if name in tensors]
-    if not shape or len(shape[0]) != 2:
-        raise ValueError(f"{path}: W_enc={shape[0] if shape else None}: must be a matrix [F, d]")
-    d_sae, d = shape[0]
+    shape = list(tensors["W_enc"].shape) if "W_enc" in tensors else None
+    if shape is None or len(shape) != 2:
+        raise ValueError(f"{path}: W_enc={shape}: must be a matrix [F, d]")
+    d_sae, d = shape
     shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_sae, d), "W_dec": (d_sae, d), "b_enc": (d_sae,), "b_dec": (d,)}
     shapes |= {name: of for name, of in (("W_skip", (d, d)), (THRESHOLD, (d_sae,))) if name in tensors}
     check_tensors(path, {name: t for name, t in tensors.items() if name != "k"}, shapes)

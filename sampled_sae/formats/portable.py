@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..config import SampledSAEConfig
 from ..impl.inference_rule import by_threshold
-from ..impl.threshold import is_set
+from ..impl.threshold import fault, is_set
 from ..pretrained import SKIP, WEIGHT_NAMES
 from ..support.argument_checks import check_choice, plain_number
-from .layers import scaled_by_layer
+from .layers import divided_by, scaled_by_layer
 
 if TYPE_CHECKING:
     from ..sae import SampledSAE
@@ -146,6 +146,13 @@ class PortableSAE:
             raise ValueError(f"k={self.k!r}: {allowed}; choose one with k= (--k)")
         return int(k)
 
+    def say_of_threshold(self, sae: SampledSAE, say: Say) -> None:
+        """Where the rule is by a threshold that is not to be relied on, of the SAE that this is."""
+        if self.rule == "threshold" and self.threshold is None:
+            say("the threshold was never set (no training step, no calibration): every positive activation is active")
+        elif self.rule == "threshold" and (found := fault(sae)):
+            say(found)
+
     def read_at(self, scale: float | tuple[float, ...], output_scale: float = 1.0) -> PortableSAE:
         """The same SAE, to be fed activations times `scale`: biases and threshold times what that is of its own scale.
 
@@ -188,8 +195,7 @@ class PortableSAE:
         if bool(((norms - 1).abs() <= ROUNDING * torch.finfo(self.dtype).eps).all()):
             return self
         say(f"decoder norms are folded into the encoder: {why}")
-        W_dec = self.W_dec / norms.unsqueeze(1)
-        return replace(self, W_enc=self.W_enc * norms, b_enc=self.b_enc * norms, W_dec=W_dec)
+        return divided_by(self, norms)
 
     def one_threshold(self) -> PortableSAE:
         """The same function with one threshold t, the geometric mean of the features' own, where each has its own.

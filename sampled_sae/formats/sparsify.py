@@ -42,26 +42,30 @@ def pack(sae: PortableSAE, origin: Origin, say: Say = silent) -> tuple[dict[str,
             "inference='threshold': sparsify keeps the k largest activations of each token and has no threshold; "
             "inference='topk' (--inference topk) exports the SAE for that rule"
         )
-    tensors = {
-        "encoder.weight": sae.W_enc.t().contiguous(),
-        "encoder.bias": sae.b_enc.contiguous(),
-        "W_dec": sae.W_dec.contiguous(),
-        "b_dec": sae.b_dec.contiguous(),
-    }
-    if sae.W_skip is not None:
-        tensors["W_skip"] = sae.W_skip.t().contiguous()
     norms = torch.linalg.vector_norm(sae.W_dec.double(), dim=1)
+    weights = sae.weights if sae.W_skip is None else {**sae.weights, "W_skip": sae.W_skip.t()}
+    # who trains it on there normalises the rows after each step if this says so
+    unit_rows = bool(((norms - 1).abs() < UNIT).all())
+    return packed(weights, sae.whole_k("sparsify"), sae.transcodes, unit_rows)
+
+
+def packed(
+    weights: dict[str, Tensor], k: int, transcodes: bool, normalize_decoder: bool
+) -> tuple[dict[str, Tensor], Any]:
+    """(tensors, cfg.json) of W_enc [d_in, F], b_enc, W_dec [F, d_in], b_dec, and a W_skip as it has it."""
+    names = {"b_enc": "encoder.bias", "W_enc": "encoder.weight"}
+    tensors = {names.get(name, name): (t.t() if name == "W_enc" else t).contiguous() for name, t in weights.items()}
+    d_sae, d_in = weights["W_dec"].shape
     config = {
         "activation": "topk",
-        "expansion_factor": max(1, sae.d_sae // sae.d_in),
-        # who trains it on there normalises the rows after each step if this says so
-        "normalize_decoder": bool(((norms - 1).abs() < UNIT).all()),
-        "num_latents": sae.d_sae,
-        "k": sae.whole_k("sparsify"),
+        "expansion_factor": max(1, d_sae // d_in),
+        "normalize_decoder": normalize_decoder,
+        "num_latents": d_sae,
+        "k": k,
         "multi_topk": False,
-        "skip_connection": sae.W_skip is not None,
-        "transcode": sae.transcodes,
-        "d_in": sae.d_in,
+        "skip_connection": "W_skip" in weights,
+        "transcode": transcodes,
+        "d_in": d_in,
     }
     return tensors, config
 

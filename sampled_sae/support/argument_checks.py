@@ -19,6 +19,7 @@ HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32, torch.float64)
 LARGEST_INTEGER = 2**63 - 1
 Choice = TypeVar("Choice")
+Number = TypeVar("Number", int, float)
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[Choice]) -> Choice:
@@ -70,12 +71,7 @@ def check_integer(name: str, value: Any, least: int) -> int:
 def check_groups(groups: Any, n_features: int) -> tuple[int, ...]:
     """Numbers of features as ints, ascending from 1, the last of them F."""
     allowed = f"groups={groups!r}: must be whole numbers that ascend from 1 to d_sae={n_features}, the last of them"
-    if isinstance(groups, (str, bytes, dict, set)) or not isinstance(groups, Iterable):
-        raise TypeError(allowed)
-    try:
-        found = tuple(check_integer("groups", size, 1) for size in groups)
-    except (TypeError, ValueError) as error:
-        raise type(error)(allowed) from None
+    found = _each(groups, lambda size: check_integer("groups", size, 1), allowed)
     if not found or found[-1] != n_features or any(a >= b for a, b in pairwise(found)):
         raise ValueError(allowed)
     return found
@@ -123,15 +119,20 @@ def check_scales(name: str, value: Any, layers: int) -> float | tuple[float, ...
     if layers == 1 or plain_number(value) is not None:
         return check_positive(name, value)
     allowed = f"{name}={value!r}: must be a number > 0, or a sequence of {layers}, one a layer"
-    if isinstance(value, (str, bytes, dict, set)) or not isinstance(value, Iterable):
-        raise TypeError(allowed)
-    try:
-        found = tuple(float(check_positive(name, number)) for number in value)
-    except (TypeError, ValueError) as error:
-        raise type(error)(allowed) from None
+    found = _each(value, lambda number: float(check_positive(name, number)), allowed)
     if len(found) != layers:
         raise ValueError(allowed)
     return found
+
+
+def _each(values: Any, check: Callable[[Any], Number], allowed: str) -> tuple[Number, ...]:
+    """What `check` makes of each in a sequence; whatever is wrong is said as `allowed`."""
+    if isinstance(values, (str, bytes, dict, set)) or not isinstance(values, Iterable):
+        raise TypeError(allowed)
+    try:
+        return tuple(check(value) for value in values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(allowed) from None
 
 
 def check_budget(k: Any, l: Any, n_features: int, select: str) -> tuple[float, float | None]:

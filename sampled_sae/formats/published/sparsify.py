@@ -63,18 +63,8 @@ def pack(reading: Reading) -> tuple[dict[str, Tensor], dict[str, Any]]:
     # it centres the input of an SAE, and never that of a transcoder
     if c.rule != "topk" or not plain or c.width_out != c.d_in or c.apply_b_dec_to_input == c.is_transcoder:
         raise ValueError(f"rule={c.rule!r}, d_out={c.d_out}: sparsify's files have no place for it")
-    held = in_dtype_of_weights(reading.tensors)
-    tensors = {
-        "encoder.weight": held["W_enc"].t().contiguous(),
-        "encoder.bias": held["b_enc"].contiguous(),
-        "W_dec": held["W_dec"].contiguous(),
-        "b_dec": held["b_dec"].contiguous(),
-    }
-    if c.skip:
-        tensors["W_skip"] = held["W_skip"].contiguous()
-    described = {"activation": "topk", "num_latents": c.d_sae, "k": c.k, "d_in": c.d_in, "skip_connection": c.skip}
-    described |= {"transcode": c.is_transcoder, "expansion_factor": max(1, c.d_sae // c.d_in)}
-    return tensors, {**described, "multi_topk": False, "normalize_decoder": False}
+    assert c.k is not None
+    return sparsify.packed(in_dtype_of_weights(reading.tensors), c.k, c.is_transcoder, normalize_decoder=False)
 
 
 write = sparsify.write
