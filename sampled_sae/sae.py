@@ -62,8 +62,6 @@ class SampledSAE(Sharing, Splicing, LayerParts):
         device, dtype: of the parameters; float32 by default.
     """
 
-    tokens_since_active: Tensor
-
     def __init__(
         self,
         cfg: SampledSAEConfig,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,6 @@ RUNNING_MEAN = (
 OF_ANOTHER_SET = "sae.threshold is not for the features that cfg.inference looks at: call sae.calibrate(x) first"
 
 Self = TypeVar("Self", bound="ThresholdModule")
-
-
-class HasThreshold(Protocol):
-    """The buffers that training moves."""
-
-    threshold: Tensor
-    threshold_steps: Tensor
 
 
 def is_set(sae: ThresholdModule) -> bool:
@@ -95,7 +88,7 @@ class ThresholdNotice:
 
 
 @torch.no_grad()
-def move(sae: HasThreshold, smallest: Tensor, decay: float) -> None:
+def move(sae: ThresholdModule, smallest: Tensor, decay: float) -> None:
     """One training step of a running mean of the smallest kept activation that starts at its first value."""
     smallest = smallest.to(sae.threshold.dtype)
     moved = sae.threshold.lerp(smallest, 1 - decay)

@@ -13,16 +13,18 @@ from torch import Tensor
 
 from ...kernels import column_bounds as bounds_kernel
 from ...kernels.firing_bounds import firing_bounds
+from ...kernels.rounded_rows import rounded_rows
+from ...kernels.spectral_bound import spectral_bound, trace_bound
 from ...kernels.undecided_columns import settled_statistics, statistics_of
 from ..column_bounds import MOST_PARTS, SeenColumns, bounds_of_flags, flags_of
 from ..encoder import Operands
-from ..pool_sampling import keys_of
+from ..ranking import keys_of
 from ..rounded_tokens import Looks
 from ..torch.scores import finish_scores
 from .pool import largest_keys, top_pool
+from .products import product
 from .scores import column_statistics
 from .screen import RoundedOperands, RoundedRows
-from .spectral import stretches
 
 # what squares and roots of a few float32 numbers are rounded by, and more
 OF_ROOTS = 1 + 2.0**-20
@@ -99,6 +101,28 @@ def seen_columns(operands: Operands, score: str) -> SeenColumns | None:
         return (low if least is most else bounds_kernel.column_bounds(least[:n_features], *others)[0]), high
 
     return SeenColumns(sums, bounds)
+
+
+def stretches(tokens: RoundedRows, changes: Tensor) -> tuple[Tensor, Tensor]:
+    """Of x^, the rounded tokens, and of `changes`, float32 [B, d], what rounding changed: float32 [2] each.
+
+    The first number is no less than the largest singular value, the second no less than the Frobenius norm.
+    """
+    again = RoundedRows(*rounded_rows(changes))
+    return stretch(tokens), stretch(again, again.errors)
+
+
+def stretch(rows: RoundedRows, left: Tensor | None = None) -> Tensor:
+    """Of `rows.values`, bfloat16 [B, d]; of the first number, with what is added to them, rows of norms `left` [B]."""
+    X = rows.values
+    trace = trace_bound(rows.norms, rows.errors)
+    n_tokens, d = X.shape
+    G = product(X.t(), X) if n_tokens > d else product(X, X.t())
+    V, norms_1, errors_1 = rounded_rows(G, trace[1:])
+    V, norms_2, errors_2 = rounded_rows(product(V, V.t()))
+    _, norms_3, _ = rounded_rows(product(V, V.t()))
+    n = max(n_tokens, d)
+    return spectral_bound(trace, norms_1, errors_1, norms_2, errors_2, norms_3, n, left)
 
 
 @torch.library.custom_op("sampled_sae::seen_columns", mutates_args=())
