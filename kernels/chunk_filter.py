@@ -20,7 +20,6 @@ from sampled_sae.kernels.arguments import (
     Spread,
     check_list,
     check_products,
-    check_spread,
     check_vector,
     listed_or_first,
     spread_arguments,
@@ -192,7 +191,7 @@ def append_above_(
     check_products(z, b, scale)
     B, C = z.shape
     listed, first = listed_or_first(features, C)
-    check_spread(spread, B, C)
+    of_spread = spread_arguments(spread, B, C)
     if spread is None or floors is None:
         check_vector("tau", tau, torch.float32, 1 if spread is None else B)
     if floors is not None:
@@ -210,7 +209,7 @@ def append_above_(
             scale,
             listed,
             tau if floors is None else floors,
-            *spread_arguments(spread),
+            *of_spread,
             values,
             keys,
             count,

@@ -14,7 +14,6 @@ from sampled_sae.kernels.activation import activation, spread_of
 from sampled_sae.kernels.arguments import (
     Spread,
     check_block,
-    check_spread,
     check_vector,
     listed_or_first,
     spread_arguments,
@@ -166,7 +165,7 @@ def merge_rows_(
     if C > MAX_CHUNK or k > MAX_K:
         raise ValueError(f"chunks of at most {MAX_CHUNK} features and k of at most {MAX_K}, got {C} and {k}")
     listed, first = listed_or_first(features, C)
-    check_spread(spread, B, C)
+    of_spread = spread_arguments(spread, B, C)
     if needed is not None:
         check_vector("needed", needed, torch.int64, 1)
     if z.numel() == 0 or k == 0:
@@ -175,7 +174,7 @@ def merge_rows_(
         merge_rows_kernel,
         merge_config(C),
         (B,),
-        (best_values, best_features, z, listed, b, scale, *spread_arguments(spread), needed, C, k, first),
+        (best_values, best_features, z, listed, b, scale, *of_spread, needed, C, k, first),
         **given(features=listed, bias=b, scale=scale, spread=spread, needed=needed),
         BK=triton.next_power_of_2(k),
     )

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sampled_sae.kernels.arguments import COPIES, check_matrix, check_vector, contiguous_rows
+from sampled_sae.kernels.arguments import check_copy, check_matrix, check_vector, contiguous_rows
 from sampled_sae.kernels.column_scores import fold_partials
 from sampled_sae.kernels.configs import ERRORS, ERRORS_BACKWARD, given, launch, of_family
 from sampled_sae.kernels.interpreter import rounded
@@ -135,10 +135,7 @@ def squared_errors_backward(
         check_vector("d_errors", d_errors, torch.float32, B)
     if d_x_hat is not None:
         check_pair("d_x_hat", d_x_hat, target)
-    if copy is not None and (copy.shape != x_hat.shape or copy.dtype not in COPIES or not copy.is_contiguous()):
-        raise ValueError(
-            f"copy must be contiguous bf16 or fp16 {list(x_hat.shape)}, got {copy.dtype} {list(copy.shape)}"
-        )
+    check_copy(copy, x_hat)
     out = x_hat.new_empty(B, D)
     if B == 0 or D == 0:
         return out, x_hat.new_zeros(D)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .config import MEMBERS, SampledSAEConfig
 from .support.argument_checks import FLOATS
-from .support.atomic_files import read_json, read_tensors, write_atomically, write_json
+from .support.atomic_files import field, read_json, read_tensors, write_atomically, write_json
 from .support.checksums import json_crc32, tensors_crc32
 from .support.tensor_file import Kind, Piece, write_pieces
 
@@ -183,12 +184,35 @@ def _scales(config: SampledSAEConfig) -> tuple[str, ...]:
     return ("input_scale", "output_scale") if config.is_transcoder else ("input_scale",)
 
 
+def recorded_origin(folder: Path) -> dict[str, Any]:
+    """What a training or an import says of the activations that its SAE reads, in the words of origin.json; empty where
+    nothing does. `scale` is there of an import of an earlier version."""
+    if not (folder / RUN).is_file():
+        return read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
+    trained = field(folder / RUN, read_json(folder / RUN), "activations", dict)
+    point, layer = trained.get("point"), trained.get("layer")
+    layer = layer if point is None else layer_of(str(point))
+    layer = None if trained.get("layers") else layer  # a crosscoder reads several
+    return {
+        "model_name": trained.get("model"),
+        "layer": layer,
+        "hook_name": point,
+        "context_size": trained.get("context"),
+    }
+
+
+def layer_of(hook: str | None) -> int | None:
+    """The block that a hook of TransformerLens or transformers names."""
+    found = re.search(r"(?:blocks|layers|h)\.(\d+)(?:[.:]|$)", hook or "")
+    return int(found[1]) if found else None
+
+
 def recorded_scale(folder: Path) -> Any:
     """What a training or an import of an earlier version says that the SAE's activations are to be multiplied by."""
-    if (folder / RUN).is_file():
-        trained = read_json(folder / RUN).get("activations")
-        return trained.get("scale", 1.0) if isinstance(trained, dict) else 1.0
-    return read_json(folder / ORIGIN).get("scale", 1.0) if (folder / ORIGIN).is_file() else 1.0
+    path = folder / (RUN if (folder / RUN).is_file() else ORIGIN)
+    said: Any = read_json(path) if path.is_file() else {}
+    said = said.get("activations") if path.name == RUN else said
+    return said.get("scale", 1.0) if isinstance(said, dict) else 1.0
 
 
 def check_checksum(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -95,7 +95,7 @@ class InferenceSAE(Splicing, nn.Module):
         codes = self._codes(x, tokens.x, None, self._scale())
         x_hat = self._in_units(self._decode_sparse(codes), tokens)
         if self.cfg.skip:
-            x_hat = x_hat + product(given, self.W_skip) / self._factor_out
+            x_hat = x_hat + product(given, self.W_skip) / self.cfg.factor_out
         return InferenceOutput(x_hat.to(x.dtype).view(*x.shape[:-1], self.cfg.width_out), codes)
 
     @uncompiled
@@ -246,11 +246,7 @@ class InferenceSAE(Splicing, nn.Module):
         """A reconstruction of the weights in the units of the activations that it is of."""
         if tokens is not None and not self.cfg.is_transcoder:
             x_hat = tokens.undo(x_hat)
-        return x_hat if self._factor_out == 1 else x_hat / self._factor_out
-
-    @property
-    def _factor_out(self) -> float:
-        return self.cfg.output_scale if self.cfg.is_transcoder else self.cfg.input_scale
+        return x_hat if self.cfg.factor_out == 1 else x_hat / self.cfg.factor_out
 
     def _chosen(self, features: Sequence[int] | Tensor | None) -> Tensor | None:
         return None if features is None else check_features(features, self.cfg.d_sae, self.W_enc.device)

@@ -18,6 +18,8 @@ SCORES = ("l2", "l2_squared", "entropy", "uniform")
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32, torch.float64)
 LARGEST_INTEGER = 2**63 - 1
+# values of a tensor that are looked at together
+PIECE = 1 << 24
 Choice = TypeVar("Choice")
 Number = TypeVar("Number", int, float)
 
@@ -170,6 +172,12 @@ def check_finite(x: Tensor, name: str = "x", where: str = "") -> None:
         first = tuple((~finite).nonzero()[0].tolist())
         count = int((~finite).sum())
         raise ValueError(f"{name}{where}: {count} of {x.numel()} values are NaN or inf, the first at {first}")
+
+
+def bad_values(t: Tensor, may_be_infinite: bool = False) -> int:
+    """How many values are NaN, or inf where they may not be; a piece after another, which needs little memory."""
+    flat = (t if t.dim() < 2 or t.is_contiguous() else t.t()).reshape(-1)
+    return sum(int((part.isnan() if may_be_infinite else ~part.isfinite()).sum()) for part in flat.split(PIECE))
 
 
 def check_encoder(x: Any, W_enc: Any, b_enc: Any, scale: Any = None) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...pretrained import layer_of
 from ...support.atomic_files import field
 from .. import dictionary_learning
 from ..origin import Origin
 from ..portable import PortableSAE, Say
 from ..tensor_checks import check_one_dtype, check_tensors
-from .reading import Place, Reading, config_of, layer_of, of_portable
+from .reading import Place, Reading, config_of, of_portable
 
 NAME = dictionary_learning.NAME
 FILES = (dictionary_learning.WEIGHTS, dictionary_learning.CONFIG)

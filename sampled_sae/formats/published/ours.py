@@ -12,10 +12,9 @@ from ... import pretrained
 from ...config import MEMBERS, SampledSAEConfig
 from ...impl.inference_rule import NO_SET
 from ...impl.threshold import NEVER_SET, OF_ANOTHER_SET, RUNNING_MEAN, VOID
-from ...support.atomic_files import field, read_json
 from ..origin import Origin
 from ..portable import PortableSAE, Say
-from .reading import Place, Reading, layer_of, of_portable
+from .reading import Place, Reading, of_portable
 
 NAME = pretrained.FORMAT
 
@@ -78,18 +77,10 @@ def origin(folder: Path) -> Origin:
     Raises:
         ValueError: a file that does not say it, with its name.
     """
-    if (folder / pretrained.RUN).is_file():
-        trained = field(folder / pretrained.RUN, read_json(folder / pretrained.RUN), "activations", dict)
-        point = trained.get("point")
-        layer = trained.get("layer") if point is None else layer_of(str(point))
-        layer = None if trained.get("layers") else layer  # a crosscoder reads several
-        found = Origin(trained.get("model"), layer, point, trained.get("context"))
-        return found.checked(folder / pretrained.RUN)
-    if (folder / pretrained.ORIGIN).is_file():
-        recorded: dict[str, Any] = read_json(folder / pretrained.ORIGIN)
-        recorded.pop("scale", None)  # in config.json since there is input_scale
-        try:
-            return Origin(**recorded).checked(folder / pretrained.ORIGIN)
-        except TypeError as error:
-            raise ValueError(f"{folder / pretrained.ORIGIN}: {error}") from None
-    return Origin()
+    path = folder / (pretrained.RUN if (folder / pretrained.RUN).is_file() else pretrained.ORIGIN)
+    recorded = pretrained.recorded_origin(folder)
+    recorded.pop("scale", None)  # in config.json since there is input_scale
+    try:
+        return Origin(**recorded).checked(path)
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from None

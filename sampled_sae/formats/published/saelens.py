@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ...inference.config import InferenceConfig
 from ...inference.tensors import shapes_of
+from ...pretrained import layer_of
 from ...support.atomic_files import field
 from .. import saelens
 from ..origin import Origin
 from ..portable import Say
 from ..tensor_checks import check_tensors
-from .reading import Place, Reading, config_of, in_dtype_of_weights, layer_of, of_portable
+from .reading import Place, Reading, config_of, in_dtype_of_weights, of_portable
 
 NAME = saelens.NAME
 FILES = (saelens.WEIGHTS, saelens.CONFIG)

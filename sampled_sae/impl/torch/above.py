@@ -153,7 +153,8 @@ class FloorSearch:
         while look.screen is not None:
             seen = look.through(span)
             if seen is not None:
-                look.count(n_seen, len(seen[0]))
+                assert look.block.screen is not None
+                look.block.screen.looks.see_entries(n_seen, len(seen[0]))
                 if len(seen[0]) <= MOST_SCREENED * max(n_seen, FEWEST_SEEN):
                     return seen
             look.drop()
