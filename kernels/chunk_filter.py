@@ -199,26 +199,14 @@ def append_above_(
     check_list(values, keys, count)
     if B == 0 or C == 0:
         return
+    least = tau if floors is None else floors
     launch(
         append_above_kernel,
         chunk_filter_config(architecture(z.device)),
         lambda meta: (triton.cdiv(B, meta["BT"] * meta["STEPS"]) * triton.cdiv(C, meta["BF"]),),
         (
-            z,
-            b,
-            scale,
-            listed,
-            tau if floors is None else floors,
-            *of_spread,
-            values,
-            keys,
-            count,
-            B,
-            C,
-            n_features,
-            first,
-            len(values),
-            z.stride(0),
+            *(z, b, scale, listed, least, *of_spread, values, keys, count),
+            *(B, C, n_features, first, len(values), z.stride(0)),
         ),
         **given(bias=b, scale=scale, features=listed, floors=floors, spread=spread),
     )

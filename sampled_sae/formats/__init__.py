@@ -21,8 +21,7 @@ from ..config import SampledSAEConfig
 from ..sae import SampledSAE
 from ..support.argument_checks import check_choice, check_positive
 from . import dictionary_learning, saelens, sparsify
-from .layers import uncentred
-from .one_threshold import with_one_threshold
+from .layers import uncentred, with_one_threshold
 from .origin import Origin
 from .portable import RULES, PortableSAE, Say, silent, without_fraction
 from .supplement import FILE as SUPPLEMENT_FILE

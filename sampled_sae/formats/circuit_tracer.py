@@ -22,7 +22,7 @@ from torch import Tensor
 from ..sae import SampledSAE
 from ..support.argument_checks import check_choice, check_integer
 from ..support.atomic_files import field, read_tensors, write_atomically, write_text
-from .one_threshold import with_one_threshold
+from .layers import with_one_threshold
 from .origin import Origin
 from .portable import RULES, PortableSAE, Say, silent
 from .tensor_checks import check_one_dtype, check_tensors, narrowed

@@ -54,19 +54,24 @@ def pack(sae: PortableSAE, origin: Origin, unset: float, say: Say = silent) -> t
         "activation_global_scale": torch.tensor(1.0),
         "target_rms": torch.tensor(1.0),
     }
-    trainer = {
-        "trainer_class": "BatchTopKCrossCoderTrainer",
-        "dict_class": BATCH_TOPK,
-        "activation_dim": d_in,
-        "dict_size": d_sae,
-        "num_layers": layers,
+    trainer = trainer_of("BatchTopKCrossCoderTrainer", BATCH_TOPK, d_in, sae, k, origin)
+    return state, {**trainer, "num_layers": layers, "code_normalization": name}
+
+
+def trainer_of(
+    trainer_class: str, dict_class: str, activation_dim: int, sae: PortableSAE, k: int, origin: Origin
+) -> dict[str, Any]:
+    """What config.json says of every trainer."""
+    return {
+        "trainer_class": trainer_class,
+        "dict_class": dict_class,
+        "activation_dim": activation_dim,
+        "dict_size": sae.d_sae,
         "k": k,
         "layer": origin.layer,
         "lm_name": origin.model_name,
         "submodule_name": origin.hook,
-        "code_normalization": name,
     }
-    return state, trainer
 
 
 def unpack(

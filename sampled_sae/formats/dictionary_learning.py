@@ -72,17 +72,8 @@ def pack(sae: PortableSAE, origin: Origin, say: Say = silent) -> tuple[dict[str,
         state |= {"W_enc": sae.W_enc.contiguous(), "b_enc": sae.b_enc.contiguous(), "W_dec": sae.W_dec.contiguous()}
         state["group_sizes"] = sizes
         trainer["group_sizes"] = sizes.tolist()
-    trainer |= {
-        "trainer_class": TRAINER_OF_CLASS[dict_class],
-        "dict_class": dict_class,
-        "activation_dim": sae.d_in,
-        "dict_size": sae.d_sae,
-        "k": k,
-        "layer": origin.layer,
-        "lm_name": origin.model_name,
-        "submodule_name": origin.hook,
-        TRAINING: sae.training,
-    }
+    trainer |= crosscoders.trainer_of(TRAINER_OF_CLASS[dict_class], dict_class, sae.d_in, sae, k, origin)
+    trainer[TRAINING] = sae.training
     return state, {"trainer": trainer, "buffer": {"d_submodule": sae.d_in, "ctx_len": origin.context_size}}
 
 

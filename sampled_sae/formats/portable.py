@@ -88,18 +88,26 @@ class PortableSAE:
         for name, t in {**weights, "threshold": threshold}.items():
             if not torch.isfinite(t).all():
                 raise ValueError(f"sae.{name} holds NaN or inf")
+        found = cls.by_config(sae.cfg, weights, rule, threshold if is_set(sae) else None)
+        return found if k is None else replace(found, k=k)
+
+    @classmethod
+    def by_config(
+        cls, cfg: SampledSAEConfig, weights: dict[str, Any], rule: str, threshold: Tensor | None
+    ) -> PortableSAE:
+        """That of a config and weights by name."""
         return cls(
             **weights,
             rule=rule,
-            k=sae.cfg.k if k is None else k,
+            k=cfg.k,
             # an active feature is positive, so that none below 0 says more than 0
-            threshold=threshold.clamp(min=0) if is_set(sae) else None,
-            apply_b_dec_to_input=bool(sae.cfg.apply_b_dec_to_input),
-            training=sae.cfg.to_dict(),
-            input_scale=sae.cfg.input_scale,
-            transcodes=sae.cfg.is_transcoder,
-            output_scale=sae.cfg.output_scale,
-            layers=sae.cfg.layers,
+            threshold=None if threshold is None else threshold.clamp(min=0),
+            apply_b_dec_to_input=bool(cfg.apply_b_dec_to_input),
+            training=cfg.to_dict(),
+            input_scale=cfg.input_scale,
+            transcodes=cfg.is_transcoder,
+            output_scale=cfg.output_scale,
+            layers=cfg.layers,
         )
 
     @property

@@ -117,7 +117,7 @@ def _write_files(
 @torch.inference_mode()
 def _entries(sae: InferenceSAE, x: Tensor, batch_size: int, advance: Callable[[int], Any]) -> Entries:
     """Of activations [n, d] on any device, on the CPU."""
-    found = [Entries(torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))]
+    found = [Entries.none(torch.empty(0))]
     for first in range(0, len(x), batch_size):
         batch = x[first : first + batch_size].to(sae.W_enc.device)
         values, tokens, features = (t.cpu() for t in sae.encode_sparse(batch).entries())

@@ -28,7 +28,7 @@ def read(place: Place, say: Say) -> Reading:
     """
     fields, tensors = pretrained.load_pretrained(place.path)
     config = SampledSAEConfig.from_dict(fields)
-    threshold = tensors["threshold"].clamp(min=0)
+    threshold = tensors["threshold"]
     if not config.is_topk:
         if config.inference == "batch":
             instead = "load it with SampledSAE.from_pretrained, or save it with inference='threshold'"
@@ -41,17 +41,7 @@ def read(place: Place, say: Say) -> Reading:
             threshold = torch.where(tensors[MEMBERS], threshold, torch.inf)
     names = (*pretrained.WEIGHT_NAMES, pretrained.SKIP)
     weights: dict[str, Any] = {name: tensors[name] for name in names if name in tensors}
-    sae = PortableSAE(
-        **weights,
-        rule="topk" if config.is_topk else "threshold",
-        k=config.k,
-        threshold=threshold,
-        apply_b_dec_to_input=bool(config.apply_b_dec_to_input),
-        input_scale=config.input_scale,
-        transcodes=config.is_transcoder,
-        output_scale=config.output_scale,
-        layers=config.layers,
-    )
+    sae = PortableSAE.by_config(config, weights, "topk" if config.is_topk else "threshold", threshold)
     kind = "transcoder" if config.is_transcoder else "SAE"
     if config.is_crosscoder:
         kind = f"crosscoder of {config.layers} layers, one behind the other,"

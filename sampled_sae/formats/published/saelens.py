@@ -25,12 +25,7 @@ NAME = saelens.NAME
 FILES = (saelens.WEIGHTS, saelens.CONFIG)
 # architecture there: rule here
 SAES = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
-TRANSCODERS = {
-    "transcoder": "relu",
-    "skip_transcoder": "relu",
-    "jumprelu_transcoder": "jumprelu",
-    "jumprelu_skip_transcoder": "jumprelu",
-}
+TRANSCODERS = {name: "jumprelu" if name.startswith("jumprelu") else "relu" for name in saelens.TRANSCODERS}
 RULES = {**SAES, **TRANSCODERS}
 # read as training checkpoints
 TRAINED = ("batchtopk", "matryoshka_batchtopk", "sampled", "sampled_batchtopk", "sampled_matryoshka_batchtopk")

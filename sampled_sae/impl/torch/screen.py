@@ -122,10 +122,6 @@ class FeatureRounding(NamedTuple):
         """[C]: what an activation moves by, at most, for ||x^_i|| = 1 and dx_i = 0."""
         return MARGIN * (self.errors + sums_of(self.W.shape[1]) * (self.norms + self.errors))
 
-    def offset_errors(self, sizes: Tensor) -> Tensor:
-        """[C]: the same for what is added to an activation, of these sizes, in two pieces."""
-        return offset_errors(sizes, self.W.shape[1])
-
     def plus(self, offset: Tensor, of_norms: Tensor | float = 0, of_errors: Tensor | float = 0) -> Tensor:
         """W, whose product with the tokens is then z^ + offset [C] + ||x^|| of_norms + ||dx|| of_errors."""
         d = self.W.shape[1] - COLUMNS
@@ -139,7 +135,7 @@ class FeatureRounding(NamedTuple):
         of_norms, of_errors = rounded_up(self.entry_errors), rounded_up(MARGIN * self.norms)
         if side < 0:
             of_norms, of_errors = -of_norms, -of_errors
-        return self.plus(torch.add(offset, self.offset_errors(sizes), alpha=side), of_norms, of_errors)
+        return self.plus(torch.add(offset, offset_errors(sizes, self.W.shape[1]), alpha=side), of_norms, of_errors)
 
 
 def sums_of(width: int) -> float:

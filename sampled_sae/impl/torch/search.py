@@ -135,25 +135,16 @@ class Search(ABC):
         return torch.empty_like(z).index_copy_(0, order, z)
 
 
-def seen_features(operands: Operands, at: slice | Tensor) -> Tensor | None:
-    """[C, width_of(d)] bfloat16: some features, whose product with the tokens no activation lies above.
-
-    None where that is out of range.
-    """
+def seen_bits(operands: Operands, span: slice) -> Tensor | None:
+    """What some activations are at most: bits of bfloat16, int16 [B, C], in a `padded_chunk`; None out of range."""
+    assert operands.screen is not None
+    at = features_of(operands, span)
     # a search computes few of what it finds again, and measures nothing for it
     features, bias = FeatureRounding.of(operands, at), scaled_bias(operands, at)
     sizes = bias.abs()
     if not float(torch.maximum(features.norms, sizes).amax()) < LARGEST:  # or NaN
         return None
-    return features.bounding(bias, sizes, 1)
-
-
-def seen_bits(operands: Operands, span: slice) -> Tensor | None:
-    """What some activations are at most: bits of bfloat16, int16 [B, C], as `padded_chunk` has them."""
-    assert operands.screen is not None
-    W = seen_features(operands, features_of(operands, span))
-    if W is None:
-        return None
+    W = features.bounding(bias, sizes, 1)
     z, inner = padded_chunk(W, operands.n_tokens, span)
     torch.mm(operands.screen.columns, W.t(), out=inner)
     return z.view(torch.int16)
