@@ -164,7 +164,7 @@ class SampledSAE(Sharing, Splicing, LayerParts):
     def encode_above_threshold(self, x: Tensor, *, scaled: bool = False) -> SparseCodes:
         """Codes of x [..., d_in] by the threshold (of `cfg.inference="pool"` inside its set), whatever the mode."""
         if not self.training:
-            self._notice.before_use(self)
+            self._warn_before_use()
         floors = inference_rule.by_threshold(self, self.cfg).floors
         return self.layout.complete(self._parts.above_threshold(self._encoder_of(x, scaled), floors))
 

@@ -64,7 +64,7 @@ class LayerParts(LayerWeights):
         if found.mode == "batch":
             return self._select_together(encoder)
         if inference is None:
-            self._notice.before_use(self)
+            self._warn_before_use()
         return self._parts.above_threshold(encoder, found.floors)
 
     def _select_together(self, encoder: Encoder) -> SparseCodes:

@@ -6,6 +6,7 @@ the host nothing. Scores are bounded as sums over the tokens: squares of norms, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from ..torch.scores import finish_scores
 from .pool import largest_keys, top_pool
 from .products import product
 from .scores import column_statistics
-from .screen import RoundedOperands, RoundedRows
+from .screen import RoundedOperands, RoundedRows, tensors_of
 
 # what squares and roots of a few float32 numbers are rounded by, and more
 OF_ROOTS = 1 + 2.0**-20
@@ -66,8 +67,7 @@ def column_bounds(operands: Operands, score: str) -> BoundsOnDevice | None:
     screen = operands.screen
     if not isinstance(screen, RoundedOperands) or score == "entropy":
         return None
-    (x, *of_x), (W, *of_W) = screen.tokens, screen.weights
-    low, high = bounds_at_once(x, *of_x, W, *of_W, operands.x, operands.b, operands.scale, score)
+    low, high = bounds_at_once(tensors_of(screen), operands.x, operands.b, operands.scale, score)
     return BoundsOnDevice(low, high, operands.in_full(), score, screen.looks)
 
 
@@ -127,21 +127,13 @@ def stretch(rows: RoundedRows, left: Tensor | None = None) -> Tensor:
 
 @torch.library.custom_op("sampled_sae::seen_columns", mutates_args=())
 def bounds_at_once(
-    x: Tensor,
-    x_norms: Tensor,
-    x_errors: Tensor,
-    W: Tensor,
-    W_norms: Tensor,
-    W_errors: Tensor,
-    full_x: Tensor,
-    b: Tensor,
-    scale: Tensor | None,
-    score: str,
+    screen: Sequence[Tensor], full_x: Tensor, b: Tensor, scale: Tensor | None, score: str
 ) -> tuple[Tensor, Tensor]:
     """(least, greatest) sum over the tokens of each column, float32 [F]; the second is not finite where all is open.
 
-    x, W and what goes with them are RoundedRows; `full_x` is x before it was rounded.
+    screen: `tensors_of` one. full_x: x before it was rounded.
     """
+    x, x_norms, x_errors, W, W_norms, W_errors = screen
     if score == "uniform":
         sure, possible = firing_bounds(x, x_norms, x_errors, W, W_norms, W_errors, b).clamp_(max=1)
         return sure, possible.clone()
@@ -151,8 +143,8 @@ def bounds_at_once(
 
 
 @bounds_at_once.register_fake
-def _(x: Tensor, x_norms: Tensor, x_errors: Tensor, W: Tensor, W_norms: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(W_norms), torch.empty_like(W_norms)
+def _(screen: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(screen[-1]), torch.empty_like(screen[-1])
 
 
 @torch.library.custom_op("sampled_sae::settle_columns", mutates_args=())
