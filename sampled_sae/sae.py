@@ -20,13 +20,12 @@ from .impl.layer_parts import LayerParts
 from .impl.pool import KeptPool
 from .impl.row_gradients import RowGradient
 from .impl.row_guard import guard_rows
+from .impl.start import geometric_median, start_from_targets
 from .impl.training_step import reconstruct, skipped, training_step
-from .impl.transcoder_start import start_from_targets
 from .pretrained import check_scale_of_state, scale_into_state
 from .residual_stream.splicing import Splicing
 from .sharing import Sharing
 from .support.argument_checks import check_choice, check_positive
-from .support.geometric_median import geometric_median
 from .support.uncompiled import uncompiled
 
 

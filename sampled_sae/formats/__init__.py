@@ -94,10 +94,7 @@ def export(
         raise ValueError(f"{path}: holds an SAE in the format {held!r}; export to another folder")
     peer = PEERS[to]
     portable = replace(PortableSAE.of(sae, rule, k), input_scale=factor)
-    if to not in TRANSCODERS:
-        portable.refuse_transcoder(to)
-    if to not in CROSSCODERS:
-        portable.refuse_crosscoder(to)
+    portable.refuse(to, to not in TRANSCODERS, to not in CROSSCODERS)
     if sae.cfg.inference == "pool":
         outside = sae.cfg.d_sae - sae.cfg.inference_size
         say(f"{outside} features outside the fixed set get an encoder of zeros, so that they are never active")

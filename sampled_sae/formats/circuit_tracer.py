@@ -25,7 +25,7 @@ from ..support.atomic_files import field, read_tensors, write_atomically, write_
 from .layers import with_one_threshold
 from .origin import Origin
 from .portable import RULES, PortableSAE, Say, silent
-from .tensor_checks import check_one_dtype, check_tensors, narrowed
+from .tensor_checks import check_tensors, narrowed
 
 NAME = "circuit_tracer"
 CONFIG = "config.yaml"
@@ -164,21 +164,19 @@ def unpack(path: Path, say: Say = silent) -> PortableSAE:
         )
     if threshold is not None and bool((threshold == threshold[0]).all()):
         threshold = threshold[0]
-    return check_one_dtype(
-        path,
-        PortableSAE(
-            W_enc=tensors["W_enc"].t(),
-            b_enc=tensors["b_enc"],
-            W_dec=tensors["W_dec"],
-            b_dec=tensors["b_dec"],
-            rule="topk" if by_k else "threshold",
-            k=config["k"] if by_k else None,
-            threshold=None if by_k else torch.zeros(()) if threshold is None else threshold,
-            apply_b_dec_to_input=False,
-            transcodes=True,
-            W_skip=tensors["W_skip"].t() if "W_skip" in tensors else None,
-        ),
+    sae = PortableSAE(
+        W_enc=tensors["W_enc"].t(),
+        b_enc=tensors["b_enc"],
+        W_dec=tensors["W_dec"],
+        b_dec=tensors["b_dec"],
+        rule="topk" if by_k else "threshold",
+        k=config["k"] if by_k else None,
+        threshold=None if by_k else torch.zeros(()) if threshold is None else threshold,
+        apply_b_dec_to_input=False,
+        transcodes=True,
+        W_skip=tensors["W_skip"].t() if "W_skip" in tensors else None,
     )
+    return sae.of_one_dtype(path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..support.atomic_files import field
 from .layers import divided_by, norm_sums
 from .origin import Origin
 from .portable import ROUNDING, PortableSAE, Say, silent
-from .tensor_checks import check_one_dtype, check_tensors, narrowed
+from .tensor_checks import check_tensors, narrowed
 
 BATCH_TOPK, RELU = "BatchTopKCrossCoder", "CrossCoder"
 CLASSES = (BATCH_TOPK, RELU)
@@ -107,7 +107,7 @@ def unpack(
         apply_b_dec_to_input=False,
         layers=layers,
     )
-    sae = check_one_dtype(weights, sae)
+    sae = sae.of_one_dtype(weights)
     sae = _selected_as(sae, _normalization(weights, tensors, say), weights, say) if of_batch else sae
     return _normalized(sae, weights, tensors, say)
 

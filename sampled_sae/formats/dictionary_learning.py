@@ -20,7 +20,7 @@ from ..support.atomic_files import field, read_json, write_atomically, write_jso
 from . import crosscoders
 from .origin import Origin, training_fields
 from .portable import PortableSAE, Say, silent
-from .tensor_checks import check_one_dtype, check_tensors, narrowed
+from .tensor_checks import check_tensors, narrowed
 
 NAME = "dictionary_learning"
 WEIGHTS, CONFIG = PEER_FILES[NAME]
@@ -172,7 +172,7 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
         threshold=threshold,
         training=training,
     )
-    return check_one_dtype(weights, sae)
+    return sae.of_one_dtype(weights)
 
 
 def groups_of(weights: Path, tensors: dict[str, Tensor], d_sae: int) -> list[int]:

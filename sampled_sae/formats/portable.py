@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -124,14 +125,11 @@ class PortableSAE:
         found = {name: getattr(self, name) for name in WEIGHT_NAMES}
         return found if self.W_skip is None else {**found, SKIP: self.W_skip}
 
-    def refuse_transcoder(self, peer: str) -> None:
-        """ValueError for a transcoder, where the files have no place for one."""
-        if self.transcodes:
+    def refuse(self, peer: str, transcoders: bool = True, crosscoders: bool = True) -> None:
+        """ValueError for a transcoder or a crosscoder, where the files have no place for one."""
+        if self.transcodes and transcoders:
             raise ValueError(f"d_out={self.d_out}: {peer} has no place for a transcoder")
-
-    def refuse_crosscoder(self, peer: str) -> None:
-        """ValueError for a crosscoder, where the files have no place for one."""
-        if self.layers > 1:
+        if self.layers > 1 and crosscoders:
             raise ValueError(f"layers={self.layers}: {peer} has no place for a crosscoder")
 
     @property
@@ -141,6 +139,13 @@ class PortableSAE:
     @property
     def dtype(self) -> torch.dtype:
         return self.W_dec.dtype
+
+    def of_one_dtype(self, path: Path) -> PortableSAE:
+        """The same; ValueError that names its file where the weights are of several dtypes."""
+        found = {name: t.dtype for name, t in self.weights.items()}
+        if len(set(found.values())) > 1:
+            raise ValueError(f"{path}: weights of several dtypes: {', '.join(f'{n} {d}' for n, d in found.items())}")
+        return self
 
     def whole_k(self, peer: str) -> int:
         """k as a whole number.

@@ -22,7 +22,7 @@ from ..support.atomic_files import field, read_json, read_tensors, write_atomica
 from . import saelens_before_6
 from .origin import Origin, training_fields
 from .portable import ROUNDING, PortableSAE, Say, silent
-from .tensor_checks import check_one_dtype, check_tensors, narrowed
+from .tensor_checks import check_tensors, narrowed
 
 NAME = "saelens"
 WEIGHTS, CONFIG = PEER_FILES[NAME]
@@ -193,7 +193,7 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
         transcodes=transcodes,
         W_skip=tensors["W_skip"].t() if "W_skip" in tensors else None,
     )
-    sae = check_one_dtype(weights, sae)
+    sae = sae.of_one_dtype(weights)
     # absent, it is what SAELens takes by default: False for inference, True for training
     if not (by_threshold or transcodes) and config.get("rescale_acts_by_decoder_norm", architecture != "topk"):
         sae = sae.with_unit_rows(say, "SAELens selects by activation times decoder norm here")

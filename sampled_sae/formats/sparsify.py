@@ -17,7 +17,7 @@ from ..pretrained import PEER_FILES
 from ..support.atomic_files import field, read_json, read_tensors, write_atomically, write_json
 from .origin import Origin
 from .portable import PortableSAE, Say, silent
-from .tensor_checks import check_one_dtype, check_tensors
+from .tensor_checks import check_tensors
 
 NAME = "sparsify"
 WEIGHTS, CONFIG = PEER_FILES[NAME]
@@ -108,7 +108,7 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
         transcodes=transcodes,
         W_skip=tensors["W_skip"].t() if skip else None,
     )
-    return check_one_dtype(folder / WEIGHTS, sae)
+    return sae.of_one_dtype(folder / WEIGHTS)
 
 
 def flags(cfg: Path, config: dict[str, Any]) -> tuple[bool, bool]:

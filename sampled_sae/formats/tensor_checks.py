@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Container
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..support.argument_checks import FLOATS, bad_values
-
-if TYPE_CHECKING:
-    from .portable import PortableSAE
 
 
 def check_tensors(
@@ -35,14 +31,6 @@ def check_tensors(
             raise ValueError(f"{path}: {name} is {found}, must be dense, of {', '.join(map(str, FLOATS))}")
         if bad_values(t, name in infinite):
             raise ValueError(f"{path}: {name} holds {'NaN' if name in infinite else 'NaN or inf'}")
-
-
-def check_one_dtype(path: Path, sae: PortableSAE) -> PortableSAE:
-    """The SAE, whose weights must be of one dtype."""
-    found = {name: t.dtype for name, t in sae.weights.items()}
-    if len(set(found.values())) > 1:
-        raise ValueError(f"{path}: weights of several dtypes: {', '.join(f'{n} {d}' for n, d in found.items())}")
-    return sae
 
 
 def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:

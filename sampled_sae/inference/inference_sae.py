@@ -18,12 +18,10 @@ from ..support.argument_checks import HALF, check_activations, describe
 from ..support.late_values import FiniteInputs
 from ..support.uncompiled import uncompiled
 from .config import InferenceConfig
-from .decoder_norms import decoder_norms, inverse_norms
-from .encoding import TokensToEncode, active_codes, active_dense, tokens_to_encode
+from .encoding import NormedTokens, TokensToEncode, active_codes, active_dense, norm_tokens, tokens_to_encode
 from .features import check_dense_codes, check_features, codes_of_features, dense_columns
-from .products import product
+from .products import decoder_norms, inverse_norms, product
 from .tensors import WEIGHTS, check_values, prepared
-from .token_norms import NormedTokens, norm_tokens
 
 # dense codes with a smaller share of active entries are decoded entry by entry
 FEW_ACTIVE = 1 / 32

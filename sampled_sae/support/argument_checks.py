@@ -186,12 +186,11 @@ def check_encoder(x: Any, W_enc: Any, b_enc: Any, scale: Any = None) -> None:
         raise ValueError(f"W_enc={describe(W_enc)}: must be a tensor of shape [d_in, d_sae]")
     check_activations(x, W_enc.shape[0])
     n_features = W_enc.shape[1]
-    for name, value in (("b_enc", b_enc), ("scale", scale)):
-        if name == "scale" and value is None:
-            continue
+    vectors = {"b_enc": b_enc, **({} if scale is None else {"scale": scale})}
+    for name, value in vectors.items():
         if not isinstance(value, Tensor) or value.shape != (n_features,):
             raise ValueError(f"{name}={describe(value)}: must be a tensor of shape [{n_features}]")
-    check_same(x=x, W_enc=W_enc, b_enc=b_enc, **({} if scale is None else {"scale": scale}))
+    check_same(x=x, W_enc=W_enc, **vectors)
     check_finite(x)
     if scale is not None and not bool((scale > 0).all()):
         raise ValueError(f"scale: must be > 0 everywhere, its smallest value is {float(scale.min())}")

@@ -19,9 +19,9 @@ from ...support.even_slices import even_slices
 from ...support.reused_memory import scratch
 from ..encoder import Operands
 from .column_filter import places_reaching
-from .floors import least_in_full
 from .look_through import MOST_TOKENS, LookThrough, is_held, room_of
-from .products import activations_at, candidate_spans, raised
+from .products import activations_at, candidate_spans, raised, token_blocks
+from .screen import least_in_full
 from .search import MOST_SCREENED
 from .settling import Candidates, flat_places
 
@@ -203,10 +203,7 @@ def in_whole_rows(block: Operands, floor: Tensor) -> Entries:
 def row_blocks(operands: Operands) -> Iterator[tuple[slice, Operands]]:
     """(some tokens, their operands): few enough for whole rows of activations."""
     n_features, d = operands.W.shape
-    step = max(FEWEST_TOKENS, min(ROW_ELEMENTS // n_features, ROW_TOKEN_ELEMENTS // d))
-    for start in range(0, operands.n_tokens, step):
-        at = slice(start, min(start + step, operands.n_tokens))
-        yield at, operands.of_tokens(at)
+    return token_blocks(operands, max(FEWEST_TOKENS, min(ROW_ELEMENTS // n_features, ROW_TOKEN_ELEMENTS // d)))
 
 
 def dense_activations(operands: Operands, out: Tensor) -> None:

@@ -66,13 +66,12 @@ def raised(rows: Tensor, like: Tensor) -> Tensor:
     return rows if rows.dtype == like.dtype else scratch(like, *rows.shape).copy_(rows)
 
 
-def token_blocks(operands: Operands) -> Iterator[tuple[int, Operands]]:
-    """(first token, the operands of some tokens) block by block."""
-    if 0 < operands.n_tokens <= BLOCK_TOKENS:
-        yield 0, operands
-        return
-    for start in range(0, operands.n_tokens, BLOCK_TOKENS):
-        yield start, operands.of_tokens(slice(start, start + BLOCK_TOKENS))
+def token_blocks(operands: Operands, step: int = BLOCK_TOKENS) -> Iterator[tuple[slice, Operands]]:
+    """(some tokens, their operands) block by block."""
+    n_tokens = operands.n_tokens
+    for start in range(0, n_tokens, step):
+        at = slice(start, min(start + step, n_tokens))
+        yield at, operands if n_tokens <= step else operands.of_tokens(at)
 
 
 def feature_chunks(operands: Operands) -> Iterator[tuple[slice, Tensor]]:

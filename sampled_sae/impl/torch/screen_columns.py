@@ -112,7 +112,7 @@ def fires(operands: Operands) -> SeenColumns:
 def rounded_features(operands: Operands) -> Iterator[tuple[Operands, slice, FeatureRounding]]:
     """(block of tokens, some features, their rounding) for all features of one block after another."""
     # of no tokens too: what is known of the weights has to be the same on all processes
-    for _, block in token_blocks(operands) if operands.n_tokens else [(0, operands)]:
+    for _, block in token_blocks(operands) if operands.n_tokens else [(slice(0), operands)]:
         step = chunk_width(block)
         for start in range(0, operands.n_features, step):
             at = slice(start, min(start + step, operands.n_features))

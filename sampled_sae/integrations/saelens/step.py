@@ -154,9 +154,6 @@ class SparseStep(FeatureRows, TopKTrainingSAE):
     def after_selection(self, inputs: StepInputs, codes: SparseCodes, output: TrainStepOutput) -> None:
         """Thresholds and metrics."""
 
-    def input_bias(self) -> Tensor | None:
-        return self.b_dec if self.cfg.apply_b_dec_to_input else None
-
     def _needs_dense(self, step_input: TrainStepInput) -> bool:
         """Whether someone looks at a dense tensor, or SAELens has its own word on the case."""
         x = step_input.sae_in
@@ -185,7 +182,7 @@ class SparseStep(FeatureRows, TopKTrainingSAE):
     def encoder_of(self, x: Tensor, b_dec_subtracted: bool = False) -> Encoder:
         """The encoder of normalised activations x [B, d]."""
         scale = self.decoder_norms() if self.cfg.rescale_acts_by_decoder_norm else None
-        b_dec = None if b_dec_subtracted else self.input_bias()
+        b_dec = self.b_dec if self.cfg.apply_b_dec_to_input and not b_dec_subtracted else None
         # an option of our own architecture; SAELens' configs have none
         screen = getattr(self.cfg, "screen", "auto")
         return self.parts().encoder(x, self.W_enc.t(), self.b_enc, b_dec, scale, self._memory.rows(), screen)
