@@ -134,7 +134,7 @@ def keep_largest_(
     if n == 0 or n >= z.numel():
         keep_rows_(z, min(n, z.shape[1]), b, scale, copy)
         if least is not None and z.numel():
-            torch.minimum(least, smallest_kept(z), out=least)
+            torch.minimum(least, torch.where(z > 0, z, torch.inf).amin(), out=least)
         return
     cut = find_cut(z, n, b, scale)
     launch(
@@ -145,11 +145,6 @@ def keep_largest_(
         **given(copy=copy, least=least),
         TILES=cut.TILES,
     )
-
-
-def smallest_kept(block: torch.Tensor) -> torch.Tensor:
-    """The smallest positive entry of a block that is not empty, 0-dim; inf where there is none."""
-    return torch.where(block > 0, block, torch.inf).amin()
 
 
 def largest_indices(scores: torch.Tensor, size: int) -> torch.Tensor:

@@ -21,11 +21,6 @@ def tile(BM: int, BN: int, BD: int, num_warps: int, num_stages: int) -> triton.C
     return triton.Config(blocks, num_warps=num_warps, num_stages=num_stages)
 
 
-def sliced(config: triton.Config, BS: int) -> triton.Config:
-    blocks = {**config.kwargs, "BS": BS}
-    return triton.Config(blocks, num_warps=config.num_warps, num_stages=config.num_stages)
-
-
 # (architecture, operand bits) -> (d <= SMALL_D, larger d); tiles are BM features x BN tokens x BD of d.
 # Where d is small the epilogue weighs more: on NVIDIA smaller tiles let a second block multiply meanwhile.
 # fp32 products are IEEE, on FMA units (matrix cores on gfx942), which want small tiles.
@@ -212,7 +207,8 @@ def product_filter_config(arch: str, dtype: torch.dtype) -> triton.Config:
 
 def exact_fallback_config(arch: str, dtype: torch.dtype) -> triton.Config:
     """For x and W of this dtype: the tiles of `product_filter_config`."""
-    return sliced(*SEARCH[family(arch), 8 * dtype.itemsize])
+    config, BS = SEARCH[family(arch), 8 * dtype.itemsize]
+    return triton.Config({**config.kwargs, "BS": BS}, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def multiprocessors(device: torch.device) -> int:

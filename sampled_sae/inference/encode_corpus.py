@@ -96,7 +96,7 @@ def encode_corpus(
 def _write_files(
     writer: CodesWriter, sae: InferenceSAE, source: TokenSource, batch_size: int, progress: bool
 ) -> Encoded:
-    start, in_sae, done = time.perf_counter(), 0.0, 0
+    start, in_sae, done, dtype = time.perf_counter(), 0.0, 0, writer.manifest["dtype"]
     writer.write_manifest()
     with tqdm(unit="token", unit_scale=True, desc="encode", disable=not progress) as bar:
         for i in range(source.n_shards):
@@ -106,7 +106,9 @@ def _write_files(
             begun = time.perf_counter()
             entries = _entries(sae, x, batch_size, bar.update)
             in_sae += time.perf_counter() - begun
-            _check_values(entries.values, writer.manifest["dtype"])
+            if not entries.values.to(DTYPES[dtype]).isfinite().all():
+                most = float(entries.values.abs().max())
+                raise ValueError(f"dtype={dtype!r} cannot hold these codes, which reach {most:.3g}")
             writer.write_shard(i, entries, len(x), places)
             writer.write_manifest()
             done += len(x)
@@ -124,11 +126,6 @@ def _entries(sae: InferenceSAE, x: Tensor, batch_size: int, advance: Callable[[i
         found.append(Entries(values, tokens + first, features))
         advance(len(batch))
     return Entries(*(torch.cat(parts) for parts in zip(*found)))
-
-
-def _check_values(values: Tensor, dtype: str) -> None:
-    if not values.to(DTYPES[dtype]).isfinite().all():
-        raise ValueError(f"dtype={dtype!r} cannot hold these codes, which reach {float(values.abs().max()):.3g}")
 
 
 def sae_crc32(sae: InferenceSAE) -> str:

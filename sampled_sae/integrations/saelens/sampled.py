@@ -113,7 +113,9 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         if self.is_batchtopk:
             self.move_threshold(codes.smallest())
         elif inputs.step % self.cfg.threshold_every == 0:
-            self.move_threshold(self.smallest_of_all(inputs.encoder))
+            with torch.no_grad():  # of the whole dictionary
+                largest = self.parts().select(inputs.encoder, None, Rule(self.k), self._memory.hints)
+            self.move_threshold(largest.smallest())
         output.metrics["topk_threshold"] = self.topk_threshold
 
     @torch.no_grad()
@@ -124,11 +126,6 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         moved = self.topk_threshold.lerp(smallest, 1 - (1 - self.cfg.topk_threshold_lr) ** steps)
         moved = torch.where(self.topk_threshold == 0, smallest, moved)
         self.topk_threshold = torch.where(smallest.isfinite(), moved, self.topk_threshold)
-
-    @torch.no_grad()
-    def smallest_of_all(self, encoder: Encoder) -> Tensor:
-        """The smallest of the B*k largest activations in the whole dictionary, 0-dim; inf where none is positive."""
-        return self.parts().select(encoder, None, Rule(self.k), self._memory.hints).smallest()
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, l0: float | None = None) -> float:
