@@ -5,7 +5,6 @@ A folder of several SAEs there has one such folder a hook, named after it (`laye
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,7 @@ NAME = "sparsify"
 WEIGHTS, CONFIG = PEER_FILES[NAME]
 CENTRES_ALWAYS = True
 # value that changes what is computed: what it is there
-FOREIGN = {
-    "signed": "selection by absolute value",
-}
+FOREIGN = {"signed": "selection by absolute value"}
 UNIT = 1e-2
 
 
@@ -95,7 +92,7 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
     transcodes, skip = flags(folder / CONFIG, config)
     if skip and not transcodes:
         raise ValueError(f"{folder / CONFIG}: skip_connection=True: a linear skip of an SAE has no place here")
-    check_weights(tensors, config, folder, FOREIGN)
+    check_weights(tensors, config, folder)
     sae = PortableSAE(
         W_enc=tensors["encoder.weight"].t(),
         b_enc=tensors["encoder.bias"],
@@ -121,16 +118,14 @@ def flags(cfg: Path, config: dict[str, Any]) -> tuple[bool, bool]:
     return field(cfg, known, "transcode", bool), field(cfg, known, "skip_connection", bool)
 
 
-def check_weights(
-    tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, refused: Mapping[str, str]
-) -> tuple[int, int]:
-    """(d_in, d_sae) of tensors that are those of cfg.json; `refused` holds what cfg.json may not say, with a reason.
+def check_weights(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path) -> tuple[int, int]:
+    """(d_in, d_sae) of tensors that are those of cfg.json.
 
     Raises:
-        ValueError: naming the file, and what in it is refused or wrong.
+        ValueError: naming the file, and what in it is FOREIGN or wrong.
     """
     cfg = folder / CONFIG
-    for name, meaning in refused.items():
+    for name, meaning in FOREIGN.items():
         if config.get(name):
             raise ValueError(f"{cfg}: {name}={config[name]!r}: {meaning} has no place here")
     activation = config.get("activation", "topk")

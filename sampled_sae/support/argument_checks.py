@@ -84,8 +84,8 @@ def check_device(device: torch.device | str) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device={device!r}: must be 'cpu', 'cuda' or 'cuda:N'") from None
-    if found.type not in ("cpu", "cuda"):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
         raise ValueError(f"device={str(device)!r}: must be 'cpu', 'cuda' or 'cuda:N'")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(

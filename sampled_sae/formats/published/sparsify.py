@@ -17,7 +17,6 @@ NAME = sparsify.NAME
 FILES = (sparsify.WEIGHTS, sparsify.CONFIG)
 # of the run, in the folder above
 RUN = "config.json"
-REFUSED = sparsify.FOREIGN
 
 
 def read(place: Place, say: Say) -> Reading:
@@ -29,7 +28,7 @@ def read(place: Place, say: Say) -> Reading:
     tensors, config = sparsify.read(place.path)
     cfg = place.path / sparsify.CONFIG
     transcodes, skip = sparsify.flags(cfg, config)
-    d_in, d_sae = sparsify.check_weights(tensors, config, place.path, REFUSED)
+    d_in, d_sae = sparsify.check_weights(tensors, config, place.path)
     made = config_of(
         cfg,
         d_in=d_in,
