@@ -46,10 +46,11 @@ def product(x: Tensor, W: Tensor) -> Callable[[], Any]:
 
 def product_in_chunks(x: Tensor, W: Tensor) -> Callable[[], Any]:
     """The same products, some tokens and features at a time into one buffer: the floor of a step without [B, F]."""
-    from sampled_sae.impl.torch.products import BLOCK_TOKENS, chunk_features
+    from sampled_sae.impl.encoder import Operands
+    from sampled_sae.impl.torch.products import BLOCK_TOKENS, chunk_width
 
     blocks = x.split(BLOCK_TOKENS)
-    width = chunk_features(len(blocks[0]))
+    width = chunk_width(Operands(blocks[0], W, W[:, 0]))
     out = torch.empty(len(blocks[0]), width, dtype=x.dtype, device=x.device)
 
     def call() -> None:

@@ -34,7 +34,7 @@ from benchmarks.record import markdown
 from benchmarks.replaced import replaced
 from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig
 from sampled_sae.impl import interface
-from sampled_sae.impl.triton import block, layer, products, spectral, stream
+from sampled_sae.impl.triton import block, layer, products, screen_columns, stream
 from sampled_sae.support.late_values import LateScalars, squares_finite
 
 FILE = RESULTS / "predicted.json"
@@ -163,7 +163,7 @@ def traced(d: int, l: float | None, dtype: str, arch: str) -> dict[str, Step]:
         return made
 
     with ExitStack() as stack:
-        for owner in (products, block, spectral):
+        for owner in (products, block, screen_columns):
             stack.enter_context(patch.object(owner, "product", product))
         stack.enter_context(patch.object(layer, "product_dtype", lambda x: getattr(torch, dtype)))
         stack.enter_context(patch.object(stream, "architecture", lambda device: arch))

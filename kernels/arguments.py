@@ -38,6 +38,14 @@ def check_vector(name: str, vector: torch.Tensor, dtype: torch.dtype, length: in
         raise ValueError(f"{name} must be contiguous {dtype} {shape}, got {vector.dtype} {list(vector.shape)}")
 
 
+def listed_or_first(features: torch.Tensor | int, length: int) -> tuple[torch.Tensor | None, int]:
+    """So many features as kernels take them: int64 [length], or the first of them where they stand in a row."""
+    if not isinstance(features, torch.Tensor):
+        return None, features
+    check_vector("features", features, torch.int64, length)
+    return features, 0
+
+
 def check_list(values: torch.Tensor, keys: torch.Tensor, count: torch.Tensor) -> None:
     """Raise unless these are such as entries are appended to."""
     check_vector("values", values, torch.float32)
@@ -91,18 +99,20 @@ def check_block(
     if z.ndim != 2 or z.dtype != torch.float32 or not z.is_contiguous():
         raise ValueError(f"z must be contiguous fp32 [B, P], got {z.dtype} {list(z.shape)}")
     check_features(b, scale, z.shape[1])
-    if copy is not None and (copy.shape != z.shape or copy.dtype not in COPIES or not copy.is_contiguous()):
-        shape = list(z.shape)
+    check_copy(copy, z)
+
+
+def check_copy(copy: torch.Tensor | None, of: torch.Tensor) -> None:
+    """Raise unless a second result in 16 bits has room for the first."""
+    if copy is not None and (copy.shape != of.shape or copy.dtype not in COPIES or not copy.is_contiguous()):
+        shape = list(of.shape)
         raise ValueError(f"copy must be contiguous bf16 or fp16 {shape}, got {copy.dtype} {list(copy.shape)}")
 
 
-def check_spread(spread: Spread | None, n_tokens: int, n_features: int) -> None:
-    """Raise unless the vectors of a spread are of this many tokens and features."""
-    if spread is not None:
-        for name, vector in spread._asdict().items():
-            check_vector(f"spread.{name}", vector, torch.float32, n_features if name.startswith("of_") else n_tokens)
-
-
-def spread_arguments(spread: Spread | None) -> tuple[torch.Tensor | None, ...]:
-    """As kernels take them."""
-    return (None,) * len(Spread._fields) if spread is None else tuple(spread)
+def spread_arguments(spread: Spread | None, n_tokens: int, n_features: int) -> tuple[torch.Tensor | None, ...]:
+    """As kernels take them; raise unless the vectors of a spread are of this many tokens and features."""
+    if spread is None:
+        return (None,) * len(Spread._fields)
+    for name, vector in spread._asdict().items():
+        check_vector(f"spread.{name}", vector, torch.float32, n_features if name.startswith("of_") else n_tokens)
+    return tuple(spread)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from sampled_sae.kernels.arguments import check_block, check_vector
-from sampled_sae.kernels.configs import launch
+from sampled_sae.kernels.configs import given, launch
 from sampled_sae.kernels.interpreter import rounded
 from sampled_sae.kernels.radix import cut_of_span, find_cut, is_kept, sort_bits, span_of_program
 from sampled_sae.kernels.token_topk import keep_rows_
@@ -134,7 +134,7 @@ def keep_largest_(
     if n == 0 or n >= z.numel():
         keep_rows_(z, min(n, z.shape[1]), b, scale, copy)
         if least is not None and z.numel():
-            torch.minimum(least, smallest_kept(z), out=least)
+            torch.minimum(least, torch.where(z > 0, z, torch.inf).amin(), out=least)
         return
     cut = find_cut(z, n, b, scale)
     launch(
@@ -142,15 +142,9 @@ def keep_largest_(
         cut.config,
         cut.programs(z.numel()),
         (z, copy, None if least is None else least.view(torch.int32), cut.histograms, cut.counts, z.numel()),
-        HAS_COPY=copy is not None,
-        HAS_LEAST=least is not None,
+        **given(copy=copy, least=least),
         TILES=cut.TILES,
     )
-
-
-def smallest_kept(block: torch.Tensor) -> torch.Tensor:
-    """The smallest positive entry of a block that is not empty, 0-dim; inf where there is none."""
-    return torch.where(block > 0, block, torch.inf).amin()
 
 
 def largest_indices(scores: torch.Tensor, size: int) -> torch.Tensor:

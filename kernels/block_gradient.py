@@ -11,7 +11,7 @@ import triton.language as tl
 
 from sampled_sae.kernels.arguments import check_features, contiguous_rows
 from sampled_sae.kernels.column_scores import fold_partials
-from sampled_sae.kernels.configs import architecture, errors_backward_config, launch
+from sampled_sae.kernels.configs import ERRORS_BACKWARD, launch, of_family
 from sampled_sae.kernels.interpreter import rounded
 
 
@@ -65,7 +65,7 @@ def block_gradient(
     out = block.new_empty(B, P, dtype=dtype)
     if B == 0 or P == 0:
         return out, block.new_zeros(P)
-    config = errors_backward_config(architecture(block.device))
+    config = of_family(ERRORS_BACKWARD, block.device)
     T = triton.cdiv(B, config.kwargs["BT"] * config.kwargs["STEPS"])
     partials = torch.empty(T * P, dtype=torch.float32, device=block.device)
     launch(

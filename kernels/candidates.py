@@ -13,7 +13,7 @@ import triton.language as tl
 
 from sampled_sae.kernels.activation import activation, before_relu
 from sampled_sae.kernels.arguments import check_features, check_matrix, check_vector, check_weights, contiguous_rows
-from sampled_sae.kernels.configs import architecture, entry_dots_config, launch
+from sampled_sae.kernels.configs import architecture, entry_dots_config, given, launch
 from sampled_sae.kernels.gather_decode import dots_of_rows
 
 
@@ -120,8 +120,7 @@ def compute_candidates_(
         lambda meta: (triton.cdiv(cap, meta["BE"]),),
         (x, W, b, scale, floors, values, keys, seen, count, computed, B, F, cap, x.stride(0), W.stride(0)),
         D=D,
-        HAS_BIAS=b is not None,
-        HAS_SCALE=scale is not None,
+        **given(bias=b, scale=scale),
         STRICT=strict,
     )
     return count, computed

@@ -20,11 +20,11 @@ from sampled_sae.kernels.arguments import (
     Spread,
     check_list,
     check_products,
-    check_spread,
     check_vector,
+    listed_or_first,
     spread_arguments,
 )
-from sampled_sae.kernels.configs import SCALAR, architecture, chunk_filter_config, launch
+from sampled_sae.kernels.configs import SCALAR, architecture, chunk_filter_config, given, launch
 from sampled_sae.kernels.radix import PASSES, find_cut, picked
 
 
@@ -190,10 +190,8 @@ def append_above_(
     """
     check_products(z, b, scale)
     B, C = z.shape
-    has_features = isinstance(features, torch.Tensor)
-    if has_features:
-        check_vector("features", features, torch.int64, C)
-    check_spread(spread, B, C)
+    listed, first = listed_or_first(features, C)
+    of_spread = spread_arguments(spread, B, C)
     if spread is None or floors is None:
         check_vector("tau", tau, torch.float32, 1 if spread is None else B)
     if floors is not None:
@@ -201,33 +199,16 @@ def append_above_(
     check_list(values, keys, count)
     if B == 0 or C == 0:
         return
-    listed, first = (features, 0) if has_features else (None, features)
+    least = tau if floors is None else floors
     launch(
         append_above_kernel,
         chunk_filter_config(architecture(z.device)),
         lambda meta: (triton.cdiv(B, meta["BT"] * meta["STEPS"]) * triton.cdiv(C, meta["BF"]),),
         (
-            z,
-            b,
-            scale,
-            listed,
-            tau if floors is None else floors,
-            *spread_arguments(spread),
-            values,
-            keys,
-            count,
-            B,
-            C,
-            n_features,
-            first,
-            len(values),
-            z.stride(0),
+            *(z, b, scale, listed, least, *of_spread, values, keys, count),
+            *(B, C, n_features, first, len(values), z.stride(0)),
         ),
-        HAS_BIAS=b is not None,
-        HAS_SCALE=scale is not None,
-        HAS_FEATURES=has_features,
-        HAS_FLOORS=floors is not None,
-        HAS_SPREAD=spread is not None,
+        **given(bias=b, scale=scale, features=listed, floors=floors, spread=spread),
     )
 
 

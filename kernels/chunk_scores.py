@@ -13,7 +13,7 @@ import triton.language as tl
 from sampled_sae.kernels.activation import FAST_LOG, activation, times_log2
 from sampled_sae.kernels.arguments import check_products
 from sampled_sae.kernels.column_scores import LN_2, fold_partials, statistics_of
-from sampled_sae.kernels.configs import architecture, chunk_scores_config, launch
+from sampled_sae.kernels.configs import architecture, chunk_scores_config, given, launch
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -85,8 +85,7 @@ def write_partials_(
         lambda meta: (triton.cdiv(C, meta["BF"]), partials.shape[1]),
         (z, b, scale, partials, B, z.stride(0), partials.stride(0), partials.stride(1), C),
         SCORE="l2" if score == "l2_squared" else score,
-        HAS_BIAS=b is not None,
-        HAS_SCALE=scale is not None,
+        **given(bias=b, scale=scale),
         FAST_LOG=FAST_LOG,
     )
 

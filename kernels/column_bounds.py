@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from sampled_sae.kernels.arguments import check_features, check_vector
-from sampled_sae.kernels.configs import SPECTRAL, launch
+from sampled_sae.kernels.configs import SPECTRAL, given, launch
 from sampled_sae.kernels.rounded_rows import LEAST, MARGIN, SUMS
 
 # of the norm that was seen: its sums in tiles, whose depth is below this and grows by one for each 1,024 tokens
@@ -97,7 +97,6 @@ def column_bounds(
         lambda meta: (triton.cdiv(F, meta["BLOCK"]),),
         (sums, norms, errors, b, scale, of_x, of_changes, low, high, n_tokens, F),
         D=d,
-        HAS_BIAS=b is not None,
-        HAS_SCALE=scale is not None,
+        **given(bias=b, scale=scale),
     )
     return low, high

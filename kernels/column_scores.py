@@ -17,6 +17,7 @@ from sampled_sae.kernels.configs import (
     FOLD,
     architecture,
     column_scores_config,
+    given,
     largest_fused_d,
     launch,
     multiprocessors,
@@ -185,8 +186,7 @@ def column_statistics(
     how = {
         "D": D,
         "SCORE": "l2" if score == "l2_squared" else score,
-        "HAS_BIAS": b is not None,
-        "HAS_SCALE": scale is not None,
+        **given(bias=b, scale=scale),
         "FAST_LOG": FAST_LOG,
     }
     arch = architecture(x.device)

@@ -21,11 +21,6 @@ def tile(BM: int, BN: int, BD: int, num_warps: int, num_stages: int) -> triton.C
     return triton.Config(blocks, num_warps=num_warps, num_stages=num_stages)
 
 
-def sliced(config: triton.Config, BS: int) -> triton.Config:
-    blocks = {**config.kwargs, "BS": BS}
-    return triton.Config(blocks, num_warps=config.num_warps, num_stages=config.num_stages)
-
-
 # (architecture, operand bits) -> (d <= SMALL_D, larger d); tiles are BM features x BN tokens x BD of d.
 # Where d is small the epilogue weighs more: on NVIDIA smaller tiles let a second block multiply meanwhile.
 # fp32 products are IEEE, on FMA units (matrix cores on gfx942), which want small tiles.
@@ -174,11 +169,6 @@ def column_scores_config(arch: str, dtype: torch.dtype, d: int) -> triton.Config
     return small if d <= SMALL_D else large
 
 
-def firing_config(arch: str) -> triton.Config:
-    """For operands in bf16."""
-    return FIRING[family(arch)]
-
-
 def undecided_config(arch: str, d: int) -> triton.Config:
     """For operands in fp32 of this d: where scores are fused with the product, in their tiles."""
     fused = d <= largest_fused_d(arch, torch.float32)
@@ -195,6 +185,11 @@ def family(arch: str) -> str:
     return "nvidia" if arch.startswith("sm_") else arch
 
 
+def of_family(table: dict[str, triton.Config], device: torch.device) -> triton.Config:
+    """The entry of a table that holds for all of NVIDIA's architectures."""
+    return table[family(architecture(device))]
+
+
 def chunk_scores_config(arch: str) -> triton.Config:
     """For a product in fp32."""
     return CHUNK_SCORES[family(arch)]
@@ -205,21 +200,6 @@ def chunk_filter_config(arch: str) -> triton.Config:
     return CHUNK_FILTER[family(arch)]
 
 
-def errors_config(arch: str) -> triton.Config:
-    """For a reconstruction in fp32."""
-    return ERRORS[family(arch)]
-
-
-def errors_backward_config(arch: str) -> triton.Config:
-    """For a reconstruction in fp32."""
-    return ERRORS_BACKWARD[family(arch)]
-
-
-def rounded_rows_config(arch: str) -> triton.Config:
-    """For rows in fp32."""
-    return ROUNDED_ROWS[family(arch)]
-
-
 def product_filter_config(arch: str, dtype: torch.dtype) -> triton.Config:
     """For x and W of this dtype."""
     return SEARCH[family(arch), 8 * dtype.itemsize][0]
@@ -227,7 +207,8 @@ def product_filter_config(arch: str, dtype: torch.dtype) -> triton.Config:
 
 def exact_fallback_config(arch: str, dtype: torch.dtype) -> triton.Config:
     """For x and W of this dtype: the tiles of `product_filter_config`."""
-    return sliced(*SEARCH[family(arch), 8 * dtype.itemsize])
+    config, BS = SEARCH[family(arch), 8 * dtype.itemsize]
+    return triton.Config({**config.kwargs, "BS": BS}, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -274,19 +255,16 @@ def merge_config(length: int) -> triton.Config:
     return triton.Config({"BC": BC, "BS": min(BC, 128 * warps)}, num_warps=warps)
 
 
-def long_rows_config(arch: str) -> triton.Config:
-    return LONG_ROWS[family(arch)]
-
-
-def listed_config(arch: str) -> triton.Config:
-    return LISTED[family(arch)]
-
-
 def row_adam_config(arch: str, d: int) -> triton.Config:
     """For rows of d <= LONGEST_ADAM_ROW: as many as make a program's share of elements, at least one."""
     elements, warps = next(row[1:] for row in ROW_ADAM[family(arch)] if d <= row[0])
     BD = triton.next_power_of_2(d)
     return triton.Config({"BR": max(1, elements // BD), "BD": BD}, num_warps=warps)
+
+
+def given(**optional: torch.Tensor | None) -> dict[str, bool]:
+    """Whether optional arguments are there, as a kernel asks: `given(bias=None)` is {"HAS_BIAS": False}."""
+    return {f"HAS_{name.upper()}": argument is not None for name, argument in optional.items()}
 
 
 def launch(kernel, config: triton.Config, grid, args, **constexprs) -> None:

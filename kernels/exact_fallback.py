@@ -17,7 +17,7 @@ import triton.language as tl
 
 from sampled_sae.kernels.activation import activation, product_tile, tile_of_block
 from sampled_sae.kernels.arguments import check_encoder, check_list, check_vector, contiguous_rows
-from sampled_sae.kernels.configs import architecture, exact_fallback_config, launch, resident_programs
+from sampled_sae.kernels.configs import architecture, exact_fallback_config, given, launch, resident_programs
 from sampled_sae.kernels.radix import pick_digit
 
 VALUE_DIGITS = tl.constexpr(4)
@@ -248,7 +248,5 @@ def refill_exactly_(
             (programs,),
             (*arguments, i_pass, token_digits, feature_digits, x.stride(0), W.stride(0)),
             D=D,
-            HAS_BIAS=b is not None,
-            HAS_SCALE=scale is not None,
-            HAS_MEMBERS=members is not None,
+            **given(bias=b, scale=scale, members=members),
         )

@@ -12,7 +12,7 @@ import triton.language as tl
 from sampled_sae.kernels.activation import product_tile, tile_of_block
 from sampled_sae.kernels.arguments import check_encoder, check_vector, contiguous_rows
 from sampled_sae.kernels.column_scores import fold_partials
-from sampled_sae.kernels.configs import architecture, firing_config, launch
+from sampled_sae.kernels.configs import FIRING, launch, of_family
 from sampled_sae.kernels.rounded_rows import LEAST, MARGIN, SUMS
 
 
@@ -87,7 +87,7 @@ def firing_bounds(
     if B == 0 or F == 0:
         return torch.zeros(2, F, dtype=torch.float32, device=x.device)
     x = contiguous_rows(x)
-    config = firing_config(architecture(x.device))
+    config = of_family(FIRING, x.device)
     T = triton.cdiv(B, config.kwargs["BN"])
     partials = torch.empty(2 * T * F, dtype=torch.float32, device=x.device)
     launch(

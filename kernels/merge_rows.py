@@ -11,8 +11,14 @@ import triton
 import triton.language as tl
 
 from sampled_sae.kernels.activation import activation, spread_of
-from sampled_sae.kernels.arguments import Spread, check_block, check_spread, check_vector, spread_arguments
-from sampled_sae.kernels.configs import MERGED_ROWS, launch, merge_config
+from sampled_sae.kernels.arguments import (
+    Spread,
+    check_block,
+    check_vector,
+    listed_or_first,
+    spread_arguments,
+)
+from sampled_sae.kernels.configs import MERGED_ROWS, given, launch, merge_config
 from sampled_sae.kernels.radix import is_kept, sort_bits
 from sampled_sae.kernels.token_topk import search_cut, search_end
 
@@ -158,24 +164,17 @@ def merge_rows_(
     k = best_values.shape[1]
     if C > MAX_CHUNK or k > MAX_K:
         raise ValueError(f"chunks of at most {MAX_CHUNK} features and k of at most {MAX_K}, got {C} and {k}")
-    has_features = isinstance(features, torch.Tensor)
-    if has_features:
-        check_vector("features", features, torch.int64, C)
-    check_spread(spread, B, C)
+    listed, first = listed_or_first(features, C)
+    of_spread = spread_arguments(spread, B, C)
     if needed is not None:
         check_vector("needed", needed, torch.int64, 1)
     if z.numel() == 0 or k == 0:
         return
-    listed, first = (features, 0) if has_features else (None, features)
     launch(
         merge_rows_kernel,
         merge_config(C),
         (B,),
-        (best_values, best_features, z, listed, b, scale, *spread_arguments(spread), needed, C, k, first),
-        HAS_FEATURES=has_features,
-        HAS_BIAS=b is not None,
-        HAS_SCALE=scale is not None,
-        HAS_SPREAD=spread is not None,
-        HAS_NEEDED=needed is not None,
+        (best_values, best_features, z, listed, b, scale, *of_spread, needed, C, k, first),
+        **given(features=listed, bias=b, scale=scale, spread=spread, needed=needed),
         BK=triton.next_power_of_2(k),
     )

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from sampled_sae.kernels.activation import before_relu, product_tile, tile_of_block
-from sampled_sae.kernels.arguments import check_encoder, check_products, check_vector, contiguous_rows
-from sampled_sae.kernels.configs import architecture, launch, needed_product_config, resident_programs
+from sampled_sae.kernels.arguments import check_encoder, check_products, check_vector, contiguous_rows, listed_or_first
+from sampled_sae.kernels.configs import architecture, given, launch, needed_product_config, resident_programs
 
 
 @triton.jit(do_not_specialize=["B", "C", "first"])
@@ -88,25 +88,19 @@ def product_if_(
         raise ValueError(f"z must have a row for each of {B} tokens, got {list(z.shape)}")
     if floors is not None:
         check_vector("floors", floors, torch.float32, C)
-    has_features = isinstance(features, torch.Tensor)
-    if has_features:
-        check_vector("features", features, torch.int64, C)
-    elif not 0 <= features <= len(W) - C:
+    listed, first = listed_or_first(features, C)
+    if listed is None and not 0 <= first <= len(W) - C:
         raise ValueError(f"features from {features} on: W has {len(W)}, {C} are asked for")
     if z.numel() == 0:
         return
     x = contiguous_rows(x)
     config = needed_product_config(architecture(x.device), x.dtype)
     tiles = triton.cdiv(C, config.kwargs["BM"]) * triton.cdiv(B, config.kwargs["BN"])
-    listed, first = (features, 0) if has_features else (None, features)
     launch(
         needed_product_kernel,
         config,
         (min(resident_programs(x.device), tiles),),
         (needed, x, W, listed, b, scale, floors, z, B, C, first, x.stride(0), W.stride(0), z.stride(0)),
         D=D,
-        HAS_FEATURES=has_features,
-        HAS_BIAS=b is not None,
-        HAS_SCALE=scale is not None,
-        HAS_FLOORS=floors is not None,
+        **given(features=listed, bias=b, scale=scale, floors=floors),
     )

@@ -14,7 +14,7 @@ import triton.language as tl
 from sampled_sae.kernels.activation import before_relu, product_tile, tile_of_block
 from sampled_sae.kernels.arguments import check_encoder, check_list, check_vector, contiguous_rows
 from sampled_sae.kernels.chunk_filter import lowest_bit
-from sampled_sae.kernels.configs import architecture, launch, product_filter_config
+from sampled_sae.kernels.configs import architecture, given, launch, product_filter_config
 
 # how NVIDIA's matrix units leave a row: PAIR columns side by side with each of LANES lanes, then the next 8
 LANES, PAIR = tl.constexpr(4), tl.constexpr(2)
@@ -151,8 +151,5 @@ def append_products_above_(
         lambda meta: (triton.cdiv(P, meta["BM"]) * triton.cdiv(B, meta["BN"]),),
         (x, W, b, scale, members, least, values, keys, count, B, P, F, len(values), x.stride(0), W.stride(0)),
         D=D,
-        HAS_BIAS=b is not None,
-        HAS_SCALE=scale is not None,
-        HAS_MEMBERS=members is not None,
-        HAS_FLOORS=floors is not None,
+        **given(bias=b, scale=scale, members=members, floors=floors),
     )

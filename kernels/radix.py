@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from sampled_sae.kernels.activation import activation
-from sampled_sae.kernels.configs import architecture, launch, radix_config
+from sampled_sae.kernels.configs import architecture, given, launch, radix_config
 
 PASSES = tl.constexpr(4)
 # of each pass: 256 bins, then the prefix of the digits before, and how many entries remain to be found
@@ -223,8 +223,7 @@ def find_digits(values: torch.Tensor, n: int, b: torch.Tensor | None = None, sca
             (values, b, scale, histograms, counts, N, values.shape[-1], n),
             PASS=i,
             ACTIVATE=values.ndim == 2 and i == 0,
-            HAS_BIAS=b is not None,
-            HAS_SCALE=scale is not None,
+            **given(bias=b, scale=scale),
             TILES=TILES,
         )
     return cut

@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from sampled_sae.kernels.arguments import COPIES, check_matrix, check_vector, contiguous_rows
+from sampled_sae.kernels.arguments import check_copy, check_matrix, check_vector, contiguous_rows
 from sampled_sae.kernels.column_scores import fold_partials
-from sampled_sae.kernels.configs import architecture, errors_backward_config, errors_config, launch
+from sampled_sae.kernels.configs import ERRORS, ERRORS_BACKWARD, given, launch, of_family
 from sampled_sae.kernels.interpreter import rounded
 
 
@@ -108,7 +108,7 @@ def squared_errors(
     raw, target = contiguous_rows(raw), contiguous_rows(target)
     launch(
         errors_kernel,
-        errors_config(architecture(raw.device)),
+        of_family(ERRORS, raw.device),
         lambda meta: (triton.cdiv(B, meta["BT"]),),
         (raw, bias, target, x_hat, errors, B, raw.stride(0), target.stride(0)),
         D=D,
@@ -135,16 +135,13 @@ def squared_errors_backward(
         check_vector("d_errors", d_errors, torch.float32, B)
     if d_x_hat is not None:
         check_pair("d_x_hat", d_x_hat, target)
-    if copy is not None and (copy.shape != x_hat.shape or copy.dtype not in COPIES or not copy.is_contiguous()):
-        raise ValueError(
-            f"copy must be contiguous bf16 or fp16 {list(x_hat.shape)}, got {copy.dtype} {list(copy.shape)}"
-        )
+    check_copy(copy, x_hat)
     out = x_hat.new_empty(B, D)
     if B == 0 or D == 0:
         return out, x_hat.new_zeros(D)
     x_hat, target = x_hat.contiguous(), contiguous_rows(target)
     d_x_hat = None if d_x_hat is None else contiguous_rows(d_x_hat)
-    config = errors_backward_config(architecture(x_hat.device))
+    config = of_family(ERRORS_BACKWARD, x_hat.device)
     T = triton.cdiv(B, config.kwargs["BT"] * config.kwargs["STEPS"])
     partials = torch.empty(T * D, dtype=torch.float32, device=x_hat.device)
     launch(
@@ -156,9 +153,7 @@ def squared_errors_backward(
             *(0 if d_x_hat is None else d_x_hat.stride(0), target.stride(0)),
         ),
         D=D,
-        HAS_ERRORS=d_errors is not None,
-        HAS_X_HAT=d_x_hat is not None,
-        HAS_COPY=copy is not None,
+        **given(errors=d_errors, x_hat=d_x_hat, copy=copy),
     )
     return out, fold_partials(partials, 1, T, D)[0]
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from sampled_sae.kernels.arguments import check_vector, rows_are_contiguous
-from sampled_sae.kernels.configs import architecture, launch, rounded_rows_config
+from sampled_sae.kernels.configs import ROUNDED_ROWS, launch, of_family
 from sampled_sae.kernels.interpreter import rounded
 
 # what the sum of up to 2^17 squares and its root are rounded by, at most
@@ -74,7 +74,7 @@ def rounded_rows(
         return values, norms, errors
     launch(
         round_rows_kernel,
-        rounded_rows_config(architecture(rows.device)),
+        of_family(ROUNDED_ROWS, rows.device),
         lambda meta: (triton.cdiv(N, meta["BR"]),),
         (rows, factor, values, norms, errors, N, rows.stride(0)),
         D=D,

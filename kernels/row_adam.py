@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sampled_sae.kernels.arguments import check_matrix, check_vector, contiguous_rows, rows_are_contiguous
-from sampled_sae.kernels.configs import LONGEST_ADAM_ROW, architecture, launch, row_adam_config
+from sampled_sae.kernels.arguments import COPIES, check_matrix, check_vector, contiguous_rows, rows_are_contiguous
+from sampled_sae.kernels.configs import LONGEST_ADAM_ROW, architecture, given, launch, row_adam_config
 from sampled_sae.kernels.interpreter import rounded
 
 MODES = ("dense", "lazy", "decayed")
@@ -193,7 +193,9 @@ def row_adam_(
     mode "decayed": as "lazy", and the moments are first multiplied by beta ** (step - 1 - last) for the steps that
     the row missed; last, int32 [F], zero at first, is set to step. The moments are then those of "dense".
     """
-    check_arguments(weight, exp_avg, exp_avg_sq, grad, features, step, factor, lr, mode, last, copy)
+    others = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "grad": grad, "features": features, "step": step}
+    others |= {"factor": factor, "lr": lr if isinstance(lr, torch.Tensor) else None, "last": last, "copy": copy}
+    check_arguments(mode, weight, others)
     if weight.ndim == 1:
         weight, exp_avg, exp_avg_sq, grad = (t.unsqueeze(1) for t in (weight, exp_avg, exp_avg_sq, grad))
         copy = None if copy is None else copy.unsqueeze(1)
@@ -222,11 +224,7 @@ def row_adam_(
         LAZY=lazy,
         PROJECT=project,
         RENORMALIZE=renormalize,
-        HAS_FEATURES=features is not None,
-        HAS_POSITIONS=positions is not None,
-        HAS_LAST=last is not None,
-        HAS_COPY=copy is not None,
-        HAS_FACTOR=factor is not None,
+        **given(features=features, positions=positions, last=last, copy=copy, factor=factor),
         LR_ON_DEVICE=on_device is not None,
     )
 
@@ -236,27 +234,17 @@ def log_of(beta: float) -> float:
     return math.log(max(beta, 1e-300))
 
 
-def check_arguments(
-    weight: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    grad: torch.Tensor,
-    features: torch.Tensor | None,
-    step: torch.Tensor,
-    factor: torch.Tensor | None,
-    lr: float | torch.Tensor,
-    mode: str,
-    last: torch.Tensor | None,
-    copy: torch.Tensor | None,
-) -> None:
+def check_arguments(mode: str, weight: torch.Tensor, others: dict[str, torch.Tensor | None]) -> None:
     """Raise unless all tensors are such as the kernel reads, on one device."""
+    grad, features, last, copy = (others[name] for name in ("grad", "features", "last", "copy"))
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if weight.ndim not in (1, 2) or weight.dtype != torch.float32 or not rows_are_contiguous(as_matrix(weight)):
         raise ValueError(f"weight must be fp32 [F, d] or [F] with contiguous rows, got {described(weight)}")
     if as_matrix(weight).shape[1] > LONGEST_ADAM_ROW:
         raise ValueError(f"weight must have rows of at most {LONGEST_ADAM_ROW} elements, got {described(weight)}")
-    for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+    for name in ("exp_avg", "exp_avg_sq"):
+        moment = others[name]
         if moment.shape != weight.shape or moment.dtype not in MOMENTS or not moment.is_contiguous():
             raise ValueError(
                 f"{name} must be contiguous, fp32 or bf16, {list(weight.shape)} as weight, got {described(moment)}"
@@ -268,22 +256,18 @@ def check_arguments(
         check_vector("features", features, torch.int64, len(grad))
     elif len(grad) != len(weight):
         raise ValueError(f"features must be given where grad has {len(grad)} of {len(weight)} rows")
-    lr = lr if isinstance(lr, torch.Tensor) else None
-    for name, scalar in (("step", step), ("factor", factor), ("lr", lr)):
+    for name in ("step", "factor", "lr"):
+        scalar = others[name]
         if scalar is not None and (scalar.numel() != 1 or scalar.dtype != torch.float32):
             raise ValueError(f"{name} must be fp32 with one element, got {described(scalar)}")
     if (last is not None) != (mode == "decayed"):
         raise ValueError(f"last must be given in mode 'decayed' and in no other, got mode {mode!r} and last={last}")
     if last is not None:
         check_vector("last", last, torch.int32, len(weight))
-    if copy is not None:
-        halves = (torch.bfloat16, torch.float16)
-        if copy.shape != weight.shape or copy.dtype not in halves or not rows_are_contiguous(as_matrix(copy)):
-            raise ValueError(
-                f"copy must be bf16 or fp16 {list(weight.shape)} with contiguous rows, got {described(copy)}"
-            )
-    others = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "grad": grad, "features": features, "step": step}
-    for name, tensor in (others | {"factor": factor, "lr": lr, "last": last, "copy": copy}).items():
+    fits = copy is None or (copy.shape == weight.shape and copy.dtype in COPIES)
+    if not fits or (copy is not None and not rows_are_contiguous(as_matrix(copy))):
+        raise ValueError(f"copy must be bf16 or fp16 {list(weight.shape)} with contiguous rows, got {described(copy)}")
+    for name, tensor in others.items():
         if tensor is not None and tensor.device != weight.device:
             raise ValueError(f"{name} must be on {weight.device} as weight, got {tensor.device}")
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from sampled_sae.kernels.arguments import check_matrix, check_vector, contiguous_rows
-from sampled_sae.kernels.configs import architecture, launch, segment_sum_config
+from sampled_sae.kernels.configs import architecture, given, launch, segment_sum_config
 
 
 @triton.jit
@@ -188,8 +188,7 @@ def sum_segments(
             lambda meta: (pieces, triton.cdiv(D, meta["BD"])),
             (weights, indices, order, ends, source, partials, partial_sums, R, source.stride(0)),
             D=D,
-            HAS_ORDER=order is not None,
-            HAS_SUMS=sums is not None,
+            **given(order=order, sums=sums),
         )
     stripes, norms = triton.cdiv(D, config.kwargs["BD"]), None
     if norm is not None:
@@ -200,11 +199,7 @@ def sum_segments(
         (R, stripes),
         (weights, indices, order, ends, source, bias, partials, partial_sums, rows, out, sums, norms, source.stride(0)),
         D=D,
-        HAS_ORDER=order is not None,
-        HAS_BIAS=bias is not None,
-        HAS_ROWS=rows is not None,
-        HAS_SUMS=sums is not None,
-        HAS_NORMS=norms is not None,
+        **given(order=order, bias=bias, rows=rows, sums=sums, norms=norms),
     )
     if norms is not None:
         torch.linalg.vector_norm(norms, out=norm)

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from sampled_sae.kernels.activation import activation
 from sampled_sae.kernels.arguments import check_block, check_vector
-from sampled_sae.kernels.configs import architecture, launch, listed_config, long_rows_config, rows_config
+from sampled_sae.kernels.configs import LISTED, LONG_ROWS, architecture, given, launch, of_family, rows_config
 from sampled_sae.kernels.interpreter import rounded
 from sampled_sae.kernels.radix import is_kept, pick_digit, sort_bits
 
@@ -207,13 +207,12 @@ def keep_rows_(
         if copy is not None:
             copy.zero_()
         return
-    arch = architecture(z.device)
-    config = rows_config(arch, P)
-    given = {"HAS_BIAS": b is not None, "HAS_SCALE": scale is not None, "HAS_COPY": copy is not None}
+    config, optional = rows_config(architecture(z.device), P), given(bias=b, scale=scale, copy=copy)
     if config is not None:
-        launch(keep_rows_kernel, config, (B,), (z, b, scale, copy, P, k), **given)
+        launch(keep_rows_kernel, config, (B,), (z, b, scale, copy, P, k), **optional)
     else:
-        launch(keep_long_rows_kernel, long_rows_config(arch), (B,), (z, b, scale, copy, min(k, P)), P=P, **given)
+        config = of_family(LONG_ROWS, z.device)
+        launch(keep_long_rows_kernel, config, (B,), (z, b, scale, copy, min(k, P)), P=P, **optional)
 
 
 def keep_listed_(values: torch.Tensor, ends: torch.Tensor, k: int) -> None:
@@ -228,4 +227,4 @@ def keep_listed_(values: torch.Tensor, ends: torch.Tensor, k: int) -> None:
         raise ValueError(f"k must be at least 1, got {k}")
     n_tokens = len(ends) - 1
     if n_tokens > 0 and len(values) > 0:
-        launch(keep_listed_kernel, listed_config(architecture(values.device)), (n_tokens,), (values, ends, k))
+        launch(keep_listed_kernel, of_family(LISTED, values.device), (n_tokens,), (values, ends, k))

@@ -14,7 +14,7 @@ import triton.language as tl
 from sampled_sae.kernels.activation import activation, product_tile, tile_of_block
 from sampled_sae.kernels.arguments import check_encoder, check_vector, contiguous_rows
 from sampled_sae.kernels.column_scores import folded_tile, sum_of_tokens
-from sampled_sae.kernels.configs import FOLD, SPECTRAL, architecture, launch, resident_programs, undecided_config
+from sampled_sae.kernels.configs import FOLD, SPECTRAL, architecture, given, launch, resident_programs, undecided_config
 from sampled_sae.kernels.radix import PASSES, find_digits, picked, sort_bits
 
 # of all columns, the share for which there is room
@@ -228,8 +228,7 @@ def settle_(
         (x, W, b, scale, columns, count, partials, B, F, room, x.stride(0), W.stride(0)),
         D=D,
         SCORE="l2" if score == "l2_squared" else score,
-        HAS_BIAS=b is not None,
-        HAS_SCALE=scale is not None,
+        **given(bias=b, scale=scale),
     )
     opened = torch.empty(1, dtype=torch.int64, device=x.device)
     launch(

@@ -232,9 +232,8 @@ class SparseCodes:
     def of_first(self, n_features: int) -> SparseCodes:
         """The entries of the first so many features, of a [B, F] matrix as before."""
         n_features = check_integer("n_features", n_features, 0)
-        values, tokens, features = self.entries()
-        at = (features < n_features).nonzero().squeeze(1)
-        return SparseCodes(values[at], tokens[at], features[at], self.shape)
+        at = (self.features < n_features).nonzero().squeeze(1)
+        return SparseCodes(*self.entries().at(at), self.shape)
 
     def to_dense(self) -> Tensor:
         """[B, F], differentiable. Costs a full matrix."""

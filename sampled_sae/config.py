@@ -60,6 +60,7 @@ class Output:
     d_in: int
     d_out: int | None
     apply_b_dec_to_input: bool | None
+    input_scale: Any
     output_scale: float
 
     @property
@@ -76,6 +77,11 @@ class Output:
     def width_out(self) -> int:
         """Width of the reconstruction: d_out, or of an SAE what it reads."""
         return self.width_in if self.d_out is None else self.d_out
+
+    @property
+    def factor_out(self) -> Any:
+        """What the reconstruction is divided by: output_scale, or input_scale of an SAE."""
+        return self.output_scale if self.is_transcoder else self.input_scale
 
     def _repr_html_(self) -> str:
         return config_table(self)
@@ -217,11 +223,6 @@ class SampledSAEConfig(Output):
     def width_in(self) -> int:
         """How many numbers the encoder reads of a token: layers * d_in."""
         return self.layers * self.d_in
-
-    @property
-    def factor_out(self) -> float | tuple[float, ...]:
-        """What the reconstruction is divided by: output_scale, or input_scale of an SAE."""
-        return self.output_scale if self.is_transcoder else self.input_scale
 
     @property
     def pool_size(self) -> int:

@@ -44,9 +44,11 @@ class RunFacts:
 
 def model_card(repository: str, cfg: SampledSAEConfig, facts: RunFacts, revision: str | None = None) -> str:
     """The text of README.md, with the hub's metadata at its head."""
-    model, layer = facts.origin.get("model_name"), facts.origin.get("layer")
+    model, layer, hook = (facts.origin.get(name) for name in ("model_name", "layer", "hook_name"))
     reads = "Activations that its files do not name."
-    if model is not None:
+    if model is not None and hook not in (None, f"blocks.{layer}.hook_resid_post"):
+        reads = f"Activations of {_plain(model)} at {_plain(hook)}."
+    elif model is not None:
         reads = f"The residual stream of {_plain(model)}" + ("" if layer is None else f" after block {layer}") + "."
     at = "" if revision is None else f", revision={json.dumps(revision)}"
     load = f"sae = SampledSAE.from_pretrained({json.dumps(repository)}{at})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .config import MEMBERS, SampledSAEConfig
 from .support.argument_checks import FLOATS
-from .support.atomic_files import read_json, read_tensors, write_atomically, write_json
+from .support.atomic_files import field, read_json, read_tensors, write_atomically, write_json
 from .support.checksums import json_crc32, tensors_crc32
 from .support.tensor_file import Kind, Piece, write_pieces
 
@@ -39,10 +40,13 @@ PEER_FILES = {
 }
 
 
-def tensor_names(config: SampledSAEConfig) -> tuple[str, ...]:
-    """The tensors of an SAE, in the order of its file."""
-    skip = (SKIP,) if config.skip else ()
-    return (*TENSORS, *skip, MEMBERS) if config.inference == "pool" else (*TENSORS, *skip)
+def tensor_shapes(config: SampledSAEConfig) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of an SAE, in the order of its file."""
+    d_in, d_sae, d_out = config.width_in, config.d_sae, config.width_out
+    weights = ((d_in, d_sae), (d_sae,), (d_sae, d_out), (d_out,))
+    shapes: dict[str, tuple[int, ...]] = dict(zip(TENSORS, (*weights, (), (), (d_sae,), ())))
+    shapes |= {SKIP: (d_in, d_out)} if config.skip else {}
+    return shapes | ({MEMBERS: (d_sae,)} if config.inference == "pool" else {})
 
 
 def check_target(folder: Path) -> None:
@@ -66,7 +70,7 @@ def save_pretrained(folder: Path, config: dict[str, Any], kinds: Mapping[str, Ki
 
     Args:
         config: fields of the SampledSAEConfig.
-        kinds, pieces: of the tensors that `tensor_names` names.
+        kinds, pieces: of the tensors of `tensor_shapes`.
 
     Raises:
         ValueError: as `check_target`.
@@ -98,31 +102,26 @@ def load_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         sae = SampledSAEConfig.from_dict(fields)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
-    d_in, d_sae, d_out = sae.width_in, sae.d_sae, sae.width_out
-    names = tensor_names(sae)
-    shapes: dict[str, tuple[Any, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
-    shapes |= {SKIP: (d_in, d_out)}
-    shapes |= dict.fromkeys(("threshold", "threshold_steps", "calibrated_at"), ())
-    shapes |= dict.fromkeys(("b_enc", "tokens_since_active", MEMBERS), (d_sae,))
-    for name in names:
+    shapes = tensor_shapes(sae)
+    for name, shape in shapes.items():
         if name not in tensors:
             if name in SINCE:
                 continue
             raise ValueError(f"{path}: tensor {name!r} is missing; it holds {sorted(tensors)}")
-        if tuple(tensors[name].shape) != shapes[name]:
-            raise ValueError(f"{path}: {name} is {tuple(tensors[name].shape)}, config.json says {shapes[name]}")
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{path}: {name} is {tuple(tensors[name].shape)}, config.json says {shape}")
         if name in (*WEIGHT_NAMES, SKIP) and tensors[name].dtype not in FLOATS:
             raise ValueError(f"{path}: {name} is {tensors[name].dtype}, must be one of {', '.join(map(str, FLOATS))}")
         if not torch.isfinite(tensors[name]).all():
             raise ValueError(f"{path}: {name} holds NaN or inf")
-    if MEMBERS in names:
+    if MEMBERS in shapes:
         check_members(path, tensors[MEMBERS], sae)
     # last: what is wrong with a field says more than that it was changed; earlier versions wrote no checksum
     if config.get("crc32", json_crc32(fields)) != json_crc32(fields):
         raise ValueError(f"{folder / CONFIG}: damaged, or edited by hand: then remove its line 'crc32'")
     if "input_scale" not in fields:
         fields["input_scale"] = recorded_scale(folder)
-    return fields, {name: tensors[name] for name in names if name in tensors}
+    return fields, {name: tensors[name] for name in shapes if name in tensors}
 
 
 def check_members(path: Path, members: Tensor, sae: SampledSAEConfig) -> None:
@@ -185,12 +184,35 @@ def _scales(config: SampledSAEConfig) -> tuple[str, ...]:
     return ("input_scale", "output_scale") if config.is_transcoder else ("input_scale",)
 
 
+def recorded_origin(folder: Path) -> dict[str, Any]:
+    """What a training or an import says of the activations that its SAE reads, in the words of origin.json; empty where
+    nothing does. `scale` is there of an import of an earlier version."""
+    if not (folder / RUN).is_file():
+        return read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
+    trained = field(folder / RUN, read_json(folder / RUN), "activations", dict)
+    point, layer = trained.get("point"), trained.get("layer")
+    layer = layer if point is None else layer_of(str(point))
+    layer = None if trained.get("layers") else layer  # a crosscoder reads several
+    return {
+        "model_name": trained.get("model"),
+        "layer": layer,
+        "hook_name": point,
+        "context_size": trained.get("context"),
+    }
+
+
+def layer_of(hook: str | None) -> int | None:
+    """The block that a hook of TransformerLens or transformers names."""
+    found = re.search(r"(?:blocks|layers|h)\.(\d+)(?:[.:]|$)", hook or "")
+    return int(found[1]) if found else None
+
+
 def recorded_scale(folder: Path) -> Any:
     """What a training or an import of an earlier version says that the SAE's activations are to be multiplied by."""
-    if (folder / RUN).is_file():
-        trained = read_json(folder / RUN).get("activations")
-        return trained.get("scale", 1.0) if isinstance(trained, dict) else 1.0
-    return read_json(folder / ORIGIN).get("scale", 1.0) if (folder / ORIGIN).is_file() else 1.0
+    path = folder / (RUN if (folder / RUN).is_file() else ORIGIN)
+    said: Any = read_json(path) if path.is_file() else {}
+    said = said.get("activations") if path.name == RUN else said
+    return said.get("scale", 1.0) if isinstance(said, dict) else 1.0
 
 
 def check_checksum(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -37,31 +37,14 @@ class RunLog(Protocol):
         """Nothing follows. `failed`: the training ended by an error or was stopped."""
 
 
-class NoLog:
-    """Of a training that is watched nowhere."""
-
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        pass
-
-    def result(self, values: dict[str, float]) -> None:
-        pass
-
-    def close(self, failed: bool) -> None:
-        pass
-
-
-NO_LOG = NoLog()
-
-
 class SteadyLog:
     """A log whose troubles do not end a training: the first one is said, and nothing is sent after it.
 
-    metrics.jsonl has every line all the same.
+    metrics.jsonl has every line all the same. Without a log it is that of a training that is watched nowhere.
     """
 
-    def __init__(self, log: RunLog, name: str) -> None:
-        self._log: RunLog | None = log
-        self._name = name
+    def __init__(self, log: RunLog | None = None, name: str = "") -> None:
+        self._log, self._name = log, name
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self._try(lambda log: log.metrics(step, _finite(values)))
@@ -86,6 +69,9 @@ class SteadyLog:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+NO_LOG = SteadyLog()
 
 
 def _finite(values: dict[str, Any]) -> dict[str, float]:

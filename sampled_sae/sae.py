@@ -20,13 +20,12 @@ from .impl.layer_parts import LayerParts
 from .impl.pool import KeptPool
 from .impl.row_gradients import RowGradient
 from .impl.row_guard import guard_rows
+from .impl.start import geometric_median, start_from_targets
 from .impl.training_step import reconstruct, skipped, training_step
-from .impl.transcoder_start import start_from_targets
 from .pretrained import check_scale_of_state, scale_into_state
 from .residual_stream.splicing import Splicing
 from .sharing import Sharing
 from .support.argument_checks import check_choice, check_positive
-from .support.geometric_median import geometric_median
 from .support.uncompiled import uncompiled
 
 
@@ -61,8 +60,6 @@ class SampledSAE(Sharing, Splicing, LayerParts):
         cfg: a `SampledSAEConfig`.
         device, dtype: of the parameters; float32 by default.
     """
-
-    tokens_since_active: Tensor
 
     def __init__(
         self,
@@ -166,7 +163,7 @@ class SampledSAE(Sharing, Splicing, LayerParts):
     def encode_above_threshold(self, x: Tensor, *, scaled: bool = False) -> SparseCodes:
         """Codes of x [..., d_in] by the threshold (of `cfg.inference="pool"` inside its set), whatever the mode."""
         if not self.training:
-            self._notice.before_use(self)
+            self._warn_before_use()
         floors = inference_rule.by_threshold(self, self.cfg).floors
         return self.layout.complete(self._parts.above_threshold(self._encoder_of(x, scaled), floors))
 

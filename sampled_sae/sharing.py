@@ -20,8 +20,9 @@ from .pretrained import (
     WEIGHTS,
     is_ours,
     load_pretrained,
+    recorded_origin,
     save_pretrained,
-    tensor_names,
+    tensor_shapes,
 )
 from .support.atomic_files import field, parse_json, read_json, write_json, write_text
 from .support.hub import Repository, check_identifier, download, is_identifier
@@ -40,7 +41,7 @@ class Sharing:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `sae.safetensors`, each to a temporary name that is then renamed."""
-        tensors = {name: getattr(self, name) for name in tensor_names(self.cfg)}
+        tensors = {name: getattr(self, name) for name in tensor_shapes(self.cfg)}
         kinds = {name: Kind(t.dtype, t.shape) for name, t in tensors.items()}
         self.layout.write(tensors, lambda pieces: save_pretrained(Path(folder), self.cfg.to_dict(), kinds, pieces))
 
@@ -132,16 +133,7 @@ class Sharing:
         evaluation = read_json(run / EVALUATION) if (run / EVALUATION).is_file() else {}
         evaluation.pop("settings", None)
         train = field(run / RUN, trained, "train", dict) if trained else {}
-        return RunFacts(_origin(run, trained), train, evaluation)
-
-
-def _origin(run: Path, trained: dict[str, Any]) -> dict[str, Any]:
-    """What origin.json says; of a training only what others need, not where its owner keeps texts."""
-    if trained:
-        about = field(run / RUN, trained, "activations", dict)
-        model, layer, context = (about.get(name) for name in ("model", "layer", "context"))
-        return {"model_name": model, "layer": layer, "hook_name": None, "context_size": context}
-    return read_json(run / ORIGIN) if (run / ORIGIN).is_file() else {}
+        return RunFacts(recorded_origin(run), train, evaluation)
 
 
 def _local(source: str | os.PathLike[str], revision: str | None) -> Path:

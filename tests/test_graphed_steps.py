@@ -43,7 +43,7 @@ class Graphs:
     @contextmanager
     def capturing(self):
         with self.monkeypatch.context() as patch:
-            for place in ("optim", "impl.dead_features", "impl.pool", "impl.pool_sampling", "impl.threshold"):
+            for place in ("optim", "impl.dead_features", "impl.pool", "impl.ranking", "impl.threshold"):
                 patch.setattr(f"sampled_sae.{place}.capturing", lambda: True)
             # on a GPU nothing is checked inside a capture
             patch.setattr("sampled_sae.support.late_values.FiniteInputs.check", lambda self, x: None)

@@ -7,7 +7,7 @@ import torch
 from makers import RULES, TOPK, gradients, make_sae, tokens
 
 from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig, SparseCodes
-from sampled_sae.support.geometric_median import geometric_median
+from sampled_sae.impl.start import geometric_median
 from sampled_sae.testing import NAMES
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}

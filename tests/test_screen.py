@@ -11,7 +11,7 @@ from sampled_sae.impl.column_bounds import largest_columns
 from sampled_sae.impl.encoder import Operands
 from sampled_sae.impl.hints import Rule, ThresholdHints
 from sampled_sae.impl.pool import REST, PoolRule, find_pool
-from sampled_sae.impl.torch import bounded_screen, screen, screen_columns, screen_entries, search, stream
+from sampled_sae.impl.torch import bounded_screen, screen, screen_columns, search, stream
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 long = settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -64,7 +64,7 @@ def planted():
 
 
 def narrower(monkeypatch, share):
-    for module in (bounded_screen, screen, screen_columns, screen_entries, search):
+    for module in (bounded_screen, screen, screen_columns, search):
         for name in {"MARGIN", "UNIT"} & set(vars(module)):
             monkeypatch.setattr(module, name, share * getattr(module, name))
 

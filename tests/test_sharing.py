@@ -57,6 +57,21 @@ def test_there_and_back(tmp_path, hub):
     assert not any(b"secret" in content for content in hub.commits["me/sae"]["main"].values())
 
 
+def test_the_place_inside_a_block_is_said(tmp_path, hub):
+    """Of an SAE that was trained where a hook names the place, not on the residual stream after a block."""
+    sae, point = an_sae(), "gpt_neox.layers.3.mlp:out"
+    run = a_run(tmp_path / "run", sae)
+    about = {"model": "EleutherAI/pythia-160m", "layer": None, "point": point, "context": 128}
+    write_json(run / "run.json", {"train": asdict(TrainConfig(steps=77)), "activations": about})
+    sae.push_to_hub("me/sae", run=run)
+    card = hub.commits["me/sae"]["main"]["README.md"].decode()
+    assert "Activations of EleutherAI/pythia-160m at gpt\\_neox.layers.3.mlp:out." in card
+    assert "residual stream" not in card
+    line = []
+    load_inference("me/sae", say=line.append)
+    assert f"model EleutherAI/pythia-160m, layer 3 ({point})" in line[-1]
+
+
 def test_revisions(hub):
     first, second = an_sae(), an_sae(seed=1)
     first.push_to_hub("me/sae")

@@ -12,7 +12,6 @@ from benchmarks.operations.operation import Inputs, Operation, some
 from sampled_sae import reference
 from sampled_sae.codes import SparseCodes
 from sampled_sae.impl.hints import Rule
-from sampled_sae.impl.torch.block import block_mask
 from sampled_sae.impl.torch.entries import EntryIndex
 from sampled_sae.testing import Comparison, comparison
 
@@ -53,7 +52,7 @@ def block_top(inputs: Inputs, l: float, select: str) -> Operation:
 
     def ours() -> Tensor:
         if inputs.impl == "torch":
-            return torch.where(block_mask(z, Rule(w.k, select)), z, 0)
+            return torch.where(Rule(w.k, select).mask(z), z, 0)
         from sampled_sae.kernels.batch_topk import keep_largest_
         from sampled_sae.kernels.token_topk import keep_rows_
 

@@ -20,8 +20,8 @@ from benchmarks.study_parts.sharing import shared, topics_jaccard
 from benchmarks.study_parts.training import train_ours
 from benchmarks.study_parts.variants import DENSE, Variant
 from sampled_sae import SampledSAE, SampledSAEConfig, TrainConfig
+from sampled_sae.impl.start import geometric_median
 from sampled_sae.support.atomic_files import read_json, write_json
-from sampled_sae.support.geometric_median import geometric_median
 from sampled_sae.training.activation_store import ActivationStore
 from sampled_sae.training.batches import ShuffledStream
 from sampled_sae.training.sweep import Splice, evaluate

@@ -19,7 +19,7 @@ from benchmarks.study_parts.rows import Row
 from benchmarks.study_parts.training import train_ours, train_saelens
 from benchmarks.study_parts.variants import SAELENS, Variant
 from sampled_sae import SampledSAE, SampledSAEConfig, TrainConfig
-from sampled_sae.support.geometric_median import geometric_median
+from sampled_sae.impl.start import geometric_median
 from sampled_sae.training.batches import ShuffledStream
 
 BATCH = 1024

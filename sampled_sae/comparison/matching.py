@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..inference.decoder_norms import unit_rows
+from ..inference.products import unit_rows
 from ..support.argument_checks import check_choice, check_finite, describe
 from ..support.timing import check_memory
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..impl.encoder import Operands
-from ..impl.pool_sampling import keys_of
+from ..impl.ranking import keys_of
 from ..impl.rounded_tokens import Looks
 from ..impl.torch.scores import finish_scores
 from .mesh import Mesh

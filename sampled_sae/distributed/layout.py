@@ -17,8 +17,8 @@ from ..impl.interface import Implementation
 from ..impl.layout import Given, Layer, Layout, Leaves
 from ..impl.rounded_tokens import large_enough
 from ..impl.row_gradients import RowSource
+from ..impl.row_guard import wrapper_of
 from ..impl.torch.screen import fast_bfloat16, sums_in_float32
-from ..impl.wrapper_guard import wrapper_of
 from ..support.float32_products import tf32_allowed
 from ..support.tensor_file import Piece
 from .gradients import SpreadRows, SumGradients

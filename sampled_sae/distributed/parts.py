@@ -15,7 +15,7 @@ from ..impl.column_bounds import ColumnBounds
 from ..impl.encoder import Encoder, Operands
 from ..impl.hints import Rule, ThresholdHints
 from ..impl.interface import Implementation
-from ..impl.pool_sampling import keys_of
+from ..impl.ranking import keys_of
 from ..impl.row_gradients import RowSource
 from ..impl.torch.scores import finish_scores
 from .bounds_on_device import SpreadBounds

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..impl.column_bounds import MOST_UNDECIDED, ColumnBounds, largest_columns
 from ..impl.encoder import Operands
-from ..impl.pool_sampling import gumbel_noise
-from ..impl.ranking import Ranking
+from ..impl.ranking import Ranking, gumbel_noise
 from .mesh import Mesh
 from .weights import Weights
 

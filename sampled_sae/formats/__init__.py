@@ -18,13 +18,10 @@ from typing import NamedTuple
 
 from .. import pretrained
 from ..config import SampledSAEConfig
-from ..impl.threshold import fault
 from ..sae import SampledSAE
 from ..support.argument_checks import check_choice, check_positive
-from ..support.atomic_files import read_json
 from . import dictionary_learning, saelens, sparsify
-from .layers import uncentred
-from .one_threshold import with_one_threshold
+from .layers import uncentred, with_one_threshold
 from .origin import Origin
 from .portable import RULES, PortableSAE, Say, silent, without_fraction
 from .supplement import FILE as SUPPLEMENT_FILE
@@ -97,17 +94,11 @@ def export(
         raise ValueError(f"{path}: holds an SAE in the format {held!r}; export to another folder")
     peer = PEERS[to]
     portable = replace(PortableSAE.of(sae, rule, k), input_scale=factor)
-    if to not in TRANSCODERS:
-        portable.refuse_transcoder(to)
-    if to not in CROSSCODERS:
-        portable.refuse_crosscoder(to)
+    portable.refuse(to, to not in TRANSCODERS, to not in CROSSCODERS)
     if sae.cfg.inference == "pool":
         outside = sae.cfg.d_sae - sae.cfg.inference_size
         say(f"{outside} features outside the fixed set get an encoder of zeros, so that they are never active")
-    if rule == "threshold" and portable.threshold is None:
-        say("the threshold was never set (no training step, no calibration): every positive activation is active")
-    elif rule == "threshold" and (found := fault(sae)):
-        say(found)
+    portable.say_of_threshold(sae, say)
     if isinstance(factor, tuple):
         say(f"the weights of each layer take its factor, {factor}: feed activations as they are; codes stay")
     elif factor != 1:
@@ -225,8 +216,7 @@ def detect(folder: str | os.PathLike[str]) -> str | None:
     found = [
         name for name, peer in PEERS.items() if all((path / file).is_file() for file in (peer.WEIGHTS, peer.CONFIG))
     ]
-    ours = path / pretrained.CONFIG
-    if ours.is_file() and read_json(ours).get("format") == pretrained.FORMAT:
+    if pretrained.is_ours(path):
         found.append(pretrained.FORMAT)
     if len(found) > 1:
         raise ValueError(f"{path}: holds files of several formats: {', '.join(found)}")

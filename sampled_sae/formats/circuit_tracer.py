@@ -19,14 +19,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..impl.threshold import fault
 from ..sae import SampledSAE
 from ..support.argument_checks import check_choice, check_integer
 from ..support.atomic_files import field, read_tensors, write_atomically, write_text
-from .one_threshold import with_one_threshold
+from .layers import with_one_threshold
 from .origin import Origin
 from .portable import RULES, PortableSAE, Say, silent
-from .tensor_checks import check_one_dtype, check_tensors, narrowed
+from .tensor_checks import check_tensors, narrowed
 
 NAME = "circuit_tracer"
 CONFIG = "config.yaml"
@@ -90,10 +89,7 @@ def export_transcoder(
         raise ValueError("cfg.inference='batch' depends on the whole batch, which no file says; give rule='threshold'")
     chosen = rule or ("topk" if cfg.is_topk else "threshold")
     portable = PortableSAE.of(sae, chosen).read_at(1.0)
-    if chosen == "threshold" and portable.threshold is None:
-        say("the threshold was never set (no training step, no calibration): every positive activation is active")
-    elif chosen == "threshold" and (found := fault(sae)):
-        say(found)
+    portable.say_of_threshold(sae, say)
     if cfg.input_scale != 1 or cfg.output_scale != 1:
         say(f"scales {cfg.input_scale!r} and {cfg.output_scale!r} are folded into the weights")
     about: dict[str, Any] = {"model_name": model_name, "model_kind": KIND}
@@ -150,10 +146,10 @@ def unpack(path: Path, say: Say = silent) -> PortableSAE:
         ValueError: as `load_transcoder`.
     """
     config, tensors = read_config(path.parent), read_tensors(path)
-    shape = [list(tensors[name].shape) for name in ("W_enc",) if name in tensors]
-    if not shape or len(shape[0]) != 2:
-        raise ValueError(f"{path}: W_enc={shape[0] if shape else None}: must be a matrix [F, d]")
-    d_sae, d = shape[0]
+    shape = list(tensors["W_enc"].shape) if "W_enc" in tensors else None
+    if shape is None or len(shape) != 2:
+        raise ValueError(f"{path}: W_enc={shape}: must be a matrix [F, d]")
+    d_sae, d = shape
     shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_sae, d), "W_dec": (d_sae, d), "b_enc": (d_sae,), "b_dec": (d,)}
     shapes |= {name: of for name, of in (("W_skip", (d, d)), (THRESHOLD, (d_sae,))) if name in tensors}
     check_tensors(path, {name: t for name, t in tensors.items() if name != "k"}, shapes)
@@ -168,21 +164,19 @@ def unpack(path: Path, say: Say = silent) -> PortableSAE:
         )
     if threshold is not None and bool((threshold == threshold[0]).all()):
         threshold = threshold[0]
-    return check_one_dtype(
-        path,
-        PortableSAE(
-            W_enc=tensors["W_enc"].t(),
-            b_enc=tensors["b_enc"],
-            W_dec=tensors["W_dec"],
-            b_dec=tensors["b_dec"],
-            rule="topk" if by_k else "threshold",
-            k=config["k"] if by_k else None,
-            threshold=None if by_k else torch.zeros(()) if threshold is None else threshold,
-            apply_b_dec_to_input=False,
-            transcodes=True,
-            W_skip=tensors["W_skip"].t() if "W_skip" in tensors else None,
-        ),
+    sae = PortableSAE(
+        W_enc=tensors["W_enc"].t(),
+        b_enc=tensors["b_enc"],
+        W_dec=tensors["W_dec"],
+        b_dec=tensors["b_dec"],
+        rule="topk" if by_k else "threshold",
+        k=config["k"] if by_k else None,
+        threshold=None if by_k else torch.zeros(()) if threshold is None else threshold,
+        apply_b_dec_to_input=False,
+        transcodes=True,
+        W_skip=tensors["W_skip"].t() if "W_skip" in tensors else None,
     )
+    return sae.of_one_dtype(path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

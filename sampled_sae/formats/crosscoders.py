@@ -18,7 +18,7 @@ from ..support.atomic_files import field
 from .layers import divided_by, norm_sums
 from .origin import Origin
 from .portable import ROUNDING, PortableSAE, Say, silent
-from .tensor_checks import check_one_dtype, check_tensors, narrowed
+from .tensor_checks import check_tensors, narrowed
 
 BATCH_TOPK, RELU = "BatchTopKCrossCoder", "CrossCoder"
 CLASSES = (BATCH_TOPK, RELU)
@@ -54,19 +54,24 @@ def pack(sae: PortableSAE, origin: Origin, unset: float, say: Say = silent) -> t
         "activation_global_scale": torch.tensor(1.0),
         "target_rms": torch.tensor(1.0),
     }
-    trainer = {
-        "trainer_class": "BatchTopKCrossCoderTrainer",
-        "dict_class": BATCH_TOPK,
-        "activation_dim": d_in,
-        "dict_size": d_sae,
-        "num_layers": layers,
+    trainer = trainer_of("BatchTopKCrossCoderTrainer", BATCH_TOPK, d_in, sae, k, origin)
+    return state, {**trainer, "num_layers": layers, "code_normalization": name}
+
+
+def trainer_of(
+    trainer_class: str, dict_class: str, activation_dim: int, sae: PortableSAE, k: int, origin: Origin
+) -> dict[str, Any]:
+    """What config.json says of every trainer."""
+    return {
+        "trainer_class": trainer_class,
+        "dict_class": dict_class,
+        "activation_dim": activation_dim,
+        "dict_size": sae.d_sae,
         "k": k,
         "layer": origin.layer,
         "lm_name": origin.model_name,
         "submodule_name": origin.hook,
-        "code_normalization": name,
     }
-    return state, trainer
 
 
 def unpack(
@@ -102,7 +107,7 @@ def unpack(
         apply_b_dec_to_input=False,
         layers=layers,
     )
-    sae = check_one_dtype(weights, sae)
+    sae = sae.of_one_dtype(weights)
     sae = _selected_as(sae, _normalization(weights, tensors, say), weights, say) if of_batch else sae
     return _normalized(sae, weights, tensors, say)
 

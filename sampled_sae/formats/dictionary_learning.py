@@ -20,7 +20,7 @@ from ..support.atomic_files import field, read_json, write_atomically, write_jso
 from . import crosscoders
 from .origin import Origin, training_fields
 from .portable import PortableSAE, Say, silent
-from .tensor_checks import check_one_dtype, check_tensors, narrowed
+from .tensor_checks import check_tensors, narrowed
 
 NAME = "dictionary_learning"
 WEIGHTS, CONFIG = PEER_FILES[NAME]
@@ -72,17 +72,8 @@ def pack(sae: PortableSAE, origin: Origin, say: Say = silent) -> tuple[dict[str,
         state |= {"W_enc": sae.W_enc.contiguous(), "b_enc": sae.b_enc.contiguous(), "W_dec": sae.W_dec.contiguous()}
         state["group_sizes"] = sizes
         trainer["group_sizes"] = sizes.tolist()
-    trainer |= {
-        "trainer_class": TRAINER_OF_CLASS[dict_class],
-        "dict_class": dict_class,
-        "activation_dim": sae.d_in,
-        "dict_size": sae.d_sae,
-        "k": k,
-        "layer": origin.layer,
-        "lm_name": origin.model_name,
-        "submodule_name": origin.hook,
-        TRAINING: sae.training,
-    }
+    trainer |= crosscoders.trainer_of(TRAINER_OF_CLASS[dict_class], dict_class, sae.d_in, sae, k, origin)
+    trainer[TRAINING] = sae.training
     return state, {"trainer": trainer, "buffer": {"d_submodule": sae.d_in, "ctx_len": origin.context_size}}
 
 
@@ -181,7 +172,7 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
         threshold=threshold,
         training=training,
     )
-    return check_one_dtype(weights, sae)
+    return sae.of_one_dtype(weights)
 
 
 def groups_of(weights: Path, tensors: dict[str, Tensor], d_sae: int) -> list[int]:

@@ -1,8 +1,12 @@
-"""A crosscoder between two formats: a `PortableSAE` whose weights have the layers one behind the other."""
+"""A `PortableSAE` between two formats: the same function in other words, of a crosscoder layer by layer.
+
+The weights of a crosscoder have its layers one behind the other.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +15,7 @@ from torch import Tensor
 from ..impl.decoder_rows import layer_norms
 
 if TYPE_CHECKING:
-    from .portable import PortableSAE
+    from .portable import PortableSAE, Say
 
 Scale = float | tuple[float, ...]
 
@@ -64,3 +68,21 @@ def uncentred(sae: PortableSAE) -> PortableSAE:
     """The same function of an input from which nothing is subtracted: b_enc - b_dec W_enc in place of b_enc."""
     b_enc = (sae.b_enc.double() - sae.b_dec.double() @ sae.W_enc.double()).to(sae.dtype)
     return replace(sae, b_enc=b_enc, apply_b_dec_to_input=False)
+
+
+def with_one_threshold(portable: PortableSAE, weights: Path, rescale: bool, say: Say) -> PortableSAE:
+    """`portable`, with its features rescaled where `rescale` allows it and they need it.
+
+    Raises:
+        ValueError: they need it and may not be, or cannot; names the file `weights`.
+    """
+    if portable.threshold is None or portable.threshold.dim() == 0:
+        return portable
+    if not rescale:
+        low, high = float(portable.threshold.min()), float(portable.threshold.max())
+        raise ValueError(
+            f"{weights}: threshold of each feature, {low:.4g} to {high:.4g}, and a SampledSAE has one for all; "
+            "rescale_features=True (--rescale-features) makes them one by changing the units of the codes"
+        )
+    say("features are rescaled to one threshold: the units of the codes and the decoder norms change")
+    return portable.one_threshold()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from ..config import SampledSAEConfig
 from ..impl.inference_rule import by_threshold
-from ..impl.threshold import is_set
+from ..impl.threshold import fault, is_set
 from ..pretrained import SKIP, WEIGHT_NAMES
 from ..support.argument_checks import check_choice, plain_number
-from .layers import scaled_by_layer
+from .layers import divided_by, scaled_by_layer
 
 if TYPE_CHECKING:
     from ..sae import SampledSAE
@@ -88,18 +89,26 @@ class PortableSAE:
         for name, t in {**weights, "threshold": threshold}.items():
             if not torch.isfinite(t).all():
                 raise ValueError(f"sae.{name} holds NaN or inf")
+        found = cls.by_config(sae.cfg, weights, rule, threshold if is_set(sae) else None)
+        return found if k is None else replace(found, k=k)
+
+    @classmethod
+    def by_config(
+        cls, cfg: SampledSAEConfig, weights: dict[str, Any], rule: str, threshold: Tensor | None
+    ) -> PortableSAE:
+        """That of a config and weights by name."""
         return cls(
             **weights,
             rule=rule,
-            k=sae.cfg.k if k is None else k,
+            k=cfg.k,
             # an active feature is positive, so that none below 0 says more than 0
-            threshold=threshold.clamp(min=0) if is_set(sae) else None,
-            apply_b_dec_to_input=bool(sae.cfg.apply_b_dec_to_input),
-            training=sae.cfg.to_dict(),
-            input_scale=sae.cfg.input_scale,
-            transcodes=sae.cfg.is_transcoder,
-            output_scale=sae.cfg.output_scale,
-            layers=sae.cfg.layers,
+            threshold=None if threshold is None else threshold.clamp(min=0),
+            apply_b_dec_to_input=bool(cfg.apply_b_dec_to_input),
+            training=cfg.to_dict(),
+            input_scale=cfg.input_scale,
+            transcodes=cfg.is_transcoder,
+            output_scale=cfg.output_scale,
+            layers=cfg.layers,
         )
 
     @property
@@ -116,14 +125,11 @@ class PortableSAE:
         found = {name: getattr(self, name) for name in WEIGHT_NAMES}
         return found if self.W_skip is None else {**found, SKIP: self.W_skip}
 
-    def refuse_transcoder(self, peer: str) -> None:
-        """ValueError for a transcoder, where the files have no place for one."""
-        if self.transcodes:
+    def refuse(self, peer: str, transcoders: bool = True, crosscoders: bool = True) -> None:
+        """ValueError for a transcoder or a crosscoder, where the files have no place for one."""
+        if self.transcodes and transcoders:
             raise ValueError(f"d_out={self.d_out}: {peer} has no place for a transcoder")
-
-    def refuse_crosscoder(self, peer: str) -> None:
-        """ValueError for a crosscoder, where the files have no place for one."""
-        if self.layers > 1:
+        if self.layers > 1 and crosscoders:
             raise ValueError(f"layers={self.layers}: {peer} has no place for a crosscoder")
 
     @property
@@ -133,6 +139,13 @@ class PortableSAE:
     @property
     def dtype(self) -> torch.dtype:
         return self.W_dec.dtype
+
+    def of_one_dtype(self, path: Path) -> PortableSAE:
+        """The same; ValueError that names its file where the weights are of several dtypes."""
+        found = {name: t.dtype for name, t in self.weights.items()}
+        if len(set(found.values())) > 1:
+            raise ValueError(f"{path}: weights of several dtypes: {', '.join(f'{n} {d}' for n, d in found.items())}")
+        return self
 
     def whole_k(self, peer: str) -> int:
         """k as a whole number.
@@ -145,6 +158,13 @@ class PortableSAE:
             allowed = f"{peer} has whole numbers in [1, {self.d_sae}] only"
             raise ValueError(f"k={self.k!r}: {allowed}; choose one with k= (--k)")
         return int(k)
+
+    def say_of_threshold(self, sae: SampledSAE, say: Say) -> None:
+        """Where the rule is by a threshold that is not to be relied on, of the SAE that this is."""
+        if self.rule == "threshold" and self.threshold is None:
+            say("the threshold was never set (no training step, no calibration): every positive activation is active")
+        elif self.rule == "threshold" and (found := fault(sae)):
+            say(found)
 
     def read_at(self, scale: float | tuple[float, ...], output_scale: float = 1.0) -> PortableSAE:
         """The same SAE, to be fed activations times `scale`: biases and threshold times what that is of its own scale.
@@ -188,8 +208,7 @@ class PortableSAE:
         if bool(((norms - 1).abs() <= ROUNDING * torch.finfo(self.dtype).eps).all()):
             return self
         say(f"decoder norms are folded into the encoder: {why}")
-        W_dec = self.W_dec / norms.unsqueeze(1)
-        return replace(self, W_enc=self.W_enc * norms, b_enc=self.b_enc * norms, W_dec=W_dec)
+        return divided_by(self, norms)
 
     def one_threshold(self) -> PortableSAE:
         """The same function with one threshold t, the geometric mean of the features' own, where each has its own.

@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..inference.config import InferenceConfig
 from ..pretrained import PEER_FILES
 from ..support.argument_checks import check_positive
 from ..support.atomic_files import field, read_json, read_tensors, write_atomically, write_json
 from . import saelens_before_6
 from .origin import Origin, training_fields
 from .portable import ROUNDING, PortableSAE, Say, silent
-from .tensor_checks import check_one_dtype, check_tensors, narrowed
+from .tensor_checks import check_tensors, narrowed
 
 NAME = "saelens"
 WEIGHTS, CONFIG = PEER_FILES[NAME]
@@ -60,27 +61,8 @@ def pack(sae: PortableSAE, origin: Origin, say: Say = silent) -> tuple[dict[str,
         "W_dec": sae.W_dec.contiguous(),
         "b_dec": sae.b_dec.contiguous(),
     }
-    metadata = {
-        "sae_lens_version": FORMAT_VERSION,
-        "sae_lens_training_version": None,
-        "training_architecture": EXPORTED,
-        "training_architecture_details": sae.training,
-        "model_name": origin.model_name,
-        "hook_name": origin.hook,
-        "hook_layer": origin.layer,
-        "context_size": origin.context_size,
-    }
-    config: dict[str, Any] = {
-        "architecture": "topk" if sae.rule == "topk" else "jumprelu",
-        "d_in": sae.d_in,
-        "d_sae": sae.d_sae,
-        "dtype": str(sae.dtype).removeprefix("torch."),
-        "device": "cpu",
-        "apply_b_dec_to_input": sae.apply_b_dec_to_input,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": {name: value for name, value in metadata.items() if value is not None},
-    }
+    trained = {"training_architecture": EXPORTED, "training_architecture_details": sae.training}
+    config = described("topk" if sae.rule == "topk" else "jumprelu", sae, sae.dtype, origin, trained)
     if sae.rule == "topk":
         config |= {"k": sae.whole_k("SAELens' topk"), "rescale_acts_by_decoder_norm": False}
         return tensors, config
@@ -95,6 +77,31 @@ def pack(sae: PortableSAE, origin: Origin, say: Say = silent) -> tuple[dict[str,
         say(f"SAELens rounds the threshold to {config['dtype']} unless it is told load_from_disk(..., dtype='float32')")
     tensors["threshold"] = threshold.expand(sae.d_sae).contiguous()
     return tensors, config
+
+
+def described(
+    architecture: str, sae: PortableSAE | InferenceConfig, dtype: torch.dtype, origin: Origin, trained: dict[str, Any]
+) -> dict[str, Any]:
+    """cfg.json of an SAE whose activations are taken as they are; `trained` goes to the metadata."""
+    metadata = {
+        "sae_lens_version": FORMAT_VERSION,
+        **trained,
+        "model_name": origin.model_name,
+        "hook_name": origin.hook,
+        "hook_layer": origin.layer,
+        "context_size": origin.context_size,
+    }
+    return {
+        "architecture": architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": sae.apply_b_dec_to_input,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {name: value for name, value in metadata.items() if value is not None},
+    }
 
 
 def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -186,7 +193,7 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
         transcodes=transcodes,
         W_skip=tensors["W_skip"].t() if "W_skip" in tensors else None,
     )
-    sae = check_one_dtype(weights, sae)
+    sae = sae.of_one_dtype(weights)
     # absent, it is what SAELens takes by default: False for inference, True for training
     if not (by_threshold or transcodes) and config.get("rescale_acts_by_decoder_norm", architecture != "topk"):
         sae = sae.with_unit_rows(say, "SAELens selects by activation times decoder norm here")

@@ -5,7 +5,6 @@ A folder of several SAEs there has one such folder a hook, named after it (`laye
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,13 @@ from ..pretrained import PEER_FILES
 from ..support.atomic_files import field, read_json, read_tensors, write_atomically, write_json
 from .origin import Origin
 from .portable import PortableSAE, Say, silent
-from .tensor_checks import check_one_dtype, check_tensors
+from .tensor_checks import check_tensors
 
 NAME = "sparsify"
 WEIGHTS, CONFIG = PEER_FILES[NAME]
 CENTRES_ALWAYS = True
 # value that changes what is computed: what it is there
-FOREIGN = {
-    "signed": "selection by absolute value",
-}
+FOREIGN = {"signed": "selection by absolute value"}
 UNIT = 1e-2
 
 
@@ -42,26 +39,30 @@ def pack(sae: PortableSAE, origin: Origin, say: Say = silent) -> tuple[dict[str,
             "inference='threshold': sparsify keeps the k largest activations of each token and has no threshold; "
             "inference='topk' (--inference topk) exports the SAE for that rule"
         )
-    tensors = {
-        "encoder.weight": sae.W_enc.t().contiguous(),
-        "encoder.bias": sae.b_enc.contiguous(),
-        "W_dec": sae.W_dec.contiguous(),
-        "b_dec": sae.b_dec.contiguous(),
-    }
-    if sae.W_skip is not None:
-        tensors["W_skip"] = sae.W_skip.t().contiguous()
     norms = torch.linalg.vector_norm(sae.W_dec.double(), dim=1)
+    weights = sae.weights if sae.W_skip is None else {**sae.weights, "W_skip": sae.W_skip.t()}
+    # who trains it on there normalises the rows after each step if this says so
+    unit_rows = bool(((norms - 1).abs() < UNIT).all())
+    return packed(weights, sae.whole_k("sparsify"), sae.transcodes, unit_rows)
+
+
+def packed(
+    weights: dict[str, Tensor], k: int, transcodes: bool, normalize_decoder: bool
+) -> tuple[dict[str, Tensor], Any]:
+    """(tensors, cfg.json) of W_enc [d_in, F], b_enc, W_dec [F, d_in], b_dec, and a W_skip as it has it."""
+    names = {"b_enc": "encoder.bias", "W_enc": "encoder.weight"}
+    tensors = {names.get(name, name): (t.t() if name == "W_enc" else t).contiguous() for name, t in weights.items()}
+    d_sae, d_in = weights["W_dec"].shape
     config = {
         "activation": "topk",
-        "expansion_factor": max(1, sae.d_sae // sae.d_in),
-        # who trains it on there normalises the rows after each step if this says so
-        "normalize_decoder": bool(((norms - 1).abs() < UNIT).all()),
-        "num_latents": sae.d_sae,
-        "k": sae.whole_k("sparsify"),
+        "expansion_factor": max(1, d_sae // d_in),
+        "normalize_decoder": normalize_decoder,
+        "num_latents": d_sae,
+        "k": k,
         "multi_topk": False,
-        "skip_connection": sae.W_skip is not None,
-        "transcode": sae.transcodes,
-        "d_in": sae.d_in,
+        "skip_connection": "W_skip" in weights,
+        "transcode": transcodes,
+        "d_in": d_in,
     }
     return tensors, config
 
@@ -91,7 +92,7 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
     transcodes, skip = flags(folder / CONFIG, config)
     if skip and not transcodes:
         raise ValueError(f"{folder / CONFIG}: skip_connection=True: a linear skip of an SAE has no place here")
-    check_weights(tensors, config, folder, FOREIGN)
+    check_weights(tensors, config, folder)
     sae = PortableSAE(
         W_enc=tensors["encoder.weight"].t(),
         b_enc=tensors["encoder.bias"],
@@ -104,7 +105,7 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, say
         transcodes=transcodes,
         W_skip=tensors["W_skip"].t() if skip else None,
     )
-    return check_one_dtype(folder / WEIGHTS, sae)
+    return sae.of_one_dtype(folder / WEIGHTS)
 
 
 def flags(cfg: Path, config: dict[str, Any]) -> tuple[bool, bool]:
@@ -117,16 +118,14 @@ def flags(cfg: Path, config: dict[str, Any]) -> tuple[bool, bool]:
     return field(cfg, known, "transcode", bool), field(cfg, known, "skip_connection", bool)
 
 
-def check_weights(
-    tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, refused: Mapping[str, str]
-) -> tuple[int, int]:
-    """(d_in, d_sae) of tensors that are those of cfg.json; `refused` holds what cfg.json may not say, with a reason.
+def check_weights(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path) -> tuple[int, int]:
+    """(d_in, d_sae) of tensors that are those of cfg.json.
 
     Raises:
-        ValueError: naming the file, and what in it is refused or wrong.
+        ValueError: naming the file, and what in it is FOREIGN or wrong.
     """
     cfg = folder / CONFIG
-    for name, meaning in refused.items():
+    for name, meaning in FOREIGN.items():
         if config.get(name):
             raise ValueError(f"{cfg}: {name}={config[name]!r}: {meaning} has no place here")
     activation = config.get("activation", "topk")

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import MEMBERS, SampledSAEConfig
-from ..pretrained import SKIP, check_members, tensor_names
+from ..pretrained import check_members, tensor_shapes
 from ..support.argument_checks import check_scales
 from ..support.atomic_files import field, write_atomically
 from .origin import Origin
@@ -53,7 +53,7 @@ class Supplement:
     @classmethod
     def of(cls, sae: SampledSAE, packed: PortableSAE, scale: float | tuple[float, ...], origin: Origin) -> Supplement:
         """For an SAE whose exported files read as `packed`."""
-        tensors = {name: getattr(sae, name).detach().cpu() for name in tensor_names(sae.cfg)}
+        tensors = {name: getattr(sae, name).detach().cpu() for name in tensor_shapes(sae.cfg)}
         back = packed.read_at(scale, sae.cfg.output_scale)
         for name, t in back.weights.items():
             if same_bits(tensors[name], t):
@@ -107,12 +107,10 @@ class Supplement:
             origin = Origin(**about.get("origin", {})).checked(path)
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path}: {error}; delete it to do without") from None
-        d_in, d_out = config.width_in, config.width_out
-        shapes = {"W_enc": (d_in, config.d_sae), "W_dec": (config.d_sae, d_out), "b_dec": (d_out,), SKIP: (d_in, d_out)}
-        shapes |= dict.fromkeys(("b_enc", "tokens_since_active", MEMBERS), (config.d_sae,))
+        shapes = tensor_shapes(config)
         for name, t in tensors.items():
-            if name not in tensor_names(config) or tuple(t.shape) != shapes.get(name, ()):
-                raise ValueError(f"{path}: {name} is {tuple(t.shape)}, its configuration says {shapes.get(name, ())}")
+            if tuple(t.shape) != shapes.get(name):
+                raise ValueError(f"{path}: {name} is {tuple(t.shape)}, its configuration says {shapes.get(name)}")
             if not torch.isfinite(t).all():
                 raise ValueError(f"{path}: {name} holds NaN or inf; delete the file to do without")
         if config.inference == "pool":

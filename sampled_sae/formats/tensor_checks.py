@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Container
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..support.argument_checks import FLOATS
-
-if TYPE_CHECKING:
-    from .portable import PortableSAE
-
-# Numbers that are looked at together, so that a check of weights of many gigabytes needs little memory.
-PIECE = 1 << 24
+from ..support.argument_checks import FLOATS, bad_values
 
 
 def check_tensors(
@@ -36,21 +29,8 @@ def check_tensors(
         if t.dtype not in FLOATS or t.layout != torch.strided:
             found = t.dtype if t.layout == torch.strided else f"{t.layout} of {t.dtype}"
             raise ValueError(f"{path}: {name} is {found}, must be dense, of {', '.join(map(str, FLOATS))}")
-        wrong, found = (torch.isnan, "NaN") if name in infinite else (_not_finite, "NaN or inf")
-        if any(bool(wrong(part).any()) for part in t.reshape(-1).split(PIECE)):
-            raise ValueError(f"{path}: {name} holds {found}")
-
-
-def _not_finite(t: Tensor) -> Tensor:
-    return ~t.isfinite()
-
-
-def check_one_dtype(path: Path, sae: PortableSAE) -> PortableSAE:
-    """The SAE, whose weights must be of one dtype."""
-    found = {name: t.dtype for name, t in sae.weights.items()}
-    if len(set(found.values())) > 1:
-        raise ValueError(f"{path}: weights of several dtypes: {', '.join(f'{n} {d}' for n, d in found.items())}")
-    return sae
+        if bad_values(t, name in infinite):
+            raise ValueError(f"{path}: {name} holds {'NaN' if name in infinite else 'NaN or inf'}")
 
 
 def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:

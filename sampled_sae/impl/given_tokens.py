@@ -4,26 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import mul, truediv
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..config import SampledSAEConfig
 from ..support.argument_checks import HALF, check_activations, check_same, describe
-from .layout import Layer, Layout
+from .layer_weights import LayerWeights
 
 
-class TakesTokens(Layer, Protocol):
-    """What is asked of a SampledSAE."""
-
-    layout: Layout
-
-    @property
-    def cfg(self) -> SampledSAEConfig: ...
-
-
-def flat_tokens(layer: TakesTokens, x: Tensor, scaled: bool) -> Tensor:
+def flat_tokens(layer: LayerWeights, x: Tensor, scaled: bool) -> Tensor:
     """[B, d_in], times `cfg.input_scale`; of a crosscoder [B, layers * d_in].
 
     Raises:
@@ -36,7 +27,7 @@ def flat_tokens(layer: TakesTokens, x: Tensor, scaled: bool) -> Tensor:
     return x
 
 
-def flat_encoded(layer: TakesTokens, x: Tensor, number: int, scaled: bool) -> Tensor:
+def flat_encoded(layer: LayerWeights, x: Tensor, number: int, scaled: bool) -> Tensor:
     """`flat_tokens` of the x that codes of `number` tokens come from.
 
     Raises:
@@ -57,13 +48,13 @@ class TokensAndGoal(NamedTuple):
     goal: Tensor
 
 
-def tokens_and_goal(layer: TakesTokens, x: Tensor, target: Tensor | None, scaled: bool) -> TokensAndGoal:
+def tokens_and_goal(layer: LayerWeights, x: Tensor, target: Tensor | None, scaled: bool) -> TokensAndGoal:
     """Raises as `flat_tokens`; for a target given to an SAE, or none given to a transcoder."""
     tokens = flat_tokens(layer, x, scaled)
     return TokensAndGoal(tokens, _goal(layer, x, tokens, target, scaled))
 
 
-def _goal(layer: TakesTokens, x: Tensor, tokens: Tensor, target: Tensor | None, scaled: bool) -> Tensor:
+def _goal(layer: LayerWeights, x: Tensor, tokens: Tensor, target: Tensor | None, scaled: bool) -> Tensor:
     """What is to be reconstructed, [B, d_out]: `tokens`, those of x [..., d_in], or a transcoder's target [..., d_out].
 
     Raises:
@@ -119,7 +110,7 @@ def _layer_by_layer(
     return torch.cat([operation(part, factor) for part, factor in zip(parts, scale)], dim=-1)
 
 
-def _flat(layer: TakesTokens, x: Tensor, width: int, name: str, layers: int = 1) -> Tensor:
+def _flat(layer: LayerWeights, x: Tensor, width: int, name: str, layers: int = 1) -> Tensor:
     if layers > 1 and isinstance(x, Tensor) and x.ndim > 1 and x.shape[-2:] == (layers, width // layers):
         x = x.flatten(-2)
     elif layers > 1 and isinstance(x, Tensor) and x.shape[-1:] != (width,):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..config import batch_budget
+from ..support.nth_largest import largest_mask, largest_mask_of_rows
 
 MOST_KEPT = 8
 # a hint serves a k that is larger or smaller by at most this factor
@@ -27,6 +28,16 @@ class Rule(NamedTuple):
     def budget(self, n_tokens: int) -> int:
         """Of a batch."""
         return batch_budget(n_tokens, self.k) if self.most is None else self.most
+
+    def mask(self, a: Tensor) -> Tensor:
+        """Kept entries of a [B, P], bool: strictly positive, within the budget, ties to the lower index."""
+        positive = a > 0
+        if self.select == "token":
+            return largest_mask_of_rows(a, int(self.k)) & positive
+        budget = self.budget(a.shape[0])
+        if int(positive.count_nonzero()) <= budget:
+            return positive
+        return largest_mask(a.flatten(), budget).view(a.shape) & positive
 
 
 class ThresholdHints:
@@ -59,27 +70,17 @@ class ThresholdHints:
                 self._known.pop(next(iter(self._known)))
             self._known[key] = hint
 
-    def plain(self) -> list[tuple[float, str, bool, float, bool]]:
-        """`state_dict` as numbers; the last says whether it was a tensor."""
+    def state_dict(self) -> list[tuple[float, str, bool, float, bool]]:
+        """What a checkpoint needs, as plain values; the last says whether the hint was a tensor. A search from another
+        threshold may differ in last bits of what it finds."""
         return [(*key, float(hint), isinstance(hint, Tensor)) for key, hint in self._known.items()]
 
-    def load_plain(self, state: list[tuple[float, str, bool, float, bool]], device: torch.device | str) -> None:
-        """The inverse of `plain`."""
-        self._known = {
-            (k, select, exact): torch.tensor([hint], device=device) if is_tensor else hint
-            for k, select, exact, hint, is_tensor in state
-        }
-
-    def state_dict(self) -> list[tuple[float, str, bool, float | Tensor]]:
-        """What a checkpoint needs: a search from another threshold may differ in last bits of what it finds."""
-        return [(*key, hint) for key, hint in self._known.items()]
-
-    def load_state_dict(self, state: list[tuple[float, str, bool, float | Tensor]], device: torch.device | str) -> None:
-        """The inverse of `state_dict`."""
-        self._known = {
-            (k, select, exact): hint.to(device) if isinstance(hint, Tensor) else float(hint)
-            for k, select, exact, hint in state
-        }
+    def load_state_dict(self, state: list[tuple[Any, ...]], device: torch.device | str) -> None:
+        """The inverse of `state_dict`; earlier versions wrote tensors as such, and no word on them."""
+        self._known = {}
+        for k, select, exact, hint, *was_tensor in state:
+            is_tensor = isinstance(hint, Tensor) or was_tensor == [True]
+            self._known[k, select, exact] = torch.tensor([float(hint)], device=device) if is_tensor else float(hint)
 
     def forget(self) -> None:
         """For other weights, or another device."""

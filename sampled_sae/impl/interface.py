@@ -31,7 +31,6 @@ from .totals import Totals
 
 # once: torch 2.11 does not trace through the search
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-ONE_PROCESS = Totals(), Ranking()
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -124,4 +123,4 @@ def implementation(name: str) -> Implementation:
 def parts_of(*files: ModuleType) -> Implementation:
     """Each part from the first of the files that has it."""
     found = {name: getattr(file, name) for file in reversed(files) for name in PARTS if hasattr(file, name)}
-    return Implementation(**found, totals=ONE_PROCESS[0], ranking=ONE_PROCESS[1])
+    return Implementation(**found)

@@ -15,22 +15,16 @@ from .interface import Implementation, resolve_impl
 from .layer_weights import LayerWeights
 from .layout import Leaves
 from .pool import Pool, PoolRule
-from .step_memory import StepMemory
 
 
 class LayerParts(LayerWeights):
     """Weights, and the parts of the implementation in use, called on them with one batch.
 
     Attributes:
-        memory: what one training step leaves for the next.
         generator: of pools that are drawn.
     """
 
     generator: torch.Generator
-
-    def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
-        super().__init__(device, dtype)
-        self.memory = StepMemory()
 
     @property
     def impl_in_use(self) -> str:
@@ -70,7 +64,7 @@ class LayerParts(LayerWeights):
         if found.mode == "batch":
             return self._select_together(encoder)
         if inference is None:
-            self._notice.before_use(self)
+            self._warn_before_use()
         return self._parts.above_threshold(encoder, found.floors)
 
     def _select_together(self, encoder: Encoder) -> SparseCodes:

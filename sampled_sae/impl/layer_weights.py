@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..config import SampledSAEConfig
 from .decoder_rows import layer_norms, normalize_, without_growth
 from .layout import ALONE, Layout
+from .step_memory import StepMemory
 from .threshold import ThresholdModule
 
 
@@ -20,6 +21,8 @@ class LayerWeights(ThresholdModule):
 
     Attributes:
         layout: which of them are in this process: all, or what `sampled_sae.distributed.parallelize` has left here.
+        memory: what one training step leaves for the next.
+        tokens_since_active: int64 [F].
     """
 
     W_enc: nn.Parameter
@@ -29,10 +32,12 @@ class LayerWeights(ThresholdModule):
     W_skip: nn.Parameter | None
     layout: Layout
     cfg: SampledSAEConfig
+    tokens_since_active: Tensor
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__(device, dtype)
         self.layout = ALONE
+        self.memory = StepMemory()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Whole tensors are taken by a layer that is spread over processes too."""

@@ -17,8 +17,8 @@ from .encoder import Share
 from .hints import ThresholdHints
 from .interface import Implementation, implementation
 from .row_gradients import RowSource
+from .row_guard import guard_rule
 from .step_memory import StepMemory
-from .wrapper_guard import guard_rule
 
 
 class Layer(Protocol):

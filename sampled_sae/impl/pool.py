@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from ..config import pool_size
 from ..support.cuda_graphs import capturing
 from .column_bounds import ColumnBounds, DecidedColumns
 from .encoder import Encoder, Operands
-from .pool_sampling import keys_of
-from .ranking import Ranking
+from .interface import Implementation
+from .ranking import keys_of
 
 # batches without a screen after one that it did not help
 REST = 64
@@ -53,22 +53,6 @@ class Pool(NamedTuple):
         return encoder.only(some.index_copy_(0, self.members, self.taken))
 
 
-class Scoring(Protocol):
-    """What a pool asks of an implementation."""
-
-    @property
-    def column_scores(self) -> Callable[[Operands, str], Tensor]: ...
-
-    @property
-    def column_bounds(self) -> Callable[[Operands, str], ColumnBounds | DecidedColumns | None]: ...
-
-    @property
-    def candidate_pool(self) -> Callable[[Tensor, int, str, torch.Generator | None], Tensor]: ...
-
-    @property
-    def ranking(self) -> Ranking: ...
-
-
 class KeptPool:
     """Serves one pool for `every` steps before it looks for the next."""
 
@@ -83,7 +67,7 @@ class KeptPool:
         self._uses = 0
 
     def find(
-        self, parts: Scoring, operands: Operands, rule: PoolRule, generator: torch.Generator | None = None
+        self, parts: Implementation, operands: Operands, rule: PoolRule, generator: torch.Generator | None = None
     ) -> Pool | None:
         """`find_pool`, with a screen where it is worth one.
 
@@ -134,7 +118,7 @@ class KeptPool:
 
 
 def find_pool(
-    parts: Scoring, operands: Operands, rule: PoolRule, generator: torch.Generator | None = None
+    parts: Implementation, operands: Operands, rule: PoolRule, generator: torch.Generator | None = None
 ) -> Pool | None:
     """The pool of a batch; None where it would be the whole dictionary.
 

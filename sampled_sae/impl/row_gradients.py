@@ -13,50 +13,31 @@ from ..support.reused_memory import Workspace
 from .rounded_weights import RoundedWeights
 
 
-class GatherRows(torch.autograd.Function):
-    """rows = W[features]; the gradient of W is zero outside them."""
+class Rows(torch.autograd.Function):
+    """W[features], which is to be read, or else an `empty_receiver`; the gradient of W is zero outside them."""
 
     @staticmethod
-    def forward(ctx: Any, W: Tensor, features: Tensor, dtype: torch.dtype, workspace: Workspace) -> Tensor:
-        remember(ctx, W, features, workspace)
-        return W.index_select(0, features).to(dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return scattered(ctx, grad), None, None, None
-
-
-class RowReceiver(torch.autograd.Function):
-    """A tensor of the shape of W[features] without memory, to receive their gradient; its values must not be read."""
-
-    @staticmethod
-    def forward(ctx: Any, W: Tensor, features: Tensor, dtype: torch.dtype, workspace: Workspace) -> Tensor:
-        remember(ctx, W, features, workspace)
-        return empty_receiver(W, features, dtype)
+    def forward(
+        ctx: Any, W: Tensor, features: Tensor, dtype: torch.dtype, workspace: Workspace, is_read: bool
+    ) -> Tensor:
+        ctx.save_for_backward(features)
+        ctx.like, ctx.shape, ctx.workspace = W.new_empty(0), W.shape, workspace
+        return W.index_select(0, features).to(dtype) if is_read else empty_receiver(W, features, dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return scattered(ctx, grad), None, None, None
-
-
-def remember(ctx: Any, W: Tensor, features: Tensor, workspace: Workspace) -> None:
-    ctx.save_for_backward(features)
-    ctx.like, ctx.shape, ctx.workspace = W.new_empty(0), W.shape, workspace
-
-
-def scattered(ctx: Any, grad: Tensor) -> Tensor:
-    """The dense gradient of W from that of its rows, whose features ascend."""
-    (features,) = ctx.saved_tensors
-    grad = grad.to(ctx.like.dtype)
-    if len(features) == ctx.shape[0]:
-        return grad
-    dense = ctx.workspace.empty(ctx.like, *ctx.shape).zero_()
-    return dense.index_copy_(0, features, grad)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The dense gradient of W from that of its rows, whose features ascend."""
+        (features,) = ctx.saved_tensors
+        grad = grad.to(ctx.like.dtype)
+        if len(features) != ctx.shape[0]:
+            dense = ctx.workspace.empty(ctx.like, *ctx.shape).zero_()
+            grad = dense.index_copy_(0, features, grad)
+        return grad, None, None, None, None
 
 
 def empty_receiver(W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of the shape of W[features] without memory, to receive their gradient; its values must not be read."""
     return W.new_zeros((), dtype=dtype).expand(len(features), *W.shape[1:])
 
 
@@ -123,13 +104,13 @@ class RowSource:
     def gather(self, name: str, W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
         """W[features] in `dtype`."""
         if not self.keep:
-            return GatherRows.apply(W, features, dtype, self.workspace)
+            return Rows.apply(W, features, dtype, self.workspace, True)
         return self._leaf(name, W, features, W.detach().index_select(0, features).to(dtype))
 
     def receiver(self, name: str, W: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
         """A place of the shape of W[features] for the gradient alone; it holds no values."""
         if not self.keep:
-            return RowReceiver.apply(W, features, dtype, self.workspace)
+            return Rows.apply(W, features, dtype, self.workspace, False)
         return self._leaf(name, W, features, empty_receiver(W, features, dtype))
 
     def _leaf(self, name: str, W: Tensor, features: Tensor, rows: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
-"""What does not see gradients that are left as rows is refused: it would train a part of the SAE in silence."""
+"""What would train an SAE otherwise than it looks is refused: what does not see gradients that are left as rows, and
+what spreads a layer without its knowledge, so that each process would score and select in its own batch."""
 
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from typing import Any, Protocol
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -24,6 +27,7 @@ class LeavesRows(Protocol):
 
 
 ROWS = ("W_enc", "b_enc", "W_dec")
+INSTEAD = "use sampled_sae.distributed.parallelize(sae, mesh), which computes one rule over all tokens"
 # layers that have left rows in this process
 LAYERS: weakref.WeakSet[LeavesRows] = weakref.WeakSet()
 
@@ -77,3 +81,31 @@ def names_of_rows(sae: LeavesRows) -> list[str]:
         return [part.name for part in sae.row_grads if part.rows.grad is not None]
     dropped = sae.b_dec.grad is not None and all(getattr(sae, name).grad is None for name in ROWS)
     return [name for name in ROWS if dropped and getattr(sae, name).requires_grad]
+
+
+def guard_rule(layer: object) -> None:
+    """To be called where a step of `layer` is going to be trained.
+
+    Raises:
+        RuntimeError: inside DistributedDataParallel, FullyShardedDataParallel or `fully_shard` of several processes.
+    """
+    if (wrapper := wrapper_of(layer)) is not None:
+        raise RuntimeError(f"{wrapper}: each process would select in its own batch; {INSTEAD}")
+
+
+def wrapper_of(layer: object) -> str | None:
+    """What of torch.distributed trains `layer` on several processes; None for nothing.
+
+    (`fully_shard` refuses the layer itself, but for one of whose parameters W_enc is to be ignored.)
+    """
+    wrapped: nn.Module | None = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if wrapped is not None and dist.get_world_size(wrapped.process_group) > 1:  # type: ignore[arg-type]
+        return "DistributedDataParallel"
+    # no module is an FSDPModule before that is loaded, which takes seconds
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    fully_sharded = fsdp is not None and isinstance(layer, fsdp.FSDPModule)
+    # torch's own mark, of both kinds, also of a layer inside the module that was wrapped
+    managed = fully_sharded or getattr(layer, "_is_fsdp_managed_module", False)
+    if not managed or dist.get_world_size() == 1:
+        return None
+    return "fully_shard" if fully_sharded else "FullyShardedDataParallel or fully_shard"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,6 @@ RUNNING_MEAN = (
 OF_ANOTHER_SET = "sae.threshold is not for the features that cfg.inference looks at: call sae.calibrate(x) first"
 
 Self = TypeVar("Self", bound="ThresholdModule")
-
-
-class HasThreshold(Protocol):
-    """The buffers that training moves."""
-
-    threshold: Tensor
-    threshold_steps: Tensor
 
 
 def is_set(sae: ThresholdModule) -> bool:
@@ -71,31 +64,11 @@ def set_calibrated(sae: ThresholdModule, value: Tensor) -> None:
 def void(sae: ThresholdModule) -> None:
     """Marks it as one for other features than those that evaluation looks at from now on."""
     sae.calibrated_at.fill_(VOID)
-    sae._notice.look_again()
-
-
-class ThresholdNotice:
-    """Warns once a module that its threshold is uncalibrated; a calibrated one is looked at once after a training."""
-
-    def __init__(self) -> None:
-        self._looked = self._warned = False
-
-    def look_again(self) -> None:
-        """The threshold may be another when it is used next."""
-        self._looked = self._warned
-
-    def before_use(self, sae: ThresholdModule) -> None:
-        if self._looked or capturing():
-            return
-        self._looked = True
-        found = fault(sae)
-        if found is not None:
-            self._warned = True
-            warnings.warn(found, stacklevel=4)
+    sae._look_again()
 
 
 @torch.no_grad()
-def move(sae: HasThreshold, smallest: Tensor, decay: float) -> None:
+def move(sae: ThresholdModule, smallest: Tensor, decay: float) -> None:
     """One training step of a running mean of the smallest kept activation that starts at its first value."""
     smallest = smallest.to(sae.threshold.dtype)
     moved = sae.threshold.lerp(smallest, 1 - decay)
@@ -120,17 +93,31 @@ class ThresholdModule(nn.Module):
         self.register_buffer("threshold", torch.zeros((), dtype=exact, device=device))
         for name in ("threshold_steps", "calibrated_at"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
-        self._notice = ThresholdNotice()
+        self._looked = self._warned = False
+
+    def _warn_before_use(self) -> None:
+        """Once that the threshold is uncalibrated; a calibrated one is looked at once after a training."""
+        if self._looked or capturing():
+            return
+        self._looked = True
+        found = fault(self)
+        if found is not None:
+            self._warned = True
+            warnings.warn(found, stacklevel=4)
+
+    def _look_again(self) -> None:
+        """The threshold may be another when it is used next."""
+        self._looked = self._warned
 
     def train(self: Self, mode: bool = True) -> Self:
         """As in torch."""
         if mode:
-            self._notice.look_again()
+            self._look_again()
         return super().train(mode)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A state without `calibrated_at`, of an earlier version or a peer, counts as calibrated."""
-        self._notice.look_again()
+        self._look_again()
         if prefix + "threshold_steps" in state_dict:
             state_dict.setdefault(prefix + "calibrated_at", state_dict[prefix + "threshold_steps"])
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,20 +14,11 @@ from .dead_features import AuxRule
 from .encoder import Encoder
 from .hints import Rule
 from .interface import Implementation
-from .layout import Layer, Layout, Leaves
+from .layer_weights import LayerWeights
+from .layout import Leaves
 from .pool import Pool
 from .torch.products import without_autocast
 from .torch.reconstruction import errors_of_tokens
-
-
-class TrainedLayer(Layer, Protocol):
-    """What a training step reads and moves of a SampledSAE."""
-
-    cfg: SampledSAEConfig
-    layout: Layout
-    threshold: Tensor
-    threshold_steps: Tensor
-    tokens_since_active: Tensor
 
 
 class Step(NamedTuple):
@@ -41,7 +32,7 @@ class Step(NamedTuple):
 
 
 def training_step(
-    layer: TrainedLayer, parts: Implementation, tokens: Tensor, encoder: Encoder, leaves: Leaves, pool: Pool | None
+    layer: LayerWeights, parts: Implementation, tokens: Tensor, encoder: Encoder, leaves: Leaves, pool: Pool | None
 ) -> Step:
     """One batch through the layer; moves its threshold and its counts of dead features.
 

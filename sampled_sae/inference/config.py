@@ -6,7 +6,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..config import IMPLS, SCREENS, Output
-from ..support.argument_checks import check_choice, check_field_names, check_flag, check_integer, check_positive
+from ..support.argument_checks import (
+    check_choice,
+    check_field_names,
+    check_flag,
+    check_integer,
+    check_positive,
+    set_fields,
+)
 
 RULES = ("relu", "jumprelu", "topk", "threshold", "gated")
 NORMS = ("none", "layer_norm", "constant_norm")
@@ -67,8 +74,7 @@ class InferenceConfig(Output):
             plain[name] = check_flag(name, getattr(self, name))
         for name in ("input_scale", "output_scale"):
             plain[name] = check_positive(name, getattr(self, name))
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
+        set_fields(self, plain)
         self._check_together()
 
     def _check_together(self) -> None:

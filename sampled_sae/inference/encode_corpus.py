@@ -88,14 +88,15 @@ def encode_corpus(
         del settings["sae"][how]
     check_output_folder(path)
     with locked(path, "encode"):
-        writer = CodesWriter(path, _begun(path, settings) or _new(sae, settings, {"sae": sae_name, **source.about}))
+        new = new_manifest(sae.cfg.d_sae, dtype, settings, {"sae": sae_name, **source.about})
+        writer = CodesWriter(path, _begun(path, settings) or new)
         return _write_files(writer, sae, source, batch_size, progress)
 
 
 def _write_files(
     writer: CodesWriter, sae: InferenceSAE, source: TokenSource, batch_size: int, progress: bool
 ) -> Encoded:
-    start, in_sae, done = time.perf_counter(), 0.0, 0
+    start, in_sae, done, dtype = time.perf_counter(), 0.0, 0, writer.manifest["dtype"]
     writer.write_manifest()
     with tqdm(unit="token", unit_scale=True, desc="encode", disable=not progress) as bar:
         for i in range(source.n_shards):
@@ -105,7 +106,9 @@ def _write_files(
             begun = time.perf_counter()
             entries = _entries(sae, x, batch_size, bar.update)
             in_sae += time.perf_counter() - begun
-            _check_values(entries.values, writer.manifest["dtype"])
+            if not entries.values.to(DTYPES[dtype]).isfinite().all():
+                most = float(entries.values.abs().max())
+                raise ValueError(f"dtype={dtype!r} cannot hold these codes, which reach {most:.3g}")
             writer.write_shard(i, entries, len(x), places)
             writer.write_manifest()
             done += len(x)
@@ -116,7 +119,7 @@ def _write_files(
 @torch.inference_mode()
 def _entries(sae: InferenceSAE, x: Tensor, batch_size: int, advance: Callable[[int], Any]) -> Entries:
     """Of activations [n, d] on any device, on the CPU."""
-    found = [Entries(torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))]
+    found = [Entries.none(torch.empty(0))]
     for first in range(0, len(x), batch_size):
         batch = x[first : first + batch_size].to(sae.W_enc.device)
         values, tokens, features = (t.cpu() for t in sae.encode_sparse(batch).entries())
@@ -125,18 +128,9 @@ def _entries(sae: InferenceSAE, x: Tensor, batch_size: int, advance: Callable[[i
     return Entries(*(torch.cat(parts) for parts in zip(*found)))
 
 
-def _check_values(values: Tensor, dtype: str) -> None:
-    if not values.to(DTYPES[dtype]).isfinite().all():
-        raise ValueError(f"dtype={dtype!r} cannot hold these codes, which reach {float(values.abs().max()):.3g}")
-
-
 def sae_crc32(sae: InferenceSAE) -> str:
     """The checksum of an SAE's tensors, by which a store of codes knows whose they are."""
     return tensors_crc32({name: t.detach().cpu() for name, t in sae.named_buffers()})
-
-
-def _new(sae: InferenceSAE, settings: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
-    return new_manifest(sae.cfg.d_sae, settings["dtype"], settings, about)
 
 
 def _begun(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

@@ -53,9 +53,8 @@ def check_dense_codes(codes: Tensor, width: int) -> None:
 def codes_of_features(codes: SparseCodes, features: Tensor) -> SparseCodes:
     """The kept entries of these features int64 [P] alone, [B, F] as before; differentiable in the values."""
     wanted = torch.zeros(codes.shape[1], dtype=torch.bool, device=features.device).index_fill_(0, features, True)
-    values, tokens, of = codes.entries()
-    at = wanted.index_select(0, of).nonzero().squeeze(1)
-    return SparseCodes(values[at], tokens[at], of[at], codes.shape)
+    at = wanted.index_select(0, codes.features).nonzero().squeeze(1)
+    return SparseCodes(*codes.entries().at(at), codes.shape)
 
 
 def dense_columns(codes: SparseCodes, features: Tensor) -> Tensor:

@@ -18,12 +18,10 @@ from ..support.argument_checks import HALF, check_activations, describe
 from ..support.late_values import FiniteInputs
 from ..support.uncompiled import uncompiled
 from .config import InferenceConfig
-from .decoder_norms import decoder_norms, inverse_norms
-from .encoding import TokensToEncode, active_codes, active_dense, tokens_to_encode
+from .encoding import NormedTokens, TokensToEncode, active_codes, active_dense, norm_tokens, tokens_to_encode
 from .features import check_dense_codes, check_features, codes_of_features, dense_columns
-from .products import product
+from .products import decoder_norms, inverse_norms, product
 from .tensors import WEIGHTS, check_values, prepared
-from .token_norms import NormedTokens, norm_tokens
 
 # dense codes with a smaller share of active entries are decoded entry by entry
 FEW_ACTIVE = 1 / 32
@@ -92,16 +90,16 @@ class InferenceSAE(Splicing, nn.Module):
     def forward(self, x: Tensor) -> InferenceOutput:
         """x [..., d_in] to its active features and the reconstruction, skip included."""
         given, tokens = self._tokens(x)
-        codes = self._codes(x, tokens.x, None, self._scale())
+        codes = self._codes(x, tokens.x, None)
         x_hat = self._in_units(self._decode_sparse(codes), tokens)
         if self.cfg.skip:
-            x_hat = x_hat + product(given, self.W_skip) / self._factor_out
+            x_hat = x_hat + product(given, self.W_skip) / self.cfg.factor_out
         return InferenceOutput(x_hat.to(x.dtype).view(*x.shape[:-1], self.cfg.width_out), codes)
 
     @uncompiled
     def encode_sparse(self, x: Tensor) -> SparseCodes:
         """The active features of x [..., d_in], [B, d_sae]; values of at least float32, with gradient to x."""
-        return self._codes(x, *self._to_encode(x), self._scale())
+        return self._codes(x, *self._to_encode(x))
 
     @uncompiled
     def encode(self, x: Tensor, features: Sequence[int] | Tensor | None = None) -> Tensor:
@@ -113,8 +111,7 @@ class InferenceSAE(Splicing, nn.Module):
         Equivalent to `encode_sparse(x).to_dense()` up to rounding, to its columns with `features`; of the dtype of x.
         """
         chosen = self._chosen(features)
-        scale = self._scale(chosen if self.cfg.k is None else None)
-        a = self._dense(x, chosen, scale).to(x.dtype)
+        a = self._dense(x, chosen).to(x.dtype)
         return a.view(*x.shape[:-1], a.shape[1])
 
     @uncompiled
@@ -246,11 +243,7 @@ class InferenceSAE(Splicing, nn.Module):
         """A reconstruction of the weights in the units of the activations that it is of."""
         if tokens is not None and not self.cfg.is_transcoder:
             x_hat = tokens.undo(x_hat)
-        return x_hat if self._factor_out == 1 else x_hat / self._factor_out
-
-    @property
-    def _factor_out(self) -> float:
-        return self.cfg.output_scale if self.cfg.is_transcoder else self.cfg.input_scale
+        return x_hat if self.cfg.factor_out == 1 else x_hat / self.cfg.factor_out
 
     def _chosen(self, features: Sequence[int] | Tensor | None) -> Tensor | None:
         return None if features is None else check_features(features, self.cfg.d_sae, self.W_enc.device)
@@ -264,30 +257,27 @@ class InferenceSAE(Splicing, nn.Module):
         wants_grad = torch.is_grad_enabled() and x.requires_grad
         return not wants_grad and self.cfg.k is None and self._form_for(x.dtype) == "torch"
 
-    def _scale(self, features: Tensor | None = None) -> Tensor | None:
-        """What activations are multiplied by: [F], or [P] of the features."""
-        return decoder_norms(self.W_dec, features) if self.cfg.scale_by_decoder_norm else None
-
     def _ready(
-        self, x: Tensor, given: Tensor, late: LateTokens | None, scale: Tensor | None, features: Tensor | None = None
+        self, x: Tensor, given: Tensor, late: LateTokens | None, features: Tensor | None = None
     ) -> tuple[Implementation, TokensToEncode]:
         name = self._form_for(x.dtype)
+        scale = decoder_norms(self.W_dec, features) if self.cfg.scale_by_decoder_norm else None
         if name == "triton":
             # its products are of what 16-bit activations and weights are rounded to
             given = given.to(torch.promote_types(x.dtype, self.W_enc.dtype))
         tensors, parts = dict(self.named_buffers()), implementation(name)
         return parts, tokens_to_encode(parts, self.cfg, tensors, given, scale, features, late)
 
-    def _codes(self, x: Tensor, given: Tensor, late: LateTokens | None, scale: Tensor | None) -> SparseCodes:
-        parts, ready = self._ready(x, given, late, scale)
+    def _codes(self, x: Tensor, given: Tensor, late: LateTokens | None) -> SparseCodes:
+        parts, ready = self._ready(x, given, late)
         return active_codes(parts, self.cfg.k, ready, self._hints)
 
-    def _dense(self, x: Tensor, features: Tensor | None, scale: Tensor | None) -> Tensor:
+    def _dense(self, x: Tensor, features: Tensor | None) -> Tensor:
         """Activations [B, F], or [B, P] of the features."""
         given, late = self._to_encode(x)
         if self.cfg.k is not None and features is not None:
-            return dense_columns(self._codes(x, given, late, scale), features)
-        parts, ready = self._ready(x, given, late, scale, features)
+            return dense_columns(self._codes(x, given, late), features)
+        parts, ready = self._ready(x, given, late, features)
         return active_dense(parts, self.cfg.k, ready, self._hints)
 
     def _decode_sparse(self, codes: SparseCodes) -> Tensor:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..support.argument_checks import FLOATS, describe
+from ..support.argument_checks import FLOATS, bad_values, describe
 from .config import InferenceConfig
 
 WEIGHTS = ("W_enc", "W_dec", "W_skip")
-# values whose NaN check is done at once
-CHECKED = 1 << 24
 
 
 def shapes_of(cfg: InferenceConfig) -> dict[str, tuple[int, ...]]:
@@ -64,9 +62,6 @@ def prepared(cfg: InferenceConfig, tensors: dict[str, Tensor]) -> dict[str, Tens
 
 def check_values(name: str, t: Tensor) -> None:
     """ValueError for NaN, and for inf in anything but a threshold."""
-    values = t if t.dim() < 2 or t.is_contiguous() else t.t()
-    for part in values.reshape(-1).split(CHECKED):
-        bad = part.isnan() if name == "threshold" else ~part.isfinite()
-        if bool(bad.any()):
-            allowed = "NaN" if name == "threshold" else "NaN or inf"
-            raise ValueError(f"{name}: {int(bad.sum())} of its values are {allowed}")
+    may_be_infinite = name == "threshold"
+    if count := bad_values(t, may_be_infinite):
+        raise ValueError(f"{name}: {count} of its values are {'NaN' if may_be_infinite else 'NaN or inf'}")

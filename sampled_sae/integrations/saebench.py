@@ -109,8 +109,7 @@ class SAEBenchSAE(nn.Module):
         context_size = None if context_size is None else check_integer("context_size", context_size, 1)
         self.rule = inference_rule(sae.cfg, inference)
         portable = PortableSAE.of(sae, self.rule)
-        portable.refuse_transcoder("SAEBench")
-        portable.refuse_crosscoder("SAEBench")
+        portable.refuse("SAEBench")
         factor = sae.cfg.input_scale if scale is None else check_positive("scale", scale)
         portable = replace(portable, input_scale=factor).read_at(1.0)
         self.k = portable.whole_k("inference='topk'") if self.rule == "topk" else None

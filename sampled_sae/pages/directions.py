@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..inference.decoder_norms import unit_rows
+from ..inference.products import unit_rows
 
 # elements of a block of cosines that are held at a time
 BLOCK = 1 << 24

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..codes import SparseCodes
 from ..inference.codes_store import CodesStore
-from ..inference.decoder_norms import decoder_norms
 from ..inference.inference_sae import InferenceSAE
+from ..inference.products import decoder_norms
 from ..training.activation_store import ActivationStore
 
 BATCH = 4096

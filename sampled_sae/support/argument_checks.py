@@ -18,7 +18,10 @@ SCORES = ("l2", "l2_squared", "entropy", "uniform")
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32, torch.float64)
 LARGEST_INTEGER = 2**63 - 1
+# values of a tensor that are looked at together
+PIECE = 1 << 24
 Choice = TypeVar("Choice")
+Number = TypeVar("Number", int, float)
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[Choice]) -> Choice:
@@ -70,12 +73,7 @@ def check_integer(name: str, value: Any, least: int) -> int:
 def check_groups(groups: Any, n_features: int) -> tuple[int, ...]:
     """Numbers of features as ints, ascending from 1, the last of them F."""
     allowed = f"groups={groups!r}: must be whole numbers that ascend from 1 to d_sae={n_features}, the last of them"
-    if isinstance(groups, (str, bytes, dict, set)) or not isinstance(groups, Iterable):
-        raise TypeError(allowed)
-    try:
-        found = tuple(check_integer("groups", size, 1) for size in groups)
-    except (TypeError, ValueError) as error:
-        raise type(error)(allowed) from None
+    found = _each(groups, lambda size: check_integer("groups", size, 1), allowed)
     if not found or found[-1] != n_features or any(a >= b for a, b in pairwise(found)):
         raise ValueError(allowed)
     return found
@@ -86,8 +84,8 @@ def check_device(device: torch.device | str) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device={device!r}: must be 'cpu', 'cuda' or 'cuda:N'") from None
-    if found.type not in ("cpu", "cuda"):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
         raise ValueError(f"device={str(device)!r}: must be 'cpu', 'cuda' or 'cuda:N'")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(
@@ -123,15 +121,20 @@ def check_scales(name: str, value: Any, layers: int) -> float | tuple[float, ...
     if layers == 1 or plain_number(value) is not None:
         return check_positive(name, value)
     allowed = f"{name}={value!r}: must be a number > 0, or a sequence of {layers}, one a layer"
-    if isinstance(value, (str, bytes, dict, set)) or not isinstance(value, Iterable):
-        raise TypeError(allowed)
-    try:
-        found = tuple(float(check_positive(name, number)) for number in value)
-    except (TypeError, ValueError) as error:
-        raise type(error)(allowed) from None
+    found = _each(value, lambda number: float(check_positive(name, number)), allowed)
     if len(found) != layers:
         raise ValueError(allowed)
     return found
+
+
+def _each(values: Any, check: Callable[[Any], Number], allowed: str) -> tuple[Number, ...]:
+    """What `check` makes of each in a sequence; whatever is wrong is said as `allowed`."""
+    if isinstance(values, (str, bytes, dict, set)) or not isinstance(values, Iterable):
+        raise TypeError(allowed)
+    try:
+        return tuple(check(value) for value in values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(allowed) from None
 
 
 def check_budget(k: Any, l: Any, n_features: int, select: str) -> tuple[float, float | None]:
@@ -171,18 +174,23 @@ def check_finite(x: Tensor, name: str = "x", where: str = "") -> None:
         raise ValueError(f"{name}{where}: {count} of {x.numel()} values are NaN or inf, the first at {first}")
 
 
+def bad_values(t: Tensor, may_be_infinite: bool = False) -> int:
+    """How many values are NaN, or inf where they may not be; a piece after another, which needs little memory."""
+    flat = (t if t.dim() < 2 or t.is_contiguous() else t.t()).reshape(-1)
+    return sum(int((part.isnan() if may_be_infinite else ~part.isfinite()).sum()) for part in flat.split(PIECE))
+
+
 def check_encoder(x: Any, W_enc: Any, b_enc: Any, scale: Any = None) -> None:
     """x [..., d], W_enc [d, F], b_enc [F], scale [F] or None, on one device and of one dtype."""
     if not isinstance(W_enc, Tensor) or W_enc.dim() != 2 or W_enc.numel() == 0:
         raise ValueError(f"W_enc={describe(W_enc)}: must be a tensor of shape [d_in, d_sae]")
     check_activations(x, W_enc.shape[0])
     n_features = W_enc.shape[1]
-    for name, value in (("b_enc", b_enc), ("scale", scale)):
-        if name == "scale" and value is None:
-            continue
+    vectors = {"b_enc": b_enc, **({} if scale is None else {"scale": scale})}
+    for name, value in vectors.items():
         if not isinstance(value, Tensor) or value.shape != (n_features,):
             raise ValueError(f"{name}={describe(value)}: must be a tensor of shape [{n_features}]")
-    check_same(x=x, W_enc=W_enc, b_enc=b_enc, **({} if scale is None else {"scale": scale}))
+    check_same(x=x, W_enc=W_enc, **vectors)
     check_finite(x)
     if scale is not None and not bool((scale > 0).all()):
         raise ValueError(f"scale: must be > 0 everywhere, its smallest value is {float(scale.min())}")

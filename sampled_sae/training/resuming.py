@@ -229,8 +229,8 @@ def _tensors(run: Resumable, kept: dict[str, Any] | None = None) -> dict[str, Te
 def _hints(run: Resumable) -> dict[str, Any]:
     """Where searches start, which moves last bits: on all ranks, and on each of this layout alone."""
     ranks, own = run.feed.ranks, run.sae.layout.own_hints
-    of_ranks = ranks.gather([] if own is None else own.plain())
-    return {"layout": [ranks.data[1], ranks.feature[1]], "all": run.sae.memory.hints.plain(), "own": of_ranks}
+    of_ranks = ranks.gather([] if own is None else own.state_dict())
+    return {"layout": [ranks.data[1], ranks.feature[1]], "all": run.sae.memory.hints.state_dict(), "own": of_ranks}
 
 
 def _take_hints(run: Resumable, hints: dict[str, Any] | None) -> None:
@@ -238,9 +238,9 @@ def _take_hints(run: Resumable, hints: dict[str, Any] | None) -> None:
     ranks, own = run.feed.ranks, run.sae.layout.own_hints
     if hints is None:
         return
-    run.sae.memory.hints.load_plain(hints["all"], run.feed.device)
+    run.sae.memory.hints.load_state_dict(hints["all"], run.feed.device)
     if own is not None and hints["layout"] == [ranks.data[1], ranks.feature[1]]:
-        own.load_plain(hints["own"][ranks.rank], run.feed.device)
+        own.load_state_dict(hints["own"][ranks.rank], run.feed.device)
 
 
 def _take_over(run: Resumable, tensors: dict[str, Tensor], pool: dict[str, Any]) -> None:

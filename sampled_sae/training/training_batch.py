@@ -7,8 +7,8 @@ from functools import cached_property
 
 from torch import Tensor
 
+from ..impl.start import geometric_median
 from ..support.all_ranks import ALONE, AllRanks
-from ..support.geometric_median import geometric_median
 
 
 class TrainingBatch:

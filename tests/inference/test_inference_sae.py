@@ -144,7 +144,7 @@ def test_no_copy_of_the_weights_and_no_matrix_of_activations(screened, rule, mon
     monkeypatch.setattr("sampled_sae.impl.torch.look_through.MOST_SEEN", 1 << 14)
     monkeypatch.setattr("sampled_sae.impl.torch.look_through.MOST_PRODUCT", 1 << 14)
     monkeypatch.setattr("sampled_sae.impl.torch.products.GATHERED_ELEMENTS", 1 << 13)
-    monkeypatch.setattr("sampled_sae.inference.decoder_norms.CHUNK_ELEMENTS", 1 << 13)
+    monkeypatch.setattr("sampled_sae.inference.products.CHUNK_ELEMENTS", 1 << 13)
     wide = {"d_in": 64, "d_sae": 4096, "scale_by_decoder_norm": True, "screen": "bf16" if screened else "off"}
     sae, x = make(rule, n_tokens=64, dtype=torch.bfloat16, **wide)
     held = next(name for name in ("threshold", "b_enc", "b_gate") if hasattr(sae, name))

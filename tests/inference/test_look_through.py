@@ -6,7 +6,7 @@ from screened import TORCH
 
 from sampled_sae.impl.encoder import Operands
 from sampled_sae.impl.rounded_tokens import RoundedTokens
-from sampled_sae.impl.torch import above, floors, look_through, settling
+from sampled_sae.impl.torch import above, look_through, screen, settling
 
 
 def operands_of(n_tokens, d, dtype, n_features=1 << 13, screen="bf16"):
@@ -87,11 +87,11 @@ def test_no_activation_above_its_floor_is_below_the_least_product(scaled, dtype)
     operands = Operands(z[:1, None], z[:, None], b, scale)
     for floor in (*below, torch.full_like(a, torch.inf), torch.full_like(a, torch.finfo(dtype).max)):
         floor = floor.clamp_min(0) if scaled else floor
-        least = floors.least_in_full(operands, floor, slice(0, n))
+        least = screen.least_in_full(operands, floor, slice(0, n))
         assert not ((a > floor) & (z < least)).any()
     assert ((a > below[0]) & a.isfinite()).sum() > n / 2
-    one = floors.least_in_full(operands, torch.ones(1, dtype=dtype), slice(5, 9))
-    assert torch.equal(one, floors.least_in_full(operands, torch.ones(n, dtype=dtype), slice(5, 9)))
+    one = screen.least_in_full(operands, torch.ones(1, dtype=dtype), slice(5, 9))
+    assert torch.equal(one, screen.least_in_full(operands, torch.ones(n, dtype=dtype), slice(5, 9)))
 
 
 @pytest.mark.parametrize("at_hand", [True, False], ids=["by feature", "by token"])

@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from sampled_sae.impl.dead_features import ranked
 from sampled_sae.impl.triton.screen import RoundedRows
-from sampled_sae.impl.triton.spectral import stretch, stretches
+from sampled_sae.impl.triton.screen_columns import stretch, stretches
 from sampled_sae.kernels.column_bounds import column_bounds
 from sampled_sae.kernels.column_scores import column_statistics
 from sampled_sae.kernels.firing_bounds import firing_bounds

@@ -9,7 +9,7 @@ from test_sparsify import eager_peer, problem, to_dense  # noqa: F401
 
 from sampled_sae import SampledSAE, SampledSAEConfig, formats
 from sampled_sae.integrations.sparsify import patch_sparsify
-from sampled_sae.integrations.sparsify.lazy_pre_acts import PreActivations
+from sampled_sae.integrations.sparsify.encoder_call import PreActivations
 
 
 def functions():

@@ -23,7 +23,6 @@ from ... import pretrained
 from ...inference.inference_sae import InferenceSAE
 from ...support import hub
 from ...support.argument_checks import FLOATS, check_choice, check_device, check_integer
-from ...support.atomic_files import read_json
 from ..origin import Origin
 from ..portable import Say
 from . import dictionary_learning, gemma_scope, ours, qwen_scope, saelens, sparsify
@@ -187,7 +186,7 @@ def detect(path: Path) -> str | None:
         for name, layout in LAYOUTS.items()
         if layout.files and all((path / file).is_file() for file in layout.files)
     ]
-    if ours.NAME in found and read_json(path / pretrained.CONFIG).get("format") != pretrained.FORMAT:
+    if ours.NAME in found and not pretrained.is_ours(path):
         found.remove(ours.NAME)  # other libraries have files of the same names
     if qwen_scope.find(path):
         found.append(qwen_scope.NAME)

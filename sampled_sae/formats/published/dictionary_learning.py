@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...pretrained import layer_of
 from ...support.atomic_files import field
 from .. import dictionary_learning
 from ..origin import Origin
 from ..portable import PortableSAE, Say
-from ..tensor_checks import check_one_dtype, check_tensors
-from .reading import Place, Reading, config_of, layer_of, of_portable
+from ..tensor_checks import check_tensors
+from .reading import Place, Reading, config_of, of_portable
 
 NAME = dictionary_learning.NAME
 FILES = (dictionary_learning.WEIGHTS, dictionary_learning.CONFIG)
@@ -52,7 +53,7 @@ def read(place: Place, say: Say) -> Reading:
     found: dict[str, Any] = {**_matrices(tensors), **{ours: tensors[theirs] for theirs, ours in names.items()}}
     if of == "AutoEncoder":
         sae = PortableSAE(**found, rule="threshold", k=None, threshold=torch.zeros(()), apply_b_dec_to_input=True)
-        sae = check_one_dtype(weights, sae).with_unit_rows(say, "dictionary_learning's loader does it too")
+        sae = sae.of_one_dtype(weights).with_unit_rows(say, "dictionary_learning's loader does it too")
         found = {name: getattr(sae, name) for name in found}
     made = config_of(cfg, d_in=d_in, d_sae=d_sae, rule=RULES.get(str(of), "relu"), apply_b_dec_to_input=centres)
     return Reading(str(of), made, found, origin)

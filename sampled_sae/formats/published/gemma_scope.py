@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from ...inference.tensors import shapes_of
+from ...pretrained import layer_of
 from ...support.atomic_files import field, read_json, read_tensors, write_atomically
 from ..origin import Origin
 from ..portable import Say
 from ..tensor_checks import check_tensors
-from .reading import Place, Reading, config_of, layer_of
+from .reading import Place, Reading, config_of
 
 NAME = "gemma_scope"
 SECOND = "gemma_scope_2"

@@ -12,10 +12,9 @@ from ... import pretrained
 from ...config import MEMBERS, SampledSAEConfig
 from ...impl.inference_rule import NO_SET
 from ...impl.threshold import NEVER_SET, OF_ANOTHER_SET, RUNNING_MEAN, VOID
-from ...support.atomic_files import field, read_json
 from ..origin import Origin
 from ..portable import PortableSAE, Say
-from .reading import Place, Reading, layer_of, of_portable
+from .reading import Place, Reading, of_portable
 
 NAME = pretrained.FORMAT
 
@@ -29,7 +28,7 @@ def read(place: Place, say: Say) -> Reading:
     """
     fields, tensors = pretrained.load_pretrained(place.path)
     config = SampledSAEConfig.from_dict(fields)
-    threshold = tensors["threshold"].clamp(min=0)
+    threshold = tensors["threshold"]
     if not config.is_topk:
         if config.inference == "batch":
             instead = "load it with SampledSAE.from_pretrained, or save it with inference='threshold'"
@@ -42,17 +41,7 @@ def read(place: Place, say: Say) -> Reading:
             threshold = torch.where(tensors[MEMBERS], threshold, torch.inf)
     names = (*pretrained.WEIGHT_NAMES, pretrained.SKIP)
     weights: dict[str, Any] = {name: tensors[name] for name in names if name in tensors}
-    sae = PortableSAE(
-        **weights,
-        rule="topk" if config.is_topk else "threshold",
-        k=config.k,
-        threshold=threshold,
-        apply_b_dec_to_input=bool(config.apply_b_dec_to_input),
-        input_scale=config.input_scale,
-        transcodes=config.is_transcoder,
-        output_scale=config.output_scale,
-        layers=config.layers,
-    )
+    sae = PortableSAE.by_config(config, weights, "topk" if config.is_topk else "threshold", threshold)
     kind = "transcoder" if config.is_transcoder else "SAE"
     if config.is_crosscoder:
         kind = f"crosscoder of {config.layers} layers, one behind the other,"
@@ -78,18 +67,10 @@ def origin(folder: Path) -> Origin:
     Raises:
         ValueError: a file that does not say it, with its name.
     """
-    if (folder / pretrained.RUN).is_file():
-        trained = field(folder / pretrained.RUN, read_json(folder / pretrained.RUN), "activations", dict)
-        point = trained.get("point")
-        layer = trained.get("layer") if point is None else layer_of(str(point))
-        layer = None if trained.get("layers") else layer  # a crosscoder reads several
-        found = Origin(trained.get("model"), layer, point, trained.get("context"))
-        return found.checked(folder / pretrained.RUN)
-    if (folder / pretrained.ORIGIN).is_file():
-        recorded: dict[str, Any] = read_json(folder / pretrained.ORIGIN)
-        recorded.pop("scale", None)  # in config.json since there is input_scale
-        try:
-            return Origin(**recorded).checked(folder / pretrained.ORIGIN)
-        except TypeError as error:
-            raise ValueError(f"{folder / pretrained.ORIGIN}: {error}") from None
-    return Origin()
+    path = folder / (pretrained.RUN if (folder / pretrained.RUN).is_file() else pretrained.ORIGIN)
+    recorded = pretrained.recorded_origin(folder)
+    recorded.pop("scale", None)  # in config.json since there is input_scale
+    try:
+        return Origin(**recorded).checked(path)
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -139,9 +139,3 @@ def in_one_line(layout: str, reading: Reading, place: Place) -> str:
         f"{place.name}: {reading.architecture} of {layout}, {sizes}, {rule}, {dtype}; {where}; activations times "
         f"{config.input_scale:g}{scaled}"
     )
-
-
-def layer_of(hook: str | None) -> int | None:
-    """The block that a hook of TransformerLens or transformers names."""
-    found = re.search(r"(?:blocks|layers|h)\.(\d+)(?:[.:]|$)", hook or "")
-    return int(found[1]) if found else None

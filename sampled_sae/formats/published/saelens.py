@@ -13,23 +13,19 @@ from torch import Tensor
 
 from ...inference.config import InferenceConfig
 from ...inference.tensors import shapes_of
+from ...pretrained import layer_of
 from ...support.atomic_files import field
 from .. import saelens
 from ..origin import Origin
 from ..portable import Say
 from ..tensor_checks import check_tensors
-from .reading import Place, Reading, config_of, in_dtype_of_weights, layer_of, of_portable
+from .reading import Place, Reading, config_of, in_dtype_of_weights, of_portable
 
 NAME = saelens.NAME
 FILES = (saelens.WEIGHTS, saelens.CONFIG)
 # architecture there: rule here
 SAES = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
-TRANSCODERS = {
-    "transcoder": "relu",
-    "skip_transcoder": "relu",
-    "jumprelu_transcoder": "jumprelu",
-    "jumprelu_skip_transcoder": "jumprelu",
-}
+TRANSCODERS = {name: "jumprelu" if name.startswith("jumprelu") else "relu" for name in saelens.TRANSCODERS}
 RULES = {**SAES, **TRANSCODERS}
 # read as training checkpoints
 TRAINED = ("batchtopk", "matryoshka_batchtopk", "sampled", "sampled_batchtopk", "sampled_matryoshka_batchtopk")
@@ -87,24 +83,8 @@ def pack(reading: Reading) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = in_dtype_of_weights(reading.tensors)
     if "threshold" in tensors:
         tensors["threshold"] = tensors["threshold"].expand(config.d_sae)
-    metadata = {
-        "sae_lens_version": saelens.FORMAT_VERSION,
-        "model_name": origin.model_name,
-        "hook_name": origin.hook,
-        "hook_layer": origin.layer,
-        "context_size": origin.context_size,
-    }
-    described = {
-        "architecture": name,
-        "d_in": config.d_in,
-        "d_sae": config.d_sae,
-        "dtype": str(tensors["W_dec"].dtype).removeprefix("torch."),
-        "device": "cpu",
-        "apply_b_dec_to_input": config.apply_b_dec_to_input,
-        "normalize_activations": {of: word for word, of in NORMALIZED.items()}.get(config.normalize, "none"),
-        "reshape_activations": "none",
-        "metadata": {word: value for word, value in metadata.items() if value is not None},
-    }
+    described = saelens.described(name, config, tensors["W_dec"].dtype, origin, {})
+    described |= {"normalize_activations": {of: word for word, of in NORMALIZED.items()}.get(config.normalize, "none")}
     if name == "topk":
         described |= {"k": config.k, "rescale_acts_by_decoder_norm": config.scale_by_decoder_norm}
     if config.is_transcoder:

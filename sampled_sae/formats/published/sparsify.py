@@ -17,7 +17,6 @@ NAME = sparsify.NAME
 FILES = (sparsify.WEIGHTS, sparsify.CONFIG)
 # of the run, in the folder above
 RUN = "config.json"
-REFUSED = sparsify.FOREIGN
 
 
 def read(place: Place, say: Say) -> Reading:
@@ -29,7 +28,7 @@ def read(place: Place, say: Say) -> Reading:
     tensors, config = sparsify.read(place.path)
     cfg = place.path / sparsify.CONFIG
     transcodes, skip = sparsify.flags(cfg, config)
-    d_in, d_sae = sparsify.check_weights(tensors, config, place.path, REFUSED)
+    d_in, d_sae = sparsify.check_weights(tensors, config, place.path)
     made = config_of(
         cfg,
         d_in=d_in,
@@ -63,18 +62,8 @@ def pack(reading: Reading) -> tuple[dict[str, Tensor], dict[str, Any]]:
     # it centres the input of an SAE, and never that of a transcoder
     if c.rule != "topk" or not plain or c.width_out != c.d_in or c.apply_b_dec_to_input == c.is_transcoder:
         raise ValueError(f"rule={c.rule!r}, d_out={c.d_out}: sparsify's files have no place for it")
-    held = in_dtype_of_weights(reading.tensors)
-    tensors = {
-        "encoder.weight": held["W_enc"].t().contiguous(),
-        "encoder.bias": held["b_enc"].contiguous(),
-        "W_dec": held["W_dec"].contiguous(),
-        "b_dec": held["b_dec"].contiguous(),
-    }
-    if c.skip:
-        tensors["W_skip"] = held["W_skip"].contiguous()
-    described = {"activation": "topk", "num_latents": c.d_sae, "k": c.k, "d_in": c.d_in, "skip_connection": c.skip}
-    described |= {"transcode": c.is_transcoder, "expansion_factor": max(1, c.d_sae // c.d_in)}
-    return tensors, {**described, "multi_topk": False, "normalize_decoder": False}
+    assert c.k is not None
+    return sparsify.packed(in_dtype_of_weights(reading.tensors), c.k, c.is_transcoder, normalize_decoder=False)
 
 
 write = sparsify.write

@@ -19,9 +19,9 @@ from ...support.even_slices import even_slices
 from ...support.reused_memory import scratch
 from ..encoder import Operands
 from .column_filter import places_reaching
-from .floors import least_in_full
 from .look_through import MOST_TOKENS, LookThrough, is_held, room_of
-from .products import activations_at, candidate_spans, raised
+from .products import activations_at, candidate_spans, raised, token_blocks
+from .screen import least_in_full
 from .search import MOST_SCREENED
 from .settling import Candidates, flat_places
 
@@ -153,7 +153,8 @@ class FloorSearch:
         while look.screen is not None:
             seen = look.through(span)
             if seen is not None:
-                look.count(n_seen, len(seen[0]))
+                assert look.block.screen is not None
+                look.block.screen.looks.see_entries(n_seen, len(seen[0]))
                 if len(seen[0]) <= MOST_SCREENED * max(n_seen, FEWEST_SEEN):
                     return seen
             look.drop()
@@ -202,10 +203,7 @@ def in_whole_rows(block: Operands, floor: Tensor) -> Entries:
 def row_blocks(operands: Operands) -> Iterator[tuple[slice, Operands]]:
     """(some tokens, their operands): few enough for whole rows of activations."""
     n_features, d = operands.W.shape
-    step = max(FEWEST_TOKENS, min(ROW_ELEMENTS // n_features, ROW_TOKEN_ELEMENTS // d))
-    for start in range(0, operands.n_tokens, step):
-        at = slice(start, min(start + step, operands.n_tokens))
-        yield at, operands.of_tokens(at)
+    return token_blocks(operands, max(FEWEST_TOKENS, min(ROW_ELEMENTS // n_features, ROW_TOKEN_ELEMENTS // d)))
 
 
 def dense_activations(operands: Operands, out: Tensor) -> None:

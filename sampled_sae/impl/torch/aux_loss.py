@@ -13,7 +13,6 @@ from ..column_bounds import ColumnBounds, largest_columns
 from ..dead_features import AuxRule, residual_of
 from ..encoder import Encoder, Operands
 from ..hints import Rule
-from .block import block_mask
 from .entries import entry_codes
 from .layer import decode
 from .pool import candidate_pool
@@ -56,7 +55,7 @@ def aux_loss(
         taken = rows.gather("W_enc", W, members, x.dtype)
         b_taken = rows.gather("b_enc", b, members, x.dtype)
         a = torch.addmm(b_taken, x, taken.t())
-        block = torch.where(block_mask(a.detach(), Rule(rule.k_aux, "token")), a, 0)
+        block = torch.where(Rule(rule.k_aux, "token").mask(a.detach()), a, 0)
         codes = SparseCodes.from_block(block, members, operands.n_features)
     else:
         codes = entry_codes(alone, stream_token(operands.among(members), min(rule.k_aux, len(members))))

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ...codes import SparseCodes
-from ...support.nth_largest import largest_mask, largest_mask_of_rows
 from ...support.once_differentiable import once_differentiable
 from ..encoder import Encoder
 from ..hints import Rule
@@ -31,7 +30,7 @@ def block_codes(encoder: Encoder, members: Tensor, rule: Rule) -> SparseCodes:
     block = EncodeBlock.apply(x, b_dec, taken, b_taken, operands.x)
     if operands.scale is not None:
         block = block * operands.scale[members]
-    kept = torch.where(block_mask(block.detach(), rule), block, 0)
+    kept = torch.where(rule.mask(block.detach()), block, 0)
     return SparseCodes.from_block(kept, members, operands.n_features)
 
 
@@ -60,14 +59,3 @@ class EncodeBlock(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             d_rows = grad.t() @ centred
         return dx, db_dec, d_rows, db_rows, None
-
-
-def block_mask(a: Tensor, rule: Rule) -> Tensor:
-    """Kept entries of a [B, P]: strictly positive, within the budget, ties to the lower index."""
-    positive = a > 0
-    if rule.select == "batch":
-        budget = rule.budget(a.shape[0])
-        if int(positive.count_nonzero()) <= budget:
-            return positive
-        return largest_mask(a.flatten(), budget).view(a.shape) & positive
-    return largest_mask_of_rows(a, int(rule.k)) & positive

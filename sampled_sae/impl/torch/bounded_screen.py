@@ -18,9 +18,8 @@ from ...support.reused_memory import scratch
 from ..encoder import Operands
 from ..rounded_tokens import COLUMNS, LARGEST, LOST, width_of
 from .column_filter import places_reaching
-from .floors import least_products
 from .products import part_width, parts_of
-from .screen import MARGIN, UNIT, in_two_pieces, norms_into, offset_errors, sums_of
+from .screen import MARGIN, UNIT, in_two_pieces, least_products, norms_into, offset_errors, sums_of
 
 # elements of weights that are rounded and multiplied at once, and features at most, for few tokens twice as many: they
 # stay in the cache, and two threads share products of these shapes

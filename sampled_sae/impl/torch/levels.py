@@ -59,13 +59,6 @@ class LevelIndex(EntryIndex):
         return self._index.feature_ends
 
 
-def add_up_(levels: Tensor) -> Tensor:
-    """What each level adds, [B, G, d], becomes the sum of it and all before it."""
-    for m in range(1, levels.shape[1]):
-        levels[:, m] += levels[:, m - 1]
-    return levels
-
-
 def summed_from_above(grad: Tensor, workspace: Workspace) -> Tensor:
     """The gradient of what each level adds, [B, G, d], from that of the levels."""
     last = grad.shape[1] - 1
@@ -94,7 +87,10 @@ class DecodeEntryLevels(torch.autograd.Function):
         levels = index.sum_by_token(values, W_dec).view(index.n_tokens // n_levels, n_levels, W_dec.shape[1])
         if b_dec is not None:
             levels[:, 0] += b_dec.to(levels.dtype)
-        return add_up_(levels)
+        # what each level adds becomes the sum of it and all before it
+        for m in range(1, n_levels):
+            levels[:, m] += levels[:, m - 1]
+        return levels
 
     @staticmethod
     @once_differentiable

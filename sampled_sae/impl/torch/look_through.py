@@ -78,11 +78,6 @@ class LookThrough:
         if self.block.screen is not None:
             self.block.screen.let_go()
 
-    def count(self, seen: int, left: int) -> None:
-        """Of the entries of a chunk, how many a look has left open."""
-        assert self.block.screen is not None
-        self.block.screen.looks.see_entries(seen, left)
-
     def width(self) -> int:
         """Features a chunk."""
         n_tokens, d, b = self.block.n_tokens, self.block.x.shape[1], self.block.b

@@ -13,9 +13,8 @@ from ...support.reused_memory import scratch
 from ..encoder import Operands
 from ..rounded_tokens import LARGEST
 from .column_filter import places_reaching, rows_reaching
-from .floors import least_products
 from .products import part_width, parts_of
-from .screen import MARGIN, UNIT, norms_into, smallest_normal, sums_of
+from .screen import MARGIN, UNIT, least_products, norms_into, smallest_normal, sums_of
 
 # elements of weights that are multiplied at once, which stay in the cache, and features at most: two threads share
 # products of these shapes, and narrower ones where tokens are fewer

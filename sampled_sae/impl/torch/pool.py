@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...support.nth_largest import largest_mask
-from ..pool_sampling import gumbel_keys
+from ..ranking import gumbel_keys
 
 
 def candidate_pool(scores: Tensor, size: int, pool: str = "top", generator: torch.Generator | None = None) -> Tensor:

@@ -50,17 +50,12 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def chunk_features(n_tokens: int) -> int:
-    """Features a chunk: a multiple of 64 that keeps [B, C] near 1M elements."""
-    return max(64, CHUNK_ELEMENTS // max(1, n_tokens) // 64 * 64)
-
-
 def chunk_width(operands: Operands) -> int:
-    """Features a chunk of these operands: fewer for few tokens where their weights have another dtype than x.
+    """Features a chunk: a multiple of 64 that keeps [B, C] near 1M elements, and weights that are raised small.
 
     With a screen twice as many, which take the same bytes in bfloat16.
     """
-    width = chunk_features(operands.n_tokens) * (1 if operands.screen is None else 2)
+    width = max(64, CHUNK_ELEMENTS // max(1, operands.n_tokens) // 64 * 64) * (1 if operands.screen is None else 2)
     if operands.W.dtype == operands.x.dtype:
         return width
     return min(width, max(64, RAISED_ELEMENTS // operands.x.shape[1] // 64 * 64))
@@ -71,13 +66,12 @@ def raised(rows: Tensor, like: Tensor) -> Tensor:
     return rows if rows.dtype == like.dtype else scratch(like, *rows.shape).copy_(rows)
 
 
-def token_blocks(operands: Operands) -> Iterator[tuple[int, Operands]]:
-    """(first token, the operands of some tokens) block by block."""
-    if 0 < operands.n_tokens <= BLOCK_TOKENS:
-        yield 0, operands
-        return
-    for start in range(0, operands.n_tokens, BLOCK_TOKENS):
-        yield start, operands.of_tokens(slice(start, start + BLOCK_TOKENS))
+def token_blocks(operands: Operands, step: int = BLOCK_TOKENS) -> Iterator[tuple[slice, Operands]]:
+    """(some tokens, their operands) block by block."""
+    n_tokens = operands.n_tokens
+    for start in range(0, n_tokens, step):
+        at = slice(start, min(start + step, n_tokens))
+        yield at, operands if n_tokens <= step else operands.of_tokens(at)
 
 
 def feature_chunks(operands: Operands) -> Iterator[tuple[slice, Tensor]]:

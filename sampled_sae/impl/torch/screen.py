@@ -6,8 +6,8 @@ to bfloat16 in turn. Before that last rounding
     |z^_ij - z_ij| <= ||x^_i|| ||dw_j|| + ||dx_i|| ||w_j|| + 2 d 2^-24 ||x^_i|| ||w^_j||
 
 whose last term is the rounding of the sums, taken twice for safety. The scale of an activation is part of w and of the
-bias for scores; a threshold is divided by it (floors.py). A few further columns of both operands carry the bias and the
-bound, so that one product gives all of it:
+bias for scores; a threshold is divided by it (`unscaled`). A few further columns of both operands carry the bias and
+the bound, so that one product gives all of it:
 [x^, ||x^||, ||dx||, 1, 1] times [w^, e, g, h, l], where h + l is a number for each feature in two pieces.
 """
 
@@ -40,6 +40,8 @@ UNIT = 1.01 * 2.0**-8
 MARGIN = 1.01
 # a number of this size is beyond every sum of products in range, and finite in bfloat16
 BEYOND = 1e38
+# more than what adding a bias, a scale and dividing by it round, of the numbers that are added
+ROUNDED = 2.0**-20
 # elements of weights that are rounded at once
 PIECE_ELEMENTS = 1 << 17
 # "auto" of a search above thresholds, which rounds no weights that are in bfloat16 (plain_screen.py)
@@ -122,10 +124,6 @@ class FeatureRounding(NamedTuple):
         """[C]: what an activation moves by, at most, for ||x^_i|| = 1 and dx_i = 0."""
         return MARGIN * (self.errors + sums_of(self.W.shape[1]) * (self.norms + self.errors))
 
-    def offset_errors(self, sizes: Tensor) -> Tensor:
-        """[C]: the same for what is added to an activation, of these sizes, in two pieces."""
-        return offset_errors(sizes, self.W.shape[1])
-
     def plus(self, offset: Tensor, of_norms: Tensor | float = 0, of_errors: Tensor | float = 0) -> Tensor:
         """W, whose product with the tokens is then z^ + offset [C] + ||x^|| of_norms + ||dx|| of_errors."""
         d = self.W.shape[1] - COLUMNS
@@ -139,7 +137,7 @@ class FeatureRounding(NamedTuple):
         of_norms, of_errors = rounded_up(self.entry_errors), rounded_up(MARGIN * self.norms)
         if side < 0:
             of_norms, of_errors = -of_norms, -of_errors
-        return self.plus(torch.add(offset, self.offset_errors(sizes), alpha=side), of_norms, of_errors)
+        return self.plus(torch.add(offset, offset_errors(sizes, self.W.shape[1]), alpha=side), of_norms, of_errors)
 
 
 def sums_of(width: int) -> float:
@@ -190,3 +188,33 @@ def rounding_slack(operands: Operands, at: slice | Tensor) -> Tensor:
         norms, bias = norms * scale, bias * scale
     sizes = (seen.norms + seen.errors) * norms.amax() + bias.amax()
     return MARGIN * sums_of(operands.x.shape[1]) * sizes + smallest_normal()
+
+
+def least_products(operands: Operands, floor: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+    """Of some features, [C] each: what x . w of an activation above the floor, [1] or [F], is at least, and of what
+    size the numbers are that this is made of. Scales are not negative, nor are floors but without bias and scale.
+
+    Neither is infinite: no product in range is as large as BEYOND.
+    """
+    b, floor = operands.b[at], unscaled(operands, floor, at).clamp_(-BEYOND, BEYOND)
+    return floor - b, floor.abs() + b.abs()
+
+
+def least_in_full(operands: Operands, floor: Tensor, at: slice) -> Tensor:
+    """[C]: what no product in full precision lies below whose activation, computed of it, is above the floor.
+
+    Products may leave the range here; what is infinite stays so.
+    """
+    b, floor = operands.b[at], unscaled(operands, floor, at)
+    slack = ROUNDED * floor.abs() + ROUNDED * b.abs() + smallest_normal()
+    return (floor - b).sub_(torch.where(slack.isfinite(), slack, 0))
+
+
+def unscaled(operands: Operands, floor: Tensor, at: slice) -> Tensor:
+    """[C]: the floors of x . w + b, before the scale."""
+    floor = floor if len(floor) == 1 else floor[at]
+    if operands.scale is None:
+        return floor.repeat(at.stop - at.start) if len(floor) == 1 else floor.clone()
+    scale = operands.scale[at]
+    # what the last rounding of an activation may have added; a scale of 0 gives what is above no floor
+    return torch.where(scale > 0, (floor - smallest_normal()) / scale, torch.inf)

@@ -17,7 +17,7 @@ from ..column_bounds import UNKNOWN, ColumnBounds, SeenColumns, bounds_of_flags,
 from ..encoder import Operands
 from .products import chunk_width, token_blocks, without_autocast
 from .scores import column_scores
-from .screen import MARGIN, PIECE_ELEMENTS, UNIT, FeatureRounding, scaled_bias, smallest_normal
+from .screen import MARGIN, PIECE_ELEMENTS, UNIT, FeatureRounding, offset_errors, scaled_bias, smallest_normal
 
 POWER_STEPS = 8
 TRIES = 3
@@ -74,7 +74,7 @@ def norms(operands: Operands) -> SeenColumns:
             bias = scaled_bias(operands, at)
             squares[at] += squared_norms(product(block, features.plus(bias)), x)
             of_weights.norms[at], of_weights.errors[at] = features.norms, features.errors
-            offsets[at] = features.offset_errors(bias.abs())
+            offsets[at] = offset_errors(bias.abs(), features.W.shape[1])
         # and what rounding the changes in turn may leave of them
         changes = spectral_bound(changes_of(x, screen.x)) + UNIT * float(torch.linalg.vector_norm(screen.errors))
         sizes = (spectral_bound(screen.x), changes, float(torch.linalg.vector_norm(screen.norms)))
@@ -112,7 +112,7 @@ def fires(operands: Operands) -> SeenColumns:
 def rounded_features(operands: Operands) -> Iterator[tuple[Operands, slice, FeatureRounding]]:
     """(block of tokens, some features, their rounding) for all features of one block after another."""
     # of no tokens too: what is known of the weights has to be the same on all processes
-    for _, block in token_blocks(operands) if operands.n_tokens else [(0, operands)]:
+    for _, block in token_blocks(operands) if operands.n_tokens else [(slice(0), operands)]:
         step = chunk_width(block)
         for start in range(0, operands.n_features, step):
             at = slice(start, min(start + step, operands.n_features))

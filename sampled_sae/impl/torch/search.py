@@ -1,7 +1,13 @@
 """A search through chunks of the encoder product, and the filter that it puts them through.
 
-Where the operands have a screen, a chunk is a bfloat16 product (screen_entries.py): what its bound does not rule out is
-a candidate.
+Where the operands have a screen, a chunk is a bfloat16 product: what its bound does not rule out is a candidate. With
+x^ and w^ the operands in bfloat16, z_ij = x_i . w_j + b_j is at most
+
+    x^_i . w^_j + ||x^_i|| e_j + ||dx_i|| ||w_j|| + b_j,   e_j = ||dw_j|| + the rounding of sums,
+
+as in screen.py. That is one product, in which what does not fit into bfloat16 is rounded up. A floor for each token is
+compared with it afterwards: rounding never swaps two numbers. Both are compared as whole numbers, for the bits of
+floats above zero sort as their values do, and those below are negative.
 """
 
 from __future__ import annotations
@@ -13,9 +19,9 @@ from torch import Tensor
 
 from ...codes import Entries
 from ..encoder import Operands
-from .products import BLOCK_FEATURES, activations_at, features_of, products_by_feature
-from .screen import rounding_slack
-from .screen_entries import bits_of, seen_bits
+from ..rounded_tokens import LARGEST
+from .products import BLOCK_FEATURES, activations_at, features_of, padded_chunk, products_by_feature
+from .screen import FeatureRounding, rounding_slack, scaled_bias
 
 # a screen that lets more than this share of a chunk through costs more than it saves
 MOST_SCREENED = 1 / 16
@@ -127,6 +133,26 @@ class Search(ABC):
         if scale is not None:
             z *= scale.index_select(0, features)
         return torch.empty_like(z).index_copy_(0, order, z)
+
+
+def seen_bits(operands: Operands, span: slice) -> Tensor | None:
+    """What some activations are at most: bits of bfloat16, int16 [B, C], in a `padded_chunk`; None out of range."""
+    assert operands.screen is not None
+    at = features_of(operands, span)
+    # a search computes few of what it finds again, and measures nothing for it
+    features, bias = FeatureRounding.of(operands, at), scaled_bias(operands, at)
+    sizes = bias.abs()
+    if not float(torch.maximum(features.norms, sizes).amax()) < LARGEST:  # or NaN
+        return None
+    W = features.bounding(bias, sizes, 1)
+    z, inner = padded_chunk(W, operands.n_tokens, span)
+    torch.mm(operands.screen.columns, W.t(), out=inner)
+    return z.view(torch.int16)
+
+
+def bits_of(floor: Tensor) -> Tensor:
+    """int16, those of floors >= 0 rounded down to bfloat16."""
+    return (floor.contiguous().view(torch.int32) >> 16).to(torch.int16)
 
 
 def filter_chunk(a: Tensor, token: int, base: int, floor: Tensor) -> Entries:

@@ -73,9 +73,9 @@ def search_batch(operands: Operands, n: int, hint: float | None = None) -> Entri
     search = BatchSearch(operands, n)
     # what a screen finds costs little until it is computed
     most = 2 if operands.screen is None else 4
-    for token, block in token_blocks(operands):
+    for at, block in token_blocks(operands):
         for span in candidate_spans(block, FIRST_CHUNK if hint is None else None):
-            search.look_at(token, block, span, floor)
+            search.look_at(at.start, block, span, floor)
             if search.count >= most * n > 0:
                 kept = search.keep(keep_best(search.settle(floor), n, operands.n_features))
                 if search.count == n:
@@ -92,9 +92,9 @@ def stream_token(operands: Operands, k: int, hint: float | None = None) -> Entri
     x, n_tokens = operands.x, operands.n_tokens
     floor = x.new_zeros(n_tokens) if hint is None else hint * torch.linalg.vector_norm(x, dim=1)
     blocks = []
-    for token, block in token_blocks(operands):
-        values, tokens, features = best_of_tokens(block, k, floor[token : token + block.n_tokens])
-        blocks.append(Entries(values, tokens + token, features))
+    for at, block in token_blocks(operands):
+        values, tokens, features = best_of_tokens(block, k, floor[at])
+        blocks.append(Entries(values, tokens + at.start, features))
     best = Entries.joined(blocks)
     if hint is not None:
         short = torch.bincount(best.tokens, minlength=n_tokens) < k

@@ -23,8 +23,7 @@ from . import block, entries, reconstruction, scores
 from .block import BLOCK_FEATURES, block_codes
 from .entries import narrow, padded_codes
 from .screen import rounded_operands, tensors_of
-from .search import select_entries
-from .stream import dense_from_list, dense_products, stream_above
+from .stream import dense_from_list, dense_products, select_entries, stream_above
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.batch_topk import largest_indices
-from ..pool_sampling import gumbel_keys
+from ..ranking import gumbel_keys
 
 
 @torch.library.custom_op("sampled_sae::top_pool", mutates_args=())

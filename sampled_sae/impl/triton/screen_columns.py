@@ -6,6 +6,7 @@ the host nothing. Scores are bounded as sums over the tokens: squares of norms, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,16 +14,18 @@ from torch import Tensor
 
 from ...kernels import column_bounds as bounds_kernel
 from ...kernels.firing_bounds import firing_bounds
+from ...kernels.rounded_rows import rounded_rows
+from ...kernels.spectral_bound import spectral_bound, trace_bound
 from ...kernels.undecided_columns import settled_statistics, statistics_of
 from ..column_bounds import MOST_PARTS, SeenColumns, bounds_of_flags, flags_of
 from ..encoder import Operands
-from ..pool_sampling import keys_of
+from ..ranking import keys_of
 from ..rounded_tokens import Looks
 from ..torch.scores import finish_scores
 from .pool import largest_keys, top_pool
+from .products import product
 from .scores import column_statistics
-from .screen import RoundedOperands, RoundedRows
-from .spectral import stretches
+from .screen import RoundedOperands, RoundedRows, tensors_of
 
 # what squares and roots of a few float32 numbers are rounded by, and more
 OF_ROOTS = 1 + 2.0**-20
@@ -64,8 +67,7 @@ def column_bounds(operands: Operands, score: str) -> BoundsOnDevice | None:
     screen = operands.screen
     if not isinstance(screen, RoundedOperands) or score == "entropy":
         return None
-    (x, *of_x), (W, *of_W) = screen.tokens, screen.weights
-    low, high = bounds_at_once(x, *of_x, W, *of_W, operands.x, operands.b, operands.scale, score)
+    low, high = bounds_at_once(tensors_of(screen), operands.x, operands.b, operands.scale, score)
     return BoundsOnDevice(low, high, operands.in_full(), score, screen.looks)
 
 
@@ -101,23 +103,37 @@ def seen_columns(operands: Operands, score: str) -> SeenColumns | None:
     return SeenColumns(sums, bounds)
 
 
+def stretches(tokens: RoundedRows, changes: Tensor) -> tuple[Tensor, Tensor]:
+    """Of x^, the rounded tokens, and of `changes`, float32 [B, d], what rounding changed: float32 [2] each.
+
+    The first number is no less than the largest singular value, the second no less than the Frobenius norm.
+    """
+    again = RoundedRows(*rounded_rows(changes))
+    return stretch(tokens), stretch(again, again.errors)
+
+
+def stretch(rows: RoundedRows, left: Tensor | None = None) -> Tensor:
+    """Of `rows.values`, bfloat16 [B, d]; of the first number, with what is added to them, rows of norms `left` [B]."""
+    X = rows.values
+    trace = trace_bound(rows.norms, rows.errors)
+    n_tokens, d = X.shape
+    G = product(X.t(), X) if n_tokens > d else product(X, X.t())
+    V, norms_1, errors_1 = rounded_rows(G, trace[1:])
+    V, norms_2, errors_2 = rounded_rows(product(V, V.t()))
+    _, norms_3, _ = rounded_rows(product(V, V.t()))
+    n = max(n_tokens, d)
+    return spectral_bound(trace, norms_1, errors_1, norms_2, errors_2, norms_3, n, left)
+
+
 @torch.library.custom_op("sampled_sae::seen_columns", mutates_args=())
 def bounds_at_once(
-    x: Tensor,
-    x_norms: Tensor,
-    x_errors: Tensor,
-    W: Tensor,
-    W_norms: Tensor,
-    W_errors: Tensor,
-    full_x: Tensor,
-    b: Tensor,
-    scale: Tensor | None,
-    score: str,
+    screen: Sequence[Tensor], full_x: Tensor, b: Tensor, scale: Tensor | None, score: str
 ) -> tuple[Tensor, Tensor]:
     """(least, greatest) sum over the tokens of each column, float32 [F]; the second is not finite where all is open.
 
-    x, W and what goes with them are RoundedRows; `full_x` is x before it was rounded.
+    screen: `tensors_of` one. full_x: x before it was rounded.
     """
+    x, x_norms, x_errors, W, W_norms, W_errors = screen
     if score == "uniform":
         sure, possible = firing_bounds(x, x_norms, x_errors, W, W_norms, W_errors, b).clamp_(max=1)
         return sure, possible.clone()
@@ -127,8 +143,8 @@ def bounds_at_once(
 
 
 @bounds_at_once.register_fake
-def _(x: Tensor, x_norms: Tensor, x_errors: Tensor, W: Tensor, W_norms: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(W_norms), torch.empty_like(W_norms)
+def _(screen: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(screen[-1]), torch.empty_like(screen[-1])
 
 
 @torch.library.custom_op("sampled_sae::settle_columns", mutates_args=())

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ...codes import SparseCodes
 from ...config import SampledSAEConfig
-from ...formats.dictionary_learning import UNSET
+from ...formats.dictionary_learning import UNSET, check_state, read_state
 from ...sae import SampledSAE
 from ...support.argument_checks import check_integer
-from ..replaced import has_other_methods, methods_of
+from ..replaced import methods_of
 from .linear_view import LinearView, parameter_of_sae
-from .peer_files import NAMES, Names, from_peer_names, held_k, read_weights, to_peer_names
+from .peer_files import NAMES, Names, from_peer_names, held_k, matrix_sizes, to_peer_names
 
 
 class SampledDictionary(Dictionary):
@@ -75,9 +75,7 @@ class SampledDictionary(Dictionary):
         drawn = made.state_dict()
         for theirs, ours, transposed in self.names:
             if ours != "sae.threshold":
-                self.sae.get_parameter(ours.removeprefix("sae.")).copy_(
-                    drawn[theirs].t() if transposed else drawn[theirs]
-                )
+                self.get_parameter(ours).copy_(drawn[theirs].t() if transposed else drawn[theirs])
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Parameters and modules too go to the properties below, which torch would hide them behind."""
@@ -133,10 +131,6 @@ class SampledDictionary(Dictionary):
             self.sae.cfg = replace(self.sae.cfg, k=int(k))
         self._seen_k = seen
 
-    def has_other_methods(self) -> bool:
-        """Whether `encode` or `decode` is someone else's."""
-        return has_other_methods(self, self._methods)
-
     def decode(self, f: Tensor | SparseCodes) -> Tensor:
         """Features [..., F], or SparseCodes, to activations [..., d]."""
         return self.sae.decode(f)
@@ -172,12 +166,19 @@ class SampledDictionary(Dictionary):
         Raises:
             ValueError: a missing, truncated or foreign file, or one of another k.
         """
-        tensors = read_weights(Path(path))
-        held = held_k(path, tensors, k)
-        dict_size, activation_dim = tensors["encoder.weight"].shape
-        dictionary = cls(activation_dim, dict_size, held, device, **kwargs)
+        path = Path(path)
+        tensors = read_state(path)
+        shape = cls._shape_in(path, tensors)
+        dictionary = cls(**shape, k=held_k(path, tensors, k), device=device, **kwargs)
         dictionary.load_state_dict(tensors)
         return dictionary
+
+    @classmethod
+    def _shape_in(cls, path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """What a file's tensors say of the arguments; they are those of this class."""
+        d_sae, d_in = matrix_sizes(path, tensors, "encoder.weight", "dict_size, activation_dim")
+        check_state(path, tensors, d_in, d_sae)
+        return {"activation_dim": d_in, "dict_size": d_sae}
 
     def _codes(self, x: Tensor, by_threshold: bool) -> SparseCodes | Tensor:
         """What is kept of x [..., d], by the threshold or as in training; dense where no threshold is known yet."""

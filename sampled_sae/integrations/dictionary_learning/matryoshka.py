@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from itertools import accumulate
 from math import isclose
 from pathlib import Path
@@ -13,12 +12,12 @@ from dictionary_learning.trainers import matryoshka_batch_top_k
 from torch import Tensor
 
 from ...codes import SparseCodes
-from ...formats.dictionary_learning import as_linear, groups_of, read_state
+from ...formats.dictionary_learning import as_linear, groups_of
 from ...impl.levels import level_errors
-from ...support.argument_checks import check_integer, check_number, describe
+from ...support.argument_checks import check_integer, check_number
 from .dictionaries import BatchTopKSAE, SampledDictionary
 from .linear_view import parameter_of_sae
-from .peer_files import Names, held_k
+from .peer_files import Names, matrix_sizes
 from .row_trainer import RowTrainer
 from .step import StepInputs
 
@@ -75,27 +74,11 @@ class MatryoshkaBatchTopKSAE(BatchTopKSAE):
     W_dec = parameter_of_sae("W_dec", "[F, d]. Assigning copies the values.")
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: str | os.PathLike[str],
-        k: int | None = None,
-        device: torch.device | str | None = None,
-        **kwargs: Any,
-    ) -> SampledDictionary:
-        """As that of `BatchTopKSAE`; the file names its groups."""
-        path = Path(path)
-        tensors = read_state(path)
-        weight = tensors.get("W_enc")
-        if weight is None or weight.dim() != 2:
-            raise ValueError(f"{path}: W_enc={describe(weight)}: must be a tensor [activation_dim, dict_size]")
-        d_in, d_sae = weight.shape
-        groups = groups_of(path, tensors, d_sae)
+    def _shape_in(cls, path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        d_in, d_sae = matrix_sizes(path, tensors, "W_enc", "activation_dim, dict_size")
+        groups_of(path, tensors, d_sae)
         as_linear(path, tensors, d_in, d_sae)
-        held = held_k(path, tensors, k)
-        sizes = [end - start for start, end in zip([0, *groups], groups)]
-        dictionary = cls(d_in, d_sae, held, sizes, device, **kwargs)
-        dictionary.load_state_dict(tensors)
-        return dictionary
+        return {"activation_dim": d_in, "dict_size": d_sae, "group_sizes": tensors["group_sizes"].tolist()}
 
     def _codes(self, x: Tensor, by_threshold: bool) -> SparseCodes | Tensor:
         codes = super()._codes(x, by_threshold)

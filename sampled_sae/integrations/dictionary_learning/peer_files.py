@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...formats.dictionary_learning import UNSET, check_state, read_state
+from ...formats.dictionary_learning import UNSET
 from ...sae import SampledSAE
 from ...support.argument_checks import describe
 
@@ -34,7 +33,7 @@ class Named(Protocol):
     k: Tensor
 
 
-def held_k(path: str | os.PathLike[str], tensors: dict[str, Tensor], k: int | None) -> int:
+def held_k(path: Path, tensors: dict[str, Tensor], k: int | None) -> int:
     """The k of a file's tensors, or where it holds none the one that is given.
 
     Raises:
@@ -48,15 +47,12 @@ def held_k(path: str | os.PathLike[str], tensors: dict[str, Tensor], k: int | No
     return held
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of an `ae.pt`, checked; see `SampledDictionary.from_pretrained`."""
-    tensors = read_state(path)
-    weight = tensors.get("encoder.weight")
+def matrix_sizes(path: Path, tensors: dict[str, Tensor], name: str, sizes: str) -> torch.Size:
+    """The shape of a matrix among a file's tensors; ValueError where it is none, with what its `sizes` are."""
+    weight = tensors.get(name)
     if weight is None or weight.dim() != 2:
-        raise ValueError(f"{path}: encoder.weight={describe(weight)}: must be a tensor [dict_size, activation_dim]")
-    d_sae, d_in = weight.shape
-    check_state(path, tensors, d_in, d_sae)
-    return tensors
+        raise ValueError(f"{path}: {name}={describe(weight)}: must be a tensor [{sizes}]")
+    return weight.shape
 
 
 def to_peer_names(module: Named, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:

@@ -21,10 +21,16 @@ from ...impl.row_guard import guard_rows
 from ...optim import RowAdam
 from ...support.argument_checks import check_activations, check_device, check_integer, check_number
 from ..replaced import has_other_methods, methods_of
-from .dead_feature_loss import share_of_variance, unexplained
 from .dictionaries import SampledDictionary
-from .step import LossLog, StepInputs, project_decoder_rows
-from .threshold import average_threshold, mean_smallest_of_tokens
+from .step import (
+    LossLog,
+    StepInputs,
+    average_threshold,
+    mean_smallest_of_tokens,
+    project_decoder_rows,
+    share_of_variance,
+    unexplained,
+)
 
 # attributes of a trainer that its configuration names
 SHOWN = (
@@ -164,7 +170,8 @@ class RowTrainer(SAETrainer):
         Where `ae.encode`, `ae.decode`, `get_auxiliary_loss` or `update_threshold` was overridden or replaced,
         dictionary_learning's own loss is computed, from all activations.
         """
-        if self.ae.has_other_methods() or has_other_methods(self, self._methods) or not self.trains_all():
+        others = has_other_methods(self.ae, self.ae._methods) or has_other_methods(self, self._methods)
+        if others or not self.trains_all():
             return super().loss(self._tokens(x), step, logging)
         self.ae.hear_k()
         sae = self.ae.sae

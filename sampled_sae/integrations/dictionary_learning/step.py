@@ -7,7 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...codes import SparseCodes
+from ...impl.dead_features import AuxRule
 from ...impl.encoder import Encoder
+from ...impl.hints import Rule
 from ...impl.interface import Implementation
 from ...impl.pool import Pool
 from ...sae import SampledSAE
@@ -49,3 +52,49 @@ def project_decoder_rows(sae: SampledSAE) -> None:
             # of unit norm but for rounding, unless someone has written to the decoder
             W = torch.nn.functional.normalize(sae.W_dec.index_select(0, features).to(grad.dtype), dim=1)
             grad.sub_((grad * W).sum(1, keepdim=True) * W)
+
+
+def unexplained(sae: SampledSAE, inputs: StepInputs, residual: Tensor, dead: Tensor, k_aux: int) -> Tensor | None:
+    """Mean squared error of the residual [B, d] from the k_aux largest activations a token of dead features, 0-dim.
+
+    None where no feature can be used. As in dictionary_learning, and other than in `SampledSAE`, b_dec receives its
+    gradient too. dead: bool [F].
+    """
+    rule = AuxRule(k_aux, sae.cfg.aux_pool, sae.cfg.score)
+    scores = None if inputs.pool is None else inputs.pool.scores
+    members = inputs.parts.dead_candidates(inputs.encoder.operands, dead, rule, scores)
+    if len(members) == 0:
+        return None
+    hints = None if inputs.logging else sae.memory.hints
+    codes = inputs.parts.select(inputs.encoder, members, Rule(max(1, min(k_aux, len(members))), "token"), hints)
+    e_hat = inputs.parts.decode(codes, sae.W_dec, None, inputs.encoder.rows)
+    return (residual - e_hat).square().sum(-1).mean()
+
+
+def share_of_variance(missed: Tensor, residual: Tensor) -> Tensor:
+    """`missed` by the variance of the residual [B, d]; 0 where that is 0."""
+    variance = (residual - residual.mean(0)).square().sum(-1).mean()
+    return torch.where(variance > 0, missed / torch.where(variance > 0, variance, 1), 0)
+
+
+def mean_smallest_of_tokens(codes: SparseCodes) -> Tensor:
+    """Mean over the tokens that keep something of the smallest activation kept, 0-dim."""
+    if codes.block is not None:
+        block = codes.block.detach()
+        smallest = torch.where(block > 0, block, torch.inf).amin(1)
+    else:
+        listed = codes.entries() if codes.padded is None else codes.padded
+        values, tokens = listed[0].detach(), listed[1].long()
+        unused = values.new_full((codes.shape[0] + 1,), torch.inf)
+        smallest = unused.scatter_reduce(0, tokens, torch.where(values > 0, values, torch.inf), "amin")[:-1]
+    some = smallest < torch.inf
+    return torch.where(some, smallest, 0).sum() / some.sum().clamp_min(1)
+
+
+@torch.no_grad()
+def average_threshold(sae: SampledSAE, smallest: Tensor, decay: float) -> None:
+    """One step of a running mean that starts at its first value; `smallest` is 0-dim, inf where nothing was kept."""
+    smallest = torch.where(smallest < torch.inf, smallest, 0).to(sae.threshold.dtype)
+    moved = decay * sae.threshold + (1 - decay) * smallest
+    sae.threshold.copy_(torch.where(sae.threshold < 0, smallest, moved))
+    sae.threshold_steps.add_(1)

@@ -14,8 +14,7 @@ from ...impl.hints import Rule
 from ...support.argument_checks import check_integer
 from .dictionaries import AutoEncoderTopK, BatchTopKSAE
 from .row_trainer import RowTrainer
-from .step import StepInputs
-from .threshold import average_threshold
+from .step import StepInputs, average_threshold
 
 
 class BatchTopKTrainer(RowTrainer, batch_top_k.BatchTopKTrainer):

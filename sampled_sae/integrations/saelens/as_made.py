@@ -29,11 +29,8 @@ DENSE_METHODS = (
 # functions that those call
 FUNCTIONS = [
     (module, name, getattr(module, name))
-    for module, names in (
-        (topk_sae, ("act_times_W_dec", "calculate_topk_aux_acts", "_sparse_matmul_nd")),
-        (matryoshka_batchtopk_sae, ("act_times_W_dec", "calculate_topk_aux_acts", "_sparse_matmul_nd")),
-    )
-    for name in names
+    for module in (topk_sae, matryoshka_batchtopk_sae)
+    for name in ("act_times_W_dec", "calculate_topk_aux_acts", "_sparse_matmul_nd")
 ]
 FORWARDS = {cls: cls.forward for cls in (TopK, BatchTopK, HookPoint, SparseHookPoint, nn.Identity, nn.ReLU)}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -9,8 +9,14 @@ from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSA
 from sae_lens.saes.sae import SAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAEConfig
 
-from ...config import IMPLS, POOLS, SCREENS, SELECTS
-from ...support.argument_checks import SCORES, check_budget, check_choice, check_integer, check_number, check_positive
+from ...config import SampledSAEConfig
+from ...support.argument_checks import check_integer, check_number
+
+# fields that SampledSAEConfig has under the same names
+SHARED = (
+    *("k", "l", "score", "pool", "pool_every", "score_tokens", "select"),
+    *("k_aux", "aux_pool", "impl", "screen", "seed"),
+)
 
 
 @dataclass
@@ -82,20 +88,12 @@ class SampledTrainingSAEConfig(BatchTopKTrainingSAEConfig):
         return "sampled"
 
     def __post_init__(self) -> None:
-        check_choice("score", self.score, SCORES)
-        check_choice("pool", self.pool, POOLS)
-        check_choice("select", self.select, SELECTS)
-        check_choice("impl", self.impl, IMPLS)
-        check_choice("screen", self.screen, SCREENS)
-        self.k, self.l = check_budget(self.k, self.l, self.d_sae, self.select)
+        made = SampledSAEConfig(self.d_in, self.d_sae, **{name: getattr(self, name) for name in SHARED})
+        for name in SHARED:
+            setattr(self, name, getattr(made, name))
         self.aux_loss_coefficient = check_number("aux_loss_coefficient", self.aux_loss_coefficient, 0, None)
         self.topk_threshold_lr = check_number("topk_threshold_lr", self.topk_threshold_lr, 0, 1)
-        self.score_tokens = check_positive("score_tokens", self.score_tokens, 1)
-        for name, least in (("pool_every", 1), ("threshold_every", 1), ("seed", 0)):
-            setattr(self, name, check_integer(name, getattr(self, name), least))
-        for name in ("k_aux", "aux_pool"):
-            if getattr(self, name) is not None:
-                setattr(self, name, check_integer(name, getattr(self, name), 1))
+        self.threshold_every = check_integer("threshold_every", self.threshold_every, 1)
         if self.normalize_activations in ("constant_norm_rescale", "layer_norm"):
             raise ValueError(
                 f"normalize_activations={self.normalize_activations!r}: must be 'none', 'expected_average_only_in' or "

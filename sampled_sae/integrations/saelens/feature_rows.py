@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from sae_lens.saes.sae import SAE
 from torch import Tensor, nn
+
+from ...impl.interface import Implementation, implementation, resolve_impl
 
 
 def feature_major(t: Tensor) -> Tensor:
@@ -17,6 +20,16 @@ class FeatureRows(SAE[Any]):
     """Mixed into a SAE of SAELens, in front of it: its weights lie so whatever is loaded, and are saved as SAELens'."""
 
     W_enc: nn.Parameter
+
+    def parts(self) -> Implementation:
+        """Those of the implementation in use."""
+        return implementation(resolve_impl("auto", self.W_enc.device, self.W_enc.dtype))
+
+    def decoder_norms(self) -> Tensor:
+        """[F], in at least float32; those of rows of zeros are so small that what is divided by them stays finite."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(self.W_dec.detach(), dim=-1, dtype=dtype)
+        return norms.clamp_min_(torch.finfo(dtype).tiny)
 
     def prepare(self) -> None:
         """Lays them out; no value changes."""

@@ -16,7 +16,7 @@ from transformer_lens.hook_points import HookPoint
 
 from ...codes import SparseCodes
 from ...impl.hints import ThresholdHints
-from ...impl.interface import Implementation, implementation, resolve_impl
+from ...impl.interface import Implementation
 from ...inference.config import InferenceConfig
 from ...inference.encoding import TokensToEncode, active_codes, active_dense, tokens_to_encode
 from ...support.uncompiled import uncompiled
@@ -141,8 +141,8 @@ class SparseInference(FeatureRows):
             return None
         if "threshold" in tensors:
             tensors["threshold"] = tensors["threshold"].detach().to(torch.promote_types(self.dtype, torch.float32))
-        scale = self._norms() if self._weighs_by_norms() else None
-        parts = self._parts()
+        scale = self.decoder_norms() if self._weighs_by_norms() else None
+        parts = self.parts()
         k = None if budget is None else int(budget)
         d_in, d_sae = self.W_enc.shape
         cfg = InferenceConfig(d_in, d_sae, self.rule, k=k)
@@ -150,8 +150,8 @@ class SparseInference(FeatureRows):
 
     def _decode_codes(self, codes: SparseCodes, leading: tuple[int, ...]) -> Tensor:
         if self._weighs_by_norms():
-            codes = codes.scaled(1 / self._norms())
-        out = self._parts().decode(codes, self.W_dec, self.b_dec).to(self.dtype).view(*leading, self.W_dec.shape[1])
+            codes = codes.scaled(1 / self.decoder_norms())
+        out = self.parts().decode(codes, self.W_dec, self.b_dec).to(self.dtype).view(*leading, self.W_dec.shape[1])
         return self._after_decoding(self.hook_sae_recons(out))
 
     def _after_decoding(self, out: Tensor) -> Tensor:
@@ -164,11 +164,6 @@ class SparseInference(FeatureRows):
 
     def _weighs_by_norms(self) -> bool:
         return bool(getattr(self.cfg, "rescale_acts_by_decoder_norm", False))
-
-    def _norms(self) -> Tensor:
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        norms = torch.linalg.vector_norm(self.W_dec.detach(), dim=-1, dtype=dtype)
-        return norms.clamp_min_(torch.finfo(dtype).tiny)  # rows of zeros stay finite when divided by it
 
     def _has_plain_rule(self, budget: float | None) -> bool:
         rule: Any = self.activation_fn
@@ -187,9 +182,6 @@ class SparseInference(FeatureRows):
             and all(getattr(module, name) is function for module, name, function in FUNCTIONS)
             and self.dtype == self.W_enc.dtype
         )
-
-    def _parts(self) -> Implementation:
-        return implementation(resolve_impl("auto", self.W_enc.device, self.W_enc.dtype))
 
 
 def _without_nan(tokens: Tensor, tensors: dict[str, Tensor]) -> bool:

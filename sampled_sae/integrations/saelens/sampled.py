@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ...codes import SparseCodes
 from ...config import batch_budget, pool_size
+from ...impl import threshold
 from ...impl.dead_features import AuxRule
 from ...impl.encoder import Encoder
 from ...impl.hints import Rule
 from ...impl.interface import Implementation, implementation, resolve_impl
 from ...impl.pool import KeptPool, Pool, PoolRule, find_pool
 from ...support.argument_checks import check_budget, check_number
-from ...support.nth_largest import largest_mask, largest_mask_of_rows
 from .accelerated import SampledBatchTopKTrainingSAE
 from .as_made import is_plain
 from .configs import SampledTrainingSAEConfig
@@ -113,7 +113,9 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         if self.is_batchtopk:
             self.move_threshold(codes.smallest())
         elif inputs.step % self.cfg.threshold_every == 0:
-            self.move_threshold(self.smallest_of_all(inputs.encoder))
+            with torch.no_grad():  # of the whole dictionary
+                largest = self.parts().select(inputs.encoder, None, Rule(self.k), self._memory.hints)
+            self.move_threshold(largest.smallest())
         output.metrics["topk_threshold"] = self.topk_threshold
 
     @torch.no_grad()
@@ -124,11 +126,6 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         moved = self.topk_threshold.lerp(smallest, 1 - (1 - self.cfg.topk_threshold_lr) ** steps)
         moved = torch.where(self.topk_threshold == 0, smallest, moved)
         self.topk_threshold = torch.where(smallest.isfinite(), moved, self.topk_threshold)
-
-    @torch.no_grad()
-    def smallest_of_all(self, encoder: Encoder) -> Tensor:
-        """The smallest of the B*k largest activations in the whole dictionary, 0-dim; inf where none is positive."""
-        return self.parts().select(encoder, None, Rule(self.k), self._memory.hints).smallest()
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, l0: float | None = None) -> float:
@@ -142,10 +139,7 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         if target == 0 or x.dim() != 2 or len(x) == 0:
             raise ValueError(f"l0={target!r}, x.shape={tuple(x.shape)}: must be in (0, {self.cfg.d_sae}] and [B, d_in]")
         encoder = self.step_inputs(TrainStepInput(x, {}, None, 0, False)).encoder
-        n = batch_budget(len(x), target)
-        budget = min(n + 1, len(x) * self.cfg.d_sae)
-        codes = self.parts().select(encoder, None, Rule(budget / len(x)))
-        found = codes.smallest() if codes.count() > n else torch.zeros(())
+        found = threshold.between(self.parts(), encoder, target, None, self.cfg.d_sae)
         self.topk_threshold = torch.zeros_like(self.topk_threshold) + found.to(self.topk_threshold)
         return float(self.topk_threshold)
 
@@ -169,8 +163,8 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         pool = find(self.encoder_of(centred, b_dec_subtracted=True))
         rule = Rule(self.k, self.cfg.select)
         if pool is None:
-            return kept_mask(a, rule)
-        kept = kept_mask(a[:, pool.members], rule)
+            return rule.mask(a)
+        kept = rule.mask(a[:, pool.members])
         return torch.zeros_like(a, dtype=torch.bool).index_copy_(1, pool.members, kept)
 
     def dense_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -198,12 +192,3 @@ class SampledTrainingSAE(SampledBatchTopKTrainingSAE):
         inputs.raw = inputs.raw.reshape(-1, self.cfg.d_in)
         sae_out = sae_out.reshape(-1, self.cfg.d_in)
         return {"auxiliary_reconstruction_loss": self.dead_loss(inputs, [sae_out], sae_out)}
-
-
-def kept_mask(a: Tensor, rule: Rule) -> Tensor:
-    """bool, of a [B, P]: the rule's largest entries, if positive."""
-    if rule.select == "batch":
-        mask = largest_mask(a.flatten(), batch_budget(len(a), rule.k)).view(a.shape)
-    else:
-        mask = largest_mask_of_rows(a, int(rule.k))
-    return mask & (a > 0)

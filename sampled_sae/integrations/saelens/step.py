@@ -18,7 +18,6 @@ from transformer_lens.hook_points import HookPoint
 from ...codes import SparseCodes
 from ...impl.encoder import Encoder
 from ...impl.hints import Rule
-from ...impl.interface import Implementation, implementation, resolve_impl
 from ...impl.step_memory import StepMemory
 from ...support.argument_checks import check_budget
 from ...support.uncompiled import uncompiled
@@ -155,12 +154,6 @@ class SparseStep(FeatureRows, TopKTrainingSAE):
     def after_selection(self, inputs: StepInputs, codes: SparseCodes, output: TrainStepOutput) -> None:
         """Thresholds and metrics."""
 
-    def input_bias(self) -> Tensor | None:
-        return self.b_dec if self.cfg.apply_b_dec_to_input else None
-
-    def parts(self) -> Implementation:
-        return implementation(resolve_impl("auto", self.W_enc.device, self.W_enc.dtype))
-
     def _needs_dense(self, step_input: TrainStepInput) -> bool:
         """Whether someone looks at a dense tensor, or SAELens has its own word on the case."""
         x = step_input.sae_in
@@ -188,12 +181,8 @@ class SparseStep(FeatureRows, TopKTrainingSAE):
 
     def encoder_of(self, x: Tensor, b_dec_subtracted: bool = False) -> Encoder:
         """The encoder of normalised activations x [B, d]."""
-        scale = None
-        if self.cfg.rescale_acts_by_decoder_norm:
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            scale = torch.linalg.vector_norm(self.W_dec.detach(), dim=-1, dtype=dtype)
-            scale.clamp_min_(torch.finfo(scale.dtype).tiny)  # rows of zeros stay finite when divided by it
-        b_dec = None if b_dec_subtracted else self.input_bias()
+        scale = self.decoder_norms() if self.cfg.rescale_acts_by_decoder_norm else None
+        b_dec = self.b_dec if self.cfg.apply_b_dec_to_input and not b_dec_subtracted else None
         # an option of our own architecture; SAELens' configs have none
         screen = getattr(self.cfg, "screen", "auto")
         return self.parts().encoder(x, self.W_enc.t(), self.b_enc, b_dec, scale, self._memory.rows(), screen)

@@ -15,8 +15,7 @@ from ...impl.interface import implementation, resolve_impl
 from ...impl.row_gradients import RowSource
 from ...support.argument_checks import check_choice, check_integer, describe
 from ...support.reused_memory import Workspace
-from .encoder_call import EncoderCall
-from .lazy_pre_acts import PreActivations
+from .encoder_call import EncoderCall, PreActivations
 
 ACTIVATIONS = ("topk", "groupmax")
 

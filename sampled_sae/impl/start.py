@@ -1,4 +1,4 @@
-"""Where the training of a transcoder starts: docs/method.md, "Start"."""
+"""Where a training starts, as far as that comes from data: docs/method.md, "Start"."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..codes import SparseCodes
-from ..support.geometric_median import geometric_median
 from .interface import Implementation
 from .layout import Leaves
 
 CHUNK_FEATURES = 2048
+# of Weiszfeld's iteration
+ITERATIONS, TOLERANCE = 100, 1e-6
 
 
 @torch.no_grad()
@@ -38,3 +39,30 @@ def start_from_targets(
     if best > 0:
         layer.W_enc.mul_(best)
         layer.b_enc.mul_(best)
+
+
+def geometric_median(
+    x: Tensor,
+    total: Callable[[Tensor], Tensor] = lambda t: t.sum(0),
+    greatest: Callable[[Tensor], Tensor] = torch.amax,
+) -> Tensor:
+    """The point of least summed distance to the rows of x [B, d], [d], by Weiszfeld's iteration.
+
+    Unlike the mean it is not carried off by a few outlying tokens. Stops when a step is below TOLERANCE
+    times the point's distance scale.
+
+    Args:
+        total, greatest: the sum over tokens of [B, ...], the largest of [B]; of all processes where there are several.
+    """
+    x = x.detach().float() if x.dtype in (torch.float16, torch.bfloat16) else x.detach()
+    n_tokens = total(x.new_ones(len(x)))
+    point = total(x) / n_tokens
+    for _ in range(ITERATIONS):
+        distance = torch.linalg.vector_norm(x - point, dim=1)
+        weight = 1 / distance.clamp_min(torch.finfo(x.dtype).eps * (1 + greatest(distance)))
+        moved = total(weight[:, None] * x) / total(weight)
+        step = torch.linalg.vector_norm(moved - point)
+        point = moved
+        if step <= TOLERANCE * total(distance) / n_tokens:
+            break
+    return point
