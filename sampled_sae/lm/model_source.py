@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from sampled_sae.lm.dropped import check_drop_tokens, dropped
-from sampled_sae.lm.finite_rows import check_finite_rows
 from sampled_sae.lm.layers_splice import LayersSplice
 from sampled_sae.lm.models import check_rows, device_of, name_of, weights_digest
+from sampled_sae.lm.passes import Place, run_at
 from sampled_sae.lm.point_splice import PointSplice
 from sampled_sae.lm.rows import RowReader
 from sampled_sae.lm.splice import SpliceEvaluator
-from sampled_sae.residual_stream.hook_points import HookPoint, capture_points, check_places, check_points, points_of
-from sampled_sae.residual_stream.several_layers import capture_layers
+from sampled_sae.residual_stream.hook_points import HookPoint, check_places, check_points, points_of
 from sampled_sae.support.argument_checks import check_flag, check_integer, check_number
 from sampled_sae.support.atomic_files import field
 
@@ -54,7 +53,7 @@ class ModelSource:
         self,
         model: Any,
         rows: RowReader,
-        layers: Sequence[int | HookPoint],
+        layers: Sequence[Place],
         *,
         model_name: str | None = None,
         source: str = "",
@@ -208,18 +207,7 @@ class ModelSource:
 
         first, what: for errors, the number of the first row in the texts, or in this share of them; what the rows are.
         """
-        given = rows.to(device_of(self._model))
-        blocks = [layer for layer in self._layers if isinstance(layer, int)]
-        if len(blocks) == len(self._layers):
-            with torch.inference_mode(), capture_layers(self._model, blocks) as of_layer:
-                self._model(input_ids=given, use_cache=False)
-            found = [of_layer[layer] for layer in blocks]
-        else:
-            with torch.inference_mode(), capture_points(self._model, self._points) as found:
-                self._model(input_ids=given, use_cache=False)
-        for layer, x in zip(self._layers, found):
-            check_finite_rows(x, f"of {_in_words(layer)}{what}", first, self._source)
-        return [x.float() for x in found]
+        return run_at(self._model, rows, self._layers, first, self._source, what)
 
     def _staying(self, rows: Tensor, found: list[Tensor]) -> list[Tensor]:
         """Of each place the vectors [n, d] that none of them leaves out, on the CPU."""
@@ -239,10 +227,6 @@ class ModelSource:
         return self._ratio * float(norms.median())
 
 
-def _about(place: int | HookPoint) -> dict[str, Any]:
+def _about(place: Place) -> dict[str, Any]:
     """What a manifest says of it."""
     return {"layer": place} if isinstance(place, int) else {"layer": None, "point": str(place)}
-
-
-def _in_words(place: int | HookPoint) -> str:
-    return f"layer {place}" if isinstance(place, int) else str(place)

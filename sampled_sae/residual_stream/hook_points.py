@@ -79,15 +79,18 @@ def layer_point(model: nn.Module, layer: int) -> HookPoint:
     return HookPoint(next(name for name, module in model.named_modules() if module is block), "out")
 
 
+def check_place(model: Any, place: int | HookPoint) -> int | HookPoint:
+    """A block as an int, another place as it is; ValueError for one that the model has not."""
+    if isinstance(place, HookPoint):
+        place.of(model)
+        return place
+    check_layer(model, place)
+    return check_integer("layer", place, 0)
+
+
 def check_places(model: Any, places: Sequence[int | HookPoint]) -> list[int | HookPoint]:
-    """Blocks as ints, other places as they are; ValueError for none, one twice, or one that the model has not."""
-    found: list[int | HookPoint] = []
-    for place in places:
-        if isinstance(place, HookPoint):
-            place.of(model)
-        else:
-            check_layer(model, place)
-        found.append(place if isinstance(place, HookPoint) else check_integer("layer", place, 0))
+    """As `check_place`, of each; ValueError for none, or one twice."""
+    found = [check_place(model, place) for place in places]
     if not found or len(set(found)) < len(found):
         given = [place if isinstance(place, int) else str(place) for place in places]
         raise ValueError(f"layers={given}: must be one or more blocks, none twice")
