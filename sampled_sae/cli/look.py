@@ -159,21 +159,9 @@ def _codes(
         return
     assert store is not None
     with tempfile.TemporaryDirectory(prefix="sampled-sae-look-") as folder:
-        source = _FirstShards(store, shards_of(store.tokens, args.tokens))
+        source = StoredActivations(store, shards_of(store.tokens, args.tokens))
         encode_corpus(found.sae, source, folder, batch_size=args.batch_size, progress=not args.quiet)
         yield CodesStore.open(folder)
-
-
-class _FirstShards(StoredActivations):
-    """Some shards of a store, the first ones, as the source of a corpus of codes."""
-
-    def __init__(self, store: ActivationStore, n_shards: int) -> None:
-        super().__init__(store)
-        self._n_shards = n_shards
-
-    @property
-    def n_shards(self) -> int:
-        return self._n_shards
 
 
 def _model(args: argparse.Namespace, found: Published, corpus: dict[str, Any]) -> LanguageModel | None:

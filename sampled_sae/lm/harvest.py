@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from sampled_sae.lm.harvest_places import Stores, harvest_places
 from sampled_sae.residual_stream.hook_points import HookPoint, mlp_points
 from sampled_sae.support.argument_checks import check_integer
-from sampled_sae.training.paired_activations import PairedActivations
-from sampled_sae.training.stacked_activations import StackedActivations
+from sampled_sae.training.joined_activations import PairedActivations, StackedActivations
 
 # of a harvest of several places
 OPTIONS: dict[str, Any] = {

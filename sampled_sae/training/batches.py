@@ -77,6 +77,12 @@ class ShuffledStream:
         """Nothing is: shards are read when their first batch is asked for."""
         return nullcontext()
 
+    def check_room(self) -> None:
+        """Shards are read into what memory there is."""
+
+    def state_dict(self) -> None:
+        """No place: it is asked for the batch of a step."""
+
     def batches_per_epoch(self, epoch: int) -> int:
         return min(sum(count for _, count in groups) for groups in self._plan(epoch))
 

@@ -106,19 +106,10 @@ class Feed:
         """What tells the activations from others of the same place: the shards, or the settings of a stream."""
         return self.store.manifest["settings" if self.is_streamed else "shards"]
 
-    def check_room(self) -> None:
-        """Raises MemoryError or ValueError where there is no room for the blocks of a stream."""
-        if isinstance(self.stream, StreamedBatches):
-            self.stream.check_room()
-
     @property
     def is_streamed(self) -> bool:
         """Whether it reads a stream, whose place a checkpoint holds."""
-        return isinstance(self.stream, StreamedBatches)
-
-    def stream_place(self) -> dict[str, Any] | None:
-        """What a checkpoint holds of a stream, which all ranks ask for; None for activations read in any order."""
-        return self.stream.state_dict() if isinstance(self.stream, StreamedBatches) else None
+        return isinstance(self.store, StreamedActivations)
 
     def begin_at(self, where: str, place: dict[str, Any] | None) -> None:
         """Takes what a checkpoint holds of a stream as a place to begin with.

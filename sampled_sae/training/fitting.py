@@ -60,7 +60,7 @@ def checkpoint_bytes(sae_config: SampledSAEConfig, train_config: TrainConfig) ->
 def check_room(sae_config: SampledSAEConfig, train_config: TrainConfig, feed: Feed, folder: Path) -> None:
     """ValueError where memory or disk are too small for a training, or `folder` is not one to write it to."""
     needed, ranks = checkpoint_bytes(sae_config, train_config), feed.ranks
-    feed.check_room()
+    feed.stream.check_room()
     here = sharing(None, None, ranks)
     with ranks.together():
         # each process has a GPU of its own, if any

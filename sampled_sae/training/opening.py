@@ -52,12 +52,12 @@ def as_activations(x: Any, holdout: int | None = None) -> Activations:
         if Path(x).is_file():
             raise ValueError(f"{x}: must be the folder of a store or a file of a tensor, {', '.join(SUFFIXES)}")
         if is_pair(x):
-            from .paired_activations import PairedActivations
+            from .joined_activations import PairedActivations
 
             x, target = (f"{str(x).rstrip('/')}/{part}" for part in PAIR)
             return PairedActivations(x, target)
         if found := stack_folders(x):
-            from .stacked_activations import StackedActivations
+            from .joined_activations import StackedActivations
 
             return StackedActivations(found)
         return ActivationStore.open(x)

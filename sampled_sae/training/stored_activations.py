@@ -10,14 +10,11 @@ from .same_settings import identity
 
 
 class StoredActivations:
-    """What `encode_corpus` reads of an `ActivationStore`: its shards, not what is held out."""
+    """What `encode_corpus` reads of an `ActivationStore`: its shards or the first n of them, not what is held out."""
 
-    def __init__(self, store: ActivationStore) -> None:
-        self.store = store
-
-    @property
-    def d_in(self) -> int:
-        return self.store.d_in
+    def __init__(self, store: ActivationStore, n_shards: int | None = None) -> None:
+        self.store, self.d_in = store, store.d_in
+        self.n_shards = len(store.tokens) if n_shards is None else n_shards
 
     @property
     def about(self) -> dict[str, Any]:
@@ -29,10 +26,6 @@ class StoredActivations:
         """What the store is of, and its files by their checksums."""
         files = [shard.get("crc32") or shard["bytes"] for shard in self.store.manifest["shards"]]
         return {"activations": identity(self.store.manifest), "files": files, "has_places": self.store.has_places}
-
-    @property
-    def n_shards(self) -> int:
-        return len(self.store.tokens)
 
     def token_shard(self, i: int) -> TokenShard:
         return self.store.token_shard(i)
