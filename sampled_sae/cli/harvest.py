@@ -7,8 +7,7 @@ import argparse
 from ..support.argument_checks import check_integer
 from ..support.output_folder import check_output_place
 from ..support.remote_files import output_place
-from .arguments import Command, loaded_model, model_arguments
-from .places import pair_of, place_arguments
+from .arguments import Command, loaded_model, model_arguments, pair_of, place_arguments
 from .processes import add_rank_options
 from .texts import Texts, text_arguments
 

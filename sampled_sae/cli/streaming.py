@@ -8,10 +8,18 @@ from pathlib import Path
 from ..support.argument_checks import check_device, check_integer
 from ..support.output_folder import check_output_folder
 from ..training.activation_stream import BUFFER_TOKENS, ActivationStream, StreamedActivations
-from .arguments import added_since, check_not_given, listed, loaded_model, model_arguments, whole_number
+from .arguments import (
+    added_since,
+    check_not_given,
+    listed,
+    loaded_model,
+    model_arguments,
+    pair_of,
+    place_arguments,
+    whole_number,
+)
 from .harvest import HOLDOUT_ROWS
 from .parser import Parser
-from .places import pair_of, place_arguments
 from .texts import Texts, source_arguments
 
 

@@ -38,10 +38,9 @@ from .beginning import (
 )
 from .closing import closing_splice, draw_layers, evaluate_at_end, evaluated
 from .identity import SPLICE_ROWS, check_same_activations, splice_source
-from .logs import log_place
 from .processes import add_rank_options
 from .streaming import check_no_model, open_stream, open_swept_stream, stream_arguments, sweep_stream_arguments
-from .training_options import sae_arguments, sae_config, train_arguments, train_config
+from .training_options import log_place, sae_arguments, sae_config, train_arguments, train_config
 
 
 def add(command: Command) -> None:

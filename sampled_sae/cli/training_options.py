@@ -1,4 +1,4 @@
-"""The options that say what SAE is trained and how, of `train` and `sweep`; and the configs that they make."""
+"""The options that say what SAE is trained, how and where it shows, of `train` and `sweep`; what they make."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import fields
 from typing import Any
 
 from ..config import SCREENS, SampledSAEConfig
+from ..run_logs import KINDS, PROJECT, LogPlace
 from ..training.activation_stream import StreamedActivations
 from ..training.activations import Activations
 from ..training.train_config import TrainConfig
 from .arguments import listed, whole_number
-from .logs import add_log_options
 from .processes import add_rank_options
 
 
@@ -56,7 +56,7 @@ def train_arguments(p: argparse.ArgumentParser) -> None:
         name = "--" + field.name.replace("_", "-")
         kind = type(field.default) if field.default is not None else int if field.name == "schedule_steps" else float
         p.add_argument(name, type=kind, default=field.default, help=text[field.name])
-    add_log_options(p)
+    _log_arguments(p)
     p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; of several processes, cuda gives each its own")
     add_rank_options(p)
 
@@ -83,3 +83,25 @@ def sae_config(args: argparse.Namespace, store: Activations | StreamedActivation
 def train_config(args: argparse.Namespace) -> TrainConfig:
     values: dict[str, Any] = {f.name: getattr(args, f.name, f.default) for f in fields(TrainConfig)}
     return TrainConfig(**values)
+
+
+def _log_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--log", choices=KINDS, default=None, help="where else metrics go as the training runs")
+    p.add_argument("--log-project", default=None, help=f"that the run stands under there; {PROJECT} when absent")
+    p.add_argument("--log-name", default=None, help="of the run there; its folder's name when absent")
+    p.add_argument("--log-tags", default=None, help="of the run there, comma-separated")
+
+
+def log_place(args: argparse.Namespace) -> LogPlace | None:
+    """None where the run is shown nowhere.
+
+    Raises:
+        ValueError, ImportError: as LogPlace.
+    """
+    if args.log is None:
+        for name in ("log_project", "log_name", "log_tags"):
+            if (value := getattr(args, name)) is not None:
+                raise ValueError(f"{name}={value!r}: goes with --log")
+        return None
+    tags = [] if args.log_tags is None else args.log_tags.split(",")
+    return LogPlace(args.log, args.log_project or PROJECT, args.log_name, tuple(tag.strip() for tag in tags))

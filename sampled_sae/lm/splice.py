@@ -183,7 +183,7 @@ class SpliceEvaluator:
         with self._recorded_structure(), replace(self._model, self._layer, record):
             if not any(map(len, self._batches)):  # the structure and the widths are learnt all the same
                 self._logits(self._first, None)
-            ce = self._cross_entropy(iter(self._batches))
+            ce = self._cross_entropy()
         residuals = iter(found)
         for rows in self._batches:
             x = next(residuals) if len(rows) else found[0][:0]
@@ -193,7 +193,7 @@ class SpliceEvaluator:
 
     def _run_spliced(self, fn: Reconstruct) -> float:
         """Cross-entropy with fn of the raw float32 vectors [n, d] in their place."""
-        return self._cross_entropy(iter(self._batches), (self._spliced(i, fn) for i in range(len(self._batches))))
+        return self._cross_entropy(self._spliced(i, fn) for i in range(len(self._batches)))
 
     @torch.no_grad()
     def _spliced(self, index: int, fn: Reconstruct) -> Tensor:
@@ -202,10 +202,10 @@ class SpliceEvaluator:
         return x
 
     @torch.no_grad()
-    def _cross_entropy(self, batches: Iterator[Tensor], residuals: Iterator[Tensor] | None = None) -> float:
+    def _cross_entropy(self, residuals: Iterator[Tensor] | None = None) -> float:
         """Mean over all predicted tokens, in nats; from the given residual streams where there are any."""
         total, tokens = 0.0, 0
-        for batch in batches:
+        for batch in self._batches:
             residual = None if residuals is None else next(residuals)
             if len(batch):
                 total += next_token_loss(self._logits(batch, residual), batch)

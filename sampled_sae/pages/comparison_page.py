@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..comparison.compare import EDGES, Comparison
 from ..comparison.report import figures
-from .html import page
+from .html import packed, page, short
 from .look_link import LookLink
-from .numbers import packed, short
 
 COMPARISON_PAGE = "comparison.html"
 SCRIPTS = ("common.js", "charts.js", "long_table.js", "comparison.js")

@@ -36,8 +36,7 @@ def check_width(sae_config: SampledSAEConfig, store: Activations | StreamedActiv
 
 
 def check_fits(sae_config: SampledSAEConfig, feed: Feed) -> None:
-    """ValueError where an SAE cannot be trained on these activations, or not in their units."""
-    check_width(sae_config, feed.store)
+    """ValueError where an SAE of their width cannot be trained on these activations in their units."""
     # the scale of a stream is known once its first block is read
     if sae_config.input_scale != 1 and sae_config.input_scale != feed.scale:
         raise ValueError(

@@ -11,7 +11,7 @@ import torch
 
 from ..config import SampledSAEConfig
 from ..sae import SampledSAE
-from ..support.all_ranks import AllRanks, ranks_of
+from ..support.all_ranks import ranks_of
 from .activation_stream import StreamedActivations
 from .activations import Activations
 from .feed import Feed
@@ -74,26 +74,18 @@ class SAEGroup:
             with ranks.together():
                 opened = opened_stores(stores)
                 check_configs(configs, opened)
-            self._make(configs, train, opened, device, ranks)
-
-    def _make(
-        self,
-        configs: dict[str, SampledSAEConfig],
-        train: TrainConfig,
-        stores: Opened | dict[str, Opened],
-        device: torch.device | str,
-        ranks: AllRanks,
-    ) -> None:
-        feeds: dict[Hashable, Feed] = {}
-        lanes = lanes_of([self.folder / name for name in configs], ranks, None)
-        for name, config in configs.items():
-            store = stores[name] if isinstance(stores, dict) else stores
-            try:
-                if store.place not in feeds:
-                    feeds[store.place] = Feed(store, train.batch_size, train.seed, device, ranks, lanes, train.steps)
-                self.members[name] = TrainingRun(config, train, feeds[store.place], self.folder / name)
-            except ValueError as error:
-                raise ValueError(f"configs[{name!r}]: {error}") from error
+            feeds: dict[Hashable, Feed] = {}
+            lanes = lanes_of([self.folder / name for name in configs], ranks, None)
+            for name, config in configs.items():
+                store = opened[name] if isinstance(opened, dict) else opened
+                try:
+                    if store.place not in feeds:
+                        feeds[store.place] = Feed(
+                            store, train.batch_size, train.seed, device, ranks, lanes, train.steps
+                        )
+                    self.members[name] = TrainingRun(config, train, feeds[store.place], self.folder / name)
+                except ValueError as error:
+                    raise ValueError(f"configs[{name!r}]: {error}") from error
 
     @property
     def step(self) -> int:

@@ -50,8 +50,8 @@ class StreamLane:
         batch_size: int,
         seed: int,
         steps: int,
-        lane: tuple[int, int] = (0, 1),
-        processes: int = 1,
+        lane: tuple[int, int],
+        processes: int,
     ) -> None:
         self._part, self._blocks = part, part.stream.lane(*lane, processes)
         self._which, self._of = lane

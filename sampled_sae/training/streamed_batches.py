@@ -16,7 +16,7 @@ from ..support.atomic_files import field
 from ..support.even_slices import share
 from ..support.output_folder import sharing
 from .activation_stream import StreamedActivations
-from .lanes import of_lanes
+from .batches import of_lanes
 from .store_writer import LARGEST
 from .stream_lane import FirstBlock, StreamLane
 

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from ..support.all_ranks import ALONE, AllRanks
+from ..support.all_ranks import AllRanks
 from ..support.geometric_median import geometric_median
 
 
@@ -17,21 +17,18 @@ class TrainingBatch:
     Args:
         rows: [n, d], or [n, d_in + d_out] with targets; along the data dimension of `ranks` each has its own tokens.
         ranks: the processes that share the batch.
-        tokens: in the whole batch; those of rows where there is one process.
+        tokens: in the whole batch.
         d_in: where the targets begin in a row; None where there are none.
 
     Attributes:
         x, target: [n, d_in], and [n, d_out] or None. goal: what is reconstructed, of which the figures below are.
     """
 
-    def __init__(
-        self, rows: Tensor, ranks: AllRanks = ALONE, tokens: int | None = None, d_in: int | None = None
-    ) -> None:
+    def __init__(self, rows: Tensor, ranks: AllRanks, tokens: int, d_in: int | None) -> None:
         self.x = rows if d_in is None else rows[:, :d_in].contiguous()
         self.target = None if d_in is None else rows[:, d_in:].contiguous()
         self.goal = self.x if self.target is None else self.target
-        self._ranks = ranks
-        self._tokens = len(rows) if tokens is None else tokens
+        self._ranks, self._tokens = ranks, tokens
 
     @cached_property
     def variance(self) -> float:
