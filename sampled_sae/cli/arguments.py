@@ -170,6 +170,12 @@ def place_arguments(p: argparse.ArgumentParser, when: str = "") -> None:
     )
 
 
+def places_in_words(layers: list[int], points: tuple[Any, Any] | None) -> str:
+    if points is not None:
+        return f"{points[0]} and {points[1]}"
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+
+
 def pair_of(args: argparse.Namespace, skeleton: Any, layers: list[int]) -> tuple[Any, Any] | None:
     """The two places, as HookPoints; None where neither option is given.
 

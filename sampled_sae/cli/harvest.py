@@ -7,7 +7,7 @@ import argparse
 from ..support.argument_checks import check_integer
 from ..support.output_folder import check_output_place
 from ..support.remote_files import output_place
-from .arguments import Command, loaded_model, model_arguments, pair_of, place_arguments
+from .arguments import Command, loaded_model, model_arguments, pair_of, place_arguments, places_in_words
 from .processes import add_rank_options
 from .texts import Texts, text_arguments
 
@@ -48,14 +48,13 @@ def harvest(args: argparse.Namespace) -> None:
     check_integer("batch_size", args.batch_size, 1)
     args.out = output_place(args.out)
     check_output_place(args.out)
-    layers = [] if args.beside is None else [args.layer, *args.beside]
-    texts = Texts.open(args, args.model, *(layers or ([] if args.layer is None else [args.layer])))
-    points = pair_of(args, texts.skeleton, [] if args.layer is None else [args.layer])
-    what = f"layer {args.layer}" if points is None else f"{points[0]} and {points[1]}"
-    what = f"layers {', '.join(map(str, layers))}" if layers else what
-    print(f"Harvests {what} of {args.model} over {args.texts} into {args.out}{texts.without()}", flush=True)
+    layers = [] if args.layer is None else [args.layer, *(args.beside or ())]
+    texts = Texts(args, args.model, *layers)
+    points = pair_of(args, texts.skeleton, layers)
+    where = places_in_words(layers, points)
+    print(f"Harvests {where} of {args.model} over {args.texts} into {args.out}{texts.without()}", flush=True)
     known = {name: getattr(args, name) for name in ("model", "context", "batch_size", "dtype", "holdout_rows")}
-    check_resumes(args.out, points or layers or [args.layer], {"source": args.texts, **known})
+    check_resumes(args.out, points or layers, {"source": args.texts, **known})
     rows = texts.rows()
     check_holdout(args.holdout_rows, len(rows))
     model = loaded_model(args.model, args)
@@ -69,7 +68,7 @@ def harvest(args: argparse.Namespace) -> None:
         "progress": not args.quiet,
         "mesh": args.ranks.mesh,
     }
-    if layers:
+    if args.beside is not None:
         how["model_names"] = [how.pop("model_name")]
         manifest = harvest_beside(model, rows, layers, args.out, **how).parts[0].manifest
     elif points is None:

@@ -16,6 +16,7 @@ from .arguments import (
     model_arguments,
     pair_of,
     place_arguments,
+    places_in_words,
     whole_number,
 )
 from .harvest import HOLDOUT_ROWS
@@ -105,10 +106,9 @@ def open_stream(args: argparse.Namespace) -> dict[str, StreamedActivations]:
         check_integer(name, getattr(args, name), 1)
     check_device(args.device)
     check_output_folder(args.out)
-    texts = Texts.open(args, args.model, *layers)
+    texts = Texts(args, args.model, *layers)
     points = pair_of(args, texts.skeleton, layers)
-    where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {', '.join(map(str, layers))}"
-    where = where if points is None else f"{points[0]} and {points[1]}"
+    where = places_in_words(layers, points)
     print(f"Reads {where} of {args.model} over {args.texts}, stores nothing{texts.without()}", flush=True)
     source = ModelSource(
         loaded_model(args.model, args, args.device),

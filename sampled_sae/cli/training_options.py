@@ -14,12 +14,23 @@ from ..training.train_config import TrainConfig
 from .arguments import listed, whole_number
 from .processes import add_rank_options
 
+# fields of a config that are options of their own
+OF_SAE = {
+    "aux_coefficient": "weight of the dead-feature loss",
+    "pool_every": "steps for which a candidate pool is kept",
+    "score_tokens": "share of the tokens that the scores look at",
+    "dead_after": "tokens unselected that make a feature dead",
+    "screen": "look through bfloat16 products; same results",
+    "impl": "auto, triton, torch or reference",
+}
+
 
 def sae_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--aux-coefficient", type=float, default=1 / 32, help="weight of the dead-feature loss")
-    p.add_argument("--pool-every", type=int, default=1, help="steps for which a candidate pool is kept")
-    p.add_argument("--score-tokens", type=float, default=1.0, help="share of the tokens that the scores look at")
-    p.add_argument("--dead-after", type=int, default=10_000_000, help="tokens unselected that make a feature dead")
+    for field in fields(SampledSAEConfig):
+        if field.name in OF_SAE:
+            how = {"choices": SCREENS} if field.name == "screen" else {"type": type(field.default)}
+            name = "--" + field.name.replace("_", "-")
+            p.add_argument(name, default=field.default, help=OF_SAE[field.name], **how)
     p.add_argument(
         "--groups",
         type=listed(whole_number),
@@ -28,8 +39,6 @@ def sae_arguments(p: argparse.ArgumentParser) -> None:
         "all of them come last",
     )
     p.add_argument("--skip", action="store_true", help="a transcoder adds a linear function of what it reads")
-    p.add_argument("--screen", choices=SCREENS, default="auto", help="look through bfloat16 products; same results")
-    p.add_argument("--impl", default="auto", help="auto, triton, torch or reference")
 
 
 def train_arguments(p: argparse.ArgumentParser) -> None:
@@ -70,12 +79,7 @@ def sae_config(args: argparse.Namespace, store: Activations | StreamedActivation
         d_out=store.d_out,
         layers=store.layers,
         skip=rule.pop("skip", False) or args.skip,
-        aux_coefficient=args.aux_coefficient,
-        pool_every=args.pool_every,
-        score_tokens=args.score_tokens,
-        dead_after=args.dead_after,
-        screen=args.screen,
-        impl=args.impl,
+        **{name: getattr(args, name) for name in OF_SAE},
         **rule,
     )
 

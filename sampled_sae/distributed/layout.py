@@ -194,7 +194,7 @@ class MeshLayout(Layout):
         """Raises, on every process, what the first one met."""
         fault: Exception | None = None
         pieces = (piece for name, t in tensors.items() for piece in self.weights.pieces(name, t))
-        if self.mesh.is_first:
+        if self.mesh.data.rank == self.mesh.feature.rank == 0:
             try:
                 write(pieces)
             except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,6 @@ from sampled_sae.lm.harvest_places import Stores, harvest_places
 from sampled_sae.residual_stream.hook_points import HookPoint, mlp_points
 from sampled_sae.support.argument_checks import check_integer
 from sampled_sae.training.joined_activations import PairedActivations, StackedActivations
-
-# of a harvest of several places
-OPTIONS: dict[str, Any] = {
-    "source": "",
-    "batch_size": 8,
-    "rows_per_shard": 128,
-    "dtype": "float32",
-    "drop_first": True,
-    "drop_tokens": None,
-    "max_norm_ratio": 10.0,
-    "holdout_rows": 0,
-}
 
 
 def harvest(
@@ -186,10 +175,12 @@ def harvest_beside(
 
 
 def _of_several(options: dict[str, Any]) -> dict[str, Any]:
-    """With what is absent; TypeError for another."""
-    if unknown := sorted(set(options) - set(OPTIONS)):
-        raise TypeError(f"{', '.join(unknown)}: unknown, options are {', '.join(OPTIONS)}")
-    return {**OPTIONS, **options, "compute_dtype": "float32"}
+    """Those of `harvest`, where absent as there; TypeError for another."""
+    of_one = {name: p.default for name, p in signature(harvest).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    known = {name: of_one[name] for name in of_one if name not in ("model_name", "compute_dtype", "progress", "mesh")}
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"{', '.join(unknown)}: unknown, options are {', '.join(known)}")
+    return {**known, **options, "compute_dtype": "float32"}
 
 
 def _places(models: Any, layers: int | Sequence[int], model_names: Sequence[str] | None) -> Stores:

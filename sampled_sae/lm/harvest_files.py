@@ -6,7 +6,6 @@ harvest loses at most the shard under way.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sampled_sae.lm.dropped import dropped
+from sampled_sae.lm.dropped import largest_norm, left_out
 from sampled_sae.support.all_ranks import AllRanks
 from sampled_sae.support.atomic_files import field
 from sampled_sae.support.remote_files import AnyPath
@@ -172,8 +171,7 @@ def _new_manifests(rows: Tensor, batches: Batches, settings: Sequence[Settings])
     batch, found = next(batches(rows[: settings[0]["batch_size"]], 0))
     manifests = []
     for x, own in zip(found, settings):
-        norms = x[~dropped(batch, x, own["drop_first"], own["drop_tokens"], math.inf)[0]].norm(dim=-1)
-        max_norm = own["max_norm_ratio"] * float(norms.median())
+        max_norm = largest_norm(batch, x, own["drop_first"], own["drop_tokens"], own["max_norm_ratio"])
         about = {name: own[name] for name in ABOUT if name in own}
         manifest = new_manifest(x.shape[-1], own["dtype"], own, max_norm=max_norm, **about)
         manifest["versions"]["transformers"] = installed_version("transformers")
@@ -189,23 +187,13 @@ def _activations(
     kept: list[list[Tensor]] = [[] for _ in manifests]
     stay: list[Tensor] = []
     counts: Counter[str] = Counter()
+    settings, max_norms = manifests[0]["settings"], [manifest["max_norm"] for manifest in manifests]
+    by_place = settings["drop_first"], settings.get("drop_tokens", ())
     for batch, found in batches:
-        out, left = _left_out(batch, found, manifests)
+        out, left = left_out(batch, found, *by_place, max_norms)
         for parts, x, manifest in zip(kept, found, manifests):
             parts.append(as_stored(x[~out], manifest["dtype"]))
         stay.append(~out.cpu())
         counts.update(left)
         bar.update(batch.numel())
     return [torch.cat(parts) for parts in kept], TokenPlaces.of_rows(rows, torch.cat(stay)), dict(counts)
-
-
-def _left_out(batch: Tensor, found: list[Tensor], manifests: Sequence[dict[str, Any]]) -> tuple[Tensor, dict[str, int]]:
-    """`dropped` of the first store, and what the norms of the others leave out besides."""
-    settings = manifests[0]["settings"]
-    by_place = settings["drop_first"], settings.get("drop_tokens", ())
-    out, counts = dropped(batch, found[0], *by_place, manifests[0]["max_norm"])
-    for x, manifest in zip(found[1:], manifests[1:]):
-        also = dropped(batch, x, False, (), manifest["max_norm"])[0].to(out.device) & ~out
-        counts["norm"] += int(also.sum())
-        out = out | also
-    return out, counts

@@ -21,7 +21,7 @@ from sampled_sae.support.all_ranks import ranks_of
 from sampled_sae.support.argument_checks import check_choice, check_flag, check_integer, check_number
 from sampled_sae.support.output_folder import check_output_place, held_by_first
 from sampled_sae.support.remote_files import AnyPath, output_place
-from sampled_sae.training.opening import PAIR, stack_folders, stack_part
+from sampled_sae.training.opening import PAIR, stack_part, stores_in
 from sampled_sae.training.store_writer import DTYPES, MANIFEST, read_manifest
 
 # of each store its model, its place there, and the model's name as recorded
@@ -134,10 +134,10 @@ def _folders(folder: AnyPath, places: Sequence[Place]) -> list[AnyPath]:
 
 def _check_kind(folder: AnyPath, folders: list[AnyPath]) -> None:
     """ValueError where `folder` holds the harvest of other places than those whose stores are to stand in `folders`."""
-    held = [each for each in (folder, *(folder / part for part in PAIR)) if (each / MANIFEST).exists()]
-    stack = [folder / stack_part(i) for i in range(len(stack_folders(folder)))]
+    held = [folder] if (folder / MANIFEST).exists() else [folder / name for name in stores_in(folder)]
     # one that was killed as it began has written some of its manifests
-    begins = stack == folders[: len(stack)] and not any(read_manifest(each)["complete"] for each in stack)
-    if any(each not in folders for each in held) or not (begins or stack == folders):
-        what = f"{len(stack)} layers" if stack else "one place" if held == [folder] else "two places"
+    begins = held == folders[: len(held)] and not any(read_manifest(each)["complete"] for each in held)
+    if held != folders and not begins:
+        pair = held[0].name in PAIR
+        what = "one place" if held == [folder] else "two places" if pair else f"{len(held)} layers"
         raise ValueError(f"{folder}: holds a harvest of {what}; use another folder")

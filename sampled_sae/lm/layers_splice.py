@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from sampled_sae.lm.models import identity_of
-from sampled_sae.lm.point_splice import SpliceAt, harvested_place
-from sampled_sae.lm.splice_figures import checked_reconstruction, dropped_by_harvest, figures, recovered
+from sampled_sae.lm.point_splice import SpliceAt
+from sampled_sae.lm.splice_figures import (
+    checked_reconstruction,
+    dropped_by_harvest,
+    figures,
+    harvested_place,
+    recovered,
+)
 from sampled_sae.residual_stream.hook_points import HookPoint, check_places, points_of
 from sampled_sae.training.evaluation import Reconstruction
 from sampled_sae.training.same_settings import identity, in_words, is_same_model

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sampled_sae.lm.dropped import check_drop_tokens, dropped
+from sampled_sae.lm.dropped import check_drop_tokens, left_out
 from sampled_sae.lm.models import device_of, identity_of
 from sampled_sae.lm.passes import batches_at
 from sampled_sae.lm.splice_figures import (
@@ -20,12 +20,12 @@ from sampled_sae.lm.splice_figures import (
     checked_reconstruction,
     dropped_by_harvest,
     figures,
+    harvested_place,
     mean_loss,
 )
 from sampled_sae.residual_stream.hook_points import HookPoint, check_points, mlp_points, points_of, replaced_point
 from sampled_sae.support.argument_checks import check_integer
 from sampled_sae.training.evaluation import Reconstruction, reconstruct_with
-from sampled_sae.training.same_settings import in_words
 
 Transcode = Callable[[Tensor], Tensor]
 
@@ -72,9 +72,7 @@ class SpliceAt:
         special = check_drop_tokens(model, drop_tokens)
         for batch, found in batches_at([(model, point) for point in max_norms], rows, self._size):
             at = dict(zip(max_norms, found))
-            out = torch.zeros_like(batch, dtype=torch.bool)
-            for point, x in at.items():
-                out |= dropped(batch, x, drop_first, special, max_norms[point])[0]
+            out, _ = left_out(batch, found, drop_first, special, [*max_norms.values()])
             self._kept.append((~out, torch.stack([at[read][~out] for read, _ in pairs], dim=1)))
             totals.append(torch.stack([at[target][~out].double().sum(0) for _, target in pairs]))
         self.spliced_tokens = sum(len(x) for _, x in self._kept)
@@ -190,15 +188,6 @@ class PointSplice(SpliceAt):
         with torch.no_grad():
             made = [checked_reconstruction(reconstruct(x[:, 0]), (len(x), self._width)) for _, x in self._kept]
         return figures(self, self._cross_entropy([x_hat[:, None] for x_hat in made]), self._rows[:, 1:].numel())
-
-
-def harvested_place(about: dict[str, Any]) -> int | HookPoint:
-    """The block or other place of what a manifest or an `identity` tells of; ValueError where it says none."""
-    if about.get("point"):
-        return HookPoint.parse(about["point"])
-    if about.get("layer") is None:
-        raise ValueError(f"manifest is of {in_words(about)}, that no harvest wrote: nothing to splice")
-    return int(about["layer"])
 
 
 def transcoded_cross_entropy(

@@ -19,6 +19,7 @@ from sampled_sae.lm.splice_figures import (
     checked_reconstruction,
     dropped_by_harvest,
     figures,
+    harvested_place,
     next_token_loss,
 )
 from sampled_sae.residual_stream.blocks import check_layer, text_config, transformer_blocks
@@ -136,16 +137,15 @@ class SpliceEvaluator:
         Raises:
             ValueError: as the class; other weights, naming both models; a manifest of activations without a model.
         """
-        harvested = identity(manifest)
         check_one_place(manifest)
-        if harvested.get("point"):
+        harvested = identity(manifest)
+        layer = harvested_place(harvested)
+        if not isinstance(layer, int):
             raise ValueError(
                 f"manifest is of {in_words(harvested)}, which is no residual stream: PointSplice is for it"
             )
-        if harvested["layer"] is None:
-            raise ValueError(f"manifest is of {in_words(harvested)}, that no harvest wrote: there is nothing to splice")
         dropping = dropped_by_harvest(model, manifest, insist)
-        return cls(model, rows, manifest["layer"], max_norm=manifest["max_norm"], **dropping, **options)
+        return cls(model, rows, layer, max_norm=manifest["max_norm"], **dropping, **options)
 
     def evaluate(self, reconstruct: Reconstruct) -> dict[str, float]:
         """Splice one reconstruction in.

@@ -145,11 +145,9 @@ def _series(row: Row, apart: list[str]) -> str:
     """What the runs of all l and seeds have in common; a run without a pool has its name, without the seed."""
     if row["l"] is None or apart == ["name"]:
         return without_seed(row)
-    return ", ".join(_kind(name, row.get(name)) for name in apart) or str(row.get("score") or "runs")
-
-
-def _kind(name: str, value: Any) -> str:
-    return value if isinstance(value, str) else f"{name}={value}"
+    values = {name: row.get(name) for name in apart}
+    said = (value if isinstance(value, str) else f"{name}={value}" for name, value in values.items())
+    return ", ".join(said) or str(row.get("score") or "runs")
 
 
 def is_member(folder: Path, row: Row) -> bool:

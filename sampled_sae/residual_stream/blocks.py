@@ -72,6 +72,10 @@ def check_layer(model: nn.Module, layer: int) -> nn.Module:
     return blocks[index]
 
 
+class PassEnded(Exception):
+    """Ends a forward pass of which nobody needs the rest."""
+
+
 class BlockOutputs:
     """Reads and replaces the residual stream in what one block returns, and checks its shape.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..support.argument_checks import check_integer
-from .blocks import check_layer
+from .blocks import PassEnded, check_layer
 
 SIDES = ("in", "out")
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "ff")
@@ -102,10 +102,6 @@ def points_of(model: nn.Module, places: Sequence[int | HookPoint]) -> list[HookP
     return [layer_point(model, place) if isinstance(place, int) else place for place in places]
 
 
-class _AllReached(Exception):
-    """Ends a forward pass of which nobody needs the rest."""
-
-
 @contextmanager
 def capture_points(model: nn.Module, points: Sequence[HookPoint]) -> Iterator[list[Any]]:
     """What stands at the points in a forward pass, which ends at the last of them and with it the `with` block.
@@ -126,7 +122,7 @@ def capture_points(model: nn.Module, points: Sequence[HookPoint]) -> Iterator[li
             found[i] = _tensor(points[i], value).clone()
             missing.discard(i)
         if not missing:
-            raise _AllReached
+            raise PassEnded
 
     with ExitStack() as stack:
         for i, point in enumerate(points):
@@ -134,7 +130,7 @@ def capture_points(model: nn.Module, points: Sequence[HookPoint]) -> Iterator[li
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # what is compiled already knows no hooks
         try:
             yield found
-        except _AllReached:
+        except PassEnded:
             return
     names = ", ".join(str(points[i]) for i in sorted(missing))
     raise ValueError(f"hook point {names}: {type(model).__name__} ran without it")

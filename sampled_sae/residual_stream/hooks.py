@@ -13,11 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .blocks import BlockOutputs
-
-
-class _LayerReached(Exception):
-    """Ends a forward pass whose remaining blocks nobody needs."""
+from .blocks import BlockOutputs, PassEnded
 
 
 class Captured:
@@ -51,9 +47,9 @@ def capture(model: nn.Module, layer: int) -> Iterator[Captured]:
 
     def stop(output: Any) -> None:
         captured._value = outputs.residual(output)
-        raise _LayerReached
+        raise PassEnded
 
-    with suppress(_LayerReached), outputs.watched(stop):
+    with suppress(PassEnded), outputs.watched(stop):
         yield captured
 
 

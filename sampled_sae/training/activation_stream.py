@@ -143,10 +143,6 @@ class StreamedActivations:
         return self.stream.blocks.source
 
     @property
-    def buffer_tokens(self) -> int:
-        return self.stream.buffer_tokens
-
-    @property
     def place(self) -> Hashable:
         return id(self)
 

@@ -13,10 +13,9 @@ from ..support.timing import check_memory
 from .activation_stream import StreamedActivations
 from .activations import Activations
 from .checkpoint import CHECKPOINT
-from .feed import Feed
+from .feed import Feed, TrainingBatch
 from .sharded_checkpoint import RECORD
 from .train_config import TrainConfig
-from .training_batch import TrainingBatch
 
 # Below this share of their mean square, what tells tokens apart drowns in the rounding of float32.
 LEAST_VARIANCE = 1e-7

@@ -24,15 +24,12 @@ def settled(train_config: TrainConfig, sae_config: SampledSAEConfig, device: tor
     return replace(train_config, precision=resolve_precision(train_config.precision, device, impl))
 
 
-def resolve_precision(precision: str, device: torch.device, impl: str, weights: torch.dtype = torch.float32) -> str:
+def resolve_precision(precision: str, device: torch.device, impl: str) -> str:
     """ "bf16", "tf32" or "fp32": what `precision` stands for in a training by `impl`, as `resolve_impl` names it.
 
     Raises:
-        ValueError: weights that are not float32, "bf16" where products take float32 alone, "tf32" away from a GPU that
-            has it.
+        ValueError: "bf16" where products take float32 alone, "tf32" away from a GPU that has it.
     """
-    if weights != torch.float32:
-        raise ValueError(f"precision={precision!r}: is about products of float32 weights, these are {weights}")
     if precision == "auto":
         return "bf16" if device.type == "cuda" and impl == "triton" else "fp32"
     if precision == "bf16" and impl != "triton":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -69,15 +69,8 @@ def save(run: TrainingRun) -> None:
     write_shards(run.folder, tensors, record, ranks)
 
 
-class Saved(NamedTuple):
-    """A checkpoint: its file, and what that holds."""
-
-    path: Path
-    state: dict[str, Any]
-
-
-def saved(folder: Path, ranks: AllRanks) -> Saved | None:
-    """The checkpoint in a folder; None where there is none.
+def saved(folder: Path, ranks: AllRanks) -> tuple[Path, dict[str, Any]] | None:
+    """The file of the checkpoint in a folder, and what that holds; None where there is none.
 
     Raises:
         ValueError: a damaged one.
@@ -90,18 +83,18 @@ def saved(folder: Path, ranks: AllRanks) -> Saved | None:
     path = folder / kinds[0]
     with ranks.together():
         if kinds[0] == CHECKPOINT:
-            return Saved(path, read_checkpoint(path))
+            return path, read_checkpoint(path)
         record = read_record(folder)
-        return Saved(path, {**record, "stream": of_json(f"{path}: stream", record.get("stream"))})
+        return path, {**record, "stream": of_json(f"{path}: stream", record.get("stream"))}
 
 
-def load(run: TrainingRun, found: Saved) -> None:
-    """Goes on from a checkpoint.
+def load(run: TrainingRun, path: Path, state: dict[str, Any]) -> None:
+    """Goes on from a checkpoint, as `saved` gives it.
 
     Raises:
         ValueError: one of other settings, or a damaged one.
     """
-    ranks, (path, state) = run.feed.ranks, found
+    ranks = run.feed.ranks
     with ranks.together():
         then, now = state["settings"], settings(run)
         # an earlier version's: the scale stands among the settings of the activations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
@@ -72,12 +72,12 @@ class SAEGroup:
         self.members: dict[str, TrainingRun] = {}
         with ranks.accounted():
             with ranks.together():
-                opened = opened_stores(stores)
+                opened = _opened_stores(stores, configs)
                 check_configs(configs, opened)
             feeds: dict[Hashable, Feed] = {}
             lanes = lanes_of([self.folder / name for name in configs], ranks, None)
             for name, config in configs.items():
-                store = opened[name] if isinstance(opened, dict) else opened
+                store = opened[name]
                 try:
                     if store.place not in feeds:
                         feeds[store.place] = Feed(
@@ -102,15 +102,15 @@ class SAEGroup:
         return {name: member.sae for name, member in self.members.items()}
 
 
-def opened_stores(stores: Readable | dict[str, Readable]) -> Opened | dict[str, Opened]:
-    """Each of them as what a training reads; what several names share is opened once."""
+def _opened_stores(stores: Readable | dict[str, Readable], names: Iterable[str]) -> dict[str, Opened]:
+    """By name what a training reads; what several names share is opened once."""
     if not isinstance(stores, dict):
-        return as_readable(stores)
+        return dict.fromkeys(names, as_readable(stores))
     found = {id(store): as_readable(store) for store in stores.values()}
     return {name: found[id(store)] for name, store in stores.items()}
 
 
-def check_configs(configs: dict[str, SampledSAEConfig], stores: Opened | dict[str, Opened]) -> None:
+def check_configs(configs: dict[str, SampledSAEConfig], stores: dict[str, Opened]) -> None:
     """ValueError unless the names can be those of folders on any system, and each config fits its store."""
     if not configs:
         raise ValueError(f"configs={configs!r}: must name at least one SampledSAEConfig")
@@ -122,13 +122,13 @@ def check_configs(configs: dict[str, SampledSAEConfig], stores: Opened | dict[st
             )
     if len({name.casefold() for name in configs}) < len(configs):
         raise ValueError(f"configs={sorted(configs)}: names must differ by more than case, which some systems ignore")
-    if isinstance(stores, dict) and set(stores) != set(configs):
+    if set(stores) != set(configs):
         missing, unknown = sorted(set(configs) - set(stores)), sorted(set(stores) - set(configs))
         raise ValueError(
             f"stores={sorted(stores)}: must name the members {sorted(configs)}; missing {missing}, unknown {unknown}"
         )
     for name, config in configs.items():
         try:
-            check_width(config, stores[name] if isinstance(stores, dict) else stores)
+            check_width(config, stores[name])
         except ValueError as error:
             raise ValueError(f"configs[{name!r}]: {error}") from error

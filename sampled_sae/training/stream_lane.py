@@ -57,7 +57,7 @@ class StreamLane:
         self._which, self._of = lane
         first, end = share(batch_size, *lane)
         self._batch_size, self._size = batch_size, end - first
-        self._buffer = -(-part.buffer_tokens // self._of)
+        self._buffer = -(-part.stream.buffer_tokens // self._of)
         self._seed, self._steps = seed, steps
         self.ahead = False
         # first batch of a block -> (block, tokens asked for, place of the source)
