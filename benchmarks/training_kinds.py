@@ -18,9 +18,8 @@ from sampled_sae import SampledSAE
 from sampled_sae.lm import LayersSplice, PointSplice, SpliceEvaluator
 from sampled_sae.support.timing import timed
 from sampled_sae.training.activations import Activations
-from sampled_sae.training.feed import Feed
+from sampled_sae.training.feed import Feed, TrainingBatch
 from sampled_sae.training.opening import as_activations
-from sampled_sae.training.training_batch import TrainingBatch
 
 PRODUCT_EVERY = 5
 

@@ -12,8 +12,8 @@ from .optim import RowAdam as RowAdam
 from .sae import SampledSAE as SampledSAE
 from .support.version import __version__ as __version__
 from .training.activation_store import ActivationStore as ActivationStore
-from .training.paired_activations import PairedActivations as PairedActivations
+from .training.joined_activations import PairedActivations as PairedActivations
+from .training.joined_activations import StackedActivations as StackedActivations
 from .training.sae_group import SAEGroup as SAEGroup
-from .training.stacked_activations import StackedActivations as StackedActivations
 from .training.train_config import TrainConfig as TrainConfig
 from .training.trainer import Trainer as Trainer

@@ -10,8 +10,8 @@ from makers import D, begun_training, same_weights, tokens
 from sampled_sae import SampledSAE, SampledSAEConfig, TrainConfig, Trainer
 from sampled_sae.cli import main
 from sampled_sae.impl.hints import Rule, ThresholdHints
-from sampled_sae.training.schedules import config_at
 from sampled_sae.training.sweep import run_sweep
+from sampled_sae.training.train_config import config_at
 from sampled_sae.training.training_run import METRICS
 
 SAE = SampledSAEConfig(d_in=D, d_sae=48, k=3, l=2.0)

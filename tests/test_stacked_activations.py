@@ -13,10 +13,9 @@ from sampled_sae import ActivationStore, SampledSAE, SampledSAEConfig, TrainConf
 from sampled_sae.cli import main
 from sampled_sae.training.batches import ShuffledStream
 from sampled_sae.training.evaluation import evaluate_activations, reconstruct_with
+from sampled_sae.training.joined_activations import PairedActivations, StackedActivations
 from sampled_sae.training.layer_spread import LayerSpread, layer_cosines, layer_names, layer_shares, plot_layers
-from sampled_sae.training.paired_activations import PairedActivations
 from sampled_sae.training.same_settings import identity, is_same_kind
-from sampled_sae.training.stacked_activations import StackedActivations
 from sampled_sae.training.sweep import evaluate
 
 CONFIG = SampledSAEConfig(d_in=5, d_sae=64, k=3, l=None, layers=3, dead_after=500)

@@ -152,3 +152,43 @@ def published_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--at", default=None, help="folder or file inside it, as layer_12/width_16k/average_l0_82")
     p.add_argument("--layout", choices=tuple(LAYOUTS), default=None, help="of its files; found by them when absent")
     p.add_argument("--k", type=int, default=None, help="features a token, where no file says it")
+
+
+def place_arguments(p: argparse.ArgumentParser, when: str = "") -> None:
+    """`--mlp` and `--points`, two places of a language model; `when` begins their help."""
+    p.add_argument(
+        "--mlp",
+        action="store_true",
+        help=f"{when}what the MLP of --layer reads and what it writes, for a transcoder: activations with targets",
+    )
+    p.add_argument(
+        "--points",
+        nargs=2,
+        metavar=("READ", "TARGET"),
+        default=None,
+        help=f"{when}the same of any two places, without --layer: MODULE:in or MODULE:out, as model.layers.3.mlp:in",
+    )
+
+
+def places_in_words(layers: list[int], points: tuple[Any, Any] | None) -> str:
+    if points is not None:
+        return f"{points[0]} and {points[1]}"
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+
+
+def pair_of(args: argparse.Namespace, skeleton: Any, layers: list[int]) -> tuple[Any, Any] | None:
+    """The two places, as HookPoints; None where neither option is given.
+
+    Raises:
+        ValueError: a place that the model, of which `skeleton` has no weights, has not.
+    """
+    from ..residual_stream.hook_points import HookPoint, mlp_points
+
+    if args.mlp:
+        return mlp_points(skeleton, layers[0])
+    if args.points is None:
+        return None
+    read, target = map(HookPoint.parse, args.points)
+    for point in (read, target):
+        point.of(skeleton)
+    return read, target

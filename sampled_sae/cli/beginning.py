@@ -13,10 +13,9 @@ from ..pretrained import FORMAT
 from ..sae import SampledSAE
 from ..support.argument_checks import SCORES
 from ..training.activations import Activations
+from ..training.joined_activations import PairedActivations, StackedActivations
 from ..training.opening import as_activations
-from ..training.paired_activations import PairedActivations
 from ..training.sae_group import Opened
-from ..training.stacked_activations import StackedActivations
 from .arguments import pool_multiplier
 
 # the rule of an SAE that begins with drawn weights

@@ -13,9 +13,9 @@ from ..pretrained import EVALUATION
 from ..sae import SampledSAE
 from ..support.all_ranks import AllRanks
 from ..support.atomic_files import write_json
-from ..training.activation_stream import StreamedActivations
 from ..training.activations import Activations
 from ..training.layer_spread import LayerSpread, layer_names, plot_layers
+from ..training.sae_group import Opened
 from ..training.sweep import Splice, SpliceSource, evaluate
 from .arguments import can_plot
 from .errors import is_no_memory, sentence
@@ -24,7 +24,7 @@ from .identity import say_no_loss, splice_source
 Found = TypeVar("Found")
 
 
-def closing_splice(args: argparse.Namespace, store: Activations) -> SpliceSource | None:
+def closing_splice(args: argparse.Namespace, store: Opened) -> SpliceSource | None:
     """The language model that the loss recovered is measured in; None for none. All ranks call it.
 
     With --splice-rows it has to be there. Without, it is taken where nothing need be fetched for it, on any rank.
@@ -33,29 +33,31 @@ def closing_splice(args: argparse.Namespace, store: Activations) -> SpliceSource
         ValueError: as `splice_source`, with --splice-rows.
     """
     asked, ranks = args.splice_rows is not None, args.ranks
-    as_harvested = {"model": None, "cache": None, "model_dtype": "float32", "model_device": None}
-    about = argparse.Namespace(splice_rows=args.splice_rows, insist=False, ranks=ranks, **as_harvested)
     with ranks.together():
-        if not store.manifest.get("holdout"):
+        if not _holds_out(args, store):
             if args.splice_rows:
                 store.holdout()  # says that there is none
             return None
-        if asked or _is_at_hand(store.manifest.get("model"), store):
-            source, why = tried(lambda: splice_source(about, store), asked)
+        if asked or not isinstance(store, Activations) or _is_at_hand(store.manifest.get("model"), store):
+            source, why = tried(lambda: splice_source(args, store), asked)
         else:
             source, why = None, ""
     return of_all(source, why, ranks)
 
 
 def evaluate_at_end(
-    sae: SampledSAE, args: argparse.Namespace, store: Activations, source: SpliceSource | None
+    sae: SampledSAE, args: argparse.Namespace, store: Opened, source: SpliceSource | None, folder: Path
 ) -> dict[str, Any]:
-    """As `sampled-sae evaluate`, evaluation.json included; empty for a store without a held-out part."""
-    if not store.manifest.get("holdout"):
+    """As `sampled-sae evaluate`, evaluation.json included; empty where nothing is held out."""
+    if not _holds_out(args, store):
         return {}
     with args.ranks.together():
         held_out, _ = store.holdout()
-    return evaluated(sae, held_out, _loaded(source, args), args, args.out)
+    return evaluated(sae, held_out, _loaded(source, args), args, folder)
+
+
+def _holds_out(args: argparse.Namespace, store: Opened) -> bool:
+    return bool(store.manifest.get("holdout") if isinstance(store, Activations) else args.holdout_rows)
 
 
 def evaluated(
@@ -69,7 +71,7 @@ def evaluated(
     return result
 
 
-def draw_layers(sae: SampledSAE, folder: Path, store: Activations | StreamedActivations, ranks: AllRanks) -> None:
+def draw_layers(sae: SampledSAE, folder: Path, store: Opened, ranks: AllRanks) -> None:
     """Of a crosscoder layers.png, by the first rank; says where it is, or why it is not. All ranks call it."""
     if not sae.cfg.is_crosscoder:
         return

@@ -87,15 +87,15 @@ def export(args: argparse.Namespace) -> None:
     given = formats.Origin(model_name=args.model_name, hook_name=args.hook_name)
     origin = given.filled_by(origin)
     if args.to == circuit_tracer.NAME:
-        return _export_transcoder(args, sae, origin)
-    written = formats.export(
-        sae, args.out, to=args.to, inference=args.inference, k=args.k, scale=scale, origin=origin, say=print
-    )
+        written = _export_transcoder(args, sae, origin)
+    else:
+        how = {"inference": args.inference, "k": args.k, "scale": scale, "origin": origin}
+        written = formats.export(sae, args.out, to=args.to, say=print, **how)
     for path in written:
         print(path)
 
 
-def _export_transcoder(args: argparse.Namespace, sae: SampledSAE, origin: formats.Origin) -> None:
+def _export_transcoder(args: argparse.Namespace, sae: SampledSAE, origin: formats.Origin) -> list[Path]:
     """One layer of circuit-tracer's files."""
     for name in ("k", "scale", "activations", "hook_name"):
         if getattr(args, name) is not None:
@@ -103,11 +103,9 @@ def _export_transcoder(args: argparse.Namespace, sae: SampledSAE, origin: format
     if origin.layer is None or origin.model_name is None:
         raise ValueError(f"layer={origin.layer}, model_name={origin.model_name!r}: must be given for circuit-tracer")
     rule = None if args.inference == "auto" else args.inference
-    written = circuit_tracer.export_transcoder(
+    return circuit_tracer.export_transcoder(
         sae, args.out, origin.layer, model_name=origin.model_name, rule=rule, say=print
     )
-    for path in written:
-        print(path)
 
 
 def import_(args: argparse.Namespace) -> None:

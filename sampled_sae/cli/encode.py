@@ -11,8 +11,7 @@ from ..inference.codes_files import DTYPES
 from ..inference.encode_corpus import TokenSource, encode_corpus
 from ..support.argument_checks import check_device, check_integer
 from ..support.output_folder import check_output_folder
-from ..training.activation_store import ActivationStore
-from ..training.stored_activations import StoredActivations
+from ..training.activation_store import ActivationStore, StoredActivations
 from .arguments import (
     Command,
     added_since,
@@ -89,7 +88,7 @@ def _model_rows(found: Published, args: argparse.Namespace) -> Any:
         what = "names no layer" if layer is None else f"reads {layer}, which is not a block's output"
         raise ValueError(f"{args.sae}: {what}; give --layer")
     check_same_origin(args.sae, found, {"model": model_name, "layer": layer}, args.insist)
-    texts = Texts.open(args, model_name, layer)
+    texts = Texts(args, model_name, layer)
     print(f"Encodes layer {layer} of {model_name} over {args.texts} into {args.out}{texts.without()}", flush=True)
     rows = texts.rows()
     model = loaded_model(model_name, args, args.device)

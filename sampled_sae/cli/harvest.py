@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from ..support.argument_checks import check_integer
 from ..support.output_folder import check_output_place
 from ..support.remote_files import output_place
-from .arguments import Command, loaded_model, model_arguments
-from .places import pair_of, place_arguments
+from .arguments import Command, loaded_model, model_arguments, pair_of, place_arguments, places_in_words
 from .processes import add_rank_options
 from .texts import Texts, text_arguments
 
@@ -41,7 +39,7 @@ def harvest(args: argparse.Namespace) -> None:
     """Everything that needs no weights comes first: folder, texts, layer, context, rows."""
     from ..lm import harvest as harvest_layer
     from ..lm import harvest_beside, harvest_pair
-    from ..lm.harvest_files import check_holdout
+    from ..lm.harvest_places import check_holdout, check_resumes
 
     _check_place(args)
     for layer in args.beside or ():
@@ -50,13 +48,13 @@ def harvest(args: argparse.Namespace) -> None:
     check_integer("batch_size", args.batch_size, 1)
     args.out = output_place(args.out)
     check_output_place(args.out)
-    layers = [] if args.beside is None else [args.layer, *args.beside]
-    texts = Texts.open(args, args.model, *(layers or ([] if args.layer is None else [args.layer])))
-    points = pair_of(args, texts.skeleton, [] if args.layer is None else [args.layer])
-    what = f"layer {args.layer}" if points is None else f"{points[0]} and {points[1]}"
-    what = f"layers {', '.join(map(str, layers))}" if layers else what
-    print(f"Harvests {what} of {args.model} over {args.texts} into {args.out}{texts.without()}", flush=True)
-    _check_resumes(args, points)
+    layers = [] if args.layer is None else [args.layer, *(args.beside or ())]
+    texts = Texts(args, args.model, *layers)
+    points = pair_of(args, texts.skeleton, layers)
+    where = places_in_words(layers, points)
+    print(f"Harvests {where} of {args.model} over {args.texts} into {args.out}{texts.without()}", flush=True)
+    known = {name: getattr(args, name) for name in ("model", "context", "batch_size", "dtype", "holdout_rows")}
+    check_resumes(args.out, points or layers, {"source": args.texts, **known})
     rows = texts.rows()
     check_holdout(args.holdout_rows, len(rows))
     model = loaded_model(args.model, args)
@@ -70,7 +68,7 @@ def harvest(args: argparse.Namespace) -> None:
         "progress": not args.quiet,
         "mesh": args.ranks.mesh,
     }
-    if layers:
+    if args.beside is not None:
         how["model_names"] = [how.pop("model_name")]
         manifest = harvest_beside(model, rows, layers, args.out, **how).parts[0].manifest
     elif points is None:
@@ -91,20 +89,3 @@ def _check_place(args: argparse.Namespace) -> None:
         raise ValueError("layer=None: give --layer, the block, from 0, whose output is stored, or --points")
     if args.beside is not None and (args.points is not None or args.mlp):
         raise ValueError(f"--beside {' '.join(map(str, args.beside))}: is of blocks, without --points and --mlp")
-
-
-def _check_resumes(args: argparse.Namespace, points: tuple[Any, Any] | None) -> None:
-    """ValueError where the folder holds a harvest of another place, or with other settings."""
-    from ..lm.harvest_beside import check_beside_resumes
-    from ..lm.harvest_files import check_kind, check_resumes
-    from ..lm.harvest_points import check_pair_resumes
-
-    names = ("model", "context", "batch_size", "dtype", "holdout_rows")
-    known = {"source": args.texts, **{name: getattr(args, name) for name in names}}
-    if args.beside is not None:
-        check_beside_resumes(args.out, [args.layer, *args.beside], known)
-    elif points is None:
-        check_kind(args.out, pair=False)
-        check_resumes(args.out, {"layer": args.layer, **known})
-    else:
-        check_pair_resumes(args.out, points, known)

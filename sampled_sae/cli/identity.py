@@ -12,7 +12,9 @@ from ..config import SampledSAEConfig
 from ..formats.published import Published
 from ..pretrained import ORIGIN, RUN
 from ..support.atomic_files import field, read_json
+from ..training.activation_stream import StreamedActivations
 from ..training.activations import Activations
+from ..training.sae_group import Opened
 from ..training.same_settings import identity, in_words, is_same_kind, is_same_model
 from ..training.sweep import Splice, SpliceSource
 from .arguments import loaded_model
@@ -105,12 +107,17 @@ def check_same_activations(folder: Path, cfg: SampledSAEConfig, store: Activatio
         )
 
 
-def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource | None:
+def splice_source(args: argparse.Namespace, store: Opened) -> SpliceSource | None:
     """The language model in which reconstructions are measured, by the options; loaded later. None for no splicing.
 
+    Of a stream it is the model at work.
+
     Raises:
-        ValueError: more rows than are held out, no text, a model other than the one that was harvested.
+        ValueError: more rows than are held out, no text, a model other than the one that was harvested, or with
+            --splice-rows one that predicts no next token.
     """
+    if not isinstance(store, Activations):
+        return _of_stream(args, store)
     there = (store.manifest.get("holdout") or {}).get("rows") or 0
     count = splice_rows(args, there)
     if count == 0 and args.splice_rows is None and args.model is not None:
@@ -154,6 +161,19 @@ def splice_source(args: argparse.Namespace, store: Activations) -> SpliceSource 
 
     # Without --insist the weights are those that were harvested, under whatever name.
     return SpliceSource({"model": name if args.insist else harvested["model"], "rows": count}, load, measure)
+
+
+def _of_stream(args: argparse.Namespace, part: StreamedActivations) -> SpliceSource | None:
+    count = splice_rows(args, args.holdout_rows)
+    if count == 0 or not has_loss(args.model, args, count):
+        return None
+
+    def measure(source: Any) -> Splice:
+        rows = part.holdout()[1][:count]
+        made: Splice = source.splice(part.indices, rows, part.layers > 1, args.ranks.mesh).evaluate
+        return made
+
+    return SpliceSource({"model": args.model, "rows": count}, lambda: part.source, measure)
 
 
 def _parts(store: Activations) -> list[dict[str, Any]]:

@@ -23,9 +23,8 @@ from ..support.argument_checks import check_integer
 from ..support.atomic_files import write_text
 from ..support.output_folder import check_output_folder
 from ..support.remote_files import place
-from ..training.activation_store import ActivationStore
+from ..training.activation_store import ActivationStore, StoredActivations
 from ..training.same_settings import identity
-from ..training.stored_activations import StoredActivations
 from .arguments import Command, loaded_model, model_arguments, published_arguments, refusal, seed
 from .identity import check_model, check_same_origin
 
@@ -159,21 +158,9 @@ def _codes(
         return
     assert store is not None
     with tempfile.TemporaryDirectory(prefix="sampled-sae-look-") as folder:
-        source = _FirstShards(store, shards_of(store.tokens, args.tokens))
+        source = StoredActivations(store, shards_of(store.tokens, args.tokens))
         encode_corpus(found.sae, source, folder, batch_size=args.batch_size, progress=not args.quiet)
         yield CodesStore.open(folder)
-
-
-class _FirstShards(StoredActivations):
-    """Some shards of a store, the first ones, as the source of a corpus of codes."""
-
-    def __init__(self, store: ActivationStore, n_shards: int) -> None:
-        super().__init__(store)
-        self._n_shards = n_shards
-
-    @property
-    def n_shards(self) -> int:
-        return self._n_shards
 
 
 def _model(args: argparse.Namespace, found: Published, corpus: dict[str, Any]) -> LanguageModel | None:
@@ -183,9 +170,8 @@ def _model(args: argparse.Namespace, found: Published, corpus: dict[str, Any]) -
         print(f"{args.activations} names no language model: no tokens and no logit lens; --model gives one", flush=True)
         return None
     from ..lm import weights_digest
-    from ..lm.logit_lens import logit_lens
+    from ..lm.logit_lens import logit_lens, token_texts
     from ..lm.models import load_tokenizer, predicts_next_token
-    from ..lm.token_texts import token_texts
     from ..residual_stream.blocks import text_config
 
     model, tokenizer = loaded_model(name, args), load_tokenizer(name, args.cache)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from ..sae import SampledSAE
 from ..support.argument_checks import check_device, check_integer
 from ..support.output_folder import check_output_folder
 from ..training.activation_stream import BUFFER_TOKENS, ActivationStream, StreamedActivations
-from ..training.sweep import Splice, SpliceSource
-from .arguments import added_since, check_not_given, listed, loaded_model, model_arguments, whole_number
-from .closing import evaluated, of_all, tried
+from .arguments import (
+    added_since,
+    check_not_given,
+    listed,
+    loaded_model,
+    model_arguments,
+    pair_of,
+    place_arguments,
+    places_in_words,
+    whole_number,
+)
 from .harvest import HOLDOUT_ROWS
-from .identity import has_loss, splice_rows
 from .parser import Parser
-from .places import pair_of, place_arguments
 from .texts import Texts, source_arguments
 
 
@@ -102,10 +106,9 @@ def open_stream(args: argparse.Namespace) -> dict[str, StreamedActivations]:
         check_integer(name, getattr(args, name), 1)
     check_device(args.device)
     check_output_folder(args.out)
-    texts = Texts.open(args, args.model, *layers)
+    texts = Texts(args, args.model, *layers)
     points = pair_of(args, texts.skeleton, layers)
-    where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {', '.join(map(str, layers))}"
-    where = where if points is None else f"{points[0]} and {points[1]}"
+    where = places_in_words(layers, points)
     print(f"Reads {where} of {args.model} over {args.texts}, stores nothing{texts.without()}", flush=True)
     source = ModelSource(
         loaded_model(args.model, args, args.device),
@@ -142,49 +145,8 @@ def open_swept_stream(args: argparse.Namespace) -> StreamedActivations:
     return part
 
 
-def swept_splice(args: argparse.Namespace, part: StreamedActivations) -> SpliceSource | None:
-    """The model at work as that in which a sweep's reconstructions are measured; None for no splicing.
-
-    Raises:
-        ValueError: --splice-rows in a model that predicts no next token.
-    """
-    count = splice_rows(args, args.holdout_rows)
-    if count == 0 or not has_loss(args.model, args, count):
-        return None
-
-    def measure(source: Any) -> Splice:
-        return _spliced(part, count, args)
-
-    return SpliceSource({"model": args.model, "rows": count}, lambda: part.source, measure)
-
-
-def _spliced(part: StreamedActivations, count: int, args: argparse.Namespace) -> Splice:
-    """What measures reconstructions in the first `count` rows held out, in the model that the stream runs."""
-    rows = part.holdout()[1][:count]
-    made: Splice = part.source.splice(part.indices, rows, part.layers > 1, args.ranks.mesh).evaluate
-    return made
-
-
 def _beside(args: argparse.Namespace) -> list[int]:
     """The blocks that `--beside` names."""
     if not all(text.isdecimal() for text in args.beside or ()):
         raise ValueError(f"--beside {' '.join(args.beside)}: with --model must be blocks, whole numbers from 0")
     return [int(text) for text in args.beside or ()]
-
-
-def evaluate_streamed(
-    sae: SampledSAE, args: argparse.Namespace, part: StreamedActivations, folder: Path
-) -> dict[str, Any]:
-    """As `sampled-sae evaluate` on the rows held out, evaluation.json included; empty where none are."""
-    if not args.holdout_rows:
-        return {}
-    ranks = args.ranks
-    with ranks.together():
-        held_out, rows = part.holdout()
-    count = splice_rows(args, len(rows))
-
-    def measure() -> Splice:  # of an encoder, which predicts no next token, there is none
-        return _spliced(part, count, args)
-
-    splice = of_all(*tried(measure, args.splice_rows is not None, ranks.size == 1), ranks) if count else None
-    return evaluated(sae, held_out, splice, args, folder)

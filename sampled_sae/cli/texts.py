@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from ..support.argument_checks import check_integer
@@ -42,7 +40,6 @@ def token_ids(text: str) -> list[int | str]:
     return [] if parts == ["none"] else [part if part == "special" else seed(part) for part in parts]
 
 
-@dataclass(frozen=True)
 class Texts:
     """Texts and what reads them, opened.
 
@@ -51,15 +48,7 @@ class Texts:
         dropped: ids that are left out, ascending.
     """
 
-    skeleton: Any
-    dropped: list[int]
-    _open: Callable[[], Any]
-    _tokenizer: Any
-    _context: int
-    _limit: int | None
-
-    @classmethod
-    def open(cls, args: argparse.Namespace, model: str, *layers: int) -> Texts:
+    def __init__(self, args: argparse.Namespace, model: str, *layers: int) -> None:
         """Everything that needs no weights: texts, layer, context, ids.
 
         Raises:
@@ -70,22 +59,25 @@ class Texts:
         from ..lm.models import check_context, load_skeleton, load_tokenizer
         from ..residual_stream.blocks import check_layer
 
-        context = check_integer("context", args.context, 2)
+        self._source, self._seed = args.texts, args.seed
+        self._context = check_integer("context", args.context, 2)
         tokens = getattr(args, "tokens", None)
-        limit = None if tokens is None else -(-check_integer("tokens", tokens, 1) // context)
-        opened = [shuffled_texts(args.texts, args.seed)]  # what is wrong with them is known before weights are loaded
-        skeleton = load_skeleton(model, args.cache)
+        self._limit = None if tokens is None else -(-check_integer("tokens", tokens, 1) // self._context)
+        # what is wrong with them is known before weights are loaded
+        self._opened = [shuffled_texts(self._source, self._seed)]
+        self.skeleton = load_skeleton(model, args.cache)
         for layer in layers:
-            check_layer(skeleton, layer)
-        check_context(skeleton, context)
-        tokenizer = load_tokenizer(model, args.cache)
-        special = special_tokens(tokenizer, skeleton)
+            check_layer(self.skeleton, layer)
+        check_context(self.skeleton, self._context)
+        self._tokenizer = load_tokenizer(model, args.cache)
+        special = special_tokens(self._tokenizer, self.skeleton)
         dropped = [one for part in args.drop_tokens for one in (special if part == "special" else [part])]
+        self.dropped = check_drop_tokens(self.skeleton, dropped)
 
-        def documents() -> Any:
-            return opened.pop() if opened else shuffled_texts(args.texts, args.seed)
+    def _open(self) -> Any:
+        from ..lm import shuffled_texts
 
-        return cls(skeleton, check_drop_tokens(skeleton, dropped), documents, tokenizer, context, limit)
+        return self._opened.pop() if self._opened else shuffled_texts(self._source, self._seed)
 
     def without(self) -> str:
         """ ", without the tokens ..." for a line that says what is done."""

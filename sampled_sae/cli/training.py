@@ -38,18 +38,9 @@ from .beginning import (
 )
 from .closing import closing_splice, draw_layers, evaluate_at_end, evaluated
 from .identity import SPLICE_ROWS, check_same_activations, splice_source
-from .logs import log_place
 from .processes import add_rank_options
-from .streaming import (
-    check_no_model,
-    evaluate_streamed,
-    open_stream,
-    open_swept_stream,
-    stream_arguments,
-    sweep_stream_arguments,
-    swept_splice,
-)
-from .training_options import sae_arguments, sae_config, train_arguments, train_config
+from .streaming import check_no_model, open_stream, open_swept_stream, stream_arguments, sweep_stream_arguments
+from .training_options import log_place, sae_arguments, sae_config, train_arguments, train_config
 
 
 def add(command: Command) -> None:
@@ -74,6 +65,7 @@ def add(command: Command) -> None:
         help=f"held-out rows for the loss recovered at the end, 0 for none; {SPLICE_ROWS} when absent, where the "
         "harvested model is on this machine",
     )
+    p.set_defaults(insist=False)
 
     p = command("evaluate", run_evaluate, "Evaluate a trained SAE on held-out activations and in the model.")
     p.add_argument("sae", type=Path, help="folder of a trained SAE; evaluation.json is written there")
@@ -112,58 +104,35 @@ def _splice_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    if args.model is not None:
-        return _train_on_model(args)
+    """One SAE in args.out, or of several layers of a model one each in folders there."""
+    mesh, on_model = args.ranks.mesh, args.model is not None
     with args.ranks.together():
-        store, initial = _open_stored(args), initial_sae(args)
-        check_same_kind(args, initial, store)
-        config = sae_config(args, store, seed=args.seed, **rule_of(args, initial))
-        how, log = train_config(args), log_place(args)
-    source = closing_splice(args, store)
-    trainer = Trainer(config, how, store, args.out, args.device, args.ranks.mesh, args.lanes, initial, log)
-    print(f"{_begins(trainer)}: {trainer.sae}\nwrites to {args.out}", flush=True)
-    with closed_logs([trainer]):
-        sae = trainer.run(progress=not args.quiet)
-        result = evaluate_at_end(sae, args, store, source)
-        trainer.log.result(result)
-    draw_layers(sae, args.out, store, args.ranks)
-    print(f"done: threshold {float(sae.threshold):.4g}, {closing_line(result, args.out)}")
-
-
-def _open_stored(args: argparse.Namespace) -> Activations:
-    check_no_model(args)
-    return open_activations(args)
-
-
-def _train_on_model(args: argparse.Namespace) -> None:
-    """One SAE in args.out, or one a layer in folders there."""
-    mesh = args.ranks.mesh
-    with args.ranks.together():
+        if not on_model:
+            check_no_model(args)
         initial, how, log = initial_sae(args), train_config(args), log_place(args)
-        parts = open_stream(args)
+        parts: dict[str, Opened] = {**open_stream(args)} if on_model else {"": open_activations(args)}
         for part in parts.values():
             check_same_kind(args, initial, part)
         rule = {"seed": args.seed, **rule_of(args, initial)}
         configs = {name: sae_config(args, part, **rule) for name, part in parts.items()}
+    splices = {name: closing_splice(args, part) for name, part in parts.items()}
     if len(parts) == 1:
         ((name, part),) = parts.items()
-        runs: dict[Path, TrainingRun] = {
-            args.out: Trainer(configs[name], how, part, args.out, args.device, mesh, args.lanes, initial, log)
-        }
+        trainer = Trainer(configs[name], how, part, args.out, args.device, mesh, args.lanes, initial, log)
+        runs: dict[str, TrainingRun] = {name: trainer}
     else:
-        group = SAEGroup(configs, how, {**parts}, args.out, args.device, mesh)
-        runs = {args.out / name: run for name, run in group.members.items()}
-        for name, run in group.members.items():
+        runs = SAEGroup(configs, how, {**parts}, args.out, args.device, mesh).members
+        for name, run in runs.items():
             run.show_in(log, name)
-    for folder, run in runs.items():
-        print(f"{_begins(run)}: {run.sae}\nwrites to {folder}", flush=True)
+    for run in runs.values():
+        print(f"{_begins(run)}: {run.sae}\nwrites to {run.folder}", flush=True)
     with closed_logs(runs.values()):
-        train_to_end({str(folder): run for folder, run in runs.items()}, not args.quiet)
-        for (folder, run), part in zip(runs.items(), parts.values()):
-            result = evaluate_streamed(run.sae, args, part, folder)
+        train_to_end({str(run.folder): run for run in runs.values()}, not args.quiet)
+        for name, run in runs.items():
+            result = evaluate_at_end(run.sae, args, parts[name], splices[name], run.folder)
             run.log.result(result)
-            draw_layers(run.sae, folder, part, args.ranks)
-            print(f"done: threshold {float(run.sae.threshold):.4g}, {closing_line(result, folder)}")
+            draw_layers(run.sae, run.folder, parts[name], args.ranks)
+            print(f"done: threshold {float(run.sae.threshold):.4g}, {closing_line(result, run.folder)}")
 
 
 def _begins(run: TrainingRun) -> str:
@@ -201,11 +170,13 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 def sweep(args: argparse.Namespace) -> None:
     with args.ranks.together():
-        store = open_swept_stream(args) if args.activations is None else _open_stored(args)
+        if args.activations is not None:
+            check_no_model(args)
+        store = open_swept_stream(args) if args.activations is None else open_activations(args)
         base = sae_config(args, store, d_sae=args.features, k=args.k)
         configs = variants(base, args.ls, args.scores, args.seeds, not args.no_topk)
         how, log = train_config(args), log_place(args)
-        splice = splice_source(args, store) if isinstance(store, Activations) else swept_splice(args, store)
+        splice = splice_source(args, store)
     name = args.activations or store.where
     print(f"Trains {len(configs)} SAEs on {name}, writes to {args.out}: {', '.join(configs)}", flush=True)
     with_plots = can_plot("plots")

@@ -1,4 +1,4 @@
-"""The options that say what SAE is trained and how, of `train` and `sweep`; and the configs that they make."""
+"""The options that say what SAE is trained, how and where it shows, of `train` and `sweep`; what they make."""
 
 from __future__ import annotations
 
@@ -7,19 +7,30 @@ from dataclasses import fields
 from typing import Any
 
 from ..config import SCREENS, SampledSAEConfig
+from ..run_logs import KINDS, PROJECT, LogPlace
 from ..training.activation_stream import StreamedActivations
 from ..training.activations import Activations
 from ..training.train_config import TrainConfig
 from .arguments import listed, whole_number
-from .logs import add_log_options
 from .processes import add_rank_options
+
+# fields of a config that are options of their own
+OF_SAE = {
+    "aux_coefficient": "weight of the dead-feature loss",
+    "pool_every": "steps for which a candidate pool is kept",
+    "score_tokens": "share of the tokens that the scores look at",
+    "dead_after": "tokens unselected that make a feature dead",
+    "screen": "look through bfloat16 products; same results",
+    "impl": "auto, triton, torch or reference",
+}
 
 
 def sae_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--aux-coefficient", type=float, default=1 / 32, help="weight of the dead-feature loss")
-    p.add_argument("--pool-every", type=int, default=1, help="steps for which a candidate pool is kept")
-    p.add_argument("--score-tokens", type=float, default=1.0, help="share of the tokens that the scores look at")
-    p.add_argument("--dead-after", type=int, default=10_000_000, help="tokens unselected that make a feature dead")
+    for field in fields(SampledSAEConfig):
+        if field.name in OF_SAE:
+            how = {"choices": SCREENS} if field.name == "screen" else {"type": type(field.default)}
+            name = "--" + field.name.replace("_", "-")
+            p.add_argument(name, default=field.default, help=OF_SAE[field.name], **how)
     p.add_argument(
         "--groups",
         type=listed(whole_number),
@@ -28,8 +39,6 @@ def sae_arguments(p: argparse.ArgumentParser) -> None:
         "all of them come last",
     )
     p.add_argument("--skip", action="store_true", help="a transcoder adds a linear function of what it reads")
-    p.add_argument("--screen", choices=SCREENS, default="auto", help="look through bfloat16 products; same results")
-    p.add_argument("--impl", default="auto", help="auto, triton, torch or reference")
 
 
 def train_arguments(p: argparse.ArgumentParser) -> None:
@@ -56,7 +65,7 @@ def train_arguments(p: argparse.ArgumentParser) -> None:
         name = "--" + field.name.replace("_", "-")
         kind = type(field.default) if field.default is not None else int if field.name == "schedule_steps" else float
         p.add_argument(name, type=kind, default=field.default, help=text[field.name])
-    add_log_options(p)
+    _log_arguments(p)
     p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; of several processes, cuda gives each its own")
     add_rank_options(p)
 
@@ -70,12 +79,7 @@ def sae_config(args: argparse.Namespace, store: Activations | StreamedActivation
         d_out=store.d_out,
         layers=store.layers,
         skip=rule.pop("skip", False) or args.skip,
-        aux_coefficient=args.aux_coefficient,
-        pool_every=args.pool_every,
-        score_tokens=args.score_tokens,
-        dead_after=args.dead_after,
-        screen=args.screen,
-        impl=args.impl,
+        **{name: getattr(args, name) for name in OF_SAE},
         **rule,
     )
 
@@ -83,3 +87,25 @@ def sae_config(args: argparse.Namespace, store: Activations | StreamedActivation
 def train_config(args: argparse.Namespace) -> TrainConfig:
     values: dict[str, Any] = {f.name: getattr(args, f.name, f.default) for f in fields(TrainConfig)}
     return TrainConfig(**values)
+
+
+def _log_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--log", choices=KINDS, default=None, help="where else metrics go as the training runs")
+    p.add_argument("--log-project", default=None, help=f"that the run stands under there; {PROJECT} when absent")
+    p.add_argument("--log-name", default=None, help="of the run there; its folder's name when absent")
+    p.add_argument("--log-tags", default=None, help="of the run there, comma-separated")
+
+
+def log_place(args: argparse.Namespace) -> LogPlace | None:
+    """None where the run is shown nowhere.
+
+    Raises:
+        ValueError, ImportError: as LogPlace.
+    """
+    if args.log is None:
+        for name in ("log_project", "log_name", "log_tags"):
+            if (value := getattr(args, name)) is not None:
+                raise ValueError(f"{name}={value!r}: goes with --log")
+        return None
+    tags = [] if args.log_tags is None else args.log_tags.split(",")
+    return LogPlace(args.log, args.log_project or PROJECT, args.log_name, tuple(tag.strip() for tag in tags))

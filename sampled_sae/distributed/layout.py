@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..codes import SparseCodes
 from ..impl.column_bounds import MOST_PARTS
 from ..impl.encoder import Share
 from ..impl.hints import ThresholdHints
-from ..impl.interface import Implementation
+from ..impl.interface import Implementation, implementation
 from ..impl.layout import Given, Layer, Layout, Leaves
 from ..impl.rounded_tokens import large_enough
 from ..impl.row_gradients import RowSource
@@ -21,9 +22,10 @@ from ..impl.row_guard import wrapper_of
 from ..impl.torch.screen import fast_bfloat16, sums_in_float32
 from ..support.float32_products import tf32_allowed
 from ..support.tensor_file import Piece
+from .aux_loss import aux_loss
 from .gradients import SpreadRows, SumGradients
-from .implementation import spread_parts
 from .mesh import Mesh
+from .parts import SpreadParts
 from .ranks import SumBackward
 from .weights import NAMES, Weights
 
@@ -45,11 +47,27 @@ class MeshLayout(Layout):
         self._ieee = True
         self._fast, self._exact = self._of_all(fast_bfloat16()), self._of_all(sums_in_float32())
         # a process without tokens has none: with those that every process must have alike they would be mixed up
-        self.own_hints = own_hints = ThresholdHints()
-        self._parts = lru_cache(maxsize=None)(lambda name: spread_parts(name, weights, mesh, own_hints))
+        self.own_hints: ThresholdHints = ThresholdHints()
+        self._parts: dict[str, Implementation] = {}
 
     def parts(self, name: str) -> Implementation:
-        return self._parts(name)
+        if name not in self._parts:
+            local = implementation(name)
+            spread = SpreadParts(local, self.weights, self.mesh, self.own_hints, waits=name == "torch")
+            self._parts[name] = replace(
+                local,
+                column_scores=spread.column_scores,
+                column_bounds=spread.column_bounds,
+                candidate_pool=spread.candidate_pool,
+                select=spread.select,
+                decode=spread.decode,
+                decode_levels=spread.decode_levels,
+                aux_loss=partial(aux_loss, spread),
+                totals=spread.totals,
+                squared_errors=None,
+                ranking=spread.ranking,
+            )
+        return self._parts[name]
 
     def leaves(self, layer: Layer, keep_rows: bool) -> Leaves:
         parameters = [getattr(layer, name) for name in NAMES]
@@ -119,11 +137,8 @@ class MeshLayout(Layout):
 
     def of_feature_ranks(self, x: Tensor) -> tuple[Tensor, slice]:
         ranks = self.mesh.feature
-        counts = ranks.gather(torch.tensor([len(x)], device=x.device), "batch sizes").flatten().tolist()
-        padded = x.new_zeros(max(counts), *x.shape[1:])
-        padded[: len(x)] = x
+        (every,), counts = ranks.gather_rows([x], "tokens")
         first = sum(counts[: ranks.rank])
-        every = torch.cat([of_rank[:n] for of_rank, n in zip(ranks.gather(padded, "tokens"), counts)])
         return every, slice(first, first + len(x))
 
     def screen(self, screen: str, impl: str, share: Share | None) -> str:
@@ -161,13 +176,7 @@ class MeshLayout(Layout):
         ranks = self.mesh.feature
         if ranks.size == 1:
             return codes
-        found = self.numbered(codes).detach().entries()
-        counts = ranks.gather(torch.tensor([len(found.values)], device=codes.device), "codes").flatten().tolist()
-        columns = []
-        for column in found:
-            padded = column.new_zeros(max(counts))
-            padded[: len(column)] = column
-            columns.append(torch.cat([row[:n] for row, n in zip(ranks.gather(padded, "codes"), counts)]))
+        columns, _ = ranks.gather_rows(self.numbered(codes).detach().entries(), "codes")
         order = torch.argsort(columns[1], stable=True)
         values, tokens, features = (column[order] for column in columns)
         return SparseCodes(values, tokens, features, (codes.shape[0], self.weights.n_features))
@@ -185,7 +194,7 @@ class MeshLayout(Layout):
         """Raises, on every process, what the first one met."""
         fault: Exception | None = None
         pieces = (piece for name, t in tensors.items() for piece in self.weights.pieces(name, t))
-        if self.mesh.is_first:
+        if self.mesh.data.rank == self.mesh.feature.rank == 0:
             try:
                 write(pieces)
             except Exception as error:

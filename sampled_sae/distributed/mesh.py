@@ -36,18 +36,9 @@ class Mesh:
         """The global rank of this process."""
         return dist.get_rank()
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this process is the first of both dimensions."""
-        return self.data.rank == self.feature.rank == 0
-
     def sum_(self, t: Tensor, purpose: str) -> Tensor:
         """t becomes the sum over all processes."""
         return self.data.sum_(self.feature.sum_(t, purpose), purpose)
-
-    def min_(self, t: Tensor, purpose: str) -> Tensor:
-        """t becomes the least of all processes."""
-        return self.data.min_(self.feature.min_(t, purpose), purpose)
 
     def exchange(self, number: int, over_data: bool = True) -> list[list[int]]:
         """The numbers of all processes: a list for each rank of the data dimension, one for each of `feature`.

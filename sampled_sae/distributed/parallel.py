@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..sae import SampledSAE
@@ -53,7 +54,8 @@ def parallelize(sae: SampledSAE, mesh: DeviceMesh) -> SampledSAE:
     weights = Weights(sae.cfg.width_in, sae.cfg.d_sae, sae.cfg.width_out, own)
     with torch.no_grad():
         for name, parameter in list(sae.named_parameters()):
-            setattr(sae, name, weights.parameter(name, parameter))
+            part = weights.wrap(name, weights.part_of(name, parameter))
+            setattr(sae, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
         for name, buffer in list(sae.named_buffers()):
             part = weights.part_of(name, buffer)
             setattr(sae, name, weights.wrap(name, part) if name in FEATURES else part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -96,6 +97,16 @@ class Ranks:
         self._traffic.add(self.name, purpose, out.numel() * out.element_size())
         all_gather(out.view(-1), t.reshape(-1), group=self._group)
         return out
+
+    def gather_rows(self, columns: Sequence[Tensor], purpose: str) -> tuple[list[Tensor], list[int]]:
+        """Of tensors [n, ...], n another on each process, those of all one behind the other; how many rows each has."""
+        counts = self.gather(torch.tensor([len(columns[0])], device=columns[0].device), purpose).flatten().tolist()
+        found = []
+        for t in columns:
+            padded = t.new_zeros(max(counts), *t.shape[1:])
+            padded[: len(t)] = t
+            found.append(torch.cat([of_rank[:n] for of_rank, n in zip(self.gather(padded, purpose), counts)]))
+        return found, counts
 
     def between_hosts(self) -> Ranks:
         """The same processes, for tensors on the CPU."""

@@ -25,7 +25,8 @@ class SpreadTotals(Totals):
         return total
 
     def smallest(self, codes: SparseCodes) -> Tensor:
-        return self.mesh.min_(codes.smallest().clone(), "threshold")
+        here = codes.smallest().clone()
+        return self.mesh.data.min_(self.mesh.feature.min_(here, "threshold"), "threshold")
 
     def once(self, x: Tensor) -> Tensor:
         return x if self.mesh.feature.rank == 0 else x.detach()

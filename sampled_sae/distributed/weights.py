@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..config import MEMBERS
 from ..pretrained import SKIP
@@ -46,12 +46,6 @@ class Weights:
             **dict.fromkeys(("b_enc", "tokens_since_active", MEMBERS), torch.Size((n_features,))),
         }
 
-    def placements(self, name: str) -> list[Placement]:
-        """Of the tensor `name`, one a dimension of the mesh."""
-        at = FEATURES.get(name)
-        dimensions = self.mesh.device_mesh.mesh_dim_names or ()
-        return [Shard(at) if at is not None and dim == "feature" else Replicate() for dim in dimensions]
-
     def local(self, t: Tensor) -> Tensor:
         """What of a DTensor is here, on the same memory; another tensor as it is. Detached."""
         if not isinstance(t, DTensor):
@@ -65,7 +59,9 @@ class Weights:
         in_memory = torch.empty(shape[::-1] if name == "W_enc" else shape, device="meta")
         stride = (in_memory.t() if name == "W_enc" else in_memory).stride()
         local = rows.t() if name == "W_enc" else rows
-        mesh, placements = self.mesh.device_mesh, self.placements(name)
+        at, mesh = FEATURES.get(name), self.mesh.device_mesh
+        dimensions = mesh.mesh_dim_names or ()
+        placements = [Shard(at) if at is not None and dim == "feature" else Replicate() for dim in dimensions]
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
     def part_of(self, name: str, whole: Tensor) -> Tensor:
@@ -88,10 +84,6 @@ class Weights:
             part = rows if rank == self.mesh.feature.rank else rows.new_empty(n, *rows.shape[1:])
             self.mesh.feature.from_(part, rank)
             yield Piece(name, part.t() if name == "W_enc" else part, FEATURES[name], first)
-
-    def parameter(self, name: str, whole: nn.Parameter) -> nn.Parameter:
-        """As a DTensor."""
-        return nn.Parameter(self.wrap(name, self.part_of(name, whole)), requires_grad=whole.requires_grad)
 
     def _range(self, rank: int) -> tuple[int, int]:
         """The first feature of a process of `feature`, and how many it has."""

@@ -5,9 +5,7 @@ Everything here needs the extra `lm` (`pip install "sampled-sae[lm]"`), which is
 
 from sampled_sae.lm.bundled import BUNDLED_MODELS
 from sampled_sae.lm.dropped import special_tokens
-from sampled_sae.lm.harvest import harvest
-from sampled_sae.lm.harvest_beside import harvest_beside
-from sampled_sae.lm.harvest_points import harvest_mlp, harvest_pair
+from sampled_sae.lm.harvest import harvest, harvest_beside, harvest_mlp, harvest_pair
 from sampled_sae.lm.layers_splice import LayersSplice
 from sampled_sae.lm.model_rows import ModelRows
 from sampled_sae.lm.model_source import ModelSource

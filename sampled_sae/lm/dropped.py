@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +61,36 @@ def dropped(
         counts[reason] = int((found & ~out).sum())
         out |= found
     return out, counts
+
+
+def left_out(
+    rows: Tensor, found: Sequence[Tensor], drop_first: bool, drop_tokens: Iterable[int], max_norms: Sequence[float]
+) -> tuple[Tensor, dict[str, int]]:
+    """Which tokens are left out of all places for what stands at one of them, and how many by which reason.
+
+    found, max_norms: of each place what stands there, float [b, T, d], on any device; the largest norm that stays. The
+    rest is as of `dropped`.
+    """
+    out, counts = dropped(rows.to(found[0].device), found[0], drop_first, drop_tokens, max_norms[0])
+    for x, max_norm in zip(found[1:], max_norms[1:]):
+        also = dropped(rows.to(x.device), x, False, (), max_norm)[0].to(out.device) & ~out
+        counts["norm"] += int(also.sum())
+        out = out | also
+    return out, counts
+
+
+def largest_norm(rows: Tensor, x: Tensor, drop_first: bool, drop_tokens: Iterable[int], ratio: float) -> float:
+    """The largest norm that stays: `ratio` times the median of x [b, T, d] without what is left out by its place.
+
+    Raises:
+        ValueError: nothing stays.
+    """
+    norms = x[~dropped(rows.to(x.device), x, drop_first, drop_tokens, math.inf)[0]].norm(dim=-1)
+    if len(norms) == 0:
+        raise ValueError(
+            f"drop_tokens={list(drop_tokens)} leaves nothing of {len(rows)} rows: drop fewer, or check the texts"
+        )
+    return ratio * float(norms.median())
 
 
 def _by_role(holder: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What every harvest does: rows of token ids to one store or several side by side, resumable at any moment.
+"""Rows of token ids to one store of activations or several side by side, resumable at any moment.
 
 The files are those of `sampled_sae.training.store_writer`. The manifests are written after each of them: a killed
 harvest loses at most the shard under way.
@@ -6,8 +6,6 @@ harvest loses at most the shard under way.
 
 from __future__ import annotations
 
-import hashlib
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,16 +15,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sampled_sae.lm.dropped import check_drop_tokens, dropped
-from sampled_sae.lm.models import check_rows, name_of, weights_digest
+from sampled_sae.lm.dropped import largest_norm, left_out
 from sampled_sae.support.all_ranks import AllRanks
-from sampled_sae.support.argument_checks import check_choice, check_flag, check_integer, check_number
 from sampled_sae.support.atomic_files import field
-from sampled_sae.support.remote_files import AnyPath, place
+from sampled_sae.support.remote_files import AnyPath
 from sampled_sae.support.token_places import TokenPlaces
-from sampled_sae.training.opening import PAIR, stack_folders
 from sampled_sae.training.store_writer import (
-    DTYPES,
     MANIFEST,
     StoreWriter,
     as_stored,
@@ -40,71 +34,6 @@ Batches = Callable[[Tensor, int], Iterator[tuple[Tensor, list[Tensor]]]]
 Settings = dict[str, Any]
 # what a manifest says of its activations beside the settings
 ABOUT = ("model", "layer", "point", "context", "source")
-READING = ("batch_size", "rows_per_shard", "dtype", "compute_dtype", "drop_first", "drop_tokens", "max_norm_ratio")
-
-
-def checked_settings(model: Any, rows: Tensor, given: Settings) -> Settings:
-    """What a harvest of `model` over `rows` is made with, checked; puts the model in eval mode.
-
-    given: of `harvest` the arguments "model", which may be None, "source", those of `READING` and "holdout_rows"; what
-        else there is names the place, and stays as it is.
-
-    Raises:
-        ValueError, TypeError: naming the argument, its value and what is allowed.
-    """
-    check_rows(model, rows)
-    at = {name: value for name, value in given.items() if name not in ("model", "source", "holdout_rows", *READING)}
-    tokens, first = check_drop_tokens(model, given["drop_tokens"]), check_flag("drop_first", given["drop_first"])
-    settings = {
-        "model": name_of(model) if given["model"] is None else str(given["model"]),
-        **at,
-        "context": rows.shape[1],
-        "source": str(given["source"]),
-        "rows": len(rows),
-        "rows_sha256": hashlib.sha256(rows.cpu().contiguous().numpy().tobytes()).hexdigest(),
-        "weights_sha256": weights_digest(model),
-        "batch_size": check_integer("batch_size", given["batch_size"], 1),
-        "rows_per_shard": check_integer("rows_per_shard", given["rows_per_shard"], 1),
-        "dtype": check_choice("dtype", str(given["dtype"]).removeprefix("torch."), tuple(DTYPES)),
-        "compute_dtype": given["compute_dtype"],
-        "drop_first": first,
-        "drop_tokens": tokens,
-        "max_norm_ratio": float(check_number("max_norm_ratio", given["max_norm_ratio"], 1, None)),
-        "holdout_rows": check_holdout(given["holdout_rows"], len(rows)),
-    }
-    for part in (rows[: settings["batch_size"]], rows[len(rows) - settings["holdout_rows"] :]):
-        if len(part) and bool(torch.isin(part[:, int(first) :], torch.tensor(tokens, dtype=torch.int64)).all()):
-            raise ValueError(f"drop_tokens={tokens} leaves nothing of {len(part)} rows: drop fewer, or check the texts")
-    model.eval()
-    return settings
-
-
-def check_holdout(holdout_rows: int, rows: int) -> int:
-    """`holdout_rows` as an int; ValueError unless it leaves some of the rows to train on."""
-    count = check_integer("holdout_rows", holdout_rows, 0)
-    if count >= rows:
-        raise ValueError(f"holdout_rows={count} must be from 0 to {rows - 1}: there are {rows} rows")
-    return count
-
-
-def check_kind(folder: AnyPath, pair: bool, beside: int = 0) -> None:
-    """ValueError where the folder holds the harvest of other places than one, a `pair`, or so many layers `beside` each
-    other, whichever is to be written."""
-    held = ["."] if (folder / MANIFEST).exists() else []
-    held += [name for name in PAIR if (folder / name / MANIFEST).exists()]
-    stack = stack_folders(folder)
-    layers = len(stack)
-    # one that was killed as it began has written some of its manifests
-    begins = layers < beside and not any(read_manifest(place(each))["complete"] for each in stack)
-    if (held and (beside or (held != ["."]) != pair)) or not (begins or layers in (0, beside)):
-        what = f"{layers} layers" if layers else "one place" if held == ["."] else "two places"
-        raise ValueError(f"{folder}: holds a harvest of {what}; use another folder")
-
-
-def check_resumes(folder: AnyPath, known: Settings) -> None:
-    """ValueError where the folder holds a harvest with other settings than those `known` without the model."""
-    if (folder / MANIFEST).exists():
-        _check_same(folder, read_manifest(folder)["settings"], known)
 
 
 def write_stores(
@@ -120,7 +49,7 @@ def write_stores(
     A token that is left out of one store is left out of all. The caller holds the folders.
 
     Args:
-        folders, settings: of each store, as `checked_settings` gives them; the stores differ in their place alone.
+        folders, settings: of each store, checked; the stores differ in their place alone.
         rows: int64 [N, context]; the last `holdout_rows` are held out.
         batches: what there is to store.
         ranks: share the rows.
@@ -218,14 +147,15 @@ def _read_manifest(folder: AnyPath, settings: Settings) -> dict[str, Any] | None
         warnings.warn(
             f"{folder} was begun without drop_tokens, and goes on without: special tokens stay in it", stacklevel=3
         )
-    _check_same(folder, before, {name: settings.get(name) for name in [*settings, *before]})
+    check_same(folder, before, {name: settings.get(name) for name in [*settings, *before]})
     field(path, manifest, "max_norm", float)
     for i, shard in enumerate(manifest["shards"]):
         field(f"{path}: shards[{i}]", shard, "sum_squares", float, 0)
     return manifest
 
 
-def _check_same(folder: AnyPath, before: Settings, settings: Settings) -> None:
+def check_same(folder: AnyPath, before: Settings, settings: Settings) -> None:
+    """ValueError where a store was harvested with other settings than these."""
     if "model" not in before:
         raise ValueError(f"{folder} holds activations that no harvest wrote: choose another folder")
     for name, value in settings.items():
@@ -241,8 +171,7 @@ def _new_manifests(rows: Tensor, batches: Batches, settings: Sequence[Settings])
     batch, found = next(batches(rows[: settings[0]["batch_size"]], 0))
     manifests = []
     for x, own in zip(found, settings):
-        norms = x[~dropped(batch, x, own["drop_first"], own["drop_tokens"], math.inf)[0]].norm(dim=-1)
-        max_norm = own["max_norm_ratio"] * float(norms.median())
+        max_norm = largest_norm(batch, x, own["drop_first"], own["drop_tokens"], own["max_norm_ratio"])
         about = {name: own[name] for name in ABOUT if name in own}
         manifest = new_manifest(x.shape[-1], own["dtype"], own, max_norm=max_norm, **about)
         manifest["versions"]["transformers"] = installed_version("transformers")
@@ -258,23 +187,13 @@ def _activations(
     kept: list[list[Tensor]] = [[] for _ in manifests]
     stay: list[Tensor] = []
     counts: Counter[str] = Counter()
+    settings, max_norms = manifests[0]["settings"], [manifest["max_norm"] for manifest in manifests]
+    by_place = settings["drop_first"], settings.get("drop_tokens", ())
     for batch, found in batches:
-        out, left = _left_out(batch, found, manifests)
+        out, left = left_out(batch, found, *by_place, max_norms)
         for parts, x, manifest in zip(kept, found, manifests):
             parts.append(as_stored(x[~out], manifest["dtype"]))
         stay.append(~out.cpu())
         counts.update(left)
         bar.update(batch.numel())
     return [torch.cat(parts) for parts in kept], TokenPlaces.of_rows(rows, torch.cat(stay)), dict(counts)
-
-
-def _left_out(batch: Tensor, found: list[Tensor], manifests: Sequence[dict[str, Any]]) -> tuple[Tensor, dict[str, int]]:
-    """`dropped` of the first store, and what the norms of the others leave out besides."""
-    settings = manifests[0]["settings"]
-    by_place = settings["drop_first"], settings.get("drop_tokens", ())
-    out, counts = dropped(batch, found[0], *by_place, manifests[0]["max_norm"])
-    for x, manifest in zip(found[1:], manifests[1:]):
-        also = dropped(batch, x, False, (), manifest["max_norm"])[0].to(out.device) & ~out
-        counts["norm"] += int(also.sum())
-        out = out | also
-    return out, counts

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sampled_sae.lm.dropped import check_drop_tokens, dropped
-from sampled_sae.lm.harvest_points import point_batches
-from sampled_sae.lm.models import device_of, identity_of
-from sampled_sae.lm.point_splice import harvested_place
+from sampled_sae.lm.models import identity_of
+from sampled_sae.lm.point_splice import SpliceAt
 from sampled_sae.lm.splice_figures import (
-    check_has_loss,
     checked_reconstruction,
     dropped_by_harvest,
     figures,
-    mean_loss,
+    harvested_place,
     recovered,
 )
-from sampled_sae.residual_stream.hook_points import HookPoint, check_places, check_points, points_of, replaced_point
-from sampled_sae.support.argument_checks import check_integer
+from sampled_sae.residual_stream.hook_points import HookPoint, check_places, points_of
 from sampled_sae.training.evaluation import Reconstruction
 from sampled_sae.training.same_settings import identity, in_words, is_same_model
 
 Crosscode = Callable[[Tensor], Tensor]
 
 
-class LayersSplice:
+class LayersSplice(SpliceAt):
     """Puts what a crosscoder makes of several layers of one model into all of them, and measures the model's loss.
 
     All reconstructions are made from the activations of the model as it is, and then stand in one forward pass. A later
@@ -74,7 +68,6 @@ class LayersSplice:
         drop_tokens: Iterable[int] = (),
         batch_size: int = 4,
     ) -> None:
-        check_has_loss(model, rows)
         places = check_places(model, layers)
         points = points_of(model, places)
         if len(set(points)) < 2 or len(set(points)) < len(points):
@@ -82,27 +75,11 @@ class LayersSplice:
         most = [math.inf] * len(points) if max_norms is None else [float(norm) for norm in max_norms]
         if len(most) != len(points) or not all(norm > 0 for norm in most):
             raise ValueError(f"max_norms={max_norms}: must be one above 0 for each of {len(points)} layers")
-        self._size = check_integer("batch_size", batch_size, 1)
-        self._model, self._rows, self._points = model.eval(), rows, points
-        widths = check_points(model, points, rows[:1].to(device_of(model)))
-        if len(set(widths)) > 1:
-            raise ValueError(f"layers={_in_words(places)}: of widths {widths}; a crosscoder reads layers of one width")
+        norms = dict(zip(points, most))
+        super().__init__(model, rows, [(point, point) for point in points], norms, drop_first, drop_tokens, batch_size)
         self.about = {**identity_of(model), **_as_harvested(places), "rows": len(rows)}
-        self._kept: list[tuple[Tensor, Tensor]] = []  # of each batch bool [b, T], and float32 [n, layers, d]
-        special = check_drop_tokens(model, drop_tokens)
-        for batch, found in point_batches(model, rows, points, self._size):
-            out = torch.zeros_like(batch, dtype=torch.bool)
-            for x, norm in zip(found, most):
-                out |= dropped(batch, x, drop_first, special, norm)[0]
-            self._kept.append((~out, torch.stack([x[~out] for x in found], dim=1)))
-        self.spliced_tokens = sum(len(x) for _, x in self._kept)
-        if self.spliced_tokens == 0:
-            raise ValueError(f"no token would be replaced: all are dropped, or exceed max_norms={max_norms}")
-        mean = (torch.stack([x.double().sum(0) for _, x in self._kept]).sum(0) / self.spliced_tokens).float()
-        zero, all_mean = ([fill.expand_as(x) for _, x in self._kept] for fill in (torch.zeros_like(mean), mean))
-        self.ce_clean = self._cross_entropy(zero, [])
-        self.ce_zero, self.ce_zero_layers = self._together_and_alone(zero)
-        self.ce_mean, self.ce_mean_layers = self._together_and_alone(all_mean)
+        self.ce_zero_layers = self._of_each(self._everywhere(torch.zeros_like(self._mean)))
+        self.ce_mean_layers = self._of_each(self._everywhere(self._mean))
 
     @classmethod
     def of_harvest(
@@ -139,31 +116,23 @@ class LayersSplice:
         Raises:
             ValueError: another shape, values that are not finite; an SAE that is no crosscoder of as many layers.
         """
-        if isinstance(reconstruct, Reconstruction) and reconstruct.sae.cfg.layers != len(self._points):
+        if isinstance(reconstruct, Reconstruction) and reconstruct.sae.cfg.layers != len(self._pairs):
             raise ValueError(
                 f"reconstruct: is of {reconstruct.kind} with layers={reconstruct.sae.cfg.layers}; into "
-                f"{len(self._points)} layers goes a crosscoder of as many"
+                f"{len(self._pairs)} layers goes a crosscoder of as many"
             )
-        made = [checked_reconstruction(reconstruct(x), x.shape) for _, x in self._kept]
-        ce, alone = self._together_and_alone(made)
-        found = figures(self, ce, self._rows[:, 1:].numel()) | {"ce_spliced_layers": alone}
+        with torch.no_grad():
+            made = [checked_reconstruction(reconstruct(x), x.shape) for _, x in self._kept]
+        alone = self._of_each(made)
+        found = figures(self, self._cross_entropy(made), self._rows[:, 1:].numel()) | {"ce_spliced_layers": alone}
         for name, ablated in (("zero", self.ce_zero_layers), ("mean", self.ce_mean_layers)):
             of_each = [recovered(gone, spliced, self.ce_clean) for gone, spliced in zip(ablated, alone)]
             found |= {f"ce_{name}_layers": ablated, f"loss_recovered_{name}_layers": of_each}
         return found
 
-    def _together_and_alone(self, made: list[Tensor]) -> tuple[float, list[float]]:
-        """Cross-entropy with what was made in all places, and with it in one place after the other."""
-        every = range(len(self._points))
-        return self._cross_entropy(made, every), [self._cross_entropy(made, [i]) for i in every]
-
-    def _cross_entropy(self, made: list[Tensor], places: Iterable[int]) -> float:
-        """Mean over all predicted tokens, in nats, with what was made, [n, layers, d] a batch, in some places."""
-        with ExitStack() as stack:
-            for i in places:
-                put = partial(_put, iter([(where, x_hat[:, i]) for (where, _), x_hat in zip(self._kept, made)]))
-                stack.enter_context(replaced_point(self._model, self._points[i], self._points[i], put))
-            return mean_loss(self._model, self._rows, self._size)
+    def _of_each(self, made: list[Tensor]) -> list[float]:
+        """Cross-entropy with what was made in one place after the other."""
+        return [self._cross_entropy(made, [i]) for i in range(len(self._pairs))]
 
 
 def check_of_one_model(manifest: dict[str, Any]) -> list[dict[str, Any]]:
@@ -179,13 +148,6 @@ def check_of_one_model(manifest: dict[str, Any]) -> list[dict[str, Any]]:
         names = " beside ".join(in_words(about) for about in abouts)
         raise ValueError(f"manifest is of several models, {names}; layers of one model are spliced together")
     return list(abouts)
-
-
-def _put(of_batches: Iterator[tuple[Tensor, Tensor]], x: Tensor, y: Tensor) -> Tensor:
-    """y [b, T, d] of one batch more with its x_hat [n, d] where its `where` [b, T] says."""
-    (where, x_hat), after = next(of_batches), y.clone()
-    after[where.to(y.device)] = x_hat.to(y)
-    return after
 
 
 def _in_words(places: Sequence[int | HookPoint]) -> str:

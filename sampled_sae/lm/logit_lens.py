@@ -1,7 +1,8 @@
-"""The logit lens: which tokens a direction in the residual stream raises and lowers."""
+"""The logit lens: which tokens a direction in the residual stream raises and lowers; tokens as people read them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,9 @@ from sampled_sae.lm.models import device_of, predicts_next_token
 from sampled_sae.residual_stream.blocks import text_config, transformer_blocks
 
 _LOGIT_BYTES = 1 << 28  # float32 logits held at a time
+# how vocabularies write the space before a word
+_SPACES = ("▁", "Ġ")
+_NO_TEXT = "\ufffd"
 
 
 class LensTokens(NamedTuple):
@@ -73,3 +77,21 @@ def final_norm(model: nn.Module) -> nn.Module:
     if len(found) > 1:
         raise ValueError(f"{type(model).__name__} has several norms behind its blocks: {', '.join(found)}")
     return next(iter(found.values()), nn.Identity())
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token alone, its leading space included.
+
+    Part of a character is written as the vocabulary has it, an id without a token as `#id`.
+    """
+    raw = tokenizer.convert_ids_to_tokens(list(ids))
+    decoded = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+    return [_text(*one) for one in zip(ids, raw, decoded)]
+
+
+def _text(i: int, raw: str | None, decoded: str) -> str:
+    if raw is None:
+        return f"#{i}"
+    if not decoded or _NO_TEXT in decoded:
+        return str(raw)
+    return f" {decoded}" if raw.startswith(_SPACES) and not decoded[0].isspace() else decoded

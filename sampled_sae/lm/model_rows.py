@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sampled_sae.lm.dropped import check_drop_tokens, dropped
-from sampled_sae.lm.harvest import residual_batches
+from sampled_sae.lm.harvest_places import rows_digest
 from sampled_sae.lm.models import check_rows, name_of, weights_digest
+from sampled_sae.lm.passes import batches_at, run_at
 from sampled_sae.residual_stream.blocks import check_layer
 from sampled_sae.support.argument_checks import check_flag, check_integer
 from sampled_sae.support.token_places import TokenPlaces, TokenShard
@@ -52,28 +52,24 @@ class ModelRows:
         check_rows(model, rows)
         self.model, self.rows = model.eval(), rows
         self.rows_per_shard = check_integer("rows_per_shard", rows_per_shard, 1)
-        self.reading = {
-            "layer": check_integer("layer", layer, 0),
-            "batch_size": check_integer("batch_size", batch_size, 1),
-            "compute_dtype": "float32",
-        }
+        self.layer, self.batch_size = check_integer("layer", layer, 0), check_integer("batch_size", batch_size, 1)
         self.drop_first, self.drop_tokens = check_flag("drop_first", drop_first), check_drop_tokens(model, drop_tokens)
         self.model_name, self.source = name_of(model) if model_name is None else model_name, source
-        self.d_in = next(residual_batches(model, rows[:1], 0, self.reading))[1].shape[-1]
+        self.d_in = run_at(model, rows[:1], [self.layer])[0].shape[-1]
 
     @property
     def about(self) -> dict[str, Any]:
-        layer, context = self.reading["layer"], self.rows.shape[1]
-        return {"model": self.model_name, "layer": layer, "source": self.source, "context": context}
+        context = self.rows.shape[1]
+        return {"model": self.model_name, "layer": self.layer, "source": self.source, "context": context}
 
     @property
     def settings(self) -> dict[str, Any]:
         """Weights of the model, the rows, and what is left out of them."""
         return {
             "weights_sha256": weights_digest(self.model),
-            "rows_sha256": hashlib.sha256(self.rows.cpu().contiguous().numpy().tobytes()).hexdigest(),
+            "rows_sha256": rows_digest(self.rows),
             "rows_per_shard": self.rows_per_shard,
-            "layer": self.reading["layer"],
+            "layer": self.layer,
             "drop_first": self.drop_first,
             "drop_tokens": self.drop_tokens,
         }
@@ -88,7 +84,7 @@ class ModelRows:
         rows = self.rows[first : first + self.rows_per_shard]
         kept: list[Tensor] = []
         stay: list[Tensor] = []
-        for batch, x in residual_batches(self.model, rows, first, self.reading):
+        for batch, (x,) in batches_at([(self.model, self.layer)], rows, self.batch_size, first):
             out, _ = dropped(batch, x, self.drop_first, self.drop_tokens, math.inf)
             kept.append(x[~out].cpu())
             stay.append(~out.cpu())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sampled_sae.lm.dropped import check_drop_tokens, dropped
-from sampled_sae.lm.finite_rows import check_finite_rows
+from sampled_sae.lm.dropped import check_drop_tokens, largest_norm, left_out
 from sampled_sae.lm.layers_splice import LayersSplice
 from sampled_sae.lm.models import check_rows, device_of, name_of, weights_digest
+from sampled_sae.lm.passes import Place, run_at
 from sampled_sae.lm.point_splice import PointSplice
 from sampled_sae.lm.rows import RowReader
 from sampled_sae.lm.splice import SpliceEvaluator
-from sampled_sae.residual_stream.hook_points import HookPoint, capture_points, check_places, check_points, points_of
-from sampled_sae.residual_stream.several_layers import capture_layers
+from sampled_sae.residual_stream.hook_points import HookPoint, check_places, check_points, points_of
 from sampled_sae.support.argument_checks import check_flag, check_integer, check_number
 from sampled_sae.support.atomic_files import field
 
@@ -54,7 +52,7 @@ class ModelSource:
         self,
         model: Any,
         rows: RowReader,
-        layers: Sequence[int | HookPoint],
+        layers: Sequence[Place],
         *,
         model_name: str | None = None,
         source: str = "",
@@ -114,17 +112,14 @@ class ModelSource:
             ValueError: no rows, rows that leave nothing, activations that are not finite.
         """
         with self._at_work:  # the hooks of one pass would see those of another lane
-            return self._read()
-
-    def _read(self) -> list[Tensor]:
-        rows, place = self._next_rows(), self._place
-        found = self._run(rows, self._holdout_rows + place["row"])
-        if place["max_norms"] is None:
-            place["max_norms"] = [self._max_norm(rows, x) for x in found]
-        stay = self._staying(rows, found)
-        place["row"] += len(rows)
-        place["tokens"] += len(stay[0])
-        return stay
+            rows, place = self._next_rows(), self._place
+            found = self._run(rows, self._holdout_rows + place["row"])
+            if place["max_norms"] is None:
+                place["max_norms"] = self._max_norms(rows, found)
+            stay = self._staying(rows, found)
+            place["row"] += len(rows)
+            place["tokens"] += len(stay[0])
+            return stay
 
     def holdout(self) -> tuple[list[Tensor], Tensor]:
         """(of each place the vectors of the held-out rows that stay, as `read` gives them; these rows, int64 [N, T]).
@@ -147,12 +142,12 @@ class ModelSource:
         check_rows(self._model, rows)
         if len(first):
             check_rows(self._model, first)
-            self._place["max_norms"] = [self._max_norm(first, x) for x in self._run(first, len(rows))]
+            self._place["max_norms"] = self._max_norms(first, self._run(first, len(rows)))
         kept: list[list[Tensor]] = [[] for _ in self._layers]
         for i, batch in enumerate(rows.split(self._batch_size)):
             found = self._run(batch, i * self._batch_size, ", held out,")
             if self._place["max_norms"] is None:  # there is nothing to train on
-                self._place["max_norms"] = [self._max_norm(batch, x) for x in found]
+                self._place["max_norms"] = self._max_norms(batch, found)
             for part, x in zip(kept, self._staying(batch, found)):
                 part.append(x)
         return [torch.cat(part) for part in kept], rows
@@ -208,41 +203,17 @@ class ModelSource:
 
         first, what: for errors, the number of the first row in the texts, or in this share of them; what the rows are.
         """
-        given = rows.to(device_of(self._model))
-        blocks = [layer for layer in self._layers if isinstance(layer, int)]
-        if len(blocks) == len(self._layers):
-            with torch.inference_mode(), capture_layers(self._model, blocks) as of_layer:
-                self._model(input_ids=given, use_cache=False)
-            found = [of_layer[layer] for layer in blocks]
-        else:
-            with torch.inference_mode(), capture_points(self._model, self._points) as found:
-                self._model(input_ids=given, use_cache=False)
-        for layer, x in zip(self._layers, found):
-            check_finite_rows(x, f"of {_in_words(layer)}{what}", first, self._source)
-        return [x.float() for x in found]
+        return run_at(self._model, rows, self._layers, first, self._source, what)
 
     def _staying(self, rows: Tensor, found: list[Tensor]) -> list[Tensor]:
         """Of each place the vectors [n, d] that none of them leaves out, on the CPU."""
-        norms = self._place["max_norms"]
-        out = torch.stack([self._dropped(rows, x, most) for x, most in zip(found, norms)]).any(0)
+        out, _ = left_out(rows, found, self._drop_first, self._drop_tokens, self._place["max_norms"])
         return [x[~out.to(x.device)].cpu() for x in found]
 
-    def _dropped(self, rows: Tensor, x: Tensor, max_norm: float) -> Tensor:
-        return dropped(rows.to(x.device), x, self._drop_first, self._drop_tokens, max_norm)[0].cpu()
-
-    def _max_norm(self, rows: Tensor, x: Tensor) -> float:
-        norms = x[~self._dropped(rows, x, math.inf).to(x.device)].norm(dim=-1)
-        if len(norms) == 0:
-            raise ValueError(
-                f"drop_tokens={self._drop_tokens} leaves nothing of {len(rows)} rows: drop fewer, or check the texts"
-            )
-        return self._ratio * float(norms.median())
+    def _max_norms(self, rows: Tensor, found: list[Tensor]) -> list[float]:
+        return [largest_norm(rows, x, self._drop_first, self._drop_tokens, self._ratio) for x in found]
 
 
-def _about(place: int | HookPoint) -> dict[str, Any]:
+def _about(place: Place) -> dict[str, Any]:
     """What a manifest says of it."""
     return {"layer": place} if isinstance(place, int) else {"layer": None, "point": str(place)}
-
-
-def _in_words(place: int | HookPoint) -> str:
-    return f"layer {place}" if isinstance(place, int) else str(place)

@@ -3,32 +3,109 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sampled_sae.lm.dropped import check_drop_tokens, dropped
-from sampled_sae.lm.harvest_points import point_batches
+from sampled_sae.lm.dropped import check_drop_tokens, left_out
 from sampled_sae.lm.models import device_of, identity_of
+from sampled_sae.lm.passes import batches_at
 from sampled_sae.lm.splice_figures import (
     check_has_loss,
     check_one_place,
     checked_reconstruction,
     dropped_by_harvest,
     figures,
+    harvested_place,
     mean_loss,
 )
 from sampled_sae.residual_stream.hook_points import HookPoint, check_points, mlp_points, points_of, replaced_point
 from sampled_sae.support.argument_checks import check_integer
 from sampled_sae.training.evaluation import Reconstruction, reconstruct_with
-from sampled_sae.training.same_settings import in_words
 
 Transcode = Callable[[Tensor], Tensor]
 
 
-class PointSplice:
+class SpliceAt:
+    """The loss of a model with something else at some of its places, made from what stands there, or at others.
+
+    What is made of is read once, from the model as it is.
+
+    Args:
+        pairs: what is read, and what is replaced by something made of it.
+        max_norms: of each of these places the largest norm of a token that is replaced.
+        others: as in `PointSplice`.
+
+    Attributes:
+        as of `PointSplice`, without `about`.
+
+    Raises:
+        ValueError: as `PointSplice`; several places to replace, of several widths.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        rows: Tensor,
+        pairs: Sequence[tuple[HookPoint, HookPoint]],
+        max_norms: dict[HookPoint, float],
+        drop_first: bool,
+        drop_tokens: Iterable[int],
+        batch_size: int,
+    ) -> None:
+        check_has_loss(model, rows)
+        self._size = check_integer("batch_size", batch_size, 1)
+        self._model, self._rows, self._pairs = model.eval(), rows, pairs
+        width_at = dict(zip(max_norms, check_points(model, [*max_norms], rows[:1].to(device_of(model)))))
+        widths = [width_at[target] for _, target in pairs]
+        if len(set(widths)) > 1:
+            layers = ", ".join(str(target) for _, target in pairs)
+            raise ValueError(f"layers={layers}: of widths {widths}; a crosscoder reads layers of one width")
+        self._width = widths[0]
+        # of each batch which tokens are replaced, bool [b, T], and what is read of them, float32 [n, pairs, d]
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        totals: list[Tensor] = []
+        special = check_drop_tokens(model, drop_tokens)
+        for batch, found in batches_at([(model, point) for point in max_norms], rows, self._size):
+            at = dict(zip(max_norms, found))
+            out, _ = left_out(batch, found, drop_first, special, [*max_norms.values()])
+            self._kept.append((~out, torch.stack([at[read][~out] for read, _ in pairs], dim=1)))
+            totals.append(torch.stack([at[target][~out].double().sum(0) for _, target in pairs]))
+        self.spliced_tokens = sum(len(x) for _, x in self._kept)
+        if self.spliced_tokens == 0:
+            raise ValueError(
+                f"no token would be replaced: all are dropped, or exceed max_norms={[*max_norms.values()]}"
+            )
+        self._mean = (torch.stack(totals).sum(0) / self.spliced_tokens).float()
+        self.ce_clean = mean_loss(model, rows, self._size)
+        self.ce_zero = self._cross_entropy(self._everywhere(torch.zeros_like(self._mean)))
+        self.ce_mean = self._cross_entropy(self._everywhere(self._mean))
+
+    def _everywhere(self, same: Tensor) -> list[Tensor]:
+        """[n, pairs, d] a batch, each token the same [pairs, d]."""
+        return [same.expand(len(x), -1, -1) for _, x in self._kept]
+
+    def _cross_entropy(self, made: list[Tensor], which: Sequence[int] | None = None) -> float:
+        """Mean over all predicted tokens, in nats, with what was made, [n, pairs, d] a batch, at all places or some."""
+        with ExitStack() as stack:
+            for i in range(len(self._pairs)) if which is None else which:
+                put = partial(_put, iter([(where, x_hat[:, i]) for (where, _), x_hat in zip(self._kept, made)]))
+                stack.enter_context(replaced_point(self._model, *self._pairs[i], put))
+            return mean_loss(self._model, self._rows, self._size)
+
+
+def _put(of_batches: Iterator[tuple[Tensor, Tensor]], x: Tensor, y: Tensor) -> Tensor:
+    """y [b, T, d] of one batch more with its x_hat [n, d] where its `where` [b, T] says."""
+    (where, x_hat), after = next(of_batches), y.clone()
+    after[where.to(y.device)] = x_hat.to(y)
+    return after
+
+
+class PointSplice(SpliceAt):
     """Replaces what stands at `target` by what is made of what stands at `read`, and measures the model's loss.
 
     A spliced run leaves as it is what the harvest leaves out: position 0, `drop_tokens`, and tokens whose norm exceeds
@@ -65,28 +142,12 @@ class PointSplice:
         drop_tokens: Iterable[int] = (),
         batch_size: int = 4,
     ) -> None:
-        check_has_loss(model, rows)
-        self._size = check_integer("batch_size", batch_size, 1)
-        self._model, self._rows, self._read, self._target = model.eval(), rows, read, target
-        self._width = check_points(model, [read, target], rows[:1].to(device_of(model)))[1]
+        self._read, self._target = read, target
+        norms = {read: max_norms[0]}
+        norms[target] = min(max_norms[1], norms.get(target, math.inf))
+        super().__init__(model, rows, [(read, target)], norms, drop_first, drop_tokens, batch_size)
         places: dict[str, Any] = {"point": str(read)} | ({"target": {"point": str(target)}} if read != target else {})
         self.about = {**identity_of(model), **places, "rows": len(rows)}
-        self._replaced: list[Tensor] = []  # bool [b, T] each
-        total, tokens = torch.zeros(self._width, dtype=torch.float64, device=device_of(model)), 0
-        special = check_drop_tokens(model, drop_tokens)
-        for batch, (x, y) in point_batches(model, rows, [read, target], self._size):
-            out = dropped(batch, x, drop_first, special, max_norms[0])[0]
-            out |= dropped(batch, y, False, (), max_norms[1])[0]
-            self._replaced.append(~out)
-            total += y[~out].double().sum(0)
-            tokens += int((~out).sum())
-        if tokens == 0:
-            raise ValueError(f"no token would be replaced: all are dropped, or exceed max_norms={max_norms}")
-        self.spliced_tokens = tokens
-        mean = (total / tokens).float()
-        self.ce_clean = self._cross_entropy(None)
-        self.ce_zero = self._cross_entropy(lambda x: x.new_zeros(len(x), self._width))
-        self.ce_mean = self._cross_entropy(lambda x: mean.to(x.device).expand(len(x), -1))
 
     @classmethod
     def of_harvest(
@@ -124,30 +185,9 @@ class PointSplice:
         needed = "an SAE" if self._read == self._target else "a transcoder"
         if isinstance(reconstruct, Reconstruction) and reconstruct.kind != needed:
             raise ValueError(f"reconstruct: from {self._read} to {self._target} goes {needed}")
-        ce = self._cross_entropy(lambda x: checked_reconstruction(reconstruct(x), (len(x), self._width)))
-        return figures(self, ce, self._rows[:, 1:].numel())
-
-    def _cross_entropy(self, fn: Transcode | None) -> float:
-        """Mean over all predicted tokens, in nats, with fn of what is read in the place of what is replaced."""
-        kept = iter(self._replaced)
-
-        def spliced(x: Tensor, y: Tensor) -> Tensor:
-            where, after = next(kept).to(y.device), y.clone()
-            if fn is not None:
-                after[where] = fn(x[where.to(x.device)].float()).to(y)
-            return after
-
-        with replaced_point(self._model, self._read, self._target, spliced):
-            return mean_loss(self._model, self._rows, self._size)
-
-
-def harvested_place(about: dict[str, Any]) -> int | HookPoint:
-    """The block or other place of what a manifest or an `identity` tells of; ValueError where it says none."""
-    if about.get("point"):
-        return HookPoint.parse(about["point"])
-    if about.get("layer") is None:
-        raise ValueError(f"manifest is of {in_words(about)}, that no harvest wrote: nothing to splice")
-    return int(about["layer"])
+        with torch.no_grad():
+            made = [checked_reconstruction(reconstruct(x[:, 0]), (len(x), self._width)) for _, x in self._kept]
+        return figures(self, self._cross_entropy([x_hat[:, None] for x_hat in made]), self._rows[:, 1:].numel())
 
 
 def transcoded_cross_entropy(

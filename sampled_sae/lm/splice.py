@@ -19,6 +19,7 @@ from sampled_sae.lm.splice_figures import (
     checked_reconstruction,
     dropped_by_harvest,
     figures,
+    harvested_place,
     next_token_loss,
 )
 from sampled_sae.residual_stream.blocks import check_layer, text_config, transformer_blocks
@@ -136,16 +137,15 @@ class SpliceEvaluator:
         Raises:
             ValueError: as the class; other weights, naming both models; a manifest of activations without a model.
         """
-        harvested = identity(manifest)
         check_one_place(manifest)
-        if harvested.get("point"):
+        harvested = identity(manifest)
+        layer = harvested_place(harvested)
+        if not isinstance(layer, int):
             raise ValueError(
                 f"manifest is of {in_words(harvested)}, which is no residual stream: PointSplice is for it"
             )
-        if harvested["layer"] is None:
-            raise ValueError(f"manifest is of {in_words(harvested)}, that no harvest wrote: there is nothing to splice")
         dropping = dropped_by_harvest(model, manifest, insist)
-        return cls(model, rows, manifest["layer"], max_norm=manifest["max_norm"], **dropping, **options)
+        return cls(model, rows, layer, max_norm=manifest["max_norm"], **dropping, **options)
 
     def evaluate(self, reconstruct: Reconstruct) -> dict[str, float]:
         """Splice one reconstruction in.
@@ -183,7 +183,7 @@ class SpliceEvaluator:
         with self._recorded_structure(), replace(self._model, self._layer, record):
             if not any(map(len, self._batches)):  # the structure and the widths are learnt all the same
                 self._logits(self._first, None)
-            ce = self._cross_entropy(iter(self._batches))
+            ce = self._cross_entropy()
         residuals = iter(found)
         for rows in self._batches:
             x = next(residuals) if len(rows) else found[0][:0]
@@ -193,7 +193,7 @@ class SpliceEvaluator:
 
     def _run_spliced(self, fn: Reconstruct) -> float:
         """Cross-entropy with fn of the raw float32 vectors [n, d] in their place."""
-        return self._cross_entropy(iter(self._batches), (self._spliced(i, fn) for i in range(len(self._batches))))
+        return self._cross_entropy(self._spliced(i, fn) for i in range(len(self._batches)))
 
     @torch.no_grad()
     def _spliced(self, index: int, fn: Reconstruct) -> Tensor:
@@ -202,10 +202,10 @@ class SpliceEvaluator:
         return x
 
     @torch.no_grad()
-    def _cross_entropy(self, batches: Iterator[Tensor], residuals: Iterator[Tensor] | None = None) -> float:
+    def _cross_entropy(self, residuals: Iterator[Tensor] | None = None) -> float:
         """Mean over all predicted tokens, in nats; from the given residual streams where there are any."""
         total, tokens = 0.0, 0
-        for batch in batches:
+        for batch in self._batches:
             residual = None if residuals is None else next(residuals)
             if len(batch):
                 total += next_token_loss(self._logits(batch, residual), batch)

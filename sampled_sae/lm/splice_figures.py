@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from sampled_sae.lm.models import check_rows, device_of, identity_of, predicts_next_token
-from sampled_sae.training.same_settings import check_harvested_model, identity
+from sampled_sae.lm.passes import Place
+from sampled_sae.residual_stream.hook_points import HookPoint
+from sampled_sae.training.same_settings import check_harvested_model, identity, in_words
 
 
 class Measured(Protocol):
@@ -33,6 +35,15 @@ def check_one_place(manifest: dict[str, Any]) -> None:
     """ValueError for the manifest of layers side by side, which a crosscoder reads."""
     if beside := manifest.get("layers"):
         raise ValueError(f"manifest is of {len(beside)} layers side by side: LayersSplice is for it")
+
+
+def harvested_place(about: dict[str, Any]) -> Place:
+    """The block or other place of what a manifest or an `identity` tells of; ValueError where it says none."""
+    if about.get("point"):
+        return HookPoint.parse(about["point"])
+    if about.get("layer") is None:
+        raise ValueError(f"manifest is of {in_words(about)}, that no harvest wrote: nothing to splice")
+    return int(about["layer"])
 
 
 def dropped_by_harvest(model: Any, manifest: dict[str, Any], insist: bool) -> dict[str, Any]:

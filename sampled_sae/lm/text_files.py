@@ -58,33 +58,26 @@ def find_files(path: AnyPath) -> list[AnyPath]:
     """
     if path.is_dir():
         files = [file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]
-        for kind in _KINDS:
-            found = sorted((file for file in files if _kind(file) == kind), key=lambda file: file.name)
-            if found:
-                return _readable(found)
-        raise ValueError(f"source={str(path)!r} is a folder without any {', '.join(_KINDS)} file")
-    if not path.is_file():
-        raise ValueError(f"source={str(path)!r} is no file or folder")
-    if _kind(path) not in _KINDS:
-        raise ValueError(f"source={str(path)!r} must end in {', '.join(_KINDS)}, or be a folder of such files")
-    return _readable([path])
-
-
-def _readable(files: list[AnyPath]) -> list[AnyPath]:
-    if _kind(files[0]) == ".parquet":
+        of_kinds = ([file for file in files if _kind(file) == kind] for kind in _KINDS)
+        found = sorted(next(filter(None, of_kinds), []), key=lambda file: file.name)
+        if not found:
+            raise ValueError(f"source={str(path)!r} is a folder without any {', '.join(_KINDS)} file")
+    else:
+        found = [path]
+        if not path.is_file():
+            raise ValueError(f"source={str(path)!r} is no file or folder")
+        if _kind(path) not in _KINDS:
+            raise ValueError(f"source={str(path)!r} must end in {', '.join(_KINDS)}, or be a folder of such files")
+    if _kind(found[0]) == ".parquet":
         _parquet()
-    return files
+    return found
 
 
 def are_small(files: list[AnyPath]) -> bool:
     """Whether they may be read at once; what is compressed is taken for 20 times as much."""
     compressed = (".gz", ".parquet")
-    return sum(size_of(file) * (20 if file.suffix in compressed else 1) for file in files) <= WHOLE_BYTES
-
-
-def size_of(file: AnyPath) -> int:
-    """Bytes."""
-    return file.size() if isinstance(file, RemotePath) else file.stat().st_size
+    sizes = [file.size() if isinstance(file, RemotePath) else file.stat().st_size for file in files]
+    return sum(size * (20 if file.suffix in compressed else 1) for file, size in zip(files, sizes)) <= WHOLE_BYTES
 
 
 def read_documents(file: AnyPath, column: str | None) -> Iterator[Document | None]:

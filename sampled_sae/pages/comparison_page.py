@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..comparison.compare import EDGES, Comparison
 from ..comparison.report import figures
-from .html import page
+from .html import packed, page, short
 from .look_link import LookLink
-from .numbers import packed, short
 
 COMPARISON_PAGE = "comparison.html"
 SCRIPTS = ("common.js", "charts.js", "long_table.js", "comparison.js")
@@ -39,7 +38,8 @@ def comparison_page(
         looks: where the page of each SAE is, to which its features link; None without.
     """
     summary, m = found.summary(), found.matching
-    kept = _greatest(m.cosine)
+    # the pairs of greatest cosine, ascending in A as they stand
+    kept = m.cosine.sort(descending=True, stable=True).indices[:MOST_ROWS].sort().values
     sides = [m.a[kept], m.b[kept]]
     on = found.agreement
     actives = (None, None) if on is None else (on.active_a, on.active_b)
@@ -47,8 +47,8 @@ def comparison_page(
         "features": [packed(side.int()) for side in sides],
         "cosine": packed(m.cosine[kept].float()),
         "shared": packed(m.shared(found.same)[kept].int()),
-        "jaccard": None if on is None else packed(_floats(on.jaccard)[kept]),
-        "activation": None if on is None else packed(_floats(on.activation_cosine)[kept]),
+        "jaccard": None if on is None else packed(torch.from_numpy(on.jaccard)[kept].float()),
+        "activation": None if on is None else packed(torch.from_numpy(on.activation_cosine)[kept].float()),
         "active": [None if n is None else packed(torch.from_numpy(n)[side].int()) for n, side in zip(actives, sides)],
         "total": len(m.cosine),
     }
@@ -68,12 +68,6 @@ def comparison_page(
         "looks": [None if look is None else look.of_page() for look in looks],
     }
     return page(f"{names[0]} and {names[1]}", "comparison.html", SCRIPTS, data)
-
-
-def _greatest(cosine: Tensor) -> Tensor:
-    """int64: the pairs that the page has, those of greatest cosine, ascending in A as they stand."""
-    order = cosine.sort(descending=True, stable=True).indices[:MOST_ROWS]
-    return order.sort().values
 
 
 def _alone(features: Numbers, nearest: Tensor, active: Numbers | None) -> dict[str, Any]:
@@ -108,7 +102,3 @@ def _on_activations(found: Comparison) -> dict[str, Any]:
 def _histogram(values: Numbers, edges: list[float]) -> list[int]:
     """Of those that are numbers; what rounding has put beyond the edges is in the last bin."""
     return list(map(int, np.histogram(values[~np.isnan(values)].clip(edges[0], edges[-1]), edges)[0]))
-
-
-def _floats(values: Numbers) -> Tensor:
-    return torch.from_numpy(values).float()

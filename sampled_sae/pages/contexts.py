@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..inference.codes_store import CodesStore
 from .activity import Activity
-from .numbers import short
+from .html import short
 
 BEFORE, AFTER = 14, 8
 QUANTILES = 4

@@ -17,11 +17,9 @@ from ..training.activation_store import ActivationStore
 from .activity import Activity
 from .choice import FeatureChoice
 from .contexts import CorpusText
-from .directions import nearest
-from .feature_details import NEIGHBOURS, Details
-from .html import page
+from .feature_details import NEIGHBOURS, Details, nearest
+from .html import packed, page
 from .loss_shares import can_share, loss_shares
-from .numbers import packed
 
 if TYPE_CHECKING:
     from ..lm.logit_lens import LensTokens

@@ -16,10 +16,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..support.atomic_files import without_nan
 
 # the file of a page, in the folder of what it is about
 PAGE = "look.html"
+LITTLE = {torch.float32: "<f4", torch.int32: "<i4"}
 MARK = '<meta name="generator" content="sampled-sae">'
 POLICY = "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
 
@@ -36,7 +40,9 @@ def page(title: str, body: str, scripts: Sequence[str], data: Any, parts: Iterab
     """
     style, script = asset("page.css"), "\n".join(map(asset, scripts))
     policy = POLICY.format(script=_digest(script), style=_digest(style))
-    packed = "\n".join(f'<script type="application/octet-stream" class="part">{_packed(one)}</script>' for one in parts)
+    kept = "\n".join(
+        f'<script type="application/octet-stream" class="part">{_compressed(one)}</script>' for one in parts
+    )
     # what is seen first comes first: a browser draws before it has read the parts
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -52,7 +58,7 @@ def page(title: str, body: str, scripts: Sequence[str], data: Any, parts: Iterab
 <body>
 {asset(body)}{asset("help.html")}<script type="application/json" id="data">{in_html(data)}</script>
 <script>{script}</script>
-{packed}
+{kept}
 </body>
 </html>
 """
@@ -75,7 +81,17 @@ def in_html(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _packed(value: Any) -> str:
+def short(value: float) -> float:
+    """With four significant digits."""
+    return float(f"{value:.4g}")
+
+
+def packed(column: Tensor) -> str:
+    """float32 or int32 values of any shape as base64 of their little-endian bytes."""
+    return base64.b64encode(column.contiguous().numpy().astype(LITTLE[column.dtype]).tobytes()).decode()
+
+
+def _compressed(value: Any) -> str:
     text = json.dumps(without_nan(value), allow_nan=False, separators=(",", ":"))
     # without a time in it, the same page is the same bytes
     return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()

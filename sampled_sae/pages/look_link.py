@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .html import is_page
-from .numbers import packed
+from .html import is_page, packed
 
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 

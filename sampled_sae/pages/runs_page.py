@@ -84,7 +84,8 @@ def runs_page(title: str, found: Runs, folder: Path) -> str:
     edges: list[float] = next(
         (row["frequency_edges"] for row in rows if isinstance(row.get("frequency_edges"), list)), []
     )
-    metrics = [[name, COLUMNS.get(name, name.replace("_", " "))] for name in (*_known(names), *_others(names))]
+    ordered = [*(name for name in COLUMNS if name in names), *(name for name in names if name not in COLUMNS)]
+    metrics = [[name, COLUMNS.get(name, name.replace("_", " "))] for name in ordered]
     data = {"name": title, "about": found.settings, "metrics": metrics, "runs": runs, "edges": edges}
     return page(title, "runs.html", SCRIPTS, data)
 
@@ -129,14 +130,6 @@ def _is_metric(name: str, value: Any) -> bool:
     return number and name not in SETTINGS
 
 
-def _known(names: list[str]) -> list[str]:
-    return [name for name in COLUMNS if name in names]
-
-
-def _others(names: list[str]) -> list[str]:
-    return [name for name in names if name not in COLUMNS]
-
-
 def _telling_apart(rows: list[Row]) -> list[str]:
     """The settings that are not the same in all runs with a pool, but for l and seed.
 
@@ -150,15 +143,11 @@ def _telling_apart(rows: list[Row]) -> list[str]:
 
 def _series(row: Row, apart: list[str]) -> str:
     """What the runs of all l and seeds have in common; a run without a pool has its name, without the seed."""
-    if row["l"] is None:
+    if row["l"] is None or apart == ["name"]:
         return without_seed(row)
-    if apart == ["name"]:
-        return without_seed(row)
-    return ", ".join(_kind(name, row.get(name)) for name in apart) or str(row.get("score") or "runs")
-
-
-def _kind(name: str, value: Any) -> str:
-    return value if isinstance(value, str) else f"{name}={value}"
+    values = {name: row.get(name) for name in apart}
+    said = (value if isinstance(value, str) else f"{name}={value}" for name, value in values.items())
+    return ", ".join(said) or str(row.get("score") or "runs")
 
 
 def is_member(folder: Path, row: Row) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,6 +72,10 @@ def check_layer(model: nn.Module, layer: int) -> nn.Module:
     return blocks[index]
 
 
+class PassEnded(Exception):
+    """Ends a forward pass of which nobody needs the rest."""
+
+
 class BlockOutputs:
     """Reads and replaces the residual stream in what one block returns, and checks its shape.
 
@@ -86,9 +90,13 @@ class BlockOutputs:
         self._shape: tuple[int, ...] | None = None  # [B, T] of the forward pass under way, where it is known
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Within the context, a forward pass that cannot run or does not reach the block is a ValueError."""
+    def watched(self, fn: Callable[[Any], Any]) -> Iterator[None]:
+        """Within the context fn is called with what the block returns; what it gives takes its place unless it is None.
+
+        A forward pass that cannot run or does not reach the block is a ValueError.
+        """
         handles = [
+            self.block.register_forward_hook(lambda module, args, output: fn(output)),
             self._model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self._model.register_forward_hook(self._end),
         ]

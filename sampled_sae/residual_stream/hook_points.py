@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..support.argument_checks import check_integer
-from .blocks import check_layer
+from .blocks import PassEnded, check_layer
 
 SIDES = ("in", "out")
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "ff")
@@ -79,15 +79,18 @@ def layer_point(model: nn.Module, layer: int) -> HookPoint:
     return HookPoint(next(name for name, module in model.named_modules() if module is block), "out")
 
 
+def check_place(model: Any, place: int | HookPoint) -> int | HookPoint:
+    """A block as an int, another place as it is; ValueError for one that the model has not."""
+    if isinstance(place, HookPoint):
+        place.of(model)
+        return place
+    check_layer(model, place)
+    return check_integer("layer", place, 0)
+
+
 def check_places(model: Any, places: Sequence[int | HookPoint]) -> list[int | HookPoint]:
-    """Blocks as ints, other places as they are; ValueError for none, one twice, or one that the model has not."""
-    found: list[int | HookPoint] = []
-    for place in places:
-        if isinstance(place, HookPoint):
-            place.of(model)
-        else:
-            check_layer(model, place)
-        found.append(place if isinstance(place, HookPoint) else check_integer("layer", place, 0))
+    """As `check_place`, of each; ValueError for none, or one twice."""
+    found = [check_place(model, place) for place in places]
     if not found or len(set(found)) < len(found):
         given = [place if isinstance(place, int) else str(place) for place in places]
         raise ValueError(f"layers={given}: must be one or more blocks, none twice")
@@ -97,10 +100,6 @@ def check_places(model: Any, places: Sequence[int | HookPoint]) -> list[int | Ho
 def points_of(model: nn.Module, places: Sequence[int | HookPoint]) -> list[HookPoint]:
     """Of blocks the outputs, of other places themselves."""
     return [layer_point(model, place) if isinstance(place, int) else place for place in places]
-
-
-class _AllReached(Exception):
-    """Ends a forward pass of which nobody needs the rest."""
 
 
 @contextmanager
@@ -123,7 +122,7 @@ def capture_points(model: nn.Module, points: Sequence[HookPoint]) -> Iterator[li
             found[i] = _tensor(points[i], value).clone()
             missing.discard(i)
         if not missing:
-            raise _AllReached
+            raise PassEnded
 
     with ExitStack() as stack:
         for i, point in enumerate(points):
@@ -131,7 +130,7 @@ def capture_points(model: nn.Module, points: Sequence[HookPoint]) -> Iterator[li
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # what is compiled already knows no hooks
         try:
             yield found
-        except _AllReached:
+        except PassEnded:
             return
     names = ", ".join(str(points[i]) for i in sorted(missing))
     raise ValueError(f"hook point {names}: {type(model).__name__} ran without it")

@@ -1,4 +1,4 @@
-"""Read or replace the residual stream of a language model after one block.
+"""Read or replace the residual stream of a language model after a block, or read it after several.
 
 Convention: layer i is the residual stream AFTER block i, counted from 0. That is `hidden_states[i + 1]` of
 Hugging Face's `output_hidden_states=True`, except at the last block, where Hugging Face's entry has passed
@@ -6,17 +6,14 @@ the final norm and ours has not (and in Mamba and RWKV, whose lists leave the em
 "The sixth layer" of a paper is layer 5.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from .blocks import BlockOutputs
-
-
-class _LayerReached(Exception):
-    """Ends a forward pass whose remaining blocks nobody needs."""
+from .blocks import BlockOutputs, PassEnded
 
 
 class Captured:
@@ -46,21 +43,40 @@ def capture(model: nn.Module, layer: int) -> Iterator[Captured]:
         ValueError: if the model is none of text, or has no such layer; in the forward pass, if the model needs more
             than token ids, leaves the block out, or its block returns another shape than [B, T, d].
     """
-    outputs = BlockOutputs(model, layer)
-    captured = Captured()
+    outputs, captured = BlockOutputs(model, layer), Captured()
 
-    def stop(module: nn.Module, args: Any, output: Any) -> None:
+    def stop(output: Any) -> None:
         captured._value = outputs.residual(output)
-        raise _LayerReached
+        raise PassEnded
 
-    handle = outputs.block.register_forward_hook(stop)
-    try:
-        with outputs.watched():
-            yield captured
-    except _LayerReached:
-        pass
-    finally:
-        handle.remove()
+    with suppress(PassEnded), outputs.watched(stop):
+        yield captured
+
+
+@contextmanager
+def capture_layers(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Layer -> residual stream [B, T, d] of a forward pass, which ends at the last of them.
+
+    As `capture`: the forward pass ends the `with` block too, and the errors are the same.
+
+        with capture_layers(model, [3, 5]) as found:
+            model(input_ids=rows, use_cache=False)
+        x = found[3]  # [B, T, d]
+    """
+    *earlier, last = sorted(set(layers))
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int, outputs: BlockOutputs, output: Any) -> None:
+        # a later block may add to it in place
+        found[layer] = outputs.residual(output).clone()
+
+    with ExitStack() as stack:
+        for layer in earlier:
+            outputs = BlockOutputs(model, layer)
+            stack.enter_context(outputs.watched(partial(keep, layer, outputs)))
+        with capture(model, last) as captured:
+            yield found
+        found[last] = captured.value
 
 
 @contextmanager
@@ -77,7 +93,7 @@ def replace(model: nn.Module, layer: int, fn: Callable[[Tensor], Tensor]) -> Ite
     """
     outputs = BlockOutputs(model, layer)
 
-    def substitute(module: nn.Module, args: Any, output: Any) -> Any:
+    def substitute(output: Any) -> Any:
         before = outputs.residual(output)
         after = fn(before)
         if after.shape != before.shape or after.dtype != before.dtype:
@@ -87,9 +103,5 @@ def replace(model: nn.Module, layer: int, fn: Callable[[Tensor], Tensor]) -> Ite
             )
         return outputs.with_residual(output, after)
 
-    handle = outputs.block.register_forward_hook(substitute)
-    try:
-        with outputs.watched():
-            yield
-    finally:
-        handle.remove()
+    with outputs.watched(substitute):
+        yield

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..codes import Entries, SparseCodes
 from ..support.argument_checks import check_flag, check_integer, check_number, plain_number
-from .blocks import check_layer, text_config
+from .blocks import text_config
 from .hooks import replace as replace_residual
 from .sequence_start import SequenceStart
 
@@ -75,7 +75,7 @@ class Splicing:
             TypeError: an argument of another type.
         """
         edit = Edit(self, replace, steer, ablate)
-        _check_width(self, model, layer)
+        _check_width(self, model)
         limit = plain_number(max_norm)
         if limit is None or not limit > 0:
             raise ValueError(f"max_norm={max_norm!r}: must be a number above 0")
@@ -166,8 +166,7 @@ def _feature(sae: Spliceable, name: str, feature: Any) -> int:
     return number
 
 
-def _check_width(sae: Spliceable, model: nn.Module, layer: int) -> None:
-    check_layer(model, layer)
+def _check_width(sae: Spliceable, model: nn.Module) -> None:
     width = getattr(text_config(model), "hidden_size", None)
     if width is not None and width != sae.W_enc.shape[0]:
         raise ValueError(f"model={type(model).__name__}: has d={width}, the SAE reads d_in={sae.W_enc.shape[0]}")

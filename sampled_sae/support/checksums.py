@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,13 @@ def damage(folder: Path, entry: dict[str, Any]) -> str | None:
     path = folder / entry["file"]
     if not path.is_file():
         return "no such file, but the manifest lists it"
-    size = path.stat().st_size
+    return difference(path.stat().st_size, lambda: file_crc32(path), entry)
+
+
+def difference(size: int, crc32: Callable[[], str], entry: dict[str, Any]) -> str | None:
+    """The same of so many bytes that were found, and their checksum."""
     if size != entry["bytes"]:
         return f"corrupt, {size} bytes where the manifest says {entry['bytes']}"
-    if "crc32" in entry and (found := file_crc32(path)) != entry["crc32"]:
+    if "crc32" in entry and (found := crc32()) != entry["crc32"]:
         return f"corrupt, checksum {found} where the manifest says {entry['crc32']}"
     return None

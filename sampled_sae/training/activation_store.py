@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from ..support import checksums
 from ..support.argument_checks import check_choice, check_integer
 from ..support.atomic_files import read_rows, read_tensors
 from ..support.listed_files import ListedFiles
 from ..support.remote_files import RemotePath, is_url, place
 from ..support.token_places import TokenPlaces, TokenShard
 from .activations import Activations
-from .remote_tensors import read_remote
+from .same_settings import identity
 from .store_writer import DTYPES, MANIFEST, check_scale, damage, read_manifest
 from .tensor_writer import write_tensors
 
@@ -106,7 +109,7 @@ class ActivationStore(ListedFiles, Activations):
             ValueError: naming the file: missing, truncated, corrupt, or other than the manifest says.
         """
         path = self.folder / entry["file"]
-        tensors = read_remote(path, entry) if isinstance(path, RemotePath) else read_tensors(self.whole(entry))
+        tensors = _read_remote(path, entry) if isinstance(path, RemotePath) else read_tensors(self.whole(entry))
         x = tensors.get("activations")
         if x is None or tuple(x.shape) != (entry["tokens"], self.d_in):
             found = None if x is None else tuple(x.shape)
@@ -160,3 +163,39 @@ class ActivationStore(ListedFiles, Activations):
             )
         tensors = self.load(entry)
         return tensors["activations"], tensors.get("rows")
+
+
+class StoredActivations:
+    """What `encode_corpus` reads of an `ActivationStore`: its shards or the first n of them, not what is held out."""
+
+    def __init__(self, store: ActivationStore, n_shards: int | None = None) -> None:
+        self.store, self.d_in = store, store.d_in
+        self.n_shards = len(store.tokens) if n_shards is None else n_shards
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Model, layer, source and context as the store's manifest has them."""
+        return {name: self.store.manifest.get(name) for name in ("model", "layer", "source", "context")}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the store is of, and its files by their checksums."""
+        files = [shard.get("crc32") or shard["bytes"] for shard in self.store.manifest["shards"]]
+        return {"activations": identity(self.store.manifest), "files": files, "has_places": self.store.has_places}
+
+    def token_shard(self, i: int) -> TokenShard:
+        return self.store.token_shard(i)
+
+
+def _read_remote(path: RemotePath, entry: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file at a URL, read into memory, which must be as its manifest says."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file, but the manifest lists it") from None
+    if problem := checksums.difference(len(data), lambda: checksums.bytes_crc32(data), entry):
+        raise ValueError(f"{path}: {problem}")
+    try:
+        return dict(safetensors.torch.load(data))
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error})") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,14 +17,6 @@ from .blocks import Blocks, Source
 from .same_settings import identity, side_by_side
 
 BUFFER_TOKENS = 131_072
-
-
-class Described(Source, Protocol):
-    """A source that says what it reads."""
-
-    @property
-    def about(self) -> list[dict[str, Any]]:
-        """Of each part what a store's manifest has: source, and where known model, layer, context, and settings."""
 
 
 class ActivationStream:
@@ -47,7 +39,7 @@ class ActivationStream:
     """
 
     def __init__(
-        self, source: Described, buffer_tokens: int = BUFFER_TOKENS, buffer_on_disk: str | Path | None = None
+        self, source: Source, buffer_tokens: int = BUFFER_TOKENS, buffer_on_disk: str | Path | None = None
     ) -> None:
         self.buffer_tokens = check_integer("buffer_tokens", buffer_tokens, 1)
         self.room = Room(self.buffer_tokens, source.widths, buffer_on_disk)
@@ -55,7 +47,7 @@ class ActivationStream:
             self.room.check()
         self.blocks = Blocks(source, self.room)
         self._lanes: dict[tuple[int, int], Blocks] = {}
-        self.parts = [StreamedActivations(self, i, about) for i, about in enumerate(source.about)]
+        self.parts = [self._part(i, about) for i, about in enumerate(source.about)]
 
     @property
     def divides(self) -> bool:
@@ -91,7 +83,7 @@ class ActivationStream:
         found: tuple[list[Tensor], Tensor] = self.blocks.source.holdout()
         return found
 
-    def pair(self, x: int = 0, target: int = 1) -> StreamedPair:
+    def pair(self, x: int = 0, target: int = 1) -> StreamedActivations:
         """What a transcoder reads and reconstructs: two of the parts, by their numbers.
 
         Raises:
@@ -100,41 +92,50 @@ class ActivationStream:
         chosen = [check_integer(name, i, 0) for name, i in (("x", x), ("target", target))]
         if max(chosen) >= len(self.parts) or chosen[0] == chosen[1]:
             raise ValueError(f"x={x}, target={target}: must be two of the {len(self.parts)} parts, by number from 0")
-        return StreamedPair(self.parts[chosen[0]], self.parts[chosen[1]])
+        read, made = (self.parts[i] for i in chosen)
+        manifest = {**read.manifest, "target": {**identity(made.manifest), "d_out": made.d_in}}
+        return StreamedActivations(self, chosen, manifest, f"{read.where} with {made.where}", is_pair=True)
 
-    def beside(self) -> StreamedStack:
+    def beside(self) -> StreamedActivations:
         """All parts side by side, as a crosscoder reads them.
 
         Raises:
             ValueError: fewer than two, or parts of other widths than the first.
         """
-        return StreamedStack(self.parts)
+        widths = [part.d_in for part in self.parts]
+        if len(widths) < 2 or len(set(widths)) > 1:
+            raise ValueError(f"parts: of widths {widths}; must be at least 2, all of one width")
+        manifest = {**self.parts[0].manifest, **side_by_side([part.manifest for part in self.parts])}
+        where = " beside ".join(part.where for part in self.parts)
+        return StreamedActivations(self, list(range(len(widths))), manifest, where)
+
+    def _part(self, index: int, about: dict[str, Any]) -> StreamedActivations:
+        settings = {**about.get("settings", {}), "buffer_tokens": self.buffer_tokens}
+        manifest = {**about, "d_in": self.blocks.source.widths[index], "shards": [], "settings": settings}
+        layer, point = about.get("layer"), about.get("point")
+        at = f" at {point}" if point else "" if layer is None else f" at layer {layer}"
+        return StreamedActivations(self, [index], manifest, (about.get("source") or "the iterator") + at)
 
 
 class StreamedActivations:
-    """One part of a stream.
+    """What an SAE reads of a stream: one part of it; a transcoder two, a crosscoder several, side by side.
 
     Attributes:
-        manifest: what is said of it, as that of a store; the scale is known once the first block is read.
-        index: which part of the blocks.
-        d_in: its width.
-        width_in, layers, d_out: those of `Activations`; a stream has one layer but as a stack, and targets
-            only as a pair.
+        indices: which parts of a block stand side by side in a token's row.
+        manifest: what is said of them, as that of a store; the scale is known once the first block is read.
+        where: as errors name them.
+        widths: of the parts.
+        d_in, width_in, layers, d_out: those of `Activations`.
     """
 
-    layers = 1
-    d_out: int | None = None
-
-    def __init__(self, stream: ActivationStream, index: int, about: dict[str, Any]) -> None:
-        self.stream, self.index = stream, index
-        self.d_in = self.width_in = stream.blocks.source.widths[index]
-        settings = {**about.get("settings", {}), "buffer_tokens": stream.buffer_tokens}
-        self.manifest = {**about, "d_in": self.d_in, "shards": [], "settings": settings}
-
-    @property
-    def widths(self) -> list[int]:
-        """Of what stands side by side in a token's row."""
-        return [self.stream.blocks.source.widths[i] for i in self.indices]
+    def __init__(
+        self, stream: ActivationStream, indices: list[int], manifest: dict[str, Any], where: str, is_pair: bool = False
+    ) -> None:
+        self.stream, self.indices, self.manifest, self.where = stream, indices, manifest, where
+        self.widths = [self.source.widths[i] for i in indices]
+        self.d_in, self.d_out = self.widths[0], self.widths[1] if is_pair else None
+        self.layers = 1 if is_pair else len(indices)
+        self.width_in = self.layers * self.d_in
 
     @property
     def source(self) -> Any:
@@ -142,8 +143,8 @@ class StreamedActivations:
         return self.stream.blocks.source
 
     @property
-    def buffer_tokens(self) -> int:
-        return self.stream.buffer_tokens
+    def place(self) -> Hashable:
+        return id(self)
 
     def holdout(self) -> tuple[Tensor, Tensor]:
         """(float32 [n, d_in], of a pair [n, d_in + d_out]; token rows int64 [N, context]), as `Activations` has them.
@@ -153,57 +154,3 @@ class StreamedActivations:
         """
         parts, rows = self.stream.held_out
         return torch.cat([parts[i] for i in self.indices], dim=1), rows
-
-    @property
-    def where(self) -> str:
-        """As errors name it."""
-        layer, point = self.manifest.get("layer"), self.manifest.get("point")
-        at = f" at {point}" if point else "" if layer is None else f" at layer {layer}"
-        return (self.manifest.get("source") or "the iterator") + at
-
-    @cached_property
-    def place(self) -> Hashable:
-        return id(self)
-
-    @property
-    def indices(self) -> list[int]:
-        """Which parts of a block stand side by side in a token's row."""
-        return [self.index]
-
-
-class StreamedPair(StreamedActivations):
-    """Two parts of a stream, of which a transcoder reads the one and reconstructs the other."""
-
-    def __init__(self, x: StreamedActivations, target: StreamedActivations) -> None:
-        super().__init__(x.stream, x.index, x.manifest)
-        self.target, self.d_out = target, target.d_in
-        self.manifest["target"] = {**identity(target.manifest), "d_out": target.d_in}
-
-    @property
-    def where(self) -> str:
-        return f"{super().where} with {self.target.where}"
-
-    @property
-    def indices(self) -> list[int]:
-        return [self.index, self.target.index]
-
-
-class StreamedStack(StreamedActivations):
-    """Several parts of a stream, the layers that a crosscoder reads."""
-
-    def __init__(self, parts: list[StreamedActivations]) -> None:
-        widths = [part.d_in for part in parts]
-        if len(parts) < 2 or len(set(widths)) > 1:
-            raise ValueError(f"parts: of widths {widths}; must be at least 2, all of one width")
-        super().__init__(parts[0].stream, parts[0].index, parts[0].manifest)
-        self.parts, self.layers = parts, len(parts)
-        self.width_in = self.layers * self.d_in
-        self.manifest |= side_by_side([part.manifest for part in parts])
-
-    @property
-    def where(self) -> str:
-        return " beside ".join(part.where for part in self.parts)
-
-    @property
-    def indices(self) -> list[int]:
-        return [part.index for part in self.parts]

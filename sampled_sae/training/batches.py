@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 from ..support.argument_checks import check_finite, check_integer
 from ..support.even_slices import share
 from .activations import Activations
-from .lanes import of_lanes
 
 GROUP_BYTES = 1 << 30
 
@@ -76,6 +76,12 @@ class ShuffledStream:
     def reading_ahead(self) -> AbstractContextManager[None]:
         """Nothing is: shards are read when their first batch is asked for."""
         return nullcontext()
+
+    def check_room(self) -> None:
+        """Shards are read into what memory there is."""
+
+    def state_dict(self) -> None:
+        """No place: it is asked for the batch of a step."""
 
     def batches_per_epoch(self, epoch: int) -> int:
         return min(sum(count for _, count in groups) for groups in self._plan(epoch))
@@ -157,3 +163,16 @@ def _stretch(order: list[int], tokens: list[int], start: int, stop: int) -> list
 
 def _tokens(pieces: list[Piece]) -> int:
     return sum(end - first for _, first, end in pieces)
+
+
+def of_lanes(batch_size: int, lanes: int, rows: tuple[int, int]) -> Iterator[tuple[int, int, int]]:
+    """Which tokens of which lanes the tokens `rows`, (start, stop), of a batch are: (lane, start, stop).
+
+    Lanes are the equal parts of every batch, each of which is read, shuffled and gone on with by itself. Whichever of
+    the processes reads which of them, the batches are the same.
+    """
+    for lane in range(lanes):
+        first, end = share(batch_size, lane, lanes)
+        start, stop = max(first, rows[0]), min(end, rows[1])
+        if start < stop:
+            yield lane, start - first, stop - first

@@ -6,7 +6,6 @@ import math
 import mmap
 import tempfile
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,32 +18,24 @@ from ..support.timing import check_memory
 _IN_MEMORY, _ON_DISK = 3, 2
 
 
-class Space(Protocol):
-    """Takes one part of a block, piece by piece."""
-
-    def add(self, x: Tensor) -> None:
-        """float32 [n, width] on the CPU, behind what is there."""
-
-    def whole(self) -> Tensor:
-        """All of it, [n, width]; the last call."""
-
-
 class InMemory:
-    """A `Space`, of so many numbers a token."""
+    """Takes one part of a block, of so many numbers a token, piece by piece."""
 
     def __init__(self, width: int) -> None:
         self._pieces = [torch.empty(0, width)]
 
     def add(self, x: Tensor) -> None:
+        """float32 [n, width] on the CPU, behind what is there."""
         self._pieces.append(x)
 
     def whole(self) -> Tensor:
+        """All of it, [n, width]; the last call."""
         pieces, self._pieces = self._pieces, []
         return torch.cat(pieces)
 
 
 class OnDisk:
-    """A `Space` in a folder. Its file has no name there: the system takes it back when the block, or the process, ends.
+    """The same in a folder. Its file has no name there: the system takes it back when the block, or the process, ends.
 
     Raises:
         OSError: naming the folder: a full disk, no permission.
@@ -84,7 +75,7 @@ class Room:
         ValueError: no such folder.
     """
 
-    def __init__(self, tokens: int, widths: list[int], folder: str | Path | None = None) -> None:
+    def __init__(self, tokens: int, widths: list[int], folder: str | Path | None) -> None:
         self.folder = None if folder is None else Path(folder)
         self._tokens, self._size, self._checked = tokens, 4 * tokens * sum(widths), False
         if self.folder is not None and not self.folder.is_dir():
@@ -105,5 +96,5 @@ class Room:
             check_output_folder(self.folder, math.ceil(part * _ON_DISK * self._size))
         self._checked = True
 
-    def part(self, width: int) -> Space:
+    def part(self, width: int) -> InMemory | OnDisk:
         return InMemory(width) if self.folder is None else OnDisk(self.folder, width)

@@ -19,6 +19,10 @@ class Source(Protocol):
     @property
     def widths(self) -> list[int]: ...
 
+    @property
+    def about(self) -> list[dict[str, Any]]:
+        """Of each part what a store's manifest has: source, and where known model, layer, context, and settings."""
+
     def read(self) -> list[Tensor] | None:
         """The next activations, float32 [n, width] on the CPU, n >= 0, of each part; None at the end."""
 

@@ -187,15 +187,12 @@ def features_for_share(counts: Tensor, share: float) -> int:
     return 0 if total == 0 else int((ordered < share * total).sum()) + 1
 
 
-def reconstruct_with(sae: SampledSAE) -> Reconstruction:
-    """What `evaluate` takes of `sampled_sae.lm.SpliceEvaluator` for an SAE, of `PointSplice` for a transcoder, and of
-    `LayersSplice` for a crosscoder."""
-    return Reconstruction(sae)
-
-
 class Reconstruction:
     """x [n, d_in], as the model made them, to what the SAE makes of them in the mode it is in: [n, d_in], of a
     transcoder [n, d_out]; of a crosscoder both are [n, layers, d_in].
+
+    What `evaluate` takes of `sampled_sae.lm.SpliceEvaluator` for an SAE, of `PointSplice` for a transcoder, and of
+    `LayersSplice` for a crosscoder. Written `reconstruct_with(sae)`.
 
     Of an SAE that is spread over several ranks all call it, each with tokens of its own.
 
@@ -214,6 +211,9 @@ class Reconstruction:
     def __call__(self, x: Tensor) -> Tensor:
         tokens, own = self.sae.layout.of_feature_ranks(x.to(self.sae.W_enc.device, self.sae.W_enc.dtype))
         return self.sae.decode(self.sae.encode_sparse(tokens), tokens)[own].to(x)
+
+
+reconstruct_with = Reconstruction
 
 
 def closing_line(result: dict[str, Any], folder: Path) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..impl.start import geometric_median
 from ..support.all_ranks import ALONE, AllRanks
 from ..support.argument_checks import check_device
 from ..support.even_slices import share
@@ -15,9 +18,56 @@ from .activation_stream import StreamedActivations
 from .activations import Activations
 from .batches import ShuffledStream
 from .streamed_batches import StreamedBatches
-from .training_batch import TrainingBatch
 
 CALIBRATION_TOKENS = 65_536
+
+
+class TrainingBatch:
+    """This rank's activations x [n, d], scaled, and what several SAEs need of the whole batch, computed once.
+
+    Args:
+        rows: [n, d], or [n, d_in + d_out] with targets; along the data dimension of `ranks` each has its own tokens.
+        ranks: the processes that share the batch.
+        tokens: in the whole batch.
+        d_in: where the targets begin in a row; None where there are none.
+
+    Attributes:
+        x, target: [n, d_in], and [n, d_out] or None. goal: what is reconstructed, of which the figures below are.
+    """
+
+    def __init__(self, rows: Tensor, ranks: AllRanks, tokens: int, d_in: int | None) -> None:
+        self.x = rows if d_in is None else rows[:, :d_in].contiguous()
+        self.target = None if d_in is None else rows[:, d_in:].contiguous()
+        self.goal = self.x if self.target is None else self.target
+        self._ranks, self._tokens = ranks, tokens
+
+    @cached_property
+    def variance(self) -> float:
+        """Mean over tokens of the squared distance to their mean, summed over d."""
+        mean = self._ranks.sum_(self.goal.sum(0)) / self._tokens
+        return float(self._ranks.sum_((self.goal - mean).square().sum(1).sum()) / self._tokens)
+
+    def fvu_of_layers(self, x_hat: Tensor, layers: int) -> list[float]:
+        """Of each of several layers, that of its reconstruction in x_hat [n, layers * d]; none of a single one."""
+        if layers == 1:
+            return []
+        mean = self._ranks.sum_(self.goal.sum(0)) / self._tokens
+        apart = [(self.goal - other).view(-1, layers, x_hat.shape[1] // layers) for other in (x_hat, mean)]
+        errors, deviations = (self._ranks.sum_(t.square().sum((0, 2))).tolist() for t in apart)
+        return [error / deviation if deviation else math.nan for error, deviation in zip(errors, deviations)]
+
+    @cached_property
+    def square(self) -> float:
+        """Mean over tokens of their squared length."""
+        return float(self._ranks.sum_(self.goal.square().sum(1).sum()) / self._tokens)
+
+    @cached_property
+    def median(self) -> Tensor:
+        """Geometric median [d]."""
+        ranks = self._ranks
+        return geometric_median(
+            self.goal, total=lambda t: ranks.sum_(t.sum(0)), greatest=lambda t: ranks.max_(t.amax())
+        )
 
 
 class Feed:
@@ -66,7 +116,7 @@ class Feed:
             # The batch is a view of its group of shards; released first, the next group takes the memory of this one.
             self._last = None
             x = self._whole(self._moved(self.stream.batch(t)))
-            d_in = self.store.d_in if self.d_out is not None else None
+            d_in = self.store.d_in if self.store.d_out is not None else None
             self._last = t, TrainingBatch(x, self.ranks, self.stream.batch_size, d_in)
         return self._last[1]
 
@@ -76,14 +126,9 @@ class Feed:
         size = self.stream.batch_size
         batches = self.stream.calibration_batches(-(-CALIBRATION_TOKENS // size))
         x = [self._whole(self._moved(self.stream.batch(t))) for t in batches]
-        beyond = (len(batches) - 1) * size + self._rows()[0] - CALIBRATION_TOKENS
+        beyond = (len(batches) - 1) * size + share(size, *self.ranks.data)[0] - CALIBRATION_TOKENS
         x[-1] = x[-1][: max(0, -beyond)]
         return torch.cat(x)[:, : self.store.width_in]
-
-    @property
-    def d_out(self) -> int | None:
-        """Width of the targets; None where there are none."""
-        return self.store.d_out
 
     @property
     def output_scale(self) -> float:
@@ -106,19 +151,10 @@ class Feed:
         """What tells the activations from others of the same place: the shards, or the settings of a stream."""
         return self.store.manifest["settings" if self.is_streamed else "shards"]
 
-    def check_room(self) -> None:
-        """Raises MemoryError or ValueError where there is no room for the blocks of a stream."""
-        if isinstance(self.stream, StreamedBatches):
-            self.stream.check_room()
-
     @property
     def is_streamed(self) -> bool:
         """Whether it reads a stream, whose place a checkpoint holds."""
-        return isinstance(self.stream, StreamedBatches)
-
-    def stream_place(self) -> dict[str, Any] | None:
-        """What a checkpoint holds of a stream, which all ranks ask for; None for activations read in any order."""
-        return self.stream.state_dict() if isinstance(self.stream, StreamedBatches) else None
+        return isinstance(self.store, StreamedActivations)
 
     def begin_at(self, where: str, place: dict[str, Any] | None) -> None:
         """Takes what a checkpoint holds of a stream as a place to begin with.
@@ -131,10 +167,6 @@ class Feed:
             raise ValueError(f"{where}: made with other settings (activations: was {made}); use another folder")
         if isinstance(self.stream, StreamedBatches):
             self.stream.offer(f"{where}: stream", place)
-
-    def _rows(self) -> tuple[int, int]:
-        """The tokens of a batch that this rank trains on."""
-        return share(self.stream.batch_size, *self.ranks.data)
 
     def _whole(self, x: Tensor) -> Tensor:
         """The tokens of all ranks along the feature dimension, from this rank's part of them."""

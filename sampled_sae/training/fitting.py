@@ -13,10 +13,9 @@ from ..support.timing import check_memory
 from .activation_stream import StreamedActivations
 from .activations import Activations
 from .checkpoint import CHECKPOINT
-from .feed import Feed
+from .feed import Feed, TrainingBatch
 from .sharded_checkpoint import RECORD
 from .train_config import TrainConfig
-from .training_batch import TrainingBatch
 
 # Below this share of their mean square, what tells tokens apart drowns in the rounding of float32.
 LEAST_VARIANCE = 1e-7
@@ -36,8 +35,7 @@ def check_width(sae_config: SampledSAEConfig, store: Activations | StreamedActiv
 
 
 def check_fits(sae_config: SampledSAEConfig, feed: Feed) -> None:
-    """ValueError where an SAE cannot be trained on these activations, or not in their units."""
-    check_width(sae_config, feed.store)
+    """ValueError where an SAE of their width cannot be trained on these activations in their units."""
     # the scale of a stream is known once its first block is read
     if sae_config.input_scale != 1 and sae_config.input_scale != feed.scale:
         raise ValueError(
@@ -60,7 +58,7 @@ def checkpoint_bytes(sae_config: SampledSAEConfig, train_config: TrainConfig) ->
 def check_room(sae_config: SampledSAEConfig, train_config: TrainConfig, feed: Feed, folder: Path) -> None:
     """ValueError where memory or disk are too small for a training, or `folder` is not one to write it to."""
     needed, ranks = checkpoint_bytes(sae_config, train_config), feed.ranks
-    feed.check_room()
+    feed.stream.check_room()
     here = sharing(None, None, ranks)
     with ranks.together():
         # each process has a GPU of its own, if any

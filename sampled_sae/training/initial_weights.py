@@ -30,7 +30,7 @@ def check_initial(initial: SampledSAE, config: SampledSAEConfig) -> str:
             raise ValueError(f"{name}={ours}: init_from has {theirs}; give the training the same")
     if initial.cfg.skip and not config.skip:
         raise ValueError("skip=False: init_from has a skip, which would be lost; give the training one")
-    known = _names(initial)
+    known = (*WEIGHT_NAMES, SKIP) if initial.cfg.skip else WEIGHT_NAMES
     names = {name for name, _ in initial.named_parameters()}
     if names != set(known):
         raise ValueError(f"init_from: has {', '.join(sorted(names))}; must have {', '.join(known)} alone")
@@ -40,10 +40,6 @@ def check_initial(initial: SampledSAE, config: SampledSAEConfig) -> str:
     scales = repr(initial.cfg.input_scale)
     scales += f" and {initial.cfg.output_scale!r}" if initial.cfg.is_transcoder else ""
     return f"{tensors_crc32(tensors)} at {scales}"
-
-
-def _names(sae: SampledSAE) -> tuple[str, ...]:
-    return (*WEIGHT_NAMES, SKIP) if sae.cfg.skip else WEIGHT_NAMES
 
 
 @torch.no_grad()

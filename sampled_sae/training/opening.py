@@ -51,16 +51,13 @@ def as_activations(x: Any, holdout: int | None = None) -> Activations:
     if isinstance(x, (str, Path)):
         if Path(x).is_file():
             raise ValueError(f"{x}: must be the folder of a store or a file of a tensor, {', '.join(SUFFIXES)}")
-        if is_pair(x):
-            from .paired_activations import PairedActivations
+        from .joined_activations import PairedActivations, StackedActivations
 
-            x, target = (f"{str(x).rstrip('/')}/{part}" for part in PAIR)
-            return PairedActivations(x, target)
-        if found := stack_folders(x):
-            from .stacked_activations import StackedActivations
-
-            return StackedActivations(found)
-        return ActivationStore.open(x)
+        found = stores_in(x)
+        parts = [f"{str(x).rstrip('/')}/{name}" for name in found]
+        if found == [*PAIR]:
+            return PairedActivations(parts[0], parts[1])
+        return StackedActivations(parts) if found and found[0] not in PAIR else ActivationStore.open(x)
     raise TypeError(
         f"store={type(x).__name__}: must be an ActivationStore, a tensor or array [n, d], or the name of one"
     )
@@ -72,12 +69,6 @@ def as_part(name: str, x: Any, holdout: int | None = None) -> Activations:
         return as_activations(x, holdout)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{name}: {error}") from error
-
-
-def is_pair(folder: str | AnyPath) -> bool:
-    """Whether a folder, or a URL of one, has the two stores of a pair in it, as `harvest_pair` writes them."""
-    at = place(folder)
-    return not (at / MANIFEST).exists() and all((at / part / MANIFEST).exists() for part in PAIR)
 
 
 def as_readable(x: Any) -> Activations | StreamedActivations:
@@ -107,9 +98,14 @@ def stack_part(i: int) -> str:
     return f"{STACK}{i}"
 
 
-def stack_folders(folder: str | AnyPath) -> list[str]:
-    """The stores of a stack in a folder, or a URL of one, as `harvest_beside` writes them; empty for another."""
-    at, found = place(folder), list[str]()
-    while (at / stack_part(len(found)) / MANIFEST).exists():
-        found.append(f"{str(folder).rstrip('/')}/{stack_part(len(found))}")
-    return found if not (at / MANIFEST).exists() else []
+def stores_in(folder: str | AnyPath) -> list[str]:
+    """The names of the stores that a harvest of several places writes, of those in a folder, or a URL of one: those of
+    a pair, or of the layers of a stack. None in a store."""
+    at, stack = place(folder), list[str]()
+    if (at / MANIFEST).exists():
+        return []
+    if pair := [part for part in PAIR if (at / part / MANIFEST).exists()]:
+        return pair
+    while (at / (name := stack_part(len(stack))) / MANIFEST).exists():
+        stack.append(name)
+    return stack

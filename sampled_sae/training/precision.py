@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -24,15 +24,12 @@ def settled(train_config: TrainConfig, sae_config: SampledSAEConfig, device: tor
     return replace(train_config, precision=resolve_precision(train_config.precision, device, impl))
 
 
-def resolve_precision(precision: str, device: torch.device, impl: str, weights: torch.dtype = torch.float32) -> str:
+def resolve_precision(precision: str, device: torch.device, impl: str) -> str:
     """ "bf16", "tf32" or "fp32": what `precision` stands for in a training by `impl`, as `resolve_impl` names it.
 
     Raises:
-        ValueError: weights that are not float32, "bf16" where products take float32 alone, "tf32" away from a GPU that
-            has it.
+        ValueError: "bf16" where products take float32 alone, "tf32" away from a GPU that has it.
     """
-    if weights != torch.float32:
-        raise ValueError(f"precision={precision!r}: is about products of float32 weights, these are {weights}")
     if precision == "auto":
         return "bf16" if device.type == "cuda" and impl == "triton" else "fp32"
     if precision == "bf16" and impl != "triton":
@@ -52,23 +49,24 @@ def _has_tf32(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 8
 
 
-@contextmanager
-def forward_in(precision: str, device: torch.device) -> Iterator[None]:
+def forward_in(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """A forward pass whose products take operands of this precision, whatever autocast stands around it."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        yield
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def is_as_set(precision: str, device: torch.device) -> bool:
     """Whether steps in this precision leave torch's switches as they are: then another thread may compute meanwhile."""
-    return are_as_set("tf32" if precision == "tf32" else "ieee", device)
+    return are_as_set(_float32(precision), device)
 
 
-@contextmanager
-def step_in(precision: str, device: torch.device) -> Iterator[None]:
+def step_in(precision: str, device: torch.device) -> AbstractContextManager[None]:
     """A step whose float32 products, those of backward and optimizer too, are of this precision.
 
     torch's switches are set for the step and are then what they were.
     """
-    with float32_products("tf32" if precision == "tf32" else "ieee", device):
-        yield
+    return float32_products(_float32(precision), device)
+
+
+def _float32(precision: str) -> str:
+    """As torch's switches name it."""
+    return "tf32" if precision == "tf32" else "ieee"

@@ -7,44 +7,26 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..config import LATER, SampledSAEConfig
-from ..optim import RowAdam
+from ..config import LATER
 from ..pretrained import scale_of_state
-from ..sae import SampledSAE
 from ..support.all_ranks import AllRanks
 from ..support.argument_checks import check_finite
 from ..support.atomic_files import field
 from ..support.json_states import as_json, of_json
 from .checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
-from .feed import Feed
 from .same_settings import check_same_settings, completed
 from .sharded_checkpoint import RECORD, read_record, read_shards, write_shards
-from .train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from .training_run import TrainingRun
 
 
-class Resumable(Protocol):
-    """A `TrainingRun`, as far as its checkpoint goes."""
-
-    sae: SampledSAE
-    optimizer: RowAdam
-    feed: Feed
-    config: TrainConfig
-    folder: Path
-    init: str | None
-    target: SampledSAEConfig
-    step: int
-    seconds: float
-    metrics: list[dict[str, float]]
-
-    def follow_schedule(self, step: int) -> None: ...
-
-
-def settings(run: Resumable) -> dict[str, Any]:
+def settings(run: TrainingRun) -> dict[str, Any]:
     """What a checkpoint must have been made with. Model and layer too: their shards may be of equal sizes."""
     manifest = run.feed.about
     return {
@@ -57,7 +39,7 @@ def settings(run: Resumable) -> dict[str, Any]:
     }
 
 
-def save(run: Resumable) -> None:
+def save(run: TrainingRun) -> None:
     """Writes the checkpoint; of several ranks each its shard."""
     ranks, lanes = run.feed.ranks, run.feed.stream.lanes
     state: dict[str, Any] = {
@@ -66,7 +48,7 @@ def save(run: Resumable) -> None:
         "seconds": run.seconds,
         "metrics": run.metrics,
     }
-    if (place := run.feed.stream_place()) is not None:
+    if (place := run.feed.stream.state_dict()) is not None:
         state["stream"] = place
     if ranks.size == 1 and lanes == 1 and not (run.folder / RECORD).exists():
         whole = {
@@ -87,15 +69,8 @@ def save(run: Resumable) -> None:
     write_shards(run.folder, tensors, record, ranks)
 
 
-class Saved(NamedTuple):
-    """A checkpoint: its file, and what that holds."""
-
-    path: Path
-    state: dict[str, Any]
-
-
-def saved(folder: Path, ranks: AllRanks) -> Saved | None:
-    """The checkpoint in a folder; None where there is none.
+def saved(folder: Path, ranks: AllRanks) -> tuple[Path, dict[str, Any]] | None:
+    """The file of the checkpoint in a folder, and what that holds; None where there is none.
 
     Raises:
         ValueError: a damaged one.
@@ -108,18 +83,18 @@ def saved(folder: Path, ranks: AllRanks) -> Saved | None:
     path = folder / kinds[0]
     with ranks.together():
         if kinds[0] == CHECKPOINT:
-            return Saved(path, read_checkpoint(path))
+            return path, read_checkpoint(path)
         record = read_record(folder)
-        return Saved(path, {**record, "stream": of_json(f"{path}: stream", record.get("stream"))})
+        return path, {**record, "stream": of_json(f"{path}: stream", record.get("stream"))}
 
 
-def load(run: Resumable, found: Saved) -> None:
-    """Goes on from a checkpoint.
+def load(run: TrainingRun, path: Path, state: dict[str, Any]) -> None:
+    """Goes on from a checkpoint, as `saved` gives it.
 
     Raises:
         ValueError: one of other settings, or a damaged one.
     """
-    ranks, (path, state) = run.feed.ranks, found
+    ranks = run.feed.ranks
     with ranks.together():
         then, now = state["settings"], settings(run)
         # an earlier version's: the scale stands among the settings of the activations
@@ -151,7 +126,7 @@ def _extended(train: Any, step: int, steps: int) -> Any:
     return {**train, "steps": steps} if ended and steps > step else train
 
 
-def _load_whole(run: Resumable, state: dict[str, Any]) -> None:
+def _load_whole(run: TrainingRun, state: dict[str, Any]) -> None:
     try:
         run.sae.load_state_dict(state["sae"])
         run.sae.generator.set_state(state["generator"])
@@ -162,7 +137,7 @@ def _load_whole(run: Resumable, state: dict[str, Any]) -> None:
         raise ValueError(str(error)) from error
 
 
-def _load_shards(run: Resumable, record: dict[str, Any]) -> None:
+def _load_shards(run: TrainingRun, record: dict[str, Any]) -> None:
     from torch.distributed.tensor import DTensor  # seconds, which one process alone never needs
 
     run.optimizer.allocate()
@@ -177,7 +152,7 @@ def _load_shards(run: Resumable, record: dict[str, Any]) -> None:
     _take_hints(run, record["plain"].get("hints"))  # earlier versions: none
 
 
-def _spread_whole(run: Resumable, state: dict[str, Any]) -> None:
+def _spread_whole(run: TrainingRun, state: dict[str, Any]) -> None:
     """Each rank has read a checkpoint of one process, and keeps what is its own of it."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -203,7 +178,7 @@ def _spread_whole(run: Resumable, state: dict[str, Any]) -> None:
     _take_over(run, own, pool)
 
 
-def _tensors(run: Resumable, kept: dict[str, Any] | None = None) -> dict[str, Tensor]:
+def _tensors(run: TrainingRun, kept: dict[str, Any] | None = None) -> dict[str, Tensor]:
     """By name all that a run goes on from, or is to read: of a pool that is kept, members and those taken are masks.
 
     kept: what a checkpoint says of its pool; that of the run itself where None.
@@ -226,14 +201,14 @@ def _tensors(run: Resumable, kept: dict[str, Any] | None = None) -> dict[str, Te
     return found
 
 
-def _hints(run: Resumable) -> dict[str, Any]:
+def _hints(run: TrainingRun) -> dict[str, Any]:
     """Where searches start, which moves last bits: on all ranks, and on each of this layout alone."""
     ranks, own = run.feed.ranks, run.sae.layout.own_hints
     of_ranks = ranks.gather([] if own is None else own.state_dict())
     return {"layout": [ranks.data[1], ranks.feature[1]], "all": run.sae.memory.hints.state_dict(), "own": of_ranks}
 
 
-def _take_hints(run: Resumable, hints: dict[str, Any] | None) -> None:
+def _take_hints(run: TrainingRun, hints: dict[str, Any] | None) -> None:
     """Those of single ranks at the same layout alone."""
     ranks, own = run.feed.ranks, run.sae.layout.own_hints
     if hints is None:
@@ -243,7 +218,7 @@ def _take_hints(run: Resumable, hints: dict[str, Any] | None) -> None:
         own.load_state_dict(hints["own"][ranks.rank], run.feed.device)
 
 
-def _take_over(run: Resumable, tensors: dict[str, Tensor], pool: dict[str, Any]) -> None:
+def _take_over(run: TrainingRun, tensors: dict[str, Tensor], pool: dict[str, Any]) -> None:
     """What is not filled in place."""
     scale = scale_of_state(tensors["sae.input_scale"])
     if scale != run.sae.cfg.input_scale:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
@@ -11,7 +11,7 @@ import torch
 
 from ..config import SampledSAEConfig
 from ..sae import SampledSAE
-from ..support.all_ranks import AllRanks, ranks_of
+from ..support.all_ranks import ranks_of
 from .activation_stream import StreamedActivations
 from .activations import Activations
 from .feed import Feed
@@ -72,28 +72,20 @@ class SAEGroup:
         self.members: dict[str, TrainingRun] = {}
         with ranks.accounted():
             with ranks.together():
-                opened = opened_stores(stores)
+                opened = _opened_stores(stores, configs)
                 check_configs(configs, opened)
-            self._make(configs, train, opened, device, ranks)
-
-    def _make(
-        self,
-        configs: dict[str, SampledSAEConfig],
-        train: TrainConfig,
-        stores: Opened | dict[str, Opened],
-        device: torch.device | str,
-        ranks: AllRanks,
-    ) -> None:
-        feeds: dict[Hashable, Feed] = {}
-        lanes = lanes_of([self.folder / name for name in configs], ranks, None)
-        for name, config in configs.items():
-            store = stores[name] if isinstance(stores, dict) else stores
-            try:
-                if store.place not in feeds:
-                    feeds[store.place] = Feed(store, train.batch_size, train.seed, device, ranks, lanes, train.steps)
-                self.members[name] = TrainingRun(config, train, feeds[store.place], self.folder / name)
-            except ValueError as error:
-                raise ValueError(f"configs[{name!r}]: {error}") from error
+            feeds: dict[Hashable, Feed] = {}
+            lanes = lanes_of([self.folder / name for name in configs], ranks, None)
+            for name, config in configs.items():
+                store = opened[name]
+                try:
+                    if store.place not in feeds:
+                        feeds[store.place] = Feed(
+                            store, train.batch_size, train.seed, device, ranks, lanes, train.steps
+                        )
+                    self.members[name] = TrainingRun(config, train, feeds[store.place], self.folder / name)
+                except ValueError as error:
+                    raise ValueError(f"configs[{name!r}]: {error}") from error
 
     @property
     def step(self) -> int:
@@ -110,15 +102,15 @@ class SAEGroup:
         return {name: member.sae for name, member in self.members.items()}
 
 
-def opened_stores(stores: Readable | dict[str, Readable]) -> Opened | dict[str, Opened]:
-    """Each of them as what a training reads; what several names share is opened once."""
+def _opened_stores(stores: Readable | dict[str, Readable], names: Iterable[str]) -> dict[str, Opened]:
+    """By name what a training reads; what several names share is opened once."""
     if not isinstance(stores, dict):
-        return as_readable(stores)
+        return dict.fromkeys(names, as_readable(stores))
     found = {id(store): as_readable(store) for store in stores.values()}
     return {name: found[id(store)] for name, store in stores.items()}
 
 
-def check_configs(configs: dict[str, SampledSAEConfig], stores: Opened | dict[str, Opened]) -> None:
+def check_configs(configs: dict[str, SampledSAEConfig], stores: dict[str, Opened]) -> None:
     """ValueError unless the names can be those of folders on any system, and each config fits its store."""
     if not configs:
         raise ValueError(f"configs={configs!r}: must name at least one SampledSAEConfig")
@@ -130,13 +122,13 @@ def check_configs(configs: dict[str, SampledSAEConfig], stores: Opened | dict[st
             )
     if len({name.casefold() for name in configs}) < len(configs):
         raise ValueError(f"configs={sorted(configs)}: names must differ by more than case, which some systems ignore")
-    if isinstance(stores, dict) and set(stores) != set(configs):
+    if set(stores) != set(configs):
         missing, unknown = sorted(set(configs) - set(stores)), sorted(set(stores) - set(configs))
         raise ValueError(
             f"stores={sorted(stores)}: must name the members {sorted(configs)}; missing {missing}, unknown {unknown}"
         )
     for name, config in configs.items():
         try:
-            check_width(config, stores[name] if isinstance(stores, dict) else stores)
+            check_width(config, stores[name])
         except ValueError as error:
             raise ValueError(f"configs[{name!r}]: {error}") from error

@@ -50,14 +50,14 @@ class StreamLane:
         batch_size: int,
         seed: int,
         steps: int,
-        lane: tuple[int, int] = (0, 1),
-        processes: int = 1,
+        lane: tuple[int, int],
+        processes: int,
     ) -> None:
         self._part, self._blocks = part, part.stream.lane(*lane, processes)
         self._which, self._of = lane
         first, end = share(batch_size, *lane)
         self._batch_size, self._size = batch_size, end - first
-        self._buffer = -(-part.buffer_tokens // self._of)
+        self._buffer = -(-part.stream.buffer_tokens // self._of)
         self._seed, self._steps = seed, steps
         self.ahead = False
         # first batch of a block -> (block, tokens asked for, place of the source)

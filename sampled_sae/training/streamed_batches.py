@@ -16,7 +16,7 @@ from ..support.atomic_files import field
 from ..support.even_slices import share
 from ..support.output_folder import sharing
 from .activation_stream import StreamedActivations
-from .lanes import of_lanes
+from .batches import of_lanes
 from .store_writer import LARGEST
 from .stream_lane import FirstBlock, StreamLane
 
@@ -60,9 +60,9 @@ class StreamedBatches:
         self._part, self._ranks = part, ranks
         self.batch_size, self.seed = check_integer("batch_size", batch_size, 1), check_integer("seed", seed, 0)
         self.steps, self.lanes = check_integer("steps", steps, 1), check_integer("lanes", lanes, 1)
-        if self.batch_size > part.buffer_tokens:
+        if self.batch_size > part.stream.buffer_tokens:
             raise ValueError(
-                f"batch_size={batch_size}: must be at most {part.buffer_tokens}, the buffer_tokens of the stream"
+                f"batch_size={batch_size}: must be at most {part.stream.buffer_tokens}, the buffer_tokens of the stream"
             )
         if self.batch_size < max(self.lanes, ranks.size):
             raise ValueError(
@@ -76,15 +76,11 @@ class StreamedBatches:
         }
         self._scales: list[float] | None = None  # of x, and of a pair of its targets
 
-    @property
-    def held(self) -> float:
-        """Of the blocks of all lanes, which have the tokens of the buffer, the part that this process holds."""
-        return len(self._own) / self.lanes
-
     def check_room(self) -> None:
         """Whether there is room for what the processes hold that share this one's memory, or its disk; `Room.check`."""
         room, ranks = self._part.stream.room, self._ranks
-        held = sharing(room.folder, self.held, ranks)
+        # of the blocks of all lanes, which have the tokens of the buffer
+        held = sharing(room.folder, len(self._own) / self.lanes, ranks)
         with ranks.together():
             room.check(sum(held))
 

@@ -27,10 +27,9 @@ from .opening import Readable, as_readable
 from .precision import settled
 from .sae_group import SAEGroup, check_configs
 from .same_settings import check_same_settings, completed, identity, in_words, is_same_kind
-from .schedules import check_schedule
 from .sharded_checkpoint import remove_checkpoint
 from .sweep_table import read_result, write_table
-from .train_config import TrainConfig
+from .train_config import TrainConfig, check_schedule
 from .training_loop import closed_logs
 from .training_run import TrainingRun
 
@@ -129,7 +128,7 @@ def run_sweep(
         Interrupted: a signal came; all that was done is saved.
     """
     together, store = check_integer("together", together, 1), as_readable(store)
-    check_configs(configs, store)
+    check_configs(configs, dict.fromkeys(configs, store))
     check_output_folder(folder)
     ranks = ranks_of(mesh)
     feed = Feed(store, train.batch_size, train.seed, device, ranks, steps=train.steps)

@@ -5,11 +5,12 @@ Seeds are a line, their mean, in a band from the least to the greatest. Each lin
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..support.figures import new_figure, save_figure
 from .evaluation import HISTOGRAM_EDGES
@@ -46,15 +47,8 @@ def quality(rows: list[Row]) -> Any:
                 axis.axhline(mean, color=colors[name], linestyle="--", label=name)
             else:
                 at = _grouped(sorted(own, key=lambda row: row["l"]), lambda row: row["l"])
-                spreads = [_spread([[row[column]] for row in seeds]) for seeds in at.values()]
-                _line(
-                    axis,
-                    list(at),
-                    [[value for (value,) in parts] for parts in zip(*spreads)],
-                    colors[name],
-                    name,
-                    marker="o",
-                )
+                spreads = np.hstack([_spread([[row[column]] for row in seeds]) for seeds in at.values()])
+                _line(axis, list(at), spreads, colors[name], name, marker="o")
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set(xlabel="pool multiplier l", ylabel=label)
@@ -104,19 +98,17 @@ def _with_legend(figure: Any, axes: Sequence[Any]) -> Any:
     return figure
 
 
-def _line(
-    axis: Any, x: Sequence[float], values: Sequence[Sequence[float]], color: Any, name: str, **style: Any
-) -> None:
+def _line(axis: Any, x: Sequence[float], values: Any, color: Any, name: str, **style: Any) -> None:
+    """values: as `_spread` gives them."""
     mean, low, high = values
     axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     axis.plot(x, mean, color=color, label=name, **style)
 
 
-def _spread(runs: Sequence[Sequence[float | None]]) -> tuple[list[float], list[float], list[float]]:
-    """Mean, least and greatest at each place of runs of one length; NaN where one of them has no number."""
-    places = [[math.nan if value is None else float(value) for value in place] for place in zip(*runs)]
-    known = [place if all(map(math.isfinite, place)) else [math.nan] for place in places]
-    return [sum(p) / len(p) for p in known], [min(p) for p in known], [max(p) for p in known]
+def _spread(runs: Sequence[Sequence[float | None]]) -> Any:
+    """[3, n]: mean, least and greatest at each place of runs of one length; NaN where one of them has no number."""
+    values = np.array(runs, dtype=float)  # None is NaN, as is what is made of it
+    return np.stack([values.mean(0), values.min(0), values.max(0)])
 
 
 def _grouped(rows: Iterable[Row], key: Any) -> dict[Any, list[Row]]:

@@ -1,12 +1,20 @@
-"""`TrainConfig`: how an SAE is trained, as one frozen dataclass that checks itself."""
+"""`TrainConfig`: how an SAE is trained, as one frozen dataclass that checks itself; the k and l of each step."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ..config import SampledSAEConfig
 from ..optim import MODES
-from ..support.argument_checks import check_choice, check_integer, check_number, check_positive, set_fields
+from ..support.argument_checks import (
+    check_budget,
+    check_choice,
+    check_integer,
+    check_number,
+    check_positive,
+    set_fields,
+)
 from ..support.html_table import config_table
 
 PRECISIONS = ("auto", "bf16", "tf32", "fp32")
@@ -85,8 +93,43 @@ class TrainConfig:
     def _repr_html_(self) -> str:
         return config_table(self)
 
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether k or l change in this training."""
+        return self.schedule_steps is not None
+
     def lr_at(self, step: int) -> float:
         """lr of step 0, 1, ...: linear warm-up, constant, linear decay."""
         up = (step + 1) / max(1, round(self.warmup * self.steps))
         down = (self.steps - step) / max(1, round(self.decay * self.steps))
         return self.lr * min(1.0, up, down)
+
+
+def check_schedule(config: SampledSAEConfig, train: TrainConfig) -> None:
+    """ValueError where an SAE cannot begin with the k and l of `train`; names the argument."""
+    if train.l_start is not None and config.l is None:
+        raise ValueError(
+            f"l_start={train.l_start!r}: an SAE without an l has the whole dictionary from its first step; leave it out"
+        )
+    if train.k_start is not None:
+        try:
+            check_budget(train.k_start, None, config.d_sae, config.select)
+        except ValueError as error:
+            raise ValueError(str(error).replace("k=", "k_start=", 1)) from None
+
+
+def config_at(config: SampledSAEConfig, train: TrainConfig, step: int) -> SampledSAEConfig:
+    """`config` with the k and l of step 0, 1, ...: linear from `k_start` and `l_start` to its own, then its own.
+
+    With select="token" k is rounded to a whole number. A pool that is kept for `pool_every` steps has one k and l.
+    """
+    if train.schedule_steps is None or step >= train.schedule_steps:
+        return config
+    share = (step // config.pool_every * config.pool_every) / train.schedule_steps
+    k, l = config.k, config.l
+    if train.k_start is not None:
+        k = train.k_start + share * (k - train.k_start)
+        k = round(k) if config.select == "token" else k
+    if train.l_start is not None and l is not None:
+        l = train.l_start + share * (l - train.l_start)
+    return replace(config, k=k, l=l)

@@ -14,7 +14,6 @@ from ..support.all_ranks import ranks_of
 from .feed import Feed
 from .graphed_steps import GraphedSteps, graph_refusal
 from .opening import Readable, as_readable
-from .schedules import is_scheduled
 from .sharded_checkpoint import lanes_of
 from .train_config import TrainConfig
 from .training_loop import train_to_end
@@ -82,7 +81,7 @@ class Trainer(TrainingRun):
                 )
             super().__init__(sae_config, train_config, feed, folder, init_from)
         if graph:
-            refusal = graph_refusal(self.sae, self.feed.device, is_scheduled(self.config))
+            refusal = graph_refusal(self.sae, self.feed.device, self.config.is_scheduled)
             if refusal is not None:
                 raise ValueError(f"graph=True: {refusal}")
             self.graphed = GraphedSteps(self.sae, self.optimizer, self.config.precision, self.feed.device)

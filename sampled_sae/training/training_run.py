@@ -18,7 +18,7 @@ from ..run_logs import NO_LOG, LogPlace, RunLog
 from ..sae import SampledSAE, SampledSAEOutput
 from ..support.atomic_files import append_text, json_line, write_text
 from ..support.late_values import LateScalars
-from .feed import Feed
+from .feed import Feed, TrainingBatch
 from .fitting import check_fits, check_room, check_variance, check_width
 from .graphed_steps import GraphedSteps
 from .initial_weights import begin_with, check_initial
@@ -26,9 +26,7 @@ from .precision import forward_in, settled, step_in
 from .resuming import load, save, saved
 from .run_folder import RunFolder
 from .same_settings import identity
-from .schedules import check_schedule, config_at, is_scheduled
-from .train_config import TrainConfig
-from .training_batch import TrainingBatch
+from .train_config import TrainConfig, check_schedule, config_at
 
 METRICS = "metrics.jsonl"
 # The aux loss is a share of the residual's variance: some ones at most, and more where that variance is rounding.
@@ -80,7 +78,7 @@ class TrainingRun:
         found = saved(self.folder, ranks)
         if found is not None:
             with ranks.together():
-                feed.begin_at(str(found.path), found.state.get("stream"))
+                feed.begin_at(str(found[0]), found[1].get("stream"))
         check_fits(sae_config, feed)
         self.row_grads = sae_config.row_grads
         scaled = replace(sae_config, input_scale=feed.scale, output_scale=feed.output_scale)
@@ -110,7 +108,7 @@ class TrainingRun:
         self._losses, self._aux = LateScalars(), LateScalars()
         self._written = RunFolder(self.folder, ranks)
         if found is not None:
-            load(self, found)
+            load(self, *found)
         else:
             with ranks.together():
                 self._written.check_same(self._about(), self._saved_config())
@@ -234,7 +232,7 @@ class TrainingRun:
         """One line of metrics.jsonl. FVU is that of the batch; no time, so that runs compare bit for bit."""
         self._check_losses(wait=True)
         norm, cfg = self.optimizer.grad_norm, self.sae.cfg
-        rule = {"k": cfg.k, "l": math.nan if cfg.l is None else cfg.l} if is_scheduled(self.config) else {}
+        rule = {"k": cfg.k, "l": math.nan if cfg.l is None else cfg.l} if self.config.is_scheduled else {}
         return {
             "step": self.step,
             "tokens": self.step * self.config.batch_size,

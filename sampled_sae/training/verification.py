@@ -39,32 +39,25 @@ def verify(folder: Path) -> Iterator[Finding]:
 
 
 def _store(folder: Path) -> Iterator[Finding]:
+    """Of activations, or of codes."""
     try:
-        if codes_files.is_codes(folder):
-            yield from _codes(folder)
-            return
-        manifest = read_manifest(folder)
+        of_codes = codes_files.is_codes(folder)
+        manifest = codes_files.read_manifest(folder) if of_codes else read_manifest(folder)
     except ValueError as error:
         yield _finding(folder / MANIFEST, error)
         return
+    unfinished = "not finished; run the same encode command again"
+    unfinished = unfinished if of_codes else "the harvest has not finished; run the same harvest command again"
     if not manifest["complete"]:
-        yield folder / MANIFEST, "the harvest has not finished; run the same harvest command again", True
+        yield folder / MANIFEST, unfinished, True
     else:
-        yield _finding(folder / MANIFEST, _error(lambda path: check_scale(path.parent, manifest), folder / MANIFEST))
-    for entry in (*manifest["shards"], *([manifest["holdout"]] if manifest["holdout"] else [])):
-        problem = damage(folder, entry)
+        scale = None if of_codes else _error(lambda path: check_scale(path.parent, manifest), folder / MANIFEST)
+        yield _finding(folder / MANIFEST, scale)
+    held_out = manifest.get("holdout")
+    for entry in (*manifest["shards"], *([held_out] if held_out else [])):
+        problem = (checksums.damage if of_codes else damage)(folder, entry)
         whole = OK if "crc32" in entry else "ok as far as its size and sum tell: no checksum, of an earlier version"
         yield folder / entry["file"], problem or whole, problem is not None
-
-
-def _codes(folder: Path) -> Iterator[Finding]:
-    """ValueError for a manifest that is none."""
-    manifest = codes_files.read_manifest(folder)
-    unfinished = "not finished; run the same encode command again"
-    yield folder / MANIFEST, OK if manifest["complete"] else unfinished, not manifest["complete"]
-    for entry in manifest["shards"]:
-        problem = checksums.damage(folder, entry)
-        yield folder / entry["file"], problem or OK, problem is not None
 
 
 def _run(folder: Path) -> Iterator[Finding]:

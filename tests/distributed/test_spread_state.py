@@ -173,7 +173,7 @@ def hints_saved_and_loaded(shape, rule, store, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_run, "save", lambda run: (seen.append(hints_of(run.sae)), resuming.save(run)))
         patch.setattr(
-            training_run, "load", lambda run, found: (resuming.load(run, found), seen.append(hints_of(run.sae)))
+            training_run, "load", lambda run, *found: (resuming.load(run, *found), seen.append(hints_of(run.sae)))
         )
         for steps in (3, 4):
             how = TrainConfig(steps=steps, batch_size=64, checkpoint_every=3, log_every=1)

@@ -20,7 +20,7 @@ from sampled_sae.inference.codes_files import MANIFEST
 from sampled_sae.inference.encode_corpus import encode_corpus
 from sampled_sae.support.checksums import file_crc32
 from sampled_sae.support.token_places import TokenPlaces, TokenShard
-from sampled_sae.training.stored_activations import StoredActivations
+from sampled_sae.training.activation_store import StoredActivations
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from sampled_sae.lm import (
     weights_digest,
 )
 from sampled_sae.training.evaluation import reconstruct_with
+from sampled_sae.training.joined_activations import StackedActivations
 from sampled_sae.training.same_settings import identity, is_same_kind
-from sampled_sae.training.stacked_activations import StackedActivations
 
 QUIET = {"progress": False, "drop_tokens": ()}
 

@@ -20,7 +20,7 @@ from sampled_sae.lm import (
     transcode_with,
     transcoded_cross_entropy,
 )
-from sampled_sae.lm.harvest_points import point_batches
+from sampled_sae.lm.passes import batches_at
 from sampled_sae.residual_stream.hook_points import layer_point, mlp_of, mlp_points, replaced_point
 from sampled_sae.training.evaluation import reconstruct_with
 from sampled_sae.training.opening import as_activations
@@ -31,7 +31,10 @@ QUIET = {"progress": False, "drop_tokens": ()}
 
 def activations(model, rows, layer, batch_size=8):
     """(rows, input, output) of an MLP, batch by batch."""
-    return ((batch, *found) for batch, found in point_batches(model, rows, mlp_points(model, layer), batch_size))
+    return (
+        (batch, *found)
+        for batch, found in batches_at([(model, point) for point in mlp_points(model, layer)], rows, batch_size)
+    )
 
 
 @pytest.mark.parametrize("make", [llama, gpt_neox, gpt2], ids=lambda make: make.__name__)

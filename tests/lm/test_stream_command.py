@@ -148,3 +148,16 @@ def test_a_crosscoder_by_command_without_a_store(causal, texts, tmp_path, capsys
     ):
         assert main([*command(causal, texts, tmp_path / "other", "0", "--steps", "2"), *more]) == 1
         assert said in capsys.readouterr().err
+
+
+def test_an_encoder_is_evaluated_without_a_splice_and_one_that_is_asked_for_is_refused_first(
+    bert, texts, tmp_path, capsys
+):
+    words = command(bert, texts, tmp_path / "run", "1", "--steps", "3", "--holdout-rows", "10")
+    assert main([*words, "--splice-rows", "2"]) == 1
+    assert "predicts no next token; leave it out, or give 0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert said.err.count("is an encoder and predicts no next token") == 1
+    assert "loss recovered not measured" in said.out.splitlines()[-1]

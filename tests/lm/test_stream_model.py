@@ -22,7 +22,7 @@ from sampled_sae.lm import (
 )
 from sampled_sae.lm import rows as rows_module
 from sampled_sae.residual_stream.hook_points import mlp_points
-from sampled_sae.residual_stream.several_layers import capture_layers
+from sampled_sae.residual_stream.hooks import capture_layers
 from sampled_sae.training.activation_stream import ActivationStream
 from sampled_sae.training.iterator_source import IteratorSource
 from sampled_sae.training.sae_group import SAEGroup

@@ -8,7 +8,7 @@ from page_makers import HOSTILE, N_FEATURES, column, command, data_of
 
 from sampled_sae import ActivationStore
 from sampled_sae.cli import main
-from sampled_sae.lm.token_texts import token_texts
+from sampled_sae.lm.logit_lens import token_texts
 from sampled_sae.pages.html import in_html
 
 

@@ -8,15 +8,14 @@ from sampled_sae import ActivationStore, CodesStore, load_inference
 from sampled_sae.formats.portable import silent
 from sampled_sae.inference.encode_corpus import encode_corpus
 from sampled_sae.lm import load_model
-from sampled_sae.lm.logit_lens import final_norm, logit_lens
-from sampled_sae.lm.token_texts import token_texts
+from sampled_sae.lm.logit_lens import final_norm, logit_lens, token_texts
 from sampled_sae.pages.activity import Activity
 from sampled_sae.pages.choice import FeatureChoice
 from sampled_sae.pages.contexts import AFTER, BEFORE, CorpusText, quantile_tokens, top_tokens
-from sampled_sae.pages.directions import nearest
+from sampled_sae.pages.feature_details import nearest
 from sampled_sae.pages.feature_page import shards_of
 from sampled_sae.pages.loss_shares import loss_shares
-from sampled_sae.training.stored_activations import StoredActivations
+from sampled_sae.training.activation_store import StoredActivations
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +128,7 @@ def test_the_loss_rises_by_what_a_feature_carries(sae, store, codes, dense):
 
 
 def test_nearest_rows_are_those_of_all_cosines(sae, monkeypatch):
-    monkeypatch.setattr("sampled_sae.pages.directions.BLOCK", 500)
+    monkeypatch.setattr("sampled_sae.pages.feature_details.BLOCK", 500)
     features = torch.tensor([3, 40, 63])
     cosines, found = nearest(sae.W_dec, features, 4)
     every = nnf.normalize(sae.W_dec, dim=1)
