@@ -1,5 +1,6 @@
 """Processes of tests that are forked from one that has imported what they need, and start in a moment."""
 
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ def forked():
 
 def be_quick():
     """What each does first, and pytest: one thread, a quick interpreter, calibrations on few tokens after training."""
+    gc.freeze()  # what was imported before
     torch.set_num_threads(1)
     feed.CALIBRATION_TOKENS = 600
     if INTERPRETS:
