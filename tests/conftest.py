@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    """What is imported stays: whoever looks for garbage from now on, which took half a second, need not look there."""
+    """Tests are no garbage, nor is what they import: a collection took half a second, and measuring memory makes one."""
     gc.collect()
     gc.freeze()
 

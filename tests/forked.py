@@ -29,13 +29,13 @@ def forked():
 
 def be_quick():
     """What each does first, and pytest: one thread, a quick interpreter, calibrations on few tokens after training."""
-    gc.freeze()  # what was imported before
     torch.set_num_threads(1)
     feed.CALIBRATION_TOKENS = 600
     if INTERPRETS:
         from quick_interpreter import make_quick
 
         make_quick()
+    gc.freeze()  # garbage is what tests make: that of all imports takes long to look through
 
 
 def run_forked(log, function, *arguments):
