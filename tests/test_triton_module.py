@@ -162,16 +162,16 @@ def test_float16_loses_no_gradient_to_its_range(rule, form):
 
 @pytest.mark.slow
 def test_trains_to_the_same_loss_curve_as_torch():
-    """30 steps of Adam on 32 directions in 16 dimensions: losses within 1e-3 of each other at every step."""
+    """15 steps of Adam on 32 directions in 16 dimensions: losses within 1e-3 of each other at every step."""
     g = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(32, 16, generator=g), dim=1)
-    weights = torch.rand(30, 32, 32, generator=g) * (torch.rand(30, 32, 32, generator=g) < 0.1)
+    weights = torch.rand(15, 32, 32, generator=g) * (torch.rand(15, 32, 32, generator=g) < 0.1)
     batches = (weights @ directions).to(DEVICE)
     for rule in ({"l": 4.0}, {"l": None}):
         curves = []
         for impl in ("triton", "torch"):
             sae = make(impl, d_in=16, d_sae=64, k=3, **rule)
-            optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
+            optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
             losses = []
             for x in batches:
                 out = sae(x)
