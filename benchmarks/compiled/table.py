@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ def digest(arch: str) -> str:
     return hashlib.sha256(given.encode()).hexdigest()[:32]
 
 
+@functools.cache
 def committed(arch: str) -> dict[str, dict[str, int]]:
     """The rows of the table in the tree, by name."""
     rows = re.findall(r"^\| (\w+: .*?) \|(.*)\|$", (TABLES / f"{arch}.md").read_text(), re.MULTILINE)
