@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from benchmarks.compiled.table import COLUMNS, TABLES
+from benchmarks.compiled.table import committed
 from sampled_sae.kernels.configs import FITS_L2
 
 
@@ -197,10 +196,4 @@ def work_of_launch(kernel: Any, config: triton.Config, grid: Any, args: tuple[An
 
 def issued_by(row: str, column: str, times: int, arch: str) -> int:
     """The instructions of so many passes of a warp through the code of a row, 0 where the table has none."""
-    return times * counted(arch, column).get(row, 0)
-
-
-def counted(arch: str, column: str) -> dict[str, int]:
-    """A column of the table of compiled code, by row."""
-    rows = re.findall(r"^\| (\w+: .*?) \|(.*)\|$", (TABLES / f"{arch}.md").read_text(), re.MULTILINE)
-    return {name: int(cells.split("|")[COLUMNS.index(column)]) for name, cells in rows}
+    return times * committed(arch).get(row, {column: 0})[column]

@@ -29,7 +29,7 @@ from sampled_sae.training.activation_store import ActivationStore
 from sampled_sae.training.feed import Feed
 from sampled_sae.training.sweep import Splice, evaluate, merged
 from sampled_sae.training.train_config import TrainConfig
-from sampled_sae.training.training_batch import TrainingBatch
+from sampled_sae.training.feed import TrainingBatch
 from sampled_sae.training.training_loop import train_to_end
 from sampled_sae.training.training_run import TrainingRun
 

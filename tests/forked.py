@@ -1,5 +1,6 @@
 """Processes of tests that are forked from one that has imported what they need, and start in a moment."""
 
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -34,6 +35,7 @@ def be_quick():
         from quick_interpreter import make_quick
 
         make_quick()
+    gc.freeze()  # garbage is what tests make: that of all imports takes long to look through
 
 
 def run_forked(log, function, *arguments):

@@ -133,7 +133,7 @@ def hold(file, write, name, commands, fresh, capsys):
 
 
 AMOUNTS = pytest.mark.parametrize(
-    "count", [pytest.param(3, marks=pytest.mark.everyday), pytest.param(25, marks=pytest.mark.slow)]
+    "count", [pytest.param(3, marks=pytest.mark.everyday), pytest.param(12, marks=pytest.mark.slow)]
 )
 
 

@@ -41,8 +41,8 @@ TOO_MUCH = {
     "model": ["{model}", "{missing}", "{empty}", "{file}", "{broken}", "{sae}", ""],
     "texts": ["{texts}", "{missing}", "{empty}", "{file}", "{broken}", "{model}", "", "hf:", "wiki-xx"],
 }
-# examples where all tests run, by what they cost; 150 of the others
-EXAMPLES = {"check": 12, "bench": 60, "sweep": 60}
+# examples where all tests run, by what they cost; 80 of the others
+EXAMPLES = {"check": 12, "bench": 40, "sweep": 40}
 
 
 def values(action):
@@ -74,7 +74,7 @@ def command_lines(draw, name):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_command_line_ends_in_a_traceback(name, share, places, capsys):  # noqa: F811
     @settings(
-        max_examples=EXAMPLES.get(name, 150) // share,
+        max_examples=EXAMPLES.get(name, 80) // share,
         deadline=None,
         database=None,
         derandomize=True,

@@ -42,6 +42,7 @@ def results():
 
 
 @pytest.mark.slow
+@pytest.mark.every_triton
 @pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs Triton's interpreter")
 def test_results_are_those_of_tritons_own(tmp_path):
     assert not is_plain()

@@ -14,7 +14,7 @@ from sampled_sae.impl.pool import REST, PoolRule, find_pool
 from sampled_sae.impl.torch import bounded_screen, screen, screen_columns, search, stream
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-long = settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+long = settings(max_examples=600, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 def check(case, k, l):

@@ -13,7 +13,7 @@ from sampled_sae.lm.models import load_tokenizer
 from sampled_sae.training.activation_store import ActivationStore
 from sampled_sae.training.feed import Feed
 
-BATCH, FEATURES, STEPS = 256, 2048, 300
+BATCH, FEATURES, STEPS = 256, 2048, 100
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = implementation("triton")
 quick = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-long = settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+long = settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 def both(*case):
@@ -212,8 +212,8 @@ def test_no_step_waits_for_the_device(rule, dead_after, monkeypatch):
     assert ("settle_columns" in seen) == (rule["l"] is not None or dead_after == 10)
 
 
-@pytest.mark.one_in(4)
-@pytest.mark.parametrize("rule", [*RULES[:3], {"l": 3.0, "score": "entropy"}], ids=str)
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("rule", [*RULES[1:3], {"l": 3.0, "score": "entropy"}], ids=str)
 def test_a_training_step_compiles_whole(rule):
     saes = [make("bf16", row_grads=False, **rule) for _ in range(2)]
     torch._dynamo.reset()

@@ -160,31 +160,6 @@ def test_float16_loses_no_gradient_to_its_range(rule, form):
             torch.testing.assert_close(scaled[name], gradient, rtol=0.02, atol=float(2e-3 * gradient.abs().max()))
 
 
-@pytest.mark.slow
-def test_trains_to_the_same_loss_curve_as_torch():
-    """30 steps of Adam on 32 directions in 16 dimensions: losses within 1e-3 of each other at every step."""
-    g = torch.Generator().manual_seed(0)
-    directions = torch.nn.functional.normalize(torch.randn(32, 16, generator=g), dim=1)
-    weights = torch.rand(30, 32, 32, generator=g) * (torch.rand(30, 32, 32, generator=g) < 0.1)
-    batches = (weights @ directions).to(DEVICE)
-    for rule in ({"l": 4.0}, {"l": None}):
-        curves = []
-        for impl in ("triton", "torch"):
-            sae = make(impl, d_in=16, d_sae=64, k=3, **rule)
-            optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
-            losses = []
-            for x in batches:
-                out = sae(x)
-                optimizer.zero_grad()
-                out.loss.backward()
-                optimizer.step()
-                sae.normalize_decoder()
-                losses.append(out.loss.item())
-            curves.append(torch.tensor(losses))
-        assert curves[0][-5:].mean() < 0.7 * curves[0][:5].mean()
-        torch.testing.assert_close(*curves, rtol=1e-3, atol=0)
-
-
 @pytest.mark.one_in(5)
 @in_each_form(MODULE_RULES, without_pool="entries")
 @pytest.mark.parametrize("dead_after", [10, 10**7])
@@ -195,9 +170,11 @@ def test_no_step_waits_for_the_device(rule, dead_after, form, monkeypatch):
     assert "sort" in seen or "decode_block" in seen
 
 
-@pytest.mark.one_in(5)
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("rule", [MODULE_RULES[0], *MODULE_RULES[2:5], MODULE_RULES[6]], ids=str)
+COMPILED = [(MODULE_RULES[i], "aot_eager") for i in (0, 2, 3, 4, 6)] + [(MODULE_RULES[i], "inductor") for i in (0, 3)]
+
+
+@pytest.mark.one_in(7)
+@pytest.mark.parametrize(("rule", "backend"), COMPILED, ids=str)
 def test_a_training_step_compiles_whole(rule, backend):
     sae = make(aux_coefficient=1.0, dead_after=20, **rule)
     twin = copy.deepcopy(sae)

@@ -19,13 +19,14 @@ import triton
 
 from benchmarks.compiled.cases import CASES
 from benchmarks.compiled.launch import SHARED
-from benchmarks.compiled.table import TABLES, compiled, table
+from benchmarks.compiled.table import TABLES, compiled, known, table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="what the compiler makes of the kernels")
     parser.add_argument("--arch", choices=list(SHARED), help="one architecture; all by default")
     parser.add_argument("--only", choices=list(CASES), help="one file of kernels/, without .py")
+    parser.add_argument("--known", action="store_true", help="with --arch: compile only what the table is not of")
     parser.add_argument("--out", type=Path, help="write JSON here, and no tables")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     args = parser.parse_args()
@@ -33,7 +34,7 @@ def main() -> None:
         sys.exit("TRITON_INTERPRET is set: the compiler cannot run in the interpreter's process; unset it")
     archs = [args.arch] if args.arch else list(SHARED)
     if args.arch:
-        found = {args.arch: compiled(args.arch, args.only)}
+        found = {args.arch: known(args.arch) if args.known else compiled(args.arch, args.only)}
     else:
         with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
             found = dict(zip(archs, pool.map(compiled, archs, [args.only] * len(archs))))

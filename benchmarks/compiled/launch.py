@@ -47,8 +47,9 @@ class Launch:
     arguments: dict[str, Any]
     constexprs: dict[str, Any]
 
-    def compile(self, arch: str) -> Any:
-        """As Triton would on the first call with such arguments: what is a multiple of 16 is known to be one."""
+    def asked(self, arch: str) -> tuple[Any, Any, dict[str, Any]]:
+        """Source, target and options of the first call with such arguments: what is a multiple of 16 is known to be
+        one."""
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
@@ -63,7 +64,25 @@ class Launch:
         attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
         source = ASTSource(self.kernel, {name: types[name] for name in names}, constexprs, attrs)
         options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages, "enable_fp_fusion": True}
+        return source, target, options
+
+    def compile(self, arch: str) -> Any:
+        source, target, options = self.asked(arch)
         return triton.compile(source, target=target, options=options)
+
+    def program(self, arch: str) -> str:
+        """What the compiler is given, a second's part of its work: the kernel in Triton's own language, and options."""
+        from triton._C.libtriton import ir
+        from triton.compiler import make_backend
+
+        source, target, options = self.asked(arch)
+        backend = make_backend(target)
+        parsed = backend.parse_options({**options, **source.parse_options()})
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        functions, modules = backend.get_codegen_implementation(parsed), backend.get_module_map()
+        return f"{options} {source.make_ir(target, parsed, functions, modules, context).str_nodebug()}"
 
     def wants_matrix(self, arch: str) -> bool:
         """Whether it is a product in 16 bits, or in fp32 on AMD's matrix cores; NVIDIA has IEEE fp32 on FMA units."""

@@ -13,7 +13,7 @@ SETTINGS = {"l": 2.0, "impl": "torch"}
 @pytest.mark.parametrize(
     ("shape", "number"),
     [((2, 1), 24), ((3, 1), 24), ((1, 3), 24), ((2, 2), 24)]
-    + [pytest.param(shape, 60, marks=pytest.mark.slow) for shape in ((4, 1), (1, 4), (2, 1), (1, 2))],
+    + [pytest.param(shape, 24, marks=pytest.mark.slow) for shape in ((4, 1), (1, 4), (1, 2))],
     ids=str,
 )
 def test_kept_entries_are_those_of_one_process(workers, shape, number):
@@ -23,7 +23,7 @@ def test_kept_entries_are_those_of_one_process(workers, shape, number):
 @pytest.mark.parametrize(
     ("shape", "number"),
     [((2, 1), 16), ((1, 3), 16), ((2, 2), 16)]
-    + [pytest.param(shape, 100, marks=pytest.mark.slow) for shape in ((3, 1), (1, 2), (2, 2))],
+    + [pytest.param(shape, 40, marks=pytest.mark.slow) for shape in ((3, 1), (1, 2))],
     ids=str,
 )
 def test_a_screen_changes_none_of_them(workers, shape, number):

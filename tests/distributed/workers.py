@@ -34,7 +34,6 @@ def forget_meshes():
 def serve(connection, rank):
     """Calls what the connection asks for: (function, arguments, number of processes, store)."""
     be_quick()
-    gc.freeze()  # what is collected after each call is what the calls have made
     while (task := connection.recv()) is not None:
         function, arguments, size, store = task
         try:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("small_chunks", "looking")
 
 INF = float("inf")
 quick = settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
-long = settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
+long = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
 
 
 @pytest.fixture
