@@ -119,6 +119,7 @@ _DEAD = tuple(
         ("mean", {}, {"start": "mean"}),
         ("zero", {}, {"start": "zero"}),
         ("aux-all", {"aux_pool": None}, {}),
+        ("tokens-decayed", {}, {"rows": "tokens", "adam": "decayed"}),
     )
     for variant in DEAD_RULES
 )
