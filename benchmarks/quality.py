@@ -26,10 +26,9 @@ from sampled_sae import SampledSAEConfig
 from sampled_sae.lm import SpliceEvaluator, load_model
 from sampled_sae.support.atomic_files import read_json, write_json
 from sampled_sae.training.activation_store import ActivationStore
-from sampled_sae.training.feed import Feed
+from sampled_sae.training.feed import Feed, TrainingBatch
 from sampled_sae.training.sweep import Splice, evaluate, merged
 from sampled_sae.training.train_config import TrainConfig
-from sampled_sae.training.feed import TrainingBatch
 from sampled_sae.training.training_loop import train_to_end
 from sampled_sae.training.training_run import TrainingRun
 

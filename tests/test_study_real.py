@@ -138,6 +138,8 @@ def test_what_a_variant_changes_of_a_training(begun):
     assert (train.steps, train.batch_size, train.lr, train.adam, rows) == (40, 1024, 3e-3, "dense", None)
     longer, more, _, _ = begin(TIME["top-l2-l4-longer"])
     assert (longer, more.steps) == (plain, 100)
+    assert begin(TIME["batchtopk-tokens-longer"])[1].steps == 100
+    assert begin(TIME["batchtopk-tokens-longer"])[3] is not None
     _, small, _, _ = begin(BATCHES["top-l2-l4-b256"])
     assert (small.steps, small.batch_size, small.lr) == (160, 256, 1.5e-3)
     assert begin(DEAD["batchtopk-decayed"])[1].adam == "decayed"
@@ -213,6 +215,16 @@ def test_a_table_of_batches_has_each_rule_by_size(tmp_path):
     shown = [line.split("|")[1].strip() for line in lines if line.startswith("| ") and "---" not in line]
     ours = [f"batchtopk-b{size}" for size in (256, 1024, 4096)]
     assert shown == ["SAE", *ours, "top-l2-l4-b1024", "top-l2-l16-b256", "top-l2-l16-b1024"]
+
+
+def test_a_table_of_longer_trainings_says_what_they_cost(tmp_path):
+    for part, name, seconds in (("", "batchtopk", 10.0), ("_time", "batchtopk-longer", 25.0)):
+        row = {"name": name, "seed": 0, "tokens": 5, "batch_size": 1024, "threshold_fvu": 0.5, "cpu_seconds": seconds}
+        Rows(tmp_path / f"real_made{part}.csv").put(row)
+    [(_, text)] = report_real.tables(tmp_path).items()
+    cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| ")]
+    at = cells[0].index("CPU seconds")
+    assert [(line[1], line[at]) for line in cells[2:]] == [("batchtopk", "10"), ("batchtopk-longer", "25")]
 
 
 @pytest.mark.parametrize(("fvus", "ticks"), [((0.11, 0.22), [0.12, 0.15, 0.2]), ((1.5, 2.0), [])])

@@ -33,7 +33,7 @@ PROBED: Columns = {**QUALITY, "probe of 5": ("{mode}_probe_5", 3)}
 PLAIN: dict[str, tuple[Columns, tuple[Variant, ...], str]] = {
     "batches": ({**PROBED, "features for 90%": SHARED["features for 90%"]}, BATCH_RULES, "{name}-b{batch_size}"),
     "dead": ({**PROBED, **ALIVE}, DEAD_RULES, "{name}"),
-    "time": (PROBED, TIME_RULES, "{name}"),
+    "time": ({**PROBED, "CPU seconds": ("cpu_seconds", 0)}, TIME_RULES, "{name}"),
 }
 OTHERS = ("pairs", *PLAIN)
 # in the table that shows all at a glance

@@ -119,13 +119,18 @@ _DEAD = tuple(
         ("mean", {}, {"start": "mean"}),
         ("zero", {}, {"start": "zero"}),
         ("aux-all", {"aux_pool": None}, {}),
+        ("tokens-decayed", {}, {"rows": "tokens", "adam": "decayed"}),
     )
     for variant in DEAD_RULES
 )
 # more tokens than the faster steps of a pool, or RowAdam's faster modes, have ever bought
+LONGER = 2.5
 TIME_RULES = (_BATCHTOPK, pooled("top", "l2", 4), pooled("top", "l2", 16))
-_TIME = tuple(
-    replace(variant, name=f"{variant.name}-longer", of=variant.name, longer=2.5) for variant in TIME_RULES[1:]
+_TIME = tuple(replace(variant, name=f"{variant.name}-longer", of=variant.name, longer=LONGER) for variant in TIME_RULES)
+# whether what a start gains in a short training is still there after a longer one
+_TIME += tuple(
+    replace(variant, name=f"{variant.name}-tokens-longer", of=variant.name, longer=LONGER, rows="tokens")
+    for variant in DEAD_RULES
 )
 SYNTHETIC = {variant.name: variant for variant in _SYNTHETIC}
 # what is told apart on real activations: rules, sizes of a batch, ways to keep features alive, time

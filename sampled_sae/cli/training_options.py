@@ -53,6 +53,7 @@ def train_arguments(p: argparse.ArgumentParser) -> None:
         "moments": "dtype of Adam's moments, float32 or bfloat16",
         "precision": "of the operands of products: bf16, tf32, fp32, or auto: bf16 on a GPU, fp32 without one",
         "seed": "of weights and token order",
+        "decoder_start": "what decoder rows begin as: random directions, or those of tokens",
         "checkpoint_every": "steps between checkpoints",
         "log_every": "steps between lines of metrics.jsonl",
         "k_start": "k of the first step, which goes linearly to --k; --k itself when absent",

@@ -130,6 +130,15 @@ class Feed:
         x[-1] = x[-1][: max(0, -beyond)]
         return torch.cat(x)[:, : self.store.width_in]
 
+    def first_tokens(self, n: int) -> Tensor:
+        """The first n tokens of the training, whichever rank trains on them, times the scale, on the CPU: [n, d], of
+        fewer where the activations are; not of a stream."""
+        assert isinstance(self.store, Activations)
+        size = self.stream.batch_size
+        whole = ShuffledStream(self.store, size, self.stream.seed, self.stream.lanes)
+        n = min(n, size * whole.batches_per_epoch(0))
+        return torch.cat([whole.batch(t) for t in range(-(-n // size))])[:n, : self.store.width_in]
+
     @property
     def output_scale(self) -> float:
         """What the targets are multiplied by."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-_BEFORE = {"precision": "fp32", "k_start": None, "l_start": None, "schedule_steps": None}
+_BEFORE = {"precision": "fp32", "k_start": None, "l_start": None, "schedule_steps": None, "decoder_start": "random"}
 
 
 def identity(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..support.argument_checks import (
 from ..support.html_table import config_table
 
 PRECISIONS = ("auto", "bf16", "tf32", "fp32")
+DECODER_STARTS = ("random", "tokens")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class TrainConfig:
             "auto" is "bf16" where the Triton form computes on a GPU, else "fp32". A run goes on in the precision it
             has begun in; one that device or implementation do not have is an error.
         seed: of the order of the tokens.
+        decoder_start: what decoder rows, and encoder columns with them, begin as: "random" directions, or those from
+            b_dec to "tokens" of the training, drawn by the SAE's seed; for stored activations and no transcoder.
         checkpoint_every, log_every: steps between checkpoints and lines of metrics.jsonl.
         k_start, l_start: the k and l of the first step, which go linearly to those of the SAE; from its own when None.
         schedule_steps: steps until they are the SAE's own; needed with `k_start` or `l_start`, and at most `steps`.
@@ -52,6 +55,7 @@ class TrainConfig:
     moments: str = "float32"
     precision: str = "auto"
     seed: int = 0
+    decoder_start: str = "random"
     checkpoint_every: int = 500
     log_every: int = 10
     k_start: float | None = None
@@ -63,6 +67,7 @@ class TrainConfig:
         plain: dict[str, Any] = {name: check_integer(name, getattr(self, name), 1) for name in counts}
         plain["seed"] = check_integer("seed", self.seed, 0)
         choices = {"adam": MODES, "moments": ("float32", "bfloat16"), "precision": PRECISIONS}
+        choices["decoder_start"] = DECODER_STARTS
         for name, allowed in choices.items():
             plain[name] = check_choice(name, getattr(self, name), allowed)
         for name, most in (("lr", None), ("clip", None), ("warmup", 1), ("decay", 1)):

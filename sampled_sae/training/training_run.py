@@ -26,6 +26,7 @@ from .precision import forward_in, settled, step_in
 from .resuming import load, save, saved
 from .run_folder import RunFolder
 from .same_settings import identity
+from .token_start import begin_at_tokens, starts_at_tokens
 from .train_config import TrainConfig, check_schedule, config_at
 
 METRICS = "metrics.jsonl"
@@ -73,6 +74,7 @@ class TrainingRun:
         self.feed = feed
         self.folder = Path(folder)
         self.init = None if init_from is None else check_initial(init_from, sae_config)
+        at_tokens = starts_at_tokens(train_config, sae_config, feed, init_from)
         self._ranks = ranks = feed.ranks
         check_room(sae_config, train_config, feed, self.folder)
         found = saved(self.folder, ranks)
@@ -86,6 +88,9 @@ class TrainingRun:
         self.sae = SampledSAE(self.target, device=feed.device)
         if init_from is not None:
             begin_with(self.sae, init_from)
+        elif at_tokens and found is None:
+            with ranks.together():
+                begin_at_tokens(self.sae, feed)
         if ranks.mesh is not None:
             from ..distributed import parallelize  # which loads seconds of torch
 

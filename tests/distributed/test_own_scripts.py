@@ -111,6 +111,21 @@ def test_a_mesh_may_have_one_dimension(workers, tmp_path, name, shape):
         assert all(torch.equal(weights[name], t) for name, t in expected.items())
 
 
+def begun_at_tokens(shape, store, folder):
+    mesh, how = mesh_of(shape), TrainConfig(steps=3, batch_size=64, decoder_start="tokens")
+    return state(Trainer(SMALL_SAE, how, ActivationStore.open(store), folder, mesh=mesh).sae)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
+def test_decoder_rows_begin_at_the_same_tokens_as_on_one_process(workers, tmp_path, shape):
+    store = write_store(tmp_path / "store")
+    how = TrainConfig(steps=3, batch_size=64, decoder_start="tokens")
+    alone = Trainer(SMALL_SAE, how, ActivationStore.open(store), tmp_path / "alone", lanes=2).sae
+    for weights in workers.run(2, begun_at_tokens, shape, store, tmp_path / "spread"):
+        for name in ("W_enc", "W_dec"):
+            assert torch.equal(weights[name], alone.get_parameter(name))
+
+
 def refused_meshes():
     """What is said of meshes that are none of all processes by tokens and features."""
     said = []
