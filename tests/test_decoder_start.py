@@ -5,14 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from makers import SMALL_SAE, SMALL_TRAIN, D, begun_training, same_weights, tokens
-from sampled_sae.training.paired_activations import PairedActivations
-from sampled_sae.training.stacked_activations import StackedActivations
 
 from sampled_sae import SampledSAEConfig, TrainConfig, Trainer
 from sampled_sae.cli import main
 from sampled_sae.impl.decoder_rows import layer_norms
 from sampled_sae.training.activation_stream import ActivationStream
 from sampled_sae.training.iterator_source import IteratorSource
+from sampled_sae.training.joined_activations import PairedActivations, StackedActivations
 
 TRAIN = replace(SMALL_TRAIN, decoder_start="tokens")
 X = 2 * tokens(320, D, dtype=torch.float32, seed=3) + 1
