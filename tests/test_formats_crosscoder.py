@@ -60,6 +60,13 @@ def write(folder, normalization=1, dict_class="BatchTopKCrossCoder", **changes):
     return folder
 
 
+def test_an_encoder_made_of_decoder_rows_read_the_other_way_round(tmp_path):
+    """dictionary_learning's crosscoders begin so, and torch.save keeps what stands where in memory."""
+    W = tokens(L, F, D, dtype=torch.float32, seed=2).transpose(1, 2)
+    plain, turned = (write(tmp_path / str(i), **{"encoder.weight": w}) for i, w in enumerate((W.contiguous(), W)))
+    assert same_weights(formats.load(plain), formats.load(turned))
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, {"input_scale": 0.37}, {"input_scale": (0.5, 2.0, 1.0)}, {"apply_b_dec_to_input": True}, {"groups": (9, F)}],

@@ -176,7 +176,8 @@ def check_finite(x: Tensor, name: str = "x", where: str = "") -> None:
 
 def bad_values(t: Tensor, may_be_infinite: bool = False) -> int:
     """How many values are NaN, or inf where they may not be; a piece after another, which needs little memory."""
-    flat = (t if t.dim() < 2 or t.is_contiguous() else t.t()).reshape(-1)
+    # of a matrix that is read the other way round no copy is made
+    flat = (t.t() if t.dim() == 2 and not t.is_contiguous() else t).reshape(-1)
     return sum(int((part.isnan() if may_be_infinite else ~part.isfinite()).sum()) for part in flat.split(PIECE))
 
 
