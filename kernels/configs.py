@@ -4,6 +4,7 @@ They were chosen from compiled code (registers, spills, shared memory, blocks an
 `benchmarks/gpu.py` times others against them.
 """
 
+import functools
 import sys
 
 import torch
@@ -264,7 +265,13 @@ def row_adam_config(arch: str, d: int) -> triton.Config:
 
 def given(**optional: torch.Tensor | None) -> dict[str, bool]:
     """Whether optional arguments are there, as a kernel asks: `given(bias=None)` is {"HAS_BIAS": False}."""
-    return {f"HAS_{name.upper()}": argument is not None for name, argument in optional.items()}
+    return {_flag(name): argument is not None for name, argument in optional.items()}
+
+
+@functools.cache
+def _flag(name: str) -> str:
+    """Made once: every launch asks for several."""
+    return f"HAS_{name.upper()}"
 
 
 def launch(kernel, config: triton.Config, grid, args, **constexprs) -> None:
