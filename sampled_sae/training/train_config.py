@@ -38,11 +38,11 @@ class TrainConfig:
             "auto" is "bf16" where the Triton form computes on a GPU, else "fp32". A run goes on in the precision it
             has begun in; one that device or implementation do not have is an error.
         seed: of the order of the tokens.
-        decoder_start: what decoder rows, and encoder columns with them, begin as: "random" directions, or those from
-            b_dec to "tokens" of the training, drawn by the SAE's seed; for stored activations and no transcoder.
         checkpoint_every, log_every: steps between checkpoints and lines of metrics.jsonl.
         k_start, l_start: the k and l of the first step, which go linearly to those of the SAE; from its own when None.
         schedule_steps: steps until they are the SAE's own; needed with `k_start` or `l_start`, and at most `steps`.
+        decoder_start: what decoder rows, and encoder columns with them, begin as: "random" directions, or those from
+            b_dec to "tokens" of the training, drawn by the SAE's seed; for stored activations and no transcoder.
     """
 
     steps: int = 1000
@@ -55,12 +55,12 @@ class TrainConfig:
     moments: str = "float32"
     precision: str = "auto"
     seed: int = 0
-    decoder_start: str = "random"
     checkpoint_every: int = 500
     log_every: int = 10
     k_start: float | None = None
     l_start: float | None = None
     schedule_steps: int | None = None
+    decoder_start: str = "random"
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "checkpoint_every", "log_every")

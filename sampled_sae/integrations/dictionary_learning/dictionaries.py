@@ -17,7 +17,7 @@ from ...config import SampledSAEConfig
 from ...formats.dictionary_learning import UNSET, check_state, read_state
 from ...sae import SampledSAE
 from ...support.argument_checks import check_integer
-from ..replaced import methods_of
+from ..replaced import has_other_methods, methods_of
 from .linear_view import LinearView, parameter_of_sae
 from .peer_files import NAMES, Names, from_peer_names, held_k, matrix_sizes, to_peer_names
 
@@ -130,6 +130,10 @@ class SampledDictionary(Dictionary):
             check_integer("k", int(k) if k == int(k) else k, 1)
             self.sae.cfg = replace(self.sae.cfg, k=int(k))
         self._seen_k = seen
+
+    def has_other_methods(self) -> bool:
+        """Whether `encode` or `decode` is someone else's; also of what torch.compile has wrapped."""
+        return has_other_methods(self, self._methods)
 
     def decode(self, f: Tensor | SparseCodes) -> Tensor:
         """Features [..., F], or SparseCodes, to activations [..., d]."""

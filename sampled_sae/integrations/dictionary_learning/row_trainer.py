@@ -170,7 +170,7 @@ class RowTrainer(SAETrainer):
         Where `ae.encode`, `ae.decode`, `get_auxiliary_loss` or `update_threshold` was overridden or replaced,
         dictionary_learning's own loss is computed, from all activations.
         """
-        others = has_other_methods(self.ae, self.ae._methods) or has_other_methods(self, self._methods)
+        others = self.ae.has_other_methods() or has_other_methods(self, self._methods)
         if others or not self.trains_all():
             return super().loss(self._tokens(x), step, logging)
         self.ae.hear_k()
