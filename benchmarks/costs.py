@@ -60,11 +60,8 @@ CODE = {
     "described_partials_kernel": "column_scores: descriptors bf16 l2",
     "row_adam_kernel": "row_adam: dense d=4096",
 }
-# times that a kernel's loop, of known length, goes through its code
-TRIPS: dict[str, Callable[[dict[str, Any]], int]] = {
-    "append_above_kernel": lambda c: c["STEPS"],
-    "chunk_partials_kernel": lambda c: c["STEPS"],
-}
+# those whose loop, of known length, goes STEPS times through its code
+STEPPED = ("append_above_kernel", "chunk_partials_kernel")
 
 
 @dataclass(frozen=True)
@@ -186,7 +183,7 @@ def work_of_launch(kernel: Any, config: triton.Config, grid: Any, args: tuple[An
     flops = round(MULTIPLIED[name] * 2 * a["B"] * a["F"] * c["D"]) if name in MULTIPLIED else 0
     dtype = str(a["W"].dtype).removeprefix("torch.") if flops else "float32"
     rate = RATES[name](a, c, programs) if name in RATES else 1.0
-    trips = int(a["rounds"]) if name in ALONE else TRIPS.get(name, lambda c: 1)(c)
+    trips = int(a["rounds"]) if name in ALONE else c["STEPS"] if name in STEPPED else 1
     times = programs * config.num_warps * trips
     # where one program has a multiprocessor, what stands behind its last product hides behind none
     column = "behind products" if name in ALONE else "instructions"

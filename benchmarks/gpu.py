@@ -25,8 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.gpu_parts.predictions import with_predictions
-from benchmarks.gpu_parts.summary import summary
+from benchmarks.gpu_parts.summary import summary, with_predictions
 
 ROOT = Path(__file__).resolve().parent.parent
 # seconds for each part, the last gets what the others leave; the command, and more of it for a GPU

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from sampled_sae.pages.feature_page import LanguageModel, PageSettings, feature_
 from sampled_sae.support.token_places import TokenPlaces, TokenShard
 
 N_FEATURES, D, N_ROWS, CONTEXT, VOCABULARY = 16_384, 16, 80, 64, 20_000
+FEW = "top:1000"
 TIMED = """
 const start = performance.now();
 byId("search").value = arguments[0];
@@ -61,6 +62,7 @@ class Texts:
 
 
 def large_page(folder: Path, features: str) -> Path:
+    """look.html in the folder, with so many features in full."""
     generator = torch.Generator().manual_seed(1)
     W = torch.nn.functional.normalize(torch.randn(N_FEATURES, D, generator=generator), dim=1)
     config = InferenceConfig(d_in=D, d_sae=N_FEATURES, rule="topk", k=32)
@@ -89,28 +91,22 @@ def measured(browser: Any, file: Path) -> Row:
     return {**found, "megabytes": file.stat().st_size / 1e6}
 
 
-def of_random(features: str) -> Iterator[Row]:
-    """The large page with so many features in full."""
-    from browser import opened
-
-    with tempfile.TemporaryDirectory() as folder, opened() as browser:
-        start = time.perf_counter()
-        file = large_page(Path(folder), features)
-        made = time.perf_counter() - start
-        yield {"page": f"{N_FEATURES} features", "in full": features, "made_s": made, **measured(browser, file)}
-
-
-def of_run(sae: Path, activations: Path) -> Iterator[Row]:
+def look(sae: Path, activations: Path, folder: Path) -> Path:
     """What the command makes of an SAE."""
+    command = [sys.executable, "-m", "sampled_sae", "--quiet", "look", str(sae), str(activations)]
+    options = ["--features", FEW, "--out", str(folder / "look.html")]
+    subprocess.run([*command, *options], cwd=ROOT, check=True)
+    return folder / "look.html"
+
+
+def timed(same: Row, make: Callable[[Path], Path]) -> Iterator[Row]:
+    """A page that `make` writes into a folder."""
     from browser import opened
 
     with tempfile.TemporaryDirectory() as folder, opened() as browser:
-        file, features = Path(folder) / "look.html", "top:1000"
-        command = [sys.executable, "-m", "sampled_sae", "--quiet", "look", str(sae), str(activations)]
         start = time.perf_counter()
-        subprocess.run([*command, "--features", features, "--out", str(file)], cwd=ROOT, check=True)
-        made = time.perf_counter() - start
-        yield {"page": f"`look` of {sae.name}", "in full": features, "made_s": made, **measured(browser, file)}
+        file = make(Path(folder))
+        yield {**same, "made_s": time.perf_counter() - start, **measured(browser, file)}
 
 
 def main() -> None:
@@ -120,10 +116,12 @@ def main() -> None:
     # how the tests start a browser
     sys.path.insert(1, str(ROOT / "tests" / "pages"))
     record = Record(args, markdown_table)
-    for features in ("top:1000", "all"):
-        record.attempt([{"page": f"{N_FEATURES} features", "in full": features}], partial(of_random, features))
+    makers = {(f"{N_FEATURES} features", n): partial(large_page, features=n) for n in (FEW, "all")}
     if args.look:
-        record.attempt([{"page": f"`look` of {args.look[0].name}"}], partial(of_run, *args.look))
+        makers[(f"`look` of {args.look[0].name}", FEW)] = partial(look, *args.look)
+    for (page, features), make in makers.items():
+        row = {"page": page, "in full": features}
+        record.attempt([row], partial(timed, row, make))
 
 
 if __name__ == "__main__":

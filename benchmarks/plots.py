@@ -22,23 +22,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from benchmarks.peers import UNDER_AUTOCAST
 
 GREY = "#808080"
+CYCLE = ["#3b82d6", "#e0822d", "#2f9e6e", "#c0504d", "#8a63d2", "#b08a1e", "#d6589f", "#14a3b8", "#7a8b2f", "#6b5b4b"]
 STYLE = {
     "svg.hashsalt": "sampled-sae",  # the same file in every run
     "svg.fonttype": "none",
-    "axes.prop_cycle": matplotlib.cycler(
-        color=[
-            "#3b82d6",
-            "#e0822d",
-            "#2f9e6e",
-            "#c0504d",
-            "#8a63d2",
-            "#b08a1e",
-            "#d6589f",
-            "#14a3b8",
-            "#7a8b2f",
-            "#6b5b4b",
-        ]
-    ),
+    "axes.prop_cycle": matplotlib.cycler(color=CYCLE),
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
     "legend.framealpha": 0.0,
 }

@@ -68,7 +68,9 @@ class Record:
         """Appends rows and writes all of them."""
         self.rows += rows
         if self.out is not None:
-            write_result(self.out, self.result, self.table(self.result))
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.out, json.dumps(self.result, indent=2) + "\n")
+            write_text(self.out.with_suffix(".md"), with_caption(self.table(self.result), self.result))
         for line in self.table({**self.result, "rows": [*rows]}).splitlines()[2:]:
             print(line, flush=True)
 
@@ -123,10 +125,3 @@ def with_caption(table: str, result: Result) -> str:
     packages = [f"{name} {result[name]}" for name in ("torch", *PEERS) if result.get(name) is not None]
     about = [result["device"], *threads, *packages, f"Python {result['python']}", result["date"]]
     return f"{table}\n{', '.join(about)}: `{result['command']}`\n"
-
-
-def write_result(out: Path, result: Result, table: str) -> None:
-    """`out` with the result as JSON, and the table with its caption beside it as .md."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, json.dumps(result, indent=2) + "\n")
-    write_text(out.with_suffix(".md"), with_caption(table, result))

@@ -111,11 +111,6 @@ def stale_plots() -> list[Path]:
         return [old for new, old in pairs if not old.is_file() or old.read_bytes() != new.read_bytes()]
 
 
-def pages() -> list[Path]:
-    """Those that may show tables."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
 def with_tables(page: str, made: dict[Path, str]) -> str:
     """The page with the tables of today; those of other files than `made` as the files are."""
 
@@ -131,7 +126,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something differs")
     args = parser.parse_args()
     made = tables()
-    files = {**made, **{page: with_tables(page.read_text(encoding="utf-8"), made) for page in pages()}}
+    shown = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    files = {**made, **{page: with_tables(page.read_text(encoding="utf-8"), made) for page in sorted(shown)}}
     stale = [file for file, text in files.items() if not file.is_file() or file.read_text(encoding="utf-8") != text]
     if args.check:
         stale += stale_plots()

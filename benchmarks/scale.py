@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
-import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -87,17 +86,9 @@ def on_processes(size: int, work: Callable[..., Any], *args: Any) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.scale"])
     answers = context.SimpleQueue()
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        place = f"tcp://127.0.0.1:{found.getsockname()[1]}"
-    tasks = [(rank, size, place, answers, work, args) for rank in range(size)]
-    processes = [context.Process(target=_join, args=task) for task in tasks]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        raise RuntimeError(f"exit codes {[process.exitcode for process in processes]}")
+    with tempfile.TemporaryDirectory() as folder:
+        task = (size, f"file://{folder}/store", answers, work, args)
+        torch.multiprocessing.start_processes(_join, task, size, start_method="forkserver")
     return answers.get()
 
 

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -37,12 +37,6 @@ KEPT = ROOT / "runs" / "study"
 MADE_ON = ("device", "threads", "torch", "sae-lens", "date")
 
 
-class Study(Protocol):
-    """What makes rows."""
-
-    def run(self, variant: Variant, seed: int) -> Row | None: ...
-
-
 def synthetic(args: argparse.Namespace) -> None:
     world = WORLDS[args.world]
     tokens, lr = args.tokens or world.tokens, args.lr or world.lr
@@ -50,7 +44,7 @@ def synthetic(args: argparse.Namespace) -> None:
     kind = "" if (tokens, lr) == (world.tokens, world.lr) else f"_{tokens}_{lr:g}"
     options = f"--world {args.world} --tokens {tokens} --lr {lr:g} --device {args.device}"
 
-    def open_study() -> Study:
+    def open_study() -> Any:
         # sae-lens is in the environment of the peers alone
         from benchmarks.study_parts.synthetic import SyntheticStudy
 
@@ -66,7 +60,7 @@ def real(args: argparse.Namespace) -> None:
     options += f" --texts {args.texts}" if args.texts else ""
     part = "" if args.part == "rules" else f"_{args.part}"
 
-    def open_study() -> Study:
+    def open_study() -> Any:
         from benchmarks.study_parts.real import RealStudy, Setup
         from sampled_sae.training.activation_store import ActivationStore
 
@@ -114,7 +108,7 @@ def make_rows(
     variants: dict[str, Variant],
     tokens: int,
     command: str,
-    open_study: Callable[[], Study],
+    open_study: Callable[[], Any],
 ) -> None:
     """All seeds of the first variant, then those of the next: what is done has its spread."""
     if unknown := sorted(set(args.only or ()) - set(variants)):

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.measure import Row, product, spread_columns
-from benchmarks.peers import AUTOCAST, BATCH, CANDIDATES, TOKEN, Entry, Setup, Weights, initial_weights, make, ours
-from benchmarks.peers.candidate import TranscoderWeights
+from benchmarks.peers import AUTOCAST, BATCH, CANDIDATES, TOKEN, Entry, Setup, Weights, make, ours
+from benchmarks.peers.candidate import initial_weights
+from benchmarks.workloads import three_groups
 from sampled_sae import SampledSAE
 from sampled_sae.lm import LayersSplice, PointSplice, SpliceEvaluator
 from sampled_sae.support.timing import timed
@@ -41,11 +42,6 @@ class Kind:
     rule: Callable[[Setup, Activations], dict[str, Any]]
 
 
-def groups_of(F: int) -> tuple[int, ...]:
-    """Three."""
-    return F // 16, F // 4, F
-
-
 # those that say no more than the others
 LEFT_OUT = ("ours, l=1", "ours, l=16", "eager PyTorch BatchTopK", "torch.compile BatchTopK")
 SAES = {name: entry for name, entry in (CANDIDATES | AUTOCAST).items() if name not in LEFT_OUT}
@@ -54,7 +50,7 @@ SAES["ours, l=4, decayed, pool_every=4"] = ours("decayed", l=4.0, pool_every=4)
 
 
 def matryoshka(F: int) -> dict[str, Entry]:
-    nested: dict[str, Any] = {"groups": groups_of(F)}
+    nested: dict[str, Any] = {"groups": three_groups(F)}
     return {
         "ours, l=4": ours(l=4.0, **nested),
         "ours, l=None (BatchTopK)": ours(**BATCH, **nested),
@@ -63,19 +59,14 @@ def matryoshka(F: int) -> dict[str, Entry]:
     }
 
 
-def ours_begun(rules: dict[str, dict[str, Any]]) -> dict[str, Entry]:
-    how = {name: {"optimizer": "dense", "rule": rule} for name, rule in rules.items()}
-    return {f"ours, {name}": Entry("ours_begun", rules[name], options) for name, options in how.items()}
-
-
 def transcoders(F: int) -> dict[str, Entry]:
     peer = {"sparsify TopK": {"optimizer": "signum"}, "sparsify TopK, Adam": {"optimizer": "adam"}}
-    found = ours_begun({**RULES, "TopK": TOKEN})
-    return found | {name: Entry("sparsify_transcoder", TOKEN, how, "eai-sparsify") for name, how in peer.items()}
+    found = {f"ours, {name}": ours(**rule) for name, rule in {**RULES, "TopK": TOKEN}.items()}
+    return found | {name: Entry("sparsify", TOKEN, how, "eai-sparsify") for name, how in peer.items()}
 
 
 def crosscoders(F: int) -> dict[str, Entry]:
-    found = ours_begun(RULES)
+    found = {f"ours, {name}": ours(**rule) for name, rule in RULES.items()}
     return found | {"dictionary_learning BatchTopKCrossCoder": Entry("dictionary_learning_crosscoder", BATCH)}
 
 
@@ -90,7 +81,9 @@ def from_batch(setup: Setup, batch: TrainingBatch) -> tuple[Tensor, ...]:
 
 KINDS = {
     "sae": Kind(lambda F: SAES, from_weights, SpliceEvaluator, lambda setup, store: {}),
-    "matryoshka": Kind(matryoshka, from_weights, SpliceEvaluator, lambda setup, store: {"groups": groups_of(setup.F)}),
+    "matryoshka": Kind(
+        matryoshka, from_weights, SpliceEvaluator, lambda setup, store: {"groups": three_groups(setup.F)}
+    ),
     "crosscoder": Kind(crosscoders, from_batch, LayersSplice, lambda setup, store: {"layers": setup.layers}),
     "transcoder": Kind(transcoders, from_batch, PointSplice, lambda setup, store: {"output_scale": store.output_scale}),
 }
@@ -125,9 +118,8 @@ class Task:
 
 def sae_of(task: Task, tensors: dict[str, Tensor], store: Activations) -> SampledSAE:
     """The SAE of weights that a `TrainingSession` has saved."""
-    weights = TranscoderWeights(**tensors) if "W_skip" in tensors else Weights(**tensors)
     rule = KINDS[task.kind].rule(task.setup, store)
-    return weights.sae(task.setup.k, l=None, input_scale=store.scale, **rule)
+    return Weights(**tensors).sae(task.setup.k, l=None, input_scale=store.scale, **rule)
 
 
 class TrainingSession:
@@ -158,7 +150,7 @@ class TrainingSession:
     def save(self, mark: str) -> Row:
         """The weights as they are, in a file; what its row has of it."""
         file = f"{self.name}, {mark}.safetensors"
-        save_file(self.candidate.weights()._asdict(), self.task.folder / file)
+        save_file(self.candidate.weights().tensors(), self.task.folder / file)
         return {"at": mark, "steps": self.steps, "seconds": self.seconds, "weights": file}
 
     def after_steps(self) -> Row:

@@ -20,6 +20,11 @@ class Workload:
         return {"workload": self.name, "B": self.B, "d": self.d, "F": self.F, "k": self.k}
 
 
+def three_groups(F: int) -> tuple[int, ...]:
+    """Of a Matryoshka SAE: a sixteenth of its features, a quarter, and all."""
+    return F // 16, F // 4, F
+
+
 CPU_STEPS = (
     Workload("SmolLM2-135M, small", 1024, 576, 8192, 32),
     Workload("Pythia-160M", 2048, 768, 16384, 32),

@@ -16,7 +16,7 @@ import triton
 
 from benchmarks import costs, model
 from benchmarks.gpu_parts import summary
-from benchmarks.gpu_parts.predictions import with_predictions
+from benchmarks.gpu_parts.summary import with_predictions
 from benchmarks.replaced import replaced
 from sampled_sae.kernels import chunk_filter, column_scores, segment_sum
 

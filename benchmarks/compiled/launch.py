@@ -27,8 +27,6 @@ SHARED = {
 MATRIX = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 SM_REGISTERS = 65536
 MULTIPROCESSORS = 128
-GLOBAL_LOAD = {"gfx942": r"(?:global|buffer|flat)_load"}
-GLOBAL_STORE = {"gfx942": r"(?:global|buffer|flat)_store"}
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -131,10 +129,12 @@ def resources(kernel: Any, arch: str) -> dict[str, int]:
         names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
         registers, *spills = (int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1]) for name in names)
         lanes, line = 64, r"^\s+[vs]_|^\s+(?:global|buffer|flat|ds)_"
+        load, store = (f"(?:global|buffer|flat)_{what}" for what in ("load", "store"))
     else:
         assembly = dumped(kernel.asm["cubin"])
         registers, *spills = (int(re.search(rf"{name}:(\d+)", assembly)[1]) for name in ("REG", "STACK", "LOCAL"))
         lanes, line = 32, r"^\s+/\*[0-9a-f]{4,}\*/"
+        load, store = "(?:LDG|LDGSTS|UTMALDG)", "STG"
 
     def count(pattern: str) -> int:
         return len(re.findall(pattern, assembly, re.MULTILINE))
@@ -149,8 +149,8 @@ def resources(kernel: Any, arch: str) -> dict[str, int]:
         "instructions": len(lines),
         "behind products": sum(start > products[-1] for start in lines) if products else 0,
         "matrix": count(rf"\b{MATRIX[arch]}"),
-        "loads": count(rf"\b{GLOBAL_LOAD.get(arch, '(?:LDG|LDGSTS|UTMALDG)')}"),
-        "stores": count(rf"\b{GLOBAL_STORE.get(arch, 'STG')}"),
+        "loads": count(rf"\b{load}"),
+        "stores": count(rf"\b{store}"),
     }
 
 

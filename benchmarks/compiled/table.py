@@ -9,8 +9,7 @@ from collections.abc import Iterator
 
 import triton
 
-from benchmarks.compiled.calls import Case
-from benchmarks.compiled.cases import CASES
+from benchmarks.compiled.cases import CASES, Case
 from benchmarks.compiled.launch import Launch, launches, resources
 from benchmarks.measure import RESULTS
 

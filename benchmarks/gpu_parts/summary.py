@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+PREDICTED = Path(__file__).resolve().parent.parent / "results" / "predicted.json"
+RULES = {4.0: "l=4", None: "l=None (BatchTopK)"}
+SIZE = ("B", "d", "F", "k")
 # the columns that make a line, and what it shows of each workload
 SHOWN = {
     "ceilings": (("dtype",), "{product TFLOP/s:.1f} TFLOP/s, copy {copy GB/s:.0f} GB/s"),
@@ -14,6 +19,18 @@ SHOWN = {
     "inference": (("candidate", "dtype"), "{ratio:.2f}"),
     "peers": (("candidate",), "{ratio:.2f}"),
 }
+
+
+def with_predictions(rows: list[Row], device: str) -> list[Row]:
+    """The rows of steps in bfloat16, each with `predicted`, its multiple of the product by `benchmarks/model.py`, where
+    there is one."""
+    known = {}
+    for row in json.loads(PREDICTED.read_text())["rows"]:
+        if row["device"] in device and row["dtype"] == "bfloat16":
+            candidate = f"{RULES[row['l']]}, RowAdam {row['adam']}"
+            known[(candidate, *(row[name] for name in SIZE))] = row["of_product"]
+    keys = [(row.get("candidate"), *(row.get(name) for name in SIZE)) for row in rows]
+    return [row | ({"predicted": known[key]} if key in known else {}) for row, key in zip(rows, keys)]
 
 
 def summary(part: str, rows: list[Row]) -> list[str]:

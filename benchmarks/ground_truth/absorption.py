@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -59,14 +59,11 @@ class Absorption:
         return {"absorbed": float(rate.mean()) if len(rate) else None, "parents": int(able.sum())}
 
 
-def children_of(roots: list[Any]) -> dict[int, list[int]]:
+def children_of(nodes: Iterable[Any]) -> dict[int, list[int]]:
     """parent -> children, of sae_lens' trees."""
-    return dict(_families(roots))
-
-
-def _families(nodes: list[Any]) -> Iterator[tuple[int, list[int]]]:
+    found: dict[int, list[int]] = {}
     for node in nodes:
-        if node.children:
-            if node.feature_index is not None:
-                yield node.feature_index, [child.feature_index for child in node.children]
-            yield from _families(list(node.children))
+        if node.children and node.feature_index is not None:
+            found[node.feature_index] = [child.feature_index for child in node.children]
+        found |= children_of(node.children)
+    return found

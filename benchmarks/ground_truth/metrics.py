@@ -41,11 +41,6 @@ def mean_correlation(cosine: Tensor) -> float:
     return float(cosine[rows, columns].double().mean())
 
 
-def uniqueness(matches: Tensor) -> float:
-    """Share of different ones among the true features that the SAE's features stand for, int64 [F]."""
-    return len(matches.unique()) / len(matches)
-
-
 class Detection:
     """Precision, recall and F1 of each feature as a detector of the true one that it stands for; their means.
 
@@ -103,10 +98,13 @@ class Explained:
 
 
 def of_decoder(decoder: Tensor, truth: Tensor) -> tuple[dict[str, float], Tensor]:
-    """({"mcc", "uniqueness"}, which true feature each row stands for, int64 [F])."""
+    """({"mcc", "uniqueness"}, which true feature each row stands for, int64 [F]).
+
+    Uniqueness is the share of different ones among these.
+    """
     cosine = cosines(decoder, truth).cpu()
     matches = cosine.argmax(1)
-    return {"mcc": mean_correlation(cosine), "uniqueness": uniqueness(matches)}, matches
+    return {"mcc": mean_correlation(cosine), "uniqueness": len(matches.unique()) / len(matches)}, matches
 
 
 @torch.no_grad()

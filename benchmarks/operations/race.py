@@ -100,7 +100,13 @@ def rivals_of(operation: Operation, device: str, backend: str | None) -> tuple[d
     if operation.eager_bytes > SHARE_OF_MEMORY * free_memory(device):
         left_out["eager"] = f"needs about {operation.eager_bytes / 1e9:.0f} GB"
     elif operation.eager is not None:
-        calls |= eager_forms(operation, backend)
+        arguments, eager = operation.arguments(), operation.eager
+        calls["eager"] = lambda: eager(*arguments)
+        if backend is not None:
+            torch._dynamo.reset()
+            form = torch.compile(operation.to_compile or eager, backend=backend, dynamic=False)
+            name = "torch.compile" if backend == "inductor" else f"torch.compile, {backend}"
+            calls[name] = lambda: form(*arguments)
     for name, call in calls.items():
         try:
             operation.prepare()
@@ -109,19 +115,6 @@ def rivals_of(operation: Operation, device: str, backend: str | None) -> tuple[d
         except Exception as error:
             left_out[name] = one_line(error)[:200]
     return found, left_out
-
-
-def eager_forms(operation: Operation, backend: str | None) -> dict[str, Call]:
-    """In eager PyTorch, and by torch.compile."""
-    arguments, eager = operation.arguments(), operation.eager
-    assert eager is not None
-    calls: dict[str, Call] = {"eager": lambda: eager(*arguments)}
-    if backend is not None:
-        torch._dynamo.reset()
-        form = torch.compile(operation.to_compile or eager, backend=backend, dynamic=False)
-        name = "torch.compile" if backend == "inductor" else f"torch.compile, {backend}"
-        calls[name] = lambda: form(*arguments)
-    return calls
 
 
 def peak(operation: Operation, call: Call, device: str) -> float | None:

@@ -8,20 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import version
-from benchmarks.peers.candidate import Candidate, Setup, Weights, initial_weights
-
-__all__ = [
-    "AUTOCAST",
-    "CANDIDATES",
-    "Entry",
-    "Setup",
-    "Weights",
-    "initial_weights",
-    "installed",
-    "make",
-    "ours",
-    "plain",
-]
+from benchmarks.peers.candidate import Candidate, Setup, Weights
 
 BATCH: dict[str, Any] = {"l": None}
 TOKEN: dict[str, Any] = {"l": None, "select": "token"}

@@ -51,49 +51,35 @@ class Setup:
 class Weights(NamedTuple):
     """An SAE as relu((x - b_dec) W_enc^T + b_enc) and c W_dec + b_dec; float32.
 
-    W_enc, W_dec [F, d]; b_enc [F]; b_dec [d].
+    Of a transcoder, nothing is taken from x, and x W_skip^T is added. W_enc [F, d], W_dec [F, d_out]; b_enc [F];
+    b_dec [d_out]; W_skip [d_out, d], None without.
     """
 
     W_enc: Tensor
     b_enc: Tensor
     W_dec: Tensor
     b_dec: Tensor
+    W_skip: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
     def folded(self) -> Weights:
         """The same reconstructions with decoder rows of unit norm and activations that much larger."""
         norm = torch.linalg.vector_norm(self.W_dec, dim=1).clamp_min(1e-12)
         return Weights(self.W_enc * norm[:, None], self.b_enc * norm, self.W_dec / norm[:, None], self.b_dec)
 
+    @torch.no_grad()
     def sae(self, k: float, **rule: Any) -> SampledSAE:
         """A SampledSAE of these weights, where they are; with `layers` in the rule a crosscoder."""
-        F, width = self.W_dec.shape
-        return filled(self, SampledSAEConfig(d_in=width // rule.get("layers", 1), d_sae=F, k=k, **rule))
-
-
-class TranscoderWeights(NamedTuple):
-    """A transcoder as relu(x W_enc^T + b_enc) and c W_dec + b_dec + x W_skip^T; float32.
-
-    W_enc [F, d], W_dec [F, d_out], b_enc [F], b_dec [d_out], W_skip [d_out, d].
-    """
-
-    W_enc: Tensor
-    b_enc: Tensor
-    W_dec: Tensor
-    b_dec: Tensor
-    W_skip: Tensor
-
-    def sae(self, k: float, **rule: Any) -> SampledSAE:
-        """A SampledSAE of these weights, where they are."""
-        d_out, d = self.W_skip.shape
-        return filled(self, SampledSAEConfig(d_in=d, d_out=d_out, d_sae=len(self.W_dec), k=k, skip=True, **rule))
-
-
-@torch.no_grad()
-def filled(weights: Weights | TranscoderWeights, config: SampledSAEConfig) -> SampledSAE:
-    sae = SampledSAE(config, device=weights.W_dec.device)
-    for name, value in weights._asdict().items():
-        sae.get_parameter(name).copy_(value.t() if name in ("W_enc", "W_skip") else value)
-    return sae
+        (F, d_out), d = self.W_dec.shape, self.W_enc.shape[1]
+        skip = {} if self.W_skip is None else {"d_out": d_out, "skip": True}
+        config = SampledSAEConfig(d_in=d // rule.get("layers", 1), d_sae=F, k=k, **skip, **rule)
+        sae = SampledSAE(config, device=self.W_dec.device)
+        for name, value in self.tensors().items():
+            sae.get_parameter(name).copy_(value.t() if name in ("W_enc", "W_skip") else value)
+        return sae
 
 
 def initial_weights(setup: Setup, b_dec: Tensor | None = None) -> Weights:
@@ -113,24 +99,24 @@ class Candidate(ABC):
 
     @abstractmethod
     def step(self, x: Tensor) -> Tensor | float:
-        """One whole training step on x [B, d], float32.
+        """One whole training step on x [B, d], float32; of a transcoder on x and its targets.
 
         Returns the mean over tokens of ||x - x_hat||^2 before the update, as the step itself computed it.
         """
 
     @abstractmethod
-    def tensors(self) -> Any:
-        """Its own, which its steps change: Weights, of a transcoder TranscoderWeights."""
+    def tensors(self) -> Weights:
+        """Its own, which its steps change."""
 
     @torch.no_grad()
     def load(self, weights: Weights) -> None:
-        for own, given in zip(self.tensors(), weights):
+        for own, given in zip(self.tensors().tensors().values(), weights.tensors().values()):
             own.copy_(given)
 
-    def weights(self) -> Any:
+    def weights(self) -> Weights:
         """As they are now, copied to the CPU."""
-        own = self.tensors()
-        return type(own)(*(t.detach().float().cpu().clone(memory_format=torch.contiguous_format) for t in own))
+        own = {name: t.detach().float().cpu() for name, t in self.tensors().tensors().items()}
+        return Weights(**{name: t.clone(memory_format=torch.contiguous_format) for name, t in own.items()})
 
     def set_lr(self, optimizer: torch.optim.Optimizer) -> None:
         """That of the next step, by the setup's warm-up."""

@@ -8,15 +8,25 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.candidate import Candidate, Setup, Weights
-from sampled_sae import RowAdam, SampledSAE
+from sampled_sae import RowAdam, SampledSAE, SampledSAEConfig
 
 CLIP = 1.0
 
 
 class Library(Candidate):
-    def __init__(self, setup: Setup, weights: Weights, optimizer: str, rule: dict[str, Any]) -> None:
+    """Starts from weights; or from its first batch, as a training by `Trainer` does: of a transcoder what is read and
+    its targets, of a crosscoder [B, layers * d]."""
+
+    def __init__(self, setup: Setup, start: Weights | tuple[Tensor, ...], optimizer: str, rule: dict[str, Any]) -> None:
         self.setup, self.dense = setup, optimizer == "Adam"
-        self.sae = weights.sae(setup.k, dead_after=setup.dead_after, row_grads=not self.dense, **rule)
+        how = {"dead_after": setup.dead_after, "row_grads": not self.dense, **rule}
+        if isinstance(start, Weights):
+            self.sae = start.sae(setup.k, **how)
+        else:
+            shape = {"layers": setup.layers} if len(start) == 1 else {"d_out": start[1].shape[1], "skip": True}
+            config = SampledSAEConfig(setup.d, setup.F, setup.k, seed=setup.seed, **shape, **how)
+            self.sae = SampledSAE(config, device=setup.device)
+            self.sae.init_b_dec(*start)
         if self.dense:
             on_gpu = setup.device != "cpu"
             self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
@@ -30,9 +40,9 @@ class Library(Candidate):
         self._backward(x)
         self.optimizer.zero_grad()
 
-    def step(self, x: Tensor) -> Tensor:
+    def step(self, *given: Tensor) -> Tensor:
         self.set_lr(self.optimizer)
-        mse = self._backward(x)
+        mse = self._backward(*given)
         if self.dense:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), CLIP)
             self.sae.project_decoder_grad()
@@ -43,15 +53,11 @@ class Library(Candidate):
         return mse
 
     def tensors(self) -> Weights:
-        return weights_of(self.sae)
+        sae, skip = self.sae, getattr(self.sae, "W_skip", None)
+        return Weights(sae.W_enc.t(), sae.b_enc, sae.W_dec, sae.b_dec, None if skip is None else skip.t())
 
-    def _backward(self, x: Tensor) -> Tensor:
+    def _backward(self, *given: Tensor) -> Tensor:
         with self.setup.autocast():
-            out = self.sae(x)
+            out = self.sae(*given)
         out.loss.backward()
         return out.mse.detach()
-
-
-def weights_of(sae: SampledSAE) -> Weights:
-    """Its own tensors, but for a skip."""
-    return Weights(sae.W_enc.t(), sae.b_enc, sae.W_dec, sae.b_dec)

@@ -15,7 +15,7 @@ from benchmarks.record import SIZE, Columns, Result, markdown
 from benchmarks.steps.harness import Harness, Task
 from benchmarks.steps.loop_session import LoopSession
 from benchmarks.steps.session import Size
-from benchmarks.workloads import CPU_STEPS, GPU_STEPS, REHEARSAL, Workload
+from benchmarks.workloads import CPU_STEPS, GPU_STEPS, REHEARSAL, Workload, three_groups
 
 Tasks = list[Task]
 SIZES = {"cpu": CPU_STEPS, "cuda": GPU_STEPS}
@@ -79,7 +79,7 @@ def with_groups(rehearse: bool, device: str) -> Tasks:
     (w,) = REHEARSAL[:1] if rehearse else SIZES[device][1:2]
     for name, rule in RULES.items():
         found[name] = ours(**rule)
-        nested = ours(**rule, groups=(w.F // 16, w.F // 4, w.F))
+        nested = ours(**rule, groups=three_groups(w.F))
         found[f"{name}, three groups"] = replace(nested, beside=name)
     return grid(found, (w,))
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers import Entry, Setup
 from benchmarks.steps.session import StepSession
 from sampled_sae.bench import activations
 from sampled_sae.training.activation_store import ActivationStore
@@ -18,16 +17,9 @@ from sampled_sae.training.feed import Feed
 class LoopSession(StepSession):
     """folder: of the activations. steps: after which it is judged on real ones, in all; on drawn ones at once."""
 
-    def __init__(
-        self,
-        entry: Entry,
-        setup: Setup,
-        threads: int,
-        calls: tuple[str, ...],
-        folder: Path | None = None,
-        steps: int = 0,
-    ) -> None:
-        super().__init__(entry, setup, threads, calls)
+    def __init__(self, *of_step: Any, folder: Path | None = None, steps: int = 0) -> None:
+        super().__init__(*of_step)
+        setup = self.setup
         store = None if folder is None else ActivationStore.open(folder)
         self.last, self.drawn = steps, store is None or store.d_in != setup.d
         if store is None or self.drawn:

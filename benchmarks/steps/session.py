@@ -13,7 +13,8 @@ from torch import Tensor
 
 import sampled_sae
 from benchmarks.measure import product, product_in_chunks
-from benchmarks.peers import Entry, Setup, initial_weights, make
+from benchmarks.peers import Entry, Setup, make
+from benchmarks.peers.candidate import initial_weights
 from sampled_sae.bench import activations, peak_of
 from sampled_sae.support.timing import timed
 
@@ -102,14 +103,9 @@ class StepSession:
 
     def _captured(self) -> Callable[[], Any]:
         """One step on the next batch, which is copied to where the graph reads it; what came before is its warm-up."""
-        x = next(self.batches).clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(GRAPH_WARM_UP):
-                self.candidate.step(x.copy_(next(self.batches)))
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.candidate.step(x)
+        from sampled_sae.support.cuda_graphs import CudaGraphs  # older revisions have none
+
+        x, graphs = next(self.batches).clone(), CudaGraphs(torch.device(self.setup.device))
+        graphs.warm(lambda: [self.candidate.step(x.copy_(next(self.batches))) for _ in range(GRAPH_WARM_UP)])
+        graph = graphs.capture(lambda: self.candidate.step(x))
         return lambda: (x.copy_(next(self.batches)), graph.replay())

@@ -49,28 +49,25 @@ def tasks_of(file: Path, model: str, layer: int, texts: Path) -> list[Task]:
 def _harvested(name: str, layer: int, texts: Path) -> dict[str, Tensor]:
     model, tokenizer = load_model(name)
     found = {}
-    for task in labelled_texts.documents(texts, characters=6 * CONTEXT):
-        rows, labels = _rows(task, tokenizer)
+    for task, labelled in labelled_texts.documents(texts, characters=6 * CONTEXT).items():
+        rows, labels = _rows(labelled, tokenizer)
         x = torch.cat([x[:, FIRST::EVERY] for x in _residuals(model, layer, rows)])
-        found |= {f"{task.name}.x": x.contiguous(), f"{task.name}.labels": torch.tensor(labels)}
+        found |= {f"{task}.x": x.contiguous(), f"{task}.labels": torch.tensor(labels)}
     rows, places, labels = _words(labelled_texts.tagged(texts), tokenizer)
     x = torch.cat(list(_residuals(model, layer, rows))).flatten(0, 1)[places]
     return found | {"speech.x": x[:, None].contiguous(), "speech.labels": torch.tensor(labels)}
 
 
-def _rows(task: labelled_texts.Labelled, tokenizer: Any) -> tuple[Tensor, list[int]]:
+def _rows(labelled: list[tuple[str, int]], tokenizer: Any) -> tuple[Tensor, list[int]]:
     """As many texts of each class, each cut to one row [TEXTS, CONTEXT]; in an order that mixes the classes."""
-    most = TEXTS // len(task.classes)
+    most = TEXTS // len({label for _, label in labelled})
     rows, labels = [], []
-    for text, label in zip(task.texts, task.labels):
-        if labels.count(label) < most and _is_long(text, tokenizer):
+    for text, label in labelled:
+        beginning = tokenizer(text[: 10 * CONTEXT], add_special_tokens=False)["input_ids"]
+        if labels.count(label) < most and len(beginning) >= CONTEXT:
             rows.append(token_rows([text], tokenizer, CONTEXT, limit=1))
             labels.append(label)
     return torch.cat(rows), labels
-
-
-def _is_long(text: str, tokenizer: Any) -> bool:
-    return len(tokenizer(text[: 10 * CONTEXT], add_special_tokens=False)["input_ids"]) >= CONTEXT
 
 
 def _words(passages: Iterable[tuple[str, list[tuple[int, int]]]], tokenizer: Any) -> tuple[Tensor, Tensor, list[int]]:

@@ -11,8 +11,7 @@ from __future__ import annotations
 import csv
 import random
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sampled_sae.lm.texts import load_texts
@@ -33,23 +32,9 @@ PARTS = {
 _WORD = re.compile(r"(\S+)/(\S+)")
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """Texts of one task.
-
-    Attributes:
-        name: of the task. classes: names of the labels.
-        texts: distinct, in a drawn order. labels: of each text.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    texts: list[str]
-    labels: list[int]
-
-
-def documents(folder: Path, characters: int) -> list[Labelled]:
-    """Topics, sentiment and language; texts of at least so many characters, in a drawn order.
+def documents(folder: Path, characters: int) -> dict[str, list[tuple[str, int]]]:
+    """Topic, sentiment and language: distinct texts of at least so many characters, each with the number of its class,
+    in a drawn order.
 
     Raises:
         OSError: a package that is not in `folder`.
@@ -57,7 +42,7 @@ def documents(folder: Path, characters: int) -> list[Labelled]:
     topics = {name: [_read(file) for file in sorted((_bbc(folder) / name).glob("*.txt"))] for name in TOPICS}
     languages = {name: load_texts(f"wiki-{name}") for name in LANGUAGES}
     found = {"topic": topics, "sentiment": _reviews(folder), "language": languages}
-    return [_drawn(name, by_class, characters) for name, by_class in found.items()]
+    return {name: _drawn(by_class.values(), characters) for name, by_class in found.items()}
 
 
 def tagged(folder: Path) -> Iterator[tuple[str, list[tuple[int, int]]]]:
@@ -73,15 +58,11 @@ def tagged(folder: Path) -> Iterator[tuple[str, list[tuple[int, int]]]]:
         yield text, words
 
 
-def _drawn(name: str, by_class: dict[str, list[str]], characters: int) -> Labelled:
-    pairs = [
-        (text, label)
-        for label, texts in enumerate(by_class.values())
-        for text in dict.fromkeys(texts)
-        if len(text) >= characters
-    ]
+def _drawn(classes: Iterable[list[str]], characters: int) -> list[tuple[str, int]]:
+    distinct = ((text, label) for label, texts in enumerate(classes) for text in dict.fromkeys(texts))
+    pairs = [(text, label) for text, label in distinct if len(text) >= characters]
     random.Random(0).shuffle(pairs)
-    return Labelled(name, tuple(by_class), [text for text, _ in pairs], [label for _, label in pairs])
+    return pairs
 
 
 def _bbc(folder: Path) -> Path:

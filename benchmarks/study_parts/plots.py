@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -42,11 +43,7 @@ def tradeoff(rows: Rows) -> Figure:
             if of[0]["threshold_f1"] is not None:
                 explained = [{**row, "fvu": 1 - row["threshold_r2"]} for row in of]
                 _points(axis, explained, "fvu", f"threshold_{measure}", _short(name))
-        axis.set_xscale("log")
-        axis.set_xticks(FVU_TICKS, [f"{tick:g}" for tick in FVU_TICKS])
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.set_xlabel("FVU = 1 - R2 of the reconstruction")
-        axis.set_ylabel(label)
+        _against(axis, "FVU = 1 - R2 of the reconstruction", FVU_TICKS, label)
         axis.set_title("inference: one threshold")
     for name, of in found.items():
         if of[0]["l"] is not None:
@@ -56,9 +53,7 @@ def tradeoff(rows: Rows) -> Figure:
             mean = sum(row["mcc"] for row in of) / len(of)
             matching.axhline(mean, color="C2", linestyle="--", linewidth=1, label=name)
     matching.set_xscale("log", base=2)
-    matching.set_xlabel("l")
-    matching.set_ylabel("MCC of decoder rows and true features")
-    matching.set_title("the decoder")
+    matching.set(xlabel="l", ylabel="MCC of decoder rows and true features", title="the decoder")
     return figure
 
 
@@ -83,12 +78,14 @@ def real_tradeoff(rows: Rows) -> Figure:
             fvu = spread(of, "threshold_fvu")
             if fvu is not None and fvu[0] < 1 and spread(of, measure) is not None:
                 _points(axis, of, "threshold_fvu", measure, _short(name))
-        axis.set_xscale("log")
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.set_xlabel("FVU of held-out text")
-        axis.set_ylabel(label)
+        _against(axis, "FVU of held-out text", ticks, label)
     return figure
+
+
+def _against(axis: Axes, fvu: str, ticks: Sequence[float], label: str) -> None:
+    axis.set(xscale="log", xlabel=fvu, ylabel=label)
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _points(axis: Axes, rows: list[Row], x: str, y: str, text: str) -> None:

@@ -6,14 +6,15 @@ from pathlib import Path
 
 from benchmarks.study_parts import report_real
 from benchmarks.study_parts.rows import FOLDER, Row, Rows
-from benchmarks.study_parts.tables import cell, made_on, markdown
+from benchmarks.study_parts.tables import Columns, cell, line, made_on, markdown
 from benchmarks.study_parts.variants import SYNTHETIC
 from sampled_sae.support.atomic_files import write_text
 
-# heading -> column of the rows, the part behind an inference
-DECODER = {"MCC": "mcc", "uniqueness": "uniqueness"}
-CODES = {"F1": "f1", "precision": "precision", "recall": "recall", "found": "found", "R2": "r2", "L0": "l0"}
-CODES |= {"dead": "dead", "absorbed": "absorbed", "of parents": "parents"}
+MEASURED: Columns = {"MCC": ("mcc", 3), "uniqueness": ("uniqueness", 3)}
+MEASURED |= {"F1": ("{mode}_f1", 3), "precision": ("{mode}_precision", 3), "recall": ("{mode}_recall", 3)}
+MEASURED |= {"found": ("{mode}_found", 0), "R2": ("{mode}_r2", 3), "L0": ("{mode}_l0", 2), "dead": ("{mode}_dead", 0)}
+MEASURED |= {"absorbed": ("{mode}_absorbed", 3), "of parents": ("{mode}_parents", 0)}
+SPELT: Columns = {"first letters named": ("right", 3), "by the most frequent letter": ("by_chance", 3)}
 INFERENCES = {
     "threshold": "threshold",
     "pool": "pool, of a batch's size",
@@ -32,19 +33,17 @@ def tables(folder: Path = FOLDER) -> dict[Path, str]:
 def table(rows: Rows) -> str:
     """One table of decoders and codes by a threshold, one of F1 and R2 by every inference, and how they were made."""
     found = rows.of(SYNTHETIC)
-    head = ["SAE", "seeds", *DECODER, *CODES]
-    lines = [[name, str(len(of)), *_cells(of, _first(of))] for name, of in found.items()]
+    lines = [line(name, of, MEASURED) for name, of in found.items()]
     by = ["SAE", *(f"{heading}: F1 / R2" for heading in INFERENCES.values()), "best size"]
     others = [[name, *_pairs(of)] for name, of in found.items() if of[0]["threshold_f1"] is not None]
-    return f"{markdown(head, lines)}\n{markdown(by, others)}\n{made_on(rows.rows)}\n"
+    return f"{markdown(['SAE', 'seeds', *MEASURED], lines)}\n{markdown(by, others)}\n{made_on(rows.rows)}\n"
 
 
 def spelling_table(rows: Rows) -> str:
     """The share of words whose first letter a model names, a model a line."""
     found = rows.of(dict.fromkeys(row["name"] for row in rows.rows))
-    lines = [[name, str(len(of)), cell(of, "right", 3), cell(of, "by_chance", 3)] for name, of in found.items()]
-    head = ["model", "seeds", "first letters named", "by the most frequent letter"]
-    return f"{markdown(head, lines)}\n{made_on(rows.rows)}\n"
+    lines = [line(name, of, SPELT) for name, of in found.items()]
+    return f"{markdown(['model', 'seeds', *SPELT], lines)}\n{made_on(rows.rows)}\n"
 
 
 def write_report(folder: Path = FOLDER) -> list[Path]:
@@ -57,21 +56,7 @@ def write_report(folder: Path = FOLDER) -> list[Path]:
     return [*made, *write_plots(folder, folder)]
 
 
-def _first(rows: list[Row]) -> str:
-    """The inference of the first table: a TopK SAE keeps k of each token."""
-    return "threshold" if rows[0]["threshold_f1"] is not None else "token"
-
-
-def _cells(rows: list[Row], mode: str) -> list[str]:
-    columns = [*DECODER.values(), *(f"{mode}_{name}" for name in CODES.values())]
-    return [_cell(rows, column) for column in columns]
-
-
 def _pairs(rows: list[Row]) -> list[str]:
     sizes = sorted({row["chosen_features"] for row in rows})
-    pairs = [f"{_cell(rows, f'{mode}_f1')} / {_cell(rows, f'{mode}_r2')}" for mode in INFERENCES]
+    pairs = [f"{cell(rows, f'{mode}_f1', 3)} / {cell(rows, f'{mode}_r2', 3)}" for mode in INFERENCES]
     return [*pairs, ", ".join(map(str, sizes))]
-
-
-def _cell(rows: list[Row], column: str) -> str:
-    return cell(rows, column, 0 if column.endswith(("dead", "found", "parents")) else 2 if column.endswith("l0") else 3)

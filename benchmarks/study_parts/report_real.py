@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.study_parts.rows import Row, Rows
-from benchmarks.study_parts.tables import cell, made_on, markdown
+from benchmarks.study_parts.rows import Rows
+from benchmarks.study_parts.tables import Columns, cell, line, made_on, markdown
 from benchmarks.study_parts.variants import BATCH_RULES, DEAD_RULES, DENSE, PARTS, REAL, TIME_RULES, Variant
 
-# heading -> (column of the rows, digits); {mode} is how the SAE selects: a threshold, or by token for TopK
-Columns = dict[str, tuple[str, int]]
 QUALITY: Columns = {
     "FVU": ("{mode}_fvu|fvu", 3),
     "loss recovered": ("loss_recovered_zero", 3),
@@ -73,12 +71,11 @@ def _quality(rows: Rows) -> str:
     lines = []
     for name, of in rows.of(REAL).items():
         if name == DENSE:
-            dense = {f"{task}, 5": cell(of, f"probe_{task}", 3) for task in TASKS} | {
-                "probe of 20": cell(of, "probe", 3)
-            }
+            dense = {f"{task}, 5": cell(of, f"probe_{task}", 3) for task in TASKS}
+            dense["probe of 20"] = cell(of, "probe", 3)
             lines.append([f"{name}, all dimensions", "", *(dense.get(heading, "") for heading in columns)])
         else:
-            lines.append(_line(name, of, columns))
+            lines.append(line(name, of, columns))
     return f"{markdown(['SAE', 'seeds', *columns], lines)}\n{made_on(rows.rows)}\n"
 
 
@@ -88,7 +85,7 @@ def _glance(rows: Rows) -> str:
     measures = {**QUALITY, **SHARED, "probe of 1, mean of tasks": PROBES["1"], "probe of 5, mean of tasks": PROBES["5"]}
     measures |= {f"probe of 5, {name}": column for name, column in TASKS.items()}
     measures = _measured(measures, rows)
-    columns = [_line(name, of, measures)[2:] for name, of in found.items()]
+    columns = [line(name, of, measures)[2:] for name, of in found.items()]
     lines = [[heading, *cells] for heading, *cells in zip(measures, *columns)]
     return f"{markdown(['', *(_in_words(name) for name in found)], lines)}\n{made_on(rows.rows)}\n"
 
@@ -104,7 +101,7 @@ def _shared(rows: Rows, pairs: Rows) -> str:
     columns, lines = _measured(SHARED, rows), []
     for name, of in rows.of(name for name in REAL if name != DENSE).items():
         two = [pair for pair in pairs.rows if pair["name"] == name and pair["tokens"] == of[0]["tokens"]]
-        lines.append([*_line(name, of, columns), *(cell(two, column, digits) for column, digits in agreement.values())])
+        lines.append([*line(name, of, columns), *(cell(two, column, digits) for column, digits in agreement.values())])
     return f"{markdown(['SAE', 'seeds', *columns, *agreement], lines)}\n{made_on(rows.rows)}\n"
 
 
@@ -114,7 +111,7 @@ def _inferences(rows: Rows) -> str:
     columns |= {f"probe of 5: {mode}": (f"{mode}_probe_5", 3) for mode in ("threshold", "batch")}
     columns = _measured(columns, rows)
     found = rows.of(name for name in REAL if name != DENSE)
-    lines = [_line(name, of, columns) for name, of in found.items() if of[0]["threshold_fvu"] is not None]
+    lines = [line(name, of, columns) for name, of in found.items() if of[0]["threshold_fvu"] is not None]
     return f"{markdown(['SAE', 'seeds', *columns], lines)}\n{made_on(rows.rows)}\n"
 
 
@@ -130,7 +127,7 @@ def _part(part: str, rows: Rows, rules: Rows) -> str:
         # the name of one rule may begin that of another
         found |= rows.of(name for name, variant in PARTS[part].items() if variant.of == base.name)
         of_rule = sorted(found.items(), key=lambda entry: entry[1][0]["batch_size"])
-        lines += [_line(name, of, columns) for name, of in of_rule]
+        lines += [line(name, of, columns) for name, of in of_rule]
     return f"{markdown(['SAE', 'seeds', *columns], lines)}\n{made_on(used)}\n"
 
 
@@ -142,13 +139,3 @@ def _measured(columns: Columns, rows: Rows) -> Columns:
         return any(name in there for mode in ("threshold", "token") for name in column.format(mode=mode).split("|"))
 
     return {heading: column for heading, column in columns.items() if is_there(column[0])}
-
-
-def _line(name: str, of: list[Row], columns: Columns) -> list[str]:
-    mode = "threshold" if of[0].get("threshold_fvu") is not None else "token"
-    cells = []
-    for column, digits in columns.values():
-        first, _, other = column.format(mode=mode).partition("|")
-        there = any(row.get(first) is not None for row in of)
-        cells.append(cell(of, first if there else other, digits))
-    return [name, str(len(of)), *cells]

@@ -39,9 +39,6 @@ class Rows:
             self.rows.append(row)
         else:
             self.rows[self.rows.index(before)] = row
-        self.write()
-
-    def write(self) -> None:
         names = list(dict.fromkeys(name for row in self.rows for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, names, lineterminator="\n")

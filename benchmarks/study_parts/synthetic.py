@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,8 +12,7 @@ from torch import Tensor
 
 from benchmarks.ground_truth import metrics
 from benchmarks.ground_truth.absorption import Absorption
-from benchmarks.ground_truth.metrics import Batch
-from benchmarks.ground_truth.synthetic import Synthetic, World
+from benchmarks.ground_truth.synthetic import Synthetic
 from benchmarks.study_parts.rows import Row
 from benchmarks.study_parts.training import train_ours, train_saelens
 from benchmarks.study_parts.variants import SAELENS, Variant
@@ -37,29 +35,14 @@ class SyntheticStudy:
 
     def __init__(self, name: str, folder: Path, tokens: int, lr: float, device: str = "cpu") -> None:
         self.synthetic = Synthetic(name, device)
+        self.world = self.synthetic.world
         self.folder, self.tokens, self.lr, self.device = folder / name, tokens, lr, device
-
-    @property
-    def world(self) -> World:
-        return self.synthetic.world
-
-    @cached_property
-    def held_out(self) -> list[Batch]:
-        """In batches as large as those of training."""
-        return self.synthetic.evaluation(BATCH)
-
-    @cached_property
-    def calibration(self) -> Tensor:
-        return self.synthetic.calibration()
-
-    @cached_property
-    def scale(self) -> float:
-        """Activations times this have a mean square of 1."""
-        return 1 / float(self.calibration.square().mean().sqrt())
-
-    @cached_property
-    def median(self) -> Tensor:
-        return geometric_median(self.calibration[:4096] * self.scale)
+        # in batches as large as those of training
+        self.held_out = self.synthetic.evaluation(BATCH)
+        self.calibration = self.synthetic.calibration()
+        # activations times this have a mean square of 1
+        self.scale = 1 / float(self.calibration.square().mean().sqrt())
+        self.median = geometric_median(self.calibration[:4096] * self.scale)
 
     def config(self, variant: Variant, seed: int) -> SampledSAEConfig:
         w = self.world

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 
 from benchmarks.study_parts.rows import Row, spread
 
+# heading -> (column of the rows, digits); {mode} is how the SAE selects: a threshold, or by token for TopK; behind | is
+# what stands in for a column that no row has
+Columns = dict[str, tuple[str, int]]
+
 
 def cell(rows: list[Row], column: str, digits: int) -> str:
     """Mean and half the range of a column; "–" where no row has it."""
@@ -15,6 +19,17 @@ def cell(rows: list[Row], column: str, digits: int) -> str:
     mean, least, greatest = found
     half = f" ±{(greatest - least) / 2:.{digits}f}" if len(rows) > 1 else ""
     return f"{mean:.{digits}f}{half}"
+
+
+def line(name: str, of: list[Row], columns: Columns) -> list[str]:
+    """Name, seeds and columns of the rows of an SAE."""
+    by_threshold = any(of[0].get(f"threshold_{measure}") is not None for measure in ("fvu", "f1"))
+    cells = []
+    for column, digits in columns.values():
+        first, _, other = column.format(mode="threshold" if by_threshold else "token").partition("|")
+        there = any(row.get(first) is not None for row in of)
+        cells.append(cell(of, first if there else other or first, digits))
+    return [name, str(len(of)), *cells]
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

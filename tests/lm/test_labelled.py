@@ -34,16 +34,17 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_documents_are_long_distinct_and_mixed(folder):
-    topics, reviews, languages = labelled_texts.documents(folder, characters=100)
+    found = labelled_texts.documents(folder, characters=100)
+    labels = {task: [label for _, label in texts] for task, texts in found.items()}
     # the files of all topics are alike, so that each text counts once a topic
-    assert (topics.name, len(topics.texts), sorted(set(topics.labels))) == ("topic", 20, [0, 1, 2, 3, 4])
-    assert reviews.labels != sorted(reviews.labels)
-    for text, label in zip(reviews.texts, reviews.labels, strict=True):
+    assert (len(labels["topic"]), sorted(set(labels["topic"]))) == (20, [0, 1, 2, 3, 4])
+    assert labels["sentiment"] != sorted(labels["sentiment"])
+    for text, label in found["sentiment"]:
         assert ("good" in text) == (label == 1)
         assert "<br" not in text
-    assert [languages.texts[i].split()[0] for i in range(15)] == [
-        f"wiki-{languages.classes[label]}" for label in languages.labels
-    ]
+    assert len(labels["language"]) == 15
+    for text, label in found["language"]:
+        assert text.split()[0] == f"wiki-{labelled_texts.LANGUAGES[label]}"
 
 
 def test_words_of_the_brown_corpus(folder):

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from benchmarks import equal_time
-from benchmarks.peers import CANDIDATES, Setup, Weights, initial_weights, installed, ours
+from benchmarks.peers import CANDIDATES, Setup, Weights, installed, ours
 from benchmarks.peers import make as made
+from benchmarks.peers.candidate import initial_weights
 from benchmarks.quality import splice_of
 from benchmarks.steps import __main__ as steps
 from benchmarks.steps import harness
@@ -51,10 +52,10 @@ def reference_error(weights, name, x):
 def test_step_computes_the_reference(name):
     """The error of the first step is that of the same weights under the same rule."""
     weights, [x] = uneven_weights(), batches(1)
-    before = {field: t.clone() for field, t in weights._asdict().items()}
+    before = {field: t.clone() for field, t in weights.tensors().items()}
     candidate = make(name, SETUP, weights)
     assert float(candidate.step(x)) == pytest.approx(reference_error(weights, name, x), rel=1e-5)
-    assert all(torch.equal(before[field], t) for field, t in weights._asdict().items())
+    assert all(torch.equal(before[field], t) for field, t in weights.tensors().items())
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if "sparsify" not in n])
@@ -115,8 +116,8 @@ def test_folding_keeps_the_reconstruction():
     scaled = Weights(
         weights.W_enc / factor[:, None], weights.b_enc / factor, weights.W_dec * factor[:, None], weights.b_dec
     )
-    for name, t in weights._asdict().items():
-        assert torch.allclose(scaled.folded()._asdict()[name], t, atol=1e-6)
+    for name, t in weights.tensors().items():
+        assert torch.allclose(scaled.folded().tensors()[name], t, atol=1e-6)
 
 
 @pytest.mark.parametrize("slope", [0.5, 1.0, 2.0])
