@@ -31,6 +31,8 @@ from .totals import Totals
 
 # once: torch 2.11 does not trace through the search
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+# made here: torch.compile, which traces `implementation`, makes no object of such a class
+ONE_PROCESS = Totals(), Ranking()
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -123,4 +125,4 @@ def implementation(name: str) -> Implementation:
 def parts_of(*files: ModuleType) -> Implementation:
     """Each part from the first of the files that has it."""
     found = {name: getattr(file, name) for file in reversed(files) for name in PARTS if hasattr(file, name)}
-    return Implementation(**found)
+    return Implementation(**found, totals=ONE_PROCESS[0], ranking=ONE_PROCESS[1])
