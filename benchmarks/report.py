@@ -38,7 +38,7 @@ PLACE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", flags=re.DOT
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     **{name: partial(table, name) for name in EXPERIMENTS},
     "cpu_step_epyc": partial(table, "cpu_step"),
-    "before_after_layout": partial(table, "before_after"),
+    **{name: partial(table, "before_after") for name in ("before_after_layout", "before_after_tidying")},
     "quality": quality.markdown_table,
     "precision": quality.markdown_table,
     "equal_time": equal_time.markdown_table,
