@@ -137,6 +137,20 @@ def test_a_hint_serves_a_k_near_by():
     assert hints.of(Rule(30.0), torch.arange(3)) is None
 
 
+def test_hints_of_earlier_checkpoints():
+    """Tensors stood there as such, and no word said that they are ones."""
+    hints = ThresholdHints()
+    hints.load_state_dict([(30.0, "batch", True, torch.tensor([0.5])), (30.0, "token", True, 0.25)], "cpu")
+    found = hints.of(Rule(30.0), None)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, torch.tensor([0.5]))
+    assert hints.of(Rule(30.0, "token"), None) == 0.25
+    again = ThresholdHints()
+    again.load_state_dict(hints.state_dict(), "cpu")
+    assert torch.equal(again.of(Rule(30.0), None), found)
+    assert again.state_dict() == hints.state_dict()
+
+
 def test_the_command_takes_a_schedule(tmp_path, capsys):
     torch.save(X, tmp_path / "x.pt")
     command = ["train", str(tmp_path / "x.pt"), str(tmp_path / "run"), "--features", "48", "--k", "3", "--steps", "6"]

@@ -80,7 +80,9 @@ class ThresholdHints:
         self._known = {}
         for k, select, exact, hint, *was_tensor in state:
             is_tensor = isinstance(hint, Tensor) or was_tensor == [True]
-            self._known[k, select, exact] = torch.tensor([float(hint)], device=device) if is_tensor else float(hint)
+            value = float(hint)
+            known = torch.tensor([value], dtype=torch.float32, device=device) if is_tensor else value
+            self._known[k, select, exact] = known
 
     def forget(self) -> None:
         """For other weights, or another device."""
